@@ -1,0 +1,49 @@
+# One command runs the main job (make demo), one runs every test (make test).
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test-fast check lab lab-deps guests dist clean help
+
+help:            ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "xenpv needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 demo"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e .
+	@touch $@
+
+demo: $(READY)   ## the main job: a real saved PV domain, shown and verified
+	$(BIN)/xenpv demo
+
+check: $(READY)  ## style, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-fast: $(READY) ## everything that needs no hypervisor
+	$(BIN)/pytest -q -m 'not lab'
+
+test: check guests ## everything, on real Xen too
+	$(BIN)/python -m lab fetch
+	$(BIN)/pytest -q
+
+guests:          ## the litmus guest kernel
+	$(MAKE) --no-print-directory -C guests/litmus
+
+lab: $(READY) guests ## the tests on real Xen only
+	$(BIN)/python -m lab fetch
+	$(BIN)/pytest -q -m lab
+
+lab-deps: $(READY) ## install the programs that the lab needs (says what it does)
+	$(BIN)/python -m lab deps
+
+dist: $(READY)   ## wheel and source distribution
+	$(BIN)/python -m build --no-isolation
+
+clean:           ## what was built here; never the lab's cache
+	rm -rf $(VENV) dist build guests/*/build

@@ -1,0 +1,6 @@
+"""``python -m xenpv``."""
+
+from xenpv.cli.main import run
+
+if __name__ == "__main__":
+    run()

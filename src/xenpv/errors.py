@@ -1,0 +1,70 @@
+"""Who is to blame: one class of error for each culprit, the numbers as attributes."""
+
+from __future__ import annotations
+
+
+class XenPVError(Exception):
+    """Base of every error that xenpv raises on purpose; anything else is a bug of ours."""
+
+
+class RequestError(XenPVError):
+    """What was asked does not fit.
+
+    ``needed`` and ``available`` are numbers in the unit that the message names, or None.
+    """
+
+    def __init__(self, message: str, *, needed: int | None = None, available: int | None = None) -> None:
+        super().__init__(message)
+        self.needed = needed
+        self.available = available
+
+
+class GuestError(XenPVError):
+    """The guest's memory says something impossible."""
+
+
+class Fault(GuestError):
+    """Nothing is there.
+
+    ``space`` is "pfn" or "vaddr", ``address`` a pfn or a virtual address in bytes. For a virtual address, ``level`` (4 to 1)
+    and ``entry`` (0 to 511) name the page-table entry at which the walk ended.
+    """
+
+    def __init__(
+        self, message: str, *, space: str, address: int, level: int | None = None, entry: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.space = space
+        self.address = address
+        self.level = level
+        self.entry = entry
+
+
+class StreamError(XenPVError):
+    """The bytes are wrong.
+
+    ``offset`` is the byte offset in the file or pipe, ``record`` the name of the record there, if one is known.
+    """
+
+    def __init__(self, message: str, *, offset: int, record: str | None = None) -> None:
+        where = f"at {offset:#x}" + (f" in {record}" if record else "")
+        super().__init__(f"{message} ({where})")
+        self.reason = message
+        self.offset = offset
+        self.record = record
+
+
+class Truncated(StreamError):
+    """The bytes end too early."""
+
+
+class Malformed(StreamError):
+    """A field has a value that it may not have."""
+
+
+class OutOfOrder(StreamError):
+    """A record comes where it may not, or one that must come is missing."""
+
+
+class Unsupported(StreamError):
+    """Something that is not, or not any longer, a stream that xenpv reads; the message says what it is."""
