@@ -26,8 +26,8 @@ class GuestError(XenPVError):
 class Fault(GuestError):
     """Nothing is there.
 
-    ``space`` is "pfn" or "vaddr", ``address`` a pfn or a virtual address in bytes. For a virtual address, ``level`` (4 to 1)
-    and ``entry`` (0 to 511) name the page-table entry at which the walk ended.
+    ``space`` is "pfn" or "vaddr", ``address`` a pfn or a virtual address in bytes. For a virtual address, ``level``
+    (4 to 1) and ``entry`` (0 to 511) name the page-table entry at which the walk ended.
     """
 
     def __init__(

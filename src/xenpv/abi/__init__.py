@@ -1,0 +1,1 @@
+"""What Xen's public headers say: data, no behaviour; one declaration for both guest widths."""

@@ -1,0 +1,154 @@
+"""From one declaration of a C struct to its layout at both guest widths, as NumPy dtypes.
+
+The rules are those of the x86 psABIs: members in order, each at a multiple of its alignment, the struct padded to
+a multiple of its largest. They differ in two things only: ``unsigned long`` and pointers take 8 or 4 bytes, and a
+uint64_t inside a struct is aligned to 8 or to 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Width = Literal[4, 8]
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A C integer type: its size in bytes at width 4 and at width 8."""
+
+    size4: int
+    size8: int
+
+    def size(self, width: Width) -> int:
+        return self.size8 if width == 8 else self.size4
+
+    def align(self, width: Width) -> int:
+        return min(self.size(width), width)
+
+    def dtype(self, width: Width) -> np.dtype[np.void]:
+        return np.dtype(f"<u{self.size(width)}")
+
+
+U8 = Scalar(1, 1)
+U16 = Scalar(2, 2)
+U32 = Scalar(4, 4)
+U64 = Scalar(8, 8)
+ULONG = Scalar(4, 8)  # unsigned long, xen_pfn_t, xen_ulong_t, pointers
+
+
+@dataclass(frozen=True)
+class Array:
+    """``of name[count]``; a count may differ by width (evtchn_pending has as many words as a word has bits)."""
+
+    of: Scalar | Struct
+    count4: int
+    count8: int
+
+    def count(self, width: Width) -> int:
+        return self.count8 if width == 8 else self.count4
+
+    def size(self, width: Width) -> int:
+        return self.count(width) * self.of.size(width)
+
+    def align(self, width: Width) -> int:
+        return self.of.align(width)
+
+    def dtype(self, width: Width) -> np.dtype[np.void]:
+        return np.dtype((self.of.dtype(width), (self.count(width),)))
+
+
+def array(of: Scalar | Struct, count: int, *, count4: int | None = None) -> Array:
+    """An array of ``count`` elements; ``count4`` where the 32-bit header has another number."""
+    return Array(of, count if count4 is None else count4, count)
+
+
+@dataclass(frozen=True)
+class Chars:
+    """``char name[count]``, as bytes."""
+
+    count: int
+
+    def size(self, width: Width) -> int:  # noqa: ARG002  the same at both widths, unlike its neighbours
+        return self.count
+
+    def align(self, width: Width) -> int:  # noqa: ARG002
+        return 1
+
+    def dtype(self, width: Width) -> np.dtype[np.void]:  # noqa: ARG002
+        return np.dtype(f"S{self.count}")
+
+
+Member = Scalar | Array | Chars
+
+
+@dataclass(frozen=True)
+class Only:
+    """A member that only one width's header has."""
+
+    width: Width
+    member: Member | Struct
+
+
+class Struct:
+    """A C struct. ``name`` is the C name after ``struct`` (or a typedef), members keep C's spelling.
+
+    >>> START_INFO[8].itemsize, START_INFO[4].fields["flags"][1]
+    (1168, 40)
+    """
+
+    def __init__(self, name: str, header: str, /, **members: Member | Struct | Only) -> None:
+        self.name = name
+        self.header = header  # the public header that has it, below xen.git:xen/include/public
+        self._members = members
+        self._dtypes: dict[Width, np.dtype[np.void]] = {8: self._lay_out(8), 4: self._lay_out(4)}
+
+    def members(self, width: Width) -> Iterator[tuple[str, Member | Struct]]:
+        """Name and type of each member that this width has, in order."""
+        for name, member in self._members.items():
+            if isinstance(member, Only):
+                if member.width == width:
+                    yield name, member.member
+            else:
+                yield name, member
+
+    def _lay_out(self, width: Width) -> np.dtype[np.void]:
+        names, formats, offsets, end = [], [], [], 0
+        for name, member in self.members(width):
+            align = member.align(width)
+            end = -(-end // align) * align
+            names.append(name)
+            formats.append(member.dtype(width))
+            offsets.append(end)
+            end += member.size(width)
+        align = self.align(width)
+        return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": -(-end // align) * align})
+
+    def align(self, width: Width) -> int:
+        return max(member.align(width) for _, member in self.members(width))
+
+    def size(self, width: Width) -> int:
+        """Sizeof at that width, in bytes."""
+        return self._dtypes[width].itemsize
+
+    def dtype(self, width: Width) -> np.dtype[np.void]:
+        return self._dtypes[width]
+
+    def __getitem__(self, width: Width) -> np.dtype[np.void]:
+        return self._dtypes[width]
+
+    def offset(self, width: Width, path: str) -> int:
+        """offsetof(struct, path) in bytes; the path may go into nested structs: ``arch.p2m_cr3``."""
+        dtype, offset = self._dtypes[width], 0
+        for name in path.split("."):
+            assert dtype.fields is not None
+            dtype, at = dtype.fields[name][:2]
+            offset += at
+        return offset
+
+    def read(self, data: bytes | bytearray | memoryview | np.ndarray, width: Width, offset: int = 0) -> np.void:
+        """One struct out of bytes, without a copy. Raises ValueError when there are too few."""
+        return np.frombuffer(data, self._dtypes[width], count=1, offset=offset)[0]  # type: ignore[no-any-return]

@@ -1,0 +1,32 @@
+"""Blobs that domctls take and give, as far as they travel in streams.
+
+xen.git:xen/include/public/domctl.h, arch-x86/xen.h
+"""
+
+from __future__ import annotations
+
+from xenpv.abi.declare import U8, U16, U32, U64, Struct, array
+
+# X86_PV_VCPU_EXTENDED: XEN_DOMCTL_{get,set}_ext_vcpucontext
+EXT_VCPUCONTEXT = Struct(
+    "xen_domctl_ext_vcpucontext",
+    "domctl.h",
+    vcpu=U32,
+    size=U32,
+    syscall32_callback_eip=U64,
+    sysenter_callback_eip=U64,
+    syscall32_callback_cs=U16,
+    sysenter_callback_cs=U16,
+    syscall32_disables_events=U8,
+    sysenter_disables_events=U8,
+    _pad=array(U8, 2),
+    mcg_cap=U64,
+    mci_ctl2_bank0=U64,
+    mci_ctl2_bank1=U64,
+)
+EXT_VCPUCONTEXT_MAX = 128  # what libxenguest copies at most: the size of the union in struct xen_domctl
+
+VCPU_MSR = Struct("xen_domctl_vcpu_msr", "domctl.h", index=U32, reserved=U32, value=U64)
+CPUID_LEAF = Struct("xen_cpuid_leaf", "arch-x86/xen.h", leaf=U32, subleaf=U32, a=U32, b=U32, c=U32, d=U32)
+MSR_ENTRY = Struct("xen_msr_entry", "arch-x86/xen.h", idx=U32, flags=U32, val=U64)
+XSAVE_HEADER_SIZE = 16  # {u64 xfeature_mask, u64 xcr0_accum} in front of the area

@@ -1,0 +1,122 @@
+"""What a verifier reports: a Finding for each fault, a Rule for what was broken.
+
+Readers stop at the first fault and raise; verifiers go on and collect. Both name the same rules.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+
+class Severity(StrEnum):
+    """ERROR: would not restore, or not what was saved. WARNING: restores, yet is not as it should be."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Something that must hold. ``source`` says who demands it: a specification, or a function of a program."""
+
+    name: str
+    text: str
+    source: str
+    severity: Severity = Severity.ERROR
+
+    def __post_init__(self) -> None:
+        if RULES.setdefault(self.name, self) is not self:
+            raise ValueError(f"two rules are named {self.name}")
+
+
+RULES: dict[str, Rule] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One place where a rule does not hold.
+
+    ``offset`` is a byte offset in the file or pipe; ``pfn``, ``level`` (1 to 4) and ``entry`` (0 to 511) name a
+    page-table entry, ``vcpu`` a vcpu. Whatever is not known is None.
+    """
+
+    rule: Rule
+    message: str
+    offset: int | None = None
+    record: str | None = None
+    pfn: int | None = None
+    level: int | None = None
+    entry: int | None = None
+    vcpu: int | None = None
+
+    @property
+    def severity(self) -> Severity:
+        return self.rule.severity
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain values, for --json: the rule by name, unknown places left out."""
+        found = {k: v for k, v in asdict(self).items() if k != "rule" and v is not None}
+        return {"rule": self.rule.name, "severity": str(self.severity)} | found
+
+    def __str__(self) -> str:
+        where = []
+        if self.offset is not None:
+            where.append(f"offset {self.offset:#x}")
+        if self.record:
+            where.append(self.record)
+        if self.vcpu is not None:
+            where.append(f"vcpu{self.vcpu}")
+        if self.pfn is not None:
+            where.append(f"pfn {self.pfn:#x}")
+        if self.level is not None:
+            where.append(f"L{self.level}" + ("" if self.entry is None else f"[{self.entry}]"))
+        place = f" ({', '.join(where)})" if where else ""
+        return f"{self.message}{place} [{self.rule.name}]"
+
+
+class Findings:
+    """All findings of one pass.
+
+    A hostile input can break one rule a million times: all are counted, the first few of each rule are kept.
+    """
+
+    def __init__(self, keep: int = 20) -> None:
+        self.keep = keep
+        self.count: Counter[Rule] = Counter()
+        self._kept: list[Finding] = []
+
+    def add(self, rule: Rule, message: str, **place: Any) -> None:
+        """Keep a finding, or only count it when ``keep`` of its rule are held. ``place``: the fields of Finding."""
+        self.count[rule] += 1
+        if self.count[rule] <= self.keep:
+            self._kept.append(Finding(rule, message, **place))
+
+    def more(self, rule: Rule, n: int) -> None:
+        """Count n more breaches of a rule of which the first were added."""
+        self.count[rule] += n
+
+    def room(self, rule: Rule) -> int:
+        """How many more findings of this rule would be kept: what is beyond need not be described."""
+        return max(0, self.keep - self.count[rule])
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return self.count.total()
+
+    @property
+    def errors(self) -> int:
+        return sum(n for rule, n in self.count.items() if rule.severity is Severity.ERROR)
+
+    @property
+    def warnings(self) -> int:
+        return sum(n for rule, n in self.count.items() if rule.severity is Severity.WARNING)
+
+    def left_out(self) -> dict[Rule, int]:
+        """For each rule with more findings than were kept, how many were only counted."""
+        return {rule: n - self.keep for rule, n in self.count.items() if n > self.keep}
