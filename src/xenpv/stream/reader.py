@@ -1,0 +1,409 @@
+"""Reader: bytes in, events out, no I/O.
+
+Strategy. The grammar (envelope, libxl records, libxc records, back to libxl) is written as nested generators that yield
+an event, or None for "I need more data"; ``next_event`` runs them. Page content is never gathered: after a PageData
+event its pages either come as Pages events, a few hundred at a time, or, by default, are passed over, and a caller that
+can seek asks ``skippable`` how far. So what is held is bounded by the largest record that is not PAGE_DATA, and grows
+only with bytes that really came.
+
+A breach of a rule raises, unless a ``fault`` callback collects it; then the reader goes on wherever the record's length
+still says where the next one begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+
+import numpy as np
+
+from xenpv.errors import Malformed, OutOfOrder, StreamError, Truncated, Unsupported
+from xenpv.findings import Rule, Severity
+from xenpv.frames import PAGE_SIZE
+from xenpv.stream import envelope, libxl, rules
+from xenpv.stream.envelope import Envelope, Kind, Section
+from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
+from xenpv.stream.order import OPTIONAL, Guest, Order, Type
+from xenpv.stream.records import LIBXC, RECORD_LENGTH_MAX, Context, PageData, Record, Unknown, X86PVInfo, X86PVP2MFrames
+
+PAGES_AT_ONCE = 256  # pages of one Pages event at most: 1 MiB
+
+FaultHandler = Callable[[Rule, str, int, str | None], None]
+"""fault(rule, message, offset, record): called for each breach instead of raising."""
+
+
+Steps = Generator[Event | None, None, None]
+_Taking = Generator[Event | None, None, memoryview]
+
+_ERRORS: dict[Rule, type[StreamError]] = {
+    rules.TRUNCATED: Truncated,
+    rules.ORDER: OutOfOrder,
+    rules.REPEATED: OutOfOrder,
+    rules.MISPLACED: OutOfOrder,
+    rules.MISSING: OutOfOrder,
+    rules.RECORD_UNKNOWN: Unsupported,
+}
+
+
+class Reader:
+    """Reads one stream. ``feed`` bytes, ``feed_eof`` at their end, and call ``next_event`` until it says None.
+
+    ``pages``: give Pages events rather than pass page content over. ``kind``: what the stream is, when it is not to be
+    told by looking. ``done`` is set behind the outermost END; bytes fed beyond it are in ``trailing``.
+    """
+
+    def __init__(self, *, fault: FaultHandler | None = None, pages: bool = False, kind: Kind | None = None) -> None:
+        self._collect = fault
+        self._pages = pages
+        self._kind = kind
+        self._buffer = bytearray()
+        self._start = 0  # of what is unread in _buffer
+        self._skip = 0
+        self._eof = False
+        self._failed: StreamError | None = None
+        self.offset = 0  # of the next unread byte, from the start of the input
+        self.need = 0  # bytes beyond what is buffered that the reader waits for
+        self.done = False
+        self._record: str | None = None  # what is being read, for errors
+        self._at = 0
+        self._order_of_libxc: Order | None = None
+        self._ctx = Context(self._fault)
+        self._steps = self._stream()
+
+    # --- the caller's side -----------------------------------------------------------------------------------------
+
+    def feed(self, data: bytes | bytearray | memoryview) -> None:
+        """More bytes of the input, in order."""
+        if self._skip:
+            n = min(self._skip, len(data))
+            self._skip -= n
+            self.offset += n
+            data = memoryview(data)[n:]
+        if data:
+            if self._start > len(self._buffer) // 2:
+                del self._buffer[: self._start]
+                self._start = 0
+            self._buffer += data
+
+    def feed_eof(self) -> None:
+        """The input has ended."""
+        self._eof = True
+
+    @property
+    def skippable(self) -> int:
+        """How many of the bytes to come will be passed over: a caller that can seek may, and says so with ``skip``."""
+        return self._skip
+
+    def skip(self, n: int) -> None:
+        """Take n bytes as gone by; n is at most ``skippable``."""
+        if n > self._skip:
+            raise ValueError(f"cannot skip {n} bytes, only {self._skip}")
+        self._skip -= n
+        self.offset += n
+
+    def next_event(self) -> Event | None:
+        """The next event, or None: feed more, or the stream is ``done``. Raises StreamError, then at every later call."""
+        if self._failed is not None:
+            raise self._failed
+        try:
+            return next(self._steps, None)
+        except StreamError as e:
+            self._failed = e
+            raise
+
+    @property
+    def trailing(self) -> int:
+        """Bytes fed behind the end of the stream."""
+        return len(self._buffer) - self._start if self.done else 0
+
+    # --- bytes -----------------------------------------------------------------------------------------------------
+
+    def _fault(self, rule: Rule, message: str) -> None:
+        if self._collect is not None:
+            self._collect(rule, message, self._at, self._record)
+        elif rule.severity is Severity.ERROR:
+            raise _ERRORS.get(rule, Malformed)(message, offset=self._at, record=self._record)
+
+    def _fatal(self, rule: Rule, message: str) -> StreamError:
+        """Report, and the error to raise: nothing behind this can be read."""
+        if self._collect is not None:
+            self._collect(rule, message, self._at, self._record)
+        return _ERRORS.get(rule, Malformed)(message, offset=self._at, record=self._record)
+
+    def _wait(self, have: int, want: int, what: str) -> Steps:
+        """Until there are more bytes, or the end: which is an error here."""
+        if self._eof:
+            end = self.offset + have
+            raise self._fatal(rules.TRUNCATED, f"{what} needs {want} bytes, the input ends after {have}, at {end:#x}")
+        self.need = want - have
+        yield None
+
+    def _take(self, n: int, what: str) -> _Taking:
+        while (have := len(self._buffer) - self._start) < n:
+            yield from self._wait(have, n, what)
+        self.need = 0
+        # A copy: a view would forbid the buffer to grow. Bodies are small, pages do not come this way.
+        data = memoryview(bytes(self._buffer[self._start : self._start + n]))
+        self._start += n
+        self.offset += n
+        return data
+
+    def _pass_over(self, n: int, what: str) -> Steps:
+        buffered = min(n, len(self._buffer) - self._start)
+        self._start += buffered
+        self.offset += buffered
+        self._skip = n - buffered
+        while self._skip:
+            yield from self._wait(n - self._skip, n, what)
+
+    # --- the grammar -----------------------------------------------------------------------------------------------
+
+    def _begin(self, record: str | None) -> None:
+        self._record = record
+        self._at = self.offset
+
+    def _stream(self) -> Steps:
+        kind = self._kind
+        if kind is None:
+            while (have := len(self._buffer)) < envelope.SNIFF and not self._eof:
+                self.need = envelope.SNIFF - have
+                yield None
+            kind = envelope.sniff(bytes(self._buffer[: envelope.SNIFF]))
+        inside = {
+            Kind.XL: self._xl,
+            Kind.LIBVIRT: self._libvirt,
+            Kind.XENOPSD: self._xenopsd,
+            Kind.LIBXL: self._libxl,
+            Kind.LIBXC: self._libxc,
+        }
+        yield from inside[kind]()
+        self.done = True
+        self.need = 0
+
+    def _xl(self) -> Steps:
+        self._begin("xl header")
+        head = yield from self._take(envelope.XL_HEADER_SIZE, "the xl header")
+        if head[:32] != envelope.XL_MAGIC:
+            raise self._fatal(rules.ENVELOPE, "not an xl header")
+        order = ">" if bytes(head[32:36]) == envelope.XL_BYTEORDER.to_bytes(4, "big") else "<"
+        byteorder, flags, optional, length = Context(self._fault, order).ints(head[32:], 4, 4, 4, 4)
+        if byteorder != envelope.XL_BYTEORDER:
+            self._fault(rules.ENVELOPE, f"byte order mark is {byteorder:#x}, not {envelope.XL_BYTEORDER:#x}")
+        if flags & ~envelope.XL_FLAGS_KNOWN:
+            self._fault(rules.ENVELOPE, f"xl header has unknown mandatory flags {flags & ~envelope.XL_FLAGS_KNOWN:#x}")
+        if optional:
+            self._fault(rules.RESERVED, f"xl header has optional flags {optional:#x}, of which none is defined")
+        self._bound_config(length)
+        data = yield from self._take(length, "the domain configuration")
+        config = data[4 : 4 + int.from_bytes(data[:4], "little" if order == "<" else "big")]
+        if length and len(config) != length - 4:
+            self._fault(rules.ENVELOPE, f"{length} bytes of optional data hold a configuration of another size")
+        style = "json" if flags & envelope.XL_FLAG_JSON else "xl"
+        yield Envelope(Kind.XL, self._at, self.offset - self._at, bytes(config), style)
+        if not flags & envelope.XL_FLAG_STREAMV2:
+            raise Unsupported("an xl file of the legacy format (before Xen 4.6), which is not read", offset=self._at)
+        yield from self._libxl()
+
+    def _bound_config(self, length: int) -> None:
+        if length > envelope.CONFIG_MAX:
+            raise self._fatal(
+                rules.ENVELOPE, f"a configuration of {length} bytes; more than {envelope.CONFIG_MAX} is a lie"
+            )
+
+    def _libvirt(self) -> Steps:
+        self._begin("libvirt header")
+        head = yield from self._take(envelope.LIBVIRT_HEADER_SIZE, "the libvirt header")
+        if head[:16] != envelope.LIBVIRT_MAGIC:
+            raise self._fatal(rules.ENVELOPE, "not a libvirt header")
+        version, length = self._ctx.ints(head[16:], 4, 4)
+        if version not in {1, 2}:
+            self._fault(rules.ENVELOPE, f"libvirt header version {version}, expected 1 or 2")
+        self._ctx.reserved("the libvirt header", *self._ctx.ints(head[24:], *[4] * 10))
+        self._bound_config(length)
+        xml = yield from self._take(length, "the domain configuration")
+        yield Envelope(Kind.LIBVIRT, self._at, self.offset - self._at, bytes(xml).rstrip(b"\0"), "xml")
+        if version == 1:
+            raise Unsupported("a libvirt file of the legacy stream format, which is not read", offset=self.offset)
+        yield from self._libxl()
+
+    def _xenopsd(self) -> Steps:
+        self._begin("xenopsd signature")
+        magic = yield from self._take(len(envelope.XENOPSD_MAGIC), "the xenopsd signature")
+        if magic != envelope.XENOPSD_MAGIC:
+            raise self._fatal(rules.ENVELOPE, "not a xenopsd signature")
+        yield Envelope(Kind.XENOPSD, self._at, len(magic))
+        while True:
+            self._begin("xenopsd section")
+            head = yield from self._take(16, "a section header")
+            number, length = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
+            section = envelope.SECTIONS.get(number)
+            if section is None:
+                raise self._fatal(rules.ENVELOPE, f"unknown xenopsd section {number:#x}")
+            at, config = self._at, b""
+            if section is Section.XENOPS:
+                self._bound_config(length)
+                config = bytes((yield from self._take(length, "the xenops record")))
+            yield SectionHeader(at, section, length, config)
+            if section is Section.END:
+                return
+            if section is Section.LIBXC_LEGACY:
+                raise Unsupported("a suspend image with a legacy libxc stream, which is not read", offset=at)
+            if section is Section.LIBXC:
+                yield from self._libxc()
+            elif section is Section.LIBXL:
+                yield from self._libxl()
+            elif section is not Section.XENOPS:
+                yield from self._pass_over(length, f"the {section} section")
+
+    def _libxl(self) -> Steps:
+        self._begin("libxl header")
+        head = yield from self._take(16, "the libxl header")
+        version, options = int.from_bytes(head[8:12], "big"), int.from_bytes(head[12:16], "big")
+        if head[:8] != envelope.LIBXL_IDENT:
+            raise self._fatal(rules.LIBXL_HEADER, f"Bad image id: expected LibxlFmt, got {bytes(head[:8])!r}")
+        if version != libxl.VERSION:
+            raise self._fatal(rules.LIBXL_HEADER, f"Unknown libxl stream version: expected 2, got {version}")
+        if options & ~(libxl.OPTION_BIG_ENDIAN | libxl.OPTION_LEGACY):
+            self._fault(rules.LIBXL_HEADER, f"reserved bits set in the libxl options: {options:#x}")
+        if options & libxl.OPTION_BIG_ENDIAN:
+            self._fault(rules.LIBXL_HEADER, "the libxl stream is big-endian, which no x86 host writes or takes")
+        ctx = Context(self._fault, ">" if options & libxl.OPTION_BIG_ENDIAN else "<")
+        yield LibxlHeader(self._at, version, options)
+        libxc: Steps | None = None
+        while True:
+            self._begin("libxl record")
+            kind, length = ctx.ints((yield from self._take(8, "a libxl record header")), 4, 4)
+            record = yield from self._body(ctx, kind, length, libxl.LIBXL)
+            if isinstance(record, libxl.LibxlEnd):
+                return
+            if isinstance(record, libxl.LibxcContext):
+                if libxc is not None:
+                    self._fault(rules.REPEATED, "a second LIBXC_CONTEXT")
+                libxc = self._libxc()
+                yield from self._until_handed_back(libxc)
+            elif isinstance(record, libxl.CheckpointEnd) and libxc is not None:
+                # "The higher level stream may then hand the stream back to libxc to process another set of records."
+                yield from self._until_handed_back(libxc)
+
+    def _until_handed_back(self, libxc: Steps) -> Steps:
+        """The libxc stream until its END, or until a CHECKPOINT hands back to libxl."""
+        for event in libxc:
+            yield event
+            if isinstance(event, Record) and event.TYPE == Type.CHECKPOINT and not isinstance(event, libxl.LibxlRecord):
+                return
+
+    def _libxc(self) -> Steps:
+        self._begin("image header")
+        head = yield from self._take(24, "the image header")
+        version, options = int.from_bytes(head[12:16], "big"), int.from_bytes(head[16:18], "big")
+        if head[:8] != envelope.LIBXC_MARKER:
+            raise self._fatal(rules.IMAGE_HEADER, f"Invalid marker: Got 0x{bytes(head[:8])[::-1].hex()}")
+        if bytes(head[8:12]) != b"XENF":
+            raise self._fatal(rules.IMAGE_HEADER, f"Invalid ID: Expected 0x58454e46, Got 0x{bytes(head[8:12]).hex()}")
+        if version not in {2, 3}:
+            raise self._fatal(rules.IMAGE_HEADER, f"Invalid Version: Expected 2 <= ver <= 3, Got {version}")
+        if options & 1:
+            self._fault(rules.IMAGE_HEADER, "Unable to handle big endian streams")
+        self._ctx.reserved("the image header", options & ~1, int.from_bytes(head[18:24], "big"))
+        ctx = self._ctx = Context(self._fault, ">" if options & 1 else "<", version)
+        yield ImageHeader(self._at, version, bool(options & 1))
+        yield self._domain_header(ctx, (yield from self._domain_header_bytes()))
+        order = Order(ctx.guest, version)
+        while True:
+            self._begin("record")
+            kind, length = ctx.ints((yield from self._take(8, "a record header")), 4, 4)
+            if kind in LIBXC:
+                self._record = Type(kind).name
+                for rule, message in order.see(Type(kind)):
+                    self._fault(rule, message)
+            if kind == Type.END:
+                for missing in order.missing():
+                    self._fault(rules.MISSING, f"the stream ends without {missing.name}")
+            if kind == Type.PAGE_DATA:
+                yield from self._page_data(ctx, length)
+                continue
+            record = yield from self._body(ctx, kind, length, LIBXC)
+            if isinstance(record, X86PVInfo):
+                ctx.width = record.guest_width
+            elif isinstance(record, X86PVP2MFrames):
+                ctx.max_pfn = max(ctx.max_pfn or 0, record.end_pfn)
+            elif kind == Type.CHECKPOINT:
+                self._fault(rules.CHECKPOINT, "Found checkpoint: only a checkpoint-aware receiver takes this stream")
+            elif kind == Type.END:
+                return
+
+    def _domain_header_bytes(self) -> _Taking:
+        self._begin("domain header")
+        return (yield from self._take(16, "the domain header"))
+
+    def _domain_header(self, ctx: Context, head: memoryview) -> DomainHeader:
+        guest, shift, reserved, major, minor = ctx.ints(head, 4, 2, 2, 4, 4)
+        if guest not in set(Guest):
+            raise self._fatal(rules.DOMAIN_HEADER, f"Unrecognised domain type {guest:#x}")
+        if shift != 12:
+            raise self._fatal(rules.DOMAIN_HEADER, f"Invalid page size: page shift {shift}, expected 12")
+        ctx.reserved("the domain header", reserved)
+        if major > 9 or minor > 99 or (major == 4 and minor < 6) or 0 < major < 4:
+            self._fault(rules.XEN_VERSION, f"no Xen {major}.{minor} writes such streams")
+        ctx.guest = Guest(guest)
+        return DomainHeader(self._at, ctx.guest, major, minor)
+
+    def _body(
+        self, ctx: Context, kind: int, length: int, known: Mapping[int, type[Record]]
+    ) -> Generator[Event | None, None, Record | None]:
+        """Read or pass over the body of a record whose header was read; yield it as an event if it is sound."""
+        padded = -(-length // 8) * 8
+        cls = known.get(kind)
+        if length > RECORD_LENGTH_MAX:
+            raise self._fatal(
+                rules.RECORD_LENGTH, f"record {kind:#x} length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})"
+            )
+        if cls is None:
+            unknown = Unknown(offset=self._at, length=length, type=kind)
+            self._record = unknown.name
+            if not kind & OPTIONAL:
+                self._fault(rules.RECORD_UNKNOWN, f"mandatory record of unknown type {kind:#x}")
+            yield from self._pass_over(padded, unknown.name)
+            yield unknown
+            return None
+        self._record = cls.title()
+        if length not in cls.LENGTH:
+            self._fault(rules.RECORD_SIZE, f"length {length:#x}, expected {_span(cls.LENGTH)}")
+            yield from self._pass_over(padded, "the record")
+            return None
+        body = yield from self._take(padded, "the record's body")
+        if any(body[length:]):
+            self._fault(rules.PADDING, "padding containing non-zero bytes found")
+        record = cls.parse(ctx, body[:length], offset=self._at)
+        if record is not None:
+            yield record
+        return record
+
+    def _page_data(self, ctx: Context, length: int) -> Steps:
+        at, body, padded = self._at, self.offset, -(-length // 8) * 8
+        if length > RECORD_LENGTH_MAX:
+            raise self._fatal(rules.RECORD_LENGTH, f"length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})")
+        if length < 8:
+            self._fault(rules.PAGE_COUNT, f"PAGE_DATA record truncated: length {length}, min 8")
+            yield from self._pass_over(padded, "the record")
+            return
+        count, reserved = ctx.ints((yield from self._take(8, "PAGE_DATA")), 4, 4)
+        ctx.reserved("PAGE_DATA", reserved)
+        if count < 1 or length < 8 + count * 8:
+            self._fault(rules.PAGE_COUNT, f"PAGE_DATA record of length {length} for {count} pfns")
+            yield from self._pass_over(padded - 8, "the record")
+            return
+        raw = yield from self._take(count * 8, "the pfns of PAGE_DATA")
+        entries = np.frombuffer(raw, f"{ctx.order}u8").astype(np.uint64, copy=False)
+        record = PageData.read(ctx, entries, offset=at, length=length, pages_offset=self.offset)
+        yield record
+        pages = int(np.count_nonzero(record.has_data))
+        if self._pages and length == 8 + count * 8 + pages * PAGE_SIZE:
+            for first in range(0, pages, PAGES_AT_ONCE):
+                offset = self.offset
+                data = yield from self._take(min(PAGES_AT_ONCE, pages - first) * PAGE_SIZE, "page content")
+                yield Pages(offset, record, first, np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE))
+        yield from self._pass_over(body + padded - self.offset, "page content")
+
+
+def _span(lengths: range) -> str:
+    return f"{lengths.start:#x}" if len(lengths) == 1 else f"{lengths.start:#x} to {lengths.stop - 1:#x}"
