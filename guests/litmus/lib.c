@@ -1,0 +1,47 @@
+/* The few functions of a C library that litmus, or the compiler on its behalf, calls. */
+#include "litmus.h"
+
+void *memset(void *to, int byte, size_t n)
+{
+    void *cursor = to;
+    asm volatile("rep stosb" : "+D"(cursor), "+c"(n) : "a"(byte) : "memory");
+    return to;
+}
+
+void *memcpy(void *to, const void *from, size_t n)
+{
+    void *cursor = to;
+    asm volatile("rep movsb" : "+D"(cursor), "+S"(from), "+c"(n) : : "memory");
+    return to;
+}
+
+size_t strlen(const char *s)
+{
+    size_t n = 0;
+    while (s[n])
+        n++;
+    return n;
+}
+
+bool streq(const char *a, const char *b)
+{
+    while (*a && *a == *b)
+        a++, b++;
+    return *a == *b;
+}
+
+bool starts_with(const char *s, const char *prefix)
+{
+    while (*prefix)
+        if (*s++ != *prefix++)
+            return false;
+    return true;
+}
+
+uint64_t parse_number(const char *s, const char *end)
+{
+    uint64_t n = 0;
+    for (; s < end && *s >= '0' && *s <= '9'; s++)
+        n = n * 10 + (*s - '0');
+    return n;
+}

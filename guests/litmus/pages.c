@@ -1,0 +1,75 @@
+/*
+ * Which page is used for what, and where it is mapped.
+ *
+ * The domain builder lays out, from pfn 0: a hole of 1 MiB, the image, (the p2m list,) start_info, the xenstore and console rings, page
+ * tables, the boot stack; and, with an INIT_P2M note, the list and its page tables further up. Litmus takes what it needs from
+ * behind the boot stack, upwards, and never gives back; everything else belongs to the pattern.
+ */
+#include "litmus.h"
+
+static uint64_t boot_pages = ~0ul;            /* pfns below it are mapped at VIRT_BASE, the others at DIRECT_BASE */
+static uint64_t next_free;
+
+void *page_address(uint64_t pfn)
+{
+    return (void *)((pfn < boot_pages ? VIRT_BASE : DIRECT_BASE) + (pfn << PAGE_SHIFT));
+}
+
+uint64_t address_pfn(const void *address)
+{
+    uint64_t base = (uint64_t)address >= VIRT_BASE ? VIRT_BASE : DIRECT_BASE;
+    return ((uint64_t)address - base) >> PAGE_SHIFT;
+}
+
+static struct range builder_p2m(void)
+{
+    return (struct range){ start_info->first_p2m_pfn, start_info->first_p2m_pfn + start_info->nr_p2m_frames };
+}
+
+/* Consecutive pages, zeroed. They must be mapped already: paging_init() relies on the order in which they come. */
+uint64_t allocate_pages(uint64_t count)
+{
+    struct range p2m = builder_p2m();
+    if (next_free < p2m.end && next_free + count > p2m.first)
+        next_free = p2m.end;
+    uint64_t pfn = next_free;
+    if (pfn + count > start_info->nr_pages)
+        panic("out of memory");
+    next_free += count;
+    for (uint64_t i = 0; i < count; i++)
+        memset(page_address(pfn + i), 0, PAGE_SIZE);
+    return pfn;
+}
+
+static void map_direct(uint64_t first, uint64_t end)
+{
+    map_pages(DIRECT_BASE + (first << PAGE_SHIFT), first, end - first);
+}
+
+void pages_init(uint64_t boot_stack_end)
+{
+    next_free = (boot_stack_end - VIRT_BASE) >> PAGE_SHIFT;
+    uint64_t pfn = next_free;
+    while (pfn < start_info->nr_pages && is_mapped(VIRT_BASE + (pfn << PAGE_SHIFT)))
+        pfn++;
+    boot_pages = pfn;
+    /* The builder's own tables for its list must not get a writable mapping, so that whole range gets none. */
+    struct range p2m = builder_p2m();
+    if (p2m.first > boot_pages)
+        map_direct(boot_pages, p2m.first);
+    map_direct(MAX(p2m.end, boot_pages), start_info->nr_pages);
+}
+
+/* What is nobody's, once everything was allocated. */
+unsigned free_ranges(struct range ranges[3])
+{
+    struct range p2m = builder_p2m();
+    unsigned n = 0;
+    ranges[n++] = (struct range){ 0, address_pfn(image_start) };
+    if (next_free < p2m.first) {
+        ranges[n++] = (struct range){ next_free, p2m.first };
+        ranges[n++] = (struct range){ p2m.end, start_info->nr_pages };
+    } else
+        ranges[n++] = (struct range){ next_free, start_info->nr_pages };
+    return n;
+}
