@@ -101,7 +101,7 @@ class Reader:
         self.offset += n
 
     def next_event(self) -> Event | None:
-        """The next event, or None: feed more, or the stream is ``done``. Raises StreamError, then at every later call."""
+        """The next event, or None: feed more, or the stream is ``done``. Raises StreamError, again at every call."""
         if self._failed is not None:
             raise self._failed
         try:

@@ -1,0 +1,150 @@
+"""What a stream held, gathered as its events go by: everything but page content."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from xenpv.abi.declare import Width
+from xenpv.frames import PAGE_SIZE, U64
+from xenpv.stream import libxl, records
+from xenpv.stream.envelope import Envelope
+from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
+from xenpv.stream.index import PageIndex
+
+INVALID_PFN = np.uint64((1 << 64) - 1)  # a p2m frame that no P2M_FRAMES record named
+
+
+@dataclass(slots=True)
+class Run:
+    """A record, or several PAGE_DATA in a row.
+
+    For the listing of what lies where. ``length`` is the sum of the bodies.
+    """
+
+    offset: int
+    name: str
+    length: int
+    count: int = 1
+    pages: int = 0
+
+
+@dataclass(slots=True)
+class Vcpu:
+    """One vcpu's records; a later one of the same kind replaces an earlier one, as in libxenguest."""
+
+    basic: records.VcpuBasic | None = None
+    extended: records.VcpuExtended | None = None
+    xsave: records.VcpuXsave | None = None
+    msrs: records.VcpuMsrs | None = None
+
+
+_VCPU_SLOT = {
+    records.VcpuBasic: "basic",
+    records.VcpuExtended: "extended",
+    records.VcpuXsave: "xsave",
+    records.VcpuMsrs: "msrs",
+}
+
+
+@dataclass
+class Contents:
+    """The parts of a stream. What did not come is None or empty; ``see`` every event of a Reader, in order."""
+
+    envelope: Envelope | None = None
+    sections: list[SectionHeader] = field(default_factory=list)
+    libxl_header: LibxlHeader | None = None
+    image: ImageHeader | None = None
+    domain: DomainHeader | None = None
+    pv_info: records.X86PVInfo | None = None
+    p2m_record: records.X86PVP2MFrames | None = None  # the last one
+    p2m_frames: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
+    end_pfn: int = -1
+    index: PageIndex = field(default_factory=PageIndex)
+    vcpus: dict[int, Vcpu] = field(default_factory=dict)
+    shared_info: records.SharedInfo | None = None
+    tsc: records.X86TscInfo | None = None
+    cpuid_policy: records.CpuidPolicy | None = None
+    msr_policy: records.MsrPolicy | None = None
+    hvm_params: records.HvmParams | None = None
+    hvm_context: records.HvmContext | None = None
+    emulators: list[libxl.EmulatorRecord] = field(default_factory=list)
+    checkpoints: int = 0
+    complete: bool = False  # its END record came
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def width(self) -> Width:
+        """Bytes of the guest's unsigned long; 8 as long as nothing else was said."""
+        return self.pv_info.guest_width if self.pv_info else 8
+
+    def see(self, event: Event) -> None:
+        """Take one event in."""
+        match event:
+            case records.PageData():
+                self.index.add(event)
+                self._run_of_pages(event)
+                return
+            case Pages():
+                return
+            case Envelope():
+                self.envelope = event
+            case SectionHeader():
+                self.sections.append(event)
+            case LibxlHeader():
+                self.libxl_header = event
+            case ImageHeader():
+                self.image = event
+            case DomainHeader():
+                self.domain = event
+            case records.X86PVInfo():
+                self.pv_info = event
+            case records.X86PVP2MFrames():
+                self._place_p2m_frames(event)
+            case records.VcpuBlob():
+                vcpu = self.vcpus.setdefault(event.vcpu_id, Vcpu())
+                setattr(vcpu, _VCPU_SLOT[type(event)], event)
+            case records.SharedInfo():
+                self.shared_info = event
+            case records.X86TscInfo():
+                self.tsc = event
+            case records.CpuidPolicy():
+                self.cpuid_policy = event
+            case records.MsrPolicy():
+                self.msr_policy = event
+            case records.HvmParams():
+                self.hvm_params = event
+            case records.HvmContext():
+                self.hvm_context = event
+            case libxl.EmulatorRecord():
+                self.emulators.append(event)
+            case records.Checkpoint():
+                self.checkpoints += 1
+            case records.End():
+                self.complete = True
+        length = event.length if isinstance(event, records.Record | Envelope | SectionHeader) else 0
+        self.runs.append(Run(event.offset, event.name, length))
+
+    def _run_of_pages(self, event: records.PageData) -> None:
+        pages = (event.length - 8 - event.entries.nbytes) // PAGE_SIZE
+        if self.runs and self.runs[-1].name == event.name:
+            run = self.runs[-1]
+            run.count += 1
+            run.length += event.length
+            run.pages += pages
+        else:
+            self.runs.append(Run(event.offset, event.name, event.length, pages=pages))
+
+    def _place_p2m_frames(self, event: records.X86PVP2MFrames) -> None:
+        """A later record may extend the p2m (a domain that grew while it was sent), or replace frames of it."""
+        self.p2m_record = event
+        per_page = PAGE_SIZE // self.width
+        first = event.start_pfn // per_page
+        last = first + len(event.p2m_pfns)
+        if last > len(self.p2m_frames):
+            grown = np.full(last, INVALID_PFN)
+            grown[: len(self.p2m_frames)] = self.p2m_frames
+            self.p2m_frames = grown
+        self.p2m_frames[first:last] = event.p2m_pfns
+        self.end_pfn = max(self.end_pfn, event.end_pfn)

@@ -1,0 +1,154 @@
+"""Which page came with which type, and where its content lies.
+
+Extents, so that 100 GiB of pages are a few thousand rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xenpv.frames import ABSENT, HAS_DATA, I64, PAGE_SIZE, U8, U64, Mask
+from xenpv.stream.records import PFN_MASK, PageData
+
+_MERGE_AT = 256  # records gathered before they are turned into extents, to spread NumPy's cost per call
+
+
+class PageIndex:
+    """pfn to (type, byte offset of its content), out of PAGE_DATA records in the order in which they come.
+
+    A page that comes again (live migration sends pages many times) counts with its last type and content. An extent
+    is a run of consecutive pfns of one type whose contents lie one behind the other. Cost follows the number of
+    extents, which a stream can drive no higher than one for each 8 bytes of its own.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[U64, int]] = []
+        self._parts: list[tuple[U64, I64, U8, I64]] = []  # start pfn, pages, type, offset of the first page or -1
+        self.sent = 0  # entries in all records, repeats counted
+        self.repeated = 0  # entries that a later one overrode; known after the first look-up
+        self._start = np.empty(0, np.uint64)
+        self._pages = np.empty(0, np.int64)
+        self._type = np.empty(0, np.uint8)
+        self._offset = np.empty(0, np.int64)
+
+    def add(self, record: PageData) -> None:
+        """Take in one record."""
+        self.put(record.entries, record.pages_offset)
+
+    def put(self, entries: U64, pages_offset: int) -> None:
+        """Take in entries as in PAGE_DATA (type in bits 63 to 60, pfn in 51 to 0), contents from byte pages_offset on."""
+        self.sent += len(entries)
+        self._waiting.append((entries, pages_offset))
+        if len(self._waiting) >= _MERGE_AT:
+            self._to_extents()
+
+    def _to_extents(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        entries = np.concatenate([e for e, _ in waiting])
+        starts = np.zeros(len(entries), np.bool_)
+        firsts = np.cumsum([0] + [len(e) for e, _ in waiting[:-1]])
+        starts[firsts] = True
+        # A run goes on where the raw entry grows by one: the same type, the next pfn.
+        starts[1:] |= np.diff(entries) != 1
+        at = np.flatnonzero(starts)
+        types = (entries[at] >> np.uint64(60)).astype(np.uint8)
+        lengths = np.diff(np.append(at, len(entries)))
+        data_pages = np.where(HAS_DATA[types], lengths, 0)
+        before = np.cumsum(data_pages) - data_pages  # pages with content in front of each run, over all these records
+        of_record = np.searchsorted(firsts, at, "right") - 1
+        first_run = np.searchsorted(at, firsts)
+        base = np.array([offset for _, offset in waiting], np.int64)
+        offsets = base[of_record] + (before - before[first_run][of_record]) * PAGE_SIZE
+        offsets[~HAS_DATA[types]] = -1
+        self._parts.append((entries[at] & PFN_MASK, lengths, types, offsets))
+
+    def _settle(self) -> None:
+        """Make the extents one sorted table in which no pfn occurs twice."""
+        self._to_extents()
+        if not self._parts:
+            return
+        old = [] if not len(self._start) else [(self._start, self._pages, self._type, self._offset)]
+        start, pages, kind, offset = (np.concatenate(c) for c in zip(*old, *self._parts, strict=True))
+        self._parts = []
+        by_pfn = np.argsort(start, kind="stable")
+        end = start + pages.astype(np.uint64)
+        if np.any(end[by_pfn][:-1] > start[by_pfn][1:]):
+            start, pages, kind, offset = self._last_wins(start, pages, kind, offset)
+        else:
+            start, pages, kind, offset = start[by_pfn], pages[by_pfn], kind[by_pfn], offset[by_pfn]
+        self._start, self._pages, self._type, self._offset = start, pages, kind, offset
+
+    def _last_wins(self, start: U64, pages: I64, kind: U8, offset: I64) -> tuple[U64, I64, U8, I64]:
+        """Extents that overlap, page by page: for each pfn the last; then runs again."""
+        pfn, which, within = _expand(start, pages)
+        kinds = kind[which]
+        offsets = np.where(offset[which] >= 0, offset[which] + within * PAGE_SIZE, -1)
+        order = np.argsort(pfn, kind="stable")
+        pfn, kinds, offsets = pfn[order], kinds[order], offsets[order]
+        last = np.append(pfn[1:] != pfn[:-1], True)
+        self.repeated += int(len(last) - np.count_nonzero(last))
+        pfn, kinds, offsets = pfn[last], kinds[last], offsets[last]
+        goes_on = (np.diff(pfn) == 1) & (kinds[1:] == kinds[:-1])
+        goes_on &= np.where(offsets[1:] >= 0, np.diff(offsets) == PAGE_SIZE, offsets[:-1] < 0)
+        at = np.flatnonzero(np.append(True, ~goes_on))
+        return pfn[at], np.diff(np.append(at, len(pfn))), kinds[at], offsets[at]
+
+    def _find(self, pfns: U64) -> tuple[I64, Mask]:
+        """For each pfn the extent that may hold it, and whether it does."""
+        self._settle()
+        row = np.searchsorted(self._start, pfns, "right") - 1
+        if not len(self._start):
+            return row, np.zeros(pfns.shape, np.bool_)
+        inside = (row >= 0) & (pfns - self._start[row] < self._pages[row].astype(np.uint64))
+        return row, inside
+
+    def types(self, pfns: U64) -> U8:
+        """Page type of each pfn, ABSENT where it never came."""
+        row, inside = self._find(pfns)
+        return (
+            np.where(inside, self._type[row], np.uint8(ABSENT))
+            if len(self._type)
+            else np.full(pfns.shape, ABSENT, np.uint8)
+        )
+
+    def offsets(self, pfns: U64) -> I64:
+        """Byte offset of each page's content, -1 where there is none."""
+        row, inside = self._find(pfns)
+        if not len(self._offset):
+            return np.full(pfns.shape, -1, np.int64)
+        first = self._offset[row]
+        within = (pfns - self._start[row]).astype(np.int64)
+        return np.where(inside & (first >= 0), first + within * PAGE_SIZE, np.int64(-1))
+
+    def count(self) -> dict[int, int]:
+        """How many pages of each type there are."""
+        self._settle()
+        counts = np.bincount(self._type, weights=self._pages, minlength=16)
+        return {kind: int(n) for kind, n in enumerate(counts) if n}
+
+    def pfns(self, wanted: Mask) -> U64:
+        """The pfns, ascending, whose type is in ``wanted`` (a table indexed by type, such as frames.IS_TABLE)."""
+        self._settle()
+        of = wanted[self._type]
+        return _expand(self._start[of], self._pages[of])[0]
+
+    @property
+    def last_pfn(self) -> int:
+        """The highest pfn that came, -1 for none."""
+        self._settle()
+        return int(self._start[-1]) + int(self._pages[-1]) - 1 if len(self._start) else -1
+
+    @property
+    def extents(self) -> tuple[U64, I64, U8]:
+        """Start pfn, number of pages and type of each extent, ascending by pfn."""
+        self._settle()
+        return self._start, self._pages, self._type
+
+
+def _expand(start: U64, pages: I64) -> tuple[U64, I64, I64]:
+    """Runs, page by page: the pfn, the number of its run, and its place within it."""
+    which = np.repeat(np.arange(len(start)), pages)
+    within = np.arange(len(which)) - np.repeat(np.cumsum(pages) - pages, pages)
+    return start[which] + within.astype(np.uint64), which, within
