@@ -36,7 +36,7 @@ class PageIndex:
         self.put(record.entries, record.pages_offset)
 
     def put(self, entries: U64, pages_offset: int) -> None:
-        """Take in entries as in PAGE_DATA (type in bits 63 to 60, pfn in 51 to 0), contents from byte pages_offset on."""
+        """Take in entries as in PAGE_DATA: type in bits 63 to 60, pfn in 51 to 0; contents from byte pages_offset."""
         self.sent += len(entries)
         self._waiting.append((entries, pages_offset))
         if len(self._waiting) >= _MERGE_AT:

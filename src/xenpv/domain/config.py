@@ -1,0 +1,132 @@
+"""The domain's configuration as an envelope carries it: who it is and how large it may be."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree as ET
+
+from xenpv.stream.contents import Contents
+from xenpv.stream.envelope import Section
+
+_UNITS = {"b": 1, "bytes": 1, "KB": 10**3, "k": 1 << 10, "KiB": 1 << 10, "M": 1 << 20, "MiB": 1 << 20, "G": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What matters of it here; None for what it does not say. Memory in KiB. ``text`` is all of it."""
+
+    format: str
+    text: str
+    name: str | None = None
+    uuid: str | None = None
+    type: str | None = None
+    max_memkb: int | None = None
+    target_memkb: int | None = None
+    max_vcpus: int | None = None
+
+
+def config_of(contents: Contents) -> Config | None:
+    """The configuration of a stream's envelope; None where there is none. What cannot be understood stays text."""
+    envelope = contents.envelope
+    if envelope is None:
+        return None
+    data, style = envelope.config, envelope.config_format
+    for section in contents.sections:
+        if section.section is Section.XENOPS:
+            data, style = section.data, "sexp"
+    if not data:
+        return None
+    text = data.rstrip(b"\0").decode("utf-8", "replace")
+    try:
+        parse = _PARSERS.get(style)
+        return parse(text) if parse else Config(style, text)
+    except (ValueError, ET.ParseError, RecursionError):
+        return Config(style, text)
+
+
+def _json(text: str) -> Config:
+    """libxl_domain_config as libxl_domain_config_to_json() writes it."""
+    config = json.loads(text)
+    c_info, b_info = _dict(config, "c_info"), _dict(config, "b_info")
+    return Config(
+        "json",
+        text,
+        name=_str(c_info.get("name")),
+        uuid=_str(c_info.get("uuid")),
+        type=_str(c_info.get("type")),
+        max_memkb=_int(b_info.get("max_memkb")),
+        target_memkb=_int(b_info.get("target_memkb")),
+        max_vcpus=_int(b_info.get("max_vcpus")),
+    )
+
+
+def _dict(config: Any, key: str) -> dict[str, Any]:
+    value = config.get(key) if isinstance(config, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _str(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _int(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _xml(text: str) -> Config:
+    """Libvirt's domain XML."""
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise ValueError("a domain's XML has no entities of its own")
+    root = ET.fromstring(text)  # noqa: S314  entities were refused above
+    domain = root if root.tag == "domain" else root.find(".//domain")
+    if domain is None:
+        return Config("xml", text)
+
+    def kib(tag: str) -> int | None:
+        element = domain.find(tag)
+        if element is None or not (element.text or "").strip().isdigit():
+            return None
+        return int((element.text or "").strip()) * _UNITS.get(element.get("unit", "KiB"), 1 << 10) >> 10
+
+    vcpus = (domain.findtext("vcpu") or "").strip()
+    return Config(
+        "xml",
+        text,
+        name=domain.findtext("name"),
+        uuid=domain.findtext("uuid"),
+        type=domain.get("type"),
+        max_memkb=kib("memory"),
+        target_memkb=kib("currentMemory"),
+        max_vcpus=int(vcpus) if vcpus.isdigit() else None,
+    )
+
+
+def _xl(text: str) -> Config:
+    """Xl's own text format, as files from before Xen 4.5's JSON have it: only plain ``key = value`` lines."""
+
+    def value(key: str) -> str | None:
+        match = re.search(rf"^\s*{key}\s*=\s*[\"']?([^\"'\n#]+?)[\"']?\s*(?:#.*)?$", text, re.MULTILINE)
+        return match.group(1) if match else None
+
+    def number(key: str, scale: int = 1) -> int | None:
+        found = value(key)
+        return int(found) * scale if found and found.isdigit() else None
+
+    memory = number("memory", 1024)
+    maximum = number("maxmem", 1024)
+    return Config(
+        "xl",
+        text,
+        name=value("name"),
+        uuid=value("uuid"),
+        type=value("type"),
+        max_memkb=memory if maximum is None else maximum,
+        target_memkb=memory,
+        max_vcpus=number("maxvcpus") or number("vcpus"),
+    )
+
+
+_PARSERS = {"json": _json, "xml": _xml, "xl": _xl}

@@ -1,0 +1,282 @@
+"""A saved domain out of a file or a pipe.
+
+A file is read by seeking: the stream's records, never page content that nobody asked for. A pipe passes by once: the
+pages that a look at the domain needs (page tables, the p2m's frames, start info) go to an unlinked temporary file,
+the rest is let go, so that memory stays bounded whatever comes.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.abi.xen import START_INFO_MAGIC
+from xenpv.errors import Fault, RequestError, StreamError
+from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, Pfn, type_name
+from xenpv.memory.domain import DomainMemory
+from xenpv.memory.p2m import P2M, Anchors
+from xenpv.memory.pagetables import cr3_frame
+from xenpv.stream.contents import Contents
+from xenpv.stream.envelope import Kind
+from xenpv.stream.events import Event, Pages
+from xenpv.stream.index import PageIndex
+from xenpv.stream.reader import FaultHandler, Reader
+
+_WINDOW = 16 << 10  # bytes read at a record: its header and, mostly, all pfns of a PAGE_DATA of 1024
+_PIPE_CHUNK = 1 << 20
+_START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
+
+Progress = Callable[[int, int | None], None]
+"""progress(bytes gone by, bytes in all or None): called now and then."""
+
+
+class FilePages:
+    """Frames whose content lies in a file, at the offsets of an index counted from byte ``base``."""
+
+    def __init__(self, fd: int, where: PageIndex, types: PageIndex, base: int = 0) -> None:
+        self._fd = fd
+        self._base = base
+        self._where = where
+        self._types = types
+
+    def types(self, pfns: U64) -> U8:
+        return self._types.types(pfns)
+
+    def pages(self, pfns: U64) -> U8:
+        offsets = self._where.offsets(pfns)
+        if np.any(offsets < 0):
+            raise self._no_content(pfns, offsets)
+        out = np.empty((len(pfns), PAGE_SIZE), np.uint8)
+        order = np.argsort(offsets, kind="stable")
+        joined = np.diff(offsets[order]) == PAGE_SIZE
+        joined &= np.diff(order) == 1  # neighbours in the file and in the answer: one read
+        for run in np.split(order, np.flatnonzero(~joined) + 1):
+            if len(run):
+                self._read_into(out[run[0] : run[0] + len(run)], self._base + int(offsets[run[0]]), int(pfns[run[0]]))
+        return out
+
+    def _read_into(self, into: U8, offset: int, pfn: int) -> None:
+        view = into.reshape(-1).data
+        while view:
+            n = os.preadv(self._fd, [view], offset)
+            if n == 0:
+                raise Fault(f"pfn {pfn:#x}: the file ends before its content", space="pfn", address=pfn)
+            view, offset = view[n:], offset + n
+
+    def _no_content(self, pfns: U64, offsets: I64) -> Fault:
+        pfn = int(pfns[np.argmax(offsets < 0)])
+        kind = int(self._types.types(np.array([pfn], np.uint64))[0])
+        why = "is not in the stream" if kind == ABSENT else f"is of type {type_name(kind)}, or was not kept"
+        return Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
+
+
+class SavedDomain:
+    """A saved domain, opened: ``contents`` of its stream, ``frames`` and ``memory`` of the domain.
+
+    ``error`` is the StreamError at which reading ended early, when faults were collected rather than raised.
+    """
+
+    def __init__(self, fd: int, *, name: str, fault: FaultHandler | None = None, kind: Kind | None = None) -> None:
+        self.name = name
+        self.contents = Contents()
+        self.error: StreamError | None = None
+        self.trailing = 0
+        self.size = 0  # bytes of the input, as far as it was looked at
+        self._fd = fd
+        self._fault = fault
+        self._kind = kind
+        self._spool: int | None = None
+        self._kept = self.contents.index
+        self.frames = FilePages(fd, self._kept, self.contents.index)
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        *,
+        fault: FaultHandler | None = None,
+        kind: Kind | None = None,
+        deep: bool = True,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Open and read the stream at ``path``; "-" is standard input.
+
+        With ``fault``, breaches of rules go there and reading goes on; without, the first one raises StreamError.
+        ``deep`` says whether guest memory will be asked for, which decides what is kept of a pipe. Raises RequestError
+        when the path cannot be opened.
+        """
+        try:
+            fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise RequestError(f"{path}: {e.strerror}") from e
+        return cls.from_fd(fd, name=path, fault=fault, kind=kind, deep=deep, progress=progress)
+
+    @classmethod
+    def from_fd(
+        cls,
+        fd: int,
+        *,
+        name: str,
+        fault: FaultHandler | None = None,
+        kind: Kind | None = None,
+        deep: bool = True,
+        progress: Progress | None = None,
+    ) -> Self:
+        """As ``open``, from a file descriptor, which is closed with the domain."""
+        saved = cls(fd, name=name, fault=fault, kind=kind)
+        try:
+            saved._read(deep, progress)
+        except BaseException:
+            saved.close()
+            raise
+        return saved
+
+    def _read(self, deep: bool, progress: Progress | None) -> None:
+        mode = os.fstat(self._fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise RequestError(f"{self.name}: is a directory, not a saved domain")
+        try:
+            seekable = stat.S_ISREG(mode)
+            for event in self._events_of_file(progress) if seekable else self._events_of_pipe(deep, progress):
+                self.contents.see(event)
+        except StreamError as e:
+            if self._fault is None:
+                raise
+            self.error = e
+
+    def _events_of_file(self, progress: Progress | None) -> Iterator[Event]:
+        reader = Reader(fault=self._fault, kind=self._kind)
+        start = os.lseek(self._fd, 0, os.SEEK_CUR)  # not 0 for a descriptor that was read from before we got it
+        self.size = os.fstat(self._fd).st_size - start
+        self.frames = FilePages(self._fd, self._kept, self.contents.index, start)
+        position = 0
+        while not reader.done:
+            event = reader.next_event()
+            if event is not None:
+                yield event
+                continue
+            if reader.done:
+                break
+            if reader.skippable and position < self.size:
+                n = min(reader.skippable, self.size - position)
+                reader.skip(n)
+                position += n
+                if progress is not None:
+                    progress(position, self.size)
+                continue
+            data = os.pread(self._fd, max(reader.need, _WINDOW), start + position)
+            position += len(data)
+            reader.feed(data) if data else reader.feed_eof()
+        self.trailing = self.size - reader.offset
+
+    def _events_of_pipe(self, deep: bool, progress: Progress | None) -> Iterator[Event]:
+        reader = Reader(fault=self._fault, kind=self._kind, pages=deep)
+        if deep:
+            self._spool = _unlinked_file()
+            self._kept = PageIndex()
+            self.frames = FilePages(self._spool, self._kept, self.contents.index)
+        while not reader.done:
+            event = reader.next_event()
+            if isinstance(event, Pages):
+                self._keep(event)
+            elif event is not None:
+                yield event
+            elif not reader.done:
+                data = os.read(self._fd, _PIPE_CHUNK)
+                self.size += len(data)
+                reader.feed(data) if data else reader.feed_eof()
+                if progress is not None:
+                    progress(self.size, None)
+        self.trailing = reader.trailing
+        while data := os.read(self._fd, _PIPE_CHUNK):  # let the writer finish
+            self.trailing += len(data)
+            self.size += len(data)
+
+    def _keep(self, pages: Pages) -> None:
+        """Spool those of some pages that a look at the domain needs."""
+        assert self._spool is not None
+        here = pages.record.entries[pages.record.has_data][pages.first : pages.first + len(pages.data)]
+        wanted: Mask = IS_TABLE[(here >> np.uint64(60)).astype(np.uint8)]
+        wanted |= pages.data[:, :8].copy().view(np.uint64)[:, 0] == _START_INFO
+        wanted |= np.isin(here & np.uint64((1 << 52) - 1), self.contents.p2m_frames)
+        if np.any(wanted):
+            end = os.lseek(self._spool, 0, os.SEEK_END)
+            _write_all(self._spool, pages.data[wanted])
+            self._kept.put(here[wanted], end)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the input; guest memory cannot be read any more."""
+        for fd in (self._fd, self._spool):
+            if fd is not None and fd >= 0:
+                os.close(fd)
+        self._fd, self._spool = -1, None
+
+    # --- what is known of the domain
+    # -----------------------------------------------------------------------------------
+
+    def vcpu_context(self, vcpu: int) -> np.void | None:
+        """The vcpu_guest_context of a vcpu as a NumPy record (abi.x86.VCPU_GUEST_CONTEXT), None if it did not come."""
+        record = self.contents.vcpus.get(vcpu)
+        if record is None or record.basic is None:
+            return None
+        return VCPU_GUEST_CONTEXT.read(record.basic.context, self.contents.width)
+
+    def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
+        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit guests may have."""
+        context = self.vcpu_context(vcpu)
+        if context is None:
+            return None
+        if user:
+            cr1 = int(context["ctrlreg"][1])
+            return Pfn(cr1 >> 12) if self.contents.width == 8 and cr1 & 1 else None
+        return Pfn(cr3_frame(int(context["ctrlreg"][3]), self.contents.width))
+
+    @property
+    def memory(self) -> DomainMemory:
+        """Memory as vcpu 0 sees it."""
+        return DomainMemory(self.frames, self.contents.width, self.cr3(0), self.cr3(0, user=True))
+
+    @property
+    def start_info_pfn(self) -> Pfn | None:
+        """The suspend record: vcpu 0's third argument to SCHEDOP_shutdown, in rdx or edx, is the start info frame."""
+        context = self.vcpu_context(0)
+        if context is None:
+            return None
+        return Pfn(int(context["user_regs"]["rdx" if self.contents.width == 8 else "edx"]))
+
+    @property
+    def anchors(self) -> Anchors | None:
+        """What shared info says of the p2m; frames in it are mfns of the host that saved."""
+        shared = self.contents.shared_info
+        return None if shared is None else Anchors.of(shared.data, self.contents.width)
+
+    @property
+    def p2m(self) -> P2M:
+        """The p2m by the frames that X86_PV_P2M_FRAMES names; its content is the mfns of the host that saved."""
+        return P2M(self.frames, self.contents.p2m_frames, self.contents.end_pfn + 1, self.contents.width)
+
+
+def _unlinked_file() -> int:
+    """A temporary file of mode 0600 without a name: guest memory leaves no trace when we end."""
+    fd, path = tempfile.mkstemp(prefix="xenpv-")
+    os.unlink(path)
+    return fd
+
+
+def _write_all(fd: int, data: U8) -> None:
+    view = np.ascontiguousarray(data).reshape(-1).data
+    while view:
+        view = view[os.write(fd, view) :]

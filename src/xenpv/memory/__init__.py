@@ -1,0 +1,1 @@
+"""A domain's memory, wherever it lives: frames by pfn, page tables, the p2m."""

@@ -1,0 +1,201 @@
+"""Page tables of PV guests whose entries hold pfns: entries, walks, and checks over whole arrays of tables.
+
+In a stream the tables are normalised (mfn to pfn) by the saver; a live source normalises before it comes here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import (
+    LEVELS,
+    PAE_L3_ENTRIES,
+    PTE_A,
+    PTE_D,
+    PTE_FLAGS,
+    PTE_FRAME_MASK,
+    PTE_NX,
+    PTE_P,
+    PTE_PSE,
+    PTE_RW,
+    PTE_US,
+    XEN_L4_SLOTS,
+    XEN_PAE_L2_FIRST,
+    XEN_VIRT_64,
+    XEN_VIRT_PAE,
+)
+from xenpv.errors import Fault
+from xenpv.frames import ENTRIES, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
+
+BITS_PER_LEVEL = 9
+_AVAILABLE = 0x0000_0000_0000_0E00  # software's own bits 9 to 11
+_AVAILABLE_HIGH = 0x7FF0_0000_0000_0000  # and 52 to 62
+_GNTTAB = 1 << 62  # Xen's own in an L1 entry: a grant mapping
+_GLOBAL = 1 << 8
+_TABLE_FLAGS = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_NX | _AVAILABLE | _AVAILABLE_HIGH
+
+
+def allowed_flags(level: int, width: Width) -> int:
+    """The bits outside the frame number that Xen accepts in a present entry of that level for a plain domU.
+
+    xen.git:xen/arch/x86/mm.c: base_disallow_mask, L1_DISALLOW_MASK, l3_disallow_mask(). Caching bits in an L1 entry
+    are for domains with devices of their own; such a domain cannot be saved.
+    """
+    if width == 4 and level == 3:
+        return PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | _AVAILABLE
+    return (_TABLE_FLAGS | _GLOBAL) & ~_GNTTAB if level == 1 else _TABLE_FLAGS
+
+
+def flag_names(pte: int) -> str:
+    """The flags of an entry for people: "P|RW|A|D|NX", "not present"."""
+    if not pte & PTE_P:
+        return "not present"
+    return "|".join(name for bit, name in PTE_FLAGS.items() if pte & bit)
+
+
+def frame(pte: int) -> Pfn:
+    """The frame that an entry names."""
+    return Pfn((pte & PTE_FRAME_MASK) >> PAGE_SHIFT)
+
+
+def frames(ptes: U64) -> U64:
+    """The frames that entries name."""
+    return (ptes & np.uint64(PTE_FRAME_MASK)) >> np.uint64(PAGE_SHIFT)
+
+
+def as_entries(pages: U8) -> U64:
+    """Pages, uint8 (n, 4096), as entries, uint64 (n, 512), without a copy. Both widths have 64-bit entries (PAE)."""
+    return pages.view("<u8").reshape(-1, ENTRIES)
+
+
+def cr3_frame(cr3: int, width: Width) -> int:
+    """The frame that a cr3 names; a 32-bit one is folded (xen.git:xen/include/public/arch-x86/xen-x86_32.h)."""
+    if width == 8:
+        return cr3 >> PAGE_SHIFT
+    return (cr3 >> 12 | cr3 << 20) & 0xFFFF_FFFF
+
+
+def canonical(vaddr: int) -> bool:
+    """Whether a 64-bit address is sign-extended from bit 47."""
+    return vaddr >> 47 in {0, 0x1FFFF}
+
+
+def in_xen(vaddr: int, width: Width) -> bool:
+    """Whether an address lies in what Xen keeps for itself."""
+    return vaddr in (XEN_VIRT_64 if width == 8 else XEN_VIRT_PAE)
+
+
+def entry_index(vaddr: int, level: int) -> int:
+    """Which entry of a table of that level translates the address."""
+    return vaddr >> PAGE_SHIFT + BITS_PER_LEVEL * (level - 1) & ENTRIES - 1
+
+
+def is_xen_slot(level: int, width: Width, *, last_pae_l2: bool = False) -> Mask:
+    """The entries of a table of that level that are Xen's, which a stream has empty: bool of shape (512,)."""
+    slots = np.zeros(ENTRIES, np.bool_)
+    if width == 8 and level == 4:
+        slots[XEN_L4_SLOTS.start : XEN_L4_SLOTS.stop] = True
+    elif width == 4 and level == 3:
+        slots[PAE_L3_ENTRIES:] = True
+    elif width == 4 and level == 2 and last_pae_l2:
+        slots[XEN_PAE_L2_FIRST:] = True
+    return slots
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One entry on the way down: entry ``entry`` of the table at ``table``, a table of that level."""
+
+    level: int
+    table: Pfn
+    entry: int
+    pte: int
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """A virtual address's way through the tables. ``pfn`` is None, and ``fault`` says why, when it ends early."""
+
+    vaddr: Vaddr
+    steps: tuple[Step, ...]
+    pfn: Pfn | None
+    fault: Fault | None = None
+
+
+def walk(memory: Frames, top: Pfn, vaddr: Vaddr, width: Width = 8) -> Walk:
+    """Follow an address from the top table down. A walk that ends early is a result, not an error: see Walk.fault."""
+    steps: list[Step] = []
+
+    def ends(why: str, level: int) -> Walk:
+        at = entry_index(vaddr, level)
+        fault = Fault(f"{vaddr:#x}: {why}", space="vaddr", address=vaddr, level=level, entry=at)
+        return Walk(vaddr, tuple(steps), None, fault)
+
+    levels = LEVELS[width]
+    if width == 8 and not canonical(vaddr):
+        return ends("not a canonical address", levels)
+    if width == 4 and vaddr >> 32:
+        return ends("beyond 4 GiB, in a 32-bit guest", levels)
+    table = top
+    for level in range(levels, 0, -1):
+        try:
+            page = memory.pages(np.array([table], np.uint64))
+        except Fault as e:
+            return ends(f"L{level} table at pfn {table:#x} has no content: {e}", level)
+        index = entry_index(vaddr, level)
+        pte = int(as_entries(page)[0, index])
+        steps.append(Step(level, table, index, pte))
+        if not pte & PTE_P:
+            if is_xen_slot(level, width)[index]:
+                return ends(f"L{level}[{index}] is Xen's own slot, which no stream has", level)
+            return ends(f"L{level}[{index}] of pfn {table:#x} is not present ({pte:#x})", level)
+        if level > 1 and pte & PTE_PSE:
+            return ends(f"L{level}[{index}] of pfn {table:#x} is a superpage ({pte:#x}), which PV has not", level)
+        table = frame(pte)
+    return Walk(vaddr, tuple(steps), table)
+
+
+def mapped_frames(memory: Frames, top: Pfn, start: Vaddr, pages: int, width: Width = 8) -> U64:
+    """The pfns behind ``pages`` consecutive virtual pages from ``start``: uint64, all ones for a hole.
+
+    Cost follows the number of tables that are there: each is read once, whatever it maps.
+    """
+    levels = LEVELS[width]
+    tables: dict[int, int] = {-1: int(top)}  # virtual address >> (bits of the level below) -> table; level by level
+    first, last = start >> PAGE_SHIFT, (start >> PAGE_SHIFT) + pages - 1
+    for level in range(levels, 1, -1):
+        shift = BITS_PER_LEVEL * (level - 1)
+        below: dict[int, int] = {}
+        for prefix, table in tables.items():
+            low, high = first >> shift, last >> shift
+            if prefix >= 0:
+                low, high = max(low, prefix << BITS_PER_LEVEL), min(high, (prefix << BITS_PER_LEVEL) + ENTRIES - 1)
+            entries = _entries_of(memory, table)
+            if entries is None:
+                continue
+            span = np.arange(low, high + 1)
+            ptes = entries[span & ENTRIES - 1]
+            there = (ptes & np.uint64(PTE_P)) != 0
+            below.update(zip(span[there].tolist(), frames(ptes[there]).tolist(), strict=True))
+        tables = below
+    out = np.full(pages, np.uint64((1 << 64) - 1))
+    for prefix, table in tables.items():
+        entries = _entries_of(memory, table)
+        if entries is None:
+            continue
+        low, high = max(first, prefix << BITS_PER_LEVEL), min(last, (prefix << BITS_PER_LEVEL) + ENTRIES - 1)
+        ptes = entries[np.arange(low, high + 1) & ENTRIES - 1]
+        there = (ptes & np.uint64(PTE_P)) != 0
+        out[low - first : high - first + 1][there] = frames(ptes[there])
+    return out
+
+
+def _entries_of(memory: Frames, table: int) -> U64 | None:
+    try:
+        entries: U64 = as_entries(memory.pages(np.array([table], np.uint64)))[0]
+    except Fault:
+        return None
+    return entries
