@@ -51,26 +51,30 @@ done
 
 def config(name: str, memory: int = SMALLEST, vcpus: int = 1, extra: str = "", kernel_options: str = "") -> str:
     """An xl config for the Debian guest; `extra` is more lines of that file."""
-    return _config(name, memory, vcpus, VMLINUX, f"console=hvc0 {kernel_options}".strip(), extra, ramdisk=INITRAMFS)
+    return _config(
+        name,
+        memory,
+        vcpus,
+        {"kernel": VMLINUX, "ramdisk": INITRAMFS, "cmdline": f"console=hvc0 {kernel_options}".strip()},
+        extra,
+    )
 
 
 def litmus_config(name: str, memory: int = 32, vcpus: int = 1, extra: str = "", options: str = "") -> str:
     """An xl config for guests/litmus, as built in the checkout."""
-    return _config(name, memory, vcpus, LITMUS, options, extra)
+    return _config(name, memory, vcpus, {"kernel": LITMUS, "cmdline": options}, extra)
 
 
-def _config(name: str, memory: int, vcpus: int, kernel: str, options: str, extra: str, ramdisk: str = "") -> str:
+def _config(name: str, memory: int, vcpus: int, boot: dict[str, str], extra: str) -> str:
     lines = [
         'type = "pv"',
         f'name = "{name}"',
-        f'kernel = "{kernel}"',
         f"memory = {memory}",
         f"vcpus = {vcpus}",
         # A guest that ends is gone; one that crashes stays to be looked at.
         *('on_poweroff = "destroy"', 'on_reboot = "destroy"', 'on_crash = "preserve"'),
     ]
-    lines += [f'ramdisk = "{ramdisk}"'] if ramdisk else []
-    lines += [f'cmdline = "{options}"'] if options else []
+    lines += [f'{key} = "{value}"' for key, value in boot.items() if value]
     return "\n".join(lines) + "\n" + extra
 
 
@@ -82,7 +86,7 @@ def trees_needed() -> tuple[trees.Tree, trees.Tree]:
 def folder() -> Path:
     """The guest's files in the cache, made when they are not there; its trees must have been fetched."""
     kernel, root = trees_needed()
-    recipe = (_INIT, _MARKER, kernel.folder_name, root.folder_name)
+    recipe = (_INIT, config("debian"), _MARKER, kernel.folder_name, root.folder_name)
     name = f"guests-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:8]}"
     if not (cache.trees() / name).exists():
         with cache.locked():
@@ -95,6 +99,7 @@ def _fill(into: Path, boot: Path, root: Path) -> None:
     os.link(vmlinuz, into / "vmlinuz")
     os.link(system_map, into / "System.map")
     (into / "vmlinux").write_bytes(unpacked_kernel(vmlinuz.read_bytes()))
+    (into / "debian.cfg").write_text(config("debian"))
     (into / "initramfs").write_bytes(initramfs((root / "usr/bin/busybox").read_bytes()))
 
 
@@ -107,7 +112,7 @@ def initramfs(busybox: bytes) -> bytes:
     archive.link("bin/sh", "busybox")
     archive.file(f"bin/{MARKER}", _MARKER, 0o755)
     archive.file("init", _INIT.encode(), 0o755)
-    return archive.bytes()
+    return archive.packed()
 
 
 def unpacked_kernel(image: bytes) -> bytes:

@@ -107,8 +107,7 @@ class Host:
         self._machine: Machine | None = None
 
     def __enter__(self) -> Self:
-        programs.require()
-        trees.fetch([*trees.of_version(self.xen), *guests.trees_needed()])
+        _prepare(self.xen)
         started = time.monotonic()
         self._work = Path(tempfile.mkdtemp(prefix="xenpv-lab-"))
         try:
@@ -206,7 +205,9 @@ class Host:
             self._running().check()
             if time.monotonic() > deadline:
                 tail = "\n".join(f"  | {line}" for line in console[after:].splitlines()[-15:])
-                raise LabError(f"guest {name} has not printed {text!r} in {timeout:g} s; the end of its console:\n{tail}")
+                raise LabError(
+                    f"guest {name} has not printed {text!r} in {timeout:g} s; the end of its console:\n{tail}"
+                )
             time.sleep(0.05)
 
     def _running(self) -> Machine:
@@ -247,6 +248,25 @@ class Host:
 
 
 def run(xen: str, command: str, *, timeout: float = DEFAULT_TIMEOUT, **hardware: Any) -> Result:
-    """Boot, run one command in dom0, and end. Only `outputs` does not survive: use Host to keep files."""
+    """Boot, run one command in dom0, and end. The files it leaves are gone then: use Host to have them."""
     with Host(xen, **hardware) as host:
         return host.run(command, timeout=timeout)
+
+
+def shell(xen: str, **hardware: Any) -> int:
+    """Boot with this terminal as dom0's console, and a shell on it."""
+    _prepare(xen)
+    size = shutil.get_terminal_size()
+    with tempfile.TemporaryDirectory(prefix="xenpv-lab-") as work:
+        share = Path(work) / "share"
+        (share / "consoles").mkdir(parents=True)
+        machine = Machine(xen, Hardware(**hardware), Path(work), share, terminal=(size.lines, size.columns))
+        try:
+            return machine.process.wait()
+        finally:
+            machine.kill()
+
+
+def _prepare(xen: str) -> None:
+    programs.require()
+    trees.fetch([*trees.of_version(xen), *guests.trees_needed()])

@@ -31,7 +31,7 @@ class Archive:
     def character_device(self, name: str, major: int, minor: int) -> None:
         self._add(name, stat.S_IFCHR | 0o600, device=(major, minor))
 
-    def bytes(self) -> bytes:
+    def packed(self) -> bytes:
         self._entry("TRAILER!!!", 0, b"", (0, 0))
         return b"".join(self._parts)
 

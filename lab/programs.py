@@ -3,37 +3,50 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-from pathlib import Path
+import subprocess
 
-from .errors import MissingPrograms
+from .apt import KEYRINGS
+from .errors import LabError, MissingPrograms
 
-PACKAGE_OF = {
-    "qemu-system-x86_64": "qemu-system-x86",
-    "setpriv": "util-linux",
-    "depmod": "kmod",
-    "apt-get": "apt",
-    "apt-config": "apt",
-    "dpkg-deb": "dpkg",
-    "tar": "tar",
-}
+# Program, and the Debian package that brings it.
+FETCH = {"apt-get": "apt", "apt-config": "apt", "dpkg-deb": "dpkg", "tar": "tar", "depmod": "kmod"}
+BOOT = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
+KEYRING = {"debian-archive-keyring.gpg": "debian-archive-keyring"}
 # depmod is in /usr/sbin, which an ordinary user's PATH often lacks.
 SEARCH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
 
 def find(program: str) -> str | None:
+    """The path of a program, or of Debian's keys."""
+    if program in KEYRING:
+        return next((path for path in KEYRINGS if os.path.exists(path)), None)
     return shutil.which(program, path=SEARCH)
 
 
-def missing() -> dict[str, str]:
-    """Missing programs and the Debian packages that bring them."""
-    lacking = {program: package for program, package in PACKAGE_OF.items() if not find(program)}
-    if not any(Path("/usr/share/keyrings").glob("debian-archive-keyring.*")):
-        lacking["Debian's archive keys"] = "debian-archive-keyring"
-    return lacking
+def missing(wanted: dict[str, str] | None = None) -> dict[str, str]:
+    """Those that are not there, with their packages."""
+    every = {**FETCH, **BOOT, **KEYRING} if wanted is None else wanted
+    return {program: package for program, package in every.items() if not find(program)}
 
 
-def require() -> None:
-    lacking = missing()
+def require(wanted: dict[str, str] | None = None) -> None:
+    """Raise MissingPrograms unless all are there."""
+    lacking = missing(wanted)
     if lacking:
         raise MissingPrograms(lacking)
+
+
+def install(lacking: dict[str, str]) -> None:
+    """Install packages of programs; the hypervisor and kernels are never among them."""
+    if not find("apt-get"):
+        raise LabError(
+            "there is no apt-get here: the lab's packages come from Debian, so run it on Debian or a derivative"
+        )
+    become_root = [] if os.geteuid() == 0 else ["sudo"]
+    words = [*become_root, "apt-get", "install", "--no-install-recommends", "-y", *sorted(set(lacking.values()))]
+    print(f"running: {shlex.join(words)}", flush=True)
+    status = subprocess.run(words, check=False).returncode
+    if status:
+        raise LabError(f"apt-get ended with {status}; it may need `apt-get update` first")

@@ -7,6 +7,7 @@ scripts, no chroot), so no root is needed; `_finish_*` does the little that thos
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -17,15 +18,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import cache, versions
+from . import cache, programs, versions
 from .apt import Deb, Suite, command
 from .errors import LabError
 
 RECIPE = 2  # raise it when what is done with the packages changes
 PROGRAMS = (
-    "bash coreutils busybox-static util-linux mount findutils grep sed gzip xz-utils zstd procps kmod iproute2 libc-bin "
-    "python3 python3-numpy python3-click python3-rich python3-pyelftools python3-zstandard python3-lz4 python3-pytest"
-).split()
+    *("bash", "coreutils", "util-linux", "mount", "findutils", "grep", "sed", "procps", "busybox-static"),
+    *("gzip", "xz-utils", "zstd", "kmod", "iproute2", "libc-bin"),
+    *("python3", "python3-numpy", "python3-click", "python3-rich", "python3-pyelftools"),
+    *("python3-zstandard", "python3-lz4", "python3-pytest"),
+)
 # Pulled in by dependencies that matter only to an installed system.
 NOT_NEEDED = re.compile(
     r"perl.*|libperl.*|lib.*-perl|debconf|dpkg|tar|ucf|sensible-utils|adduser|passwd|login.*|libpam.*|libsemanage.*|"
@@ -65,10 +68,10 @@ class Tree:
 
 
 def root(suite: str) -> Tree:
-    return Tree(f"root-{suite}", suite, tuple(PROGRAMS))
+    return Tree(f"root-{suite}", suite, PROGRAMS)
 
 
-def xen(xen: str) -> Tree:
+def of_xen(xen: str) -> Tree:
     version = versions.find(xen)
     # xen-utils-4.14 wants exactly bullseye's Python, for programs in Python that the lab does not use.
     packages = (f"xen-hypervisor-{xen}-amd64", f"xen-utils-{xen}", "xenstore-utils")
@@ -85,11 +88,9 @@ def headers(xen: str) -> Tree:
 
 
 def of_version(xen: str) -> list[Tree]:
+    """The layers of a dom0's root, uppermost first."""
     version = versions.find(xen)
-    return [tree_xen(xen), kernel(version.kernel), root(version.root)]
-
-
-tree_xen = xen
+    return [of_xen(xen), kernel(version.kernel), root(version.root)]
 
 
 def fetch(wanted: Iterable[Tree]) -> None:
@@ -101,7 +102,7 @@ def fetch(wanted: Iterable[Tree]) -> None:
         suites: dict[str, Suite] = {}
         for tree in missing:
             if not tree.path.exists():  # another process may have fetched it while we waited for the lock
-                cache.add_tree(tree.folder_name, lambda into, tree=tree: _fill(tree, into, suites))
+                cache.add_tree(tree.folder_name, functools.partial(_fill, tree, suites))
 
 
 def _suite(name: str, suites: dict[str, Suite]) -> Suite:
@@ -121,7 +122,7 @@ def _packages(tree: Tree, suites: dict[str, Suite]) -> list[Deb]:
     ]
 
 
-def _fill(tree: Tree, into: Path, suites: dict[str, Suite]) -> None:
+def _fill(tree: Tree, suites: dict[str, Suite], into: Path) -> None:
     started = time.monotonic()
     debs = _packages(tree, suites)
     cache.say(f"{tree.name}: downloading {len(debs)} packages, {sum(deb.size for deb in debs) / 1e6:.0f} MB")
@@ -177,24 +178,25 @@ def _finish_root(root: Path) -> None:
 
 
 def _compile_python(root: Path) -> None:
-    """Byte code for the packages, by the tree's own Python; under emulation it would take many seconds at each boot."""
-    loader = root / "usr/lib64/ld-linux-x86-64.so.2"
-    python = next(path for path in sorted((root / "usr/bin").glob("python3.*")) if path.name[8:].isdigit())
-    libraries = root / "usr/lib/x86_64-linux-gnu"
-    standard = root / "usr/lib" / python.name
-    started = [str(loader), "--library-path", str(libraries), str(python), "-I", "-S"]
+    """Byte code for the packages, by the tree's own Python: under emulation it would take many seconds at each boot."""
+    [python] = (path for path in (root / "usr/bin").glob("python3.*") if path.suffix[1:].isdigit())
     script = (
-        "import sys; root, *folders = sys.argv[1:]; import compileall;"
-        "[compileall.compile_dir(f, quiet=2, stripdir=root, prependdir='/') for f in folders]"
+        "import compileall, sys; root, *folders = sys.argv[1:];"
+        "[compileall.compile_dir(folder, quiet=2, stripdir=root, prependdir='/') for folder in folders]"
     )
-    env_root = {"PYTHONHOME": str(root / "usr")}
-    folders = [str(standard), str(root / "usr/lib/python3")]
-    words = [*(word for word in started if word != "-I"), "-c", script, str(root), *folders]
-    done = subprocess.run(words, env=env_root, capture_output=True, text=True, check=False)
+    # The tree's dynamic loader, named, so that neither its C library nor this machine's is mixed into the other.
+    loader: list[str | Path] = [
+        root / "usr/lib64/ld-linux-x86-64.so.2",
+        "--library-path",
+        root / "usr/lib/x86_64-linux-gnu",
+    ]
+    words = [*loader, python, "-S", "-c", script, root, root / "usr/lib" / python.name, root / "usr/lib/python3"]
+    env = {"PYTHONHOME": str(root / "usr")}
+    done = subprocess.run(words, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise LabError(f"compiling the Python packages of {root.name} failed: {done.stderr.strip()[-500:]}")
 
 
 def _finish_kernel(root: Path) -> None:
     release = next((root / "usr/lib/modules").iterdir()).name
-    command("depmod", "-b", str(root), release)
+    command(programs.find("depmod") or "depmod", "-b", str(root), release)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import re
 import shutil
@@ -89,14 +90,12 @@ class Machine:
         self.agent.close()
 
     def _wait(self, seconds: float) -> None:
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pass
 
     def _write_boot_files(self) -> None:
         version = versions.find(self.xen)
-        packed = trees.xen(self.xen).path / f"boot/xen-{self.xen}-amd64.gz"
+        packed = trees.of_xen(self.xen).path / f"boot/xen-{self.xen}-amd64.gz"
         with gzip.open(packed) as source, (self.work / "xen").open("wb") as target:
             shutil.copyfileobj(source, target)  # QEMU's multiboot loader wants it unpacked
         archive = Archive()
@@ -114,7 +113,7 @@ class Machine:
         archive.file("modules/order", "".join(f"{module.name}\n" for module in modules).encode())
         for module in modules:
             archive.file(f"modules/{module.name}", module.read_bytes())
-        (self.work / "initramfs").write_bytes(archive.bytes())
+        (self.work / "initramfs").write_bytes(archive.packed())
 
     def _settings(self) -> str:
         mode = "shell" if self.terminal else "agent"

@@ -6,6 +6,7 @@ the folder that dom0 shares with the lab, so it may be binary and of any size.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -29,10 +30,8 @@ def port() -> Path:
 
 
 def signal_job(process: subprocess.Popen[bytes], number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended in the meantime
         os.killpg(process.pid, number)
-    except ProcessLookupError:
-        pass  # it ended in the meantime
 
 
 def end(process: subprocess.Popen[bytes]) -> int | None:
