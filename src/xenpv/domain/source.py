@@ -244,6 +244,10 @@ class SavedDomain:
             return Pfn(cr1 >> 12) if self.contents.width == 8 and cr1 & 1 else None
         return Pfn(cr3_frame(int(context["ctrlreg"][3]), self.contents.width))
 
+    def tops(self, vcpu: int) -> list[Pfn]:
+        """The pfns of a vcpu's top tables: the kernel's, and the user half's where there is one."""
+        return [top for top in (self.cr3(vcpu), self.cr3(vcpu, user=True)) if top is not None]
+
     @property
     def memory(self) -> DomainMemory:
         """Memory as vcpu 0 sees it."""

@@ -396,7 +396,7 @@ class Reader:
         entries = np.frombuffer(raw, f"{ctx.order}u8").astype(np.uint64, copy=False)
         record = PageData.read(ctx, entries, offset=at, length=length, pages_offset=self.offset)
         yield record
-        pages = int(np.count_nonzero(record.has_data))
+        pages = record.pages
         if self._pages and length == 8 + count * 8 + pages * PAGE_SIZE:
             for first in range(0, pages, PAGES_AT_ONCE):
                 offset = self.offset

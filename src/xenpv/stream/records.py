@@ -141,26 +141,45 @@ class PageData(Record):
 
     @classmethod
     def read(cls, ctx: Context, entries: U64, *, offset: int, length: int, pages_offset: int) -> Self:
-        """Check the entries; the page count against the length; and the pfns against the domain's p2m."""
+        """Check the entries (at least one), the page count against the length, the pfns against the domain's p2m."""
         record = cls(offset=offset, length=length, entries=entries, pages_offset=pages_offset)
-        pages = int(np.count_nonzero(record.has_data))
+        pages = record.pages
         expected = 8 + entries.nbytes + pages * PAGE_SIZE
         if length != expected:
             sizes = f"8 + {entries.nbytes} + {pages} pages = {expected}"
             ctx.fault(rules.PAGE_SIZE_MATCH, f"PAGE_DATA record wrong size: length {length}, expected {sizes}")
-        types = record.types
-        if np.any((types >= 5) & (types <= 8)):
-            at = int(np.argmax((types >= 5) & (types <= 8)))
-            what = f"Unknown type {int(types[at]):#x} for pfn {int(record.pfns[at]):#x} (index {at})"
-            ctx.fault(rules.PAGE_TYPE, what)
-        if np.any(entries & PFN_RESERVED):
-            at = int(np.argmax(entries & PFN_RESERVED != 0))
-            ctx.fault(rules.RESERVED, f"reserved bits set in pfn[{at}]: {int(entries[at] & PFN_RESERVED):#x}")
-        if ctx.max_pfn is not None and len(entries) and int(record.pfns.max()) > ctx.max_pfn:
-            at = int(np.argmax(record.pfns > np.uint64(ctx.max_pfn)))
-            where = f"pfn {int(record.pfns[at]):#x} (index {at}) outside domain maximum {ctx.max_pfn:#x}"
+        if int(entries.max()) >> 52:
+            record._check_types(ctx)
+        pfns = record.pfns
+        if ctx.max_pfn is not None and int(pfns.max()) > ctx.max_pfn:
+            at = int(np.argmax(pfns > np.uint64(ctx.max_pfn)))
+            where = f"pfn {int(pfns[at]):#x} (index {at}) outside domain maximum {ctx.max_pfn:#x}"
             ctx.fault(rules.PAGE_RANGE, where)
+        if np.any(pfns[1:] <= pfns[:-1]):  # ascending is usual, and then nothing can come twice
+            unique, counts = np.unique(pfns, return_counts=True)
+            if len(unique) < len(pfns):
+                twice = int(unique[np.argmax(counts > 1)])
+                ctx.fault(rules.PAGE_REPEATED, f"pfn {twice:#x} is in the same PAGE_DATA record twice")
         return record
+
+    def _check_types(self, ctx: Context) -> None:
+        types = self.types
+        unknown = (types >= 5) & (types <= 8)
+        if np.any(unknown):
+            at = int(np.argmax(unknown))
+            what = f"Unknown type {int(types[at]):#x} for pfn {int(self.pfns[at]):#x} (index {at})"
+            ctx.fault(rules.PAGE_TYPE, what)
+        reserved = self.entries & PFN_RESERVED
+        if np.any(reserved):
+            at = int(np.argmax(reserved != 0))
+            ctx.fault(rules.RESERVED, f"reserved bits set in pfn[{at}]: {int(reserved[at]):#x}")
+
+    @property
+    def pages(self) -> int:
+        """How many entries have content."""
+        if int(self.entries.max()) >> 52 == 0:  # only NOTAB: what most records are
+            return len(self.entries)
+        return int(np.count_nonzero(self.has_data))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,143 @@
+"""Checks of a saved PV domain's p2m: its frames, its extent, the guest's own anchors, and the pages that it maps."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xenpv.domain import rules
+from xenpv.domain.config import Config
+from xenpv.domain.source import SavedDomain
+from xenpv.errors import GuestError
+from xenpv.findings import Findings, Rule
+from xenpv.frames import ABSENT, IS_POPULATED, U64, PageType, type_name
+from xenpv.memory.p2m import NO_FRAME, Anchors, frames_by_list, frames_by_tree
+
+_FOREIGN = np.uint64(1 << 63)
+_IDENTITY = np.uint64(1 << 62)
+_MAXMEM_SLACK = 256  # pages: libxl lets a domain have 1 MiB above its maxmem (LIBXL_MAXMEM_CONSTANT)
+
+
+def check_p2m(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
+    """Everything that is wrong with the p2m and with which pages there are."""
+    _frames(saved, findings)
+    if saved.anchors is not None:
+        _extent(saved, saved.anchors, findings)
+        _anchors(saved, saved.anchors, findings)
+    _pages(saved, findings)
+    _limit(saved, findings, config)
+
+
+def _frames(saved: SavedDomain, findings: Findings) -> None:
+    """What update_guest_p2m() demands of every frame, and that no frame is there twice."""
+    frames = saved.contents.p2m_frames
+    record = saved.contents.p2m_record
+    if record is None:
+        return
+    types = saved.frames.types(frames)
+    beyond = frames > np.uint64(saved.contents.end_pfn)
+    wrong = beyond | (types != PageType.NOTAB)
+    first = _first_of_record(saved)
+
+    def add(i: int, message: str, rule: Rule = rules.P2M_FRAME) -> None:
+        at = i - first
+        offset = record.offset + 16 + at * 8 if 0 <= at < len(record.p2m_pfns) else None
+        findings.add(rule, message, offset=offset, record=record.name, pfn=int(frames[i]), entry=i)
+
+    bad = np.flatnonzero(wrong)
+    for i in bad[: findings.room(rules.P2M_FRAME)].tolist():
+        pfn = int(frames[i])
+        if frames[i] == NO_FRAME:
+            add(i, f"p2m_frame_list[{i}] was never sent")
+        elif beyond[i]:
+            add(i, f"pfn ({pfn:#x}) for p2m_frame_list[{i}] out of range (last pfn {saved.contents.end_pfn:#x})")
+        elif IS_POPULATED[types[i]]:
+            add(i, f"pfn ({pfn:#x}) for p2m_frame_list[{i}] has bad type {type_name(int(types[i]))}")
+        else:
+            add(i, f"p2m_frame_list[{i}] (pfn {pfn:#x}) has bad mfn: the stream has no such page")
+    order = np.argsort(frames, kind="stable")
+    twice = order[1:][(frames[order][1:] == frames[order][:-1]) & (frames[order][1:] != NO_FRAME)]
+    for i in twice[: findings.room(rules.P2M_REPEATED)].tolist():
+        other = int(np.flatnonzero(frames == frames[i])[0])
+        add(i, f"p2m_frame_list[{i}] and [{other}] are both pfn {int(frames[i]):#x}", rules.P2M_REPEATED)
+
+
+def _first_of_record(saved: SavedDomain) -> int:
+    record = saved.contents.p2m_record
+    return 0 if record is None else record.start_pfn // (4096 // saved.contents.width)
+
+
+def _extent(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
+    """The saver starts from max_pfn - 1, max_pfn being a count, and may drop identical entries at the top."""
+    shared = saved.contents.shared_info
+    assert shared is not None
+    place = {"offset": shared.offset, "record": shared.name}
+    if saved.contents.end_pfn > anchors.max_pfn - 1:
+        what = f"the p2m goes to pfn {saved.contents.end_pfn:#x}, shared info's max_pfn is {anchors.max_pfn:#x}"
+        findings.add(rules.P2M_EXTENT, what, **place)
+    if anchors.p2m_cr3 and anchors.p2m_generation & 1:
+        what = f"p2m_generation {anchors.p2m_generation:#x} is odd: the p2m was being changed"
+        findings.add(rules.P2M_GENERATION, what, **place)
+
+
+def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
+    """Walk the p2m as the saver did, from the anchors that it left in shared info, and compare."""
+    shared, p2m = saved.contents.shared_info, saved.p2m
+    assert shared is not None
+    if not len(p2m.frames):
+        return
+    ways = []
+    if anchors.p2m_cr3:
+        ways.append(("linear list", frames_by_list))
+    if "tree" in anchors.form:
+        ways.append(("three-level tree", frames_by_tree))
+    if not ways:
+        what = f"neither p2m_cr3 nor pfn_to_mfn_frame_list_list ({anchors.frame_list_list:#x}) leads to a p2m"
+        findings.add(rules.P2M_ANCHOR, what, offset=shared.offset, record=shared.name)
+    for name, way in ways:
+        try:
+            found = way(p2m, anchors)
+        except GuestError as e:
+            findings.add(rules.P2M_ANCHOR, f"{name}: {e}", offset=shared.offset, record=shared.name)
+            continue
+        differ = np.flatnonzero(found != p2m.frames)
+        for i in differ[: findings.room(rules.P2M_ANCHOR)].tolist():
+            by_guest = "a hole" if found[i] == NO_FRAME else f"pfn {int(found[i]):#x}"
+            what = f"{name}: entry {i} is {by_guest}, the stream's p2m frame is pfn {int(p2m.frames[i]):#x}"
+            findings.add(rules.P2M_ANCHOR, what, offset=shared.offset, record=shared.name, entry=i)
+        findings.more(rules.P2M_ANCHOR, max(0, len(differ) - findings.room(rules.P2M_ANCHOR)))
+
+
+def _pages(saved: SavedDomain, findings: Findings) -> None:
+    """Each pfn that the p2m maps is in the stream, and the other way round."""
+    for first, mfns in saved.p2m.content():
+        pfns = np.arange(first, first + len(mfns), dtype=np.uint64)
+        types = saved.frames.types(pfns)
+        own = (mfns != NO_FRAME) & (mfns & (_FOREIGN | _IDENTITY) == 0)
+        there = IS_POPULATED[types]
+        _missing(findings, pfns[own & ~there & (types != PageType.BROKEN)], types, mfns, first)
+        for pfn in pfns[~own & there][: findings.room(rules.PAGE_UNMAPPED)].tolist():
+            what = f"pfn {pfn:#x} is in the stream, but the p2m has no frame for it ({int(mfns[pfn - first]):#x})"
+            findings.add(rules.PAGE_UNMAPPED, what, pfn=pfn)
+    broken = saved.contents.index.count().get(PageType.BROKEN, 0)
+    if broken:
+        findings.add(rules.PAGE_BROKEN, f"{broken} pages are marked BROKEN: their content was lost to a memory error")
+
+
+def _missing(findings: Findings, pfns: U64, types: np.ndarray, mfns: U64, first: int) -> None:
+    room = findings.room(rules.PAGE_MISSING)
+    for pfn in pfns[:room].tolist():
+        kind = int(types[pfn - first])
+        how = "is not in the stream" if kind == ABSENT else f"is in the stream as {type_name(kind)}"
+        what = f"the p2m maps pfn {pfn:#x} (to mfn {int(mfns[pfn - first]):#x} of the old host), which {how}"
+        findings.add(rules.PAGE_MISSING, what, pfn=pfn)
+    findings.more(rules.PAGE_MISSING, max(0, len(pfns) - room))
+
+
+def _limit(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
+    if config is None or config.max_memkb is None:
+        return
+    pages = sum(n for kind, n in saved.contents.index.count().items() if IS_POPULATED[kind])
+    allowed = config.max_memkb // 4 + _MAXMEM_SLACK
+    if pages > allowed:
+        what = f"{pages} pages are populated, the configuration's maxmem of {config.max_memkb} KiB allows {allowed}"
+        findings.add(rules.MEMORY_LIMIT, what)
