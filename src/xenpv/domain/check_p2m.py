@@ -7,7 +7,7 @@ import numpy as np
 from xenpv.domain import rules
 from xenpv.domain.config import Config
 from xenpv.domain.source import SavedDomain
-from xenpv.errors import GuestError
+from xenpv.errors import Fault, GuestError
 from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, IS_POPULATED, U64, PageType, type_name
 from xenpv.memory.p2m import NO_FRAME, Anchors, frames_by_list, frames_by_tree
@@ -97,7 +97,8 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
         try:
             found = way(p2m, anchors)
         except GuestError as e:
-            findings.add(rules.P2M_ANCHOR, f"{name}: {e}", offset=shared.offset, record=shared.name)
+            rule = rules.P2M_ANCHOR if saved.seekable or not isinstance(e, Fault) else rules.NOT_CHECKED
+            findings.add(rule, f"{name}: {e}", offset=shared.offset, record=shared.name)
             continue
         differ = np.flatnonzero(found != p2m.frames)
         for i in differ[: findings.room(rules.P2M_ANCHOR)].tolist():

@@ -59,3 +59,4 @@ P2M_GENERATION = Rule("p2m-generation", "p2m_generation is even: no change was u
 PAGE_MISSING = Rule("page-missing", "every pfn that the p2m maps is in the stream", "else the page is empty")
 PAGE_UNMAPPED = Rule("page-unmapped", "every page in the stream is mapped by the p2m", "x86_pv_p2m", WARNING)
 PAGE_BROKEN = Rule("page-broken", "no page was lost to a memory error before the save", "PFINFO_BROKEN", WARNING)
+NOT_CHECKED = Rule("not-checked", "nothing was left unchecked for want of a seekable input", "pipes pass once", WARNING)

@@ -16,6 +16,7 @@ from typing import Self
 
 import numpy as np
 
+from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.errors import Fault, RequestError, StreamError
@@ -89,6 +90,7 @@ class SavedDomain:
         self.error: StreamError | None = None
         self.trailing = 0
         self.size = 0  # bytes of the input, as far as it was looked at
+        self.seekable = True  # else only some pages' content was kept
         self._fd = fd
         self._fault = fault
         self._kind = kind
@@ -143,8 +145,8 @@ class SavedDomain:
         if stat.S_ISDIR(mode):
             raise RequestError(f"{self.name}: is a directory, not a saved domain")
         try:
-            seekable = stat.S_ISREG(mode)
-            for event in self._events_of_file(progress) if seekable else self._events_of_pipe(deep, progress):
+            self.seekable = stat.S_ISREG(mode)
+            for event in self._events_of_file(progress) if self.seekable else self._events_of_pipe(deep, progress):
                 self.contents.see(event)
         except StreamError as e:
             if self._fault is None:
@@ -203,9 +205,11 @@ class SavedDomain:
         """Spool those of some pages that a look at the domain needs."""
         assert self._spool is not None
         here = pages.record.entries[pages.record.has_data][pages.first : pages.first + len(pages.data)]
+        words = pages.data.view(np.uint64)
         wanted: Mask = IS_TABLE[(here >> np.uint64(60)).astype(np.uint8)]
-        wanted |= pages.data[:, :8].copy().view(np.uint64)[:, 0] == _START_INFO
+        wanted |= words[:, 0] == _START_INFO
         wanted |= np.isin(here & np.uint64((1 << 52) - 1), self.contents.p2m_frames)
+        wanted |= _may_be_frame_list(pages.data, self.contents.width)
         if np.any(wanted):
             end = os.lseek(self._spool, 0, os.SEEK_END)
             _write_all(self._spool, pages.data[wanted])
@@ -271,6 +275,16 @@ class SavedDomain:
     def p2m(self) -> P2M:
         """The p2m by the frames that X86_PV_P2M_FRAMES names; its content is the mfns of the host that saved."""
         return P2M(self.frames, self.contents.p2m_frames, self.contents.end_pfn + 1, self.contents.width)
+
+
+def _may_be_frame_list(pages: U8, width: Width) -> Mask:
+    """Pages that could belong to a p2m tree.
+
+    Nothing but frame numbers. Which do is known only when all have gone by.
+    """
+    words = pages.view(f"<u{width}")
+    frame_max = (1 << 40) - 1 if width == 8 else (1 << 32) - 1
+    return np.asarray((words.min(axis=1) > 0) & (words.max(axis=1) <= frame_max))
 
 
 def _unlinked_file() -> int:

@@ -1,0 +1,68 @@
+"""``xenpv``: the group of all verbs, and what errors become."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from xenpv import __version__
+from xenpv.cli.demo import demo
+from xenpv.cli.memory import p2m, read, walk
+from xenpv.cli.show import show
+from xenpv.cli.verify import verify
+from xenpv.errors import XenPVError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 64
+EXIT_BUG = 70
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="xenpv")
+def main() -> None:
+    """Saved Xen PV domains: what they are, whether they would restore, what is in their memory.
+
+    FILE is a save file of xl, libvirt or xenopsd, or a bare libxl or libxc stream; "-" reads a pipe.
+
+    \b
+    xenpv verify dom.save              will it restore? if not, why, down to the page-table entry
+    xenpv show dom.save                what it is
+    xenpv walk dom.save 0xffffffff81000000
+    zstd -dc dom.save.zst | xenpv verify -
+
+    Shell completion: eval "$(_XENPV_COMPLETE=bash_source xenpv)" (or zsh_source, fish_source).
+    Exit status: 0 fine, 1 findings or a failed operation, 64 usage, 70 a bug of xenpv's.
+    """
+
+
+for verb in (show, verify, p2m, walk, read, demo):
+    main.add_command(verb)
+
+
+def run() -> NoReturn:
+    """Run the command line and exit."""
+    try:
+        sys.exit(main.main(standalone_mode=False) or 0)
+    except click.UsageError as e:
+        e.show()
+        sys.exit(EXIT_USAGE)
+    except click.Abort:
+        click.echo("xenpv: interrupted", err=True)
+        sys.exit(130)
+    except XenPVError as e:
+        click.echo(f"xenpv: error: {e}", err=True)
+        sys.exit(EXIT_FAILED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads; say nothing at exit either
+        sys.exit(EXIT_FAILED)
+    except OSError as e:
+        click.echo(f"xenpv: error: {e.filename or 'input'}: {e.strerror}", err=True)
+        sys.exit(EXIT_FAILED)
+    except Exception:  # everything else is a bug of ours, and says so
+        traceback.print_exc()
+        click.echo("xenpv: this is a bug of xenpv's; please report it with the lines above", err=True)
+        sys.exit(EXIT_BUG)

@@ -1,0 +1,242 @@
+"""``xenpv show``: what a saved domain is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from xenpv.abi.x86 import VGCF_IN_KERNEL
+from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
+from xenpv.cli.terminal import FILE, JSON, print_json, print_table, printable, progress, size
+from xenpv.domain.config import config_of
+from xenpv.domain.source import SavedDomain
+from xenpv.errors import Fault
+from xenpv.frames import HAS_DATA, PAGE_SIZE, PageType
+from xenpv.stream.order import Guest
+
+_TSC_MODES = ("default", "always emulated", "never emulated", "PVRDTSCP")
+
+
+@click.command()
+@FILE
+@click.option("-v", "--verbose", is_flag=True, help="List all records with their offsets, and the configuration.")
+@JSON
+def show(file: str, verbose: bool, as_json: bool) -> None:
+    """What this file is: which domain, from which Xen, its memory, p2m and vcpus.
+
+    Reads the records and passes over page content, so a file of any size takes a moment. Nothing is verified beyond
+    what reading needs: see xenpv verify.
+    """
+    with progress("reading") as bar, SavedDomain.open(file, progress=bar) as saved:
+        description = describe(saved, records=verbose or as_json)
+        if as_json:
+            print_json(description)
+        else:
+            print_description(saved, description, verbose=verbose)
+
+
+def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
+    """Everything that show says, as plain values; frame numbers and addresses are numbers, sizes in bytes."""
+    contents = saved.contents
+    assert contents.domain is not None
+    assert contents.image is not None
+    config = config_of(contents)
+    counts = contents.index.count()
+    pages = sum(n for kind, n in counts.items() if HAS_DATA[kind])
+    out: dict[str, Any] = {
+        "file": saved.name,
+        "size": saved.size,
+        "envelope": str(contents.envelope.kind)
+        if contents.envelope
+        else ("libxl" if contents.libxl_header else "libxc"),
+        "stream_version": contents.image.version,
+        "byte_order": "big" if contents.image.big_endian else "little",
+        "domain_type": contents.domain.guest.name,
+        "xen": f"{contents.domain.xen_major}.{contents.domain.xen_minor}",
+        "complete": contents.complete,
+        "trailing_bytes": saved.trailing,
+        "config": None if config is None else _config(config),
+        "pages": {PageType(kind).name if kind in set(PageType) else hex(kind): n for kind, n in counts.items()},
+        "memory_in_stream": pages * PAGE_SIZE,
+        "entries_sent": contents.index.sent,
+        "entries_repeated": contents.index.repeated,
+        "last_pfn": contents.index.last_pfn,
+        "checkpoints": contents.checkpoints,
+    }
+    if contents.domain.guest is Guest.PV:
+        out |= _pv(saved)
+    else:
+        out["hvm"] = {
+            "params": None if contents.hvm_params is None else dict(contents.hvm_params.params.tolist()),
+            "context_bytes": contents.hvm_context.length if contents.hvm_context else 0,
+        }
+    tsc = contents.tsc
+    out["tsc"] = tsc and {"mode": tsc.mode, "khz": tsc.khz, "nsec": tsc.nsec, "incarnation": tsc.incarnation}
+    out["cpu_policy"] = {
+        "cpuid_leaves": contents.cpuid_policy.length // contents.cpuid_policy.ENTRY if contents.cpuid_policy else 0,
+        "msrs": contents.msr_policy.length // contents.msr_policy.ENTRY if contents.msr_policy else 0,
+    }
+    if records:
+        out["records"] = [
+            {"offset": r.offset, "name": r.name, "length": r.length, "count": r.count, "pages": r.pages}
+            for r in contents.runs
+        ]
+    return out
+
+
+def _config(config: Any) -> dict[str, Any]:
+    fields = ("format", "name", "uuid", "type", "max_memkb", "target_memkb", "max_vcpus")
+    return {field: getattr(config, field) for field in fields}
+
+
+def _pv(saved: SavedDomain) -> dict[str, Any]:
+    contents = saved.contents
+    anchors = saved.anchors
+    p2m: dict[str, Any] = {"end_pfn": contents.end_pfn, "frames": len(contents.p2m_frames)}
+    if anchors is not None:
+        p2m |= {
+            "form": str(anchors.form),
+            "max_pfn": anchors.max_pfn,
+            "frame_list_list": anchors.frame_list_list,
+            "p2m_cr3": anchors.p2m_cr3,
+            "p2m_vaddr": anchors.p2m_vaddr,
+            "p2m_generation": anchors.p2m_generation,
+        }
+    info = contents.pv_info
+    return {
+        "width": info.guest_width if info else None,
+        "levels": info.pt_levels if info else None,
+        "p2m": p2m,
+        "start_info": _start_info(saved),
+        "vcpus": [_vcpu(saved, vcpu) for vcpu in sorted(contents.vcpus)],
+    }
+
+
+def _start_info(saved: SavedDomain) -> dict[str, Any] | None:
+    pfn = saved.start_info_pfn
+    if pfn is None:
+        return None
+    width = saved.contents.width
+    try:
+        info = START_INFO.read(saved.memory.page(pfn), width)
+    except Fault as e:
+        return {"pfn": int(pfn), "error": str(e)}
+    if not bytes(info["magic"]).startswith(START_INFO_MAGIC[width]):
+        return {"pfn": int(pfn), "error": "not a start info page"}
+    return {
+        "pfn": int(pfn),
+        "nr_pages": int(info["nr_pages"]),
+        "store_pfn": int(info["store_mfn"]),
+        "console_pfn": int(info["console"]["domU"]["mfn"]),
+        "cmd_line": bytes(info["cmd_line"]).decode("utf-8", "replace"),
+    }
+
+
+def _vcpu(saved: SavedDomain, vcpu: int) -> dict[str, Any]:
+    context = saved.vcpu_context(vcpu)
+    records = saved.contents.vcpus[vcpu]
+    out: dict[str, Any] = {
+        "vcpu": vcpu,
+        "records": [kind for kind in ("basic", "extended", "xsave", "msrs") if getattr(records, kind) is not None],
+    }
+    if context is None:
+        return out
+    regs, wide = context["user_regs"], saved.contents.width == 8
+    user = saved.cr3(vcpu, user=True)
+    return out | {
+        "ip": int(regs["rip" if wide else "eip"]),
+        "sp": int(regs["rsp" if wide else "esp"]),
+        "cs": int(regs["cs"]),
+        "flags": int(regs["rflags" if wide else "eflags"]),
+        "mode": "kernel" if int(context["flags"]) & VGCF_IN_KERNEL else "user",
+        "cr3_pfn": saved.cr3(vcpu),
+        "user_cr3_pfn": user,
+        "gdt_entries": int(context["gdt_ents"]),
+        "vm_assist": int(context["vm_assist"]),
+    }
+
+
+def print_description(saved: SavedDomain, d: dict[str, Any], *, verbose: bool) -> None:
+    """What describe() found, for people."""
+    config = d["config"] or {}
+    name = f' "{printable(config["name"])}"' if config.get("name") else ""
+    bits = f", {d['width'] * 8}-bit with {d['levels']} levels of page tables" if d.get("width") else ""
+    source = "converted from a legacy stream" if d["xen"].startswith("0.") else f"saved by Xen {d['xen']}"
+    end = "complete" if d["complete"] else click.style("cut off", fg="red")
+    click.echo(click.style(f"{d['domain_type']} domain{name}", bold=True) + f"{bits}, {source}, {end}")
+    _line("envelope", f"{d['envelope']}, libxc stream version {d['stream_version']}, {size(d['size'])}")
+    if config.get("uuid"):
+        _line("uuid", printable(config["uuid"]))
+    limits = [f"{what} {size(kib * 1024)}" for what, kib in _memory_limits(config) if kib]
+    _line("memory", ", ".join([f"{size(d['memory_in_stream'])} in the stream", *limits]))
+    _line("pages", ", ".join(f"{n} {kind}" for kind, n in d["pages"].items()))
+    if d["entries_repeated"]:
+        _line("", f"{d['entries_sent']} sent, {d['entries_repeated']} of them again later")
+    if d["checkpoints"]:
+        _line("checkpoints", str(d["checkpoints"]))
+    if d["domain_type"] == "PV":
+        _print_pv(d)
+    else:
+        _line("hvm", f"{len(d['hvm']['params'] or {})} parameters, {d['hvm']['context_bytes']} bytes of context")
+    if d["tsc"]:
+        mode = dict(enumerate(_TSC_MODES)).get(d["tsc"]["mode"], str(d["tsc"]["mode"]))
+        _line(
+            "tsc",
+            f"{mode}, {d['tsc']['khz']} kHz, {d['tsc']['nsec'] / 1e9:.3f} s, incarnation {d['tsc']['incarnation']}",
+        )
+    policy = d["cpu_policy"]
+    _line("cpu policy", f"{policy['cpuid_leaves']} CPUID leaves, {policy['msrs']} MSRs")
+    if d["trailing_bytes"] > 0:
+        _line("", click.style(f"{d['trailing_bytes']} bytes follow the end of the stream", fg="yellow"))
+    if d.get("vcpus"):
+        _print_vcpus(d["vcpus"])
+    if verbose:
+        rows = [
+            [f"{r['offset']:#x}", r["name"], str(r["count"]), str(r["length"]), str(r["pages"] or "")]
+            for r in d["records"]
+        ]
+        print_table("Records", ["offset#", "record", "count#", "bytes#", "pages#"], rows)
+        full = config_of(saved.contents)
+        if full is not None:
+            click.echo(click.style("Configuration", bold=True) + f"\n{printable(full.text)}")
+
+
+def _memory_limits(config: dict[str, Any]) -> list[tuple[str, int | None]]:
+    return [("target", config.get("target_memkb")), ("maximum", config.get("max_memkb"))]
+
+
+def _print_pv(d: dict[str, Any]) -> None:
+    p2m, start = d["p2m"], d["start_info"]
+    _line(
+        "p2m",
+        f"pfns 0 to {p2m['end_pfn']:#x} in {p2m['frames']} frames" + (f"; {p2m['form']}" if "form" in p2m else ""),
+    )
+    if "form" in p2m:
+        anchors = [f"max_pfn {p2m['max_pfn']:#x}", f"frame list list mfn {p2m['frame_list_list']:#x}"]
+        if p2m["p2m_cr3"]:
+            anchors += [f"list at {p2m['p2m_vaddr']:#x}", f"generation {p2m['p2m_generation']}"]
+        _line("", ", ".join(anchors))
+    if start and "error" in start:
+        _line("start info", click.style(f"pfn {start['pfn']:#x}: {start['error']}", fg="red"))
+    elif start:
+        frames = f"xenstore pfn {start['store_pfn']:#x}, console pfn {start['console_pfn']:#x}"
+        _line("start info", f"pfn {start['pfn']:#x}, {frames}")
+        if start["cmd_line"]:
+            _line("command line", printable(start["cmd_line"]))
+
+
+def _line(label: str, text: str) -> None:
+    click.echo(f"  {label:<13}{text}")
+
+
+def _print_vcpus(vcpus: list[dict[str, Any]]) -> None:
+    rows = []
+    for v in vcpus:
+        if "ip" not in v:
+            rows.append([str(v["vcpu"]), "", "", "", "", "", ", ".join(v["records"])])
+            continue
+        user = "" if v["user_cr3_pfn"] is None else f"{v['user_cr3_pfn']:#x}"
+        place = [f"{v['ip']:#x}", f"{v['sp']:#x}", v["mode"], f"{v['cr3_pfn']:#x}", user]
+        rows.append([str(v["vcpu"]), *place, ", ".join(v["records"])])
+    print_table("", ["vcpu#", "ip", "sp", "mode", "cr3 pfn", "user cr3 pfn", "records"], rows)

@@ -1,0 +1,87 @@
+"""How the verbs speak: numbers in, numbers out, progress on a terminal's stderr, JSON on demand."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from xenpv.domain.source import Progress
+
+_SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+class Number(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
+    """A number in decimal or, with 0x, hexadecimal; with K, M, G or T for powers of 1024."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        text = str(value).replace("_", "")
+        scale = _SUFFIXES.get(text[-1:].lower(), 1) if not text.lower().startswith("0x") else 1
+        try:
+            number = int(text[:-1] if scale > 1 else text, 0) * scale
+        except ValueError:
+            self.fail(f"{value!r} is not a number (decimal, 0x…, or with K, M, G, T)", param, ctx)
+        if not 0 <= number < 1 << 64:
+            self.fail(f"{value!r} is not between 0 and 2^64 - 1", param, ctx)
+        return number
+
+
+NUMBER = Number()
+FILE = click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on standard output."""
+    click.echo(json.dumps(value, indent=2))
+
+
+def size(n: float) -> str:
+    """Bytes for people: "96.0 MiB"."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def printable(text: str) -> str:
+    """Text out of a file, which may be hostile: control characters would let it write all over the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Progress | None]:
+    """A progress bar while the body runs, when stderr is a terminal; else None."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # noqa: PLC0415  slow to import, and most runs need none
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table; numbers (a column name that ends in "#") to the right."""
+    from rich.box import SIMPLE  # noqa: PLC0415
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    for column in columns:
+        table.add_column(column.rstrip("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(soft_wrap=not sys.stdout.isatty(), highlight=False).print(table)
