@@ -139,8 +139,13 @@ class Host:
             raise LabError("the host is not running: use it in a with statement")
         return self._work / "share"
 
+    def alive(self) -> bool:
+        """Whether it runs, as far as is known; a run() says for sure."""
+        return self._machine is not None and self._machine.process.poll() is None
+
     @property
     def pid(self) -> int:
+        """The process id of QEMU."""
         return self._running().process.pid
 
     @property

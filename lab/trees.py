@@ -35,7 +35,10 @@ NOT_NEEDED = re.compile(
     r"libsepol.*|tzdata|udev|systemd.*|libsystemd-shared|lsb-base|sysvinit-utils|libdb5.*|gcc-\d+-base|mailcap|"
     r"media-types|dmsetup|libdevmapper.*|python3-setuptools|python3-pkg-resources"
 )
-NOT_UNPACKED = ("doc", "doc-base", "man", "info", "locale", "lintian", "bug", "i18n", "bash-completion", "zsh")
+NOT_UNPACKED = (
+    *(f"usr/share/{part}/*" for part in ("doc", "doc-base", "man", "info", "locale", "lintian", "bug", "i18n", "zsh")),
+    *("usr/lib/debug/*", "boot/*.efi", "usr/lib/python3/dist-packages/*/tests/*"),
+)
 KERNEL_PARTS = (
     *("boot/vmlinuz-*", "boot/System.map-*", "lib/modules/*/modules.*"),
     *(f"lib/modules/*/kernel/{part}/*" for part in ("fs/9p", "net/9p", "fs/overlayfs", "fs/netfs", "fs/fscache")),
@@ -93,16 +96,19 @@ def of_version(xen: str) -> list[Tree]:
     return [of_xen(xen), kernel(version.kernel), root(version.root)]
 
 
-def fetch(wanted: Iterable[Tree]) -> None:
+def fetch(needed: Iterable[Tree]) -> None:
     """Bring the trees into the cache; those that are there cost nothing."""
-    missing = [tree for tree in dict.fromkeys(wanted) if not tree.path.exists()]
+    missing = [tree for tree in dict.fromkeys(needed) if not tree.path.exists()]
     if not missing:
         return
     with cache.locked():
         suites: dict[str, Suite] = {}
-        for tree in missing:
-            if not tree.path.exists():  # another process may have fetched it while we waited for the lock
+        try:
+            for tree in missing:
+                # What another process has fetched while we waited for the lock is left as it is.
                 cache.add_tree(tree.folder_name, functools.partial(_fill, tree, suites))
+        finally:
+            shutil.rmtree(cache.folder() / "apt", ignore_errors=True)  # 100 MB a suite, and soon out of date
 
 
 def _suite(name: str, suites: dict[str, Suite]) -> Suite:
@@ -118,8 +124,13 @@ def _packages(tree: Tree, suites: dict[str, Suite]) -> list[Deb]:
     return [
         deb
         for deb in _suite(tree.suite, suites).resolve(tree.packages)
-        if deb.name not in beyond and re.fullmatch(tree.only, deb.name) and not NOT_NEEDED.fullmatch(deb.name)
+        if deb.name not in beyond and wanted(tree, deb.name)
     ]
+
+
+def wanted(tree: Tree, package: str) -> bool:
+    """Whether a package that was asked for, or pulled in, is to be unpacked."""
+    return bool(re.fullmatch(tree.only, package)) and not NOT_NEEDED.fullmatch(package)
 
 
 def _fill(tree: Tree, suites: dict[str, Suite], into: Path) -> None:
@@ -147,7 +158,7 @@ def _unpack(deb: Path, into: Path, parts: tuple[str, ...]) -> None:
         if not (into / top).is_symlink():
             (into / top).symlink_to(f"usr/{top}")
     chosen = ["--wildcards", *(f"./{part}" for part in parts)] if parts else []
-    left_out = [f"--exclude=./usr/share/{name}/*" for name in NOT_UNPACKED]
+    left_out = [f"--exclude=./{part}" for part in NOT_UNPACKED]
     plain = ("--no-same-owner", "--no-same-permissions")  # no setuid programs in somebody's cache
     tar = ["tar", "-x", "-C", str(into), "--keep-directory-symlink", *plain, *left_out, *chosen]
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", deb], stdout=subprocess.PIPE) as source:

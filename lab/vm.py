@@ -55,12 +55,12 @@ class Machine:
     def __post_init__(self) -> None:
         self._write_boot_files()
         self.agent, theirs = socket.socketpair()
-        with theirs:
+        with theirs, (self.work / "qemu.stderr").open("wb") as complaints:
             self.process = subprocess.Popen(
                 # The kernel ends QEMU when this process dies, however it dies.
                 ["setpriv", "--pdeathsig", "KILL", *self._command_line(theirs.fileno())],
                 stdin=None if self.terminal else subprocess.DEVNULL,
-                stderr=(self.work / "qemu.stderr").open("wb"),
+                stderr=complaints,
                 pass_fds=[theirs.fileno()],
             )
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PORT = "xenpv.lab"
+SHARE = Path("/share")
 GRACE = 3.0  # seconds for a job to end by itself after SIGTERM
 
 
@@ -49,7 +50,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     timed_out = False
     status: int | None
-    folder = Path("/share") / job["folder"]
+    folder = SHARE / job["folder"]
     with open(f"{folder}.stdout", "wb") as stdout, open(f"{folder}.stderr", "wb") as stderr:
         process = subprocess.Popen(
             ["bash", "-c", job["command"]],

@@ -1,0 +1,79 @@
+"""One booted Xen host per version for all tests of this folder, and never two at once.
+
+A test that takes `host` runs on each supported version; the tests are sorted so that each version is booted once.
+Domains that a test leaves are destroyed after it; a host that a test has lost is booted anew for the next one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lab
+from lab import programs, versions
+
+HERE = Path(__file__).parent
+DESTROY_ALL = "xl list | awk 'NR > 2 { print $2 }' | while read -r domid; do xl destroy \"$domid\"; done"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ours = [item for item in items if item.path.is_relative_to(HERE)]
+    for item in ours:
+        item.add_marker(pytest.mark.lab)
+    # Stable: only the version moves a test, and lab tests come after all others, which fail sooner.
+    items.sort(key=lambda item: _version_rank(item) if item in ours else -1)
+
+
+def _version_rank(item: pytest.Item) -> int:
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    version = parameters.get("host")
+    return versions.names().index(version) + 1 if isinstance(version, str) else 0
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runnable() -> None:
+    """Missing programs fail the tests where the lab must run, and are reported as skips elsewhere."""
+    lacking = programs.missing()
+    if lacking:
+        message = str(lab.MissingPrograms(lacking))
+        if os.environ.get("CI") == "true" or os.environ.get("XENPV_LAB") == "require":
+            pytest.fail(message)
+        pytest.skip(f"not run: {message}, then run: make lab")
+
+
+class Hosts:
+    """Keeps at most one host running."""
+
+    def __init__(self) -> None:
+        self._host: lab.Host | None = None
+
+    def get(self, xen: str) -> lab.Host:
+        """The host of that version, booted if it is not the one that runs, or has been lost."""
+        if self._host is None or self._host.xen != xen or not self._host.alive():
+            self.close()
+            self._host = lab.Host(xen).__enter__()
+        return self._host
+
+    def close(self) -> None:
+        if self._host:
+            self._host.close()
+            self._host = None
+
+
+@pytest.fixture(scope="session")
+def hosts(_runnable: None) -> Iterator[Hosts]:
+    """For tests that boot a host of their own: hosts.close() first, so that it has the machine for itself."""
+    hosts = Hosts()
+    yield hosts
+    hosts.close()
+
+
+@pytest.fixture(params=versions.names(), ids=lambda xen: f"xen-{xen}")
+def host(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[lab.Host]:
+    host = hosts.get(request.param)
+    yield host
+    if host.alive():
+        host.run(DESTROY_ALL).check()
