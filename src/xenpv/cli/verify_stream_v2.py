@@ -1,0 +1,165 @@
+"""``verify-stream-v2``: a drop-in for the program of that name in Xen's tools, which xenopsd and others run.
+
+Options and exit status are the original's (xen.git:tools/python/scripts/verify-stream-v2): 0 for a good stream, 1 for
+a bad one, 2 for a fault of the program. Like the original it reads not one byte beyond the stream, so that a caller
+can go on from there with the same descriptor. It is stricter where the original only looks at framing (order, counts,
+ranges), and right where that wrongly rejects: optional records, emulator xenstore data under Python 3, and
+checkpointed libxl streams.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+import sys
+import syslog
+import traceback
+from collections.abc import Callable, Iterator
+from typing import NoReturn
+
+from xenpv.errors import StreamError
+from xenpv.findings import Findings, Rule
+from xenpv.stream import rules
+from xenpv.stream.envelope import Envelope, Kind
+from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader
+from xenpv.stream.libxl import OPTION_BIG_ENDIAN, OPTION_LEGACY, LibxlRecord
+from xenpv.stream.order import Guest
+from xenpv.stream.reader import Reader
+from xenpv.stream.records import PageData, Record, X86PVInfo, X86PVP2MFrames
+
+EXIT_BAD_STREAM = 1
+EXIT_OUR_FAULT = 2
+
+# Warnings of ours that the original takes for errors: a verifier may, a restorer must not.
+_ERRORS_HERE = {rules.RESERVED, rules.PADDING}
+_PASS_AT_ONCE = 1 << 20
+
+
+def verify(fd: int, kind: Kind, say: Callable[[str], None]) -> list[str]:
+    """Read one stream of that kind from fd, up to its last byte; what is wrong with it, a sentence each."""
+    findings = Findings()
+
+    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
+        findings.add(rule, message, offset=offset, record=record)
+
+    reader = Reader(fault=fault, kind=kind)
+    page_data = 0
+    wrong = []
+    try:
+        for event in _events(fd, reader):
+            if isinstance(event, PageData):
+                page_data += 1
+                continue
+            if page_data:
+                say(f"Squashed {page_data} Page Data records together")
+                page_data = 0
+            for line in _describe(event):
+                say(line)
+    except StreamError as e:
+        if not findings.errors:
+            wrong.append(str(e))
+    wrong += [str(f) for f in findings if f.rule in _ERRORS_HERE or f.severity == "error"]
+    return wrong
+
+
+def _events(fd: int, reader: Reader) -> Iterator[Event]:
+    """The events of exactly one stream: each read asks for no more than the reader must have."""
+    status = os.fstat(fd)
+    left = status.st_size - os.lseek(fd, 0, os.SEEK_CUR) if stat.S_ISREG(status.st_mode) else None
+    while True:
+        event = reader.next_event()
+        if event is not None:
+            yield event
+        elif reader.done:
+            return
+        elif reader.skippable and left is not None and left > 0:
+            n = min(reader.skippable, left)
+            os.lseek(fd, n, os.SEEK_CUR)
+            reader.skip(n)
+            left -= n
+        else:
+            data = os.read(fd, min(reader.skippable or reader.need, _PASS_AT_ONCE))
+            left = None if left is None else left - len(data)
+            reader.feed(data) if data else reader.feed_eof()
+
+
+def _describe(event: Event) -> list[str]:
+    """The original's words for what goes by."""
+    match event:
+        case Envelope():
+            return [f"Processed {event.kind} header"]
+        case LibxlHeader():
+            endian = "big" if event.options & OPTION_BIG_ENDIAN else "little"
+            return [f"Libxl Header: {endian} endian" + (", legacy converted" if event.options & OPTION_LEGACY else "")]
+        case ImageHeader():
+            endian = "big" if event.big_endian else "little"
+            return [f"Libxc Image Header: Version {event.version}, {endian} endian"]
+        case DomainHeader():
+            guest = "x86 PV" if event.guest is Guest.PV else "x86 HVM"
+            if event.xen_major == 0:
+                return [f"Domain Header: legacy converted {guest}"]
+            return [f"Domain Header: {guest} from Xen {event.xen_major}.{event.xen_minor}"]
+        case Record():
+            layer = "Libxl" if isinstance(event, LibxlRecord) else "Libxc"
+            lines = [f"{layer} Record: {event.name.removeprefix('libxl ')}, length {event.length}"]
+            if isinstance(event, X86PVInfo):
+                lines.append(f"  {event.guest_width * 8}bit guest, {event.pt_levels} levels of pagetables")
+            elif isinstance(event, X86PVP2MFrames):
+                lines.append(f"  Start pfn {event.start_pfn:#x}, End {event.end_pfn:#x}")
+            return lines
+    return []
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run as the program does; the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="verify-stream-v2", description="Verify a stream according to the v2 (or later) spec"
+    )
+    parser.add_argument("-i", "--in", dest="fin", metavar="<FD or FILE>", default="0",
+                        help="Stream to verify (defaults to stdin)")  # fmt: skip
+    parser.add_argument("-v", "--verbose", action="store_true", help="Summarise stream contents")
+    parser.add_argument("-q", "--quiet", action="store_true", help="Suppress all logging/errors")
+    parser.add_argument("-f", "--format", metavar="<libxc|libxl|xl>", default="libxc", choices=["libxc", "libxl", "xl"],
+                        help="Format of the incoming stream (defaults to libxc)")  # fmt: skip
+    parser.add_argument("--syslog", action="store_true", help="Log to syslog instead of stdout")
+    options = parser.parse_args(argv)
+    if options.syslog:
+        syslog.openlog("verify-stream-v2", syslog.LOG_PID)
+
+    def info(line: str) -> None:
+        if options.verbose and not options.quiet:
+            if options.syslog:
+                syslog.syslog(syslog.LOG_INFO, line)
+            else:
+                print(line, flush=True)
+
+    def error(line: str) -> None:
+        if not options.quiet:
+            if options.syslog:
+                syslog.syslog(syslog.LOG_ERR, line)
+            print(line, file=sys.stderr)
+
+    try:
+        fd = int(options.fin) if options.fin.isdigit() else os.open(options.fin, os.O_RDONLY | os.O_CLOEXEC)
+        wrong = verify(fd, Kind(options.format), info)
+    except OSError as e:
+        error(f"Stream Error:\n{options.fin}: {e.strerror}")
+        return EXIT_BAD_STREAM
+    except Exception:  # the original's contract: its own bugs are 2
+        error(f"Script Error:\n{traceback.format_exc()}Please fix me")
+        return EXIT_OUR_FAULT
+    if wrong:
+        error("Stream Error:")
+        for sentence in wrong:
+            error(sentence)
+        return EXIT_BAD_STREAM
+    return 0
+
+
+def run() -> NoReturn:
+    """The console script."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(EXIT_OUR_FAULT)
