@@ -29,8 +29,9 @@ from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Event, Pages
 from xenpv.stream.index import PageIndex
 from xenpv.stream.reader import FaultHandler, Reader
+from xenpv.stream.records import PageData
 
-_WINDOW = 16 << 10  # bytes read at a record: its header and, mostly, all pfns of a PAGE_DATA of 1024
+_WINDOW = 4 << 10  # bytes to read at least; at a PAGE_DATA, what the last one took up to its pages
 _PIPE_CHUNK = 1 << 20
 _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
 
@@ -158,10 +159,12 @@ class SavedDomain:
         start = os.lseek(self._fd, 0, os.SEEK_CUR)  # not 0 for a descriptor that was read from before we got it
         self.size = os.fstat(self._fd).st_size - start
         self.frames = FilePages(self._fd, self._kept, self.contents.index, start)
-        position = 0
+        position, window = 0, _WINDOW
         while not reader.done:
             event = reader.next_event()
             if event is not None:
+                if isinstance(event, PageData):
+                    window = 16 + event.entries.nbytes
                 yield event
                 continue
             if reader.done:
@@ -173,7 +176,7 @@ class SavedDomain:
                 if progress is not None:
                     progress(position, self.size)
                 continue
-            data = os.pread(self._fd, max(reader.need, _WINDOW), start + position)
+            data = os.pread(self._fd, max(reader.need, window), start + position)
             position += len(data)
             reader.feed(data) if data else reader.feed_eof()
         self.trailing = self.size - reader.offset

@@ -127,14 +127,13 @@ class Contents:
         self.runs.append(Run(event.offset, event.name, length))
 
     def _run_of_pages(self, event: records.PageData) -> None:
-        pages = (event.length - 8 - event.entries.nbytes) // PAGE_SIZE
-        if self.runs and self.runs[-1].name == event.name:
+        if self.runs and self.runs[-1].name == "PAGE_DATA":
             run = self.runs[-1]
             run.count += 1
             run.length += event.length
-            run.pages += pages
+            run.pages += event.pages
         else:
-            self.runs.append(Run(event.offset, event.name, event.length, pages=pages))
+            self.runs.append(Run(event.offset, event.name, event.length, pages=event.pages))
 
     def _place_p2m_frames(self, event: records.X86PVP2MFrames) -> None:
         """A later record may extend the p2m (a domain that grew while it was sent), or replace frames of it."""

@@ -103,9 +103,13 @@ class Order:
         self.guest = guest
         self.version = version
         self.seen: set[Type] = set()
+        self._free: set[int] = set()  # types that may come again and again, whatever else comes
 
-    def see(self, record: Type) -> list[tuple[Rule, str]]:
+    def see(self, kind: int) -> list[tuple[Rule, str]]:
         """Note that a record of a known type comes next; what is wrong with its coming here, as rules and sentences."""
+        if kind in self._free:  # a stream can hold millions of PAGE_DATA
+            return []
+        record = Type(kind)
         place = PLACES[record]
         name = record.name
         if self.guest not in place.guests:
@@ -121,12 +125,14 @@ class Order:
             wrong.append((rules.REPEATED, f"a second {name}"))
         after = [needed for needed in place.after if self.guest in PLACES[needed].guests]
         missing = [needed.name for needed in after if needed not in self.seen]
-        if missing and record not in self.seen:  # once said is enough: a stream can hold millions of PAGE_DATA
+        if missing and record not in self.seen:  # once said is enough
             wrong.append((rules.ORDER, f"{name} before {' and '.join(missing)}"))
         late = [other.name for other in place.not_after if other in self.seen]
         if late:
             wrong.append((rules.ORDER, f"{name} after {' and '.join(late)}"))
         self.seen.add(record)
+        if not (wrong or place.once or place.not_after):
+            self._free.add(kind)
         return wrong
 
     def missing(self) -> list[Type]:

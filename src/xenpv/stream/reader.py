@@ -43,6 +43,8 @@ _ERRORS: dict[Rule, type[StreamError]] = {
     rules.RECORD_UNKNOWN: Unsupported,
 }
 
+_NAMES = {kind: Type(kind).name for kind in LIBXC}
+
 
 class Reader:
     """Reads one stream. ``feed`` bytes, ``feed_eof`` at their end, and call ``next_event`` until it says None.
@@ -55,8 +57,9 @@ class Reader:
         self._collect = fault
         self._pages = pages
         self._kind = kind
-        self._buffer = bytearray()
-        self._start = 0  # of what is unread in _buffer
+        self._chunks: list[bytes] = []  # fed and not yet read, joined only when something spans them
+        self._start = 0  # of what is unread in the first chunk
+        self._have = 0  # bytes unread in all
         self._skip = 0
         self._eof = False
         self._failed: StreamError | None = None
@@ -79,10 +82,8 @@ class Reader:
             self.offset += n
             data = memoryview(data)[n:]
         if data:
-            if self._start > len(self._buffer) // 2:
-                del self._buffer[: self._start]
-                self._start = 0
-            self._buffer += data
+            self._chunks.append(data if isinstance(data, bytes) else bytes(data))
+            self._have += len(data)
 
     def feed_eof(self) -> None:
         """The input has ended."""
@@ -113,7 +114,7 @@ class Reader:
     @property
     def trailing(self) -> int:
         """Bytes fed behind the end of the stream."""
-        return len(self._buffer) - self._start if self.done else 0
+        return self._have if self.done else 0
 
     # --- bytes -----------------------------------------------------------------------------------------------------
 
@@ -138,19 +139,34 @@ class Reader:
         yield None
 
     def _take(self, n: int, what: str) -> _Taking:
-        while (have := len(self._buffer) - self._start) < n:
-            yield from self._wait(have, n, what)
+        while self._have < n:
+            yield from self._wait(self._have, n, what)
         self.need = 0
-        # A copy: a view would forbid the buffer to grow. Bodies are small, pages do not come this way.
-        data = memoryview(bytes(self._buffer[self._start : self._start + n]))
-        self._start += n
-        self.offset += n
+        return self._cut(n)
+
+    def _cut(self, n: int) -> memoryview:
+        """The next n bytes, which are there; what is given stays valid, as chunks never change."""
+        if not n:
+            return memoryview(b"")
+        head = self._chunks[0]
+        if len(head) - self._start < n:
+            head = b"".join([head[self._start :], *self._chunks[1:]])
+            self._chunks, self._start = [head], 0
+        data = memoryview(head)[self._start : self._start + n]
+        self._advance(n)
         return data
 
+    def _advance(self, n: int) -> None:
+        """Step over n bytes that are there."""
+        self._have -= n
+        self.offset += n
+        self._start += n
+        while self._chunks and self._start >= len(self._chunks[0]):
+            self._start -= len(self._chunks.pop(0))
+
     def _pass_over(self, n: int, what: str) -> Steps:
-        buffered = min(n, len(self._buffer) - self._start)
-        self._start += buffered
-        self.offset += buffered
+        buffered = min(n, self._have)
+        self._advance(buffered)
         self._skip = n - buffered
         while self._skip:
             yield from self._wait(n - self._skip, n, what)
@@ -164,10 +180,10 @@ class Reader:
     def _stream(self) -> Steps:
         kind = self._kind
         if kind is None:
-            while (have := len(self._buffer)) < envelope.SNIFF and not self._eof:
-                self.need = envelope.SNIFF - have
+            while self._have < envelope.SNIFF and not self._eof:
+                self.need = envelope.SNIFF - self._have
                 yield None
-            kind = envelope.sniff(bytes(self._buffer[: envelope.SNIFF]))
+            kind = envelope.sniff(b"".join(self._chunks)[: envelope.SNIFF])
         inside = {
             Kind.XL: self._xl,
             Kind.LIBVIRT: self._libvirt,
@@ -312,8 +328,8 @@ class Reader:
             self._begin("record")
             kind, length = ctx.ints((yield from self._take(8, "a record header")), 4, 4)
             if kind in LIBXC:
-                self._record = Type(kind).name
-                for rule, message in order.see(Type(kind)):
+                self._record = _NAMES[kind]
+                for rule, message in order.see(kind):
                     self._fault(rule, message)
             if kind == Type.END:
                 for missing in order.missing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
@@ -19,6 +20,7 @@ from xenpv.stream.order import Guest, Type
 RECORD_LENGTH_MAX = 128 << 20  # REC_LENGTH_MAX
 BLOB_MAX = 1 << 20  # far above any vcpu or policy blob that Xen makes (an xsave area is some 11 KiB)
 VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS for PV, 64-bit
+_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 PFN_MASK = np.uint64((1 << 52) - 1)
 PFN_RESERVED = np.uint64(((1 << 60) - 1) & ~((1 << 52) - 1))
 TYPE_SHIFT = np.uint64(60)
@@ -41,11 +43,7 @@ class Context:
 
     def ints(self, body: memoryview, *sizes: int) -> list[int]:
         """Unsigned fields of those sizes in bytes, from the start of body, in the stream's byte order."""
-        out, at, order = [], 0, "little" if self.order == "<" else "big"
-        for size in sizes:
-            out.append(int.from_bytes(body[at : at + size], order))  # type: ignore[arg-type]
-            at += size
-        return out
+        return list(struct.unpack_from(self.order + "".join(_CODES[size] for size in sizes), body))
 
     def reserved(self, name: str, *values: int) -> None:
         if any(values):
@@ -125,6 +123,7 @@ class PageData(Record):
     TYPE = Type.PAGE_DATA
     LENGTH = range(16, RECORD_LENGTH_MAX + 1)
     entries: U64 = field(repr=False)
+    pages: int  # entries that have content
     pages_offset: int
 
     @property
@@ -142,20 +141,21 @@ class PageData(Record):
     @classmethod
     def read(cls, ctx: Context, entries: U64, *, offset: int, length: int, pages_offset: int) -> Self:
         """Check the entries (at least one), the page count against the length, the pfns against the domain's p2m."""
-        record = cls(offset=offset, length=length, entries=entries, pages_offset=pages_offset)
-        pages = record.pages
+        plain = int(entries.max()) >> 52 == 0  # only NOTAB, as most records are: the entries are the pfns
+        pages = len(entries) if plain else int(np.count_nonzero(HAS_DATA[(entries >> TYPE_SHIFT).astype(np.uint8)]))
+        record = cls(offset=offset, length=length, entries=entries, pages=pages, pages_offset=pages_offset)
         expected = 8 + entries.nbytes + pages * PAGE_SIZE
         if length != expected:
             sizes = f"8 + {entries.nbytes} + {pages} pages = {expected}"
             ctx.fault(rules.PAGE_SIZE_MATCH, f"PAGE_DATA record wrong size: length {length}, expected {sizes}")
-        if int(entries.max()) >> 52:
+        if not plain:
             record._check_types(ctx)
-        pfns = record.pfns
+        pfns = entries if plain else record.pfns
         if ctx.max_pfn is not None and int(pfns.max()) > ctx.max_pfn:
             at = int(np.argmax(pfns > np.uint64(ctx.max_pfn)))
             where = f"pfn {int(pfns[at]):#x} (index {at}) outside domain maximum {ctx.max_pfn:#x}"
             ctx.fault(rules.PAGE_RANGE, where)
-        if np.any(pfns[1:] <= pfns[:-1]):  # ascending is usual, and then nothing can come twice
+        if not (pfns[1:] > pfns[:-1]).all():  # ascending is usual, and then nothing can come twice
             unique, counts = np.unique(pfns, return_counts=True)
             if len(unique) < len(pfns):
                 twice = int(unique[np.argmax(counts > 1)])
@@ -173,13 +173,6 @@ class PageData(Record):
         if np.any(reserved):
             at = int(np.argmax(reserved != 0))
             ctx.fault(rules.RESERVED, f"reserved bits set in pfn[{at}]: {int(reserved[at]):#x}")
-
-    @property
-    def pages(self) -> int:
-        """How many entries have content."""
-        if int(self.entries.max()) >> 52 == 0:  # only NOTAB: what most records are
-            return len(self.entries)
-        return int(np.count_nonzero(self.has_data))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
