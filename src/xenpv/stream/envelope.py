@@ -38,6 +38,14 @@ XENOPSD_MAGIC = b"XenSavedDomv2-\n"
 LIBXL_IDENT = b"LibxlFmt"
 LIBXC_MARKER = b"\xff" * 8
 
+_MAGICS = {
+    XL_MAGIC: Kind.XL,
+    LIBVIRT_MAGIC: Kind.LIBVIRT,
+    XENOPSD_MAGIC: Kind.XENOPSD,
+    LIBXL_IDENT: Kind.LIBXL,
+    LIBXC_MARKER: Kind.LIBXC,
+}
+
 CONFIG_MAX = 16 << 20  # bytes; a domain's configuration is kilobytes, so a larger one is a lie
 
 
@@ -103,18 +111,12 @@ _COMPRESSED = {
 def sniff(head: bytes) -> Kind:
     """The kind of stream that begins with these bytes, ``SNIFF`` of them or all that there are.
 
+    An input that ends within the first bytes of a kind is of that kind: reading it will say where it was cut.
     Raises Unsupported with a sentence that says what it is instead.
     """
-    if head.startswith(XL_MAGIC):
-        return Kind.XL
-    if head.startswith(LIBVIRT_MAGIC):
-        return Kind.LIBVIRT
-    if head.startswith(XENOPSD_MAGIC):
-        return Kind.XENOPSD
-    if head.startswith(LIBXL_IDENT):
-        return Kind.LIBXL
-    if head.startswith(LIBXC_MARKER):
-        return Kind.LIBXC
+    for magic, kind in _MAGICS.items():
+        if head.startswith(magic) or (head and magic.startswith(head)):
+            return kind
     raise Unsupported(_what_else(head), offset=0)
 
 
