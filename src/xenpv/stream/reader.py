@@ -133,7 +133,7 @@ class Reader:
     def _wait(self, have: int, want: int, what: str) -> Steps:
         """Until there are more bytes, or the end: which is an error here."""
         if self._eof:
-            end = self.offset + have
+            end = self.offset + self._have
             raise self._fatal(rules.TRUNCATED, f"{what} needs {want} bytes, the input ends after {have}, at {end:#x}")
         self.need = want - have
         yield None
@@ -285,27 +285,36 @@ class Reader:
         ctx = Context(self._fault, ">" if options & libxl.OPTION_BIG_ENDIAN else "<")
         yield LibxlHeader(self._at, version, options)
         libxc: Steps | None = None
+        in_checkpoint = False
         while True:
             self._begin("libxl record")
             kind, length = ctx.ints((yield from self._take(8, "a libxl record header")), 4, 4)
             record = yield from self._body(ctx, kind, length, libxl.LIBXL)
             if isinstance(record, libxl.LibxlEnd):
+                if libxc is None:
+                    self._fault(rules.MISSING, "the libxl stream ends without LIBXC_CONTEXT")
+                elif in_checkpoint:
+                    self._fault(rules.MISSING, "the libxl stream ends inside a checkpoint, without libxc's END")
                 return
             if isinstance(record, libxl.LibxcContext):
                 if libxc is not None:
                     self._fault(rules.REPEATED, "a second LIBXC_CONTEXT")
                 libxc = self._libxc()
-                yield from self._until_handed_back(libxc)
-            elif isinstance(record, libxl.CheckpointEnd) and libxc is not None:
-                # "The higher level stream may then hand the stream back to libxc to process another set of records."
-                yield from self._until_handed_back(libxc)
+                in_checkpoint = yield from self._until_handed_back(libxc)
+            elif isinstance(record, libxl.CheckpointEnd):
+                if libxc is None or not in_checkpoint:
+                    self._fault(rules.ORDER, "CHECKPOINT_END where no CHECKPOINT came before")
+                else:
+                    # "The higher level stream may then hand the stream back to libxc to process another set of records"
+                    in_checkpoint = yield from self._until_handed_back(libxc)
 
-    def _until_handed_back(self, libxc: Steps) -> Steps:
-        """The libxc stream until its END, or until a CHECKPOINT hands back to libxl."""
+    def _until_handed_back(self, libxc: Steps) -> Generator[Event | None, None, bool]:
+        """The libxc stream until its END, or until a CHECKPOINT hands back to libxl: then True, there is more of it."""
         for event in libxc:
             yield event
-            if isinstance(event, Record) and event.TYPE == Type.CHECKPOINT and not isinstance(event, libxl.LibxlRecord):
-                return
+            if event is not None and event.name == Type.CHECKPOINT.name:
+                return True
+        return False
 
     def _libxc(self) -> Steps:
         self._begin("image header")
@@ -334,6 +343,8 @@ class Reader:
             if kind == Type.END:
                 for missing in order.missing():
                     self._fault(rules.MISSING, f"the stream ends without {missing.name}")
+            if kind == Type.CHECKPOINT:
+                self._fault(rules.CHECKPOINT, "Found checkpoint: only a checkpoint-aware receiver takes this stream")
             if kind == Type.PAGE_DATA:
                 yield from self._page_data(ctx, length)
                 continue
@@ -342,8 +353,6 @@ class Reader:
                 ctx.width = record.guest_width
             elif isinstance(record, X86PVP2MFrames):
                 ctx.max_pfn = max(ctx.max_pfn or 0, record.end_pfn)
-            elif kind == Type.CHECKPOINT:
-                self._fault(rules.CHECKPOINT, "Found checkpoint: only a checkpoint-aware receiver takes this stream")
             elif kind == Type.END:
                 return
 
@@ -408,7 +417,7 @@ class Reader:
             self._fault(rules.PAGE_COUNT, f"PAGE_DATA record of length {length} for {count} pfns")
             yield from self._pass_over(padded - 8, "the record")
             return
-        raw = yield from self._take(count * 8, "the pfns of PAGE_DATA")
+        raw = yield from self._take(count * 8, "the pfn array of PAGE_DATA")
         entries = np.frombuffer(raw, f"{ctx.order}u8").astype(np.uint64, copy=False)
         record = PageData.read(ctx, entries, offset=at, length=length, pages_offset=self.offset)
         yield record
