@@ -25,6 +25,7 @@ SMALLEST = 96  # MiB in which the kernel and this initramfs run
 UP = "xenpv-guest: up"
 BEAT = "xenpv-guest: beat"
 MARKER = "xenpv-marker"
+SYMBOLS = "_text|_etext|__start_rodata|__end_rodata|linux_banner|init_task|init_top_pgt"  # told on the console
 
 # comm of a script is the script's own name, so the marker is found in the guest's memory by that.
 _MARKER = b"#!/bin/sh\nwhile :; do sleep 3600; done\n"
@@ -34,7 +35,7 @@ mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 echo 0 > /proc/sys/kernel/kptr_restrict
 exec < /dev/hvc0 > /dev/hvc0 2>&1
 /bin/{MARKER} &
-grep -E ' (_text|linux_banner|init_task|init_top_pgt)$' /proc/kallsyms | while read -r address type name; do
+grep -E ' ({SYMBOLS})$' /proc/kallsyms | while read -r address type name; do
     echo "xenpv-guest: symbol $address $name"
 done
 echo "xenpv-guest: marker $!"

@@ -1,0 +1,183 @@
+"""Files that stock xl writes on real Xen, of each version: verified, shown, walked and read.
+
+The oracles are stock tools: `xl list -l` for what the domain is, `xl dump-core` of the running guest for what is in
+its memory, the guest's own /proc/kallsyms for where things are, and `xl restore` for whether a file restores.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pytest
+from elftools.elf.elffile import ELFFile
+
+import lab
+from lab import guests
+from xenpv.cli.show import describe
+from xenpv.domain.source import SavedDomain
+from xenpv.domain.verify import Report, verify
+from xenpv.frames import PAGE_SIZE
+
+DEBIAN_MIB = 96
+LITMUS_MIB = 16
+FORMS = {
+    "tree": "three-level tree",
+    "linear": "linear virtual list",
+    "both": "linear virtual list and three-level tree",
+}
+
+
+@dataclass
+class Debian:
+    """A Debian guest as it was: its save file, its core from before the save, what xl and the guest itself said."""
+
+    path: Path
+    core: Path
+    xl: dict[str, Any]
+    symbols: dict[str, int]
+    version: str
+
+
+_debian: dict[str, Debian] = {}
+
+
+@pytest.fixture
+def debian(host: lab.Host, tmp_path_factory: pytest.TempPathFactory) -> Debian:
+    """One guest for each version of Xen, kept for all tests that look at it."""
+    if host.xen not in _debian:
+        _debian[host.xen] = _save_debian(host, tmp_path_factory.mktemp(f"debian-{host.xen}"))
+    return _debian[host.xen]
+
+
+def _save_debian(host: lab.Host, keep: Path) -> Debian:
+    config = host.write("debian.cfg", guests.config("debian-saved", memory=DEBIAN_MIB))
+    start = len(host.guest_console("debian-saved"))
+    host.run(f"xl create {config}").check()
+    host.wait_for_guest("debian-saved", f"{guests.BEAT} 1", after=start)
+    console = host.guest_console("debian-saved")[start:]
+    symbols = {name: int(at, 16) for at, name in re.findall(r"symbol ([0-9a-f]+) (\w+)", console)}
+    version = re.search(r"xenpv-guest: version (.*)", console)
+    assert version is not None
+    result = host.run(
+        "xl list -l debian-saved > list.json && xl dump-core debian-saved /tmp/core && "
+        "xl save debian-saved /tmp/saved && xenpv verify /tmp/saved && mv /tmp/saved /tmp/core .",
+        timeout=240,
+    ).check()
+    for name in ("saved", "core"):
+        (result.outputs / name).rename(keep / name)
+    listed = json.loads((result.outputs / "list.json").read_text())
+    xl = listed[0] if isinstance(listed, list) else listed
+    return Debian(keep / "saved", keep / "core", xl, symbols, version.group(1))
+
+
+def sound(report: Report) -> None:
+    assert report.saved is not None
+    with report.saved:
+        assert [str(finding) for finding in report.findings] == []
+        assert report.deep
+
+
+def test_a_debian_guest_passes_verify(debian: Debian) -> None:
+    sound(verify(str(debian.path)))
+
+
+def test_a_debian_guest_passes_verify_from_a_pipe(debian: Debian) -> None:
+    with debian.path.open("rb") as file:
+        r, w = os.pipe()
+
+        def pump() -> None:
+            with os.fdopen(w, "wb") as out:
+                while data := file.read(1 << 20):
+                    out.write(data)
+
+        thread = threading.Thread(target=pump)
+        thread.start()
+        sound(verify("pipe", fd=r))
+        thread.join()
+
+
+def test_show_agrees_with_xl(debian: Debian, host: lab.Host) -> None:
+    with SavedDomain.open(str(debian.path)) as saved:
+        shown = describe(saved)
+    config = debian.xl["config"]
+    c_info, b_info = config["c_info"], config["b_info"]
+    assert shown["config"]["name"] == c_info["name"]
+    assert shown["config"]["uuid"] == c_info["uuid"]
+    assert shown["config"]["max_memkb"] == b_info["max_memkb"] == DEBIAN_MIB * 1024
+    assert shown["config"]["max_vcpus"] == b_info["max_vcpus"] == len(shown["vcpus"])
+    assert shown["xen"] == host.xen
+    assert (shown["width"], shown["levels"], shown["complete"]) == (8, 4, True)
+    assert shown["memory_in_stream"] == DEBIAN_MIB << 20
+
+
+def test_a_symbols_address_leads_to_the_kernels_banner(debian: Debian) -> None:
+    with SavedDomain.open(str(debian.path)) as saved:
+        banner = saved.memory.read_virtual(debian.symbols["linux_banner"], 200)
+    text = banner.split(b"\0")[0].decode().strip()
+    assert text.startswith("Linux version 6.1.")
+    assert text == debian.version
+
+
+def test_pages_in_the_stream_are_those_of_the_running_guest(debian: Debian) -> None:
+    """The kernel's read-only data is byte for byte as in a core of the running guest; its text all but.
+
+    Freezing tasks for the suspend flips a static key, which patches two or five bytes wherever it is asked.
+    """
+    with debian.core.open("rb") as file, SavedDomain.open(str(debian.path)) as saved:
+        p2m, pages = _core(file)
+        core = np.frombuffer(pages, np.uint8).reshape(-1, PAGE_SIZE)
+        for first, last, patched in (("__start_rodata", "__end_rodata", 0), ("_text", "_etext", 1e-4)):
+            start, end = debian.symbols[first], debian.symbols[last] - PAGE_SIZE
+            low, high = saved.memory.walk(start).pfn, saved.memory.walk(end).pfn
+            assert low is not None
+            assert high is not None
+            pfns = np.arange(low, high + 1, dtype=np.uint64)
+            assert len(pfns) == (end >> 12) - (start >> 12) + 1 > 500
+            row = np.searchsorted(p2m[:, 0], pfns)
+            assert np.array_equal(p2m[row, 0], pfns)
+            assert np.mean(core[row] != saved.frames.pages(pfns)) <= patched
+        # The p2m in the stream's frames is the one that the core lists: mfn for mfn.
+        mfns = saved.p2m.lookup(p2m[:, 0].tolist())
+        assert mfns == p2m[:, 1].tolist()
+
+
+def _core(file: BinaryIO) -> tuple[np.ndarray, bytes]:
+    """The pfn and mfn pairs and the pages of a dump-core file (xen.git:docs/misc/dump-core-format.txt)."""
+    elf: Any = ELFFile(file)  # type: ignore[no-untyped-call]
+    p2m = np.frombuffer(elf.get_section_by_name(".xen_p2m").data(), "<u8").reshape(-1, 2)
+    return p2m, elf.get_section_by_name(".xen_pages").data()
+
+
+def test_what_verify_passes_restores(debian: Debian, host: lab.Host) -> None:
+    saved = host.put(debian.path, "debian-back.save")
+    start = len(host.guest_console("debian-saved"))
+    host.run(f"xl restore {saved}", timeout=120).check()
+    host.wait_for_guest("debian-saved", guests.BEAT, after=start)
+    host.run("xl destroy debian-saved").check()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_litmus_in_each_form_of_p2m(host: lab.Host, form: str) -> None:
+    name = f"litmus-{form}"
+    config = host.write(f"{name}.cfg", guests.litmus_config(name, memory=LITMUS_MIB, vcpus=2, options=f"p2m={form}"))
+    start = len(host.guest_console(name))
+    host.run(f"xl create {config}").check()
+    at = host.wait_for_guest(name, "litmus: heartbeat", after=start)
+    result = host.run(f"xl save {name} /tmp/saved && cp /tmp/saved . && xl restore /tmp/saved && rm /tmp/saved").check()
+    at = host.wait_for_guest(name, "litmus: resume", after=at)
+    host.wait_for_guest(name, "litmus: pattern ok", after=at)
+    host.run(f"xl destroy {name}").check()
+    path = result.outputs / "saved"
+    sound(verify(str(path)))
+    with SavedDomain.open(str(path)) as saved:
+        shown = describe(saved)
+    assert shown["p2m"]["form"] == FORMS[form]
+    assert len(shown["vcpus"]) == 2
+    assert shown["memory_in_stream"] == LITMUS_MIB << 20
