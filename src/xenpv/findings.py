@@ -97,7 +97,8 @@ class Findings:
 
     def more(self, rule: Rule, n: int) -> None:
         """Count n more breaches of a rule of which the first were added."""
-        self.count[rule] += n
+        if n:
+            self.count[rule] += n
 
     def room(self, rule: Rule) -> int:
         """How many more findings of this rule would be kept: what is beyond need not be described."""

@@ -9,7 +9,7 @@ from xenpv.domain.config import Config
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, GuestError
 from xenpv.findings import Findings, Rule
-from xenpv.frames import ABSENT, IS_POPULATED, U64, PageType, type_name
+from xenpv.frames import ABSENT, I64, IS_POPULATED, U64, PageType, type_name
 from xenpv.memory.p2m import NO_FRAME, Anchors, frames_by_list, frames_by_tree
 
 _FOREIGN = np.uint64(1 << 63)
@@ -54,11 +54,45 @@ def _frames(saved: SavedDomain, findings: Findings) -> None:
             add(i, f"pfn ({pfn:#x}) for p2m_frame_list[{i}] has bad type {type_name(int(types[i]))}")
         else:
             add(i, f"p2m_frame_list[{i}] (pfn {pfn:#x}) has bad mfn: the stream has no such page")
-    order = np.argsort(frames, kind="stable")
-    twice = order[1:][(frames[order][1:] == frames[order][:-1]) & (frames[order][1:] != NO_FRAME)]
-    for i in twice[: findings.room(rules.P2M_REPEATED)].tolist():
-        other = int(np.flatnonzero(frames == frames[i])[0])
-        add(i, f"p2m_frame_list[{i}] and [{other}] are both pfn {int(frames[i]):#x}", rules.P2M_REPEATED)
+    for i, other in _shared(saved, findings):
+        what = f"p2m_frame_list[{i}] and [{other}] are both pfn {int(frames[i]):#x}, and hold pages of the domain"
+        add(i, what, rules.P2M_REPEATED)
+
+
+def _shared(saved: SavedDomain, findings: Findings) -> list[tuple[int, int]]:
+    """Places of the p2m whose frame stands in an earlier place, too, and that place.
+
+    Kernels share one frame among the parts where nothing is, and that does no harm: the restorer writes the same
+    nothing there again and again. Only where a part with pages shares its frame will one overwrite the other.
+    """
+    frames = saved.contents.p2m_frames
+    first = saved.p2m.distinct
+    if len(first) == np.count_nonzero(frames != NO_FRAME):
+        return []
+    first = first[np.argsort(frames[first])]
+    at = np.minimum(np.searchsorted(frames[first], frames), len(first) - 1)  # which frame stands in each place
+    parts = _parts_with_pages(saved)
+    used = np.zeros(len(first), np.bool_)
+    used[at[parts]] = True
+    again = np.ones(len(frames), np.bool_)
+    again[first] = False
+    wrong = np.flatnonzero(again & used[at] & (frames != NO_FRAME))
+    room = findings.room(rules.P2M_REPEATED)
+    findings.more(rules.P2M_REPEATED, max(0, len(wrong) - room))
+    return [(i, int(first[at[i]])) for i in wrong[:room].tolist()]
+
+
+def _parts_with_pages(saved: SavedDomain) -> I64:
+    """The numbers of the p2m frames, ascending, whose part of the domain has populated pages."""
+    per_frame, frames = saved.p2m.entries_per_frame, len(saved.contents.p2m_frames)
+    start, pages, kind = saved.contents.index.extents
+    mine = IS_POPULATED[kind]
+    first = (start[mine] // np.uint64(per_frame)).astype(np.int64)
+    last = ((start[mine] + pages[mine].astype(np.uint64) - np.uint64(1)) // np.uint64(per_frame)).astype(np.int64)
+    depth = np.zeros(frames + 1, np.int64)
+    np.add.at(depth, np.minimum(first, frames), 1)
+    np.add.at(depth, np.minimum(last + 1, frames), -1)
+    return np.flatnonzero(np.cumsum(depth[:frames]) > 0)
 
 
 def _first_of_record(saved: SavedDomain) -> int:
@@ -110,7 +144,7 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
 
 def _pages(saved: SavedDomain, findings: Findings) -> None:
     """Each pfn that the p2m maps is in the stream, and the other way round."""
-    for first, mfns in saved.p2m.content():
+    for first, mfns in saved.p2m.content(np.union1d(saved.p2m.distinct, _parts_with_pages(saved))):
         pfns = np.arange(first, first + len(mfns), dtype=np.uint64)
         types = saved.frames.types(pfns)
         own = (mfns != NO_FRAME) & (mfns & (_FOREIGN | _IDENTITY) == 0)

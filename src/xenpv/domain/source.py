@@ -29,7 +29,7 @@ from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Event, Pages
 from xenpv.stream.index import PageIndex
 from xenpv.stream.reader import FaultHandler, Reader
-from xenpv.stream.records import PageData
+from xenpv.stream.records import PFN_MASK, PageData, X86PVP2MFrames
 
 _WINDOW = 4 << 10  # bytes to read at least; at a PAGE_DATA, what the last one took up to its pages
 _PIPE_CHUNK = 1 << 20
@@ -97,6 +97,7 @@ class SavedDomain:
         self._kind = kind
         self._spool: int | None = None
         self._kept = self.contents.index
+        self._p2m_pages: tuple[X86PVP2MFrames | None, U64] = None, np.empty(0, np.uint64)
         self.frames = FilePages(fd, self._kept, self.contents.index)
 
     @classmethod
@@ -211,12 +212,22 @@ class SavedDomain:
         words = pages.data.view(np.uint64)
         wanted: Mask = IS_TABLE[(here >> np.uint64(60)).astype(np.uint8)]
         wanted |= words[:, 0] == _START_INFO
-        wanted |= np.isin(here & np.uint64((1 << 52) - 1), self.contents.p2m_frames)
+        wanted |= self._holds_p2m(here & PFN_MASK)
         wanted |= _may_be_frame_list(pages.data, self.contents.width)
         if np.any(wanted):
             end = os.lseek(self._spool, 0, os.SEEK_END)
             _write_all(self._spool, pages.data[wanted])
             self._kept.put(here[wanted], end)
+
+    def _holds_p2m(self, pfns: U64) -> Mask:
+        """Which of these pages a P2M_FRAMES record named so far."""
+        record, frames = self._p2m_pages
+        if record is not self.contents.p2m_record:
+            frames = np.unique(self.contents.p2m_frames)
+            self._p2m_pages = self.contents.p2m_record, frames
+        if not len(frames):
+            return np.zeros(len(pfns), np.bool_)
+        return np.asarray(frames[np.minimum(np.searchsorted(frames, pfns), len(frames) - 1)] == pfns)
 
     def __enter__(self) -> Self:
         return self

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import Fault, GuestError
-from xenpv.frames import PAGE_SIZE, U64, Frames, Pfn, Vaddr
+from xenpv.frames import I64, PAGE_SIZE, U8, U64, Frames, Pfn, Vaddr
 from xenpv.memory.pagetables import canonical, cr3_frame, in_xen, mapped_frames
 
 NO_FRAME = np.uint64((1 << 64) - 1)
@@ -59,11 +60,12 @@ class Anchors:
         return (Form.BOTH if tree else Form.LINEAR) if self.p2m_cr3 else (Form.TREE if tree else Form.NONE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class P2M:
     """A p2m by its frames.
 
-    Entry n stands in frame n // entries_per_frame. ``frames``: pfns, uint64, NO_FRAME for a gap.
+    Entry n stands in frame n // entries_per_frame. ``frames``: pfns, uint64, NO_FRAME for a gap. One frame may stand in
+    many places: kernels share it among all parts of the table where nothing is.
     """
 
     memory: Frames
@@ -75,12 +77,23 @@ class P2M:
     def entries_per_frame(self) -> int:
         return PAGE_SIZE // self.width
 
-    def content(self) -> Iterator[tuple[int, U64]]:
+    @cached_property
+    def distinct(self) -> I64:
+        """The number of each frame's first place, ascending, gaps left out: every frame once, however shared."""
+        if not len(self.frames):
+            return np.empty(0, np.int64)
+        runs = np.flatnonzero(np.append(True, self.frames[1:] != self.frames[:-1]))
+        _, first = np.unique(self.frames[runs], return_index=True)
+        numbers: I64 = np.sort(runs[first])
+        there: I64 = numbers[self.frames[numbers] != NO_FRAME]
+        return there
+
+    def content(self, places: I64 | None = None) -> Iterator[tuple[int, U64]]:
         """The table piece by piece: the first pfn of each piece and its mfns, all ones (64 bits) for INVALID_MFN.
 
-        Frames without content are left out.
+        Of the frames at ``places``, or of each frame at its first place. Frames without content are left out.
         """
-        there = np.flatnonzero(self.frames != NO_FRAME)
+        there = self.distinct if places is None else places[self.frames[places] != NO_FRAME]
         for i in range(0, len(there), _FRAMES_AT_ONCE):
             numbers = there[i : i + _FRAMES_AT_ONCE]
             try:
@@ -94,7 +107,7 @@ class P2M:
                 first = number * self.entries_per_frame
                 yield first, row[: max(0, self.entries - first)]
 
-    def _one_by_one(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _one_by_one(self, numbers: I64) -> tuple[I64, U8]:
         good, pages = [], []
         for number in numbers.tolist():
             try:
@@ -122,7 +135,10 @@ class P2M:
         return out
 
     def pfns_of(self, mfns: U64) -> U64:
-        """The pfn of each mfn by searching the table, NO_FRAME for one that it does not hold. One pass for all."""
+        """The pfn of each mfn by searching the table, NO_FRAME for one that it does not hold. One pass for all.
+
+        Of an mfn that stands in the table more than once, the last pfn.
+        """
         if not len(mfns):
             return mfns
         wanted, back = np.unique(mfns, return_inverse=True)

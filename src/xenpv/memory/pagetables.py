@@ -161,8 +161,10 @@ def walk(memory: Frames, top: Pfn, vaddr: Vaddr, width: Width = 8) -> Walk:
 def mapped_frames(memory: Frames, top: Pfn, start: Vaddr, pages: int, width: Width = 8) -> U64:
     """The pfns behind ``pages`` consecutive virtual pages from ``start``: uint64, all ones for a hole.
 
-    Cost follows the number of tables that are there: each is read once, whatever it maps.
+    Cost follows the number of tables that are there: each is read once, whatever it maps. A table that stands in many
+    places one after the other, as kernels do where nothing is, is read once, too.
     """
+    read = _Entries(memory)
     levels = LEVELS[width]
     tables: dict[int, int] = {-1: int(top)}  # virtual address >> (bits of the level below) -> table; level by level
     first, last = start >> PAGE_SHIFT, (start >> PAGE_SHIFT) + pages - 1
@@ -173,7 +175,7 @@ def mapped_frames(memory: Frames, top: Pfn, start: Vaddr, pages: int, width: Wid
             low, high = first >> shift, last >> shift
             if prefix >= 0:
                 low, high = max(low, prefix << BITS_PER_LEVEL), min(high, (prefix << BITS_PER_LEVEL) + ENTRIES - 1)
-            entries = _entries_of(memory, table)
+            entries = read.of(table)
             if entries is None:
                 continue
             span = np.arange(low, high + 1)
@@ -183,7 +185,7 @@ def mapped_frames(memory: Frames, top: Pfn, start: Vaddr, pages: int, width: Wid
         tables = below
     out = np.full(pages, np.uint64((1 << 64) - 1))
     for prefix, table in tables.items():
-        entries = _entries_of(memory, table)
+        entries = read.of(table)
         if entries is None:
             continue
         low, high = max(first, prefix << BITS_PER_LEVEL), min(last, (prefix << BITS_PER_LEVEL) + ENTRIES - 1)
@@ -193,9 +195,20 @@ def mapped_frames(memory: Frames, top: Pfn, start: Vaddr, pages: int, width: Wid
     return out
 
 
-def _entries_of(memory: Frames, table: int) -> U64 | None:
-    try:
-        entries: U64 = as_entries(memory.pages(np.array([table], np.uint64)))[0]
-    except Fault:
-        return None
-    return entries
+class _Entries:
+    """Reads tables, and remembers the last."""
+
+    def __init__(self, memory: Frames) -> None:
+        self._memory = memory
+        self._table = -1
+        self._entries: U64 | None = None
+
+    def of(self, table: int) -> U64 | None:
+        """The entries of a table, None when it has no content."""
+        if table != self._table:
+            try:
+                self._entries = as_entries(self._memory.pages(np.array([table], np.uint64)))[0]
+            except Fault:
+                self._entries = None
+            self._table = table
+        return self._entries
