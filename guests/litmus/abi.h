@@ -165,7 +165,7 @@ SIZE(vcpu_guest_context, 5168);
 
 /* xen.h: mmu_update, mmuext_op, update_va_mapping, set_segment_base. */
 struct mmu_update {
-    uint64_t ptr;                             /* machine address of the entry; low bits 0: an ordinary page table update */
+    uint64_t ptr;                             /* machine address of the entry; low bits 0: an ordinary update */
     uint64_t val;
 };
 struct mmuext_op {

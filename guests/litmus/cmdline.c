@@ -1,4 +1,7 @@
-/* The command line says what litmus is to be, so that one kernel serves every test. An unknown word is reported, not ignored. */
+/*
+ * The command line says what litmus is to be, so that one kernel serves every test. A word that is not understood is
+ * reported, not ignored.
+ */
 #include "litmus.h"
 
 struct options options = {

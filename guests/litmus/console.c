@@ -1,8 +1,8 @@
 /*
  * One line per event on the PV console, each starting "litmus: ", made to be read by programs.
  *
- * A console nobody reads must not stop the guest: a line that finds no room for a second is dropped, and the next line that
- * gets through is preceded by one that says how many were lost.
+ * A console nobody reads must not stop the guest: a line that finds no room for a second is dropped, and the next line
+ * that gets through is preceded by one that says how many were lost.
  */
 #include "hypercall.h"
 #include "litmus.h"
@@ -55,12 +55,9 @@ static void add_string(struct line *line, const char *s)
 static void add_number(struct line *line, uint64_t n, unsigned base)
 {
     char digits[20];
-    unsigned i = 0;
-    do
-        digits[i++] = "0123456789abcdef"[n % base];
-    while (n /= base);
-    while (i)
-        add(line, digits[--i]);
+    size_t count = put_number(digits, n, base);
+    for (size_t i = 0; i < count; i++)
+        add(line, digits[i]);
 }
 
 /* %s, %lu and %lx. */

@@ -1,14 +1,16 @@
 /*
  * Event channels and time, without upcalls.
  *
- * Litmus never takes an interrupt: every port is masked, and a vcpu that waits asks Xen to wake it for a port or at a time
- * (SCHEDOP_poll). What a vcpu does is then a plain sequence, and a saved context is always one of a few places.
+ * Litmus never takes an interrupt: every port is masked, and a vcpu that waits asks Xen to wake it for a port or at a
+ * time (SCHEDOP_poll). What a vcpu does is then a plain sequence, and a saved context is always one of a few places.
  */
 #include "hypercall.h"
 #include "litmus.h"
 
-/* Xen's page is mapped over this one of ours, which is mapped here again while the domain is suspended: save files may hold no page
- * table entry that points at a page that is not the domain's. */
+/*
+ * Xen's page is mapped over this one of ours, which is mapped here again while the domain is suspended: a save file may
+ * hold no page table entry that points at a page that is not the domain's.
+ */
 struct shared_info shared_info __attribute__((aligned(PAGE_SIZE), section(".bss.pages")));
 
 static uint32_t ports[NR_SLOTS];              /* 0: nothing */

@@ -38,6 +38,19 @@ bool starts_with(const char *s, const char *prefix)
     return true;
 }
 
+/* The digits of n, without an end mark; at most 20 of them. Returns how many. */
+size_t put_number(char *to, uint64_t n, unsigned base)
+{
+    char digits[20];
+    size_t count = 0;
+    do
+        digits[count++] = "0123456789abcdef"[n % base];
+    while (n /= base);
+    for (size_t i = 0; i < count; i++)
+        to[i] = digits[count - 1 - i];
+    return count;
+}
+
 uint64_t parse_number(const char *s, const char *end)
 {
     uint64_t n = 0;

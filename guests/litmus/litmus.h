@@ -57,6 +57,7 @@ void *memcpy(void *to, const void *from, size_t n);
 size_t strlen(const char *s);
 bool streq(const char *a, const char *b);
 bool starts_with(const char *s, const char *prefix);
+size_t put_number(char *to, uint64_t n, unsigned base);
 uint64_t parse_number(const char *s, const char *end);
 
 /* p2m.c */

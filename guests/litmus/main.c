@@ -22,7 +22,8 @@ static void bring_up(uint64_t boot_stack_end)
     suspend_init();
     smp_start();
     pattern_fill();
-    print("up pages=%lu vcpus=%lu form=%s pattern=%lu", start_info->nr_pages, smp_count(), p2m_form_name(), pattern_pages());
+    print("up pages=%lu vcpus=%lu form=%s pattern=%lu", start_info->nr_pages, smp_count(), p2m_form_name(),
+          pattern_pages());
 }
 
 /* A thing to do every so often. */
@@ -38,7 +39,10 @@ static bool due(struct timer *timer)
 {
     if (now() < timer->next)
         return false;
+    /* What was missed, while the domain was paused say, is not made up for. */
     timer->next += timer->period;
+    if (timer->next <= now())
+        timer->next = now() + timer->period;
     return true;
 }
 
@@ -48,19 +52,12 @@ static void heartbeat(uint64_t beat)
         print("heartbeat %lu", beat);
         return;
     }
-    char text[128];
+    char text[200];
     size_t n = 0;
-    for (uint64_t id = 1; id < smp_count() && n < sizeof(text) - 24; id++) {
-        char digits[20];
-        unsigned i = 0;
-        uint64_t beats = vcpu_beats(id);
-        do
-            digits[i++] = '0' + beats % 10;
-        while (beats /= 10);
+    for (uint64_t id = 1; id < smp_count() && n < sizeof(text) - 22; id++) {
         if (id > 1)
             text[n++] = ',';
-        while (i)
-            text[n++] = digits[--i];
+        n += put_number(text + n, vcpu_beats(id), 10);
     }
     text[n] = 0;
     print("heartbeat %lu others=%s", beat, text);
@@ -76,11 +73,11 @@ static uint64_t dirty_quota(void)
     return pages;
 }
 
-static void loop(void)
+static void __attribute__((noreturn)) loop(void)
 {
     struct timer beats, checks, ticks;
     uint64_t beat = 0;
-    do {
+    for (;;) {
         restart(&beats, options.heartbeat_ms * NS_PER_MS);
         restart(&checks, options.check_ms * NS_PER_MS);
         restart(&ticks, options.dirty ? TICK_NS : 0);
@@ -94,7 +91,7 @@ static void loop(void)
             event_take(start_info->console_evtchn);
             wait_until(MIN(beats.next, MIN(checks.next, ticks.next)));
         }
-    } while (true);
+    }
 }
 
 void litmus_main(struct start_info *info, uint64_t boot_stack_end)
@@ -102,5 +99,4 @@ void litmus_main(struct start_info *info, uint64_t boot_stack_end)
     start_info = info;
     bring_up(boot_stack_end);
     loop();
-    __builtin_unreachable();
 }

@@ -4,7 +4,8 @@
  * There is one list, pfn -> mfn, in the frames the domain builder made for it; it is the leaves of every form:
  *   linear   the list is mapped at P2M_BASE and shared_info says where (p2m_cr3, p2m_vaddr, p2m_generation);
  *   tree     tables of mfns above the list, of any depth; the three-level one hangs off shared_info's frame_list_list.
- * A restore writes the list anew. The tables of a tree hold mfns that only litmus knows of: it fills them again after each resume.
+ * A restore writes the list anew. The tables of a tree hold mfns that only litmus knows of: it fills them again after
+ * each resume.
  */
 #include "litmus.h"
 

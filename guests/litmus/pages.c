@@ -1,9 +1,10 @@
 /*
  * Which page is used for what, and where it is mapped.
  *
- * The domain builder lays out, from pfn 0: a hole of 1 MiB, the image, (the p2m list,) start_info, the xenstore and console rings, page
- * tables, the boot stack; and, with an INIT_P2M note, the list and its page tables further up. Litmus takes what it needs from
- * behind the boot stack, upwards, and never gives back; everything else belongs to the pattern.
+ * The domain builder lays out, from pfn 0: a hole of 1 MiB, the image, (the p2m list,) start_info, the xenstore and
+ * console rings, page tables, the boot stack; and, with an INIT_P2M note, the list and its page tables further up.
+ * Litmus takes what it needs from behind the boot stack, upwards, and never gives back; everything else belongs to the
+ * pattern.
  */
 #include "litmus.h"
 

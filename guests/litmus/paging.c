@@ -1,8 +1,9 @@
 /*
- * Page tables, by Xen's rules: a page that is a page table has no writable mapping anywhere, every change goes through a hypercall, the
- * top tables are pinned, and Xen's slots are left alone.
+ * Page tables, by Xen's rules: a page that is a page table has no writable mapping anywhere, every change goes through
+ * a hypercall, the top tables are pinned, and Xen's slots are left alone.
  *
- * The builder's top table stays in use. A second, small tree is loaded as the user page table, so that saved contexts carry both.
+ * The builder's top table stays in use. A second, small tree is loaded as the user page table, so that saved contexts
+ * carry both.
  */
 #include "hypercall.h"
 #include "litmus.h"
@@ -106,7 +107,7 @@ void make_read_only(uint64_t pfn)
     remap_page(page_address(pfn), pfn_to_mfn(pfn) << PAGE_SHIFT, 0);
 }
 
-/* One page of text at USER_BASE, read-only. Litmus never runs in user mode; the tables are there to be saved and restored. */
+/* One page of text at USER_BASE, read-only. Litmus never runs in user mode; the tables are there to be saved. */
 static void user_tables_init(void)
 {
     static const char text[] = "litmus: a page of user space\n";

@@ -1,9 +1,10 @@
 /*
  * The pattern: every page that is nobody's holds, 512 times, the same word: counter << 40 | pfn.
  *
- * The pfn tells a page that was put in the wrong place; the counter tells one that was sent too early and not again. Pages are
- * rewritten in order, round after round, so the counter a page must have follows from two numbers, and a stale page cannot vouch for
- * itself. A page of one repeated word compresses to almost nothing, which keeps saved vectors small.
+ * The pfn tells a page that was put in the wrong place; the counter tells one that was sent too early and not again.
+ * Pages are rewritten in order, round after round, so the counter a page must have follows from two numbers, and a
+ * stale page cannot vouch for itself. A page of one repeated word compresses to almost nothing, which keeps saved
+ * vectors small.
  */
 #include "litmus.h"
 

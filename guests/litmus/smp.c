@@ -1,8 +1,9 @@
 /*
  * Secondary vcpus. They do nothing but beat; they are there so that saved domains have several contexts, each in use.
  *
- * For a suspend they are parked: they stay online, in a loop that touches nothing of Xen's, so the save file has their contexts and
- * the restored domain continues them. A toolstack that resumes the slow way resets them instead; those are started again.
+ * For a suspend they are parked: they stay online, in a loop that touches nothing of Xen's, so the save file has their
+ * contexts and the restored domain continues them. A toolstack that resumes the slow way resets them instead; those are
+ * started again.
  */
 #include "hypercall.h"
 #include "litmus.h"

@@ -46,8 +46,8 @@ start:                                  # rsi: start_info; rsp: end of the build
     ud2
 
 /*
- * Trap entries, 16 bytes apart. Xen leaves on the stack: rcx, r11, the error code where the vector has one, rip, cs, rflags,
- * rsp, ss. No trap is expected, so none returns.
+ * Trap entries, 16 bytes apart. Xen leaves on the stack: rcx, r11, the error code where the vector has one, rip, cs,
+ * rflags, rsp, ss. No trap is expected, so none returns.
  */
     .balign 16
     .globl trap_entries

@@ -1,9 +1,10 @@
 /*
  * What the toolstack asks of the domain: to suspend, by event channel or by xenstore, and to power off or reboot.
  *
- * The suspend protocol: vcpus parked; the two ring pages named by pfn in start_info; no mapping of Xen's shared_info left; then the
- * shutdown hypercall, with the mfn of start_info as its third argument (the toolstack finds it in vcpu 0's rdx). It returns 0 in a new
- * domain, where start_info was rewritten and every mfn and event channel is another, and 1 if the domain goes on as it was.
+ * The suspend protocol: vcpus parked; the two ring pages named by pfn in start_info; no mapping of Xen's shared_info
+ * left; then the shutdown hypercall, with the mfn of start_info as its third argument (the toolstack finds it in vcpu
+ * 0's rdx). It returns 0 in a new domain, where start_info was rewritten and every mfn and event channel is another,
+ * and 1 if the domain goes on as it was.
  */
 #include "hypercall.h"
 #include "litmus.h"
@@ -24,12 +25,9 @@ void suspend_init(void)
         return;
     suspend_port = event_allocate();
     event_listen(SLOT_SUSPEND, suspend_port);
-    char text[12];
-    unsigned i = sizeof(text) - 1;
-    text[i] = 0;
-    for (uint32_t n = suspend_port; n; n /= 10)
-        text[--i] = '0' + n % 10;
-    if (!xenstore_write(SUSPEND_KEY, text + i))
+    char text[21];
+    text[put_number(text, suspend_port, 10)] = 0;
+    if (!xenstore_write(SUSPEND_KEY, text))
         print("suspend channel not published");
 }
 
@@ -42,7 +40,8 @@ static void suspend(void)
     shared_info_unmap();
 
     uint32_t reason = SHUTDOWN_SUSPEND;
-    bool cancelled = hypercall(HC_SCHED_OP, SCHEDOP_SHUTDOWN, (uint64_t)&reason, pfn_to_mfn(address_pfn(start_info)), 0);
+    uint64_t record = pfn_to_mfn(address_pfn(start_info));
+    bool cancelled = hypercall(HC_SCHED_OP, SCHEDOP_SHUTDOWN, (uint64_t)&reason, record, 0);
 
     if (cancelled) {
         start_info->store_mfn = pfn_to_mfn(start_info->store_mfn);

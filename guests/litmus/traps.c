@@ -1,8 +1,8 @@
 /*
  * Traps, the GDT, and the end.
  *
- * No trap is expected: each is told with what is needed to find it, and ends the domain as a crash. The GDT holds nothing that is used
- * (Xen's flat segments serve); it is loaded so that saved contexts carry a GDT frame.
+ * No trap is expected: each is told with what is needed to find it, and ends the domain as a crash. The GDT holds
+ * nothing that is used (Xen's flat segments serve); it is loaded so that saved contexts carry a GDT frame.
  */
 #include "hypercall.h"
 #include "litmus.h"

@@ -87,7 +87,9 @@ bool xenstore_write(const char *path, const char *value)
 bool xenstore_watch(const char *path)
 {
     char answer[32];
-    return request(XS_WATCH, path, strlen(path) + 1, path, strlen(path) + 1, answer, sizeof(answer));
+    /* A domain that was resumed the slow way believes itself a new one, but still has its watch. */
+    return request(XS_WATCH, path, strlen(path) + 1, path, strlen(path) + 1, answer, sizeof(answer)) ||
+           streq(answer, "EEXIST");
 }
 
 /* Whether the watched node may have changed since this was last asked. */
