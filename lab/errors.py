@@ -27,7 +27,7 @@ class LostVM(LabError):
     def __init__(self, why: str, console: str = "") -> None:
         self.why = why
         self.console = console
-        tail = "\n".join(f"  | {line}" for line in console.splitlines()[-25:])
+        tail = "\n".join(f"  | {line}" for line in console.splitlines()[-40:])
         super().__init__(f"{why}; the end of its console:\n{tail}" if tail else f"{why}; its console is empty")
 
 

@@ -70,7 +70,8 @@ class Machine:
         for name in ("qemu.stderr", "console"):
             path = self.work / name
             texts.append(path.read_text(errors="replace").replace("\r", "") if path.exists() else "")
-        return "".join(texts)
+        # Xen ends lines that dom0's console has ended already.
+        return "\n".join(line for line in "".join(texts).splitlines() if line) + "\n"
 
     def check(self) -> None:
         """Raise LostVM if there is no machine any more, or it says that it is about to end."""
