@@ -6,7 +6,6 @@ import itertools
 import json
 import select
 import shutil
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Self
 from . import guests, programs, trees, versions
 from .errors import JobFailed, JobTimeout, LabError, LostVM
 from .vm import Hardware, Machine
+from .workspace import Workspace
 
 BOOT_TIMEOUT = 240.0
 LOST_AFTER = 30.0  # seconds beyond a job's own timeout in which dom0 must have answered
@@ -103,17 +103,17 @@ class Host:
         self._numbers = itertools.count(1)
         self._answers: dict[int, dict[str, Any]] = {}
         self._pending = b""
-        self._work: Path | None = None
+        self._workspace: Workspace | None = None
         self._machine: Machine | None = None
 
     def __enter__(self) -> Self:
         _prepare(self.xen)
         started = time.monotonic()
-        self._work = Path(tempfile.mkdtemp(prefix="xenpv-lab-"))
+        self._workspace = Workspace()
         try:
             for folder in (self.share / "jobs", self.share / "consoles"):
                 folder.mkdir(parents=True)
-            self._machine = Machine(self.xen, self.hardware, self._work, self.share)
+            self._machine = Machine(self.xen, self.hardware, self._workspace.path, self.share)
             if not self._answered(0, BOOT_TIMEOUT):
                 self._give_up(f"Xen {self.xen} was not up after {BOOT_TIMEOUT:g} s")
         except BaseException:
@@ -128,16 +128,16 @@ class Host:
     def close(self) -> None:
         if self._machine:
             self._machine.kill()
-        if self._work:
-            shutil.rmtree(self._work, ignore_errors=True)
-            self._work = None
+        if self._workspace:
+            self._workspace.remove()
+            self._workspace = None
 
     @property
     def share(self) -> Path:
         """The folder that dom0 sees as /share."""
-        if self._work is None:
+        if self._workspace is None:
             raise LabError("the host is not running: use it in a with statement")
-        return self._work / "share"
+        return self._workspace.path / "share"
 
     def alive(self) -> bool:
         """Whether it runs, as far as is known; a run() says for sure."""
@@ -216,7 +216,7 @@ class Host:
             time.sleep(0.05)
 
     def _running(self) -> Machine:
-        if self._machine is None or self._work is None:
+        if self._machine is None or self._workspace is None:
             raise LabError("the host is not running: use it in a with statement")
         return self._machine
 
@@ -262,14 +262,17 @@ def shell(xen: str, **hardware: Any) -> int:
     """Boot with this terminal as dom0's console, and a shell on it."""
     _prepare(xen)
     size = shutil.get_terminal_size()
-    with tempfile.TemporaryDirectory(prefix="xenpv-lab-") as work:
-        share = Path(work) / "share"
+    workspace = Workspace()
+    try:
+        share = workspace.path / "share"
         (share / "consoles").mkdir(parents=True)
-        machine = Machine(xen, Hardware(**hardware), Path(work), share, terminal=(size.lines, size.columns))
+        machine = Machine(xen, Hardware(**hardware), workspace.path, share, terminal=(size.lines, size.columns))
         try:
             return machine.process.wait()
         finally:
             machine.kill()
+    finally:
+        workspace.remove()
 
 
 def _prepare(xen: str) -> None:

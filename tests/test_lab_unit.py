@@ -8,13 +8,14 @@ import lzma
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from lab import apt, cache, guests, programs, trees, versions
+from lab import apt, cache, guests, programs, trees, versions, workspace
 from lab.__main__ import main
 from lab.errors import JobFailed, LabError, LostVM, MissingPrograms
 from lab.host import Result
@@ -216,6 +217,28 @@ def test_kernel_is_unpacked_from_its_image() -> None:
     image[1040:1046] = b"\x1f\x8bgzip"
     with pytest.raises(LabError, match="not packed by xz"):
         guests.unpacked_kernel(bytes(image))
+
+
+# --- the workspace
+
+
+def test_an_abandoned_workspace_is_removed_and_one_in_use_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(workspace, "YOUNG", -1.0)
+    used = workspace.Workspace()
+    abandoned = tmp_path / "xenpv-lab-abandoned"
+    abandoned.mkdir()
+    (abandoned / "lock").touch()
+    (tmp_path / "xenpv-lab-not-ours").mkdir()
+    other = workspace.Workspace()
+    assert used.path.exists()
+    assert not abandoned.exists()
+    assert (tmp_path / "xenpv-lab-not-ours").exists()
+    used.remove()
+    other.remove()
+    assert not used.path.exists()
 
 
 # --- the agent
