@@ -9,7 +9,7 @@
 #include "litmus.h"
 
 #define STACK_PAGES 2
-#define LOOK_NS     (20 * NS_PER_MS)          /* how soon a request to park is seen */
+#define LOOK_NS     (100 * NS_PER_MS)         /* how soon a request to park is seen */
 #define PATIENCE_NS (5000 * NS_PER_MS)
 
 static struct vcpu vcpus[MAX_VCPUS];
