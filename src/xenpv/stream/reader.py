@@ -22,6 +22,7 @@ from xenpv.frames import PAGE_SIZE
 from xenpv.stream import envelope, libxl, rules
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
+from xenpv.stream.libxl import LibxlType
 from xenpv.stream.order import OPTIONAL, Guest, Order, Type
 from xenpv.stream.records import LIBXC, RECORD_LENGTH_MAX, Context, PageData, Record, Unknown, X86PVInfo, X86PVP2MFrames
 
@@ -289,19 +290,19 @@ class Reader:
         while True:
             self._begin("libxl record")
             kind, length = ctx.ints((yield from self._take(8, "a libxl record header")), 4, 4)
-            record = yield from self._body(ctx, kind, length, libxl.LIBXL)
-            if isinstance(record, libxl.LibxlEnd):
+            yield from self._body(ctx, kind, length, libxl.LIBXL)
+            if kind == LibxlType.END:
                 if libxc is None:
                     self._fault(rules.MISSING, "the libxl stream ends without LIBXC_CONTEXT")
                 elif in_checkpoint:
                     self._fault(rules.MISSING, "the libxl stream ends inside a checkpoint, without libxc's END")
                 return
-            if isinstance(record, libxl.LibxcContext):
+            if kind == LibxlType.LIBXC_CONTEXT:
                 if libxc is not None:
                     self._fault(rules.REPEATED, "a second LIBXC_CONTEXT")
                 libxc = self._libxc()
                 in_checkpoint = yield from self._until_handed_back(libxc)
-            elif isinstance(record, libxl.CheckpointEnd):
+            elif kind == LibxlType.CHECKPOINT_END:
                 if libxc is None or not in_checkpoint:
                     self._fault(rules.ORDER, "CHECKPOINT_END where no CHECKPOINT came before")
                 else:
@@ -378,19 +379,16 @@ class Reader:
         """Read or pass over the body of a record whose header was read; yield it as an event if it is sound."""
         padded = -(-length // 8) * 8
         cls = known.get(kind)
+        unknown = Unknown(offset=self._at, length=length, type=kind)
+        self._record = cls.title() if cls else unknown.name
         if length > RECORD_LENGTH_MAX:
-            raise self._fatal(
-                rules.RECORD_LENGTH, f"record {kind:#x} length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})"
-            )
+            raise self._fatal(rules.RECORD_LENGTH, f"length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})")
         if cls is None:
-            unknown = Unknown(offset=self._at, length=length, type=kind)
-            self._record = unknown.name
             if not kind & OPTIONAL:
                 self._fault(rules.RECORD_UNKNOWN, f"mandatory record of unknown type {kind:#x}")
             yield from self._pass_over(padded, unknown.name)
             yield unknown
             return None
-        self._record = cls.title()
         if length not in cls.LENGTH:
             self._fault(rules.RECORD_SIZE, f"length {length:#x}, expected {_span(cls.LENGTH)}")
             yield from self._pass_over(padded, "the record")
