@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tests.writers.envelopes import wrap
+from tests.writers.envelopes import config_json, wrap
 from tests.writers.stream import L1TAB, PAGE, PIN, WITH_DATA, Piece, Stream, Wire
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import SHARED_INFO, START_INFO
@@ -164,8 +164,14 @@ class Domain:
         batch: int = 64,
         config: bytes | None = None,
     ) -> Stream:
-        """The same in named pieces. ``batch``: how many pfns go into a PAGE_DATA record (libxenguest: 1024)."""
+        """The same in named pieces.
+
+        ``batch``: how many pfns go into a PAGE_DATA record (libxenguest: 1024). ``config`` takes the place of one that
+        fits the domain; xl ends it with a NUL.
+        """
         wire = Wire(version, big_endian)
+        if config is None and envelope == "xl":
+            config = config_json(vcpus=len(self.vcpus), memory_kib=len(self.pages) * 4) + b"\0"
         libxc = Stream([*self.head(wire), *self.page_data(wire, batch), *self.tail(wire), wire.end()])
         return wrap(libxc, envelope, config=config, wire=wire)
 

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable
 
@@ -14,27 +15,18 @@ from tests.writers.stream import LITTLE, Piece, Stream, Wire
 
 ENVELOPES = ("xl", "libvirt", "xenopsd", "libxl", "libxc")
 
-CONFIG_JSON = b"""{
-    "c_info": {
-        "type": "pv",
-        "name": "made",
-        "uuid": "8d1c2f6e-3f0a-4c5b-9a77-0123456789ab"
-    },
-    "b_info": {
-        "max_vcpus": 1,
-        "max_memkb": 384,
-        "target_memkb": 384,
-        "type.pv": {
-
-        }
-    },
-    "disks": [
-
-    ]
-}
-"""
 CONFIG_XML = b"<domain type='xen'>\n  <name>made</name>\n  <memory unit='KiB'>384</memory>\n</domain>\n"
 CONFIG_SEXP = b"((time 20240101T00:00:00Z)(word_size 64))"
+
+
+def config_json(kind: str = "pv", *, name: str = "made", vcpus: int = 1, memory_kib: int = 4096) -> bytes:
+    """A domain's configuration as libxl_domain_config_to_json() has it, as far as anybody looks."""
+    config = {
+        "c_info": {"type": kind, "name": name, "uuid": "8d1c2f6e-3f0a-4c5b-9a77-0123456789ab"},
+        "b_info": {"max_vcpus": vcpus, "max_memkb": memory_kib, "target_memkb": memory_kib, f"type.{kind}": {}},
+    }
+    return json.dumps(config, indent=4).encode()
+
 
 # xenopsd's sections: suspend_image.ml int64_of_header_type
 XENOPS, LIBXC, LIBXL, LIBXC_LEGACY, QEMU_XEN, END = 0x000F, 0x00F0, 0x00F1, 0x00F2, 0x0F01, 0xFFFF
@@ -54,7 +46,7 @@ def xl_header(
     ``length`` and ``config_length`` lie about the optional data and the configuration in it. ``config`` b"" leaves the
     optional data out; None stands for a configuration as xl writes it, with its final NUL.
     """
-    config = CONFIG_JSON + b"\0" if config is None else config
+    config = config_json() + b"\0" if config is None else config
     data = struct.pack("<I", len(config) if config_length is None else config_length) + config if config else b""
     numbers = struct.pack("<III", mandatory, optional, len(data) if length is None else length)
     return Piece("xl header", b"Xen saved domain, xl format\n \0 \r" + byteorder + numbers + data)

@@ -6,7 +6,7 @@ import struct
 
 from tests.writers.build import pattern
 from tests.writers.domain import CPUID_POLICY, MSR_POLICY
-from tests.writers.envelopes import wrap
+from tests.writers.envelopes import config_json, wrap
 from tests.writers.stream import HVM, NOTAB, XALLOC, Stream, Wire
 
 PARAMS = {1: 0xFEFFC, 2: 3, 17: 0xFEFFF, 18: 4, 19: 0xFEFF7}  # store and console: pfn and event channel; identity table
@@ -28,4 +28,10 @@ def hvm_stream(envelope: str = "xl", *, version: int = 3, pages: int = 16, batch
         stream.append(wire.page_data(entries, [bytes(pattern(pfn)) for pfn, kind in entries if kind == NOTAB]))
     stream += [wire.tsc_info(), wire.hvm_params(PARAMS), wire.hvm_context(hvm_context()), wire.end()]
     keys = {"physmap/f0000000/start_addr": "f0000000", "physmap/f0000000/size": "800000"}
-    return wrap(stream, envelope, emulator=[wire.emulator_xenstore(keys), wire.emulator_context(b"QEVM" + bytes(60))])
+    config = config_json("hvm", memory_kib=pages * 4) + b"\0" if envelope == "xl" else None
+    return wrap(
+        stream,
+        envelope,
+        config=config,
+        emulator=[wire.emulator_xenstore(keys), wire.emulator_context(b"QEVM" + bytes(60))],
+    )

@@ -70,11 +70,11 @@ class Stream(list[Piece]):
 
     def offset(self, name: str, nth: int = 0) -> int:
         """The byte offset at which a piece begins."""
-        return sum(len(piece.data) for piece in self[: self.find(name, nth)])
+        return self.offset_of(self.find(name, nth))
 
-    @property
-    def length(self) -> int:
-        return sum(len(piece.data) for piece in self)
+    def offset_of(self, i: int) -> int:
+        """The byte offset at which the i-th piece begins; for i = len(stream), of the end."""
+        return sum(len(piece.data) for piece in self[:i])
 
     def replace(self, name: str, *new: Piece, nth: int = 0) -> Self:
         """Put other pieces, or none, in the place of one."""

@@ -1,0 +1,146 @@
+"""Feeding a Reader in every way, and saying what came out in a form that can be compared."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from xenpv.errors import StreamError
+from xenpv.findings import Rule
+from xenpv.stream.envelope import Kind
+from xenpv.stream.events import Event, Pages
+from xenpv.stream.reader import Reader
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A breach as the fault callback is told of it."""
+
+    rule: Rule
+    message: str
+    offset: int
+    record: str | None
+
+
+@dataclass
+class Reading:
+    """What one reading of a stream gave."""
+
+    events: list[Event] = field(default_factory=list)
+    plain: list[tuple[object, ...]] = field(default_factory=list)  # the events again, comparable
+    faults: list[Fault] = field(default_factory=list)
+    error: StreamError | None = None
+    done: bool = False
+    trailing: int = 0
+    skipped: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        return [event.name for event in self.events]
+
+    @property
+    def rules(self) -> set[Rule]:
+        return {fault.rule for fault in self.faults}
+
+    @property
+    def content(self) -> bytes:
+        """The content of all pages, of a reading with Pages events."""
+        return b"".join(event.data.tobytes() for event in self.events if isinstance(event, Pages))
+
+
+def plain(value: object) -> Any:
+    """A value that can be compared with ==: an array as its type, shape and bytes, a dataclass as its fields."""
+    if isinstance(value, np.ndarray):
+        return value.dtype.str, value.shape, value.tobytes()
+    if is_dataclass(value) and not isinstance(value, type):
+        return (type(value).__name__, *((f.name, plain(getattr(value, f.name))) for f in fields(value)))
+    return value
+
+
+def whole(data: bytes) -> list[bytes]:
+    return [data]
+
+
+def bytewise(data: bytes) -> Iterator[bytes]:
+    return (data[i : i + 1] for i in range(len(data)))
+
+
+def cut(data: bytes, at: Iterable[int]) -> list[bytes]:
+    """The data in pieces, cut at those offsets; empty pieces included."""
+    return [data[a:b] for a, b in pairwise([0, *sorted(at), len(data)])]
+
+
+def at_random(data: bytes, seed: int) -> list[bytes]:
+    rng = random.Random(seed)
+    return cut(data, [rng.randrange(len(data) + 1) for _ in range(rng.randrange(40))])
+
+
+def read(
+    chunks: Iterable[bytes],
+    *,
+    pages: bool = False,
+    collect: bool = False,
+    eof: bool = True,
+    kind: Kind | None = None,
+) -> Reading:
+    """Feed all chunks and take every event as soon as it comes; a StreamError ends it and is kept.
+
+    ``collect`` hands a fault callback to the reader; without, the first breach of a rule raises.
+    """
+    out = Reading()
+
+    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
+        out.faults.append(Fault(rule, message, offset, record))
+
+    reader = Reader(fault=fault if collect else None, pages=pages, kind=kind)
+    try:
+        for chunk in chunks:
+            reader.feed(chunk)
+            _drain(reader, out)
+        if eof:
+            reader.feed_eof()
+            _drain(reader, out)
+    except StreamError as e:
+        out.error = e
+    out.done, out.trailing = reader.done, reader.trailing
+    return out
+
+
+def read_seeking(data: bytes, *, step: int = 1000) -> Reading:
+    """As a caller reads that can seek: what is skippable is never fed; else what is needed, or ``step`` if more."""
+    out = Reading()
+    reader = Reader()
+    position = 0
+    try:
+        while not reader.done:
+            _drain(reader, out)
+            if reader.done:
+                break
+            if reader.skippable and position < len(data):
+                n = min(reader.skippable, len(data) - position)
+                reader.skip(n)
+                out.skipped += n
+            elif position < len(data):
+                n = min(max(reader.need, step), len(data) - position)
+                reader.feed(data[position : position + n])
+            else:
+                n = 0
+                reader.feed_eof()
+            position += n
+    except StreamError as e:
+        out.error = e
+    out.done, out.trailing = reader.done, reader.trailing
+    return out
+
+
+def _drain(reader: Reader, out: Reading) -> None:
+    while (event := reader.next_event()) is not None:
+        out.plain.append(plain(event))  # at once: the data of Pages is valid only until the next call
+        if isinstance(event, Pages):
+            event = Pages(event.offset, event.record, event.first, event.data.copy())
+        out.events.append(event)

@@ -1,0 +1,204 @@
+"""However the bytes arrive, the same is read: whole, byte by byte, in pieces, with something behind, by seeking."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+
+from tests.stream.drive import at_random, bytewise, cut, read, read_seeking, whole
+from tests.writers.build import pv_domain
+from tests.writers.envelopes import ENVELOPES
+from tests.writers.hvm import hvm_stream
+from tests.writers.stream import WITH_DATA, Stream, Wire
+from xenpv.errors import Truncated, Unsupported
+from xenpv.stream import records
+from xenpv.stream.envelope import Kind
+from xenpv.stream.events import Pages
+from xenpv.stream.reader import PAGES_AT_ONCE, Reader
+
+KINDS = [*ENVELOPES, "v2", "pae", "hvm", "hvm-xenopsd", "remus", "optional"]
+
+
+@cache
+def stream_of(kind: str) -> Stream:
+    """A small whole stream of each kind."""
+    match kind:
+        case "v2":
+            return pv_domain(pfns=range(36)).to_stream("xl", version=2, batch=16)
+        case "pae":
+            return pv_domain(width=4, pfns=range(36), vcpus=2).to_stream("libxl", batch=16)
+        case "hvm":
+            return hvm_stream("xl")
+        case "hvm-xenopsd":
+            return hvm_stream("xenopsd")
+        case "remus":
+            return pv_domain(pfns=range(36)).to_checkpointed(batch=16)
+        case "optional":
+            wire = Wire()
+            stream = pv_domain(pfns=range(36)).to_stream("xl", batch=16)
+            stream.before("X86_TSC_INFO", wire.record(0x8000_0013, b"what a later Xen may say"))
+            return stream.before("libxl END", wire.libxl_record(0x8000_0006, b"and libxl"))
+    return pv_domain(pfns=range(36)).to_stream(kind, batch=16)
+
+
+@cache
+def bytes_of(kind: str) -> bytes:
+    return bytes(stream_of(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_bytewise_and_in_pieces_give_the_same(kind: str) -> None:
+    data = bytes_of(kind)
+    expected = read(whole(data))
+    assert expected.error is None
+    assert expected.done
+    assert expected.trailing == 0
+    named = [piece.name for piece in stream_of(kind) if not piece.name.startswith(("xl", "libvirt", "xenopsd"))]
+    assert [name for name in expected.names if not name.endswith(("envelope", "section"))] == named
+    assert read(bytewise(data)).plain == expected.plain
+    for seed in range(5):
+        assert read(at_random(data, seed)).plain == expected.plain
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cut_at_every_record_and_beside_it_changes_nothing(kind: str) -> None:
+    stream, data = stream_of(kind), bytes_of(kind)
+    expected = read(whole(data)).plain
+    begins = [stream.offset_of(i) for i in range(1, len(stream))]
+    for shift in (-1, 0, 1, 7, 8, 9):
+        assert read(cut(data, [begin + shift for begin in begins])).plain == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_pages_everything_else_is_the_same_and_the_content_is_there(kind: str) -> None:
+    data = bytes_of(kind)
+    expected = read(whole(data), pages=True)
+    assert [e for e in expected.plain if e[0] != "Pages"] == read(whole(data)).plain
+    assert read(bytewise(data), pages=True).plain == expected.plain
+    for seed in range(3):
+        assert read(at_random(data, seed), pages=True).plain == expected.plain
+    for event in expected.events:
+        if isinstance(event, Pages):
+            assert data[event.offset : event.offset + event.data.nbytes] == event.data.tobytes()
+
+
+def test_pages_are_those_of_the_domain_in_their_order() -> None:
+    domain = pv_domain(pfns=range(1200))
+    reading = read(whole(domain.to_bytes(batch=1024)), pages=True)
+    sent = [pfn for pfn in sorted(domain.types) if domain.types[pfn] in WITH_DATA]
+    assert reading.content == b"".join(domain.pages[pfn] for pfn in sent)
+    events = [event for event in reading.events if isinstance(event, Pages)]
+    assert max(len(event.data) for event in events) == PAGES_AT_ONCE
+    assert [event.first for event in events] == [0, 256, 512, 768, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reader_that_seeks_sees_the_same_and_reads_no_page(kind: str) -> None:
+    data = bytes_of(kind)
+    expected = read(whole(data))
+    for step in (1, 24, 1000, 1 << 20):
+        reading = read_seeking(data, step=step)
+        assert reading.plain == expected.plain
+        assert reading.error is None
+    pages = sum(e.pages * 4096 for e in expected.events if isinstance(e, records.PageData))
+    assert read_seeking(data, step=1).skipped >= pages
+
+
+def test_no_more_can_be_skipped_than_will_be_passed_over() -> None:
+    data = bytes_of("libxc")
+    reader = Reader()
+    reader.feed(data[:2000])
+    while reader.next_event() is not None:
+        pass
+    assert reader.skippable > 0
+    with pytest.raises(ValueError, match="cannot skip"):
+        reader.skip(reader.skippable + 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("junk", [b"\0", b"\xff" * 3, b"\0" * 4096, b"Xen saved domain, xl format\n \0 \r"])
+def test_what_follows_is_not_read_and_counted(kind: str, junk: bytes) -> None:
+    data = bytes_of(kind)
+    expected = read(whole(data)).plain
+    for chunks in ([data, junk], [data + junk], [data[:-3], data[-3:] + junk[:1], junk[1:]]):
+        reading = read(chunks)
+        assert reading.plain == expected
+        assert reading.done
+        assert reading.trailing == len(junk)
+
+
+def assert_truncated(stream: Stream, data: bytes, end: int) -> None:
+    reading = read(whole(data[:end]))
+    assert type(reading.error) is Truncated
+    assert not reading.done
+    assert f"at {end:#x}" in reading.error.reason
+    begins = [stream.offset_of(i) for i in range(len(stream))]
+    assert reading.error.offset == max(begin for begin in begins if begin <= end)
+    assert reading.error.record
+
+
+def test_a_stream_cut_at_any_byte_is_truncated_there() -> None:
+    stream = hvm_stream("xl", pages=2)
+    data = bytes(stream)
+    for end in range(1, len(data)):
+        assert_truncated(stream, data, end)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_of_any_kind_cut_near_the_start_of_a_record_is_truncated_there(kind: str) -> None:
+    stream, data = stream_of(kind), bytes_of(kind)
+    ends = {stream.offset_of(i) + n for i in range(len(stream)) for n in (0, 1, 4, 7, 8, 9, 15, 16, 23, 24, 40)}
+    for end in {*ends, *range(1, len(data), 4099)} - {0}:
+        if end < len(data):
+            assert_truncated(stream, data, end)
+
+
+def test_a_cut_is_told_apart_from_bytes_that_have_not_come_yet() -> None:
+    data = bytes_of("xl")
+    reader = Reader()
+    reader.feed(data[:100])
+    assert reader.next_event() is None
+    assert reader.need > 0
+    reader.feed_eof()
+    with pytest.raises(Truncated) as first:
+        reader.next_event()
+    with pytest.raises(Truncated) as again:
+        reader.next_event()
+    assert again.value is first.value
+
+
+@pytest.mark.parametrize("chunk", [1, 1000])
+def test_need_says_how_many_bytes_make_progress(chunk: int) -> None:
+    """Feeding exactly what is needed reads the whole stream, and never one byte beyond it."""
+    data = bytes_of("xl")
+    reader, position, plain = Reader(pages=True), 0, 0
+    while not reader.done:
+        if reader.next_event() is not None:
+            plain += 1
+        elif not reader.done:
+            assert 0 < reader.need <= len(data) - position
+            n = min(chunk, reader.need)
+            reader.feed(data[position : position + n])
+            position += n
+    assert position == len(data)
+    assert plain == len(read(whole(data), pages=True).events)
+
+
+def test_memoryviews_and_bytearrays_are_bytes_too() -> None:
+    data = bytes_of("xl")
+    expected = read(whole(data), pages=True).plain
+    buffer = bytearray(data)
+    assert read([memoryview(buffer)], pages=True).plain == expected  # type: ignore[list-item]
+    reader = Reader()
+    reader.feed(buffer)
+    buffer[:] = bytes(len(buffer))  # the caller's buffer is its own again
+    first = reader.next_event()
+    assert first is not None
+    assert first.name == "xl envelope"
+
+
+def test_a_kind_that_is_told_is_not_looked_for() -> None:
+    assert read(whole(bytes_of("libxc")), kind=Kind.LIBXC).done
+    assert isinstance(read(whole(bytes_of("libxl")), kind=Kind.LIBXC).error, Exception)
+    assert isinstance(read(whole(b"nonsense" * 8)).error, Unsupported)

@@ -1,0 +1,97 @@
+"""Every rule of the stream: broken in a stream that is otherwise sound, it is named, where it is broken, and alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.stream.breaches import BREACHES, Breach, sound
+from tests.stream.drive import at_random, read, whole
+from xenpv.findings import Rule, Severity
+from xenpv.stream import rules
+
+EACH = pytest.mark.parametrize("breach", BREACHES, ids=lambda b: f"{b.rule.name}:{b.what}")
+
+
+def offset_of(breach: Breach) -> int:
+    stream = breach.stream()
+    try:
+        return stream.offset(breach.at, breach.nth)
+    except IndexError:  # what is missing would have been at the end
+        return len(bytes(stream))
+
+
+@EACH
+def test_a_reader_stops_at_it(breach: Breach) -> None:
+    reading = read(whole(bytes(breach.stream())))
+    if breach.error is None:
+        assert breach.rule.severity is Severity.WARNING
+        assert reading.error is None
+        assert reading.done
+        return
+    assert type(reading.error) is breach.error
+    assert reading.error.offset == offset_of(breach)
+    assert reading.error.record == breach.named
+    assert f"{reading.error.offset:#x}" in str(reading.error)
+    assert breach.named in str(reading.error)
+
+
+@EACH
+def test_a_verifier_is_told_and_goes_on(breach: Breach) -> None:
+    stream = breach.stream()
+    reading = read(whole(bytes(stream)), collect=True)
+    assert reading.rules == {breach.rule}, [str(f) for f in reading.faults]
+    first = reading.faults[0]
+    assert first.offset == offset_of(breach)
+    assert first.record == breach.named
+    assert first.message
+    if breach.fatal:
+        assert type(reading.error) is breach.error
+        assert not reading.done
+        return
+    assert reading.error is None
+    assert reading.done
+    assert reading.trailing == 0
+    assert read(at_random(bytes(stream), 1), collect=True).faults == reading.faults
+
+
+@EACH
+def test_what_is_sound_around_it_is_still_read(breach: Breach) -> None:
+    """Beside a fault that is not fatal, every record comes out but, at most, the faulty one."""
+    if breach.fatal:
+        return
+    stream = breach.stream()
+    read_names = [n for n in read(whole(bytes(stream)), collect=True).names if not n.endswith(("envelope", "section"))]
+    written = [piece.name for piece in stream if not piece.name.startswith(("xl", "libvirt", "xenopsd"))]
+    if read_names != written:
+        del written[stream.find(breach.at, breach.nth) - (len(stream) - len(written))]
+        assert read_names == written
+
+
+@pytest.mark.parametrize("base", sorted({breach.base for breach in BREACHES} - {"big-endian", "remus"}))
+def test_without_the_change_nothing_is_found(base: str) -> None:
+    reading = read(whole(bytes(sound(base))), collect=True)
+    assert reading.faults == []
+    assert reading.done
+
+
+def test_what_follows_the_end_is_counted_for_the_rule_trailing_data() -> None:
+    """TRAILING is the caller's to report: whether bytes follow is known only where the input ends."""
+    reading = read([bytes(sound("libxc")), b"more"], collect=True)
+    assert reading.faults == []
+    assert reading.trailing == 4
+
+
+def test_every_rule_is_broken_by_some_test() -> None:
+    named = {value for value in vars(rules).values() if isinstance(value, Rule)}
+    assert named - {breach.rule for breach in BREACHES} - {rules.TRAILING} == set()
+
+
+def test_warnings_are_not_raised_and_errors_are() -> None:
+    assert all((breach.error is None) == (breach.rule.severity is Severity.WARNING) for breach in BREACHES)
+
+
+def test_rules_say_who_demands_them() -> None:
+    for rule in {breach.rule for breach in BREACHES}:
+        assert rule.text
+        assert rule.source
+        assert rule.name == rule.name.lower().replace(" ", "-")
