@@ -9,30 +9,31 @@ from xenpv.domain.config import Config
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, GuestError
 from xenpv.findings import Findings, Rule
-from xenpv.frames import ABSENT, I64, IS_POPULATED, U64, PageType, type_name
+from xenpv.frames import ABSENT, I64, IS_POPULATED, PageType, type_name
 from xenpv.memory.p2m import NO_FRAME, Anchors, frames_by_list, frames_by_tree
 
 _FOREIGN = np.uint64(1 << 63)
 _IDENTITY = np.uint64(1 << 62)
+_NO_PLACES = np.empty(0, np.int64)
 _MAXMEM_SLACK = 256  # pages: libxl lets a domain have 1 MiB above its maxmem (LIBXL_MAXMEM_CONSTANT)
 
 
 def check_p2m(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
     """Everything that is wrong with the p2m and with which pages there are."""
-    _frames(saved, findings)
+    doubtful = _frames(saved, findings)
     if saved.anchors is not None:
         _extent(saved, saved.anchors, findings)
-        _anchors(saved, saved.anchors, findings)
-    _pages(saved, findings)
+        doubtful = np.union1d(doubtful, _anchors(saved, saved.anchors, findings))
+    _pages(saved, findings, doubtful)
     _limit(saved, findings, config)
 
 
-def _frames(saved: SavedDomain, findings: Findings) -> None:
-    """What update_guest_p2m() demands of every frame, and that no frame is there twice."""
+def _frames(saved: SavedDomain, findings: Findings) -> I64:
+    """What update_guest_p2m() demands of every frame, and that no frame is there twice; gives the places that fail."""
     frames = saved.contents.p2m_frames
     record = saved.contents.p2m_record
     if record is None:
-        return
+        return _NO_PLACES
     types = saved.frames.types(frames)
     beyond = frames > np.uint64(saved.contents.end_pfn)
     wrong = beyond | (types != PageType.NOTAB)
@@ -43,8 +44,8 @@ def _frames(saved: SavedDomain, findings: Findings) -> None:
         offset = record.offset + 16 + at * 8 if 0 <= at < len(record.p2m_pfns) else None
         findings.add(rule, message, offset=offset, record=record.name, pfn=int(frames[i]), entry=i)
 
-    bad = np.flatnonzero(wrong)
-    for i in bad[: findings.room(rules.P2M_FRAME)].tolist():
+    bad, room = np.flatnonzero(wrong), findings.room(rules.P2M_FRAME)
+    for i in bad[:room].tolist():
         pfn = int(frames[i])
         if frames[i] == NO_FRAME:
             add(i, f"p2m_frame_list[{i}] was never sent")
@@ -54,32 +55,37 @@ def _frames(saved: SavedDomain, findings: Findings) -> None:
             add(i, f"pfn ({pfn:#x}) for p2m_frame_list[{i}] has bad type {type_name(int(types[i]))}")
         else:
             add(i, f"p2m_frame_list[{i}] (pfn {pfn:#x}) has bad mfn: the stream has no such page")
-    for i, other in _shared(saved, findings):
+    findings.more(rules.P2M_FRAME, max(0, len(bad) - room))
+    again, first_place = _shared(saved)
+    room = findings.room(rules.P2M_REPEATED)
+    for i, other in zip(again[:room].tolist(), first_place[:room].tolist(), strict=True):
         what = f"p2m_frame_list[{i}] and [{other}] are both pfn {int(frames[i]):#x}, and hold pages of the domain"
         add(i, what, rules.P2M_REPEATED)
+    findings.more(rules.P2M_REPEATED, max(0, len(again) - room))
+    return np.union1d(bad, again)
 
 
-def _shared(saved: SavedDomain, findings: Findings) -> list[tuple[int, int]]:
-    """Places of the p2m whose frame stands in an earlier place, too, and that place.
+def _shared(saved: SavedDomain) -> tuple[I64, I64]:
+    """Places of the p2m that have pages and yet share their frame, and for each another place of that frame.
 
     Kernels share one frame among the parts where nothing is, and that does no harm: the restorer writes the same
-    nothing there again and again. Only where a part with pages shares its frame will one overwrite the other.
+    nothing there again and again. Only where a part with pages shares its frame will one overwrite the other. Of
+    several such parts with one frame the first is not named.
     """
     frames = saved.contents.p2m_frames
     first = saved.p2m.distinct
     if len(first) == np.count_nonzero(frames != NO_FRAME):
-        return []
+        return _NO_PLACES, _NO_PLACES
     first = first[np.argsort(frames[first])]
     at = np.minimum(np.searchsorted(frames[first], frames), len(first) - 1)  # which frame stands in each place
+    last = np.zeros(len(first), np.int64)
+    last[at] = np.arange(len(frames))
     parts = _parts_with_pages(saved)
-    used = np.zeros(len(first), np.bool_)
-    used[at[parts]] = True
-    again = np.ones(len(frames), np.bool_)
-    again[first] = False
-    wrong = np.flatnonzero(again & used[at] & (frames != NO_FRAME))
-    room = findings.room(rules.P2M_REPEATED)
-    findings.more(rules.P2M_REPEATED, max(0, len(wrong) - room))
-    return [(i, int(first[at[i]])) for i in wrong[:room].tolist()]
+    parts = parts[(frames[parts] != NO_FRAME) & (np.bincount(at)[at[parts]] > 1)]
+    _, first_part, sharing = np.unique(at[parts], return_index=True, return_counts=True)
+    wrong = np.delete(parts, first_part[sharing > 1])
+    other = first[at[wrong]]
+    return wrong, np.where(other == wrong, last[at[wrong]], other)
 
 
 def _parts_with_pages(saved: SavedDomain) -> I64:
@@ -113,13 +119,13 @@ def _extent(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
         findings.add(rules.P2M_GENERATION, what, **place)
 
 
-def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
-    """Walk the p2m as the saver did, from the anchors that it left in shared info, and compare."""
+def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
+    """Walk the p2m as the saver did, from the anchors that it left in shared info; gives the places that differ."""
     shared, p2m = saved.contents.shared_info, saved.p2m
     assert shared is not None
     if not len(p2m.frames):
-        return
-    ways = []
+        return _NO_PLACES
+    ways, doubtful = [], _NO_PLACES
     if anchors.p2m_cr3:
         ways.append(("linear list", frames_by_list))
     if "tree" in anchors.form:
@@ -134,38 +140,59 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
             rule = rules.P2M_ANCHOR if saved.seekable or not isinstance(e, Fault) else rules.NOT_CHECKED
             findings.add(rule, f"{name}: {e}", offset=shared.offset, record=shared.name)
             continue
-        differ = np.flatnonzero(found != p2m.frames)
-        for i in differ[: findings.room(rules.P2M_ANCHOR)].tolist():
+        differ, room = np.flatnonzero(found != p2m.frames), findings.room(rules.P2M_ANCHOR)
+        for i in differ[:room].tolist():
             by_guest = "a hole" if found[i] == NO_FRAME else f"pfn {int(found[i]):#x}"
             what = f"{name}: entry {i} is {by_guest}, the stream's p2m frame is pfn {int(p2m.frames[i]):#x}"
             findings.add(rules.P2M_ANCHOR, what, offset=shared.offset, record=shared.name, entry=i)
-        findings.more(rules.P2M_ANCHOR, max(0, len(differ) - findings.room(rules.P2M_ANCHOR)))
+        findings.more(rules.P2M_ANCHOR, max(0, len(differ) - room))
+        if len(differ) * 2 < len(found):  # else it is the anchor that is to be doubted
+            doubtful = np.union1d(doubtful, differ)
+    return doubtful
 
 
-def _pages(saved: SavedDomain, findings: Findings) -> None:
-    """Each pfn that the p2m maps is in the stream, and the other way round."""
-    for first, mfns in saved.p2m.content(np.union1d(saved.p2m.distinct, _parts_with_pages(saved))):
+def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
+    """Each pfn that the p2m maps is in the stream, and the other way round.
+
+    What stands in ``doubtful`` places of the p2m is not the p2m's, perhaps, and would give a finding for each entry.
+    """
+    places = np.union1d(saved.p2m.distinct, _parts_with_pages(saved))
+    for first, mfns in saved.p2m.content(np.setdiff1d(places, doubtful, assume_unique=True)):
         pfns = np.arange(first, first + len(mfns), dtype=np.uint64)
         types = saved.frames.types(pfns)
         own = (mfns != NO_FRAME) & (mfns & (_FOREIGN | _IDENTITY) == 0)
         there = IS_POPULATED[types]
-        _missing(findings, pfns[own & ~there & (types != PageType.BROKEN)], types, mfns, first)
-        for pfn in pfns[~own & there][: findings.room(rules.PAGE_UNMAPPED)].tolist():
-            what = f"pfn {pfn:#x} is in the stream, but the p2m has no frame for it ({int(mfns[pfn - first]):#x})"
-            findings.add(rules.PAGE_UNMAPPED, what, pfn=pfn)
+        for rule, wrong in (
+            (rules.PAGE_MISSING, own & ~there & (types != PageType.BROKEN)),
+            (rules.PAGE_UNMAPPED, ~own & there),
+        ):
+            room = findings.room(rule)
+            for i in np.flatnonzero(wrong)[:room].tolist():
+                what = _mismatch(first + i, int(mfns[i]), int(types[i]), missing=rule is rules.PAGE_MISSING)
+                findings.add(rule, what, offset=_offset_of_entry(saved, first + i), pfn=first + i)
+            findings.more(rule, max(0, int(np.count_nonzero(wrong)) - room))
+    for pfn, offset in saved.contents.index.twice:
+        what = f"pfn {pfn:#x} is in the same PAGE_DATA record twice"
+        findings.add(rules.PAGE_REPEATED, what, offset=offset, record="PAGE_DATA", pfn=pfn)
     broken = saved.contents.index.count().get(PageType.BROKEN, 0)
     if broken:
-        findings.add(rules.PAGE_BROKEN, f"{broken} pages are marked BROKEN: their content was lost to a memory error")
+        what = f"{broken} pages are marked BROKEN: their content was lost to a memory error"
+        pfn = int(saved.contents.index.pfns(np.arange(256) == PageType.BROKEN)[0])
+        findings.add(rules.PAGE_BROKEN, what, pfn=pfn)
 
 
-def _missing(findings: Findings, pfns: U64, types: np.ndarray, mfns: U64, first: int) -> None:
-    room = findings.room(rules.PAGE_MISSING)
-    for pfn in pfns[:room].tolist():
-        kind = int(types[pfn - first])
-        how = "is not in the stream" if kind == ABSENT else f"is in the stream as {type_name(kind)}"
-        what = f"the p2m maps pfn {pfn:#x} (to mfn {int(mfns[pfn - first]):#x} of the old host), which {how}"
-        findings.add(rules.PAGE_MISSING, what, pfn=pfn)
-    findings.more(rules.PAGE_MISSING, max(0, len(pfns) - room))
+def _mismatch(pfn: int, mfn: int, kind: int, *, missing: bool) -> str:
+    if not missing:
+        return f"pfn {pfn:#x} is in the stream, but the p2m has no frame for it ({mfn:#x})"
+    how = "is not in the stream" if kind == ABSENT else f"is in the stream as {type_name(kind)}"
+    return f"the p2m maps pfn {pfn:#x} (to mfn {mfn:#x} of the old host), which {how}"
+
+
+def _offset_of_entry(saved: SavedDomain, pfn: int) -> int | None:
+    """The byte offset of a pfn's p2m entry."""
+    place, entry = divmod(pfn, saved.p2m.entries_per_frame)
+    frame = int(saved.contents.index.offsets(saved.contents.p2m_frames[place : place + 1])[0])
+    return frame + entry * saved.contents.width if frame >= 0 else None
 
 
 def _limit(saved: SavedDomain, findings: Findings, config: Config | None) -> None:

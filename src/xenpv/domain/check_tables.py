@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from xenpv.abi.x86 import GDT_ENTRIES_PER_FRAME, PTE_P, PTE_PSE, PTE_RW
+from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, PTE_P, PTE_PSE, PTE_RW
 from xenpv.domain import rules
 from xenpv.domain.source import Progress, SavedDomain
 from xenpv.errors import Fault
@@ -78,8 +78,12 @@ class TableChecks:
         self.findings.more(rule, max(0, len(at) - room))
 
     def _offset(self, where: dict[str, int]) -> int | None:
-        page = int(self.saved.contents.index.offsets(np.array([where["pfn"]], np.uint64))[0])
-        return page + where["entry"] * 8 if page >= 0 else None
+        page = self._page_offset(where["pfn"])
+        return None if page is None else page + where["entry"] * 8
+
+    def _page_offset(self, pfn: int) -> int | None:
+        offset = int(self.saved.contents.index.offsets(np.array([pfn], np.uint64))[0])
+        return offset if offset >= 0 else None
 
     def _batch(self, level: int, tables: U64) -> None:
         pages, tables = self._content(level, tables)
@@ -162,11 +166,12 @@ class TableChecks:
         for row, table in enumerate(here.tables.tolist()):
             mine = here.row == row
             if not np.any(mine & last):
-                self.findings.add(rules.PAE_L3, "L3[3] is not present", pfn=table, level=3, entry=3)
+                where = {"pfn": table, "level": 3, "entry": 3}
+                what = f"L3[3] of pfn {table:#x} is not present"
+                self.findings.add(rules.PAE_L3, what, offset=self._offset(where), **where)
         for l2 in sorted({pfn for pfn in behind if np.count_nonzero(here.target == np.uint64(pfn)) > 1}):
-            self.findings.add(
-                rules.PAE_L3, f"the L2 behind L3[3], pfn {l2:#x}, is named more than once", pfn=l2, level=2
-            )
+            what = f"the L2 behind L3[3], pfn {l2:#x}, is named more than once"
+            self.findings.add(rules.PAE_L3, what, offset=self._page_offset(l2), pfn=l2, level=2)
 
     def _leaves(self, here: _Entries, inside: Mask) -> None:
         """Entries of L1 tables: they may name anything, but nothing writable that is a table or holds a GDT."""
@@ -204,18 +209,20 @@ class TableChecks:
         tops = [saved_top for vcpu in self.saved.contents.vcpus for saved_top in self.saved.tops(vcpu)]
         held = np.unique(np.concatenate([*self._named, np.array(tops, np.uint64)]))
         free = (types & PINNED == 0) & ~np.isin(tables, held)
-        for pfn in tables[free][: self.findings.room(rules.TABLE_ORPHAN)].tolist():
-            level = int(types[np.searchsorted(tables, pfn)] & 7)
+        room, orphans = self.findings.room(rules.TABLE_ORPHAN), int(np.count_nonzero(free))
+        for pfn, kind in zip(tables[free][:room].tolist(), types[free][:room].tolist(), strict=True):
+            level = kind & 7
             what = f"the L{level} table at pfn {pfn:#x} is neither pinned nor named by another table"
-            self.findings.add(rules.TABLE_ORPHAN, what, pfn=pfn, level=level)
+            self.findings.add(rules.TABLE_ORPHAN, what, offset=self._page_offset(pfn), pfn=pfn, level=level)
+        self.findings.more(rules.TABLE_ORPHAN, max(0, orphans - room))
 
 
 def gdt_frames(saved: SavedDomain) -> U64:
-    """The pfns of every vcpu's GDT frames, ascending."""
+    """The pfns of every vcpu's GDT frames, ascending. A GDT of more entries than there can be says nothing."""
     pfns: set[int] = set()
     for vcpu in saved.contents.vcpus:
         context = saved.vcpu_context(vcpu)
-        if context is not None:
-            count = min(-(-int(context["gdt_ents"]) // GDT_ENTRIES_PER_FRAME), 16)
+        if context is not None and int(context["gdt_ents"]) <= FIRST_RESERVED_GDT_ENTRY:
+            count = -(-int(context["gdt_ents"]) // GDT_ENTRIES_PER_FRAME)
             pfns.update(int(pfn) for pfn in context["gdt_frames"][:count])
     return np.array(sorted(pfns), np.uint64)

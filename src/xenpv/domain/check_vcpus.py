@@ -50,8 +50,10 @@ def check_start_info(saved: SavedDomain, findings: Findings) -> None:
     try:
         page = saved.memory.page(pfn)
     except Fault as e:
-        findings.add(rules.START_INFO, f"Start Info cannot be read: {e}", pfn=pfn, vcpu=0)
-        return
+        if saved.seekable:
+            findings.add(rules.START_INFO, f"Start Info cannot be read: {e}", pfn=pfn, vcpu=0)
+            return
+        page = bytes(PAGE_SIZE)  # of a pipe no start info page is let go, so this is none
     width = saved.contents.width
     info = START_INFO.read(page, width)
     magic = START_INFO_MAGIC[width]
@@ -59,8 +61,13 @@ def check_start_info(saved: SavedDomain, findings: Findings) -> None:
         what = f"pfn {pfn:#x} does not begin with {magic.decode()!r}, as a start info page does"
         findings.add(rules.START_INFO_MAGIC, what, offset=offset, pfn=pfn)
         return
-    for name, frame in (("XenStore", int(info["store_mfn"])), ("Console", int(info["console"]["domU"]["mfn"]))):
-        _is_page(saved, findings, rules.START_INFO_FRAMES, name, frame, offset=offset)
+    frames = {
+        "store_mfn": ("XenStore", info["store_mfn"]),
+        "console.domU.mfn": ("Console", info["console"]["domU"]["mfn"]),
+    }
+    for member, (name, frame) in frames.items():
+        at = offset + START_INFO.offset(width, member)
+        _is_page(saved, findings, rules.START_INFO_FRAMES, name, int(frame), offset=at)
 
 
 def _is_page(
