@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import NewType, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from xenpv.abi.domctl import PINNED, PageType
+from xenpv.abi.x86 import ENTRIES, PAGE_SHIFT, PAGE_SIZE
 
 Pfn = NewType("Pfn", int)  # pseudo-physical frame number: the domain's own, contiguous view
 Mfn = NewType("Mfn", int)  # machine frame number: the host's view
 Vaddr = NewType("Vaddr", int)  # guest virtual address, in bytes
 DomId = NewType("DomId", int)
 
-PAGE_SHIFT = 12
-PAGE_SIZE = 1 << PAGE_SHIFT
-ENTRIES = PAGE_SIZE // 8  # page-table entries in a page, for both guest widths (32-bit PV is PAE only)
-
 U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-
-
-class PageType(IntEnum):
-    """XEN_DOMCTL_PFINFO_* without its shift of 28 (xen.git:xen/include/public/domctl.h)."""
-
-    NOTAB = 0x0
-    L1TAB = 0x1
-    L2TAB = 0x2
-    L3TAB = 0x3
-    L4TAB = 0x4
-    L1TAB_PIN = 0x9
-    L2TAB_PIN = 0xA
-    L3TAB_PIN = 0xB
-    L4TAB_PIN = 0xC
-    BROKEN = 0xD
-    XALLOC = 0xE
-    XTAB = 0xF
-
-
-PINNED = 0x8  # the bit that tells L1TAB_PIN from L1TAB
 
 
 def _which(*types: PageType) -> Mask:
@@ -73,3 +51,27 @@ class Frames(Protocol):
 
     def pages(self, pfns: U64) -> U8:
         """Content of the pages, shape (len(pfns), 4096). Raises Fault for the first pfn that has no content."""
+
+
+__all__ = [
+    "ABSENT",
+    "ENTRIES",
+    "HAS_DATA",
+    "I64",
+    "IS_KNOWN",
+    "IS_POPULATED",
+    "IS_TABLE",
+    "PAGE_SHIFT",
+    "PAGE_SIZE",
+    "PINNED",
+    "U8",
+    "U64",
+    "DomId",
+    "Frames",
+    "Mask",
+    "Mfn",
+    "PageType",
+    "Pfn",
+    "Vaddr",
+    "type_name",
+]

@@ -21,6 +21,7 @@ from elftools.elf.elffile import ELFFile
 import lab
 from lab import guests
 from xenpv.cli.show import describe
+from xenpv.domain.input import Input
 from xenpv.domain.source import SavedDomain
 from xenpv.domain.verify import Report, verify
 from xenpv.frames import PAGE_SIZE
@@ -99,7 +100,7 @@ def test_a_debian_guest_passes_verify_from_a_pipe(debian: Debian) -> None:
 
         thread = threading.Thread(target=pump)
         thread.start()
-        sound(verify("pipe", fd=r))
+        sound(verify(Input(r, "pipe")))
         thread.join()
 
 

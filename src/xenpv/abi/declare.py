@@ -1,17 +1,19 @@
 """From one declaration of a C struct to its layout at both guest widths, as NumPy dtypes.
 
-The rules are those of the x86 psABIs: members in order, each at a multiple of its alignment, the struct padded to
-a multiple of its largest. They differ in two things only: ``unsigned long`` and pointers take 8 or 4 bytes, and a
-uint64_t inside a struct is aligned to 8 or to 4.
+The rules are those of the x86 psABIs: members in order, each at a multiple of its alignment, the struct padded to a
+multiple of its largest. They differ in two things only: ``unsigned long`` and pointers take 8 or 4 bytes, and a
+uint64_t inside a struct is aligned to 8 or to 4. NumPy is loaded when the first dtype is asked for: who only wants
+sizes, as a reader of records does, starts without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Width = Literal[4, 8]
 
@@ -29,8 +31,9 @@ class Scalar:
     def align(self, width: Width) -> int:
         return min(self.size(width), width)
 
-    def dtype(self, width: Width) -> np.dtype[np.void]:
-        return np.dtype(f"<u{self.size(width)}")
+    def format(self, width: Width) -> Any:
+        """What np.dtype() makes a dtype of."""
+        return f"<u{self.size(width)}"
 
 
 U8 = Scalar(1, 1)
@@ -57,8 +60,8 @@ class Array:
     def align(self, width: Width) -> int:
         return self.of.align(width)
 
-    def dtype(self, width: Width) -> np.dtype[np.void]:
-        return np.dtype((self.of.dtype(width), (self.count(width),)))
+    def format(self, width: Width) -> Any:
+        return (self.of.format(width), (self.count(width),))
 
 
 def array(of: Scalar | Struct, count: int, *, count4: int | None = None) -> Array:
@@ -78,8 +81,8 @@ class Chars:
     def align(self, width: Width) -> int:  # noqa: ARG002
         return 1
 
-    def dtype(self, width: Width) -> np.dtype[np.void]:  # noqa: ARG002
-        return np.dtype(f"S{self.count}")
+    def format(self, width: Width) -> Any:  # noqa: ARG002
+        return f"S{self.count}"
 
 
 Member = Scalar | Array | Chars
@@ -104,7 +107,9 @@ class Struct:
         self.name = name
         self.header = header  # the public header that has it, below xen.git:xen/include/public
         self._members = members
-        self._dtypes: dict[Width, np.dtype[np.void]] = {8: self._lay_out(8), 4: self._lay_out(4)}
+        self._dtypes: dict[Width, np.dtype[np.void]] = {}
+        self._offsets: dict[Width, dict[str, int]] = {8: {}, 4: {}}
+        self._sizes: dict[Width, int] = {8: self._lay_out(8), 4: self._lay_out(4)}
 
     def members(self, width: Width) -> Iterator[tuple[str, Member | Struct]]:
         """Name and type of each member that this width has, in order."""
@@ -115,40 +120,56 @@ class Struct:
             else:
                 yield name, member
 
-    def _lay_out(self, width: Width) -> np.dtype[np.void]:
-        names, formats, offsets, end = [], [], [], 0
+    def _lay_out(self, width: Width) -> int:
+        """Place the members; the size."""
+        end = 0
         for name, member in self.members(width):
-            align = member.align(width)
-            end = -(-end // align) * align
-            names.append(name)
-            formats.append(member.dtype(width))
-            offsets.append(end)
+            end = _up(end, member.align(width))
+            self._offsets[width][name] = end
             end += member.size(width)
-        align = self.align(width)
-        return np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": -(-end // align) * align})
+        return _up(end, self.align(width))
 
     def align(self, width: Width) -> int:
         return max(member.align(width) for _, member in self.members(width))
 
     def size(self, width: Width) -> int:
         """Sizeof at that width, in bytes."""
-        return self._dtypes[width].itemsize
+        return self._sizes[width]
 
-    def dtype(self, width: Width) -> np.dtype[np.void]:
-        return self._dtypes[width]
+    def format(self, width: Width) -> Any:
+        """What np.dtype() makes a dtype of."""
+        members = list(self.members(width))
+        return {
+            "names": [name for name, _ in members],
+            "formats": [member.format(width) for _, member in members],
+            "offsets": [self._offsets[width][name] for name, _ in members],
+            "itemsize": self._sizes[width],
+        }
 
     def __getitem__(self, width: Width) -> np.dtype[np.void]:
+        """The NumPy dtype at that width."""
+        if width not in self._dtypes:
+            import numpy as np  # noqa: PLC0415  see above
+
+            self._dtypes[width] = np.dtype(self.format(width))
         return self._dtypes[width]
 
     def offset(self, width: Width, path: str) -> int:
         """offsetof(struct, path) in bytes; the path may go into nested structs: ``arch.p2m_cr3``."""
-        dtype, offset = self._dtypes[width], 0
-        for name in path.split("."):
-            assert dtype.fields is not None
-            dtype, at = dtype.fields[name][:2]
-            offset += at
+        first, _, rest = path.partition(".")
+        offset = self._offsets[width][first]
+        if rest:
+            inner = dict(self.members(width))[first]
+            assert isinstance(inner, Struct)
+            offset += inner.offset(width, rest)
         return offset
 
     def read(self, data: bytes | bytearray | memoryview | np.ndarray, width: Width, offset: int = 0) -> np.void:
         """One struct out of bytes, without a copy. Raises ValueError when there are too few."""
-        return np.frombuffer(data, self._dtypes[width], count=1, offset=offset)[0]  # type: ignore[no-any-return]
+        import numpy as np  # noqa: PLC0415
+
+        return np.frombuffer(data, self[width], count=1, offset=offset)[0]  # type: ignore[no-any-return]
+
+
+def _up(n: int, align: int) -> int:
+    return -(-n // align) * align

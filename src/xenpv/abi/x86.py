@@ -92,6 +92,10 @@ VGCF_ONLINE = 1 << 5
 GDT_ENTRIES_PER_FRAME = 512
 FIRST_RESERVED_GDT_ENTRY = 14 * GDT_ENTRIES_PER_FRAME
 
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+ENTRIES = PAGE_SIZE // 8  # page-table entries in a page, for both guest widths (32-bit PV is PAE only)
+
 LEVELS = {8: 4, 4: 3}  # page-table levels of a guest of that width
 
 # Page-table entries: the same 64 bits for both widths.

@@ -25,7 +25,7 @@ def demo() -> int:
         report = verify(file.name)
         assert report.saved is not None
         with report.saved as saved:
-            saved.name = report.name = "demo.save"
+            report.name = saved.name = "demo.save"
             print_description(saved, describe(saved), verbose=False)
             for finding in report.findings:
                 click.echo(f"{finding.severity}: {finding}")

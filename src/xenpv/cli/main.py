@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -10,10 +11,6 @@ from typing import NoReturn
 import click
 
 from xenpv import __version__
-from xenpv.cli.demo import demo
-from xenpv.cli.memory import p2m, read, walk
-from xenpv.cli.show import show
-from xenpv.cli.verify import verify
 from xenpv.errors import XenPVError
 
 EXIT_FAILED = 1
@@ -21,7 +18,33 @@ EXIT_USAGE = 64
 EXIT_BUG = 70
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+# Where each verb is. They are imported when called: most need NumPy, which takes longer to import than some take to
+# run.
+_VERBS = {
+    "show": "xenpv.cli.show",
+    "verify": "xenpv.cli.verify",
+    "p2m": "xenpv.cli.memory",
+    "walk": "xenpv.cli.memory",
+    "read": "xenpv.cli.memory",
+    "demo": "xenpv.cli.demo",
+}
+
+
+class Verbs(click.Group):
+    """The verbs, in the order in which people need them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _VERBS:
+            return None
+        command = getattr(importlib.import_module(_VERBS[cmd_name]), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="xenpv")
 def main() -> None:
     """Saved Xen PV domains: what they are, whether they would restore, what is in their memory.
@@ -37,10 +60,6 @@ def main() -> None:
     Shell completion: eval "$(_XENPV_COMPLETE=bash_source xenpv)" (or zsh_source, fish_source).
     Exit status: 0 fine, 1 findings or a failed operation, 64 usage, 70 a bug of xenpv's.
     """
-
-
-for verb in (show, verify, p2m, walk, read, demo):
-    main.add_command(verb)
 
 
 def run() -> NoReturn:

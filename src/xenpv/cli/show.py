@@ -46,7 +46,7 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
     pages = sum(n for kind, n in counts.items() if HAS_DATA[kind])
     out: dict[str, Any] = {
         "file": saved.name,
-        "size": saved.size,
+        "size": saved.source.size,
         "envelope": str(contents.envelope.kind)
         if contents.envelope
         else ("libxl" if contents.libxl_header else "libxc"),
@@ -55,7 +55,7 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
         "domain_type": contents.domain.guest.name,
         "xen": f"{contents.domain.xen_major}.{contents.domain.xen_minor}",
         "complete": contents.complete,
-        "trailing_bytes": saved.trailing,
+        "trailing_bytes": saved.source.trailing,
         "config": None if config is None else _config(config),
         "pages": {PageType(kind).name if kind in set(PageType) else hex(kind): n for kind, n in counts.items()},
         "memory_in_stream": pages * PAGE_SIZE,
@@ -68,7 +68,7 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
         out |= _pv(saved)
     else:
         out["hvm"] = {
-            "params": None if contents.hvm_params is None else dict(contents.hvm_params.params.tolist()),
+            "params": None if contents.hvm_params is None else contents.hvm_params.params,
             "context_bytes": contents.hvm_context.length if contents.hvm_context else 0,
         }
     tsc = contents.tsc

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from xenpv.domain.source import Progress
+from xenpv.domain.input import Progress
 
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 

@@ -10,6 +10,7 @@ from xenpv.cli.terminal import FILE, JSON, print_json, print_table, progress
 from xenpv.domain.verify import Report
 from xenpv.domain.verify import verify as verify_file
 from xenpv.findings import RULES, Finding, Severity
+from xenpv.stream.order import Guest
 
 
 def _list_rules(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -53,13 +54,12 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
     """
     with progress("verifying") as bar:
         report = verify_file(file, deep=not framing, keep=keep, progress=bar)
-    assert report.saved is not None
-    with report.saved:
-        failed = not report.ok or (strict and len(report.findings) > 0)
-        if as_json:
-            print_json(report.to_json())
-        elif not quiet:
-            _print(report)
+    report.close()
+    failed = not report.ok or (strict and len(report.findings) > 0)
+    if as_json:
+        print_json(report.to_json())
+    elif not quiet:
+        _print(report)
     return 1 if failed else 0
 
 
@@ -79,19 +79,15 @@ def _place(finding: Finding) -> int:
 def summary(report: Report) -> str:
     """The answer in a sentence."""
     name = "standard input" if report.name == "-" else report.name
-    assert report.saved is not None
     counts = f"{_number(report.findings.errors, 'error')}, {_number(report.findings.warnings, 'warning')}"
     if not report.ok:
         cut = "; nothing was checked behind the first place that cannot be read" if report.fatal else ""
         return click.style(f"{name}: would not restore as it was saved", bold=True) + f" ({counts}{cut})"
-    domain = report.saved.contents.domain
-    pages = sum(report.saved.contents.index.count().values())
     if report.deep:
-        what = f"restores, as far as can be told without doing it: {pages} pages and every page table are sound"
-    elif domain is not None and domain.guest.name == "HVM":
-        what = f"framing, order and records of this HVM domain are sound ({pages} pages)"
+        what = f"restores, as far as can be told without doing it: {report.pages} pages and every page table are sound"
     else:
-        what = f"framing, order and records are sound ({pages} pages)"
+        domain = " of this HVM domain" if report.guest is Guest.HVM else ""
+        what = f"framing, order and records{domain} are sound ({report.pages} pages)"
     return f"{name}: {what}" + (f" ({counts})" if len(report.findings) else "")
 
 

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import stat
 import sys
 import syslog
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NoReturn
 
-from xenpv.errors import StreamError
+from xenpv.domain.input import Input
+from xenpv.errors import RequestError, StreamError
 from xenpv.findings import Findings, Rule
 from xenpv.stream import rules
 from xenpv.stream.envelope import Envelope, Kind
@@ -33,7 +33,6 @@ EXIT_OUR_FAULT = 2
 
 # Warnings of ours that the original takes for errors: a verifier may, a restorer must not.
 _ERRORS_HERE = {rules.RESERVED, rules.PADDING}
-_PASS_AT_ONCE = 1 << 20
 
 
 def verify(fd: int, kind: Kind, say: Callable[[str], None]) -> list[str]:
@@ -47,7 +46,7 @@ def verify(fd: int, kind: Kind, say: Callable[[str], None]) -> list[str]:
     page_data = 0
     wrong = []
     try:
-        for event in _events(fd, reader):
+        for event in Input(fd, "the stream", exact=True).events(reader):
             if isinstance(event, PageData):
                 page_data += 1
                 continue
@@ -61,27 +60,6 @@ def verify(fd: int, kind: Kind, say: Callable[[str], None]) -> list[str]:
             wrong.append(str(e))
     wrong += [str(f) for f in findings if f.rule in _ERRORS_HERE or f.severity == "error"]
     return wrong
-
-
-def _events(fd: int, reader: Reader) -> Iterator[Event]:
-    """The events of exactly one stream: each read asks for no more than the reader must have."""
-    status = os.fstat(fd)
-    left = status.st_size - os.lseek(fd, 0, os.SEEK_CUR) if stat.S_ISREG(status.st_mode) else None
-    while True:
-        event = reader.next_event()
-        if event is not None:
-            yield event
-        elif reader.done:
-            return
-        elif reader.skippable and left is not None and left > 0:
-            n = min(reader.skippable, left)
-            os.lseek(fd, n, os.SEEK_CUR)
-            reader.skip(n)
-            left -= n
-        else:
-            data = os.read(fd, min(reader.skippable or reader.need, _PASS_AT_ONCE))
-            left = None if left is None else left - len(data)
-            reader.feed(data) if data else reader.feed_eof()
 
 
 def _describe(event: Event) -> list[str]:
@@ -143,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         fd = int(options.fin) if options.fin.isdigit() else os.open(options.fin, os.O_RDONLY | os.O_CLOEXEC)
         wrong = verify(fd, Kind(options.format), info)
-    except OSError as e:
-        error(f"Stream Error:\n{options.fin}: {e.strerror}")
+    except (OSError, RequestError) as e:
+        error(f"Stream Error:\n{options.fin}: {e.strerror if isinstance(e, OSError) else e}")
         return EXIT_BAD_STREAM
     except Exception:  # the original's contract: its own bugs are 2
         error(f"Script Error:\n{traceback.format_exc()}Please fix me")

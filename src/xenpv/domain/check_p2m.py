@@ -137,7 +137,7 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
         try:
             found = way(p2m, anchors)
         except GuestError as e:
-            rule = rules.P2M_ANCHOR if saved.seekable or not isinstance(e, Fault) else rules.NOT_CHECKED
+            rule = rules.P2M_ANCHOR if saved.source.seekable or not isinstance(e, Fault) else rules.NOT_CHECKED
             findings.add(rule, f"{name}: {e}", offset=shared.offset, record=shared.name)
             continue
         differ, room = np.flatnonzero(found != p2m.frames), findings.room(rules.P2M_ANCHOR)

@@ -8,7 +8,8 @@ import numpy as np
 
 from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, PTE_P, PTE_PSE, PTE_RW
 from xenpv.domain import rules
-from xenpv.domain.source import Progress, SavedDomain
+from xenpv.domain.input import Progress
+from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, ENTRIES, I64, IS_POPULATED, IS_TABLE, PINNED, U8, U64, Mask, type_name

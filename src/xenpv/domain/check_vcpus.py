@@ -50,7 +50,7 @@ def check_start_info(saved: SavedDomain, findings: Findings) -> None:
     try:
         page = saved.memory.page(pfn)
     except Fault as e:
-        if saved.seekable:
+        if saved.source.seekable:
             findings.add(rules.START_INFO, f"Start Info cannot be read: {e}", pfn=pfn, vcpu=0)
             return
         page = bytes(PAGE_SIZE)  # of a pipe no start info page is let go, so this is none

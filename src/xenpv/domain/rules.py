@@ -58,5 +58,6 @@ P2M_ANCHOR = Rule("p2m-anchor", "the guest's anchors lead to the frames that the
 P2M_GENERATION = Rule("p2m-generation", "p2m_generation is even: no change was under way", "arch-x86/xen.h")
 PAGE_MISSING = Rule("page-missing", "every pfn that the p2m maps is in the stream", "else the page is empty")
 PAGE_UNMAPPED = Rule("page-unmapped", "every page in the stream is mapped by the p2m", "x86_pv_p2m", WARNING)
+PAGE_REPEATED = Rule("page-repeated", "one PAGE_DATA record names a pfn once", "legacy.py, of a batch", WARNING)
 PAGE_BROKEN = Rule("page-broken", "no page was lost to a memory error before the save", "PFINFO_BROKEN", WARNING)
 NOT_CHECKED = Rule("not-checked", "nothing was left unchecked for want of a seekable input", "pipes pass once", WARNING)

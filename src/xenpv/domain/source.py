@@ -8,9 +8,7 @@ the rest is let go, so that memory stays bounded whatever comes.
 from __future__ import annotations
 
 import os
-import stat
 import tempfile
-from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -19,24 +17,20 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO_MAGIC
-from xenpv.errors import Fault, RequestError, StreamError
+from xenpv.domain.input import Input, Progress
+from xenpv.errors import Fault, StreamError
 from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, Pfn, type_name
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, Anchors
 from xenpv.memory.pagetables import cr3_frame
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
-from xenpv.stream.events import Event, Pages
+from xenpv.stream.events import Pages
 from xenpv.stream.index import PageIndex
 from xenpv.stream.reader import FaultHandler, Reader
-from xenpv.stream.records import PFN_MASK, PageData, X86PVP2MFrames
+from xenpv.stream.records import PFN_MASK, X86PVP2MFrames
 
-_WINDOW = 4 << 10  # bytes to read at least; at a PAGE_DATA, what the last one took up to its pages
-_PIPE_CHUNK = 1 << 20
 _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
-
-Progress = Callable[[int, int | None], None]
-"""progress(bytes gone by, bytes in all or None): called now and then."""
 
 
 class FilePages:
@@ -85,20 +79,17 @@ class SavedDomain:
     ``error`` is the StreamError at which reading ended early, when faults were collected rather than raised.
     """
 
-    def __init__(self, fd: int, *, name: str, fault: FaultHandler | None = None, kind: Kind | None = None) -> None:
-        self.name = name
+    def __init__(self, source: Input, *, fault: FaultHandler | None = None, kind: Kind | None = None) -> None:
+        self.name = source.name
+        self.source = source
         self.contents = Contents()
         self.error: StreamError | None = None
-        self.trailing = 0
-        self.size = 0  # bytes of the input, as far as it was looked at
-        self.seekable = True  # else only some pages' content was kept
-        self._fd = fd
         self._fault = fault
         self._kind = kind
         self._spool: int | None = None
         self._kept = self.contents.index
         self._p2m_pages: tuple[X86PVP2MFrames | None, U64] = None, np.empty(0, np.uint64)
-        self.frames = FilePages(fd, self._kept, self.contents.index)
+        self.frames = FilePages(source.fd, self._kept, self.contents.index, source.start)
 
     @classmethod
     def open(
@@ -116,25 +107,20 @@ class SavedDomain:
         ``deep`` says whether guest memory will be asked for, which decides what is kept of a pipe. Raises RequestError
         when the path cannot be opened.
         """
-        try:
-            fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            raise RequestError(f"{path}: {e.strerror}") from e
-        return cls.from_fd(fd, name=path, fault=fault, kind=kind, deep=deep, progress=progress)
+        return cls.of(Input.open(path), fault=fault, kind=kind, deep=deep, progress=progress)
 
     @classmethod
-    def from_fd(
+    def of(
         cls,
-        fd: int,
+        source: Input,
         *,
-        name: str,
         fault: FaultHandler | None = None,
         kind: Kind | None = None,
         deep: bool = True,
         progress: Progress | None = None,
     ) -> Self:
-        """As ``open``, from a file descriptor, which is closed with the domain."""
-        saved = cls(fd, name=name, fault=fault, kind=kind)
+        """As ``open``, from an Input, which is closed with the domain."""
+        saved = cls(source, fault=fault, kind=kind)
         try:
             saved._read(deep, progress)
         except BaseException:
@@ -143,76 +129,30 @@ class SavedDomain:
         return saved
 
     def _read(self, deep: bool, progress: Progress | None) -> None:
-        mode = os.fstat(self._fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise RequestError(f"{self.name}: is a directory, not a saved domain")
+        keep = deep and not self.source.seekable
+        if keep:
+            self._spool = _unlinked_file()
+            self._kept = PageIndex()
+            self.frames = FilePages(self._spool, self._kept, self.contents.index)
         try:
-            self.seekable = stat.S_ISREG(mode)
-            for event in self._events_of_file(progress) if self.seekable else self._events_of_pipe(deep, progress):
-                self.contents.see(event)
+            for event in self.source.events(Reader(fault=self._fault, pages=keep, kind=self._kind), progress):
+                if isinstance(event, Pages):
+                    self._keep(event)
+                else:
+                    self.contents.see(event)
         except StreamError as e:
             if self._fault is None:
                 raise
             self.error = e
 
-    def _events_of_file(self, progress: Progress | None) -> Iterator[Event]:
-        reader = Reader(fault=self._fault, kind=self._kind)
-        start = os.lseek(self._fd, 0, os.SEEK_CUR)  # not 0 for a descriptor that was read from before we got it
-        self.size = os.fstat(self._fd).st_size - start
-        self.frames = FilePages(self._fd, self._kept, self.contents.index, start)
-        position, window = 0, _WINDOW
-        while not reader.done:
-            event = reader.next_event()
-            if event is not None:
-                if isinstance(event, PageData):
-                    window = 16 + event.entries.nbytes
-                yield event
-                continue
-            if reader.done:
-                break
-            if reader.skippable and position < self.size:
-                n = min(reader.skippable, self.size - position)
-                reader.skip(n)
-                position += n
-                if progress is not None:
-                    progress(position, self.size)
-                continue
-            data = os.pread(self._fd, max(reader.need, window), start + position)
-            position += len(data)
-            reader.feed(data) if data else reader.feed_eof()
-        self.trailing = self.size - reader.offset
-
-    def _events_of_pipe(self, deep: bool, progress: Progress | None) -> Iterator[Event]:
-        reader = Reader(fault=self._fault, kind=self._kind, pages=deep)
-        if deep:
-            self._spool = _unlinked_file()
-            self._kept = PageIndex()
-            self.frames = FilePages(self._spool, self._kept, self.contents.index)
-        while not reader.done:
-            event = reader.next_event()
-            if isinstance(event, Pages):
-                self._keep(event)
-            elif event is not None:
-                yield event
-            elif not reader.done:
-                data = os.read(self._fd, _PIPE_CHUNK)
-                self.size += len(data)
-                reader.feed(data) if data else reader.feed_eof()
-                if progress is not None:
-                    progress(self.size, None)
-        self.trailing = reader.trailing
-        while data := os.read(self._fd, _PIPE_CHUNK):  # let the writer finish
-            self.trailing += len(data)
-            self.size += len(data)
-
     def _keep(self, pages: Pages) -> None:
         """Spool those of some pages that a look at the domain needs."""
         assert self._spool is not None
-        here = pages.record.entries[pages.record.has_data][pages.first : pages.first + len(pages.data)]
+        here = pages.record.entries[pages.record.has_data][pages.first :][: len(pages.raw) // PAGE_SIZE]
         words = pages.data.view(np.uint64)
         wanted: Mask = IS_TABLE[(here >> np.uint64(60)).astype(np.uint8)]
         wanted |= words[:, 0] == _START_INFO
-        wanted |= self._holds_p2m(here & PFN_MASK)
+        wanted |= self._holds_p2m(here & np.uint64(PFN_MASK))
         wanted |= _may_be_frame_list(pages.data, self.contents.width)
         if np.any(wanted):
             end = os.lseek(self._spool, 0, os.SEEK_END)
@@ -237,13 +177,12 @@ class SavedDomain:
 
     def close(self) -> None:
         """Close the input; guest memory cannot be read any more."""
-        for fd in (self._fd, self._spool):
-            if fd is not None and fd >= 0:
-                os.close(fd)
-        self._fd, self._spool = -1, None
+        self.source.close()
+        if self._spool is not None:
+            os.close(self._spool)
+            self._spool = None
 
-    # --- what is known of the domain
-    # -----------------------------------------------------------------------------------
+    # --- what is known of the domain ---------------------------------------------------------------------------------
 
     def vcpu_context(self, vcpu: int) -> np.void | None:
         """The vcpu_guest_context of a vcpu as a NumPy record (abi.x86.VCPU_GUEST_CONTEXT), None if it did not come."""

@@ -1,39 +1,53 @@
-"""Will it restore? The whole answer for one saved domain, in one pass."""
+"""Will it restore? The whole answer for one saved domain, in one pass.
+
+Framing alone needs no NumPy, whose import takes longer than framing most files: what does is imported where it is used.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from xenpv.domain.check_p2m import check_p2m
-from xenpv.domain.check_tables import TableChecks, gdt_frames
-from xenpv.domain.check_vcpus import check_start_info, check_vcpus
-from xenpv.domain.config import Config, config_of
-from xenpv.domain.source import Progress, SavedDomain
+from xenpv.domain.input import Input, Progress
+from xenpv.errors import StreamError
 from xenpv.findings import Findings, Rule
-from xenpv.stream import rules as stream_rules
+from xenpv.stream import rules
 from xenpv.stream.envelope import Kind
+from xenpv.stream.events import DomainHeader
 from xenpv.stream.order import Guest
+from xenpv.stream.reader import Reader
+from xenpv.stream.records import End, PageData
+
+if TYPE_CHECKING:
+    from xenpv.domain.source import SavedDomain
 
 
 @dataclass
 class Report:
     """What was found.
 
-    ``fatal`` is the sentence at which the stream could not be read on; ``deep`` whether all was checked.
+    ``pages`` is the number of pages with content (as often as they were sent, for framing only), ``fatal`` the
+    sentence at which the stream could not be read on, ``deep`` whether all was checked; ``saved`` the domain, held
+    open, when it was.
     """
 
     name: str
     findings: Findings = field(default_factory=Findings)
-    saved: SavedDomain | None = None
-    config: Config | None = None
+    guest: Guest | None = None
+    pages: int = 0
     deep: bool = False
     fatal: str | None = None
+    saved: SavedDomain | None = None
 
     @property
     def ok(self) -> bool:
         """No error was found: as far as can be told without restoring it, it restores."""
         return self.findings.errors == 0
+
+    def close(self) -> None:
+        """Close the domain, if it is held open."""
+        if self.saved is not None:
+            self.saved.close()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for --json."""
@@ -41,6 +55,8 @@ class Report:
             "file": self.name,
             "ok": self.ok,
             "deep": self.deep,
+            "domain_type": None if self.guest is None else self.guest.name,
+            "pages": self.pages,
             "errors": self.findings.errors,
             "warnings": self.findings.warnings,
             "findings": [finding.to_json() for finding in self.findings],
@@ -49,48 +65,75 @@ class Report:
 
 
 def verify(
-    path: str,
+    source: str | Input,
     *,
     deep: bool = True,
     kind: Kind | None = None,
-    fd: int | None = None,
     keep: int = 20,
     progress: Progress | None = None,
 ) -> Report:
-    """Check the saved domain at ``path`` ("-": standard input; or an open ``fd``), all rules in one pass.
+    """Check a saved domain, a path ("-": standard input) or an Input: all rules in one pass.
 
-    Not ``deep``: framing, order and records only. Raises RequestError when the path cannot be opened, and Unsupported
-    when it holds no stream at all. The report holds the domain open: close it (``report.saved.close()``) when done.
+    Not ``deep``: framing, order and records only. ``keep`` findings of each rule are kept, all are counted. Raises
+    RequestError when the path cannot be opened, and Unsupported when it holds no stream at all. Close the report when
+    done.
     """
-    report = Report(path, Findings(keep))
-
-    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
-        report.findings.add(rule, message, offset=offset, record=record)
-
-    if fd is None:
-        saved = SavedDomain.open(path, fault=fault, kind=kind, deep=deep, progress=progress)
-    else:
-        saved = SavedDomain.from_fd(fd, name=path, fault=fault, kind=kind, deep=deep, progress=progress)
-    report.saved = saved
-    report.config = config_of(saved.contents)
-    if saved.error is not None:
-        report.fatal = str(saved.error)
-        if not report.findings:
-            saved.close()
-            raise saved.error
-    if saved.trailing > 0 and saved.contents.complete:
-        message = f"{saved.trailing} bytes follow the end of the stream"
-        report.findings.add(stream_rules.TRAILING, message, offset=saved.size - saved.trailing)
-    domain = saved.contents.domain
-    if deep and domain is not None and domain.guest is Guest.PV and saved.contents.pv_info is not None:
-        _check_domain(saved, report, progress)
-        report.deep = True
+    source = Input.open(source) if isinstance(source, str) else source
+    report = Report(source.name, Findings(keep))
+    (_deep if deep else _framing)(source, report, kind, progress)
     return report
 
 
-def _check_domain(saved: SavedDomain, report: Report, progress: Progress | None) -> None:
-    findings = report.findings
-    check_vcpus(saved, findings, report.config)
-    check_start_info(saved, findings)
-    check_p2m(saved, findings, report.config)
-    TableChecks(saved, findings, gdt_frames(saved)).run(progress)
+def _framing(source: Input, report: Report, kind: Kind | None, progress: Progress | None) -> None:
+    complete = False
+    try:
+        for event in source.events(Reader(fault=_into(report), kind=kind), progress):
+            if isinstance(event, PageData):
+                report.pages += event.pages
+            elif isinstance(event, DomainHeader):
+                report.guest = event.guest
+            elif isinstance(event, End):
+                complete = True
+    except StreamError as e:
+        _ends_early(report, e)
+    finally:
+        source.close()
+    _trailing(source, report, complete)
+
+
+def _deep(source: Input, report: Report, kind: Kind | None, progress: Progress | None) -> None:
+    from xenpv.domain.check import check_domain  # noqa: PLC0415
+    from xenpv.domain.source import SavedDomain  # noqa: PLC0415
+    from xenpv.frames import HAS_DATA  # noqa: PLC0415
+
+    saved = report.saved = SavedDomain.of(source, fault=_into(report), kind=kind, progress=progress)
+    contents = saved.contents
+    if saved.error is not None:
+        _ends_early(report, saved.error)
+    _trailing(source, report, contents.complete)
+    report.pages = sum(n for page_type, n in contents.index.count().items() if HAS_DATA[page_type])
+    report.guest = contents.domain.guest if contents.domain else None
+    if report.guest is Guest.PV and contents.pv_info is not None:
+        check_domain(saved, report.findings, progress)
+        report.deep = True
+
+
+def _into(report: Report) -> Any:
+    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
+        report.findings.add(rule, message, offset=offset, record=record)
+
+    return fault
+
+
+def _ends_early(report: Report, error: StreamError) -> None:
+    """Note where reading ended. What has no finding is no stream at all: nothing was verified, the error goes on."""
+    if not report.findings:
+        report.close()
+        raise error
+    report.fatal = str(error)
+
+
+def _trailing(source: Input, report: Report, complete: bool) -> None:
+    if complete and source.trailing > 0:
+        message = f"{source.trailing} bytes follow the end of the stream"
+        report.findings.add(rules.TRAILING, message, offset=source.size - source.trailing)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from xenpv.frames import U8
+from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.stream.envelope import Envelope, Section
 from xenpv.stream.order import Guest
 from xenpv.stream.records import PageData, Record
+
+if TYPE_CHECKING:
+    from xenpv.frames import U8
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,14 +63,21 @@ class SectionHeader:
 class Pages:
     """Content of pages ``first`` and following (counted among those with content) of a PAGE_DATA record.
 
-    ``data`` is uint8 of shape (n, 4096), valid until the next call of the reader; ``offset`` the first byte's.
+    ``raw`` is their bytes, ``offset`` where the first one is.
     """
 
     offset: int
     record: PageData
     first: int
-    data: U8 = field(repr=False)
+    raw: memoryview = field(repr=False)
     name = "pages"
+
+    @property
+    def data(self) -> U8:
+        """The pages, uint8 of shape (n, 4096), without a copy."""
+        import numpy as np  # noqa: PLC0415  as in records.py
+
+        return np.frombuffer(self.raw, np.uint8).reshape(-1, PAGE_SIZE)
 
 
 Event = Envelope | SectionHeader | LibxlHeader | ImageHeader | DomainHeader | Record | Pages

@@ -10,6 +10,9 @@ import numpy as np
 from xenpv.frames import ABSENT, HAS_DATA, I64, PAGE_SIZE, U8, U64, Mask
 from xenpv.stream.records import PFN_MASK, PageData
 
+_PFN_MASK = np.uint64(PFN_MASK)
+
+_TWICE_KEPT = 100  # repeats to remember: who has one has many
 _MERGE_AT = 256  # records gathered before they are turned into extents, to spread NumPy's cost per call
 
 
@@ -26,6 +29,7 @@ class PageIndex:
         self._parts: list[tuple[U64, I64, U8, I64]] = []  # start pfn, pages, type, offset of the first page or -1
         self.sent = 0  # entries in all records, repeats counted
         self.repeated = 0  # entries that a later one overrode; known after the first look-up
+        self.twice: list[tuple[int, int]] = []  # pfns that one record names twice, and the entry's byte offset
         self._start = np.empty(0, np.uint64)
         self._pages = np.empty(0, np.int64)
         self._type = np.empty(0, np.uint8)
@@ -49,6 +53,7 @@ class PageIndex:
         entries = np.concatenate([e for e, _ in waiting])
         starts = np.zeros(len(entries), np.bool_)
         firsts = np.cumsum([0] + [len(e) for e, _ in waiting[:-1]])
+        self._note_repeats(entries & _PFN_MASK, firsts, waiting)
         starts[firsts] = True
         # A run goes on where the raw entry grows by one: the same type, the next pfn.
         starts[1:] |= np.diff(entries) != 1
@@ -62,7 +67,21 @@ class PageIndex:
         base = np.array([offset for _, offset in waiting], np.int64)
         offsets = base[of_record] + (before - before[first_run][of_record]) * PAGE_SIZE
         offsets[~HAS_DATA[types]] = -1
-        self._parts.append((entries[at] & PFN_MASK, lengths, types, offsets))
+        self._parts.append((entries[at] & _PFN_MASK, lengths, types, offsets))
+
+    def _note_repeats(self, pfns: U64, firsts: I64, waiting: list[tuple[U64, int]]) -> None:
+        descends = pfns[1:] <= pfns[:-1]
+        descends[firsts[1:] - 1] = False  # from one record to the next it may
+        if not descends.any():  # ascending is usual, and then nothing can come twice
+            return
+        suspects = np.unique(np.searchsorted(firsts, np.flatnonzero(descends) + 1, "right") - 1)
+        for record in suspects[: max(0, _TWICE_KEPT - len(self.twice))].tolist():
+            entries, pages_offset = waiting[record]
+            mine = entries & _PFN_MASK
+            order = np.argsort(mine, kind="stable")
+            again = order[1:][mine[order][1:] == mine[order][:-1]]
+            begin = pages_offset - entries.nbytes
+            self.twice += [(int(mine[i]), begin + i * 8) for i in again[:_TWICE_KEPT].tolist()]
 
     def _settle(self) -> None:
         """Make the extents one sorted table in which no pfn occurs twice."""

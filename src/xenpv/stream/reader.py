@@ -14,11 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 
-import numpy as np
-
+from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.errors import Malformed, OutOfOrder, StreamError, Truncated, Unsupported
 from xenpv.findings import Rule, Severity
-from xenpv.frames import PAGE_SIZE
 from xenpv.stream import envelope, libxl, rules
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
@@ -27,6 +25,7 @@ from xenpv.stream.order import OPTIONAL, Guest, Order, Type
 from xenpv.stream.records import LIBXC, RECORD_LENGTH_MAX, Context, PageData, Record, Unknown, X86PVInfo, X86PVP2MFrames
 
 PAGES_AT_ONCE = 256  # pages of one Pages event at most: 1 MiB
+_SMALL = 1024  # bytes; smaller pieces are joined as they come
 
 FaultHandler = Callable[[Rule, str, int, str | None], None]
 """fault(rule, message, offset, record): called for each breach instead of raising."""
@@ -83,7 +82,10 @@ class Reader:
             self.offset += n
             data = memoryview(data)[n:]
         if data:
-            self._chunks.append(data if isinstance(data, bytes) else bytes(data))
+            if self._chunks and len(self._chunks[-1]) < _SMALL > len(data):
+                self._chunks[-1] += data  # a slow pipe gives a few bytes at a time, and an object for each is dear
+            else:
+                self._chunks.append(data if isinstance(data, bytes) else bytes(data))
             self._have += len(data)
 
     def feed_eof(self) -> None:
@@ -416,15 +418,14 @@ class Reader:
             yield from self._pass_over(padded - 8, "the record")
             return
         raw = yield from self._take(count * 8, "the pfn array of PAGE_DATA")
-        entries = np.frombuffer(raw, f"{ctx.order}u8").astype(np.uint64, copy=False)
-        record = PageData.read(ctx, entries, offset=at, length=length, pages_offset=self.offset)
+        record = PageData.read(ctx, raw, offset=at, length=length, pages_offset=self.offset)
         yield record
         pages = record.pages
         if self._pages and length == 8 + count * 8 + pages * PAGE_SIZE:
             for first in range(0, pages, PAGES_AT_ONCE):
                 offset = self.offset
                 data = yield from self._take(min(PAGES_AT_ONCE, pages - first) * PAGE_SIZE, "page content")
-                yield Pages(offset, record, first, np.frombuffer(data, np.uint8).reshape(-1, PAGE_SIZE))
+                yield Pages(offset, record, first, data)
         yield from self._pass_over(body + padded - self.offset, "page content")
 
 

@@ -57,7 +57,6 @@ PAGE_RANGE = Rule("pfn-range", "no pfn lies beyond the last p2m entry", "handle_
 PAGE_SIZE_MATCH = Rule(
     "page-data-size", "PAGE_DATA holds one page for each pfn whose type has content", "handle_page_data()"
 )
-PAGE_REPEATED = Rule("page-repeated", "one PAGE_DATA record names a pfn once", "legacy.py, of a batch", WARNING)
 VCPU_ID = Rule("vcpu-id", "a vcpu id is below what Xen can number", "handle_x86_pv_vcpu_blob()")
 VCPU_SIZE = Rule("vcpu-size", "a vcpu's blob has the size that the guest's width demands", "handle_x86_pv_vcpu_blob()")
 EMULATOR = Rule(

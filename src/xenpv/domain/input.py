@@ -1,0 +1,101 @@
+"""A file, a pipe or a descriptor that a stream comes out of, and how a Reader is driven over it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator
+from typing import Self
+
+from xenpv.errors import RequestError
+from xenpv.stream.events import Event
+from xenpv.stream.reader import Reader
+from xenpv.stream.records import PageData
+
+_WINDOW = 4 << 10  # bytes to read of a file at least; at a PAGE_DATA, what the last one took up to its pages
+_CHUNK = 1 << 20  # bytes to read of a pipe at most
+
+Progress = Callable[[int, int | None], None]
+"""progress(bytes gone by, bytes in all or None): called now and then."""
+
+
+class Input:
+    """Where a stream comes from. ``start`` is the file offset of its first byte, ``size`` the bytes seen from there on.
+
+    ``exact``: leave the descriptor right behind the stream, as a program must that shares it with its caller.
+    Otherwise a pipe is read to its end, so that its writer finishes; what follows the stream is counted in
+    ``trailing``.
+    """
+
+    def __init__(self, fd: int, name: str, *, exact: bool = False) -> None:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            os.close(fd)
+            raise RequestError(f"{name}: is a directory, not a saved domain")
+        self.fd = fd
+        self.name = name
+        self.exact = exact
+        self.seekable = stat.S_ISREG(mode)
+        self.start = os.lseek(fd, 0, os.SEEK_CUR) if self.seekable else 0
+        self.size = os.fstat(fd).st_size - self.start if self.seekable else 0
+        self.trailing = 0
+
+    @classmethod
+    def open(cls, path: str) -> Self:
+        """Open a path; "-" is standard input. Raises RequestError."""
+        try:
+            fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise RequestError(f"{path}: {e.strerror}") from e
+        return cls(fd, path)
+
+    def close(self) -> None:
+        """Close the descriptor; again does no harm."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def events(self, reader: Reader, progress: Progress | None = None) -> Iterator[Event]:
+        """All events of the reader, fed from here. Raises what the reader raises."""
+        return self._of_file(reader, progress) if self.seekable else self._of_pipe(reader, progress)
+
+    def _of_file(self, reader: Reader, progress: Progress | None) -> Iterator[Event]:
+        position, window = 0, _WINDOW
+        try:
+            while not reader.done:
+                event = reader.next_event()
+                if event is not None:
+                    if isinstance(event, PageData):
+                        window = 16 + len(event.raw)
+                    yield event
+                elif reader.skippable and position < self.size:
+                    n = min(reader.skippable, self.size - position)
+                    reader.skip(n)
+                    position += n
+                    if progress is not None:
+                        progress(position, self.size)
+                elif not reader.done:
+                    data = os.pread(self.fd, max(reader.need, window), self.start + position)
+                    position += len(data)
+                    reader.feed(data) if data else reader.feed_eof()
+        finally:
+            self.trailing = self.size - reader.offset
+            if self.exact:
+                os.lseek(self.fd, self.start + reader.offset, os.SEEK_SET)
+
+    def _of_pipe(self, reader: Reader, progress: Progress | None) -> Iterator[Event]:
+        while not reader.done:
+            event = reader.next_event()
+            if event is not None:
+                yield event
+            elif not reader.done:
+                wanted = reader.skippable or reader.need
+                data = os.read(self.fd, min(wanted, _CHUNK) if self.exact else _CHUNK)
+                self.size += len(data)
+                reader.feed(data) if data else reader.feed_eof()
+                if progress is not None:
+                    progress(self.size, None)
+        self.trailing = reader.trailing
+        while not self.exact and (data := os.read(self.fd, _CHUNK)):
+            self.trailing += len(data)
+            self.size += len(data)
