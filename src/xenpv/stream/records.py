@@ -154,7 +154,9 @@ class PageData(Record):
 
     @property
     def has_data(self) -> Mask:
-        return self.types < PageType.BROKEN  # of those that a reader lets through
+        from xenpv.frames import HAS_DATA  # noqa: PLC0415
+
+        return HAS_DATA[self.types]
 
     @classmethod
     def read(cls, ctx: Context, body: memoryview, *, offset: int, length: int, pages_offset: int) -> Self:
