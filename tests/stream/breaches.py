@@ -323,9 +323,6 @@ RECORDS_OF_PV = [
     Breach(rules.PAGE_RANGE, "far-beyond", pages((0, NOTAB), ((1 << 52) - 1, XTAB), n=1), "PAGE_DATA", nth=-1),
     Breach(rules.PAGE_SIZE_MATCH, "a-page-short", pages((0, NOTAB), (1, NOTAB), n=1), "PAGE_DATA", nth=-1),
     Breach(rules.PAGE_SIZE_MATCH, "a-page-more", pages((0, NOTAB), (1, XTAB), n=2), "PAGE_DATA", nth=-1),
-    Breach(
-        rules.PAGE_REPEATED, "twice", pages((3, NOTAB), (2, NOTAB), (3, XTAB), n=2), "PAGE_DATA", nth=-1, error=None
-    ),
     Breach(rules.VCPU_ID, "8192", put(W.vcpu_msrs(8192, bytes(16))), "X86_PV_VCPU_MSRS"),
     Breach(rules.VCPU_SIZE, "basic-short", put(W.vcpu_basic(0, bytes(5167))), "X86_PV_VCPU_BASIC"),
     Breach(rules.VCPU_SIZE, "basic-of-32-bit", put(W.vcpu_basic(0, bytes(2800))), "X86_PV_VCPU_BASIC"),

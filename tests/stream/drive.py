@@ -50,13 +50,15 @@ class Reading:
     @property
     def content(self) -> bytes:
         """The content of all pages, of a reading with Pages events."""
-        return b"".join(event.data.tobytes() for event in self.events if isinstance(event, Pages))
+        return b"".join(event.raw for event in self.events if isinstance(event, Pages))
 
 
 def plain(value: object) -> Any:
     """A value that can be compared with ==: an array as its type, shape and bytes, a dataclass as its fields."""
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
+    if isinstance(value, memoryview):
+        return bytes(value)
     if is_dataclass(value) and not isinstance(value, type):
         return (type(value).__name__, *((f.name, plain(getattr(value, f.name))) for f in fields(value)))
     return value
@@ -140,7 +142,5 @@ def read_seeking(data: bytes, *, step: int = 1000) -> Reading:
 
 def _drain(reader: Reader, out: Reading) -> None:
     while (event := reader.next_event()) is not None:
-        out.plain.append(plain(event))  # at once: the data of Pages is valid only until the next call
-        if isinstance(event, Pages):
-            event = Pages(event.offset, event.record, event.first, event.data.copy())
         out.events.append(event)
+        out.plain.append(plain(event))

@@ -1,0 +1,171 @@
+"""What a file is, is told by looking; and what is none of ours is told for what it is."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import struct
+
+import pytest
+
+from tests.stream.drive import bytewise, read, whole
+from tests.writers.build import pv_domain
+from tests.writers.envelopes import (
+    CONFIG_SEXP,
+    CONFIG_XML,
+    LIBXC_LEGACY,
+    XENOPS,
+    config_json,
+    libvirt_header,
+    xenopsd_section,
+    xl_header,
+)
+from tests.writers.hvm import hvm_stream
+from tests.writers.stream import Stream
+from xenpv.errors import Malformed, Truncated, Unsupported
+from xenpv.stream import rules
+from xenpv.stream.envelope import SNIFF, Envelope, Kind, Section, sniff
+from xenpv.stream.events import SectionHeader
+
+
+def envelope_of(stream: Stream) -> Envelope:
+    event = read(whole(bytes(stream))).events[0]
+    assert isinstance(event, Envelope)
+    return event
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_each_kind_is_told_by_its_first_bytes(kind: Kind) -> None:
+    head = pv_domain().to_bytes(str(kind))[:SNIFF]
+    assert sniff(head) is kind
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_few_bytes_are_enough_where_the_input_ends(kind: Kind) -> None:
+    """The first byte of xl's magic begins xenopsd's too; from the fifth on each is told."""
+    head = pv_domain().to_bytes(str(kind))[:SNIFF]
+    for n in range(5, 9):
+        assert sniff(head[:n]) is kind
+
+
+def test_xl() -> None:
+    found = envelope_of(pv_domain(vcpus=2).to_stream("xl"))
+    expected = config_json(vcpus=2, memory_kib=96 * 4)
+    assert (found.kind, found.config_format) == (Kind.XL, "json")
+    assert found.config.rstrip(b"\0") == expected
+    assert (found.offset, found.length) == (0, 48 + 4 + len(expected) + 1)
+
+
+def test_xl_without_a_configuration() -> None:
+    found = envelope_of(pv_domain().to_stream("xl").replace("xl header", xl_header(b"", mandatory=2)))
+    assert (found.config, found.length) == (b"", 48)
+
+
+def test_xl_with_a_configuration_that_is_not_json() -> None:
+    found = envelope_of(pv_domain().to_stream("xl").replace("xl header", xl_header(b'name = "made"\n', mandatory=2)))
+    assert (found.config, found.config_format) == (b'name = "made"\n', "xl")
+
+
+def test_libvirt() -> None:
+    found = envelope_of(pv_domain().to_stream("libvirt"))
+    assert (found.kind, found.config, found.config_format) == (Kind.LIBVIRT, CONFIG_XML, "xml")
+    assert found.length == 64 + len(CONFIG_XML) + 1
+
+
+def test_xenopsd() -> None:
+    reading = read(whole(pv_domain().to_bytes("xenopsd")))
+    sections = [event for event in reading.events if isinstance(event, SectionHeader)]
+    assert [section.section for section in sections] == [Section.XENOPS, Section.LIBXC, Section.END]
+    assert sections[0].data == CONFIG_SEXP
+    assert [section.name for section in sections] == ["xenops section", "libxc section", "end section"]
+
+
+def test_xenopsd_of_an_hvm_domain_passes_over_its_device_model() -> None:
+    reading = read(whole(bytes(hvm_stream("xenopsd"))))
+    assert reading.done
+    sections = [event.section for event in reading.events if isinstance(event, SectionHeader)]
+    assert sections == [Section.XENOPS, Section.LIBXC, Section.QEMU_XEN, Section.END]
+
+
+def test_bare_streams_have_no_envelope() -> None:
+    for kind in ("libxl", "libxc"):
+        assert not any(isinstance(event, Envelope) for event in read(whole(pv_domain().to_bytes(kind))).events)
+
+
+LEGACY_64 = struct.pack("<QQI", 0x18000, (1 << 64) - 1, 0x1450)
+LEGACY_32 = struct.pack("<III", 0x18000, 0xFFFFFFFF, 0x1450) + bytes(8)
+LZ4 = b"\x04\x22\x4d\x18\x64\x40\xa7"
+ZSTD = b"\x28\xb5\x2f\xfd\x24\x00\x01\x00"
+
+NOT_OURS = {
+    "empty": (b"", "empty"),
+    "gzip": (gzip.compress(b"x" * 99), "gzip -dc"),
+    "xz": (lzma.compress(b"x" * 99), "xz -dc"),
+    "bzip2": (bz2.compress(b"x" * 99), "bzip2 -dc"),
+    "zstd": (ZSTD, "zstd -dc"),
+    "lz4": (LZ4, "lz4 -dc"),
+    "elf": (b"\x7fELF\x02\x01\x01" + bytes(57), "ELF"),
+    "legacy-64": (LEGACY_64, "legacy (v1) stream of a 64-bit toolstack"),
+    "legacy-32": (LEGACY_32, "legacy (v1) stream of a 32-bit toolstack"),
+    "legacy-xenopsd": (b"XenSavedDomain\n" + bytes(40), "legacy xenopsd"),
+    "text": (b"#!/bin/sh\necho this is no domain\n", "not a saved Xen domain"),
+    "zeroes": (bytes(4096), "not a saved Xen domain"),
+    "nearly-xl": (b"Xen saved domain, xl format\n \1 \r" + bytes(99), "not a saved Xen domain"),
+    "nearly-libxc": (b"\xff" * 7 + b"\xfe" + bytes(99), "not a saved Xen domain"),
+}
+
+
+@pytest.mark.parametrize(("data", "says"), NOT_OURS.values(), ids=NOT_OURS)
+def test_what_is_not_a_saved_domain_is_told_for_what_it_is(data: bytes, says: str) -> None:
+    for chunks in ([data], [*bytewise(data)]):
+        for collect in (False, True):
+            reading = read(chunks, collect=collect)
+            assert type(reading.error) is Unsupported
+            assert says in str(reading.error)
+            assert reading.error.offset == 0
+            assert reading.events == []
+            assert "\n" not in str(reading.error)
+
+
+def test_an_xl_file_of_before_the_stream_had_a_version() -> None:
+    stream = pv_domain().to_stream("xl").replace("xl header", xl_header(mandatory=1))
+    reading = read(whole(bytes(stream)))
+    assert type(reading.error) is Unsupported
+    assert "legacy" in str(reading.error)
+    assert reading.names == ["xl envelope"]
+
+
+def test_a_libvirt_file_of_before_the_stream_had_a_version() -> None:
+    stream = pv_domain().to_stream("libvirt").replace("libvirt header", libvirt_header(version=1))
+    reading = read(whole(bytes(stream)))
+    assert type(reading.error) is Unsupported
+    assert "legacy" in str(reading.error)
+
+
+def test_a_suspend_image_with_a_legacy_stream() -> None:
+    stream = pv_domain().to_stream("xenopsd")
+    stream.replace("xenopsd section", xenopsd_section(LIBXC_LEGACY), nth=1)
+    reading = read(whole(bytes(stream)))
+    assert type(reading.error) is Unsupported
+    assert "legacy" in str(reading.error)
+    assert reading.error.offset == stream.offset("xenopsd section", 1)
+
+
+def test_a_configuration_that_lies_about_its_length() -> None:
+    for length in (1 << 31, (1 << 32) - 1):
+        reading = read([xl_header(length=length).data])
+        assert type(reading.error) is Malformed
+        assert str(length) in str(reading.error)
+    assert type(read([xl_header(length=1 << 20).data]).error) is Truncated
+    reading = read([pv_domain().to_bytes("xenopsd")[:15] + struct.pack("<QQ", XENOPS, 1 << 63)], collect=True)
+    assert type(reading.error) is Malformed
+    assert reading.rules == {rules.ENVELOPE}
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_kind_that_was_told_is_checked(kind: Kind) -> None:
+    reading = read([b"\x55" * 200], kind=kind)
+    assert type(reading.error) is Malformed
+    assert reading.error.offset == 0
+    assert reading.events == []

@@ -1,0 +1,201 @@
+"""Lengths and counts that lie: a clear error, at once, and no memory taken for what never comes."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from tests.stream.drive import Reading, read
+from tests.writers.build import pv_domain
+from tests.writers.envelopes import XENOPS, libvirt_header, xenopsd_section, xenopsd_signature, xl_header
+from tests.writers.stream import NOTAB, PAGE, RECORDS, Piece, Stream, Wire
+from xenpv.errors import Malformed, Truncated
+from xenpv.stream.contents import Contents
+from xenpv.stream.reader import Reader
+
+W = Wire()
+MIB = 1 << 20
+U32 = (1 << 32) - 1
+
+
+@contextmanager
+def at_most(limit: int) -> Iterator[None]:
+    """No more memory than ``limit`` bytes is held at any moment within."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - before < limit, f"{(peak - before) / MIB:.1f} MiB were held"
+
+
+def up_to(name: str, *then: Piece) -> bytes:
+    """A sound libxc stream up to a record, and something else from there on."""
+    stream = pv_domain(pfns=range(36)).to_stream("libxc")
+    return bytes(Stream([*stream[: stream.find(name)], *then]))
+
+
+def lying(name: str, body: bytes, length: int) -> Piece:
+    return W.record(RECORDS.index(name), body, length=length)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_a_record_of_more_than_128_mib_is_refused(name: str) -> None:
+    for length in (128 * MIB + 1, U32):
+        data = up_to(name if name in "X86_PV_INFO PAGE_DATA SHARED_INFO END" else "END", lying(name, b"", length))
+        with at_most(MIB):
+            reading = read([data], collect=True)
+        assert type(reading.error) is Malformed
+        assert f"{length:#x}" in str(reading.error)
+        assert reading.error.record == name
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDS if name not in {"PAGE_DATA", "X86_PV_P2M_FRAMES"}])
+def test_a_record_that_cannot_be_so_long_is_not_waited_for(name: str) -> None:
+    """Those with a fixed or bounded size; the others hold what really came, and no more."""
+    data = up_to("END", lying(name, bytes(PAGE), 100 * MIB))
+    with at_most(MIB):
+        reading = read([data])
+    assert isinstance(reading.error, Malformed | Truncated) or type(reading.error).__name__ == "OutOfOrder"
+
+
+@pytest.mark.parametrize("count", [2, 1024, 1 << 24, U32])
+@pytest.mark.parametrize("collect", [False, True])
+def test_page_data_with_more_pfns_than_fit(count: int, collect: bool) -> None:
+    data = up_to("PAGE_DATA", W.page_data([(1, NOTAB)], [], count=count), *pv_domain().to_stream("libxc")[-3:])
+    with at_most(MIB):
+        reading = read([data], collect=collect)
+    told = str(reading.error) if not collect else reading.faults[0].message
+    assert str(count) in told
+
+
+def test_page_data_that_really_has_16_million_pfns_but_ends() -> None:
+    """128 MiB of pfns are promised within the bounds of the format, some come: what is held is what came."""
+    count = 128 * MIB // 8 - 1
+    data = up_to("PAGE_DATA", lying("PAGE_DATA", struct.pack("<II", count, 0) + bytes(PAGE), 8 + 8 * count))
+    with at_most(MIB):
+        reading = read([data])
+    assert type(reading.error) is Truncated
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, U32), (U32, U32), (U32 - 1, U32), (0, 1 << 31), (U32, 0)])
+@pytest.mark.parametrize("collect", [False, True])
+def test_p2m_frames_of_a_huge_range_with_a_short_body(start: int, end: int, collect: bool) -> None:
+    data = up_to("X86_PV_P2M_FRAMES", W.p2m_frames(start, end, [1, 2, 3]), W.end())
+    with at_most(MIB):
+        reading = read([data], collect=collect)
+    told = str(reading.error) if not collect else reading.faults[0].message
+    assert f"{start:#x}" in told
+    assert f"{end:#x}" in told
+
+
+def test_p2m_frames_of_the_largest_pfns_and_the_right_size() -> None:
+    """Not a lie for the reader: the frame of the last pfn that the format can name."""
+    with at_most(MIB):
+        reading = read([up_to("X86_PV_P2M_FRAMES", W.p2m_frames(U32, U32, [7]), W.end())], collect=True)
+    assert reading.names[-2:] == ["X86_PV_P2M_FRAMES", "END"]
+
+
+def test_hvm_params_with_more_than_fit() -> None:
+    piece = W.hvm_params({1: 2}, count=U32)
+    head = Stream([W.image_header(), W.domain_header(2), W.static_data_end()])
+    with at_most(MIB):
+        reading = read([bytes(head) + piece.data])
+    assert type(reading.error) is Malformed
+    assert str(U32) in str(reading.error)
+
+
+ENVELOPES: dict[str, Callable[[int], bytes]] = {
+    "xl": lambda n: xl_header(length=n).data,
+    "libvirt": lambda n: libvirt_header(length=n).data,
+    "xenopsd": lambda n: xenopsd_signature().data + xenopsd_section(XENOPS, length=n).data,
+}
+
+
+@pytest.mark.parametrize("kind", ENVELOPES)
+@pytest.mark.parametrize("length", [16 * MIB + 1, 1 << 31, U32])
+def test_a_huge_configuration_is_refused(kind: str, length: int) -> None:
+    with at_most(MIB):
+        reading = read([ENVELOPES[kind](length)])
+    assert type(reading.error) is Malformed
+    assert str(length) in str(reading.error)
+
+
+@pytest.mark.parametrize("kind", ENVELOPES)
+def test_a_configuration_within_bounds_that_does_not_come(kind: str) -> None:
+    with at_most(MIB):
+        reading = read([ENVELOPES[kind](16 * MIB), bytes(PAGE)])
+    assert type(reading.error) is Truncated
+
+
+def test_a_xenopsd_section_of_any_length_is_passed_over() -> None:
+    data = (
+        pv_domain().to_stream("xenopsd").before("xenopsd section", xenopsd_section(0x0F00, length=(1 << 64) - 1), nth=1)
+    )
+    with at_most(MIB):
+        reading = read([bytes(data)])
+    assert type(reading.error) is Truncated
+
+
+def repeated(chunk: bytes, n: int) -> Iterable[bytes]:
+    return (chunk for _ in range(n))
+
+
+def test_page_content_is_never_gathered() -> None:
+    """64 MiB of pages go by, in chunks as a pipe gives them: without Pages events nothing of them is kept."""
+    pfns = np.arange(16384, dtype=np.uint64)
+    head = struct.pack("<IIII", 1, 8 + len(pfns) * (8 + PAGE), len(pfns), 0) + pfns.tobytes()
+    start = up_to("X86_PV_P2M_FRAMES", W.p2m_frames(0, 16383, list(range(32))))
+    with at_most(2 * MIB):
+        reading = read([start, head, *repeated(bytes(1 << 16), 1024)], collect=True, eof=False)
+    assert reading.names[-1] == "PAGE_DATA"
+    assert reading.faults == []
+
+
+def test_with_pages_a_few_are_held_at_a_time() -> None:
+    pfns = np.arange(16384, dtype=np.uint64)
+    head = struct.pack("<IIII", 1, 8 + len(pfns) * (8 + PAGE), len(pfns), 0) + pfns.tobytes()
+    reader = Reader(pages=True)
+    seen = 0
+    with at_most(6 * MIB):
+        for chunk in [up_to("X86_PV_P2M_FRAMES", W.p2m_frames(0, 16383, list(range(32)))), head]:
+            reader.feed(chunk)
+        for chunk in repeated(bytes(1 << 16), 1024):
+            reader.feed(chunk)
+            while (event := reader.next_event()) is not None:
+                seen += event.name == "pages"
+    assert seen == 64
+
+
+def test_a_long_record_in_small_pieces_takes_no_more_than_its_size() -> None:
+    """A slow pipe may give a few bytes at a time; what is kept for each must not add up."""
+    data = W.hvm_context(bytes(MIB // 4)).data
+    start = bytes(Stream([W.image_header(), W.domain_header(2), W.static_data_end()]))
+    start += W.page_data([(1, NOTAB)], [bytes(PAGE)]).data + W.hvm_params({1: 2}).data
+    with at_most(5 * MIB // 4):
+        reading = read(itertools.chain([start], (data[i : i + 3] for i in range(0, len(data), 3))), eof=False)
+    assert reading.names[-1] == "HVM_CONTEXT"
+
+
+def contents_of(reading: Reading) -> Contents:
+    contents = Contents()
+    for event in reading.events:
+        contents.see(event)
+    return contents
+
+
+def test_what_a_stream_held_is_no_larger_than_the_stream() -> None:
+    """A P2M_FRAMES record for the last pfns only does not make a table of all the others."""
+    reading = read([up_to("X86_PV_P2M_FRAMES", W.p2m_frames(U32 - 511, U32, [7]), W.end())], collect=True)
+    with at_most(80 * MIB):
+        contents = contents_of(reading)
+    assert contents.end_pfn == U32

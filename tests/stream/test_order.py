@@ -1,0 +1,182 @@
+"""The order table says what the specification says; the sentences are quoted from it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+
+from xenpv.stream import rules
+from xenpv.stream.order import ANY, HVM, OPTIONAL, PLACES, PV, Guest, Order, Type
+from xenpv.stream.records import LIBXC
+
+V3_PV = [
+    Type.X86_PV_INFO,
+    Type.X86_CPUID_POLICY,
+    Type.X86_MSR_POLICY,
+    Type.STATIC_DATA_END,
+    Type.X86_PV_P2M_FRAMES,
+    Type.PAGE_DATA,
+    Type.PAGE_DATA,
+    Type.X86_TSC_INFO,
+    Type.SHARED_INFO,
+    Type.X86_PV_VCPU_BASIC,
+    Type.X86_PV_VCPU_EXTENDED,
+    Type.X86_PV_VCPU_XSAVE,
+    Type.X86_PV_VCPU_MSRS,
+    Type.END,
+]
+V3_HVM = [
+    Type.X86_CPUID_POLICY,
+    Type.X86_MSR_POLICY,
+    Type.STATIC_DATA_END,
+    Type.PAGE_DATA,
+    Type.PAGE_DATA,
+    Type.X86_TSC_INFO,
+    Type.HVM_PARAMS,
+    Type.HVM_CONTEXT,
+    Type.END,
+]
+STATIC_DATA = {Type.X86_CPUID_POLICY, Type.X86_MSR_POLICY, Type.STATIC_DATA_END}
+
+
+def wrong(records: Sequence[Type], guest: Guest = Guest.PV, version: int = 3) -> list[tuple[str, Type | None]]:
+    """The rules broken by records in that order, each with the record at which it was; None for what is missing."""
+    order = Order(guest, version)
+    found = [(rule.name, record) for record in records for rule, _ in order.see(record)]
+    return [*found, *((rules.MISSING.name, None) for _ in order.missing())]
+
+
+def swapped(records: list[Type], a: Type, b: Type) -> list[Type]:
+    """The records with all of type a in front of the first of type b."""
+    rest = [record for record in records if record is not a]
+    at = rest.index(b)
+    return [*rest[:at], *(record for record in records if record is a), *rest[at:]]
+
+
+def test_a_typical_save_record() -> None:
+    """ "A typical save record for an x86 PV guest image would look like", and for an HVM one."""
+    assert wrong(V3_PV) == []
+    assert wrong(V3_HVM, Guest.HVM) == []
+
+
+def test_every_record_of_the_specification_has_a_place_and_a_parser() -> None:
+    """ "type: 0x00000000: END [...] 0x00000012: X86_MSR_POLICY"."""
+    assert set(Type) == set(range(0x13)) == set(PLACES) == set(LIBXC)
+    assert all(LIBXC[kind].title() == kind.name for kind in Type)
+
+
+def test_optional_records_have_bit_31() -> None:
+    """ "Optional records have bit 31 set in their type"."""
+    assert OPTIONAL == 1 << 31
+
+
+def test_the_strict_ordering_requirements() -> None:
+    """They are of the PV guest's records.
+
+    "The following records must be present in the following order as each of them depends on information present in the
+    preceding ones. X86_PV_INFO record, X86_PV_P2M_FRAMES record, PAGE_DATA records, VCPU records."
+    """
+    vcpu = [record for record in V3_PV if record.name.startswith("X86_PV_VCPU")]
+    chain = [[Type.X86_PV_INFO], [Type.X86_PV_P2M_FRAMES], [Type.PAGE_DATA], vcpu]
+    for earlier, later in itertools.combinations(chain, 2):
+        for a, b in itertools.product(earlier, later):
+            found = wrong(swapped(V3_PV, b, a))
+            assert (rules.ORDER.name, b) in found, f"{b.name} before {a.name}"
+            assert {name for name, _ in found} == {rules.ORDER.name}
+
+
+def test_no_assumptions_about_independent_records() -> None:
+    """ "No assumptions should be made about the ordering or interleaving of independent records."."""
+    free = [Type.X86_TSC_INFO, Type.SHARED_INFO]
+    for record in free:
+        for before in (Type.PAGE_DATA, Type.X86_PV_VCPU_XSAVE, Type.END):
+            assert wrong(swapped(V3_PV, record, before)) == []
+    vcpu = V3_PV[9:13]
+    for permuted in itertools.permutations(vcpu):
+        assert wrong([*V3_PV[:9], *permuted, Type.END]) == []
+    two: list[Type] = [*V3_PV[:9], *vcpu, *vcpu, Type.END]
+    assert wrong(two) == []
+
+
+def test_hvm_params_precede_the_context() -> None:
+    """ "HVM_PARAMS must precede HVM_CONTEXT, as certain parameters can affect the validity of architectural state"."""
+    found = wrong(swapped(V3_HVM, Type.HVM_CONTEXT, Type.HVM_PARAMS), Guest.HVM)
+    assert found == [(rules.ORDER.name, Type.HVM_CONTEXT)]
+
+
+@pytest.mark.parametrize("guest", list(Guest))
+def test_static_data_end_comes_ahead_of_memory_and_registers(guest: Guest) -> None:
+    """ "mandates the presense of a STATIC_DATA_END record ahead of any memory/register content"."""
+    records = V3_PV if guest is Guest.PV else V3_HVM
+    without = [record for record in records if record is not Type.STATIC_DATA_END]
+    names = {name for name, _ in wrong(without, guest)}
+    assert names == {rules.ORDER.name, rules.MISSING.name}
+    first = Type.X86_PV_P2M_FRAMES if guest is Guest.PV else Type.PAGE_DATA
+    late = wrong(swapped(records, first, Type.STATIC_DATA_END), guest)
+    assert (rules.ORDER.name, first) in late
+
+
+@pytest.mark.parametrize("guest", list(Guest))
+def test_version_2_has_its_end_of_static_data_inferred(guest: Guest) -> None:
+    """The place where it would have stood.
+
+    "A v3-compatible receiver interpreting a v2 stream should infer the position of STATIC_DATA_END based on finding
+    the first X86_PV_P2M_FRAMES record (for PV guests), or PAGE_DATA record (for HVM guests)".
+    """
+    records = [r for r in (V3_PV if guest is Guest.PV else V3_HVM) if r not in STATIC_DATA]
+    assert wrong(records, guest, version=2) == []
+    for static in STATIC_DATA:
+        assert (rules.MISPLACED.name, static) in wrong([static, *records], guest, version=2)
+
+
+def test_static_data_belongs_in_front_of_its_end() -> None:
+    """ "A static data end record marks the end of the static state."."""
+    for record in (Type.X86_PV_INFO, Type.X86_CPUID_POLICY, Type.X86_MSR_POLICY):
+        assert (rules.ORDER.name, record) in wrong(swapped(V3_PV, record, Type.X86_TSC_INFO))
+
+
+def test_records_of_one_guest_type_do_not_belong_to_the_other() -> None:
+    """ "The set of valid records depends on the guest architecture and type."."""
+    for record, place in PLACES.items():
+        for guest in Guest:
+            found = wrong([record], guest)
+            assert ((rules.MISPLACED.name, record) in found) == (guest not in place.guests)
+    assert {r for r, place in PLACES.items() if place.guests == PV} == {r for r in Type if "PV" in r.name} | {
+        Type.SHARED_INFO
+    }
+    assert {r for r, place in PLACES.items() if place.guests == HVM} == {r for r in Type if "HVM" in r.name}
+    assert {r for r, place in PLACES.items() if not place.guests <= ANY} == set()
+
+
+def test_records_that_come_once() -> None:
+    """handle_x86_pv_info(): "Already received X86_PV_INFO record"; "Multiple STATIC_DATA_END records found"."""
+    for record in (Type.X86_PV_INFO, Type.STATIC_DATA_END):
+        at = V3_PV.index(record)
+        assert (rules.REPEATED.name, record) in wrong([*V3_PV[: at + 1], record, *V3_PV[at + 1 :]])
+    assert {record for record, place in PLACES.items() if place.once} == {Type.X86_PV_INFO, Type.STATIC_DATA_END}
+
+
+def test_what_a_domain_cannot_be_restored_without() -> None:
+    """ "The following records must be present"; update_vcpu_context(): "Sender didn't send vcpu0's basic state"."""
+    for guest, records, needed in (
+        (Guest.PV, V3_PV, {"X86_PV_INFO", "X86_PV_P2M_FRAMES", "PAGE_DATA", "X86_PV_VCPU_BASIC", "SHARED_INFO"}),
+        (Guest.HVM, V3_HVM, {"PAGE_DATA", "HVM_PARAMS", "HVM_CONTEXT"}),
+    ):
+        for record in set(records) - {Type.STATIC_DATA_END}:
+            found = wrong([r for r in records if r is not record], guest)
+            assert ((rules.MISSING.name, None) in found) == (record.name in needed), record.name
+
+
+def test_the_same_fault_is_told_once_however_often_it_comes() -> None:
+    order = Order(Guest.PV, 3)
+    assert len(order.see(Type.PAGE_DATA)) == 1
+    assert [order.see(Type.PAGE_DATA) for _ in range(100)] == [[]] * 100
+
+
+def test_checkpoint_and_verify_follow_memory() -> None:
+    """ "all the preceding records in the stream represent a consistent view"; "all memory has now been sent"."""
+    for record in (Type.CHECKPOINT, Type.VERIFY):
+        assert wrong([*V3_PV[:-1], record, Type.PAGE_DATA, *V3_PV[7:]]) == []
+        assert (rules.ORDER.name, record) in wrong([*V3_PV[:5], record, *V3_PV[5:]])
