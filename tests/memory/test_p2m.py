@@ -1,0 +1,261 @@
+"""The p2m: anchors, look-ups both ways, and the guest's own two ways to its frames."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.memory.frames import DictFrames, array
+from tests.writers.build import P2M_VADDR, pv_domain
+from tests.writers.domain import Domain
+from xenpv.abi.declare import Width
+from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
+from xenpv.errors import GuestError
+from xenpv.memory.p2m import NO_FRAME, P2M, Anchors, Form, frames_by_list, frames_by_tree
+
+NONE = int(NO_FRAME)
+SPREAD = [*range(200), 1030, 1031, 5000, 0x1_2345]
+UNALIGNED = {8: 0xFFFF_C900_3FF0_0000, 4: 0xD0FF_F000}
+
+
+def p2m_of(domain: Domain) -> P2M:
+    return P2M(DictFrames.of(domain), domain.p2m_pfns, domain.entries, domain.width)
+
+
+def anchors_of(domain: Domain) -> Anchors:
+    return Anchors.of(bytes(domain.shared_page), domain.width)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_lookup(width: Width) -> None:
+    domain = pv_domain(width=width, pfns=SPREAD)
+    p2m = p2m_of(domain)
+    pfns = [*SPREAD, 201, 4999, 0x1_2344, domain.entries - 1, domain.entries, 1 << 40]
+    assert p2m.lookup(pfns) == [domain.mfns.get(pfn) for pfn in pfns]
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_pfns_of_is_the_inverse(width: Width) -> None:
+    domain = pv_domain(width=width, pfns=SPREAD)
+    p2m = p2m_of(domain)
+    pfns = list(reversed(SPREAD))
+    mfns = [domain.mfns[pfn] for pfn in pfns]
+    assert p2m.pfns_of(array(*mfns, mfns[0], 0x77, NONE)).tolist() == [*pfns, pfns[0], NONE, NONE]
+    assert len(p2m.pfns_of(array())) == 0
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_invalid_is_never_found(width: Width) -> None:
+    """INVALID_MFN fills the table's holes; whoever looks for it gets nothing, at either width."""
+    domain = pv_domain(width=width)
+    assert p2m_of(domain).pfns_of(array(INVALID_MFN[width], NONE)).tolist() == [NONE, NONE]
+
+
+def test_content_ends_where_the_table_does() -> None:
+    domain = pv_domain(pfns=range(600), ballooned=[601, 602])
+    pieces = dict(p2m_of(domain).content())
+    assert {first: len(row) for first, row in pieces.items()} == {0: 512, 512: 603 - 512}
+    assert pieces[512][:88].tolist() == [domain.mfns[pfn] for pfn in range(512, 600)]
+    assert pieces[512][88:].tolist() == [NONE] * 3
+
+
+def test_frames_that_are_not_there_are_left_out() -> None:
+    domain = pv_domain(pfns=[*range(100), 600, 1100])
+    frames = DictFrames({pfn: page for pfn, page in domain.pages.items() if pfn != domain.places.p2m[1]})
+    p2m = P2M(frames, domain.p2m_pfns, domain.entries, 8)
+    assert [first for first, _ in p2m.content()] == [0, 1024]
+    assert p2m.lookup([0, 600, 1100]) == [domain.mfns[0], None, domain.mfns[1100]]
+    assert p2m.pfns_of(array(domain.mfns[600], domain.mfns[1100])).tolist() == [NONE, 1100]
+
+
+def test_gaps_are_left_out() -> None:
+    domain = pv_domain(pfns=[*range(100), 600, 1100])
+    domain.p2m_pfns[1] = NO_FRAME
+    p2m = p2m_of(domain)
+    assert [first for first, _ in p2m.content()] == [0, 1024]
+    assert p2m.lookup([600]) == [None]
+
+
+def test_a_shared_frame_is_given_once_unless_its_places_are_asked_for() -> None:
+    domain = pv_domain(pfns=[*range(100), 5000])
+    p2m = p2m_of(domain)
+    assert len(p2m.frames) == 10
+    assert p2m.distinct.tolist() == [0, 1, 9]
+    assert [first // 512 for first, _ in p2m.content()] == [0, 1, 9]
+    assert [first // 512 for first, _ in p2m.content(np.array([3, 4, 9]))] == [3, 4, 9]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from([5, 6, 7, NONE]), max_size=30))
+def test_distinct_is_the_first_place_of_each_frame(frames: list[int]) -> None:
+    p2m = P2M(DictFrames({}), array(*frames), len(frames) * 512, 8)
+    expected = sorted({frames.index(frame) for frame in frames if frame != NONE})
+    assert p2m.distinct.tolist() == expected
+
+
+def test_a_huge_table_of_shared_frames_costs_next_to_nothing() -> None:
+    domain = pv_domain(pfns=[*range(100), 0x4000_0000])
+    frames = DictFrames.of(domain)
+    p2m = P2M(frames, domain.p2m_pfns, domain.entries, 8)
+    assert len(p2m.frames) == (1 << 21) + 1
+    assert p2m.pfns_of(array(domain.mfns[0x4000_0000], domain.mfns[7])).tolist() == [0x4000_0000, 7]
+    assert sum(frames.reads.values()) == 3
+
+
+# --- anchors ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("linear", "tree", "form"),
+    [(True, False, Form.LINEAR), (False, True, Form.TREE), (True, True, Form.BOTH), (False, False, Form.NONE)],
+)
+@pytest.mark.parametrize("width", [8, 4])
+def test_anchors_and_form(width: Width, linear: bool, tree: bool, form: Form) -> None:
+    domain = pv_domain(width=width, linear=linear, tree=tree)
+    anchors = anchors_of(domain)
+    assert anchors.form is form
+    assert anchors.width == width
+    assert anchors.max_pfn == domain.entries
+    if linear:
+        assert anchors.p2m_vaddr == P2M_VADDR[width]
+        assert anchors.p2m_generation == 4
+    if linear and not tree:
+        assert anchors.frame_list_list == INVALID_MFN[width], "look elsewhere"
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_anchors_are_where_the_header_says(width: Width) -> None:
+    page = bytearray(4096)
+    at = {8: (3088, 3096, 3112, 3120, 3128), 4: (2316, 2320, 2328, 2332, 2336)}[width]
+    for i, offset in enumerate(at):
+        page[offset] = i + 1
+    assert Anchors.of(bytes(page), width) == Anchors(width, 1, 2, 3, 4, 5)
+    assert SHARED_INFO.offset(width, "arch.max_pfn") == at[0]
+
+
+# --- the guest's own ways --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pfns", [range(100), SPREAD, [*range(200), 0x8_0000, 0x8_0001]], ids=["few", "spread", "far"])
+@pytest.mark.parametrize("width", [8, 4])
+def test_list_and_tree_lead_to_the_frames(width: Width, pfns: list[int]) -> None:
+    domain = pv_domain(width=width, pfns=pfns, linear=True, tree=True)
+    for way in (frames_by_list, frames_by_tree):
+        assert way(p2m_of(domain), anchors_of(domain)).tolist() == domain.p2m_pfns.tolist()
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_list_that_straddles_tables(width: Width) -> None:
+    """p2m_vaddr need not be aligned to what a table maps; libxc's own walk goes wrong where its L2 index is not 0."""
+    vaddr = UNALIGNED[width]
+    far = 0x100_0000 if width == 8 else 0x20_0000
+    domain = pv_domain(width=width, pfns=[*range(200), far], p2m_vaddr=vaddr)
+    p2m = p2m_of(domain)
+    if width == 8:
+        assert vaddr >> 30 != vaddr + len(p2m.frames) * 4096 - 1 >> 30, "in two L2 tables"
+    assert frames_by_list(p2m, anchors_of(domain)).tolist() == domain.p2m_pfns.tolist()
+
+
+def changed(domain: Domain, changes: Mapping[str, int]) -> Anchors:
+    for name, value in changes.items():
+        domain.shared_info["arch"][name] = value
+    return anchors_of(domain)
+
+
+@pytest.mark.parametrize(
+    ("vaddr", "width"),
+    [
+        (0xFFFF_8000_0000_0000, 8),  # the first of Xen's
+        (0xFFFF_87FF_FFFF_F000, 8),  # the last of Xen's
+        (0xFFFF_7FFF_FFFF_F000, 8),  # not canonical
+        (0x0000_8000_0000_0000, 8),
+        (0x0000_7FFF_FFFF_F000, 8),  # its end is not canonical
+        (0xFFFF_FFFF_FFFF_F000, 8),  # wraps
+        (0xFFFF_C900_0000_0008, 8),  # in the midst of a page
+        (0xF580_0000, 4),
+        (0xF57F_F000, 4),  # its end is Xen's
+        (0xFFFF_F000, 4),  # wraps
+        (0xD000_0800, 4),
+    ],
+)
+def test_a_list_that_cannot_be_there(vaddr: int, width: Width) -> None:
+    domain = pv_domain(width=width, pfns=SPREAD)
+    anchors = changed(domain, {"p2m_vaddr": vaddr})
+    with pytest.raises(GuestError, match=f"Bad virtual p2m address range {vaddr:#x}-"):
+        frames_by_list(p2m_of(domain), anchors)
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_the_last_possible_place_of_a_list(width: Width) -> None:
+    vaddr = 0xFFFF_FFFF_FFFF_F000 if width == 8 else 0xF57F_F000
+    domain = pv_domain(width=width)
+    anchors = changed(domain, {"p2m_vaddr": vaddr})
+    assert len(p2m_of(domain).frames) == 1
+    assert frames_by_list(p2m_of(domain), anchors).tolist() == [NONE]
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_cr3_that_nobody_knows(width: Width) -> None:
+    domain = pv_domain(width=width)
+    anchors = changed(domain, {"p2m_cr3": domain.cr3(0x1_2345)})
+    with pytest.raises(GuestError, match=r"Bad p2m_cr3 value 0x[0-9a-f]+: no pfn has mfn 0x12345"):
+        frames_by_list(p2m_of(domain), anchors)
+
+
+def test_a_list_with_holes() -> None:
+    domain = pv_domain(pfns=SPREAD)
+    domain.set_pte(domain.p2m_vaddr + 2 * 4096, 0)
+    found = frames_by_list(p2m_of(domain), anchors_of(domain))
+    assert found[2] == NO_FRAME
+    assert np.flatnonzero(found != domain.p2m_pfns).tolist() == [2]
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_tree_with_a_bad_root(width: Width) -> None:
+    domain = pv_domain(width=width, tree=True)
+    anchors = changed(domain, {"pfn_to_mfn_frame_list_list": 0x1_2345})
+    with pytest.raises(GuestError, match="Bad mfn 0x12345 for p2m frame list list: no pfn has it"):
+        frames_by_tree(p2m_of(domain), anchors)
+
+
+def test_a_tree_with_the_mark_of_four_levels_is_refused() -> None:
+    """Bit 61, the proposal of 2014: such a root is no mfn, and is never taken for three levels."""
+    domain = pv_domain(tree=True)
+    marked = domain.mfns[domain.places.tree_top] | 1 << 61
+    anchors = changed(domain, {"pfn_to_mfn_frame_list_list": marked})
+    with pytest.raises(GuestError, match=f"Bad mfn {marked:#x}"):
+        frames_by_tree(p2m_of(domain), anchors)
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_tree_with_a_bad_frame_list(width: Width) -> None:
+    domain = pv_domain(width=width, tree=True, pfns=[*range(100), 0x10_0000])
+    domain.p2m_frame(domain.places.tree_top)[1] = INVALID_MFN[width]
+    lists = -(-len(domain.p2m_pfns) // (4096 // width))
+    with pytest.raises(GuestError, match=rf"Bad mfn at index 1 \(of {lists}\) in p2m frame list list"):
+        frames_by_tree(p2m_of(domain), anchors_of(domain))
+
+
+def test_a_tree_with_a_bad_leaf_has_a_gap_there() -> None:
+    domain = pv_domain(tree=True, pfns=SPREAD)
+    domain.p2m_frame(domain.places.tree_mid[0])[2] = 0x1_2345
+    found = frames_by_tree(p2m_of(domain), anchors_of(domain))
+    assert np.flatnonzero(found != domain.p2m_pfns).tolist() == [2]
+    assert found[2] == NO_FRAME
+
+
+@pytest.mark.parametrize(("width", "per"), [(8, 512), (4, 1024)])
+def test_a_tree_has_three_levels_and_no_more(width: Width, per: int) -> None:
+    """512 GiB for a 64-bit guest, 4 TiB for a 32-bit one: refused beyond, never truncated."""
+    domain = pv_domain(width=width, tree=True)
+    frames = np.full(per * per + 1, domain.p2m_pfns[0], np.uint64)
+    p2m = P2M(DictFrames.of(domain), frames, (per * per + 1) * per, width)
+    with pytest.raises(GuestError, match=f"max_pfn {(per * per + 1) * per - 1:#x} too large for p2m tree"):
+        frames_by_tree(p2m, anchors_of(domain))
