@@ -1,6 +1,6 @@
 """Blobs that domctls take and give, as far as they travel in streams.
 
-xen.git:xen/include/public/domctl.h, arch-x86/xen.h
+xen.git:xen/include/public/domctl.h, arch-x86/xen.h, arch-x86/hvm/save.h
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from enum import IntEnum
 
 from xenpv.abi.declare import U8, U16, U32, U64, Struct, array
 
+HVM_VMCE_VCPU = Struct(
+    "hvm_vmce_vcpu", "arch-x86/hvm/save.h", caps=U64, mci_ctl2_bank0=U64, mci_ctl2_bank1=U64, mcg_ext_ctl=U64
+)
 # X86_PV_VCPU_EXTENDED: XEN_DOMCTL_{get,set}_ext_vcpucontext
 EXT_VCPUCONTEXT = Struct(
     "xen_domctl_ext_vcpucontext",
@@ -22,9 +25,7 @@ EXT_VCPUCONTEXT = Struct(
     syscall32_disables_events=U8,
     sysenter_disables_events=U8,
     _pad=array(U8, 2),
-    mcg_cap=U64,
-    mci_ctl2_bank0=U64,
-    mci_ctl2_bank1=U64,
+    vmce=HVM_VMCE_VCPU,  # a union with mcg_cap, which is vmce.caps
 )
 EXT_VCPUCONTEXT_MAX = 128  # what libxenguest copies at most: the size of the union in struct xen_domctl
 

@@ -5,10 +5,11 @@ xen.git:xen/include/public/arch-x86/xen.h, xen-x86_64.h, xen-x86_32.h; xen.h; xe
 
 from __future__ import annotations
 
-from xenpv.abi.declare import U8, U16, U32, U64, ULONG, Only, Struct, array
+from xenpv.abi.declare import U8, U16, U32, U64, ULONG, Only, Scalar, Struct, array
 
 _R64 = Only(8, U64)
 _R32 = Only(4, U32)
+_R16_OR_32 = Scalar(2, 4)
 
 USER_REGS = Struct(
     "cpu_user_regs",
@@ -35,10 +36,8 @@ USER_REGS = Struct(
     edi=_R32,
     ebp=_R32,
     eax=_R32,
-    error_code=Only(8, U32),
-    entry_vector=Only(8, U32),
-    error_code_=Only(4, U16),
-    entry_vector_=Only(4, U16),
+    error_code=_R16_OR_32,
+    entry_vector=_R16_OR_32,
     rip=_R64,
     eip=_R32,
     cs=U16,

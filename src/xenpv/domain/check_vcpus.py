@@ -196,5 +196,5 @@ def _check_extended(findings: Findings, vcpu: int, blob: bytes, record: Record) 
     inside, size = (int.from_bytes(blob[at : at + 4], "little") for at in (0, 4))
     if inside != vcpu:
         findings.add(rules.VCPU_EXTENDED, f"the record of vcpu{vcpu} would set the state of vcpu{inside}", **place)
-    if size > len(blob) or size < EXT_VCPUCONTEXT.offset(8, "mcg_cap"):
+    if size > len(blob) or size < EXT_VCPUCONTEXT.offset(8, "vmce"):
         findings.add(rules.VCPU_EXTENDED, f"names a size of {size} bytes, in a blob of {len(blob)}", **place)
