@@ -1,0 +1,96 @@
+"""Every kept vector: sound, the same however it is fed, and described as the recipe that made it says."""
+
+from __future__ import annotations
+
+import lzma
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.stream.drive import plain
+from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
+from xenpv.cli.show import describe
+from xenpv.domain.source import SavedDomain
+from xenpv.domain.verify import verify
+from xenpv.stream.reader import Reader
+
+FORMS = {
+    "tree": "three-level tree",
+    "linear": "linear virtual list",
+    "both": "linear virtual list and three-level tree",
+}
+
+
+def unpacked(recipe: Recipe) -> bytes:
+    return lzma.decompress((DEMO if recipe is FOR_DEMO else recipe.path).read_bytes())
+
+
+@pytest.fixture(params=RECIPES, ids=lambda recipe: recipe.name)
+def recipe(request: pytest.FixtureRequest) -> Recipe:
+    recipe = request.param
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+@pytest.fixture
+def path(recipe: Recipe, tmp_path: Path) -> Path:
+    path = tmp_path / "vector.save"
+    path.write_bytes(unpacked(recipe))
+    return path
+
+
+def test_is_sound(path: Path) -> None:
+    report = verify(str(path))
+    report.close()
+    assert [str(finding) for finding in report.findings] == []
+    assert report.deep
+
+
+def test_is_what_its_recipe_says(recipe: Recipe, path: Path) -> None:
+    with SavedDomain.open(str(path)) as saved:
+        shown = describe(saved)
+    assert shown["xen"] == recipe.xen
+    assert shown["config"]["name"] == recipe.name
+    assert shown["p2m"]["form"] == FORMS[recipe.form]
+    assert shown["memory_in_stream"] == recipe.memory << 20
+    assert [vcpu["vcpu"] for vcpu in shown["vcpus"]] == list(range(recipe.vcpus))
+    assert shown["start_info"]["cmd_line"] == f"p2m={recipe.form}"
+
+
+def events(data: bytes, pieces: int, *, seed: int = 1) -> list[object]:
+    """What a reader says of data fed in pieces of up to that many bytes; page content is skipped where it may be."""
+    reader, position, out, chance = Reader(), 0, [], random.Random(seed)
+    while not reader.done:
+        event = reader.next_event()
+        if event is not None:
+            out.append(plain(event))
+        elif reader.skippable:
+            n = min(reader.skippable, chance.choice([1, 4095, 1 << 20]))
+            reader.skip(n)
+            position += n
+        elif not reader.done:
+            piece = data[position : position + (pieces if pieces == 1 else chance.randint(1, pieces))]
+            position += len(piece)
+            reader.feed(piece) if piece else reader.feed_eof()
+    return [*out, reader.offset]
+
+
+def test_reads_the_same_however_it_is_fed(recipe: Recipe) -> None:
+    data = unpacked(recipe)
+    whole = events(data, len(data))
+    assert whole[-1] == len(data)
+    assert events(data, 1) == whole
+    assert events(data, 5000) == whole
+    assert events(data + b"junk" * 1000, 5000, seed=2) == whole
+
+
+def test_a_cut_vector_says_where(recipe: Recipe, tmp_path: Path) -> None:
+    data, path = unpacked(recipe), tmp_path / "cut.save"
+    for cut in sorted(random.Random(3).sample(range(40, len(data)), 12)):
+        path.write_bytes(data[:cut])
+        report = verify(str(path))
+        report.close()
+        assert not report.ok
+        assert report.fatal is not None
+        assert f"{cut:#x}" in report.fatal
