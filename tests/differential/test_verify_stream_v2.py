@@ -20,15 +20,7 @@ from xenpv.findings import Severity
 from xenpv.stream import rules
 
 BAD = 1
-FORMATS = {
-    "libxc": "libxc",
-    "libxl": "libxl",
-    "xl": "xl",
-    "v2": "libxc",
-    "remus": "libxl",
-    "hvm": "libxl",
-    "hvm2": "libxl",
-}
+FORMATS = {"libxc": "libxc", "libxl": "libxl", "xl": "xl", "v2": "libxc"}
 
 
 @pytest.fixture(scope="module")
