@@ -12,9 +12,9 @@ from tests.writers.envelopes import ENVELOPES
 from tests.writers.hvm import hvm_stream
 from tests.writers.stream import WITH_DATA, Stream, Wire
 from xenpv.errors import Truncated, Unsupported
-from xenpv.stream import records
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages
+from xenpv.stream.pagedata import PageData
 from xenpv.stream.reader import Reader
 
 KINDS = [*ENVELOPES, "v2", "pae", "hvm", "hvm-xenopsd", "remus", "optional"]
@@ -101,7 +101,7 @@ def test_a_reader_that_seeks_sees_the_same_and_reads_no_page(kind: str) -> None:
         reading = read_seeking(data, step=step)
         assert reading.plain == expected.plain
         assert reading.error is None
-    pages = sum(e.pages * 4096 for e in expected.events if isinstance(e, records.PageData))
+    pages = sum(e.pages * 4096 for e in expected.events if isinstance(e, PageData))
     assert read_seeking(data, step=1).skipped >= pages
 
 

@@ -63,8 +63,8 @@ def test_a_typical_save_record() -> None:
 
 def test_every_record_of_the_specification_has_a_place_and_a_parser() -> None:
     """ "type: 0x00000000: END [...] 0x00000012: X86_MSR_POLICY"."""
-    assert set(Type) == set(range(0x13)) == set(PLACES) == set(LIBXC)
-    assert all(LIBXC[kind].title() == kind.name for kind in Type)
+    assert set(Type) == set(range(0x13)) == set(PLACES) == {*LIBXC, Type.PAGE_DATA}
+    assert all(record.title() == Type(kind).name for kind, record in LIBXC.items())
 
 
 def test_optional_records_have_bit_31() -> None:

@@ -17,6 +17,7 @@ from tests.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Wire
 from xenpv.stream import libxl, records
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader
 from xenpv.stream.order import Guest
+from xenpv.stream.pagedata import PageData
 
 E = TypeVar("E", bound=Event)
 BOTH_ORDERS = pytest.mark.parametrize("big_endian", [False, True], ids=["little", "big"])
@@ -64,7 +65,7 @@ def test_pv_info_and_p2m_frames(big_endian: bool) -> None:
 
 @BOTH_ORDERS
 def test_page_data(big_endian: bool) -> None:
-    data = [event for event in pv(big_endian).events if isinstance(event, records.PageData)]
+    data = [event for event in pv(big_endian).events if isinstance(event, PageData)]
     pfns, types = np.concatenate([d.pfns for d in data]), np.concatenate([d.types for d in data])
     assert dict(zip(pfns.tolist(), types.tolist(), strict=True)) == domain().types
     assert [d.pages for d in data] == [16, 16, 8]
@@ -80,7 +81,7 @@ def test_entries_of_an_unknown_type_have_no_content() -> None:
     for kind in range(16):
         piece = wire.page_data([(0, NOTAB), (1, kind), (2, NOTAB)], [bytes(PAGE)] * (2 + (kind in WITH_DATA)))
         stream = domain().to_stream("libxc", batch=1024).replace("PAGE_DATA", piece)
-        data = the(read(whole(bytes(stream)), collect=True), records.PageData)
+        data = the(read(whole(bytes(stream)), collect=True), PageData)
         assert data.has_data.tolist() == [True, kind in WITH_DATA, True]
         assert data.pages == 2 + (kind in WITH_DATA)
 

@@ -9,8 +9,8 @@ from typing import Self
 
 from xenpv.errors import RequestError
 from xenpv.stream.events import Event
+from xenpv.stream.pagedata import PageData
 from xenpv.stream.reader import Reader
-from xenpv.stream.records import PageData
 
 _WINDOW = 4 << 10  # bytes to read of a file at least; at a PAGE_DATA, what the last one took up to its pages
 _CHUNK = 1 << 20  # bytes to read of a pipe at most

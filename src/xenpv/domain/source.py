@@ -27,8 +27,9 @@ from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages
 from xenpv.stream.index import PageIndex
+from xenpv.stream.pagedata import PFN_MASK
 from xenpv.stream.reader import FaultHandler, Reader
-from xenpv.stream.records import PFN_MASK, X86PVP2MFrames
+from xenpv.stream.records import X86PVP2MFrames
 
 _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
 

@@ -15,8 +15,9 @@ from xenpv.stream import rules
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import DomainHeader
 from xenpv.stream.order import Guest
+from xenpv.stream.pagedata import PageData
 from xenpv.stream.reader import Reader
-from xenpv.stream.records import End, PageData
+from xenpv.stream.records import End
 
 if TYPE_CHECKING:
     from xenpv.domain.source import SavedDomain

@@ -12,6 +12,7 @@ from xenpv.stream import libxl, records
 from xenpv.stream.envelope import Envelope
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
 from xenpv.stream.index import PageIndex
+from xenpv.stream.pagedata import PageData
 
 INVALID_PFN = np.uint64((1 << 64) - 1)  # a p2m frame that no P2M_FRAMES record named
 
@@ -82,7 +83,7 @@ class Contents:
     def see(self, event: Event) -> None:
         """Take one event in."""
         match event:
-            case records.PageData():
+            case PageData():
                 self.index.add(event)
                 self._run_of_pages(event)
                 return
@@ -126,7 +127,7 @@ class Contents:
         length = event.length if isinstance(event, records.Record | Envelope | SectionHeader) else 0
         self.runs.append(Run(event.offset, event.name, length))
 
-    def _run_of_pages(self, event: records.PageData) -> None:
+    def _run_of_pages(self, event: PageData) -> None:
         if self.runs and self.runs[-1].name == "PAGE_DATA":
             run = self.runs[-1]
             run.count += 1

@@ -22,7 +22,8 @@ from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
 from xenpv.stream.libxl import LibxlType
 from xenpv.stream.order import OPTIONAL, Guest, Order, Type
-from xenpv.stream.records import LIBXC, RECORD_LENGTH_MAX, Context, PageData, Record, Unknown, X86PVInfo, X86PVP2MFrames
+from xenpv.stream.pagedata import PageData
+from xenpv.stream.records import LIBXC, RECORD_LENGTH_MAX, Context, Record, Unknown, X86PVInfo, X86PVP2MFrames
 
 PAGES_AT_ONCE = 256  # pages of one Pages event at most: 1 MiB
 _SMALL = 1024  # bytes; smaller pieces are joined as they come
@@ -43,7 +44,7 @@ _ERRORS: dict[Rule, type[StreamError]] = {
     rules.RECORD_UNKNOWN: Unsupported,
 }
 
-_NAMES = {kind: Type(kind).name for kind in LIBXC}
+_NAMES = {int(kind): kind.name for kind in Type}
 
 
 class Reader:
@@ -339,7 +340,7 @@ class Reader:
         while True:
             self._begin("record")
             kind, length = ctx.ints((yield from self._take(8, "a record header")), 4, 4)
-            if kind in LIBXC:
+            if kind in _NAMES:
                 self._record = _NAMES[kind]
                 for rule, message in order.see(kind):
                     self._fault(rule, message)

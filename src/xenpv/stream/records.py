@@ -7,33 +7,30 @@ for.
 from __future__ import annotations
 
 import struct
-from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from xenpv.abi.declare import Width
-from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT_MAX, MSR_ENTRY, VCPU_MSR, XSAVE_HEADER_SIZE, PageType
+from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT_MAX, MSR_ENTRY, VCPU_MSR, XSAVE_HEADER_SIZE
 from xenpv.abi.x86 import LEVELS, PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.findings import Rule
 from xenpv.stream import rules
 from xenpv.stream.order import Guest, Type
 
 if TYPE_CHECKING:
-    from xenpv.frames import U8, U64, Mask
+    from xenpv.frames import U64
 
 RECORD_LENGTH_MAX = 128 << 20  # REC_LENGTH_MAX
 BLOB_MAX = 1 << 20  # far above any vcpu or policy blob that Xen makes (an xsave area is some 11 KiB)
 VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS for PV, 64-bit
-_CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
-PFN_MASK = (1 << 52) - 1
-RESERVED_MASK = ((1 << 60) - 1) & ~PFN_MASK
-TYPE_SHIFT = 60
 
-# Sets of the topmost byte of a PAGE_DATA entry: its type, and four reserved bits. bytes.translate() deletes a set in
-# one go.
-_TOP_KNOWN = bytes(top for top in range(256) if top >> 4 in set(PageType))
-_TOP_WITH_DATA = bytes(top for top in _TOP_KNOWN if top >> 4 < PageType.BROKEN)
+
+@lru_cache
+def _codes(sizes: tuple[int, ...]) -> str:
+    """Struct's format for unsigned fields of these sizes."""
+    return "".join({1: "B", 2: "H", 4: "I", 8: "Q"}[size] for size in sizes)
 
 
 @dataclass(slots=True)
@@ -53,7 +50,7 @@ class Context:
 
     def ints(self, body: memoryview, *sizes: int) -> list[int]:
         """Unsigned fields of those sizes in bytes, from the start of body, in the stream's byte order."""
-        return list(struct.unpack_from(self.order + "".join(_CODES[size] for size in sizes), body))
+        return list(struct.unpack_from(self.order + _codes(sizes), body))
 
     def reserved(self, name: str, *values: int) -> None:
         if any(values):
@@ -121,71 +118,6 @@ class Unknown(Record):
     @property
     def name(self) -> str:
         return f"{'optional ' if self.type >> 31 else ''}record {self.type:#x}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageData(Record):
-    """PAGE_DATA up to its pages: entries, uint64 of shape (count,), pfn and type as in the stream (native byte order).
-
-    The pages begin at byte ``pages_offset``, one after the other for each entry whose type has content.
-    """
-
-    TYPE = Type.PAGE_DATA
-    LENGTH = range(16, RECORD_LENGTH_MAX + 1)
-    raw: bytes = field(repr=False)  # the entries, little-endian
-    pages: int  # entries that have content
-    pages_offset: int
-
-    @property
-    def entries(self) -> U64:
-        import numpy as np  # noqa: PLC0415
-
-        return np.frombuffer(self.raw, "<u8")
-
-    @property
-    def pfns(self) -> U64:
-        entries = self.entries
-        return entries & entries.dtype.type(PFN_MASK)
-
-    @property
-    def types(self) -> U8:
-        entries = self.entries
-        return (entries >> entries.dtype.type(TYPE_SHIFT)).astype("u1")
-
-    @property
-    def has_data(self) -> Mask:
-        from xenpv.frames import HAS_DATA  # noqa: PLC0415
-
-        return HAS_DATA[self.types]
-
-    @classmethod
-    def read(cls, ctx: Context, body: memoryview, *, offset: int, length: int, pages_offset: int) -> Self:
-        """Check the entries (at least one), the page count against the length, the pfns against the domain's p2m."""
-        entries = array("Q", bytes(body))
-        if ctx.order == ">":
-            entries.byteswap()
-        raw = entries.tobytes()
-        tops = raw[7::8]
-        pages = len(tops) - len(tops.translate(None, _TOP_WITH_DATA))
-        expected = 8 + len(raw) + pages * PAGE_SIZE
-        if length != expected:
-            sizes = f"8 + {len(raw)} + {pages} pages = {expected}"
-            ctx.fault(rules.PAGE_SIZE_MATCH, f"PAGE_DATA record wrong size: length {length}, expected {sizes}")
-        if tops.translate(None, _TOP_KNOWN):
-            at = next(i for i, top in enumerate(tops) if top not in _TOP_KNOWN)
-            what = f"Unknown type {tops[at] >> 4:#x} for pfn {entries[at] & PFN_MASK:#x} (index {at})"
-            ctx.fault(rules.PAGE_TYPE, what)
-        largest = max(entries)
-        if largest > PFN_MASK:
-            if any(entry & RESERVED_MASK for entry in entries):
-                at = next(i for i, entry in enumerate(entries) if entry & RESERVED_MASK)
-                ctx.fault(rules.RESERVED, f"reserved bits set in pfn[{at}]: {entries[at] & RESERVED_MASK:#x}")
-            largest = max(entry & PFN_MASK for entry in entries)
-        if ctx.max_pfn is not None and largest > ctx.max_pfn:
-            at = next(i for i, entry in enumerate(entries) if entry & PFN_MASK > ctx.max_pfn)
-            where = f"pfn {entries[at] & PFN_MASK:#x} (index {at}) outside domain maximum {ctx.max_pfn:#x}"
-            ctx.fault(rules.PAGE_RANGE, where)
-        return cls(offset=offset, length=length, raw=raw, pages=pages, pages_offset=pages_offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,7 +322,7 @@ class CheckpointDirtyPfnList(Opaque):
 
 
 _ALL: tuple[type[Record], ...] = (
-    End, PageData, X86PVInfo, X86PVP2MFrames, VcpuBasic, VcpuExtended, VcpuXsave, SharedInfo, X86TscInfo, HvmContext,
+    End, X86PVInfo, X86PVP2MFrames, VcpuBasic, VcpuExtended, VcpuXsave, SharedInfo, X86TscInfo, HvmContext,
     HvmParams, Toolstack, VcpuMsrs, Verify, Checkpoint, CheckpointDirtyPfnList, StaticDataEnd, CpuidPolicy, MsrPolicy,
 )  # fmt: skip
 LIBXC = {cls.TYPE: cls for cls in _ALL}

@@ -1,0 +1,118 @@
+"""PAGE_DATA: which pages come, of which type, and where their content begins. Most of a stream is this record."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING, Self
+
+from xenpv.abi.domctl import PageType
+from xenpv.abi.x86 import PAGE_SIZE
+from xenpv.stream import rules
+from xenpv.stream.order import Type
+from xenpv.stream.records import RECORD_LENGTH_MAX, Context, Record
+
+if TYPE_CHECKING:
+    from xenpv.frames import U8, U64, Mask
+
+PFN_MASK = (1 << 52) - 1
+RESERVED_MASK = ((1 << 60) - 1) & ~PFN_MASK
+TYPE_SHIFT = 60
+
+# Sets of the topmost byte of a PAGE_DATA entry: its type, and four reserved bits. bytes.translate() deletes a set in
+# one go.
+_TOP_KNOWN = bytes(top for top in range(256) if top >> 4 in set(PageType))
+_TOP_WITH_DATA = bytes(top for top in _TOP_KNOWN if top >> 4 < PageType.BROKEN)
+_LANES = 1024  # entries that are looked at as one number: what libxenguest puts into a record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageData(Record):
+    """PAGE_DATA up to its pages: entries, uint64 of shape (count,), pfn and type as in the stream (native byte order).
+
+    The pages begin at byte ``pages_offset``, one after the other for each entry whose type has content.
+    """
+
+    TYPE = Type.PAGE_DATA
+    LENGTH = range(16, RECORD_LENGTH_MAX + 1)
+    raw: bytes = field(repr=False)  # the entries, little-endian
+    pages: int  # entries that have content
+    pages_offset: int
+
+    @property
+    def entries(self) -> U64:
+        import numpy as np  # noqa: PLC0415
+
+        return np.frombuffer(self.raw, "<u8")
+
+    @property
+    def pfns(self) -> U64:
+        entries = self.entries
+        return entries & entries.dtype.type(PFN_MASK)
+
+    @property
+    def types(self) -> U8:
+        entries = self.entries
+        return (entries >> entries.dtype.type(TYPE_SHIFT)).astype("u1")
+
+    @property
+    def has_data(self) -> Mask:
+        from xenpv.frames import HAS_DATA  # noqa: PLC0415
+
+        return HAS_DATA[self.types]
+
+    @classmethod
+    def read(cls, ctx: Context, body: memoryview, *, offset: int, length: int, pages_offset: int) -> Self:
+        """Check the entries (at least one), the page count against the length, the pfns against the domain's p2m."""
+        raw = _little_endian(body) if ctx.order == ">" else bytes(body)
+        tops = raw[7::8]
+        pages = len(tops) - len(tops.translate(None, _TOP_WITH_DATA))
+        expected = 8 + len(raw) + pages * PAGE_SIZE
+        if length != expected:
+            sizes = f"8 + {len(raw)} + {pages} pages = {expected}"
+            ctx.fault(rules.PAGE_SIZE_MATCH, f"PAGE_DATA record wrong size: length {length}, expected {sizes}")
+        if tops.translate(None, _TOP_KNOWN):
+            at = next(i for i, top in enumerate(tops) if top not in _TOP_KNOWN)
+            what = f"Unknown type {tops[at] >> 4:#x} for pfn {_entry(raw, at) & PFN_MASK:#x} (index {at})"
+            ctx.fault(rules.PAGE_TYPE, what)
+        if (bad := _first_above(raw, 0, RESERVED_MASK)) is not None:
+            ctx.fault(rules.RESERVED, f"reserved bits set in pfn[{bad}]: {_entry(raw, bad) & RESERVED_MASK:#x}")
+        if ctx.max_pfn is not None and (bad := _first_above(raw, ctx.max_pfn, PFN_MASK)) is not None:
+            where = f"pfn {_entry(raw, bad) & PFN_MASK:#x} (index {bad}) outside domain maximum {ctx.max_pfn:#x}"
+            ctx.fault(rules.PAGE_RANGE, where)
+        return cls(offset=offset, length=length, raw=raw, pages=pages, pages_offset=pages_offset)
+
+
+def _little_endian(entries: memoryview) -> bytes:
+    swapped = array("Q", bytes(entries))
+    swapped.byteswap()
+    return swapped.tobytes()
+
+
+def _entry(raw: bytes, at: int) -> int:
+    return int.from_bytes(raw[at * 8 : at * 8 + 8], "little")
+
+
+@lru_cache(maxsize=32)
+def _lanes(value: int, count: int) -> int:
+    """``count`` 64-bit lanes of one value, as one number."""
+    return int.from_bytes(value.to_bytes(8, "little") * count, "little")
+
+
+def _first_above(raw: bytes, limit: int, mask: int) -> int | None:
+    """The index of the first entry which, masked, is above the limit; both below 2^63. None if there is none.
+
+    A loop in Python over a terabyte's entries takes minutes. One number holds 1024 of them: with bit 63 put over the
+    limit in each lane, no lane borrows from the next, and that bit stays exactly where the limit is not exceeded.
+    """
+    for first in range(0, len(raw), _LANES * 8):
+        piece = raw[first : first + _LANES * 8]
+        count = len(piece) // 8
+        masked = int.from_bytes(piece, "little") & _lanes(mask, count)
+        if not limit and not masked:
+            continue
+        within = _lanes(1 << 63, count)
+        if (_lanes(limit | 1 << 63, count) - masked) & within != within:
+            return first // 8 + next(i for i in range(count) if _entry(piece, i) & mask > limit)
+    return None
