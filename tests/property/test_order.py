@@ -1,0 +1,51 @@
+"""The order table, for any sequence of records: what it says at each, and at the end, follows from the table alone."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xenpv.stream import rules
+from xenpv.stream.order import PLACES, Guest, Order, Type
+
+sequences = st.lists(st.sampled_from(list(Type)), max_size=30)
+
+
+@given(st.sampled_from(list(Guest)), st.sampled_from([2, 3]), sequences)
+def test_each_record_is_judged_by_those_before_it(guest: Guest, version: int, records: list[Type]) -> None:
+    order = Order(guest, version)
+    before: set[Type] = set()
+    for record in records:
+        place = PLACES[record]
+        found = {rule for rule, _ in order.see(record)}
+        if guest not in place.guests:
+            assert found == {rules.MISPLACED}
+            continue
+        if version == 2 and record is {Guest.PV: Type.X86_PV_P2M_FRAMES, Guest.HVM: Type.PAGE_DATA}[guest]:
+            before.add(Type.STATIC_DATA_END)  # "infer the position of STATIC_DATA_END"
+        assert (rules.MISPLACED in found) == (version < place.since)
+        assert (rules.REPEATED in found) == (place.once and record in before)
+        needed = {other for other in place.after if guest in PLACES[other].guests}
+        late = any(other in before for other in place.not_after)
+        early = record not in before and not needed <= before
+        assert (rules.ORDER in found) == (late or early)
+        before.add(record)
+    missing = {record for record, place in PLACES.items() if guest in place.needed} - before
+    assert set(order.missing()) == missing
+
+
+@given(st.sampled_from(list(Guest)), st.permutations(list(Type)))
+def test_nothing_that_is_in_order_is_refused(guest: Guest, records: list[Type]) -> None:
+    """Sort any permutation by what each record comes after: no fault is left but records of the other guest."""
+    mine = [record for record in records if guest in PLACES[record].guests]
+    placed: list[Type] = []
+    while len(placed) < len(mine):
+        for record in mine:
+            place = PLACES[record]
+            needed = {other for other in place.after if guest in PLACES[other].guests}
+            holds_back = any(record in PLACES[other].not_after for other in mine if other not in placed)
+            if record not in placed and needed <= set(placed) and not holds_back:
+                placed.append(record)
+    order = Order(guest, 3)
+    assert [fault for record in placed for fault in order.see(record)] == []
+    assert order.missing() == []
