@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import select
 import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,10 +238,14 @@ class Host:
         return True
 
     def _take_in(self, machine: Machine) -> None:
-        data = machine.agent.recv(65536)
+        try:
+            data = machine.agent.recv(65536)
+        except ConnectionResetError:  # QEMU ended before it had read all that was sent to it
+            data = b""
         if not data:
-            machine.process.wait(10)  # its end of the channel closes when QEMU ends
-            machine.check()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                machine.process.wait(10)  # its end of the channel closes while QEMU ends
+            self._give_up("the channel to dom0 is closed")
         *lines, self._pending = (self._pending + data).split(b"\n")
         for line in lines:
             answer = json.loads(line)

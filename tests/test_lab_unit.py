@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import lzma
+import socket
 import stat
 import subprocess
 import sys
@@ -18,8 +19,9 @@ import pytest
 from lab import apt, cache, guests, programs, trees, versions, workspace
 from lab.__main__ import main
 from lab.errors import JobFailed, LabError, LostVM, MissingPrograms
-from lab.host import Result
+from lab.host import Host, Result
 from lab.initramfs import Archive, modules_in_order
+from lab.vm import Machine
 
 AGENT = Path(cache.__file__).parent / "dom0/agent.py"
 
@@ -258,6 +260,25 @@ def test_agent_kills_a_job_with_its_children(agent: ModuleType) -> None:
     assert answer["timed_out"]
     assert answer["status"] == 128 + 9
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("unread", [b"", b"order"], ids=["end of file", "reset"])
+def test_a_channel_that_closes_is_a_lost_vm(tmp_path: Path, unread: bytes) -> None:
+    """A socket whose other end is closed with data unread gives an error rather than the end of the file."""
+    (tmp_path / "console").write_text("(XEN) the last word\n")
+    ours, theirs = socket.socketpair()
+    machine = Machine.__new__(Machine)
+    machine.xen, machine.work, machine.agent = "4.17", tmp_path, ours
+    machine.process = subprocess.Popen(["sh", "-c", "exit 9"])
+    host = Host("4.17")
+    host._machine, host._workspace = machine, workspace.Workspace()
+    try:
+        ours.sendall(unread)
+        theirs.close()
+        with pytest.raises(LostVM, match=r"(?s)QEMU ended with 9.*the last word"):
+            host._answered(1, 10)
+    finally:
+        host.close()
 
 
 # --- errors and programs
