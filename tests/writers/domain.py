@@ -6,8 +6,8 @@
 0
 >>> domain.vcpus[0]["ctrlreg"][3] = 7 << 12          # break one thing
 >>> stream = domain.to_stream("xl")                  # named pieces, see writers/stream.py
->>> hex(stream.offset("X86_PV_VCPU_BASIC"))
-'0x61571'
+>>> bytes(stream)[stream.offset("X86_PV_VCPU_BASIC") :][:8].hex()   # type and length of the record
+'0400000038140000'
 >>> len(bytes(stream)) == len(domain.to_bytes("xl"))
 True
 
