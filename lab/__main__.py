@@ -143,7 +143,7 @@ def _fetch(options: argparse.Namespace) -> int:
 
 
 def _deps(options: argparse.Namespace) -> int:
-    lacking = programs.missing()
+    lacking = {**programs.missing(), **programs.missing(programs.TESTS)}
     for program, package in lacking.items():
         print(f"missing: {program} (package {package})")
     if not lacking:

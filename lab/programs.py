@@ -13,6 +13,7 @@ from .errors import LabError, MissingPrograms
 # Program, and the Debian package that brings it.
 FETCH = {"apt-get": "apt", "apt-config": "apt", "dpkg-deb": "dpkg", "tar": "tar", "depmod": "kmod"}
 BOOT = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
+TESTS = {"cpio": "cpio", "gcc": "gcc", "make": "make"}  # the tests' oracles, and the litmus guest's compiler
 KEYRING = {"debian-archive-keyring.gpg": "debian-archive-keyring"}
 # depmod is in /usr/sbin, which an ordinary user's PATH often lacks.
 SEARCH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
@@ -45,8 +46,9 @@ def install(lacking: dict[str, str]) -> None:
             "there is no apt-get here: the lab's packages come from Debian, so run it on Debian or a derivative"
         )
     become_root = [] if os.geteuid() == 0 else ["sudo"]
-    words = [*become_root, "apt-get", "install", "--no-install-recommends", "-y", *sorted(set(lacking.values()))]
-    print(f"running: {shlex.join(words)}", flush=True)
-    status = subprocess.run(words, check=False).returncode
-    if status:
-        raise LabError(f"apt-get ended with {status}; it may need `apt-get update` first")
+    packages = sorted(set(lacking.values()))
+    for words in (["apt-get", "update"], ["apt-get", "install", "--no-install-recommends", "-y", *packages]):
+        print(f"running: {shlex.join([*become_root, *words])}", flush=True)
+        status = subprocess.run([*become_root, *words], check=False).returncode
+        if status:
+            raise LabError(f"{shlex.join(words)} ended with {status}")

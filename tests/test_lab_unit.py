@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import lzma
+import os
 import socket
 import stat
 import subprocess
@@ -169,6 +170,8 @@ def test_a_failed_program_is_named_with_its_complaint() -> None:
 
 
 def test_archive_is_one_that_cpio_reads() -> None:
+    if programs.missing({"cpio": "cpio"}) and os.environ.get("CI") != "true":
+        pytest.skip("not run: cpio is missing; make lab-deps installs it")
     archive = Archive()
     archive.file("bin/tool", b"content", 0o755)
     archive.link("bin/alias", "tool")
