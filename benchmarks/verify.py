@@ -53,13 +53,23 @@ class Figure:
             raise SystemExit(f"{' '.join(command)}: ended with {status}")
 
 
-def in_turns(commands: dict[str, tuple[list[str], dict[str, str]]]) -> dict[str, Figure]:
-    """Run all commands, one after the other, RUNS times."""
+def in_turns(commands: dict[str, tuple[list[str], dict[str, str]]], cold: Path | None = None) -> dict[str, Figure]:
+    """Run all commands, one after the other, RUNS times; with ``cold``, that file is thrown out of the cache before."""
     figures = {name: Figure() for name in commands}
     for _ in range(RUNS):
         for name, (command, env) in commands.items():
+            if cold is not None:
+                forget(cold)
             figures[name].run(command, env)
     return figures
+
+
+def forget(path: Path) -> None:
+    """Have the kernel drop the file's pages, so that reading it means the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
 
 
 def compare(path: Path) -> None:
@@ -68,7 +78,7 @@ def compare(path: Path) -> None:
     ours = [sys.executable, "-m", "xenpv"]
     src = {"PYTHONPATH": str(ROOT / "src")}
     peer = [sys.executable, str(tools.bin / "verify-stream-v2"), "-f", "xl", "-i", str(path)]
-    figures = in_turns({
+    commands: dict[str, tuple[list[str], dict[str, str]]] = {
         "cat": (["cat", str(path)], {}),
         "verify-stream-v2 (Xen's)": (peer, {"PYTHONPATH": str(tools.python)}),
         "xenpv verify --framing": ([*ours, "verify", "--framing", str(path)], src),
@@ -76,8 +86,15 @@ def compare(path: Path) -> None:
             [sys.executable, "-m", "xenpv.cli.verify_stream_v2", "-f", "xl", "-i", str(path)], src),
         "xenpv verify": ([*ours, "verify", str(path)], src),
         "xenpv show": ([*ours, "show", str(path)], src),
-    })  # fmt: skip
-    print(f"{path.name}: {path.stat().st_size / (1 << 20):.1f} MiB, least of {RUNS} runs\n")
+    }  # fmt: skip
+    mib = path.stat().st_size / (1 << 20)
+    print_figures(f"{path.name}: {mib:.1f} MiB, in the page cache, least of {RUNS} runs", in_turns(commands))
+    print_figures(f"{path.name}: {mib:.1f} MiB, from the disk, least of {RUNS} runs", in_turns(commands, path))
+
+
+def print_figures(title: str, figures: dict[str, Figure]) -> None:
+    """A table of figures, with ratios to the peer and to cat."""
+    print(f"\n{title}\n")
     print(f"{'command':<28}{'seconds':>9}{'of peer':>9}{'of cat':>9}{'peak MiB':>10}{'of peer':>9}")
     base, cat = figures["verify-stream-v2 (Xen's)"], figures["cat"]
     for name, f in figures.items():
@@ -87,7 +104,7 @@ def compare(path: Path) -> None:
 
 def saved_guest(mib: int, folder: Path) -> Path:
     """A Debian guest of that many MiB, saved by stock xl on real Xen."""
-    with lab.Host(mem=f"{mib * 2 + 4096}M", dom0=f"{mib + 2048}M") as host:
+    with lab.Host(mem=f"{mib * 2 + 4096}M", dom0_mem=f"{mib + 2048}M") as host:
         config = host.write("bench.cfg", guests.config("bench", memory=mib))
         host.run(f"xl create {config}", timeout=120).check()
         host.wait_for_guest("bench", f"{guests.BEAT} 1")
