@@ -75,7 +75,7 @@ class Input:
                     if progress is not None:
                         progress(position, self.size)
                 elif not reader.done:
-                    data = os.pread(self.fd, max(reader.need, window), self.start + position)
+                    data = os.pread(self.fd, min(max(reader.need, window), _CHUNK), self.start + position)
                     position += len(data)
                     reader.feed(data) if data else reader.feed_eof()
         finally:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.frames import PAGE_SIZE, U64
 from xenpv.stream import libxl, records
 from xenpv.stream.envelope import Envelope
@@ -100,7 +101,7 @@ class Contents:
             case DomainHeader():
                 self.domain = event
             case records.X86PVInfo():
-                self.pv_info = event
+                self._take_pv_info(event)
             case records.X86PVP2MFrames():
                 self._place_p2m_frames(event)
             case records.VcpuBlob():
@@ -126,6 +127,15 @@ class Contents:
                 self.complete = True
         length = event.length if isinstance(event, records.Record | Envelope | SectionHeader) else 0
         self.runs.append(Run(event.offset, event.name, length))
+
+    def _take_pv_info(self, event: records.X86PVInfo) -> None:
+        """The first one counts, as for a restorer; contexts that came before it may have been of another width."""
+        if self.pv_info is None:
+            self.pv_info = event
+            size = VCPU_GUEST_CONTEXT.size(self.width)
+            for vcpu in self.vcpus.values():
+                if vcpu.basic is not None and len(vcpu.basic.context) != size:
+                    vcpu.basic = None
 
     def _run_of_pages(self, event: PageData) -> None:
         if self.runs and self.runs[-1].name == "PAGE_DATA":

@@ -53,7 +53,6 @@ class PageIndex:
         entries = np.concatenate([e for e, _ in waiting])
         starts = np.zeros(len(entries), np.bool_)
         firsts = np.cumsum([0] + [len(e) for e, _ in waiting[:-1]])
-        self._note_repeats(entries & _PFN_MASK, firsts, waiting)
         starts[firsts] = True
         # A run goes on where the raw entry grows by one: the same type, the next pfn.
         starts[1:] |= np.diff(entries) != 1
@@ -67,14 +66,15 @@ class PageIndex:
         base = np.array([offset for _, offset in waiting], np.int64)
         offsets = base[of_record] + (before - before[first_run][of_record]) * PAGE_SIZE
         offsets[~HAS_DATA[types]] = -1
-        self._parts.append((entries[at] & _PFN_MASK, lengths, types, offsets))
+        pfns = entries[at] & _PFN_MASK
+        self._parts.append((pfns, lengths, types, offsets))
+        goes_back = pfns[1:] < pfns[:-1] + lengths[:-1].astype(np.uint64)
+        goes_back[of_record[1:] != of_record[:-1]] = False  # from one record to the next it may
+        if goes_back.any():  # ascending is usual, and then nothing can come twice
+            self._note_repeats(np.unique(of_record[1:][goes_back]), waiting)
 
-    def _note_repeats(self, pfns: U64, firsts: I64, waiting: list[tuple[U64, int]]) -> None:
-        descends = pfns[1:] <= pfns[:-1]
-        descends[firsts[1:] - 1] = False  # from one record to the next it may
-        if not descends.any():  # ascending is usual, and then nothing can come twice
-            return
-        suspects = np.unique(np.searchsorted(firsts, np.flatnonzero(descends) + 1, "right") - 1)
+    def _note_repeats(self, suspects: I64, waiting: list[tuple[U64, int]]) -> None:
+        """Remember what is twice in one of the suspected records."""
         for record in suspects[: max(0, _TWICE_KEPT - len(self.twice))].tolist():
             entries, pages_offset = waiting[record]
             mine = entries & _PFN_MASK

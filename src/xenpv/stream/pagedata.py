@@ -76,11 +76,8 @@ class PageData(Record):
             at = next(i for i, top in enumerate(tops) if top not in _TOP_KNOWN)
             what = f"Unknown type {tops[at] >> 4:#x} for pfn {_entry(raw, at) & PFN_MASK:#x} (index {at})"
             ctx.fault(rules.PAGE_TYPE, what)
-        if (bad := _first_above(raw, 0, RESERVED_MASK)) is not None:
-            ctx.fault(rules.RESERVED, f"reserved bits set in pfn[{bad}]: {_entry(raw, bad) & RESERVED_MASK:#x}")
-        if ctx.max_pfn is not None and (bad := _first_above(raw, ctx.max_pfn, PFN_MASK)) is not None:
-            where = f"pfn {_entry(raw, bad) & PFN_MASK:#x} (index {bad}) outside domain maximum {ctx.max_pfn:#x}"
-            ctx.fault(rules.PAGE_RANGE, where)
+        for first in range(0, len(raw), _LANES * 8):
+            _check_lanes(ctx, raw[first : first + _LANES * 8], first // 8)
         return cls(offset=offset, length=length, raw=raw, pages=pages, pages_offset=pages_offset)
 
 
@@ -100,19 +97,22 @@ def _lanes(value: int, count: int) -> int:
     return int.from_bytes(value.to_bytes(8, "little") * count, "little")
 
 
-def _first_above(raw: bytes, limit: int, mask: int) -> int | None:
-    """The index of the first entry which, masked, is above the limit; both below 2^63. None if there is none.
+def _check_lanes(ctx: Context, raw: bytes, first: int) -> None:
+    """Report the first reserved bit, and the first pfn beyond the domain's end, among some 1024 entries from
+    ``first`` on.
 
-    A loop in Python over a terabyte's entries takes minutes. One number holds 1024 of them: with bit 63 put over the
+    A loop in Python over a terabyte's entries takes minutes. One number holds them all: with bit 63 put over the
     limit in each lane, no lane borrows from the next, and that bit stays exactly where the limit is not exceeded.
     """
-    for first in range(0, len(raw), _LANES * 8):
-        piece = raw[first : first + _LANES * 8]
-        count = len(piece) // 8
-        masked = int.from_bytes(piece, "little") & _lanes(mask, count)
-        if not limit and not masked:
-            continue
+    count = len(raw) // 8
+    number = int.from_bytes(raw, "little")
+    if number & _lanes(RESERVED_MASK, count):
+        at = next(i for i in range(count) if _entry(raw, i) & RESERVED_MASK)
+        what = f"reserved bits set in pfn[{first + at}]: {_entry(raw, at) & RESERVED_MASK:#x}"
+        ctx.fault(rules.RESERVED, what)
+    if ctx.max_pfn is not None:
         within = _lanes(1 << 63, count)
-        if (_lanes(limit | 1 << 63, count) - masked) & within != within:
-            return first // 8 + next(i for i in range(count) if _entry(piece, i) & mask > limit)
-    return None
+        if (_lanes(ctx.max_pfn | 1 << 63, count) - (number & _lanes(PFN_MASK, count))) & within != within:
+            at = next(i for i in range(count) if _entry(raw, i) & PFN_MASK > ctx.max_pfn)
+            where = f"pfn {_entry(raw, at) & PFN_MASK:#x} (index {first + at}) outside domain maximum {ctx.max_pfn:#x}"
+            ctx.fault(rules.PAGE_RANGE, where)

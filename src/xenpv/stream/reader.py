@@ -354,7 +354,7 @@ class Reader:
                 continue
             record = yield from self._body(ctx, kind, length, LIBXC)
             if isinstance(record, X86PVInfo):
-                ctx.width = record.guest_width
+                ctx.width = ctx.width or record.guest_width  # a second one is a fault, and the first counts
             elif isinstance(record, X86PVP2MFrames):
                 ctx.max_pfn = max(ctx.max_pfn or 0, record.end_pfn)
             elif kind == Type.END:
