@@ -1,0 +1,140 @@
+"""Inputs for the fuzz targets: sound streams of every kind, with a few things done to each.
+
+A case is a function of a seed and a number alone, so that whatever fails can be had again.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from functools import cache
+from random import Random
+
+from tests.writers.build import pv_domain
+from tests.writers.envelopes import ENVELOPES
+from tests.writers.hvm import hvm_stream
+from tests.writers.stream import OPTIONAL, Piece, Stream, Wire
+
+INTERESTING = (
+    0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 24, 127, 128, 255, 256, 4095, 4096, 4097, 1 << 16, 1 << 20, (128 << 20) - 1,
+    128 << 20, (128 << 20) + 1, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 52) - 1, 1 << 52, 1 << 60,
+    5 << 60, (1 << 63) - 1, 1 << 63, (1 << 64) - 1,
+)  # fmt: skip
+
+
+@cache
+def corpus() -> tuple[Stream, ...]:
+    """A small sound stream of each kind."""
+    small = pv_domain(pfns=range(36))
+    wire = Wire()
+    rich = small.to_stream("libxl", batch=8)
+    rich.before("X86_TSC_INFO", wire.verify(), wire.page_data([(0, 0), (36, 0xF)], [bytes(small.pages[0])]))
+    rich.before("END", wire.record(OPTIONAL | 0x42, b"later"), wire.checkpoint())
+    return (
+        *(small.to_stream(envelope, batch=16) for envelope in ENVELOPES),
+        small.to_stream("libxc", version=2, batch=16),
+        small.to_stream("libxl", big_endian=True, batch=16),
+        small.to_checkpointed(batch=16),
+        pv_domain(width=4, pfns=range(36), vcpus=2, tree=True).to_stream("libxc", batch=16),
+        rich,
+        *(hvm_stream(envelope, pages=4) for envelope in ENVELOPES),
+    )
+
+
+def number(rng: Random, size: int) -> bytes:
+    value = rng.choice(INTERESTING) if rng.random() < 0.8 else rng.getrandbits(8 * size)
+    return (value % (1 << 8 * size)).to_bytes(size, rng.choice(("little", "little", "little", "big")))
+
+
+def at_a_field(rng: Random, data: bytes, size: int) -> int:
+    """A place to write to: near the start, where the fields are, or anywhere."""
+    end = max(1, len(data) - size + 1)
+    return min(rng.choice((0, 4, 8, 12, 16, rng.randrange(64), rng.randrange(end))), end - 1)
+
+
+# --- of one piece ----------------------------------------------------------------------------------------------------
+
+
+def flip_bits(rng: Random, data: bytes) -> bytes:
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        out[at_a_field(rng, data, 1)] ^= 1 << rng.randrange(8)
+    return bytes(out)
+
+
+def write_number(rng: Random, data: bytes) -> bytes:
+    size = rng.choice((1, 2, 4, 4, 8))
+    at = at_a_field(rng, data, size)
+    return (data[:at] + number(rng, size) + data[at + size :])[: len(data)]
+
+
+def edit_length(rng: Random, data: bytes) -> bytes:
+    if len(data) < 8:
+        return data
+    old = struct.unpack_from("<I", data, 4)[0]
+    new = rng.choice((old + 1, old - 1, old + 8, old - 8, old * 2, rng.choice(INTERESTING)))
+    return data[:4] + struct.pack("<I", new % (1 << 32)) + data[8:]
+
+
+def cut_out(rng: Random, data: bytes) -> bytes:
+    at = rng.randrange(len(data))
+    return data[:at] + data[at + rng.choice((1, 4, 8, 16, 4096)) :]
+
+
+def put_in(rng: Random, data: bytes) -> bytes:
+    at = rng.randrange(len(data) + 1)
+    return data[:at] + rng.randbytes(rng.choice((1, 4, 8, 16, 40))) + data[at:]
+
+
+OF_A_PIECE: tuple[Callable[[Random, bytes], bytes], ...] = (
+    flip_bits, flip_bits, write_number, write_number, write_number, edit_length, edit_length, cut_out, put_in,
+)  # fmt: skip
+
+
+# --- of the whole ----------------------------------------------------------------------------------------------------
+
+
+def change_a_piece(rng: Random, stream: Stream) -> None:
+    i = rng.randrange(len(stream))
+    if stream[i].data:
+        stream[i] = Piece(stream[i].name, rng.choice(OF_A_PIECE)(rng, stream[i].data))
+
+
+def splice(rng: Random, stream: Stream) -> None:
+    """Pieces of another stream come in, anywhere."""
+    other = rng.choice(corpus())
+    first = rng.randrange(len(other))
+    at = rng.randrange(len(stream) + 1)
+    stream[at : at + rng.choice((0, 0, 1, 3))] = other[first : first + rng.choice((1, 1, 2, 5))]
+
+
+def shuffle(rng: Random, stream: Stream) -> None:
+    i, j = rng.randrange(len(stream)), rng.randrange(len(stream))
+    stream[i], stream[j] = stream[j], stream[i]
+
+
+def repeat(rng: Random, stream: Stream) -> None:
+    i = rng.randrange(len(stream))
+    stream[i:i] = [stream[i]] * rng.choice((1, 1, 2, 20))
+
+
+def lose(rng: Random, stream: Stream) -> None:
+    if len(stream) > 1:
+        del stream[rng.randrange(len(stream))]
+
+
+OF_A_STREAM = (change_a_piece, change_a_piece, change_a_piece, change_a_piece, splice, shuffle, repeat, lose)
+
+
+def case(seed: int, n: int) -> bytes:
+    """The n-th input of a seed."""
+    rng = Random(f"{seed}:{n}")
+    stream = Stream(rng.choice(corpus()))
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
+        rng.choice(OF_A_STREAM)(rng, stream)
+    data = bytes(stream)
+    if rng.random() < 0.15:
+        data = data[: rng.randrange(len(data) + 1)]
+    if rng.random() < 0.05:
+        data += rng.randbytes(rng.randrange(40))
+    return data

@@ -1,0 +1,88 @@
+"""Fuzz the stream layer. One invariant: any bytes either parse or raise StreamError, in bounded memory and time.
+
+python -m tests.fuzz.stream [--seconds N] [--seed N] [--only N]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import tracemalloc
+from random import Random
+
+import numpy as np
+
+from tests.fuzz.run import main
+from tests.stream.drive import at_random
+from xenpv.errors import StreamError
+from xenpv.findings import Rule
+from xenpv.frames import IS_TABLE
+from xenpv.stream.contents import Contents
+from xenpv.stream.reader import Reader
+
+MEASURED = 25  # every so many cases memory is measured, which takes its time
+MIB = 1 << 20
+# A P2M_FRAMES record of a few bytes can be for the last pfn there is: 2^32 / 512 frames of 8 bytes, and the same again
+# while it is put in its place.
+MEMORY = 136 * MIB
+LOOK_AT = np.array([0, 1, 35, 1 << 31, (1 << 32) - 1, (1 << 52) - 1], np.uint64)
+
+
+def parse(data: bytes, rng: Random) -> None:
+    """Read it in one of all the ways in which a stream can be read."""
+    faults: list[tuple[Rule, str, int, str | None]] = []
+    collect, pages = rng.random() < 0.6, rng.random() < 0.5
+    reader = Reader(fault=(lambda *fault: faults.append(fault)) if collect else None, pages=pages)
+    contents = Contents()
+    events = 0
+    error: StreamError | None = None
+    pieces = at_random(data, rng.randrange(1 << 30)) if rng.random() < 0.5 else [data]
+    try:
+        for piece in (*pieces, None):
+            if piece is None:
+                reader.feed_eof()
+            else:
+                reader.feed(piece)
+            while (event := reader.next_event()) is not None:
+                events += 1
+                contents.see(event)
+                assert 0 <= event.offset <= len(data)
+    except StreamError as e:
+        error = e
+    if error is None:
+        assert reader.done
+        assert reader.offset + reader.trailing == len(data)
+    else:
+        assert 0 <= error.offset <= len(data)
+        assert error.reason
+        assert "\n" not in str(error)
+    assert events <= len(data) // 8 + 8, "every event takes bytes"
+    assert len(faults) <= len(data) // 2 + 64, "every fault takes bytes"
+    for rule, message, offset, _ in faults:
+        assert rule.name
+        assert message
+        assert 0 <= offset <= len(data)
+    contents.index.types(LOOK_AT)
+    contents.index.pfns(IS_TABLE)
+    assert contents.index.sent >= contents.index.repeated
+
+
+def target(data: bytes, n: int) -> None:
+    """Try one input."""
+    began = time.monotonic()
+    measure = n % MEASURED == 0
+    if measure:
+        tracemalloc.start()
+    try:
+        parse(data, Random(n))
+        held = tracemalloc.get_traced_memory()[1] if measure else 0
+    finally:
+        if measure:
+            tracemalloc.stop()
+    assert held < MEMORY + 8 * len(data), f"{held / MIB:.0f} MiB for {len(data)} bytes"
+    took = time.monotonic() - began
+    assert took < 10, f"{took:.1f} s for {len(data)} bytes"
+
+
+if __name__ == "__main__":
+    sys.exit(main(target, "tests.fuzz.stream"))

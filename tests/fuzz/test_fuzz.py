@@ -1,0 +1,39 @@
+"""A short run of the fuzz targets, the same each time. Longer: python -m tests.fuzz.stream --seconds 600"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.fuzz import stream, verify
+from tests.fuzz.mutate import case, corpus
+from tests.fuzz.run import run
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_any_bytes_parse_or_raise_a_stream_error(seed: int) -> None:
+    assert run(stream.target, seed=seed, cases=1000) == 1000
+
+
+def test_any_file_gets_a_report() -> None:
+    assert run(verify.target, seed=1, cases=500) == 500
+
+
+def test_what_is_not_changed_holds_too() -> None:
+    for n, sound in enumerate(corpus()):
+        stream.target(bytes(sound), n)
+        verify.target(bytes(sound), n)
+
+
+def test_a_case_is_the_same_each_time_and_most_differ() -> None:
+    assert [case(7, n) for n in range(40)] == [case(7, n) for n in range(40)]
+    assert len({case(7, n) for n in range(40)}) > 35
+
+
+def test_a_failure_says_which_case_it_was() -> None:
+    def fails_at_three(data: bytes, n: int) -> None:
+        if n == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as e:
+        run(fails_at_three, seed=9, cases=10)
+    assert e.value.__notes__ == ["case 3 of seed 9"]
