@@ -68,3 +68,16 @@ class OutOfOrder(StreamError):
 
 class Unsupported(StreamError):
     """Something that is not, or not any longer, a stream that xenpv reads; the message says what it is."""
+
+
+class HostError(XenPVError):
+    """Xen said no, or is not there.
+
+    ``op`` is what was asked of it, ``domid`` of which domain, ``errno`` its answer; None where there is none.
+    """
+
+    def __init__(self, message: str, *, op: str, domid: int | None = None, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.op = op
+        self.domid = domid
+        self.errno = errno
