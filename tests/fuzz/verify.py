@@ -38,7 +38,7 @@ def target(data: bytes, n: int) -> None:
         assert finding.offset is None or finding.offset >= 0
         assert finding.offset is None or finding.offset <= len(data) or some_pages_are_elsewhere
         assert finding.level is None or 1 <= finding.level <= 4
-        assert finding.entry is None or 0 <= finding.entry < 512
+        assert finding.entry is None or 0 <= finding.entry < (512 if finding.level else 1 << 24)
     json.dumps(report.to_json())
 
 
