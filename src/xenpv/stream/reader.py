@@ -251,6 +251,7 @@ class Reader:
         if magic != envelope.XENOPSD_MAGIC:
             raise self._fatal(rules.ENVELOPE, "not a xenopsd signature")
         yield Envelope(Kind.XENOPSD, self._at, len(magic))
+        found = False
         while True:
             self._begin("xenopsd section")
             head = yield from self._take(16, "a section header")
@@ -263,7 +264,10 @@ class Reader:
                 self._bound_config(length)
                 config = bytes((yield from self._take(length, "the xenops record")))
             yield SectionHeader(at, section, length, config)
+            found |= section in {Section.LIBXC, Section.LIBXL}
             if section is Section.END:
+                if not found:
+                    self._fault(rules.MISSING, "the suspend image ends without a libxc or libxl section")
                 return
             if section is Section.LIBXC_LEGACY:
                 raise Unsupported("a suspend image with a legacy libxc stream, which is not read", offset=at)
