@@ -302,6 +302,10 @@ ORDER = [
         error=OutOfOrder,
     ),
     Breach(
+        rules.MISSING, "xenopsd-stream", lambda s: s.__setitem__(slice(2, -1), []), "xenopsd section", nth=1,
+        base="xenopsd", error=OutOfOrder,
+    ),
+    Breach(
         rules.CHECKPOINT, "remus", lambda s: s, "CHECKPOINT", base="remus", error=None
     ),
     Breach(
