@@ -37,6 +37,8 @@ def _frames(saved: SavedDomain, findings: Findings) -> I64:
     types = saved.frames.types(frames)
     beyond = frames > np.uint64(saved.contents.end_pfn)
     wrong = beyond | (types != PageType.NOTAB)
+    if not saved.pages_complete:
+        wrong &= types != ABSENT
     first = _first_of_record(saved)
 
     def add(i: int, message: str, rule: Rule = rules.P2M_FRAME) -> None:
@@ -162,8 +164,9 @@ def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
         types = saved.frames.types(pfns)
         own = (mfns != NO_FRAME) & (mfns & (_FOREIGN | _IDENTITY) == 0)
         there = IS_POPULATED[types]
+        missing = own & ~there & (types != PageType.BROKEN)
         for rule, wrong in (
-            (rules.PAGE_MISSING, own & ~there & (types != PageType.BROKEN)),
+            (rules.PAGE_MISSING, missing if saved.pages_complete else np.zeros_like(missing)),
             (rules.PAGE_UNMAPPED, ~own & there),
         ):
             room = findings.room(rule)

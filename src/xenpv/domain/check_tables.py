@@ -107,7 +107,8 @@ class TableChecks:
             refused[superpage] = 0
         self._add(rules.PTE_FLAGS, np.flatnonzero(refused), here, "has flags that Xen refuses")
         missing = ~beyond & ~IS_POPULATED[here.kind]
-        self._add(rules.PTE_MISSING, np.flatnonzero(missing), here, "names {names}, which has no page")
+        if self.saved.pages_complete:
+            self._add(rules.PTE_MISSING, np.flatnonzero(missing), here, "names {names}, which has no page")
         inside = ~beyond & ~missing
         if level > 1:
             self._upper(here, inside)
@@ -126,7 +127,8 @@ class TableChecks:
                 try:
                     good.append(frames_of.pages(np.array([pfn], np.uint64)))
                 except Fault as e:
-                    self.findings.add(rules.TABLE_CONTENT, str(e), pfn=int(pfn), level=level)
+                    if self.saved.pages_complete:
+                        self.findings.add(rules.TABLE_CONTENT, str(e), pfn=int(pfn), level=level)
                     tables = tables[tables != pfn]
             return (np.concatenate(good) if good else np.empty((0, 4096), np.uint8)), tables
 
@@ -207,6 +209,8 @@ class TableChecks:
 
     def _orphans(self, tables: U64, types: U8) -> None:
         """Tables that nothing holds: neither pinned, nor named, nor a vcpu's top."""
+        if not self.saved.contents.complete:
+            return
         tops = [saved_top for vcpu in self.saved.contents.vcpus for saved_top in self.saved.tops(vcpu)]
         held = np.unique(np.concatenate([*self._named, np.array(tops, np.uint64)]))
         free = (types & PINNED == 0) & ~np.isin(tables, held)

@@ -23,7 +23,7 @@ _LDT_MAX = 8192
 
 def check_vcpus(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
     """Everything that is wrong with the vcpus; findings name the vcpu and its record's offset."""
-    if saved.cr3(0) is None:
+    if saved.cr3(0) is None and saved.contents.complete:
         findings.add(rules.VCPU0, "Sender didn't send vcpu0's basic state", vcpu=0)
     limit = config.max_vcpus if config else None
     for vcpu, records in sorted(saved.contents.vcpus.items()):
@@ -99,7 +99,8 @@ def _is_page(
         findings.add(rule, f"{name} (pfn {pfn:#x}) has bad type {type_name(kind)}{expected}", pfn=pfn, **place)
         return False
     if not IS_POPULATED[kind]:
-        findings.add(rule, f"{name} (pfn {pfn:#x}) has bad mfn: the stream has no such page", pfn=pfn, **place)
+        if saved.pages_complete:
+            findings.add(rule, f"{name} (pfn {pfn:#x}) has bad mfn: the stream has no such page", pfn=pfn, **place)
         return False
     return True
 

@@ -176,6 +176,11 @@ class SavedDomain:
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    @property
+    def pages_complete(self) -> bool:
+        """Whether all pages came that will: what follows them came, too. Else the input was cut off among them."""
+        return self.contents.complete or self.contents.shared_info is not None
+
     def close(self) -> None:
         """Close the input; guest memory cannot be read any more."""
         self.source.close()

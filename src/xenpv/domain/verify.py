@@ -128,13 +128,13 @@ def _into(report: Report) -> Any:
 
 def _ends_early(report: Report, error: StreamError) -> None:
     """Note where reading ended. What has no finding is no stream at all: nothing was verified, the error goes on."""
-    if not report.findings:
+    if not report.findings.errors:
         report.close()
         raise error
     report.fatal = str(error)
 
 
 def _trailing(source: Input, report: Report, complete: bool) -> None:
-    if complete and source.trailing > 0:
+    if complete and report.fatal is None and source.trailing > 0:
         message = f"{source.trailing} bytes follow the end of the stream"
         report.findings.add(rules.TRAILING, message, offset=source.size - source.trailing)

@@ -25,7 +25,7 @@ class PageIndex:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[U64, int]] = []
+        self._waiting: list[tuple[U64, int, bool]] = []
         self._parts: list[tuple[U64, I64, U8, I64]] = []  # start pfn, pages, type, offset of the first page or -1
         self.sent = 0  # entries in all records, repeats counted
         self.repeated = 0  # entries that a later one overrode; known after the first look-up
@@ -36,13 +36,13 @@ class PageIndex:
         self._offset = np.empty(0, np.int64)
 
     def add(self, record: PageData) -> None:
-        """Take in one record."""
-        self.put(record.entries, record.pages_offset)
+        """Take in one record. From one that has not as many pages as it names, types are known, and no content is."""
+        self.put(record.entries, record.pages_offset, content=record.sound)
 
-    def put(self, entries: U64, pages_offset: int) -> None:
+    def put(self, entries: U64, pages_offset: int, *, content: bool = True) -> None:
         """Take in entries as in PAGE_DATA: type in bits 63 to 60, pfn in 51 to 0; contents from byte pages_offset."""
         self.sent += len(entries)
-        self._waiting.append((entries, pages_offset))
+        self._waiting.append((entries, pages_offset, content))
         if len(self._waiting) >= _MERGE_AT:
             self._to_extents()
 
@@ -50,9 +50,9 @@ class PageIndex:
         waiting, self._waiting = self._waiting, []
         if not waiting:
             return
-        entries = np.concatenate([e for e, _ in waiting])
+        entries = np.concatenate([e for e, _, _ in waiting])
         starts = np.zeros(len(entries), np.bool_)
-        firsts = np.cumsum([0] + [len(e) for e, _ in waiting[:-1]])
+        firsts = np.cumsum([0] + [len(e) for e, _, _ in waiting[:-1]])
         starts[firsts] = True
         # A run goes on where the raw entry grows by one: the same type, the next pfn.
         starts[1:] |= np.diff(entries) != 1
@@ -63,9 +63,10 @@ class PageIndex:
         before = np.cumsum(data_pages) - data_pages  # pages with content in front of each run, over all these records
         of_record = np.searchsorted(firsts, at, "right") - 1
         first_run = np.searchsorted(at, firsts)
-        base = np.array([offset for _, offset in waiting], np.int64)
+        base = np.array([offset for _, offset, _ in waiting], np.int64)
+        content = np.array([content for _, _, content in waiting], np.bool_)
         offsets = base[of_record] + (before - before[first_run][of_record]) * PAGE_SIZE
-        offsets[~HAS_DATA[types]] = -1
+        offsets[~(HAS_DATA[types] & content[of_record])] = -1
         pfns = entries[at] & _PFN_MASK
         self._parts.append((pfns, lengths, types, offsets))
         goes_back = pfns[1:] < pfns[:-1] + lengths[:-1].astype(np.uint64)
@@ -73,10 +74,10 @@ class PageIndex:
         if goes_back.any():  # ascending is usual, and then nothing can come twice
             self._note_repeats(np.unique(of_record[1:][goes_back]), waiting)
 
-    def _note_repeats(self, suspects: I64, waiting: list[tuple[U64, int]]) -> None:
+    def _note_repeats(self, suspects: I64, waiting: list[tuple[U64, int, bool]]) -> None:
         """Remember what is twice in one of the suspected records."""
         for record in suspects[: max(0, _TWICE_KEPT - len(self.twice))].tolist():
-            entries, pages_offset = waiting[record]
+            entries, pages_offset, _ = waiting[record]
             mine = entries & _PFN_MASK
             order = np.argsort(mine, kind="stable")
             again = order[1:][mine[order][1:] == mine[order][:-1]]

@@ -41,6 +41,11 @@ class PageData(Record):
     pages_offset: int
 
     @property
+    def sound(self) -> bool:
+        """Whether it has room for just as many pages as it names: else nobody knows which content is whose."""
+        return self.length == 8 + len(self.raw) + self.pages * PAGE_SIZE
+
+    @property
     def entries(self) -> U64:
         import numpy as np  # noqa: PLC0415
 
