@@ -218,6 +218,8 @@ class Reader:
         if length and len(config) != length - 4:
             self._fault(rules.ENVELOPE, f"{length} bytes of optional data hold a configuration of another size")
         style = "json" if flags & envelope.XL_FLAG_JSON else "xl"
+        if config and (style == "json") != (config[:1] == b"{"):
+            self._fault(rules.ENVELOPE, f"the flags say that the configuration is {style}, and it is not")
         yield Envelope(Kind.XL, self._at, self.offset - self._at, bytes(config), style)
         if not flags & envelope.XL_FLAG_STREAMV2:
             raise Unsupported("an xl file of the legacy format (before Xen 4.6), which is not read", offset=self._at)
@@ -393,6 +395,10 @@ class Reader:
         if cls is None:
             if not kind & OPTIONAL:
                 self._fault(rules.RECORD_UNKNOWN, f"mandatory record of unknown type {kind:#x}")
+            elif kind & ~OPTIONAL in known or kind & ~OPTIONAL == Type.PAGE_DATA:
+                self._fault(
+                    rules.RECORD_OPTIONAL, f"type {kind:#x} is that of a known record, marked optional: passed over"
+                )
             yield from self._pass_over(padded, unknown.name)
             yield unknown
             return None
@@ -426,7 +432,7 @@ class Reader:
         record = PageData.read(ctx, raw, offset=at, length=length, pages_offset=self.offset)
         yield record
         pages = record.pages
-        if self._pages and length == 8 + count * 8 + pages * PAGE_SIZE:
+        if self._pages and record.sound:
             for first in range(0, pages, PAGES_AT_ONCE):
                 offset = self.offset
                 data = yield from self._take(min(PAGES_AT_ONCE, pages - first) * PAGE_SIZE, "page content")
