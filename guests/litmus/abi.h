@@ -23,6 +23,7 @@
 #define HC_SET_TRAP_TABLE    0
 #define HC_MMU_UPDATE        1
 #define HC_SET_GDT           2
+#define HC_MEMORY_OP         12
 #define HC_UPDATE_VA_MAPPING 14
 #define HC_VCPU_OP           24
 #define HC_SET_SEGMENT_BASE  25
@@ -103,13 +104,16 @@ struct shared_info {
     uint64_t p2m_cr3;                         /* 0: the next two are not valid */
     uint64_t p2m_vaddr;
     uint64_t p2m_generation;                  /* odd while the mapping of the list changes */
+    /* Not in Xen's headers: proposed on xen-devel in 2014 for trees of any depth. Xen's page has room and ignores it. */
+    uint64_t p2m_levels, p2m_root;            /* valid if p2m_levels is not 0 and frame_list_list is ~0 */
 };
 FIELD(shared_info, evtchn_pending, 2048);
 FIELD(shared_info, evtchn_mask, 2560);
 FIELD(shared_info, max_pfn, 3088);
 FIELD(shared_info, frame_list_list, 3096);
 FIELD(shared_info, p2m_cr3, 3112);
-SIZE(shared_info, 3136);
+FIELD(shared_info, p2m_levels, 3136);
+SIZE(shared_info, 3152);
 
 /* arch-x86/xen.h: a vcpu's registers, as VCPUOP_initialise takes them and save files hold them. */
 struct trap_info {
@@ -165,9 +169,11 @@ SIZE(vcpu_guest_context, 5168);
 
 /* xen.h: mmu_update, mmuext_op, update_va_mapping, set_segment_base. */
 struct mmu_update {
-    uint64_t ptr;                             /* machine address of the entry; low bits 0: an ordinary update */
+    uint64_t ptr;                             /* machine address of the entry, and in its low bits what to do */
     uint64_t val;
 };
+#define MMU_NORMAL_PT_UPDATE 0
+#define MMU_MACHPHYS_UPDATE  1                /* ptr: of the frame; val: its pfn */
 struct mmuext_op {
     uint32_t cmd, pad;
     uint64_t mfn;
@@ -182,6 +188,16 @@ SIZE(mmuext_op, 24);
 /* xen.h: special domain ids. */
 #define DOMID_DOM0 0
 #define DOMID_SELF 0x7ff0
+
+/* memory.h */
+#define XENMEM_DECREASE_RESERVATION 1
+struct memory_reservation {
+    const uint64_t *extents;                  /* mfns */
+    uint64_t nr_extents;
+    uint32_t order, flags;
+    uint16_t domid;
+};
+SIZE(memory_reservation, 32);
 
 /* vcpu.h */
 #define VCPUOP_INITIALISE 0

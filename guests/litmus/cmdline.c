@@ -9,10 +9,17 @@ struct options options = {
     .suspend = SUSPEND_EVTCHN,
     .heartbeat_ms = 1000,
     .vcpus = MAX_VCPUS,
+    .levels = 4,
+    .places = 64,
+    .vaddr = P2M_BASE,
 };
 
 static const struct choice { const char *name; unsigned value; }
-forms[] = { { "linear", FORM_LINEAR }, { "tree", FORM_TREE }, { "both", FORM_LINEAR | FORM_TREE }, { NULL, 0 } },
+forms[] = { { "linear", FORM_LINEAR }, { "tree", FORM_TREE }, { "both", FORM_LINEAR | FORM_TREE },
+            { "none", FORM_NONE }, { "invalid", FORM_INVALID }, { "tree4hidden", FORM_HIDDEN },
+            { "marked", FORM_MARKED }, { "rooted", FORM_ROOTED }, { NULL, 0 } },
+bads[] = { { "twice", BAD_TWICE }, { "foreign", BAD_FOREIGN }, { "stale", BAD_STALE }, { "oddgen", BAD_ODDGEN },
+           { NULL, 0 } },
 modes[] = { { "evtchn", SUSPEND_EVTCHN }, { "xenstore", SUSPEND_XENSTORE }, { "refuse", SUSPEND_REFUSE }, { NULL, 0 } };
 
 const char *p2m_form_name(void)
@@ -33,6 +40,30 @@ static bool choose(const struct choice *c, const char *word, unsigned *value)
     return false;
 }
 
+static bool parse_spread(const char *text)
+{
+    uint64_t size;
+    if (!parse_size(text, &size) || size % PAGE_SIZE || size > 32ul << 40)
+        return false;
+    options.spread = size >> PAGE_SHIFT;
+    return true;
+}
+
+/* An address, or how far behind the default. */
+static bool parse_vaddr(const char *text)
+{
+    bool relative = *text == '+';
+    uint64_t address;
+    if (!parse_size(text + relative, &address))
+        return false;
+    if (relative)
+        address += P2M_BASE;
+    if (address % PAGE_SIZE || address < P2M_BASE || address >= P2M_LIMIT)
+        return false;
+    options.vaddr = address;
+    return true;
+}
+
 static bool parse_word(const char *word)
 {
     static const struct { const char *name; uint64_t *value, least, most; } numbers[] = {
@@ -40,6 +71,8 @@ static bool parse_word(const char *word)
         { "check=", &options.check_ms, 1, 3600000 },
         { "dirty=", &options.dirty, 0, 1ul << 32 },
         { "vcpus=", &options.vcpus, 1, MAX_VCPUS },
+        { "levels=", &options.levels, 2, 6 },
+        { "places=", &options.places, 1, MAX_PLACES },
     };
     for (unsigned i = 0; i < sizeof(numbers) / sizeof(numbers[0]); i++)
         if (starts_with(word, numbers[i].name)) {
@@ -55,9 +88,19 @@ static bool parse_word(const char *word)
         }
     if (starts_with(word, "p2m="))
         return choose(forms, word + 4, &options.p2m_form);
+    if (starts_with(word, "spread="))
+        return parse_spread(word + 7);
+    if (starts_with(word, "vaddr="))
+        return parse_vaddr(word + 6);
+    if (streq(word, "print=p2m"))
+        return options.print_p2m = true;
     unsigned mode;
     if (starts_with(word, "suspend=") && choose(modes, word + 8, &mode)) {
         options.suspend = mode;
+        return true;
+    }
+    if (starts_with(word, "bad=") && choose(bads, word + 4, &mode)) {
+        options.bad = mode;
         return true;
     }
     return false;

@@ -58,3 +58,29 @@ uint64_t parse_number(const char *s, const char *end)
         n = n * 10 + (*s - '0');
     return n;
 }
+
+/* A number, decimal or with 0x, that K, M, G or T may follow. */
+bool parse_size(const char *s, uint64_t *size)
+{
+    const bool hex = starts_with(s, "0x");
+    uint64_t n = 0;
+    const char *digits = s += hex ? 2 : 0;
+    for (;; s++)
+        if (*s >= '0' && *s <= '9')
+            n = n * (hex ? 16 : 10) + (*s - '0');
+        else if (hex && *s >= 'a' && *s <= 'f')
+            n = n * 16 + (*s - 'a' + 10);
+        else
+            break;
+    if (s == digits)
+        return false;
+    static const char units[] = "KMGT";
+    for (unsigned i = 0; *s && units[i]; i++)
+        if (*s == units[i]) {
+            n <<= 10 * (i + 1);
+            s++;
+            break;
+        }
+    *size = n;
+    return !*s;
+}

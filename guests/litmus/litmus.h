@@ -12,7 +12,8 @@
 /* Where things are in the address space. Slots 256-271 of the top table are Xen's. */
 #define VIRT_BASE   0xffffffff80000000ul      /* slot 511: what the domain builder mapped, pfn 0 first */
 #define DIRECT_BASE 0xffff880000000000ul      /* slot 272: every other page, at its pfn */
-#define P2M_BASE    0xffffc80000000000ul      /* slot 400: the p2m list */
+#define P2M_BASE    0xffffc80000000000ul      /* slot 400: the p2m list, unless vaddr= says another */
+#define P2M_LIMIT   0xffffe00000000000ul      /* where a list must end */
 #define USER_BASE   0x0000000000400000ul      /* in the user page tables only */
 
 /* start.S, litmus.lds */
@@ -24,12 +25,23 @@ extern struct start_info *start_info;
 
 /* cmdline.c: the options (README.md has the table). */
 enum suspend_mode { SUSPEND_EVTCHN, SUSPEND_XENSTORE, SUSPEND_REFUSE };
-#define FORM_LINEAR 1u
-#define FORM_TREE   2u
+enum bad { BAD_NOTHING, BAD_TWICE, BAD_FOREIGN, BAD_STALE, BAD_ODDGEN };
+#define FORM_LINEAR  0x01u
+#define FORM_TREE    0x02u                    /* three levels */
+#define FORM_HIDDEN  0x04u                    /* four, of which three are exposed */
+#define FORM_MARKED  0x08u                    /* four, told by bit 61 of the anchor */
+#define FORM_ROOTED  0x10u                    /* any number, told by p2m_levels */
+#define FORM_NONE    0x20u                    /* anchor 0 */
+#define FORM_INVALID 0x40u                    /* anchor ~0, and nothing else */
+#define FORM_TREES   (FORM_TREE | FORM_HIDDEN | FORM_MARKED | FORM_ROOTED)
 struct options {
     unsigned p2m_form;                        /* FORM_* ored */
     enum suspend_mode suspend;
-    uint64_t heartbeat_ms, check_ms, dirty, vcpus;
+    enum bad bad;
+    bool print_p2m;
+    uint64_t heartbeat_ms, check_ms, dirty, vcpus, levels, places;
+    uint64_t spread;                          /* pages; 0: memory stays where the builder put it */
+    uint64_t vaddr;                           /* of the linear list */
 };
 extern struct options options;
 void cmdline_parse(const char *line);
@@ -59,27 +71,42 @@ bool streq(const char *a, const char *b);
 bool starts_with(const char *s, const char *prefix);
 size_t put_number(char *to, uint64_t n, unsigned base);
 uint64_t parse_number(const char *s, const char *end);
+bool parse_size(const char *s, uint64_t *size);
+
+/* bad.c */
+void bad_init(void);
 
 /* p2m.c */
 void p2m_init(void);
 void p2m_list_init(void);
 void p2m_rebuild(void);
 void p2m_publish(void);
+void p2m_print(void);
+void p2m_set(uint64_t pfn, uint64_t mfn);
 uint64_t pfn_to_mfn(uint64_t pfn);
 uint64_t mfn_to_pfn(uint64_t mfn);
 
 /* pages.c: which page is used for what. */
 struct range { uint64_t first, end; };
+#define MAX_PLACES 256                        /* that spread= spreads to */
+#define MAX_RANGES (MAX_PLACES + 3)
 void pages_init(uint64_t boot_stack_end);
 uint64_t allocate_pages(uint64_t count);
 void *page_address(uint64_t pfn);
 uint64_t address_pfn(const void *address);
-unsigned free_ranges(struct range ranges[3]);
+uint64_t allocated_pages(void);
+unsigned free_ranges(struct range ranges[MAX_RANGES]);
+unsigned populated_ranges(struct range ranges[MAX_RANGES]);
 
 /* paging.c */
 void paging_init(void);
 void map_pages(uint64_t address, uint64_t pfn, uint64_t count);
+void map_sparse_init(uint64_t first, uint64_t end, uint64_t missing);
+void map_sparse(uint64_t address, uint64_t pfn);
+void set_pfn_of(uint64_t mfn, uint64_t pfn);
+void flush_updates(void);
 void make_read_only(uint64_t pfn);
+void unmap_page(void *address);
 void remap_page(void *address, uint64_t machine, uint64_t flags);
 bool is_mapped(uint64_t address);
 uint64_t kernel_cr3(void);

@@ -18,10 +18,12 @@ static void bring_up(uint64_t boot_stack_end)
     p2m_list_init();
     paging_init();
     traps_init();
+    bad_init();
     p2m_publish();
     suspend_init();
     smp_start();
     pattern_fill();
+    p2m_print();
     print("up pages=%lu vcpus=%lu form=%s pattern=%lu", start_info->nr_pages, smp_count(), p2m_form_name(),
           pattern_pages());
 }

@@ -18,19 +18,30 @@ static uint64_t user_root;                    /* pfn */
 static struct mmu_update queue[128];
 static unsigned queued;
 
-static void flush(void)
+void flush_updates(void)
 {
     if (queued && hypercall(HC_MMU_UPDATE, (uint64_t)queue, queued, 0, DOMID_SELF))
         panic("mmu_update refused");
     queued = 0;
 }
 
+static void update(uint64_t what, uint64_t value)
+{
+    queue[queued++] = (struct mmu_update){ what, value };
+    if (queued == sizeof(queue) / sizeof(queue[0]))
+        flush_updates();
+}
+
 static void set_entry(uint64_t *entry, uint64_t value)
 {
     uint64_t machine = pfn_to_mfn(address_pfn(entry)) << PAGE_SHIFT | ((uint64_t)entry & (PAGE_SIZE - 1));
-    queue[queued++] = (struct mmu_update){ machine, value };
-    if (queued == sizeof(queue) / sizeof(queue[0]))
-        flush();
+    update(machine | MMU_NORMAL_PT_UPDATE, value);
+}
+
+/* Tells Xen's m2p. The updates are made by flush_updates(). */
+void set_pfn_of(uint64_t mfn, uint64_t pfn)
+{
+    update(mfn << PAGE_SHIFT | MMU_MACHPHYS_UPDATE, pfn);
 }
 
 static uint64_t pte(uint64_t pfn, uint64_t flags)
@@ -81,7 +92,7 @@ static uint64_t *entry_of(uint64_t address)
             uint64_t pfn = allocate_pages(1);
             make_read_only(pfn);
             set_entry(entry, pte(pfn, KERNEL_TABLE));
-            flush();
+            flush_updates();
         }
         table = table_of(*entry);
     }
@@ -92,13 +103,69 @@ void map_pages(uint64_t address, uint64_t pfn, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++)
         set_entry(entry_of(address + (i << PAGE_SHIFT)), pte(pfn + i, KERNEL_PAGE));
-    flush();
+    flush_updates();
+}
+
+/*
+ * A stretch of addresses that is mapped throughout, mostly to one page: what is not mapped by itself shares that page,
+ * read-only, and whole tables of nothing else share one table for each level.
+ */
+static struct { uint64_t first, end, missing[4]; } sparse;       /* missing[level]: pfn; 0 is the page */
+
+static uint64_t missing_entry(unsigned level)
+{
+    return pte(sparse.missing[level - 1], level == 1 ? PTE_PRESENT | PTE_ACCESSED : KERNEL_TABLE);
+}
+
+static uint64_t sparse_table(uint64_t address, unsigned level)
+{
+    uint64_t pfn = allocate_pages(1);
+    uint64_t *table = page_address(pfn);
+    uint64_t span = 1ul << (PAGE_SHIFT + 9 * (level - 1));
+    uint64_t at = address & ~(span * 512 - 1);
+    for (unsigned i = 0; i < 512; i++, at += span)
+        if (at < sparse.end && at + span > sparse.first)
+            table[i] = missing_entry(level);
+    make_read_only(pfn);
+    return pfn;
+}
+
+void map_sparse_init(uint64_t first, uint64_t end, uint64_t missing)
+{
+    sparse.first = 0;
+    sparse.end = ~0ul;                        /* the shared tables are full: they may lie anywhere */
+    sparse.missing[0] = missing;
+    for (unsigned level = 1; level < 4; level++)
+        sparse.missing[level] = sparse_table(0, level);
+    sparse.first = first;
+    sparse.end = end;
+}
+
+void map_sparse(uint64_t address, uint64_t pfn)
+{
+    uint64_t *table = top_table();
+    for (unsigned level = 4; level > 1; level--) {
+        uint64_t *entry = &table[INDEX(address, level)];
+        if (!(*entry & PTE_PRESENT) || PTE_MFN(*entry) == pfn_to_mfn(sparse.missing[level - 1])) {
+            set_entry(entry, pte(sparse_table(address, level - 1), KERNEL_TABLE));
+            flush_updates();
+        }
+        table = table_of(*entry);
+    }
+    set_entry(&table[INDEX(address, 1)], pte(pfn, KERNEL_PAGE));
+    flush_updates();
 }
 
 void remap_page(void *address, uint64_t machine, uint64_t flags)
 {
     uint64_t value = machine | PTE_PRESENT | PTE_ACCESSED | PTE_DIRTY | flags;
     if (hypercall(HC_UPDATE_VA_MAPPING, (uint64_t)address, value, UVMF_INVLPG_ALL, 0))
+        panic("update_va_mapping refused");
+}
+
+void unmap_page(void *address)
+{
+    if (hypercall(HC_UPDATE_VA_MAPPING, (uint64_t)address, 0, UVMF_INVLPG_ALL, 0))
         panic("update_va_mapping refused");
 }
 

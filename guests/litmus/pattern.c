@@ -11,7 +11,7 @@
 #define WORDS (PAGE_SIZE / sizeof(uint64_t))
 #define WORST 4                               /* so many bad pages are told one by one */
 
-static struct range ranges[3];
+static struct range ranges[MAX_RANGES];
 static unsigned nr_ranges;
 static uint64_t total;
 static uint64_t counter = 1;                  /* pages from the cursor on have this one, those before it the next */

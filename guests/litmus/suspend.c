@@ -56,6 +56,7 @@ static void suspend(void)
     }
     print("resume (%s) %lu", cancelled ? "cancelled" : "new domain", ++resumes);
     smp_unpark();
+    p2m_print();
     pattern_check();
 }
 
