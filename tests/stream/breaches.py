@@ -186,6 +186,10 @@ FRAMING = [
         rules.RECORD_UNKNOWN, "libxl", lambda s: s.before("libxl END", W.libxl_record(6, b"new")), "record 0x6",
         base="libxl", error=Unsupported,
     ),
+    Breach(
+        rules.RECORD_OPTIONAL, "known", lambda s: s.before("END", W.record(OPTIONAL | kind("X86_MSR_POLICY"), b"")),
+        "optional record 0x80000012", error=None,
+    ),
     Breach(rules.RECORD_EMPTY, "msrs", put(W.vcpu_msrs(0, b"")), "X86_PV_VCPU_MSRS", error=None),
     Breach(rules.RECORD_EMPTY, "extended", put(W.vcpu_extended(0, b"")), "X86_PV_VCPU_EXTENDED", error=None),
     Breach(rules.RECORD_EMPTY, "xsave", put(W.vcpu_xsave(0, b"")), "X86_PV_VCPU_XSAVE", error=None),

@@ -7,6 +7,7 @@ from xenpv.domain.check_tables import TableChecks, gdt_frames
 from xenpv.domain.check_vcpus import check_start_info, check_vcpus
 from xenpv.domain.config import config_of
 from xenpv.domain.input import Progress
+from xenpv.domain.likeness import check_resume
 from xenpv.domain.source import SavedDomain
 from xenpv.findings import Findings
 
@@ -16,5 +17,6 @@ def check_domain(saved: SavedDomain, findings: Findings, progress: Progress | No
     config = config_of(saved.contents)
     check_vcpus(saved, findings, config)
     check_start_info(saved, findings)
+    check_resume(saved, findings)
     check_p2m(saved, findings, config)
     TableChecks(saved, findings, gdt_frames(saved)).run(progress)

@@ -9,15 +9,14 @@ import numpy as np
 from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, PTE_P, PTE_PSE, PTE_RW
 from xenpv.domain import rules
 from xenpv.domain.input import Progress
+from xenpv.domain.likeness import stray_entries
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
-from xenpv.frames import ABSENT, ENTRIES, I64, IS_POPULATED, IS_TABLE, PINNED, U8, U64, Mask, type_name
+from xenpv.frames import ABSENT, I64, IS_POPULATED, IS_TABLE, PINNED, U8, U64, Mask, type_name
 from xenpv.memory.pagetables import allowed_flags, as_entries, flag_names, frames, is_xen_slot
 
 _AT_ONCE = 1024  # tables: 4 MiB
-_IN_ORDER = ENTRIES * 3 // 4  # entries that must follow a run before those that do not are called outliers
-_STRAYS = 8  # and how many of those at most: more, and the table just is not in order
 
 
 @dataclass
@@ -114,7 +113,7 @@ class TableChecks:
             self._upper(here, inside)
         else:
             self._leaves(here, inside)
-            self._order(tables, content)
+        self._strays(level, tables, content)
 
     def _content(self, level: int, tables: U64) -> tuple[U8, U64]:
         """The pages of the tables that have content, and their pfns; a finding for each other."""
@@ -185,27 +184,14 @@ class TableChecks:
             gdt = writable & np.isin(here.target, self.gdt)
             self._add(rules.PTE_WRITABLE, np.flatnonzero(gdt), here, "maps the GDT frame {names} writable")
 
-    def _order(self, tables: U64, content: U64) -> None:
-        """Name entries that stray from the order of their table.
-
-        A kernel maps its memory in runs: nearly all entries of such a table name base + index. The few that do not,
-        or that name their frame without being present, are what a flipped bit looks like; nothing that Xen checks
-        would find it.
-        """
-        offset = frames(content).astype(np.int64) - np.arange(ENTRIES)
-        offset[content == 0] = -(1 << 60)
-        base = np.median(offset[:, 3::8], axis=1).astype(np.int64)  # of 64 entries: a stray one does not move it
-        follows = offset == base[:, None]
-        present = (content & np.uint64(PTE_P)) != 0
-        stray = (content != 0) & (follows != present)
-        few = (np.count_nonzero(follows & present, axis=1) >= _IN_ORDER) & (np.count_nonzero(stray, axis=1) <= _STRAYS)
-        row, entry = np.nonzero(stray & few[:, None])
-        if not len(row):
-            return
-        pte = content[row, entry]
-        target = frames(pte)
-        found = _Entries(1, tables, row, entry, pte, target, self.saved.frames.types(target))
-        self._add(rules.PTE_OUTLIER, np.arange(len(row)), found, "leaves the order of its table: names {names}")
+    def _strays(self, level: int, tables: U64, content: U64) -> None:
+        """What no rule of Xen's forbids, and no kernel writes: see likeness.py."""
+        for (row, entry), odd in stray_entries(level, content):
+            if len(row):
+                pte = content[row, entry]
+                target = frames(pte)
+                found = _Entries(level, tables, row, entry, pte, target, self.saved.frames.types(target))
+                self._add(rules.PTE_OUTLIER, np.arange(len(row)), found, odd)
 
     def _orphans(self, tables: U64, types: U8) -> None:
         """Tables that nothing holds: neither pinned, nor named, nor a vcpu's top."""

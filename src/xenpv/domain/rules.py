@@ -47,9 +47,13 @@ TABLE_CONTENT = Rule("table-content", "every page table's content is in the stre
 TABLE_ORPHAN = Rule("table-orphan", "every page table is pinned or named by another", "mm.c type counts", WARNING)
 PTE_OUTLIER = Rule(
     "pte-outlier",
-    "in a table that maps a run of frames in order, no entry leaves the order",
-    "likeness, not a rule of Xen's",
+    "an entry fits in with its neighbours",
+    "likeness: no rule of Xen's, but what flips look like",
     WARNING,
+)
+VCPU_RESUME = Rule("vcpu-resume", "rip and stack of a vcpu in kernel mode are mapped", "else it faults as it resumes")
+VCPU_HANDLER = Rule(
+    "vcpu-handler", "a vcpu's trap table and callbacks look like that, and are mapped", "do_set_trap_table()", WARNING
 )
 START_INFO_MAGIC = Rule("start-info-magic", "the suspend record is a start info page", "xen/include/public/xen.h")
 P2M_REPEATED = Rule("p2m-frame-repeated", "no two parts of the p2m share a frame", "else one overwrites the other")

@@ -31,11 +31,11 @@ from xenpv.errors import Fault
 from xenpv.frames import ENTRIES, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
 
 BITS_PER_LEVEL = 9
-_AVAILABLE = 0x0000_0000_0000_0E00  # software's own bits 9 to 11
-_AVAILABLE_HIGH = 0x7FF0_0000_0000_0000  # and 52 to 62
+AVAILABLE = 0x0000_0000_0000_0E00  # software's own bits 9 to 11
+AVAILABLE_HIGH = 0x7FF0_0000_0000_0000  # and 52 to 62
 _GNTTAB = 1 << 62  # Xen's own in an L1 entry: a grant mapping
-_GLOBAL = 1 << 8
-_TABLE_FLAGS = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_NX | _AVAILABLE | _AVAILABLE_HIGH
+GLOBAL = 1 << 8
+_TABLE_FLAGS = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_NX | AVAILABLE | AVAILABLE_HIGH
 
 
 def allowed_flags(level: int, width: Width) -> int:
@@ -45,8 +45,8 @@ def allowed_flags(level: int, width: Width) -> int:
     are for domains with devices of their own; such a domain cannot be saved.
     """
     if width == 4 and level == 3:
-        return PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | _AVAILABLE
-    return (_TABLE_FLAGS | _GLOBAL) & ~_GNTTAB if level == 1 else _TABLE_FLAGS
+        return PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | AVAILABLE
+    return (_TABLE_FLAGS | GLOBAL) & ~_GNTTAB if level == 1 else _TABLE_FLAGS
 
 
 def flag_names(pte: int) -> str:

@@ -218,7 +218,7 @@ class Reader:
         if length and len(config) != length - 4:
             self._fault(rules.ENVELOPE, f"{length} bytes of optional data hold a configuration of another size")
         style = "json" if flags & envelope.XL_FLAG_JSON else "xl"
-        if config and (style == "json") != (config[:1] == b"{"):
+        if config and (style == "json") != bytes(config).startswith(b"{"):
             self._fault(rules.ENVELOPE, f"the flags say that the configuration is {style}, and it is not")
         yield Envelope(Kind.XL, self._at, self.offset - self._at, bytes(config), style)
         if not flags & envelope.XL_FLAG_STREAMV2:

@@ -31,6 +31,12 @@ TRAILING = Rule("trailing-data", "nothing follows the END record", f"{SPEC} END"
 RECORD_LENGTH = Rule("record-length", "no record is longer than 128 MiB", "read_record() REC_LENGTH_MAX")
 RECORD_SIZE = Rule("record-size", "a record has the size that its type and counts demand", f"{SPEC} Records")
 RECORD_UNKNOWN = Rule("record-unknown", "every mandatory record is of a known type", f"{SPEC} Records; restore()")
+RECORD_OPTIONAL = Rule(
+    "record-optional",
+    "no record of the specification is marked optional",
+    f"{SPEC} Records: it is passed over",
+    WARNING,
+)
 RECORD_EMPTY = Rule("record-empty", "data records with no content are left out", f"{SPEC} Layout; Errata 1", WARNING)
 PADDING = Rule("padding-zero", "records are padded with zeroes", f"{SPEC} Records", WARNING)
 RESERVED = Rule("reserved-zero", "reserved fields are set to zero on save", f"{SPEC} Fields", WARNING)
