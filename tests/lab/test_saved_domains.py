@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,13 @@ from elftools.elf.elffile import ELFFile
 
 import lab
 from lab import guests
+from xenpv.abi.x86 import PTE_P, PTE_RW
 from xenpv.cli.show import describe
 from xenpv.domain.input import Input
 from xenpv.domain.source import SavedDomain
 from xenpv.domain.verify import Report, verify
-from xenpv.frames import PAGE_SIZE
+from xenpv.frames import IS_TABLE, PAGE_SIZE, PageType
+from xenpv.memory.pagetables import as_entries, frames
 
 DEBIAN_MIB = 96
 LITMUS_MIB = 16
@@ -162,6 +165,29 @@ def test_what_verify_passes_restores(debian: Debian, host: lab.Host) -> None:
     host.run(f"xl restore {saved}", timeout=120).check()
     host.wait_for_guest("debian-saved", guests.BEAT, after=start)
     host.run("xl destroy debian-saved").check()
+
+
+def test_what_verify_refuses_stock_xl_does_not_restore(debian: Debian, host: lab.Host, tmp_path: Path) -> None:
+    """One bit: a page table's read-only mapping made writable, which Xen refuses when the tables are pinned."""
+    path = tmp_path / "broken.save"
+    path.write_bytes(debian.path.read_bytes())
+    with SavedDomain.open(str(path)) as saved:
+        tables = saved.contents.index.pfns(IS_TABLE)
+        l1s = tables[saved.frames.types(tables) & 7 == PageType.L1TAB]
+        entries = as_entries(saved.frames.pages(l1s))
+        present = entries & np.uint64(PTE_P) != 0
+        tops = IS_TABLE[saved.frames.types(frames(entries).reshape(-1))].reshape(entries.shape)
+        row, entry = (int(places[0]) for places in np.nonzero(present & tops))
+        offset = int(saved.contents.index.offsets(l1s)[row]) + entry * 8
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(struct.pack("<Q", int(entries[row, entry]) | PTE_RW))
+    report = verify(str(path))
+    report.close()
+    assert [(finding.rule.name, finding.offset) for finding in report.findings] == [("pte-writable", offset)]
+    result = host.run(f"xl restore {host.put(path, 'broken.save')}", timeout=120)
+    assert result.status != 0
+    assert b"Failed to pin batch of pagetables" in result.stderr
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -16,6 +16,8 @@ from xenpv.stream.order import Guest
 def _list_rules(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
+    import xenpv.domain.rules  # noqa: F401, PLC0415  declares the rules that only the deep check imports
+
     if "--json" in sys.argv:
         print_json(
             [{"rule": r.name, "severity": r.severity, "text": r.text, "source": r.source} for r in RULES.values()]
