@@ -19,7 +19,7 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.domain.input import Input, Progress
 from xenpv.errors import Fault, StreamError
-from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, Pfn, type_name
+from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, Anchors
 from xenpv.memory.pagetables import cr3_frame
@@ -27,7 +27,7 @@ from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages
 from xenpv.stream.index import PageIndex
-from xenpv.stream.pagedata import PFN_MASK
+from xenpv.stream.pagedata import PFN_MASK, PageData
 from xenpv.stream.reader import FaultHandler, Reader
 from xenpv.stream.records import X86PVP2MFrames
 
@@ -139,8 +139,10 @@ class SavedDomain:
             for event in self.source.events(Reader(fault=self._fault, pages=keep, kind=self._kind), progress):
                 if isinstance(event, Pages):
                     self._keep(event)
-                else:
-                    self.contents.see(event)
+                    continue
+                self.contents.see(event)
+                if keep and isinstance(event, PageData):
+                    self._let_go(event.entries[~event.has_data])
         except StreamError as e:
             if self._fault is None:
                 raise
@@ -159,6 +161,12 @@ class SavedDomain:
             end = os.lseek(self._spool, 0, os.SEEK_END)
             _write_all(self._spool, pages.data[wanted])
             self._kept.put(here[wanted], end)
+        self._let_go(here[~wanted])
+
+    def _let_go(self, entries: U64) -> None:
+        """Forget what an earlier sending of these pages had: their content is another now, and not kept."""
+        if len(entries):
+            self._kept.put(entries & np.uint64(PFN_MASK) | np.uint64(PageType.XTAB << 60), 0)
 
     def _holds_p2m(self, pfns: U64) -> Mask:
         """Which of these pages a P2M_FRAMES record named so far."""
