@@ -26,6 +26,7 @@ _VERBS = {
     "p2m": "xenpv.cli.memory",
     "walk": "xenpv.cli.memory",
     "read": "xenpv.cli.memory",
+    "list": "xenpv.cli.list",
     "demo": "xenpv.cli.demo",
 }
 

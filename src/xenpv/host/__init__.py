@@ -5,10 +5,13 @@ Everything here is the read side: no call changes a domain, but for pause and un
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass
 from typing import Protocol
+from uuid import UUID
 
 from xenpv.abi.declare import Width
+from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId
 
 
@@ -90,3 +93,24 @@ class Host(Protocol):
 
     def unpause(self, domid: DomId) -> None:
         """Take one pause back."""
+
+
+def find(host: Host, text: str) -> DomainInfo:
+    """The domain that people mean by its id, uuid or name: digits are an id, as xl has it. HostError if there is none.
+
+    A name that looks like a uuid is found when no domain has that uuid.
+    """
+    if text.isascii() and text.isdigit():
+        return host.info(DomId(int(text)))
+    domains = host.domains()
+    try:
+        wanted = str(UUID(text))
+    except ValueError:
+        wanted = ""
+    found = [d for d in domains if wanted and d.uuid == wanted] or [d for d in domains if d.name == text]
+    if not found:
+        raise HostError(f"no domain is called {text!r}, by id, uuid or name", op="find", errno=errno.ESRCH)
+    if len(found) > 1:
+        which = ", ".join(f"dom{d.domid}" for d in found)
+        raise HostError(f"{text!r} may be any of {which}; say its id", op="find")
+    return found[0]

@@ -1,0 +1,52 @@
+"""``xenpv list``: the domains of the Xen below us."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from xenpv.cli.terminal import JSON, print_json, print_table, printable, size
+from xenpv.frames import PAGE_SIZE
+from xenpv.host import DomainInfo
+from xenpv.host.xen import XenHost
+
+_SHUTDOWN_REASONS = ("poweroff", "reboot", "suspend", "crash", "watchdog", "soft reset")
+
+
+@click.command("list")
+@JSON
+def list(as_json: bool) -> None:  # noqa: A001  the verb's name
+    """The domains that run on this machine: id, name, uuid, memory, vcpus, state and width.
+
+    Needs Xen's dom0 and root. Changes nothing, stops nothing.
+    """
+    with XenHost() as host:
+        domains = host.domains()
+    if as_json:
+        print_json([asdict(d) | {"memory": d.pages * PAGE_SIZE, "vcpus": d.max_vcpu + 1} for d in domains])
+        return
+    rows = [
+        [
+            str(d.domid),
+            printable(d.name) if d.name else "",
+            d.uuid or "",
+            size(d.pages * PAGE_SIZE),
+            str(d.max_vcpu + 1),
+            state(d),
+            "HVM or PVH" if d.hvm else f"PV, {8 * d.width}-bit",
+        ]
+        for d in domains
+    ]
+    print_table("", ["id#", "name", "uuid", "memory#", "vcpus#", "state", "kind"], rows)
+
+
+def state(domain: DomainInfo) -> str:
+    """What a domain does, in a word or two."""
+    if domain.dying:
+        return "dying"
+    if domain.shutdown:
+        reason = domain.shutdown_reason
+        known = reason is not None and reason < len(_SHUTDOWN_REASONS)
+        return f"shut down: {_SHUTDOWN_REASONS[reason] if known and reason is not None else reason}"
+    return "paused" if domain.paused else "running"

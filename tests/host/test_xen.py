@@ -1,0 +1,297 @@
+"""XenHost where there is no Xen: what it says, and what of it needs none."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from tests.abi.gcc import NoCompiler, evaluate, header_folders
+from xenpv.abi.declare import Struct
+from xenpv.cli.list import list as list_verb
+from xenpv.cli.list import state
+from xenpv.errors import HostError
+from xenpv.frames import I64, U64, DomId
+from xenpv.host import DomainInfo, find, xen, xenctrl
+from xenpv.host.xen import XenHost
+
+ALL_ONES = (1 << 64) - 1
+
+
+def domain(domid: int, name: str | None = None, uuid: str | None = None, **changes: Any) -> DomainInfo:
+    fields: dict[str, Any] = {
+        "hvm": False,
+        "width": 8,
+        "pages": 1024,
+        "max_pages": 1024,
+        "shared_info_mfn": 5,
+        "max_vcpu": 1,
+        "paused": False,
+        "shutdown": False,
+        "shutdown_reason": None,
+        "dying": False,
+    }
+    return DomainInfo(DomId(domid), name, uuid, **{**fields, **changes})
+
+
+@pytest.fixture
+def privcmd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Something that opens as the privileged command device does."""
+    path = tmp_path / "privcmd"
+    path.touch()
+    monkeypatch.setattr(xenctrl, "PRIVCMD", (str(tmp_path / "absent"), str(path)))
+    return path
+
+
+def test_no_xen_below_us(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(xenctrl, "PRIVCMD", (str(tmp_path / "one"), str(tmp_path / "two")))
+    with pytest.raises(HostError, match=r"^not on a Xen host: neither .*/one nor .*/two can be opened$") as caught:
+        XenHost()
+    assert caught.value.errno == errno.ENODEV
+
+
+def test_no_root(privcmd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, flags: int) -> int:
+        if path != str(privcmd):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory", path)
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(HostError, match=r"privcmd: Permission denied; needs root in dom0$") as caught:
+        XenHost()
+    assert caught.value.errno == errno.EACCES
+
+
+def test_no_library(privcmd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xenctrl, "LIBXENCALL", ("libxenpv-no-such.so.1", "libxenpv-no-such.so.2"))
+    with pytest.raises(HostError, match=r"^libxenpv-no-such\.so\.1 or libxenpv-no-such\.so\.2 is missing"):
+        XenHost()
+
+
+def test_no_xenstore_is_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xenctrl, "LIBXENSTORE", ("libxenpv-no-such.so.1",))
+    store = xenctrl.Store()
+    assert not store.reachable
+    assert store.read("/local/domain/0/name") is None
+    store.close()
+
+
+class Calls:
+    """Hypercalls answered by the test: the version, and the m2p's extents."""
+
+    def __init__(self, version: tuple[int, int] = (4, 17), extents: tuple[int, ...] = ()) -> None:
+        self.version, self.extents = version, extents
+        self.interface: xenctrl.Interface | None = None
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+    @contextlib.contextmanager
+    def buffer(self, size: int) -> Iterator[xenctrl.Buffer]:
+        memory = (ctypes.c_uint8 * size)()
+        yield xenctrl.Buffer(ctypes.addressof(memory), size)
+
+    def two(self, hypercall: int, command: int, address: int, op: str) -> int:  # noqa: ARG002
+        if (hypercall, command) == (xenctrl.XEN_VERSION, xenctrl.XENVER_VERSION):
+            return self.version[0] << 16 | self.version[1]
+        if (hypercall, command) == (xenctrl.XEN_VERSION, xenctrl.XENVER_EXTRAVERSION):
+            ctypes.memmove(address, b".9-rc1\0", 7)
+        if (hypercall, command) == (xenctrl.MEMORY_OP, xenctrl.XENMEM_MACHPHYS_MFN_LIST):
+            argument = (ctypes.c_uint8 * xenctrl.MACHPHYS_MFN_LIST.size(8)).from_address(address)
+            given = np.frombuffer(argument, xenctrl.MACHPHYS_MFN_LIST[8])  # type: ignore[call-overload]
+            extents = np.array(self.extents[: int(given["max_extents"][0])], np.uint64)
+            ctypes.memmove(int(given["extent_start"][0]), extents.ctypes.data, extents.nbytes)
+            given["nr_extents"] = len(extents)
+        return 0
+
+
+def test_a_version_that_is_not_in_the_table(privcmd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(version=(4, 99))
+    monkeypatch.setattr(xenctrl, "Calls", lambda: calls)
+    with pytest.raises(HostError, match=r"^Xen 4\.99\.9-rc1: an unknown control interface; .* 4\.14, 4\.17, 4\.20$"):
+        XenHost()
+    assert calls.closed
+
+
+def test_errnos_in_words() -> None:
+    error = xenctrl.failed("getvcpucontext", errno.ESRCH, 7)
+    assert str(error) == "dom7: getvcpucontext: there is no such domain, or it has gone meanwhile (ESRCH)"
+    assert (error.op, error.domid, error.errno) == ("getvcpucontext", 7, errno.ESRCH)
+    assert str(xenctrl.failed("xen_version", errno.EPERM)) == "xen_version: needs root in dom0 (EPERM)"
+    assert str(xenctrl.failed("pausedomain", errno.EINVAL, 0)) == "dom0: pausedomain: Invalid argument (EINVAL)"
+
+
+class Memory:
+    """Maps chunks of an m2p in which frame mfn is pfn 2 * mfn, and counts."""
+
+    def __init__(self, chunk_of: dict[int, int]) -> None:
+        self.chunk_of, self.mapped = chunk_of, 0
+
+    def map(self, domid: DomId, mfns: U64, at: int | None = None) -> tuple[int, I64]:
+        assert domid == xenctrl.DOMID_XEN
+        assert at is not None
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | xenctrl.MAP_FIXED
+        assert libc.mmap(at, 4096 * len(mfns), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == at
+        first = self.chunk_of[int(mfns[0])] << 18
+        content = 2 * np.arange(first, first + (1 << 18), dtype=np.uint64)
+        ctypes.memmove(at, content.ctypes.data, content.nbytes)
+        self.mapped += 1
+        return at, np.zeros(len(mfns), np.int64)
+
+
+def test_the_m2p_is_mapped_where_it_is_asked_about_and_nowhere_else() -> None:
+    """700 GiB of host; chunks 2 and 5 are holes: one is the chunk before it again, the other 0."""
+    extents = [0x1000 + 512 * n for n in range(700)]
+    extents[2], extents[5] = extents[1], 0
+    memory = Memory({extent: n for n, extent in enumerate(extents) if n not in {2, 5}})
+    frames = (700 << 18) - 100
+    m2p = xen._M2P(Calls(extents=tuple(extents)), memory, frames)  # type: ignore[arg-type]
+    assert memory.mapped == 0
+    asked = np.array([1, 699 << 18, 3, frames - 1, frames, ALL_ONES, 2 << 18, 5 << 18, (2 << 18) - 1], np.uint64)
+    expected = [2, 699 << 19, 6, 2 * (frames - 1), *[ALL_ONES] * 4, (4 << 18) - 2]
+    assert m2p.lookup(asked).tolist() == expected
+    assert memory.mapped == 3
+    assert m2p.lookup(asked).tolist() == expected
+    assert memory.mapped == 3
+
+
+class Host:
+    """A list of domains, as much of a host as find() needs."""
+
+    def __init__(self, *domains: DomainInfo) -> None:
+        self._domains = domains
+
+    def domains(self) -> list[DomainInfo]:
+        return list(self._domains)
+
+    def info(self, domid: DomId) -> DomainInfo:
+        for one in self._domains:
+            if one.domid == domid:
+                return one
+        raise xenctrl.failed("getdomaininfo", errno.ESRCH, domid)
+
+
+def test_find() -> None:
+    uuid = "01234567-89ab-cdef-0123-456789abcdef"
+    host: Any = Host(domain(0), domain(3, "web", uuid), domain(4, "5"), domain(6, "twin"), domain(7, "twin"))
+    for text in ("3", "web", uuid, uuid.upper(), uuid.replace("-", "")):
+        assert find(host, text).domid == 3, text
+    with pytest.raises(HostError, match=r"dom5: .*no such domain"):
+        find(host, "5")  # an id, as for xl
+    with pytest.raises(HostError, match="no domain is called 'mail'"):
+        find(host, "mail")
+    with pytest.raises(HostError, match="'twin' may be any of dom6, dom7; say its id"):
+        find(host, "twin")
+
+
+def test_list_says_what_each_domain_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    domains = [
+        domain(0, "Domain-0"),
+        domain(1, "a", "01234567-89ab-cdef-0123-456789abcdef", paused=True, width=4),
+        domain(2, None, shutdown=True, shutdown_reason=3, pages=1 << 28),
+        domain(3, "evil\x1b[2J", shutdown=True, shutdown_reason=77, hvm=True),
+        domain(4, dying=True, max_vcpu=-1),
+    ]
+
+    class Opened(Host):
+        def __enter__(self) -> Host:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr("xenpv.cli.list.XenHost", lambda: Opened(*domains))
+    out = CliRunner().invoke(list_verb, [], catch_exceptions=False).output
+    for text in (
+        "Domain-0",
+        "running",
+        "paused",
+        "PV, 32-bit",
+        "shut down: crash",
+        "1.0 TiB",
+        "evil?[2J",
+        "HVM or PVH",
+    ):
+        assert text in out, text
+    assert [state(d) for d in domains[3:]] == ["shut down: 77", "dying"]
+    out = CliRunner().invoke(list_verb, ["--json"], catch_exceptions=False).output
+    assert '"memory": 1099511627776' in out
+    assert '"uuid": "01234567-89ab-cdef-0123-456789abcdef"' in out
+
+
+STRUCTS = (xenctrl.GETDOMAININFOLIST, xenctrl.PAGEFRAMEINFO3, xenctrl.VCPUCONTEXT, xenctrl.ADDRESS_SIZE)
+
+
+@pytest.mark.parametrize("version", xenctrl.INTERFACES, ids=lambda v: f"{v[0]}.{v[1]}")
+def test_structs_and_numbers_are_those_of_the_headers(version: tuple[int, int]) -> None:
+    folder = header_folders().get(f"{version[0]}.{version[1]}")
+    if folder is None:
+        pytest.skip("no headers of that version: python -m lab fetch")
+    interface = xenctrl.INTERFACES[version]
+    expected = {
+        "XEN_SYSCTL_INTERFACE_VERSION": interface.sysctl,
+        "XEN_DOMCTL_INTERFACE_VERSION": interface.domctl,
+        "XEN_SYSCTL_getdomaininfolist": xenctrl.SYSCTL_GETDOMAININFOLIST,
+        "XEN_DOMCTL_pausedomain": xenctrl.PAUSEDOMAIN,
+        "XEN_DOMCTL_unpausedomain": xenctrl.UNPAUSEDOMAIN,
+        "XEN_DOMCTL_getvcpucontext": xenctrl.GETVCPUCONTEXT,
+        "XEN_DOMCTL_get_address_size": xenctrl.GET_ADDRESS_SIZE,
+        "XEN_DOMCTL_getpageframeinfo3": xenctrl.GETPAGEFRAMEINFO3,
+        "XEN_DOMCTL_PFINFO_LTAB_SHIFT": xenctrl.PFINFO_LTAB_SHIFT,
+        "XEN_DOMINF_dying": xenctrl.DOMINF_DYING,
+        "XEN_DOMINF_hvm_guest": xenctrl.DOMINF_HVM_GUEST,
+        "XEN_DOMINF_shutdown": xenctrl.DOMINF_SHUTDOWN,
+        "XEN_DOMINF_paused": xenctrl.DOMINF_PAUSED,
+        "XEN_DOMINF_xs_domain": xenctrl.DOMINF_XS_DOMAIN,
+        "XEN_DOMINF_shutdownshift": xenctrl.DOMINF_SHUTDOWN_SHIFT,
+        "XEN_DOMINF_shutdownmask": xenctrl.DOMINF_SHUTDOWN_MASK,
+        "XEN_INVALID_MAX_VCPU_ID": xenctrl.INVALID_MAX_VCPU_ID,
+        "XENMEM_maximum_ram_page": xenctrl.XENMEM_MAXIMUM_RAM_PAGE,
+        "XENMEM_machphys_mfn_list": xenctrl.XENMEM_MACHPHYS_MFN_LIST,
+        "XENVER_version": xenctrl.XENVER_VERSION,
+        "XENVER_extraversion": xenctrl.XENVER_EXTRAVERSION,
+        "sizeof(xen_extraversion_t)": 16,
+        "__HYPERVISOR_memory_op": xenctrl.MEMORY_OP,
+        "__HYPERVISOR_xen_version": xenctrl.XEN_VERSION,
+        "__HYPERVISOR_sysctl": xenctrl.SYSCTL,
+        "__HYPERVISOR_domctl": xenctrl.DOMCTL,
+        "DOMID_XEN": xenctrl.DOMID_XEN,
+        "DOMID_SELF": xenctrl.DOMID_SELF,
+        "__builtin_offsetof(struct xen_sysctl, u)": xenctrl.SYSCTL_U,
+        "__builtin_offsetof(struct xen_domctl, u)": xenctrl.DOMCTL_U,
+        "__builtin_offsetof(struct xen_domctl, domain)": 8,
+        "sizeof(struct xen_sysctl)": xenctrl.SYSCTL_SIZE,
+        "sizeof(struct xen_domctl)": xenctrl.DOMCTL_SIZE,
+        **layout(interface.getdomaininfo),
+        **layout(xenctrl.MACHPHYS_MFN_LIST),
+    }
+    for struct in STRUCTS:
+        expected |= layout(struct)
+    headers = ["xen.h", "version.h", "memory.h", "domctl.h", "sysctl.h"]
+    try:
+        found = evaluate(folder, headers, list(expected), 8)
+    except NoCompiler as error:
+        pytest.skip(str(error))
+    assert dict(zip(expected, found, strict=True)) == expected
+
+
+def layout(struct: Struct) -> dict[str, int]:
+    """Expressions of C for a struct's size and its members' offsets and sizes, and what we declare."""
+    out = {f"sizeof(struct {struct.name})": struct.size(8)}
+    for name, member in struct.members(8):
+        if not name.startswith("_"):
+            out[f"__builtin_offsetof(struct {struct.name}, {name})"] = struct.offset(8, name)
+            out[f"sizeof(((struct {struct.name} *)0)->{name})"] = member.size(8)
+    return out
