@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz import stream, verify
+from tests.fuzz import cli, stream, verify
 from tests.fuzz.mutate import case, corpus
 from tests.fuzz.run import run
 
@@ -15,13 +15,18 @@ def test_any_bytes_parse_or_raise_a_stream_error(seed: int) -> None:
 
 
 def test_any_file_gets_a_report() -> None:
-    assert run(verify.target, seed=1, cases=500) == 500
+    assert run(verify.target, seed=1, cases=300) == 300
+
+
+def test_any_file_gets_an_answer_or_a_sentence() -> None:
+    assert run(cli.target, seed=1, cases=250) == 250
 
 
 def test_what_is_not_changed_holds_too() -> None:
     for n, sound in enumerate(corpus()):
         stream.target(bytes(sound), n)
         verify.target(bytes(sound), n)
+        cli.target(bytes(sound), n)
 
 
 def test_a_case_is_the_same_each_time_and_most_differ() -> None:

@@ -21,7 +21,7 @@ widths = st.sampled_from([4, 8])
 known_types = st.sampled_from(KNOWN_TYPES)
 unknown_types = st.integers(5, 8)
 mandatory = st.integers(0x13, (1 << 31) - 1)  # "Reserved for future mandatory records."
-optional = st.integers(1 << 31, U32)  # "Reserved for future optional records."
+optional = st.integers((1 << 31) + 0x13, U32)  # "Reserved for future optional records."
 bodies = st.binary(max_size=100)
 
 

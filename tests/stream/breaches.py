@@ -190,6 +190,18 @@ FRAMING = [
         rules.RECORD_OPTIONAL, "known", lambda s: s.before("END", W.record(OPTIONAL | kind("X86_MSR_POLICY"), b"")),
         "optional record 0x80000012", error=None,
     ),
+    Breach(
+        rules.RECORD_OPTIONAL, "libxc", lambda s: s.before("END", W.record(OPTIONAL | 0x12, b"policy")),
+        "optional record 0x80000012", error=None,
+    ),
+    Breach(
+        rules.RECORD_OPTIONAL, "page-data", lambda s: s.before("END", W.record(OPTIONAL | 1, bytes(16))),
+        "optional record 0x80000001", error=None,
+    ),
+    Breach(
+        rules.RECORD_OPTIONAL, "libxl", lambda s: s.before("libxl END", W.libxl_record(OPTIONAL | 5, bytes(8))),
+        "optional record 0x80000005", base="libxl", error=None,
+    ),
     Breach(rules.RECORD_EMPTY, "msrs", put(W.vcpu_msrs(0, b"")), "X86_PV_VCPU_MSRS", error=None),
     Breach(rules.RECORD_EMPTY, "extended", put(W.vcpu_extended(0, b"")), "X86_PV_VCPU_EXTENDED", error=None),
     Breach(rules.RECORD_EMPTY, "xsave", put(W.vcpu_xsave(0, b"")), "X86_PV_VCPU_XSAVE", error=None),
