@@ -1,0 +1,379 @@
+"""ModelHost: Xen's memory rules in process, so that what needs a hypervisor can be tried and tested without one.
+
+It keeps the Host protocol, and has the calls that a toolstack needs to make domains and a guest to live in them. The
+rules are xen.git:xen/arch/x86/mm.c's and xen/common/memory.c's, and so are the errnos; where it and Xen differ, it is
+wrong.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.errors import HostError
+from xenpv.frames import PAGE_SIZE, U8, U64, DomId, PageType
+from xenpv.host import DomainInfo, XenVersion
+from xenpv.host.model_dirty import DirtyLog
+from xenpv.host.model_domain import Domain, Vcpu, get_context, load_top, load_user_top, set_context
+from xenpv.host.model_frames import ALLOCATED, ORDER, PER_EXTENT, PINNED, SPECIAL, VALIDATED, FrameTable, NoMemoryError
+from xenpv.host.model_guest import GuestView, Stopped
+from xenpv.host.model_store import ModelStore
+from xenpv.host.model_types import PageTypes, Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+SHUTDOWN_SUSPEND = 2
+DOM0_PAGES = 64 << 8  # 64 MiB
+
+
+class ModelHost:
+    """A host of ``size`` bytes, up to 16 TiB, with a dom0 on it. The same ``seed`` hands out the same frames.
+
+    >>> host = ModelHost(8 << 30)
+    >>> domid = host.create(max_pages=1024)
+    >>> mfns = host.populate_physmap(domid, np.arange(1024, dtype=np.uint64))
+    >>> host.m2p(mfns[:3]).tolist(), host.info(domid).pages
+    ([0, 1, 2], 1024)
+    """
+
+    def __init__(self, size: int = 16 << 30, *, version: XenVersion | None = None, seed: int = 0) -> None:
+        self.frames = FrameTable(size, seed)
+        self.types = PageTypes(self.frames, self._mark_frame)
+        self.store = ModelStore()
+        self._version = version or XenVersion(4, 17, ".5")
+        self._domains: dict[int, Domain] = {}
+        self._next = 0
+        dom0 = self.create(8, max_pages=DOM0_PAGES, name="Domain-0", uuid="00000000-0000-0000-0000-000000000000")
+        self.populate_physmap(dom0, np.arange(0, DOM0_PAGES, PER_EXTENT, dtype=np.uint64), order=ORDER)
+        self._domains[dom0].pauses = 0
+
+    # the Host protocol
+
+    def version(self) -> XenVersion:
+        """Which Xen it passes for."""
+        return self._version
+
+    def domains(self) -> list[DomainInfo]:
+        """All domains, ascending by domid, dom0 included."""
+        return [self.info(DomId(domid)) for domid in sorted(self._domains)]
+
+    def info(self, domid: DomId) -> DomainInfo:
+        """One domain. HostError (ESRCH) when it is not there."""
+        domain = self._domain("getdomaininfo", domid)
+        return domain.info(self.frames.pages[domain.number])
+
+    def max_mfn(self) -> int:
+        """The highest machine frame."""
+        return self.frames.max_mfn
+
+    def map_frames(self, domid: DomId, mfns: U64) -> tuple[U8, U8]:
+        """Content of a domain's frames, and for each whether it could be mapped."""
+        ours = self._ours("map_frames", domid, mfns)
+        pages = self.frames.read(mfns)
+        pages[~ours] = 0
+        return pages, ours.astype(np.uint8)
+
+    def m2p(self, mfns: U64) -> U64:
+        """The pfn that the machine-to-phys table has for each mfn, all ones where none."""
+        return self.frames.m2p(mfns)
+
+    def page_types(self, domid: DomId, mfns: U64) -> U8:
+        """As getpageframeinfo3: XTAB for what is not the domain's or Xen's own, a table only while validated."""
+        ours = self._ours("getpageframeinfo3", domid, mfns)
+        kind, flags = self.frames.types(mfns)
+        out = np.where((kind >= 1) & (kind <= 4), kind, 0).astype(np.uint8)
+        pinned = (flags & PINNED) != 0
+        out[pinned] |= np.uint8(8)
+        out[~pinned & ((flags & VALIDATED) == 0)] = PageType.NOTAB
+        out[~ours | ((flags & SPECIAL) != 0)] = PageType.XTAB
+        return out
+
+    def vcpu_context(self, domid: DomId, vcpu: int) -> bytes:
+        """The vcpu_guest_context. HostError: EINVAL for no such vcpu, ENODATA for one that was never set."""
+        domain, v = self._vcpu("getvcpucontext", domid, vcpu)
+        if v.context is None:
+            raise self._refusal("getvcpucontext", domid, errno.ENODATA, f"vcpu {vcpu} is not initialised")
+        return get_context(domain, v)
+
+    def shared_info(self, domid: DomId) -> bytes:
+        """The 4096 bytes of the shared info page."""
+        mfn = self._domain("shared_info", domid).shared_info_mfn
+        return self.frames.read(np.array([mfn], np.uint64)).tobytes()
+
+    def pause(self, domid: DomId) -> None:
+        """Stop it, counted. Not dom0, where the asker runs."""
+        domain = self._domain("pausedomain", domid)
+        if domid == 0:
+            raise self._refusal("pausedomain", domid, errno.EINVAL, "the domain that asks")
+        domain.pauses += 1
+
+    def unpause(self, domid: DomId) -> None:
+        """Take one pause back."""
+        domain = self._domain("unpausedomain", domid)
+        if not domain.pauses:
+            raise self._refusal("unpausedomain", domid, errno.EINVAL, "not paused")
+        domain.pauses -= 1
+
+    # what a toolstack does
+
+    def create(
+        self,
+        width: Width = 8,
+        *,
+        vcpus: int = 1,
+        max_pages: int = 0,
+        name: str | None = None,
+        uuid: str | None = None,
+    ) -> DomId:
+        """A domain without memory, paused once."""
+        domid, self._next = DomId(self._next), self._next + 1
+        domain = Domain(domid, width, name, uuid, [Vcpu() for _ in range(vcpus)], max_pages)
+        with self._refusing("createdomain", domid):
+            domain.shared_info_mfn = self.frames.take_special(domain.number)
+        self._domains[domid] = domain
+        self.store.write(f"/local/domain/{domid}/domid", str(domid).encode())
+        if name is not None:
+            self.store.write(f"/local/domain/{domid}/name", name.encode())
+        if uuid is not None:
+            self.store.write(f"/local/domain/{domid}/vm", f"/vm/{uuid}".encode())
+        return domid
+
+    def destroy(self, domid: DomId) -> None:
+        """End it, and free all that it has."""
+        domain = self._domain("destroydomain", domid)
+        if domid == 0:
+            raise self._refusal("destroydomain", domid, errno.EINVAL, "the domain that asks")
+        self.types.forget(domain.number)
+        self.frames.forget(domain.number)
+        del self._domains[domid]
+        self.store.remove(f"/local/domain/{domid}")
+
+    def max_mem(self, domid: DomId, pages: int) -> None:
+        """How many pages it may have. Fewer than it has is no error: it just gets no more."""
+        self._domain("max_mem", domid).max_pages = pages
+
+    def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
+        """Give it memory: at each of ``pfns`` a frame, or with order 9 an extent of 512. The (first) mfns.
+
+        As in Xen, as many as fit: fewer mfns than pfns when max_mem or the host is exhausted.
+        """
+        domain = self._domain("populate_physmap", domid)
+        self._order("populate_physmap", domid, order)
+        room = max(domain.max_pages - self.frames.pages[domain.number], 0) >> order
+        take = self.frames.take_extents if order else self.frames.take_frames
+        return take(domain.number, pfns[:room].astype(np.uint64), compat=domain.width == 4)
+
+    def decrease_reservation(self, domid: DomId, mfns: U64, order: int = 0) -> int:
+        """Take memory away. How many extents were: as in Xen, up to the first that is not the domain's.
+
+        A frame that something still refers to (a mapping, a pin) stays the domain's until nothing does.
+        """
+        domain = self._domain("decrease_reservation", domid)
+        self._order("decrease_reservation", domid, order)
+        mfns = mfns.astype(np.uint64)
+        if order:
+            return self._decrease_extents(domain, mfns)
+        if len(np.unique(mfns)) < len(mfns):
+            return next((i for i, m in enumerate(mfns) if not self._decrease(domain, mfns[i : i + 1])), len(mfns))
+        return self._decrease(domain, mfns)
+
+    def machphys_update(self, domid: DomId, mfns: U64, pfns: U64) -> None:
+        """Say which pfn each of the domain's frames is (MMU_MACHPHYS_UPDATE)."""
+        domain = self._domain("mmu_update", domid)
+        bad = ~self._ours("mmu_update", domid, mfns)
+        n = int(np.argmax(bad)) if bad.any() else len(mfns)
+        self.frames.rows.m2p[self.frames.row(mfns[:n])] = pfns[:n]
+        self._mark(domain, pfns[:n])
+        if n < len(mfns):
+            raise self._refusal("mmu_update", domid, errno.EINVAL, f"mfn {int(mfns[n]):#x} is not the domain's")
+
+    def mmu_update(self, domid: DomId, updates: Sequence[tuple[int, int, int]]) -> None:
+        """Write page-table entries: (mfn of the table, slot, entry) each, up to the first that Xen refuses."""
+        domain = self._domain("mmu_update", domid)
+        with self._refusing("mmu_update", domid):
+            for mfn, slot, pte in updates:
+                self.types.update(domain.owner, mfn, slot, pte)
+
+    def pin(self, domid: DomId, mfn: int, level: int) -> None:
+        """Make a frame a table of that level, for good, and validate all below it."""
+        domain = self._domain("mmuext_op", domid)
+        with self._refusing("mmuext_op", domid):
+            self.types.pin(domain.owner, mfn, level)
+
+    def unpin(self, domid: DomId, mfn: int) -> None:
+        """Take a pin back."""
+        domain = self._domain("mmuext_op", domid)
+        with self._refusing("mmuext_op", domid):
+            self.types.unpin(domain.owner, mfn)
+
+    def load_top(self, domid: DomId, mfn: int, *, vcpu: int = 0, user: bool = False) -> None:
+        """Load a vcpu's top table, or its user half's: MMUEXT_NEW_BASEPTR and NEW_USER_BASEPTR, which guests do."""
+        domain, v = self._vcpu("mmuext_op", domid, vcpu)
+        with self._refusing("mmuext_op", domid):
+            (load_user_top if user else load_top)(domain, self.types, v, mfn)
+
+    def set_vcpu_context(self, domid: DomId, vcpu: int, context: bytes) -> None:
+        """Set a vcpu's context; cr3 and gdt_frames hold mfns, and are validated."""
+        domain, v = self._vcpu("setvcpucontext", domid, vcpu)
+        if len(context) != VCPU_GUEST_CONTEXT.size(domain.width):
+            raise self._refusal("setvcpucontext", domid, errno.EINVAL, f"a context of {len(context)} bytes")
+        with self._refusing("setvcpucontext", domid):
+            set_context(domain, self.types, v, bytes(context))
+
+    def write_frames(self, domid: DomId, mfns: U64, pages: U8) -> None:
+        """Write whole frames through foreign mappings, as a toolstack does. All or none.
+
+        HostError: EINVAL for a frame not the domain's, EBUSY for one that may not be mapped writable: a page table.
+        """
+        domain = self._domain("write_frames", domid)
+        for ok, no in (
+            (self._ours("write_frames", domid, mfns), errno.EINVAL),
+            (self.types.writable(domain.owner, mfns), errno.EBUSY),
+        ):
+            if not ok.all():
+                why = f"mfn {int(mfns[np.argmin(ok)]):#x} cannot be mapped writable"
+                raise self._refusal("write_frames", domid, no, why)
+        self.frames.write(mfns, pages)
+        self._mark(domain, self.frames.m2p(mfns))
+
+    def write_shared_info(self, domid: DomId, data: bytes, offset: int = 0) -> None:
+        """Write into the shared info page."""
+        mfn = self._domain("shared_info", domid).shared_info_mfn
+        if offset + len(data) > PAGE_SIZE:
+            raise self._refusal("shared_info", domid, errno.EINVAL, f"{len(data)} bytes at {offset:#x}")
+        self.frames.page(mfn)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    # log-dirty, shutdown, events
+
+    def log_dirty(self, domid: DomId, *, on: bool) -> None:
+        """Begin or end keeping which pages are written. EINVAL when it is on, or off, already."""
+        domain = self._domain("shadow_op", domid)
+        if on == (domain.dirty is not None):
+            raise self._refusal("shadow_op", domid, errno.EINVAL, f"log-dirty is {'on' if on else 'off'} already")
+        domain.dirty = DirtyLog() if on else None
+
+    def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
+        """The pfns below ``pages`` that were written, ascending; with ``clean``, and begin anew."""
+        domain = self._domain("shadow_op", domid)
+        if domain.dirty is None:
+            raise self._refusal("shadow_op", domid, errno.EINVAL, "log-dirty is off")
+        return domain.dirty.clean(pages) if clean else domain.dirty.peek(pages)
+
+    def shutdown(self, domid: DomId, reason: int) -> None:
+        """Shut a domain down (SCHEDOP_remote_shutdown); the first reason stays."""
+        domain = self._domain("shutdown", domid)
+        if domain.shutdown_reason is None:
+            domain.shutdown_reason = reason
+
+    def resume(self, domid: DomId) -> None:
+        """Let a domain that shut down run on, as after a suspend that was cancelled."""
+        self._domain("resumedomain", domid).shutdown_reason = None
+
+    def notify(self, domid: DomId, port: int) -> None:
+        """Send an event."""
+        self._domain("evtchn_send", domid).events[port] += 1
+
+    def run(self, domid: DomId, guest: Callable[[GuestView], T]) -> T | None:
+        """Run a guest's program on vcpu 0 until it returns, or shuts down: then None.
+
+        HostError when the domain cannot run: paused, shut down, or its vcpu never set.
+        """
+        domain = self._domain("run", domid)
+        for no, why in (
+            (domain.pauses, "is paused"),
+            (domain.shutdown_reason is not None, "has shut down"),
+            (domain.vcpus[0].context is None, "has no vcpu context"),
+        ):
+            if no:
+                raise HostError(f"dom{domid} {why}", op="run", domid=domid)
+        try:
+            return guest(GuestView(self, domid))
+        except Stopped:
+            return None
+
+    def guest_wrote(self, domid: DomId, mfns: U64) -> None:
+        """A guest wrote these frames through its own mappings; GuestView says so."""
+        self._mark(self._domain("run", domid), self.frames.m2p(mfns))
+
+    def take_event(self, domid: DomId, port: int) -> bool:
+        """Whether an event is pending; it is not any longer, then. GuestView asks."""
+        events = self._domain("run", domid).events
+        pending, events[port] = events[port] > 0, 0
+        return pending
+
+    def held_by_vcpu(self, domid: DomId, vcpu: int = 0) -> tuple[int, ...]:
+        """The mfns that Xen holds for a vcpu: its top table, its user half's (0: none), its GDT."""
+        v = self._vcpu("getvcpucontext", domid, vcpu)[1]
+        return (v.top, v.user_top, *v.gdt)
+
+    # our own
+
+    def _domain(self, op: str, domid: DomId) -> Domain:
+        if domid not in self._domains:
+            raise self._refusal(op, domid, errno.ESRCH, "no such domain")
+        return self._domains[domid]
+
+    def _vcpu(self, op: str, domid: DomId, vcpu: int) -> tuple[Domain, Vcpu]:
+        domain = self._domain(op, domid)
+        if not 0 <= vcpu < len(domain.vcpus):
+            raise self._refusal(op, domid, errno.EINVAL, f"no vcpu {vcpu}")
+        return domain, domain.vcpus[vcpu]
+
+    def _ours(self, op: str, domid: DomId, mfns: U64) -> np.ndarray:
+        mine: np.ndarray = self.frames.owner(mfns) == self._domain(op, domid).number
+        return mine
+
+    def _order(self, op: str, domid: DomId, order: int) -> None:
+        if order not in {0, ORDER}:
+            raise self._refusal(op, domid, errno.EINVAL, f"order {order}: the model has 0 and {ORDER}")
+
+    def _decrease(self, domain: Domain, mfns: U64) -> int:
+        bad = ~self._ours("decrease_reservation", domain.domid, mfns)
+        bad |= (self.frames.types(mfns)[1] & SPECIAL) != 0
+        n = int(np.argmax(bad)) if bad.any() else len(mfns)
+        rows = self.frames.row(mfns[:n])
+        rows = rows[(self.frames.rows.flags[rows] & ALLOCATED) != 0]
+        self.frames.rows.flags[rows] &= np.uint8(~ALLOCATED & 0xFF)
+        self.frames.drop(rows)
+        return n
+
+    def _decrease_extents(self, domain: Domain, mfns: U64) -> int:
+        for i, mfn in enumerate(mfns):
+            frames = mfn + np.arange(PER_EXTENT, dtype=np.uint64)
+            aligned = int(mfn) % PER_EXTENT == 0 and self._ours("decrease_reservation", domain.domid, mfns[i : i + 1])
+            whole = aligned and self.frames.drop_extents(mfns[i : i + 1]).all()
+            if not whole and self._decrease(domain, frames) < PER_EXTENT:
+                return i
+        return len(mfns)
+
+    def _mark(self, domain: Domain, pfns: U64) -> None:
+        if domain.dirty is not None:
+            domain.dirty.mark(pfns)
+
+    def _mark_frame(self, owner: int, mfn: int) -> None:
+        domain = self._domains.get(owner - 1)
+        if domain is not None and domain.dirty is not None:
+            domain.dirty.mark(self.frames.m2p(np.array([mfn], np.uint64)))
+
+    @contextmanager
+    def _refusing(self, op: str, domid: DomId) -> Iterator[None]:
+        try:
+            yield
+        except Refused as e:
+            raise self._refusal(op, domid, e.errno, str(e)) from None
+        except NoMemoryError:
+            raise self._refusal(op, domid, errno.ENOMEM, "no frames left") from None
+
+    @staticmethod
+    def _refusal(op: str, domid: DomId, no: int, why: str) -> HostError:
+        return HostError(f"dom{domid}: {op}: {os.strerror(no)}: {why}", op=op, domid=domid, errno=no)
