@@ -1,0 +1,30 @@
+"""The contract, on ModelHost: domains of both widths, paused and not, of single frames and of extents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.contract.checks import CHECKS, gone
+from tests.host.model_guest import make
+from xenpv.abi.declare import Width
+from xenpv.frames import DomId
+from xenpv.host import Host
+from xenpv.host.model import ModelHost
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("order", [0, 9])
+@pytest.mark.parametrize("width", [8, 4])
+def test_contract(check: Callable[[Host, DomId], None], width: Width, order: int) -> None:
+    host = ModelHost()
+    made = make(host, width, order=order, name="litmus")
+    check(host, made.domid)
+
+
+def test_a_domain_that_was_destroyed_is_gone() -> None:
+    host = ModelHost()
+    made = make(host)
+    host.destroy(made.domid)
+    gone(host, made.domid)
