@@ -67,7 +67,7 @@ def sent_again(domain: Domain, rounds: list[list[tuple[int, int | None, str]]]) 
     return bytes(stream)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.sampled_from([4, 8]), st.lists(again, max_size=3))
 def test_pages_sent_again(width: Width, rounds: list[list[tuple[int, int | None, str]]]) -> None:
     domain = pv_domain(width=width, pfns=range(36), tree=True)

@@ -57,7 +57,7 @@ def test_whole_bytewise_and_in_pieces_give_the_same(kind: str) -> None:
     named = [piece.name for piece in stream_of(kind) if not piece.name.startswith(("xl", "libvirt", "xenopsd"))]
     assert [name for name in expected.names if not name.endswith(("envelope", "section"))] == named
     assert read(bytewise(data)).plain == expected.plain
-    for seed in range(5):
+    for seed in range(3):
         assert read(at_random(data, seed)).plain == expected.plain
 
 
@@ -70,7 +70,7 @@ def test_a_cut_at_every_record_and_beside_it_changes_nothing(kind: str) -> None:
         assert read(cut(data, [begin + shift for begin in begins])).plain == expected
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["xl", "pae", "hvm-xenopsd", "remus"])
 def test_with_pages_everything_else_is_the_same_and_the_content_is_there(kind: str) -> None:
     data = bytes_of(kind)
     expected = read(whole(data), pages=True)
