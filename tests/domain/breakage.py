@@ -84,6 +84,7 @@ class Case:
     config: Mapping[str, Any] | None = None  # of the broken one; the good one's fits the domain
     also: frozenset[str] = frozenset()
     may: frozenset[str] = frozenset()
+    rewrite: Callable[[Stream], object] | None = None  # what is broken in the stream rather than in the domain
 
     @property
     def id(self) -> str:
@@ -102,6 +103,7 @@ def case(
     config: Mapping[str, Any] | None = None,
     also: Iterable[Rule] = (),
     may: Iterable[str] = (),
+    rewrite: Callable[[Stream], object] | None = None,
     **make: Any,
 ) -> Callable[[Callable[[Domain], Where]], Callable[[Domain], Where]]:
     """Register the function below as a way to break that rule."""
@@ -109,7 +111,7 @@ def case(
     def register(spoil: Callable[[Domain], Where]) -> Callable[[Domain], Where]:
         follows = frozenset(r.name for r in also)
         CASES.extend(
-            Case(rule, name, spoil, prepare, {"width": width} | make, config, follows, frozenset(may))
+            Case(rule, name, spoil, prepare, {"width": width} | make, config, follows, frozenset(may), rewrite)
             for width in widths
         )
         return spoil

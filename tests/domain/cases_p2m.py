@@ -56,6 +56,17 @@ def _(d: Domain) -> Where:
     return at_record("SHARED_INFO")
 
 
+@case(rules.P2M_EXTENT, "shared info says more, and the p2m does not end with a frame", widths=BOTH)
+def _(d: Domain) -> Where:
+    d.shared_info["arch"]["max_pfn"] += 300
+    return at_record("SHARED_INFO")
+
+
+@case(rules.P2M_START, "not from pfn 0 on", widths=BOTH, rewrite=lambda s: s.patch(FRAMES, 8, b"\3"))
+def _(d: Domain) -> Where:
+    return at_record(FRAMES)
+
+
 @case(rules.P2M_GENERATION, "odd", widths=BOTH)
 def _(d: Domain) -> Where:
     d.shared_info["arch"]["p2m_generation"] |= 1

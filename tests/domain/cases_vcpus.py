@@ -34,6 +34,11 @@ def _(d: Domain) -> Where:
     return nowhere(vcpu=0)
 
 
+@case(rules.VCPU_BASIC, "the rest of it came", widths=BOTH, vcpus=3, rewrite=lambda s: s.replace(BASIC, nth=1))
+def _(d: Domain) -> Where:
+    return nowhere(vcpu=1)
+
+
 @case(rules.VCPU_COUNT, "three vcpus, two allowed", widths=BOTH, vcpus=3, config={"vcpus": 2})
 def _(d: Domain) -> Where:
     return at_record(BASIC, 2, vcpu=2, record=None, extent=0)

@@ -12,6 +12,7 @@ from tests.domain.saved import judge, judge_pipe
 from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
 from tests.writers.envelopes import ENVELOPES
+from tests.writers.stream import Stream
 from xenpv.abi.declare import Width
 from xenpv.domain import rules
 from xenpv.findings import RULES, Finding, Rule
@@ -72,12 +73,19 @@ def _made(case: Case) -> Domain:
     return domain
 
 
+def _broken(domain: Domain, case: Case) -> Stream:
+    stream = as_stream(domain, case.config)
+    if case.rewrite:
+        case.rewrite(stream)
+    return stream
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_what_breaks_is_named_with_its_place(tmp_path: Path, case: Case) -> None:
     good = as_stream(_made(case))
     domain = _made(case)
     where = case.spoil(domain)
-    bad = as_stream(domain, case.config)
+    bad = _broken(domain, case)
     file = tmp_path / "broken.save"
     file.write_bytes(bytes(good))
     assert not judge(file).found, "the domain is to be good before it is broken"
@@ -116,7 +124,7 @@ def _patch(file: Path, offset: int, data: bytes) -> None:
 def test_a_pipe_tells_the_same_as_a_file(tmp_path: Path, case: Case) -> None:
     domain = _made(case)
     case.spoil(domain)
-    data = bytes(as_stream(domain, case.config))
+    data = bytes(_broken(domain, case))
     file = tmp_path / "broken.save"
     file.write_bytes(data)
     assert judge_pipe(data).found == judge(file).found

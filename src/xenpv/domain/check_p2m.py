@@ -34,6 +34,9 @@ def _frames(saved: SavedDomain, findings: Findings) -> I64:
     record = saved.contents.p2m_record
     if record is None:
         return _NO_PLACES
+    if record.start_pfn % saved.p2m.entries_per_frame:
+        what = f"start pfn {record.start_pfn:#x} is within a p2m frame"
+        findings.add(rules.P2M_START, what, offset=record.offset, record=record.name)
     types = saved.frames.types(frames)
     beyond = frames > np.uint64(saved.contents.end_pfn)
     wrong = beyond | (types != PageType.NOTAB)
@@ -116,6 +119,9 @@ def _extent(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
     if saved.contents.end_pfn > anchors.max_pfn - 1:
         what = f"the p2m goes to pfn {saved.contents.end_pfn:#x}, shared info's max_pfn is {anchors.max_pfn:#x}"
         findings.add(rules.P2M_EXTENT, what, **place)
+    elif saved.contents.end_pfn < anchors.max_pfn - 1 and (saved.contents.end_pfn + 1) % saved.p2m.entries_per_frame:
+        what = f"the p2m ends within a frame, at pfn {saved.contents.end_pfn:#x}, shared info's max_pfn is "
+        findings.add(rules.P2M_EXTENT, what + f"{anchors.max_pfn:#x}", **place)
     if anchors.p2m_cr3 and anchors.p2m_generation & 1:
         what = f"p2m_generation {anchors.p2m_generation:#x} is odd: the p2m was being changed"
         findings.add(rules.P2M_GENERATION, what, **place)

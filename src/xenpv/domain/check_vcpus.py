@@ -31,6 +31,8 @@ def check_vcpus(saved: SavedDomain, findings: Findings, config: Config | None) -
             what = f"X86_PV_VCPU record vcpu_id ({vcpu}) exceeds domain max ({limit - 1}), says the configuration"
             first = next(r for r in (records.basic, records.extended, records.xsave, records.msrs) if r is not None)
             findings.add(rules.VCPU_COUNT, what, offset=first.offset, vcpu=vcpu)
+        if records.basic is None and vcpu and saved.contents.complete:
+            findings.add(rules.VCPU_BASIC, f"vcpu{vcpu} would not run: its basic state was not sent", vcpu=vcpu)
         if records.basic is not None:
             _Vcpu(saved, findings, vcpu, records.basic).check()
         if records.extended is not None:

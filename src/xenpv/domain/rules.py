@@ -13,6 +13,7 @@ _SOUND = "below the domain's end, of the right type, and with content"
 
 # --- what the restore path checks ------------------------------------------------------------------------------------
 VCPU0 = Rule("vcpu0-missing", "vcpu 0's basic state is in the stream", "update_vcpu_context()")
+VCPU_BASIC = Rule("vcpu-basic-missing", "a vcpu with other state has its basic state", "update_vcpu_context()")
 VCPU_COUNT = Rule("vcpu-count", "no vcpu is beyond what the configuration allows", "handle_x86_pv_vcpu_blob()")
 START_INFO = Rule("start-info", f"vcpu 0's suspend record is a pfn {_SOUND}", "process_start_info()")
 START_INFO_FRAMES = Rule(
@@ -58,6 +59,7 @@ VCPU_HANDLER = Rule(
 START_INFO_MAGIC = Rule("start-info-magic", "the suspend record is a start info page", "xen/include/public/xen.h")
 P2M_REPEATED = Rule("p2m-frame-repeated", "no two parts of the p2m share a frame", "else one overwrites the other")
 P2M_EXTENT = Rule("p2m-extent", "the p2m ends where shared info says", "arch-x86/xen.h arch_shared_info.max_pfn")
+P2M_START = Rule("p2m-start", "the p2m is sent from the start of a frame on", "write_x86_pv_p2m_frames()", WARNING)
 P2M_ANCHOR = Rule("p2m-anchor", "the guest's anchors lead to the frames that the stream names", "x86_pv_map_p2m()")
 P2M_GENERATION = Rule("p2m-generation", "p2m_generation is even: no change was under way", "arch-x86/xen.h")
 PAGE_MISSING = Rule("page-missing", "every pfn that the p2m maps is in the stream", "else the page is empty")
