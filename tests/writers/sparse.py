@@ -2,7 +2,7 @@
 
 For measuring what must not depend on them, such as `xenpv show`. By hand:
 
-    python -m tests.writers.sparse 100 /tmp/huge.save     # GiB, file
+    python -m tests.writers.sparse 100 huge.save     # GiB, file
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.writers.build import pv_domain
+from tests.writers.envelopes import config_json
 from tests.writers.stream import PAGE, RECORDS
 
 BATCH = 1024  # MAX_BATCH_SIZE of libxenguest
@@ -33,7 +34,8 @@ def write_sparse(path: Path, size: int = 100 << 30, *, envelope: str = "xl") -> 
     domain.entries = pages
     domain.p2m_pfns = np.arange(64, 64 + frames, dtype=np.uint64)
     domain.shared_info["arch"]["max_pfn"] = domain.start_info["nr_pages"] = pages
-    stream = domain.to_stream(envelope, batch=BATCH)
+    config = config_json(memory_kib=size >> 10) + b"\0" if envelope == "xl" else None
+    stream = domain.to_stream(envelope, batch=BATCH, config=config)
     behind = stream.find("PAGE_DATA", -1) + 1
     with path.open("wb") as file:
         file.writelines(piece.data for piece in stream[:behind])
