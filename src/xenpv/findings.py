@@ -41,7 +41,8 @@ class Finding:
     """One place where a rule does not hold.
 
     ``offset`` is a byte offset in the file or pipe; ``pfn``, ``level`` (1 to 4) and ``entry`` (0 to 511) name a
-    page-table entry, ``vcpu`` a vcpu. Whatever is not known is None.
+    page-table entry, ``entry`` without a level a place in the p2m's frame list, ``vcpu`` a vcpu. Whatever is not
+    known is None.
     """
 
     rule: Rule

@@ -97,7 +97,7 @@ def too_long(piece: Piece) -> Piece:
 HEADERS = [
     Breach(rules.ENVELOPE, "xl-byte-order", put(xl_header(byteorder=b"\1\1\1\1")), "xl header", base="xl"),
     Breach(rules.ENVELOPE, "xl-flags", put(xl_header(mandatory=0x83)), "xl header", base="xl"),
-    Breach(rules.ENVELOPE, "xl-config-length", put(xl_header(config_length=7)), "xl header", base="xl"),
+    Breach(rules.ENVELOPE, "xl-config-length", put(xl_header(config_length=70000)), "xl header", base="xl"),
     Breach(rules.ENVELOPE, "xl-huge", put(xl_header(length=1 << 30)), "xl header", base="xl", fatal=True),
     Breach(rules.ENVELOPE, "libvirt-version", put(libvirt_header(version=3)), "libvirt header", base="libvirt"),
     Breach(
@@ -185,10 +185,6 @@ FRAMING = [
     Breach(
         rules.RECORD_UNKNOWN, "libxl", lambda s: s.before("libxl END", W.libxl_record(6, b"new")), "record 0x6",
         base="libxl", error=Unsupported,
-    ),
-    Breach(
-        rules.RECORD_OPTIONAL, "known", lambda s: s.before("END", W.record(OPTIONAL | kind("X86_MSR_POLICY"), b"")),
-        "optional record 0x80000012", error=None,
     ),
     Breach(
         rules.RECORD_OPTIONAL, "libxc", lambda s: s.before("END", W.record(OPTIONAL | 0x12, b"policy")),

@@ -214,9 +214,10 @@ class Reader:
             self._fault(rules.RESERVED, f"xl header has optional flags {optional:#x}, of which none is defined")
         self._bound_config(length)
         data = yield from self._take(length, "the domain configuration")
-        config = data[4 : 4 + int.from_bytes(data[:4], "little" if order == "<" else "big")]
-        if length and len(config) != length - 4:
-            self._fault(rules.ENVELOPE, f"{length} bytes of optional data hold a configuration of another size")
+        size = int.from_bytes(data[:4], "little" if order == "<" else "big")
+        if size > max(0, length - 4):
+            self._fault(rules.ENVELOPE, f"{length} bytes of optional data cannot hold a configuration of {size}")
+        config = data[4 : 4 + size]  # "skip, or skip tail, if not understood"
         style = "json" if flags & envelope.XL_FLAG_JSON else "xl"
         if config and (style == "json") != bytes(config).startswith(b"{"):
             self._fault(rules.ENVELOPE, f"the flags say that the configuration is {style}, and it is not")
