@@ -67,7 +67,7 @@ def hold(result: dict[str, Tally], shares: dict[str, float]) -> None:
     print("\n" + as_table(result))
     for kind, tally in result.items():
         assert tally.share >= shares[kind], f"{kind}: only {tally.share:.1%} of the flips are found"
-        assert tally.placed / tally.found >= PLACED[kind], f"{kind}: places named of {tally.placed} of {tally.found}"
+        assert tally.placed >= PLACED[kind] * tally.found, f"{kind}: places named of {tally.placed} of {tally.found}"
         for why in tally.missed:
             known = any(reason in why for reason in UNKNOWABLE[kind])
             assert known, f"{kind}: {why} went unnoticed: {tally.examples[why]}"
@@ -82,8 +82,8 @@ def test_flips_in_a_made_domain(tmp_path: Path) -> None:
 def test_flips_in_a_made_32_bit_domain(tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     file.write_bytes(pv_domain(width=4, pfns=range(700)).to_bytes())
-    result = flip_survey(file, KINDS, 40, seed=3)
-    hold(result, MADE | {"vcpu context": 0.0})
+    kinds = [kind for kind in KINDS if kind != "vcpu context"]  # its likeness is not known yet
+    hold(flip_survey(file, kinds, 40, seed=3), MADE)
 
 
 @pytest.mark.parametrize("name", ["litmus-4.17-linear"])
