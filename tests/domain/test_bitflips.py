@@ -58,8 +58,8 @@ UNKNOWABLE = {
     "page list": (),
 }
 # Shares of found flips, and of those the share of which the place is named.
-MADE = {"page tables": 0.95, "p2m frame list": 0.95, "vcpu context": 0.75, "headers": 0.98, "page list": 1.0}
-REAL = {"page tables": 0.95, "p2m frame list": 0.95, "vcpu context": 0.75, "headers": 0.98, "page list": 1.0}
+MADE = {"page tables": 0.95, "p2m frame list": 0.95, "vcpu context": 0.75, "headers": 0.97, "page list": 1.0}
+REAL = {"page tables": 0.95, "p2m frame list": 0.95, "vcpu context": 0.75, "headers": 0.97, "page list": 1.0}
 PLACED = {"page tables": 0.98, "p2m frame list": 0.85, "vcpu context": 0.95, "headers": 0.90, "page list": 0.85}
 
 
