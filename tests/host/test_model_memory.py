@@ -115,6 +115,17 @@ def test_what_is_freed_comes_back_blank() -> None:
     again = host.populate_physmap(domid, pfns(120_000))
     assert np.isin(mfns, again).any()
     assert not host.map_frames(domid, again[np.isin(again, mfns)])[0].any()
+    host.mmu_update(domid, [(int(again[0]), 9, 1)])
+    assert np.count_nonzero(host.map_frames(domid, again[:1])[0]) == 1, "and so does memory that content was kept in"
+
+
+@pytest.mark.parametrize("order", [0, 9])
+def test_a_single_frame_is_not_its_own_pfn_either(order: int) -> None:
+    def first(pfn: int) -> int:
+        host = ModelHost(GIB)
+        return int(host.populate_physmap(host.create(max_pages=512), array(pfn), order)[0])
+
+    assert first(first(0)) != first(0)
 
 
 @pytest.mark.parametrize("touched", [False, True])
@@ -150,7 +161,9 @@ def test_the_m2p_says_what_the_owner_says() -> None:
 def test_domains_do_not_see_each_others_frames(width: Width) -> None:
     host = ModelHost(GIB)
     a, b = make(host, width, 64), make(host, width, 64)
-    assert not host.map_frames(a.domid, b.mfns)[1].any()
+    pages, mapped = host.map_frames(a.domid, b.mfns)
+    assert not pages.any()
+    assert not mapped.any()
     assert (host.page_types(a.domid, b.mfns) == PageType.XTAB).all()
     host.destroy(b.domid)
     assert (host.m2p(b.mfns) == np.uint64(NONE)).all()

@@ -126,6 +126,8 @@ def test_what_an_l1_may_map(flags: int) -> None:
     b.fill(1, {7: b.host.info(b.domid).shared_info_mfn << 12 | flags})
     b.pin(1, 1)
     check(b.host)
+    shared = array(b.host.info(b.domid).shared_info_mfn)
+    assert b.host.page_types(b.domid, shared).tolist() == [PageType.XTAB]
 
 
 def test_the_first_bad_entry_of_an_l1_is_the_answer() -> None:
@@ -301,6 +303,39 @@ def test_the_last_pae_l2_stands_once() -> None:
     check(b.host)
 
 
+def test_the_last_pae_l2_is_any_table_again_once_it_is_let_go() -> None:
+    b = bare(4)
+    pae(b)
+    b.pin(3, 3)
+    b.host.unpin(b.domid, b.mfns[3])
+    b.fill(2, {XEN_PAE_L2_FIRST: b.pte(1)})
+    b.pin(2, 2)
+    assert b.types(1) == [PageType.L1TAB]
+    b.host.mmu_update(b.domid, [(b.mfns[2], 511, 0)])
+    check(b.host)
+
+
+def test_pae_top_tables_are_not_linear() -> None:
+    b = bare(4)
+    b.fill(3, {0: b.pte(3, PTE_P), 3: b.pte(2, PTE_P)})
+    refused(lambda: b.pin(3, 3), errno.EINVAL)
+
+
+def test_linear_counts_go_with_their_domain() -> None:
+    b = bare()
+    b.pin(4, 4)
+    b.fill(5, {300: b.pte(4, READ_ONLY)})
+    b.pin(5, 4)
+    b.host.destroy(b.domid)
+    heir = b.host.create(max_pages=120_000)
+    mfns = b.host.populate_physmap(heir, pfns(120_000))
+    assert np.isin(array(b.mfns[4], b.mfns[5]), mfns).all()
+    again = Bare(b.host, heir, b.mfns)
+    again.pin(5, 4)
+    again.fill(4, {300: b.pte(5, READ_ONLY)})
+    again.pin(4, 4)
+
+
 def test_a_32_bit_domain_has_no_l4() -> None:
     b = bare(4)
     b.pin(4, 4)
@@ -333,6 +368,7 @@ def test_a_context_holds_its_tables_and_its_gdt(width: Width) -> None:
     assert host.vcpu_context(domid, 0) == context(made)
     assert host.page_types(domid, array(made.top)).tolist() == [4 if width == 8 else 3]
     refused(lambda: host.write_frames(domid, made.mfns[1:2], page({})), errno.EBUSY)
+    refused(lambda: host.mmu_update(domid, [(int(made.mfns[1]), 0, 0)]), errno.EINVAL)
     data = np.frombuffer(bytearray(context(made)), VCPU_GUEST_CONTEXT[width])
     data["user_regs"]["cs"] = 9
     host.set_vcpu_context(domid, 0, data.tobytes())

@@ -79,7 +79,6 @@ class PageTypes:
             except Refused:
                 rows.types[row] -= 1
                 rows.count[row] -= 1
-                rows.flags[row] = int(rows.flags[row]) & ~PAE_XEN_L2
                 raise
             rows.flags[row] |= VALIDATED
             return
@@ -95,7 +94,6 @@ class PageTypes:
         if rows.types[row] == 1 and 1 <= rows.type[row] <= 4:
             rows.flags[row] = int(rows.flags[row]) & ~VALIDATED
             self._demote(owner, mfn, int(rows.type[row]), pae_xen_l2=bool(rows.flags[row] & PAE_XEN_L2))
-            rows.flags[row] = int(rows.flags[row]) & ~PAE_XEN_L2
         rows.types[row] -= 1
         self._frames.drop(np.array([row]))
 
@@ -214,7 +212,6 @@ class PageTypes:
         _add(self._rows.count, rows)
         rows = rows[writable]
         self._rows.type[rows] = WRITABLE
-        self._rows.flags[rows] |= VALIDATED
         _add(self._rows.types, rows)
 
     def _unmap(self, ptes: U64) -> None:
