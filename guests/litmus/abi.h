@@ -104,7 +104,7 @@ struct shared_info {
     uint64_t p2m_cr3;                         /* 0: the next two are not valid */
     uint64_t p2m_vaddr;
     uint64_t p2m_generation;                  /* odd while the mapping of the list changes */
-    /* Not in Xen's headers: proposed on xen-devel in 2014 for trees of any depth. Xen's page has room and ignores it. */
+    /* Not in Xen's headers: proposed on xen-devel in 2014, for trees of any depth. Xen's page has room. */
     uint64_t p2m_levels, p2m_root;            /* valid if p2m_levels is not 0 and frame_list_list is ~0 */
 };
 FIELD(shared_info, evtchn_pending, 2048);

@@ -21,7 +21,6 @@ static void give_back(uint64_t pfn)
 {
     const uint64_t mfn = pfn_to_mfn(pfn);
     struct memory_reservation op = { .extents = &mfn, .nr_extents = 1, .domid = DOMID_SELF };
-    unmap_page(page_address(pfn));
     if (hypercall(HC_MEMORY_OP, XENMEM_DECREASE_RESERVATION, (uint64_t)&op, 0, 0) != 1)
         panic("decrease_reservation refused");
 }
@@ -35,6 +34,8 @@ void bad_init(void)
         return;
     }
     uint64_t pfn = allocate_pages(2);
+    /* A mapping of a frame that the p2m has lost would cost litmus the page table it is in, at the next save. */
+    unmap_page(page_address(pfn));
     if (options.bad == BAD_STALE) {
         give_back(pfn);
         print("bad stale pfn=0x%lx mfn=0x%lx", pfn, pfn_to_mfn(pfn));

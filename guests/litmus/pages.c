@@ -13,6 +13,7 @@
 
 static uint64_t boot_pages = ~0ul;            /* pfns below it are mapped at VIRT_BASE, the others at DIRECT_BASE */
 static uint64_t next_free;
+static uint64_t nr_pages;                     /* a restore makes start_info's the size of the p2m */
 static uint64_t low_end;                      /* what is below it stays where the builder put it */
 static uint64_t allocated;
 
@@ -55,7 +56,7 @@ uint64_t allocated_pages(void)
 
 static struct range place(uint64_t i)
 {
-    uint64_t moved = start_info->nr_pages - low_end;
+    const uint64_t moved = nr_pages - low_end;
     uint64_t pages = moved / options.places + (i < moved % options.places);
     uint64_t end = options.spread - (options.places - 1 - i) * (options.spread / options.places);
     return (struct range){ end - pages, end };
@@ -64,16 +65,16 @@ static struct range place(uint64_t i)
 /* More than what is allocated where memory is spread: leaves of the list and what lies above them, page tables. */
 static uint64_t needed_to_spread(void)
 {
-    uint64_t most = start_info->nr_pages / options.places + 1;
+    uint64_t most = nr_pages / options.places + 1;
     return options.places * (2 * (most / 512 + 2) + 8) + 512;
 }
 
 static void spread_init(struct range p2m)
 {
     low_end = MAX(MAX(p2m.end, boot_pages), next_free + needed_to_spread());
-    if (low_end + options.places > start_info->nr_pages)
+    if (low_end + options.places > nr_pages)
         panic("too little memory to spread");
-    if (place(0).first < start_info->nr_pages)
+    if (place(0).end > options.spread || place(0).first < low_end)
         panic("spread too small");
 }
 
@@ -85,13 +86,13 @@ static void map_direct(uint64_t first, uint64_t end)
 void pages_init(uint64_t boot_stack_end)
 {
     next_free = (boot_stack_end - VIRT_BASE) >> PAGE_SHIFT;
+    nr_pages = low_end = start_info->nr_pages;
     uint64_t pfn = next_free;
-    while (pfn < start_info->nr_pages && is_mapped(VIRT_BASE + (pfn << PAGE_SHIFT)))
+    while (pfn < nr_pages && is_mapped(VIRT_BASE + (pfn << PAGE_SHIFT)))
         pfn++;
     boot_pages = pfn;
     /* The builder's own tables for its list must not get a writable mapping, so that whole range gets none. */
     struct range p2m = builder_p2m();
-    low_end = start_info->nr_pages;
     if (options.spread)
         spread_init(p2m);
     if (p2m.first > boot_pages)
