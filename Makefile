@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
+RUNS   := $(VENV)/.runs
 READY  := $(VENV)/.ready
 
 .PHONY: demo test test-fast check lab lab-deps guests dist clean help
@@ -9,14 +10,18 @@ READY  := $(VENV)/.ready
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST)
 
-$(READY): pyproject.toml requirements-dev.txt
+$(RUNS): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "xenpv needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try: make PYTHON=python3.12 demo"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -e .
 	@touch $@
 
-demo: $(READY)   ## the main job: a real saved PV domain, shown and verified
+$(READY): $(RUNS) requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: $(RUNS)    ## the main job: a real saved PV domain, shown and verified
 	$(BIN)/xenpv demo
 
 check: $(READY)  ## style, types, layering
@@ -39,7 +44,7 @@ lab: $(READY) guests ## the tests on real Xen only
 	$(BIN)/python -m lab fetch
 	$(BIN)/pytest -q -m lab
 
-lab-deps: $(READY) ## install the programs that the lab needs (says what it does)
+lab-deps: $(RUNS) ## install the programs that the lab needs (says what it does)
 	$(BIN)/python -m lab deps
 
 dist: $(READY)   ## wheel and source distribution
