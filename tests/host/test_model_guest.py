@@ -32,6 +32,22 @@ def test_a_guest_reads_and_writes_its_memory(width: Width) -> None:
     assert pages.reshape(-1)[4000:9000].tobytes() == b"x" * 5000
 
 
+def test_any_piece_of_memory_is_written_and_no_more() -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, 8, 64)
+    expected = bytearray(8 * 4096)
+
+    def guest(view: GuestView) -> None:
+        for start in (0, 1, 4095, 4096, 5000):
+            for length in (0, 1, 95, 4095, 4096, 4097, 8192, 12000):
+                data = bytes([(start + length) % 255 + 1]) * length
+                view.write(made.vaddr(8) + start, data)
+                expected[start : start + length] = data
+                assert view.read(made.vaddr(8), len(expected)) == expected
+
+    host.run(made.domid, guest)
+
+
 @BOTH
 @pytest.mark.parametrize("write", [False, True])
 def test_what_is_not_mapped_faults(width: Width, write: bool) -> None:

@@ -43,11 +43,15 @@ class GuestView:
             return
         first, last = vaddr // PAGE_SIZE, (vaddr + len(data) - 1) // PAGE_SIZE
         mfns = self.translate(first * PAGE_SIZE, last - first + 1, write=True)
-        at, done = vaddr % PAGE_SIZE, 0
-        for mfn in mfns.tolist():
-            n = min(PAGE_SIZE - at, len(data) - done)
-            self._host.frames.page(mfn)[at : at + n] = np.frombuffer(data, np.uint8, n, done)
-            at, done = 0, done + n
+        head = min(-vaddr % PAGE_SIZE, len(data))
+        tail = (len(data) - head) % PAGE_SIZE
+        content = np.frombuffer(data, np.uint8)
+        if head:
+            self._host.frames.page(int(mfns[0]))[vaddr % PAGE_SIZE :][:head] = content[:head]
+        whole = mfns[1 if head else 0 : len(mfns) - (1 if tail else 0)]
+        self._host.frames.write(whole, content[head : len(content) - tail].reshape(-1, PAGE_SIZE))
+        if tail:
+            self._host.frames.page(int(mfns[-1]))[:tail] = content[len(content) - tail :]
         self._host.guest_wrote(self.domid, mfns)
 
     def translate(self, vaddr: int, pages: int = 1, *, write: bool = False) -> U64:
