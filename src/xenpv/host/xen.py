@@ -246,12 +246,19 @@ class _M2P:
 
     def lookup(self, mfns: U64) -> U64:
         inside: Mask = mfns < np.uint64(self._frames)
-        index = np.where(inside, mfns, np.uint64(0)).astype(np.int64)
+        everything = bool(inside.all())
+        index = (mfns if everything else np.where(inside, mfns, np.uint64(0))).astype(np.int64)
         chunks = index >> _CHUNK_SHIFT
-        for chunk in np.unique(chunks[self._state[chunks] == _UNKNOWN]):
-            self._map(int(chunk))
-        inside &= self._state[chunks] == _MAPPED
-        return np.where(inside, self._table[index], _ALL_ONES)
+        states = self._state[chunks]
+        unknown = states == _UNKNOWN
+        if unknown.any():
+            for chunk in np.unique(chunks[unknown]):
+                self._map(int(chunk))
+            states = self._state[chunks]
+        found: U64 = self._table[index]
+        if not everything or (states == _HOLE).any():
+            found[~inside | (states == _HOLE)] = _ALL_ONES
+        return found
 
     def _map(self, chunk: int) -> None:
         frames = self._extents[chunk] + np.arange(_CHUNK_PAGES, dtype=np.uint64)
