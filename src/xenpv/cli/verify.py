@@ -33,7 +33,12 @@ def _list_rules(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @click.option("--framing", is_flag=True, help="Check framing, order and records only; do not look into memory.")
 @click.option("--strict", is_flag=True, help="Take warnings for errors: exit 1 on any finding.")
 @click.option(
-    "--keep", default=20, show_default=True, metavar="N", help="Findings to show of each rule; all are counted."
+    "--keep",
+    type=click.IntRange(min=0),
+    default=20,
+    show_default=True,
+    metavar="N",
+    help="Findings to show of each rule; all are counted.",
 )
 @click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit status is the answer.")
 @click.option("--list-rules", is_flag=True, is_eager=True, expose_value=False, callback=_list_rules,
