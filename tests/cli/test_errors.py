@@ -1,0 +1,230 @@
+"""Bad input: one sentence that names offset and record, exit status 1, nothing else. Wrong usage: 64. A bug: 70."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import os
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import Ran, xenpv
+from tests.writers.build import pv_domain
+from tests.writers.envelopes import libvirt_header, xenopsd_section, xenopsd_signature
+from tests.writers.stream import PAGE, Stream, Wire
+
+WIRE = Wire()
+VERBS: list[list[object]] = [["show"], ["verify"], ["verify", "--framing"], ["p2m"], ["walk", 0], ["read", 0, 16]]
+
+
+def try_verb(verb: list[object], file: object, stdin: bytes | None = None) -> Ran:
+    options = [arg for arg in verb[1:] if str(arg).startswith("-")]
+    rest = [arg for arg in verb[1:] if not str(arg).startswith("-")]
+    return xenpv(verb[0], *options, file, *rest, stdin=stdin)
+
+
+def fails_in_a_sentence(ran: Ran) -> str:
+    """That it ended with 1, and said so in one line on standard error and no other word. Gives the line."""
+    assert ran.code == 1, ran
+    assert ran.raw == b""
+    assert ran.err.startswith("xenpv: error: ")
+    assert ran.err.count("\n") == 1
+    assert ran.err.endswith("\n")
+    assert "Traceback" not in ran.err
+    return ran.err
+
+
+# --- what is no stream at all ----------------------------------------------------------------------------------------
+
+GOOD = pv_domain(pfns=range(40), user=False)
+NO_STREAM: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "the input is empty (at 0x0)"),
+    "gzip": (gzip.compress(GOOD.to_bytes(), 1), "compressed with gzip; unpack it into a pipe: gzip -dc"),
+    "xz": (lzma.compress(bytes(500)), "compressed with xz; unpack it into a pipe: xz -dc"),
+    "bzip2": (bz2.compress(bytes(500)), "compressed with bzip2; unpack it into a pipe: bzip2 -dc"),
+    "zstd": (b"\x28\xb5\x2f\xfd" + bytes(60), "compressed with zstd; unpack it into a pipe: zstd -dc"),
+    "lz4": (b"\x04\x22\x4d\x18" + bytes(60), "compressed with lz4; unpack it into a pipe: lz4 -dc"),
+    "elf": (b"\x7fELF" + bytes(60), "an ELF file (a kernel or a core), not a saved domain"),
+    "text": (b"This is no stream at all, whatever its name may say.", "is not a saved Xen domain"),
+    "zeroes": (bytes(4096), "is not a saved Xen domain"),
+    "legacy, 64 bit": (struct.pack("<QQ", 0x6000, (1 << 64) - 1) + bytes(40), "legacy (v1) stream of a 64-bit"),
+    "legacy, 32 bit": (struct.pack("<IIQ", 0x6000, (1 << 32) - 1, 40) + bytes(40), "legacy (v1) stream of a 32-bit"),
+    "legacy xenopsd": (b"XenSavedDomain\n" + bytes(60), "legacy xenopsd suspend image"),
+    "legacy libvirt": (libvirt_header(version=1).data + bytes(60), "legacy stream format"),
+    "legacy in xenopsd": (
+        xenopsd_signature().data + xenopsd_section(0x00F2, bytes(32)).data,
+        "a suspend image with a legacy libxc stream",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(map(str, verb)))
+@pytest.mark.parametrize("kind", NO_STREAM)
+def test_what_is_no_stream(tmp_path: Path, kind: str, verb: list[object]) -> None:
+    data, sentence = NO_STREAM[kind]
+    file = tmp_path / "file"
+    file.write_bytes(data)
+    assert sentence in fails_in_a_sentence(try_verb(verb, file))
+    assert sentence in fails_in_a_sentence(try_verb(verb, "-", stdin=data))
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(map(str, verb)))
+def test_paths(tmp_path: Path, verb: list[object]) -> None:
+    assert f"{tmp_path}: is a directory" in fails_in_a_sentence(try_verb(verb, tmp_path))
+    nothing = tmp_path / "nothing"
+    assert f"{nothing}: No such file or directory" in fails_in_a_sentence(try_verb(verb, nothing))
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **more: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("xenpv.domain.input.os.open", refuse)
+    assert f"{tmp_path / 'file'}: Permission denied" in fails_in_a_sentence(xenpv("verify", tmp_path / "file"))
+
+
+def test_a_disk_that_fails_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    file = tmp_path / "file"
+    file.write_bytes(GOOD.to_bytes())
+    monkeypatch.setattr("xenpv.domain.input.os.pread", fail)
+    assert "Input/output error" in fails_in_a_sentence(xenpv("show", file))
+
+
+def test_a_fifo_with_a_name(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=lambda: fifo.write_bytes(GOOD.to_bytes()), daemon=True)
+    writer.start()
+    assert xenpv("verify", fifo).code == 0
+    writer.join(10)
+
+
+# --- streams with something wrong ------------------------------------------------------------------------------------
+
+
+def le32(value: int) -> bytes:
+    return value.to_bytes(4, "little")
+
+
+BROKEN: dict[str, tuple[Callable[[Stream], object], str, str]] = {
+    "length lies": (lambda s: s.patch("X86_PV_P2M_FRAMES", 4, le32(1 << 20)), "X86_PV_P2M_FRAMES", "needs 1048576"),
+    "record too large": (lambda s: s.patch("X86_PV_P2M_FRAMES", 4, le32(0x0800_0001)), "X86_PV_P2M_FRAMES", "exceeds"),
+    "pages too large": (lambda s: s.patch("PAGE_DATA", 4, le32(0xFFFF_FFFF)), "PAGE_DATA", "exceeds max"),
+    "pfn beyond the limit": (
+        lambda s: s.patch("PAGE_DATA", 16, (1 << 40).to_bytes(8, "little")), "PAGE_DATA",
+        "pfn 0x10000000000 (index 0) outside domain maximum 0x28",
+    ),
+    "unknown record": (lambda s: s.before("END", WIRE.record(0x55, b"12345678")), "record 0x55", "unknown type 0x55"),
+    "marker": (lambda s: s.patch("image header", 0, b"\0"), "image header", "Invalid marker"),
+    "version": (lambda s: s.patch("image header", 15, b"\7"), "image header", "Invalid Version: Expected 2 <="),
+    "page size": (lambda s: s.patch("domain header", 4, b"\x10"), "domain header", "page shift 16"),
+    "vcpu size": (lambda s: s.replace("X86_PV_VCPU_BASIC", WIRE.vcpu_basic(0, bytes(5160))), "X86_PV_VCPU_BASIC",
+                  "expected 5168 bytes, got 5160"),
+    "order": (lambda s: s.drop("X86_PV_P2M_FRAMES"), "PAGE_DATA", "PAGE_DATA before X86_PV_P2M_FRAMES"),
+    "nothing of it": (lambda s: s.drop("PAGE_DATA").drop("SHARED_INFO"), "X86_PV_VCPU_BASIC", "before PAGE_DATA"),
+    "pages missing": (
+        lambda s: s.patch("PAGE_DATA", 4, le32(8 + 40 * 8 + 39 * PAGE)), "PAGE_DATA", "PAGE_DATA record wrong size"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_stream(tmp_path: Path, kind: str) -> None:
+    spoil, record, why = BROKEN[kind]
+    stream = GOOD.to_stream()
+    spoil(stream)
+    at = {piece.name: stream.offset(piece.name) for piece in stream}
+    file = tmp_path / "file"
+    file.write_bytes(bytes(stream))
+    for verb in VERBS:
+        if verb[0] == "verify":
+            for ran in (try_verb(verb, file), try_verb(verb, "-", stdin=bytes(stream))):
+                assert (ran.code, ran.err) == (1, "")
+                line = next(line for line in ran.out.splitlines() if why in line)
+                assert f"{record}" in line
+                assert "(offset 0x" in line
+        else:
+            sentence = fails_in_a_sentence(try_verb(verb, file))
+            assert why in sentence
+            assert record in sentence
+            assert "(at 0x" in sentence
+            if record in at:
+                assert f"(at {at[record]:#x}" in sentence
+
+
+@pytest.mark.parametrize("envelope", ["xl", "libvirt", "xenopsd", "libxc"])
+def test_truncation_at_any_byte(tmp_path: Path, envelope: str) -> None:
+    stream = GOOD.to_stream(envelope)
+    data = bytes(stream)
+    cuts, at = set(range(1, 200)), 0
+    for piece in stream:
+        at += len(piece.data)
+        cuts |= {at - 1, at, at + 1, at + 7, at + 9}
+    file = tmp_path / "cut"
+    for cut in sorted(cut for cut in cuts if cut < len(data)):
+        file.write_bytes(data[:cut])
+        sentence = fails_in_a_sentence(xenpv("show", file))
+        assert "(at 0x" in sentence
+        ran = xenpv("verify", "--framing", file)
+        assert ran.code == 1
+        assert "Traceback" not in ran.err
+        assert ran.err.count("\n") <= 1
+
+
+def test_a_configuration_that_claims_gigabytes(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(GOOD.to_stream().patch("xl header", 44, le32(1 << 31))))
+    assert "xl header" in fails_in_a_sentence(xenpv("show", file))
+
+
+# --- usage, and bugs of ours -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["frobnicate"], ["verify"], ["verify", "--frobnicate", "x"], ["walk", "x"], ["walk", "x", "nonsense"],
+     ["read", "x", "0"], ["show", "x", "y"], ["read", "--vcpu", "one", "x", "0", "0"]],
+)  # fmt: skip
+def test_usage(args: list[str]) -> None:
+    ran = xenpv(*args)
+    assert ran.code == 64
+    assert ran.raw == b""
+    assert "Usage: xenpv" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_no_verb_shows_the_help() -> None:
+    ran = xenpv()
+    assert ran.code in {0, 64}
+    assert "verify" in ran.out + ran.err
+
+
+def test_a_bug_is_called_one(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **more: object) -> None:
+        raise ZeroDivisionError("one and only")
+
+    monkeypatch.setattr("xenpv.stream.contents.Contents.see", fail)
+    for verb in (["show"], ["verify"], ["p2m"]):
+        ran = xenpv(*verb, good)
+        assert ran.code == 70
+        assert "Traceback" in ran.err
+        assert "ZeroDivisionError: one and only" in ran.err
+        assert ran.err.splitlines()[-1] == "xenpv: this is a bug of xenpv's; please report it with the lines above"
+
+
+def test_an_interrupt_is_no_bug(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*args: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xenpv.stream.contents.Contents.see", interrupt)
+    ran = xenpv("show", good)
+    assert ran.code == 130
+    assert "Traceback" not in ran.err

@@ -1,0 +1,252 @@
+"""xenpv p2m, walk and read, against the domain as it was made; and xenpv demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import xenpv
+from tests.writers.build import USER_VADDR, pv_domain
+from tests.writers.domain import Domain
+
+PAGE = 4096
+
+
+# --- p2m -------------------------------------------------------------------------------------------------------------
+
+
+def test_p2m(good: Path, domain: Domain) -> None:
+    ran = xenpv("p2m", good)
+    assert (ran.code, ran.err) == (0, "")
+    holes = domain.entries - len(domain.pages)
+    for text in (
+        f"{good}: linear virtual list and three-level tree",
+        f"pfns 0 to {domain.entries - 1:#x}",
+        f"in {len(domain.p2m_pfns)} frames of 512 entries",
+        f"{len(domain.pages)} pages, {holes} holes",
+        f"frame list list at mfn {domain.mfns[domain.places.tree_top]:#x} of the old host",
+        f"{domain.p2m_vaddr:#x}, cr3 {domain.cr3(domain.mfns[domain.places.top]):#x} of the old host, generation 4",
+    ):
+        assert text in ran.out, text
+    assert "frame 0" not in ran.out
+
+
+def test_p2m_frames(good: Path, domain: Domain) -> None:
+    lines = xenpv("p2m", "--frames", good).out.splitlines()[-len(domain.p2m_pfns) :]
+    for i, (line, pfn) in enumerate(zip(lines, domain.p2m_pfns, strict=True)):
+        assert line.split()[:4] == ["frame", str(i), "pfn", f"{int(pfn):#x}"]
+    assert lines[-1].endswith(f"to {domain.entries - 1:#x}")
+
+
+def test_p2m_lookup(good: Path, domain: Domain) -> None:
+    wanted = [0, 600, 601, domain.entries - 1, 1 << 33]
+    args = [arg for pfn in wanted for arg in ("--lookup", hex(pfn))]
+    lines = xenpv("p2m", *args, good).out.splitlines()[-len(wanted) :]
+    assert lines == [
+        f"pfn=0x0 ==> mfn={domain.mfns[0]:#x} (type NOTAB)",
+        f"pfn=0x258 ==> mfn={domain.mfns[600]:#x} (type NOTAB)",
+        "pfn=0x259 ==> mfn=INVALID_MFN (type absent)",
+        f"pfn={domain.entries - 1:#x} ==> mfn=INVALID_MFN (type XTAB)",
+        "pfn=0x200000000 ==> mfn=INVALID_MFN (type absent)",
+    ]
+
+
+def test_p2m_json(good: Path, domain: Domain) -> None:
+    d = xenpv("p2m", "--json", "--lookup", 600, "--lookup", 601, good).json
+    assert d["frame_pfns"] == domain.p2m_pfns.tolist()
+    assert (d["entries"], d["max_pfn"], d["entries_per_frame"]) == (domain.entries, domain.entries, 512)
+    assert d["populated"] + d["holes"] == d["entries"]
+    assert d["p2m_vaddr"] == domain.p2m_vaddr
+    assert d["lookup"] == [
+        {"pfn": 600, "mfn": domain.mfns[600], "type": "NOTAB"},
+        {"pfn": 601, "mfn": None, "type": "absent"},
+    ]
+
+
+def test_p2m_of_a_tree_only(tmp_path: Path) -> None:
+    file = tmp_path / "tree"
+    file.write_bytes(pv_domain(width=4, tree=True, linear=False).to_bytes())
+    out = xenpv("p2m", file).out
+    assert "three-level tree" in out
+    assert "frames of 1024 entries" in out
+    assert "list   " not in out
+
+
+# --- walk ------------------------------------------------------------------------------------------------------------
+
+
+def test_walk(good: Path, domain: Domain) -> None:
+    vaddr = domain.vaddrs[600] + 0x123
+    ran = xenpv("walk", good, hex(vaddr))
+    assert (ran.code, ran.err) == (0, "")
+    steps = domain.walk(vaddr)
+    for step in steps:
+        row = next(line for line in ran.out.splitlines() if line.split()[:1] == [f"L{step.level}"])
+        assert row.split()[1] == f"{step.table:#x}"
+        assert row.split()[3] == str(step.entry)
+        assert row.split()[4] == f"{step.pte:#018x}"
+    assert f"{vaddr:#x} is pfn 0x258 (NOTAB), offset 0x123" in ran.out
+
+
+def test_walk_as_json(good: Path, domain: Domain) -> None:
+    vaddr = domain.vaddrs[domain.places.top]
+    d = xenpv("walk", "--json", good, vaddr).json
+    assert (d["vaddr"], d["pfn"], d["fault"]) == (vaddr, domain.places.top, None)
+    assert [(s["level"], s["table_pfn"], s["entry"], s["pte"]) for s in d["steps"]] == [
+        tuple(step) for step in domain.walk(vaddr)
+    ]
+    assert [s["type"] for s in d["steps"]] == ["L4TAB_PIN", "L3TAB", "L2TAB", "L1TAB"]
+    assert d["steps"][-1]["flags"] == "P|US|A|D|NX", "a page table is mapped read-only"
+
+
+@pytest.mark.parametrize(
+    ("vaddr", "why"),
+    [
+        ("0xffff800000000000", "L4[256] is Xen's own slot, which no stream has"),
+        ("0x0000900000000000", "not a canonical address"),
+        ("0xffffa00000000000", "L4[320] of pfn"),
+    ],
+)
+def test_walk_of_what_is_not_mapped(good: Path, vaddr: str, why: str) -> None:
+    ran = xenpv("walk", good, vaddr)
+    assert ran.code == 1
+    assert f"{int(vaddr, 0):#x} is not mapped" in ran.out
+    assert why in ran.out
+    as_json = xenpv("walk", "--json", good, vaddr)
+    assert as_json.code == 1
+    assert as_json.json["pfn"] is None
+    assert why in as_json.json["fault"]
+
+
+def test_walk_through_other_tables(good: Path, domain: Domain) -> None:
+    user = xenpv("walk", "--user", "--json", good, hex(USER_VADDR)).json
+    assert user["steps"][0]["table_pfn"] == domain.places.user_top
+    assert user["pfn"] == domain.places.user
+    assert xenpv("walk", "--vcpu", 1, good, domain.vaddrs[0]).code == 0
+    top = xenpv("walk", "--top", hex(domain.places.user_top), "--json", good, USER_VADDR).json
+    assert top["steps"] == user["steps"]
+    assert xenpv("walk", "--top", "0x7777", good, USER_VADDR).code == 1
+
+
+# --- read ------------------------------------------------------------------------------------------------------------
+
+
+def content(domain: Domain, at: int, length: int) -> bytes:
+    """Bytes of the kernel's mapping of all memory, in virtual order."""
+    return b"".join(bytes(domain.pages[pfn]) for pfn in domain.vaddrs)[at : at + length]
+
+
+@pytest.mark.parametrize(("at", "length"), [(0, 1), (5, 4096), (98 * PAGE + 100, 3 * PAGE), (0, 102 * PAGE)])
+def test_read_raw_is_the_content(good: Path, domain: Domain, at: int, length: int) -> None:
+    base = min(domain.vaddrs.values())
+    ran = xenpv("read", "--raw", good, hex(base + at), length)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.raw == content(domain, at, length)
+
+
+def test_read_more_than_is_read_at_once(tmp_path: Path) -> None:
+    domain = pv_domain(pfns=range(700))
+    file = tmp_path / "made"
+    file.write_bytes(domain.to_bytes())
+    length = 650 * PAGE
+    assert length > 2 << 20
+    whole = b"".join(bytes(domain.pages[pfn]) for pfn in range(700))
+    assert xenpv("read", "-p", "--raw", file, 10, length).raw == whole[10 : 10 + length]
+    base = min(domain.vaddrs.values())
+    assert xenpv("read", "--raw", file, base + 7, length).raw == whole[7 : 7 + length]
+
+
+def test_read_as_hex(good: Path, domain: Domain) -> None:
+    base = min(domain.vaddrs.values())
+    data = content(domain, 8, 40)
+    lines = xenpv("read", good, hex(base + 8), 40).out.splitlines()
+    assert len(lines) == 3
+    assert b"".join(bytes.fromhex(line[18:66].replace(" ", "")) for line in lines) == data
+    assert [int(line[:16], 16) for line in lines] == [base + 8, base + 24, base + 40]
+    text = "".join(chr(b) if 32 <= b < 127 else "." for b in data[:16])
+    assert lines[0].endswith(f"|{text}|")
+
+
+def test_read_pseudo_physical(good: Path, domain: Domain) -> None:
+    for pfn in (3, 600):
+        assert xenpv("read", "--physical", "--raw", good, pfn * PAGE, "4K").raw == bytes(domain.pages[pfn])
+
+
+def test_read_through_other_tables(good: Path, domain: Domain) -> None:
+    page = bytes(domain.pages[domain.places.user])
+    for option in (["--user"], ["--vcpu", "1"], ["--top", str(domain.places.user_top)]):
+        assert xenpv("read", "--raw", *option, good, hex(USER_VADDR), 16).raw == page[:16]
+
+
+def test_read_across_a_hole(good: Path, domain: Domain) -> None:
+    end = max(domain.vaddrs.values()) + PAGE
+    ran = xenpv("read", good, hex(end - 16), 32)
+    assert ran.code == 1
+    assert ran.err.count("\n") == 1
+    assert f"{end:#x}: L1[" in ran.err
+    assert xenpv("read", "-p", good, 101 * PAGE - 16, 32).err == "xenpv: error: pfn 0x64 is not in the stream\n"
+
+
+def test_read_nothing(good: Path) -> None:
+    ran = xenpv("read", good, 0, 0)
+    assert (ran.code, ran.raw, ran.err) == (0, b"", "")
+
+
+def test_a_pipe(good: Path, domain: Domain) -> None:
+    """Page tables are kept of a pipe, and so is the p2m; that other memory was let go is said."""
+    data = good.read_bytes()
+    assert xenpv("p2m", "--json", "-", stdin=data).json == xenpv("p2m", "--json", good).json
+    vaddr = domain.vaddrs[600]
+    assert xenpv("walk", "--json", "-", vaddr, stdin=data).json == xenpv("walk", "--json", good, vaddr).json
+    table = domain.vaddrs[domain.places.top]
+    assert xenpv("read", "--raw", "-", table, 4096, stdin=data).raw == bytes(domain.pages[domain.places.top])
+    ran = xenpv("read", "--raw", "-", domain.vaddrs[domain.places.text], 4096, stdin=data)
+    assert ran.code == 1
+    assert "was not kept" in ran.err
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", [["p2m"], ["walk", 0], ["read", 0, 16]])
+def test_an_hvm_domain_has_none_of_this(hvm: Path, verb: list[object]) -> None:
+    ran = xenpv(verb[0], hvm, *verb[1:])
+    assert ran.code == 1
+    assert ran.raw == b""
+    assert ran.err == (
+        f"xenpv: error: {hvm}: an HVM domain; this needs a PV domain, whose page tables and p2m are in the stream\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [(["--vcpu", 7], "vcpu 7 is not in the stream (has: 0)"), (["--user"], "vcpu 0 has no user page tables")],
+)
+def test_tables_that_are_not_there(tmp_path: Path, options: list[object], why: str) -> None:
+    file = tmp_path / "made"
+    file.write_bytes(pv_domain(user=False).to_bytes())
+    for verb in (["walk", *options, file, 0], ["read", *options, file, 0, 1]):
+        ran = xenpv(*verb)
+        assert ran.code == 1
+        assert why in ran.err
+
+
+@pytest.mark.parametrize("number", ["zero", "0x", "-1", "1P", hex(1 << 64), "", "1.5K", "K"])
+def test_what_is_no_number(good: Path, number: str) -> None:
+    ran = xenpv("read", "--", good, 0, number)
+    assert ran.code == 64
+    assert "LENGTH" in ran.err
+
+
+@pytest.mark.parametrize(("text", "value"), [("0x10", 16), ("16", 16), ("1k", 1024), ("2K", 2048), ("0X1_0", 16)])
+def test_numbers(good: Path, text: str, value: int) -> None:
+    assert len(xenpv("read", "-p", "--raw", good, 0, text).raw) == value
+
+
+def test_demo() -> None:
+    ran = xenpv("demo")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith("PV domain")
+    assert "demo.save: restores, as far as can be told without doing it" in ran.out
+    assert "Next, on a file of your own:" in ran.out

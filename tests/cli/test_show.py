@@ -1,0 +1,138 @@
+"""xenpv show: what a file is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import xenpv
+from tests.writers.build import pv_domain
+from tests.writers.domain import Domain
+from tests.writers.envelopes import ENVELOPES
+from tests.writers.stream import RECORDS
+
+
+def test_what_it_says(good: Path, domain: Domain) -> None:
+    ran = xenpv("show", good)
+    assert (ran.code, ran.err) == (0, "")
+    tables = sum(domain.is_table(pfn) for pfn in domain.types)
+    for text in (
+        'PV domain "made", 64-bit with 4 levels of page tables, saved by Xen 4.17, complete',
+        "8d1c2f6e-3f0a-4c5b-9a77-0123456789ab",
+        f"{len(domain.pages) - tables} NOTAB",
+        "linear virtual list and three-level tree",
+        f"pfns 0 to {domain.entries - 1:#x} in {len(domain.p2m_pfns)} frames",
+        f"xenstore pfn {domain.places.store:#x}, console pfn {domain.places.console:#x}",
+        "console=hvc0",
+    ):
+        assert text in ran.out, text
+    assert "Records" not in ran.out
+
+
+def test_json_has_all_facts(good: Path, domain: Domain) -> None:
+    d = xenpv("show", "--json", good).json
+    assert (d["file"], d["size"], d["envelope"]) == (str(good), good.stat().st_size, "xl")
+    assert (d["domain_type"], d["width"], d["levels"], d["xen"]) == ("PV", 8, 4, "4.17")
+    assert (d["complete"], d["trailing_bytes"], d["stream_version"]) == (True, 0, 3)
+    assert d["memory_in_stream"] == len(domain.pages) * 4096
+    assert d["entries_sent"] == len(domain.types)
+    assert d["config"]["name"] == "made"
+    assert d["config"]["max_vcpus"] == 2
+    assert d["p2m"]["end_pfn"] == domain.entries - 1
+    assert d["p2m"]["max_pfn"] == domain.entries
+    assert d["p2m"]["p2m_vaddr"] == domain.p2m_vaddr
+    assert d["start_info"] == {
+        "pfn": domain.places.start_info,
+        "nr_pages": len(domain.pages),
+        "store_pfn": domain.places.store,
+        "console_pfn": domain.places.console,
+        "cmd_line": "console=hvc0",
+    }
+    assert [v["vcpu"] for v in d["vcpus"]] == [0, 1]
+    for vcpu in d["vcpus"]:
+        regs = domain.vcpus[vcpu["vcpu"]]["user_regs"]
+        assert (vcpu["ip"], vcpu["sp"], vcpu["cs"]) == (int(regs["rip"]), int(regs["rsp"]), 0xE033)
+        assert (vcpu["cr3_pfn"], vcpu["user_cr3_pfn"]) == (domain.places.top, domain.places.user_top)
+        assert vcpu["mode"] == "kernel"
+        assert vcpu["records"] == ["basic", "extended", "xsave", "msrs"]
+    stream = domain.to_stream()
+    listed = {r["name"]: r["offset"] for r in reversed(d["records"])}
+    for name in RECORDS:
+        if any(piece.name == name for piece in stream):
+            assert listed[name] == stream.offset(name)
+    pages = next(r for r in d["records"] if r["name"] == "PAGE_DATA")
+    assert (pages["count"], pages["pages"]) == (2, len(domain.pages))
+
+
+def test_verbose_lists_the_records_and_the_configuration(good: Path, domain: Domain) -> None:
+    out = xenpv("show", "-v", good).out
+    for name in ("image header", "PAGE_DATA", "X86_PV_VCPU_XSAVE", "libxl END", '"max_memkb"'):
+        assert name in out
+    assert f"{domain.to_stream().offset('SHARED_INFO'):#x}" in out
+
+
+def test_a_line_is_not_broken_where_nobody_looks_at_a_terminal(good: Path, domain: Domain) -> None:
+    """Addresses that were folded over two lines of a table could not be searched for."""
+    rip = int(domain.vcpus[0]["user_regs"]["rip"])
+    assert f"{rip:#x}" in xenpv("show", good).out
+
+
+@pytest.mark.parametrize("envelope", ENVELOPES)
+@pytest.mark.parametrize("version", [2, 3])
+def test_every_envelope(tmp_path: Path, envelope: str, version: int) -> None:
+    file = tmp_path / "made"
+    file.write_bytes(pv_domain(width=4).to_bytes(envelope, version=version))
+    ran = xenpv("show", file)
+    assert ran.code == 0
+    assert "32-bit with 3 levels" in ran.out
+    assert f"{envelope}, libxc stream version {version}" in ran.out
+    d = xenpv("show", "--json", file).json
+    assert (d["envelope"], d["width"]) == (envelope, 4)
+    assert (d["config"] is None) == (envelope in {"libxl", "libxc"})
+
+
+def test_hvm(hvm: Path) -> None:
+    ran = xenpv("show", hvm)
+    assert ran.code == 0
+    assert ran.out.startswith('HVM domain "made", saved by Xen 4.17, complete')
+    d = xenpv("show", "--json", hvm).json
+    assert d["domain_type"] == "HVM"
+    assert d["hvm"]["params"]["17"] == 0xFEFFF
+    assert d["pages"] == {"NOTAB": 15, "XALLOC": 1}
+
+
+def test_a_pipe(good: Path) -> None:
+    ran = xenpv("show", "--json", "-", stdin=good.read_bytes())
+    assert ran.code == 0
+    assert ran.json | {"file": str(good)} == xenpv("show", "--json", good).json
+
+
+def test_trailing_bytes_and_repeats_are_told(tmp_path: Path) -> None:
+    domain = pv_domain()
+    stream = domain.to_stream()
+    stream.after("PAGE_DATA", stream[stream.find("PAGE_DATA")], nth=-1)
+    file = tmp_path / "again"
+    file.write_bytes(bytes(stream) + b"12345")
+    out = xenpv("show", file).out
+    assert "5 bytes follow the end of the stream" in out
+    assert "161 sent, 64 of them again later" in out
+
+
+def test_a_checkpointed_stream(tmp_path: Path) -> None:
+    file = tmp_path / "remus"
+    file.write_bytes(bytes(pv_domain().to_checkpointed(rounds=3)))
+    assert xenpv("show", "--json", file).json["checkpoints"] == 3
+
+
+def test_start_info_that_is_none(tmp_path: Path) -> None:
+    domain = pv_domain()
+    domain.vcpus[0]["user_regs"]["rdx"] = domain.places.text
+    file = tmp_path / "made"
+    file.write_bytes(domain.to_bytes())
+    assert "not a start info page" in xenpv("show", file).out
+    domain.vcpus[0]["user_regs"]["rdx"] = 0x1234567
+    file.write_bytes(domain.to_bytes())
+    ran = xenpv("show", file)
+    assert ran.code == 0
+    assert "pfn 0x1234567 is not in the stream" in ran.out

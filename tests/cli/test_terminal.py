@@ -1,0 +1,181 @@
+"""What reaches the terminal: nothing hostile, nothing at a broken pipe, and help that helps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import xenpv
+from tests.writers.build import pv_domain
+from tests.writers.envelopes import config_json
+from xenpv.cli.main import main
+from xenpv.cli.terminal import printable, size
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2Jname\u202egpj\r\x08\x7f\x9b31m"
+COMMAND = [sys.executable, "-c", "from xenpv.cli.main import run; run()"]
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    domain = pv_domain()
+    domain.start_info["cmd_line"] = ("console=hvc0 " + HOSTILE).encode()
+    file = tmp_path / "hostile.save"
+    stream = domain.to_stream(config=config_json(name=HOSTILE, memory_kib=4 * len(domain.pages)) + b"\x1b[31m\0")
+    file.write_bytes(bytes(stream))
+    return file
+
+
+@pytest.mark.parametrize(
+    "args", [["show"], ["show", "-v"], ["show", "--json"], ["verify"], ["verify", "--json"], ["p2m"], ["p2m", "--json"]]
+)
+def test_control_characters_in_a_file_stay_there(hostile: Path, args: list[str]) -> None:
+    ran = xenpv(*args, hostile)
+    assert ran.code == 0
+    said = ran.out + ran.err
+    assert not [c for c in said if c != "\n" and not c.isprintable()]
+    if args[0] == "show":
+        assert "gpj" in said
+
+
+@pytest.mark.parametrize("ident", [b"\x1b[31mXYZ", b"\r\n\0\x07ABCD"])
+def test_control_characters_in_a_header_stay_there(tmp_path: Path, ident: bytes) -> None:
+    file = tmp_path / "hostile"
+    file.write_bytes(bytes(pv_domain().to_stream().patch("libxl header", 0, ident)))
+    for verb in ("show", "verify"):
+        ran = xenpv(verb, file)
+        assert ran.code == 1
+        assert "expected LibxlFmt" in ran.out + ran.err
+        assert not [c for c in ran.out + ran.err if c != "\n" and not c.isprintable()]
+
+
+def test_memory_as_hex_shows_no_control_characters(hostile: Path) -> None:
+    ran = xenpv("read", "-p", hostile, 0x1000, 0x1000)
+    assert ran.code == 0
+    assert not [c for c in ran.out if c != "\n" and not c.isprintable()]
+
+
+def test_printable() -> None:
+    assert printable("Grüße, 世界\n") == "Grüße, 世界\n"
+    assert printable("a\x1b[2J\x9b\u202eb\ud800") == "a?[2J??b?"
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (96 << 20, "96.0 MiB"), (3 << 40, "3.0 TiB")],
+)
+def test_size(n: int, text: str) -> None:
+    assert size(n) == text
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+VERBS = sorted(main.list_commands(None))  # type: ignore[arg-type]  # it needs no context
+
+
+def test_help_lists_the_verbs() -> None:
+    for option in ("--help", "-h"):
+        ran = xenpv(option)
+        assert ran.code == 0
+        for verb in VERBS:
+            assert verb in ran.out
+    assert "Exit status: 0 fine, 1 findings" in ran.out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_explains_it(verb: str) -> None:
+    ran = xenpv(verb, "--help")
+    assert ran.code == 0
+    assert f"Usage: xenpv {verb}" in ran.out
+    words = ran.out.partition("Options:")[0].split()
+    assert len(words) > 12 or f"xenpv {verb} " in ran.out.partition("\n")[2]
+    for line in ran.out.partition("Options:")[2].splitlines():
+        if line.strip().startswith("-"):
+            assert len(line.split("  ")) >= 2, f"an option without a word of explanation: {line}"
+
+
+def test_version() -> None:
+    ran = xenpv("--version")
+    assert ran.code == 0
+    assert ran.out.startswith("xenpv, version ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str) -> None:
+    """What the shell evaluates, as --help says."""
+    environment = os.environ | {"_XENPV_COMPLETE": f"{shell}_source"}
+    program = "import sys; sys.argv[0] = 'xenpv'; from xenpv.cli.main import run; run()"
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    if shell == "bash" and "bash" in ran.stderr.lower() and ran.returncode:
+        pytest.skip(ran.stderr)
+    assert ran.returncode == 0, ran.stderr
+    assert "_XENPV_COMPLETE" in ran.stdout
+    environment = os.environ | {"_XENPV_COMPLETE": "bash_complete", "COMP_WORDS": "xenpv ver", "COMP_CWORD": "1"}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert ran.stdout == "plain,verify\n"
+
+
+# --- pipes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "args", [["read", "-p", "FILE", "0", "400K"], ["verify", "--list-rules"], ["show", "-v", "FILE"]]
+)
+def test_a_broken_pipe_is_quiet(good: Path, args: list[str]) -> None:
+    args = [str(good) if arg == "FILE" else arg for arg in args]
+    with subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
+        assert ran.stdout is not None
+        assert ran.stderr is not None
+        ran.stdout.close()
+        assert ran.stderr.read() == b""
+        assert ran.wait(30) in {0, 1}
+
+
+def test_as_a_module(good: Path) -> None:
+    ran = subprocess.run([sys.executable, "-m", "xenpv", "verify", "-q", good], capture_output=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
+
+
+def test_standard_input_in_the_midst_of_a_file(tmp_path: Path, good: Path) -> None:
+    """``(read header; xenpv verify -) < file``: what was read before is not ours."""
+    file = tmp_path / "file"
+    file.write_bytes(b"header\n" + good.read_bytes())
+    with file.open("rb") as stdin:
+        os.lseek(stdin.fileno(), 7, os.SEEK_SET)
+        ran = subprocess.run([*COMMAND, "verify", "-"], stdin=stdin, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.startswith("standard input: restores")
+
+
+def test_raw_memory_is_not_for_a_terminal(good: Path) -> None:
+    master, slave = os.openpty()
+    try:
+        args = [*COMMAND, "read", "-p", "--raw", str(good), "0", "16"]
+        ran = subprocess.run(args, stdout=slave, stderr=subprocess.PIPE, text=True, check=False)
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert ran.returncode == 1
+    assert ran.stderr == "xenpv: error: raw memory is not for a terminal: send it to a file or a pipe\n"
+
+
+def test_no_escape_sequences_into_a_pipe(good: Path, bad: Path) -> None:
+    for args in (["show", "-v", good], ["verify", bad], ["p2m", "--frames", good]):
+        assert "\x1b" not in xenpv(*args).out
+
+
+def test_a_progress_bar_on_a_terminal_leaves_the_answer_alone(good: Path) -> None:
+    master, slave = os.openpty()
+    try:
+        environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+        ran = subprocess.run([*COMMAND, "verify", good], stdout=subprocess.PIPE, stderr=slave, env=environment,
+                             text=True, check=False)  # fmt: skip
+    finally:
+        os.close(slave)
+        os.close(master)
+    assert ran.returncode == 0
+    assert ran.stdout.startswith(f"{good}: restores")
+    assert "\x1b" not in ran.stdout
