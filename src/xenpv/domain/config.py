@@ -11,7 +11,10 @@ from xml.etree import ElementTree as ET
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Section
 
-_UNITS = {"b": 1, "bytes": 1, "KB": 10**3, "k": 1 << 10, "KiB": 1 << 10, "M": 1 << 20, "MiB": 1 << 20, "G": 1 << 30}
+# libvirt's units of memory: https://libvirt.org/formatdomain.html#memory-allocation
+_UNITS = {"b": 1, "bytes": 1}
+for _power, _letter in enumerate("kmgtpe", 1):
+    _UNITS |= {_letter: 1 << 10 * _power, f"{_letter}ib": 1 << 10 * _power, f"{_letter}b": 1000**_power}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +90,10 @@ def _xml(text: str) -> Config:
 
     def kib(tag: str) -> int | None:
         element = domain.find(tag)
-        if element is None or not (element.text or "").strip().isdigit():
+        unit = None if element is None else _UNITS.get(element.get("unit", "KiB").lower())
+        if element is None or unit is None or not (element.text or "").strip().isdecimal():
             return None
-        return int((element.text or "").strip()) * _UNITS.get(element.get("unit", "KiB"), 1 << 10) >> 10
+        return int((element.text or "").strip()) * unit >> 10
 
     vcpus = (domain.findtext("vcpu") or "").strip()
     return Config(
@@ -100,7 +104,7 @@ def _xml(text: str) -> Config:
         type=domain.get("type"),
         max_memkb=kib("memory"),
         target_memkb=kib("currentMemory"),
-        max_vcpus=int(vcpus) if vcpus.isdigit() else None,
+        max_vcpus=int(vcpus) if vcpus.isdecimal() else None,
     )
 
 
@@ -113,7 +117,7 @@ def _xl(text: str) -> Config:
 
     def number(key: str, scale: int = 1) -> int | None:
         found = value(key)
-        return int(found) * scale if found and found.isdigit() else None
+        return int(found) * scale if found and found.isdecimal() else None
 
     memory = number("memory", 1024)
     maximum = number("maxmem", 1024)

@@ -131,10 +131,10 @@ class SavedDomain:
 
     def _read(self, deep: bool, progress: Progress | None) -> None:
         keep = deep and not self.source.seekable
-        if keep:
-            self._spool = _unlinked_file()
+        if not self.source.seekable:
+            self._spool = _unlinked_file() if keep else None
             self._kept = PageIndex()
-            self.frames = FilePages(self._spool, self._kept, self.contents.index)
+            self.frames = FilePages(-1 if self._spool is None else self._spool, self._kept, self.contents.index)
         try:
             for event in self.source.events(Reader(fault=self._fault, pages=keep, kind=self._kind), progress):
                 if isinstance(event, Pages):
