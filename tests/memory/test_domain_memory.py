@@ -44,6 +44,12 @@ def test_pseudo_physical_across_pages(domain: Domain, at: int, length: int) -> N
     assert memory_of(domain).read(at, length) == whole[at : at + length]
 
 
+def test_pseudo_physical_up_to_the_last_byte(domain: Domain) -> None:
+    """The page behind it is not there, and is not asked for."""
+    assert memory_of(domain).read(63 * PAGE, PAGE) == bytes(domain.pages[63])
+    assert memory_of(domain).read(64 * PAGE - 1, 1) == bytes(domain.pages[63][-1:])
+
+
 def test_pseudo_physical_far_up(domain: Domain) -> None:
     far = 0x1_0000_0000
     assert memory_of(domain).read(far * PAGE + 8, 16) == bytes(domain.pages[far][8:24])

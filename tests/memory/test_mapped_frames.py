@@ -73,6 +73,21 @@ def test_the_memory_of_a_domain_in_the_order_in_which_it_is_mapped(width: Width)
     assert found.tolist() == list(domain.vaddrs)
 
 
+@pytest.mark.parametrize("level", [2, 3, 4])
+def test_a_table_maps_nothing_beyond_its_end(level: int) -> None:
+    """Where the next table is missing, the first entry of this one is not taken for that one's."""
+    pages: dict[int, dict[int, int]] = {n: {0: n - 1 << 12 | 1, 511: n - 1 << 12 | 1} for n in range(2, 5)}
+    pages[1] = {0: 7 << 12 | 1, 511: 8 << 12 | 1}
+    pages[level] = {0: level - 1 << 12 | 1}
+    end = 1 << 9 * (level - 1)  # in pages
+    frames = DictFrames({pfn: words(entries) for pfn, entries in pages.items()})
+    first = end - 300
+    found = mapped_frames(frames, Pfn(4), Vaddr(first * 4096), 600)
+    assert found.tolist() == [naive(pages, 4, (first + i) * 4096, 4) for i in range(600)]
+    assert found[299] == 8
+    assert found[300] == HOLE
+
+
 def test_a_shared_table_is_read_once() -> None:
     """A p2m of 2^31 pages and more is mapped by a few tables; reading each as often as it stands there took minutes."""
     pages = {

@@ -41,6 +41,14 @@ def test_lookup(width: Width) -> None:
     assert p2m.lookup(pfns) == [domain.mfns.get(pfn) for pfn in pfns]
 
 
+def test_what_stands_behind_the_tables_end_is_none_of_it() -> None:
+    domain = pv_domain(pfns=range(100))
+    domain.p2m_frame(int(domain.p2m_pfns[0]))[domain.entries :] = 0x777
+    p2m = p2m_of(domain)
+    assert p2m.lookup([domain.entries - 1, domain.entries, 511, 512]) == [None] * 4
+    assert p2m.pfns_of(array(0x777)).tolist() == [NONE]
+
+
 @pytest.mark.parametrize("width", [8, 4])
 def test_pfns_of_is_the_inverse(width: Width) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
