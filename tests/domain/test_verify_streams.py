@@ -106,8 +106,13 @@ def test_a_p2m_that_a_second_record_extends(tmp_path: Path, width: Width) -> Non
     stream.drop("PAGE_DATA")
     stream[at:at] = pages
     assert len(whole.data) < sum(len(p.data) for p in stream if p.name == "X86_PV_P2M_FRAMES")
-    for verdict in both_ways(tmp_path, bytes(stream)):
-        assert not verdict.found, str(verdict)
+    from_file, from_pipe = both_ways(tmp_path, bytes(stream))
+    assert not from_file.found, str(from_file)
+    if width == 8:  # frames that the second record names were not known as they went by; 32-bit ones look like some
+        assert from_pipe.rules == {"not-checked"}
+        assert from_pipe.found[0].offset == stream.offset("X86_PV_P2M_FRAMES", 1)
+    else:
+        assert not from_pipe.found, str(from_pipe)
 
 
 def test_what_a_pipe_let_go_is_said(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from xenpv.domain.config import Config
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, GuestError
 from xenpv.findings import Findings, Rule
-from xenpv.frames import ABSENT, I64, IS_POPULATED, PageType, type_name
+from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, PageType, type_name
 from xenpv.memory.p2m import NO_FRAME, Anchors, frames_by_list, frames_by_tree
 
 _FOREIGN = np.uint64(1 << 63)
@@ -165,7 +165,13 @@ def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
     What stands in ``doubtful`` places of the p2m is not the p2m's, perhaps, and would give a finding for each entry.
     """
     places = np.union1d(saved.p2m.distinct, _parts_with_pages(saved))
-    for first, mfns in saved.p2m.content(np.setdiff1d(places, doubtful, assume_unique=True)):
+    places = np.setdiff1d(places, doubtful, assume_unique=True)
+    frames = saved.p2m.frames[places]
+    gone = ~saved.frames.kept(frames) & HAS_DATA[saved.frames.types(frames)]
+    if not saved.source.seekable and saved.pages_complete and np.any(gone):
+        what = "frames of the p2m had gone by before a record named them: what they map was not compared"
+        findings.add(rules.NOT_CHECKED, what, offset=saved.contents.p2m_record and saved.contents.p2m_record.offset)
+    for first, mfns in saved.p2m.content(places):
         pfns = np.arange(first, first + len(mfns), dtype=np.uint64)
         types = saved.frames.types(pfns)
         own = (mfns != NO_FRAME) & (mfns & (_FOREIGN | _IDENTITY) == 0)

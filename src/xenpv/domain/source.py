@@ -46,6 +46,10 @@ class FilePages:
     def types(self, pfns: U64) -> U8:
         return self._types.types(pfns)
 
+    def kept(self, pfns: U64) -> Mask:
+        """Which pages have content here. Of a file all that came with some; of a pipe, what was kept."""
+        return np.asarray(self._where.offsets(pfns) >= 0)
+
     def pages(self, pfns: U64) -> U8:
         offsets = self._where.offsets(pfns)
         if np.any(offsets < 0):
