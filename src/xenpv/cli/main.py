@@ -24,6 +24,7 @@ _VERBS = {
     "show": "xenpv.cli.show",
     "verify": "xenpv.cli.verify",
     "p2m": "xenpv.cli.memory",
+    "check": "xenpv.cli.running",
     "walk": "xenpv.cli.memory",
     "read": "xenpv.cli.memory",
     "list": "xenpv.cli.list",
@@ -48,7 +49,7 @@ class Verbs(click.Group):
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="xenpv")
 def main() -> None:
-    """Saved Xen PV domains: what they are, whether they would restore, what is in their memory.
+    """Xen PV domains, saved and running: what they are, whether they would restore, what is in their memory.
 
     FILE is a save file of xl, libvirt or xenopsd, or a bare libxl or libxc stream; "-" reads a pipe.
 
@@ -57,6 +58,8 @@ def main() -> None:
     xenpv show dom.save                what it is
     xenpv walk dom.save 0xffffffff81000000
     zstd -dc dom.save.zst | xenpv verify -
+    xenpv list                         running domains (in dom0)
+    xenpv check DOM                    hold a running domain's p2m against Xen's m2p
 
     Shell completion: eval "$(_XENPV_COMPLETE=bash_source xenpv)" (or zsh_source, fish_source).
     Exit status: 0 fine, 1 findings or a failed operation, 64 usage, 70 a bug of xenpv's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from xenpv.cli.terminal import FILE, JSON, NUMBER, print_json, print_table, progress, size
 from xenpv.domain.source import SavedDomain
-from xenpv.errors import RequestError
+from xenpv.errors import HostError, RequestError
 from xenpv.frames import IS_POPULATED, PAGE_SIZE, Pfn, type_name
 from xenpv.memory.p2m import NO_FRAME
 from xenpv.memory.pagetables import flag_names
@@ -50,18 +51,25 @@ def _top(saved: SavedDomain, vcpu: int, user: bool, top: int | None) -> Pfn:
 
 
 @click.command()
-@FILE
-@click.option("--frames", is_flag=True, help="List every frame of the p2m.")
-@click.option(
-    "--lookup", type=NUMBER, multiple=True, metavar="PFN", help="The old host's mfn of a pfn; may be repeated."
-)
+@click.argument("target", metavar="DOM|FILE")
+@click.option("--frames", is_flag=True, help="Of a file: list every frame of the p2m.")
+@click.option("--lookup", type=NUMBER, multiple=True, metavar="PFN", help="The mfn of a pfn; may be repeated.")
 @JSON
-def p2m(file: str, frames: bool, lookup: tuple[int, ...], as_json: bool) -> None:
-    """The p2m of a saved domain: its form, its extent, the frames that hold it.
+def p2m(target: str, frames: bool, lookup: tuple[int, ...], as_json: bool) -> None:
+    """The p2m of a running domain or a saved one: its form, its extent, the frames that hold it.
 
-    Machine frames in a save file are those of the host that saved; they are of use to understand that host's logs.
+    DOM is an id, a uuid or a name; what is a file, or "-", is taken as one. Machine frames in a save file are those
+    of the host that saved; they are of use to understand that host's logs.
     """
-    with _open_pv(file) as saved:
+    if target != "-" and not os.path.exists(target):
+        from xenpv.cli.running import print_p2m  # noqa: PLC0415  opens Xen's libraries
+
+        try:
+            print_p2m(target, lookup, as_json)
+        except HostError as e:
+            raise RequestError(f"{target}: No such file or directory; and as a domain: {e}") from e
+        return
+    with _open_pv(target) as saved:
         description = _describe_p2m(saved, frames=frames or as_json, lookup=lookup)
         if as_json:
             print_json(description)

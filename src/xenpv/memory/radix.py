@@ -1,0 +1,121 @@
+"""Sparse walks of trees of frames: a p2m tree of any depth, or the page tables over a linear list.
+
+Cost follows distinct tables, not what they span: a table that stands in a thousand places is read once, a run of
+entries that name one frame stays one row all the way down, and a run of one shared table without content of its own
+is never unrolled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from xenpv.errors import GuestError
+from xenpv.frames import I64, U8, U64, Mask
+
+NO_FRAME = np.uint64((1 << 64) - 1)
+ROWS_MAX = 1 << 24  # runs of leaves: twice what 16 TiB of pages in no order take
+_TABLES_AT_ONCE = 1024
+
+Read = Callable[[U64], tuple[U8, Mask]]
+"""read(frames): their content, uint8 (n, 4096), and for each whether it could be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """Places of one level, ascending and apart: ``count`` places from ``first`` on all name ``frame``."""
+
+    first: I64
+    count: I64
+    frame: U64
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    def __getitem__(self, rows: slice) -> Runs:
+        return Runs(self.first[rows], self.count[rows], self.frame[rows])
+
+    def frame_of(self, places: I64) -> U64:
+        """The frame of each place, NO_FRAME where there is none."""
+        if not len(self):
+            return np.full(places.shape, NO_FRAME)
+        row = np.searchsorted(self.first, places, "right") - 1
+        inside = (row >= 0) & (places < self.first[row] + self.count[row])
+        return np.where(inside, self.frame[row], NO_FRAME)
+
+
+_NOTHING = Runs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A table that could not be read: its frame, its level above the leaves, and the first of its places."""
+
+    frame: int
+    level: int
+    place: int
+
+
+def walk(
+    read: Read, root: int, levels: int, places: range, frames_of: Callable[[U8], U64]
+) -> tuple[Runs, list[Unreadable]]:
+    """The leaves behind ``places`` of a tree whose top table is ``root``, ``levels`` tables above the leaves.
+
+    ``frames_of`` turns pages of a table, uint8 (n, 4096), into the frames that their entries name, uint64 (n, entries),
+    NO_FRAME for none. Raises GuestError when tables are shared so often that they name more than ROWS_MAX runs.
+    """
+    nodes = Runs(np.zeros(1, np.int64), np.ones(1, np.int64), np.array([root], np.uint64))
+    unreadable: list[Unreadable] = []
+    for level in range(levels, 0, -1):
+        parts = [_NOTHING]
+        for i in range(0, len(nodes), _TABLES_AT_ONCE):
+            some = nodes[i : i + _TABLES_AT_ONCE]
+            distinct, which = np.unique(some.frame, return_inverse=True)
+            pages, readable = read(distinct)
+            entries = np.where(readable[:, None], frames_of(pages), NO_FRAME)
+            lost = np.flatnonzero(~readable[which])
+            unreadable += [Unreadable(int(some.frame[at]), level, int(some.first[at])) for at in lost]
+            shift = (entries.shape[1].bit_length() - 1) * (level - 1)
+            parts.append(_below(some, entries, which, range(places.start >> shift, (places.stop - 1 >> shift) + 1)))
+            if sum(map(len, parts)) > ROWS_MAX:
+                raise GuestError(f"the tables below frame {root:#x} name more than {ROWS_MAX} runs of frames")
+        nodes = Runs(
+            np.concatenate([p.first for p in parts]),
+            np.concatenate([p.count for p in parts]),
+            np.concatenate([p.frame for p in parts]),
+        )
+    return nodes, unreadable
+
+
+def _below(nodes: Runs, entries: U64, which: I64, places: range) -> Runs:
+    """What the tables at some nodes name, as runs within ``places`` of the next level."""
+    size = entries.shape[1]
+    starts = np.ones(entries.shape, np.bool_)
+    starts[:, 1:] = entries[:, 1:] != entries[:, :-1]
+    uniform = np.count_nonzero(starts, axis=1)[which] == 1
+    times = np.where(
+        uniform, 1, nodes.count
+    )  # a run of tables that differ inside is unrolled, one of uniform ones is not
+    total = int((times * np.count_nonzero(starts, axis=1)[which]).sum())
+    if total > ROWS_MAX:
+        raise GuestError(f"a table is shared by {int(times.max())} places: more than {ROWS_MAX} runs of frames")
+    first = np.repeat(nodes.first, times) + _counting(times)
+    spans = np.repeat(np.where(uniform, nodes.count, 1), times)
+    rows = np.repeat(which, times)
+    node, entry = np.nonzero(starts[rows])
+    end = np.append(node[1:] * size + entry[1:], len(rows) * size)
+    count = (end - (node * size + entry)) * spans[node]
+    start = first[node] * size + entry
+    frame = entries[rows[node], entry]
+    low = np.maximum(start, places.start)
+    high = np.minimum(start + count, places.stop)
+    keep = (frame != NO_FRAME) & (low < high)
+    return Runs(low[keep], (high - low)[keep], frame[keep])
+
+
+def _counting(times: I64) -> I64:
+    """0, 1, … times - 1 for each, one behind the other."""
+    ends = np.cumsum(times)
+    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - times, times)

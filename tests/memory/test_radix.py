@@ -1,0 +1,119 @@
+"""Walks of trees of frames against a naive one, on trees that share tables at will."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xenpv.errors import GuestError
+from xenpv.frames import PAGE_SIZE, U8, U64, Mask
+from xenpv.memory import radix
+from xenpv.memory.radix import NO_FRAME, Runs, walk
+
+ENTRIES = 512
+
+
+class Tables:
+    """Frames of 512 entries each; a frame that is not there cannot be read."""
+
+    def __init__(self, tables: dict[int, U64]) -> None:
+        self.tables = tables
+        self.reads = 0
+
+    def read(self, frames: U64) -> tuple[U8, Mask]:
+        self.reads += len(frames)
+        there = np.array([int(f) in self.tables for f in frames])
+        nothing = np.zeros(ENTRIES, np.uint64)
+        rows = [self.tables.get(int(f), nothing) for f in frames]
+        return np.array(rows, np.uint64).view(np.uint8).reshape(-1, PAGE_SIZE), there
+
+
+def entries(pages: U8) -> U64:
+    table = pages.view(np.uint64).reshape(-1, ENTRIES)
+    return np.where(table == 0, NO_FRAME, table)
+
+
+def leaf(tables: Tables, root: int, levels: int, place: int) -> int:
+    frame = root
+    for level in range(levels - 1, -1, -1):
+        if frame not in tables.tables:
+            return int(NO_FRAME)
+        frame = int(tables.tables[frame][place >> 9 * level & 511]) or int(NO_FRAME)
+    return frame
+
+
+def table(draw: st.DrawFn, names: list[int]) -> U64:
+    out = np.full(ENTRIES, draw(st.sampled_from([0, *names])), np.uint64)
+    for _ in range(draw(st.integers(0, 4))):
+        at = draw(st.integers(0, ENTRIES - 1))
+        out[at : at + draw(st.sampled_from([1, 2, 100]))] = draw(st.sampled_from([0, *names]))
+    return out
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[Tables, int]:
+    """Three levels of three tables each, which name each other at will, and leaves 100 to 109; some are missing."""
+    leaves = list(range(100, 110))
+    tables = {frame: table(draw, leaves) for frame in (11, 12, 13)}
+    tables |= {frame: table(draw, [11, 12, 13, 99]) for frame in (21, 22, 23)}
+    tables[1] = table(draw, [21, 22, 23, 99])
+    return Tables(tables), 3
+
+
+@given(trees(), st.integers(0, 512**3 - 1), st.data())
+def test_as_if_each_place_were_walked(tree: tuple[Tables, int], start: int, data: st.DataObject) -> None:
+    tables, levels = tree
+    stop = min(512**3, start + data.draw(st.integers(1, 200_000)))
+    runs, _ = walk(tables.read, 1, levels, range(start, stop), entries)
+    assert np.all(runs.first[1:] >= runs.first[:-1] + runs.count[:-1])
+    assert not len(runs) or (runs.first[0] >= start and runs.first[-1] + runs.count[-1] <= stop)
+    places = np.array(sorted({start, stop - 1, *(data.draw(st.integers(start, stop - 1)) for _ in range(20))}))
+    expected = [leaf(tables, 1, levels, place) for place in places.tolist()]
+    assert runs.frame_of(places).tolist() == expected
+    outside = np.array([start - 1, stop])
+    assert runs.frame_of(outside).tolist() == [int(NO_FRAME)] * 2
+
+
+def test_what_is_shared_is_read_once_and_stays_one_run() -> None:
+    """16 TiB of pfns of which all but one leaf are missing: five levels, six tables."""
+    missing = {level: np.full(ENTRIES, level - 1, np.uint64) for level in (2, 3, 4)}  # of leaf 1
+    tables = Tables({level: t.copy() for level, t in missing.items()} | {5: np.full(ENTRIES, 4, np.uint64)})
+    tables.tables |= {12: missing[2].copy(), 13: missing[3].copy(), 14: missing[4].copy()}
+    tables.tables[12][7] = 77
+    tables.tables[13][0], tables.tables[14][0], tables.tables[5][0] = 12, 13, 14
+    runs, unreadable = walk(tables.read, 5, 4, range(512**4), entries)
+    assert unreadable == []
+    assert tables.reads == 7
+    assert len(runs) < 10
+    assert runs.frame_of(np.array([0, 7, 8, 512**4 - 1])).tolist() == [1, 77, 1, 1]
+    assert runs.count.sum() == 512**4
+
+
+def test_tables_that_cannot_be_read_are_named() -> None:
+    top = np.zeros(ENTRIES, np.uint64)
+    top[3:5] = 9
+    runs, unreadable = walk(Tables({1: top}).read, 1, 2, range(512**2), entries)
+    assert len(runs) == 0
+    assert [(u.frame, u.level, u.place) for u in unreadable] == [(9, 1, 3)]
+    assert walk(Tables({}).read, 1, 2, range(5), entries)[1][0].level == 2
+
+
+def test_a_table_that_is_its_own_leaf_ends() -> None:
+    loop = np.full(ENTRIES, 1, np.uint64)
+    runs, _ = walk(Tables({1: loop}).read, 1, 4, range(512**4), entries)
+    assert (len(runs), runs.count.tolist(), runs.frame.tolist()) == (1, [512**4], [1])
+
+
+def test_sharing_cannot_be_made_to_explode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table whose entries alternate between two tables that do the same: 512^3 rows, if one let it."""
+    monkeypatch.setattr(radix, "ROWS_MAX", 1 << 16)
+    mixed = np.array([1, 2] * 256, np.uint64)
+    with pytest.raises(GuestError, match="runs of frames"):
+        walk(Tables({1: mixed, 2: mixed}).read, 1, 4, range(512**4), entries)
+
+
+def test_no_runs_know_no_place() -> None:
+    nothing = Runs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
+    assert nothing.frame_of(np.array([0, 5])).tolist() == [int(NO_FRAME)] * 2
