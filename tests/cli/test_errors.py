@@ -164,7 +164,7 @@ def test_a_broken_stream(tmp_path: Path, kind: str) -> None:
 def test_truncation_at_any_byte(tmp_path: Path, envelope: str) -> None:
     stream = GOOD.to_stream(envelope)
     data = bytes(stream)
-    cuts, at = set(range(1, 200)), 0
+    cuts, at = set(range(1, 200 if envelope == "xl" else 70)), 0
     for piece in stream:
         at += len(piece.data)
         cuts |= {at - 1, at, at + 1, at + 7, at + 9}

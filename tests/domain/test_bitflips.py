@@ -76,7 +76,7 @@ def hold(result: dict[str, Tally], shares: dict[str, float]) -> None:
 def test_flips_in_a_made_domain(tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     file.write_bytes(pv_domain(pfns=range(700), vcpus=2, tree=True).to_bytes())
-    hold(flip_survey(file, KINDS, 100, seed=2), MADE)
+    hold(flip_survey(file, KINDS, 70, seed=2), MADE)
 
 
 def test_flips_in_a_made_32_bit_domain(tmp_path: Path) -> None:
@@ -90,13 +90,13 @@ def test_flips_in_a_made_32_bit_domain(tmp_path: Path) -> None:
 def test_flips_in_a_real_domain(tmp_path: Path, name: str) -> None:
     file = tmp_path / f"{name}.save"
     file.write_bytes(lzma.decompress((VECTORS / f"{name}.save.xz").read_bytes()))
-    hold(flip_survey(file, KINDS, 60, seed=4), REAL)
+    hold(flip_survey(file, KINDS, 40, seed=4), REAL)
 
 
 def test_every_bit_of_the_headers(tmp_path: Path) -> None:
     """Of the smallest domain that there is: image, domain and record headers whole."""
     file = tmp_path / "small.save"
-    file.write_bytes(pv_domain(pfns=range(32), user=False).to_bytes("libxc", batch=1024))
+    file.write_bytes(pv_domain(pfns=range(20), user=False).to_bytes("libxc", batch=1024))
     result = flip_survey(file, ["headers"], 1 << 20, seed=0)
     assert result["headers"].total == 8 * (24 + 16 + 16 + 12 * 8)
     hold(result, {"headers": 0.98})
