@@ -90,7 +90,7 @@ def test_flips_in_a_made_32_bit_domain(tmp_path: Path) -> None:
 def test_flips_in_a_real_domain(tmp_path: Path, name: str) -> None:
     file = tmp_path / f"{name}.save"
     file.write_bytes(lzma.decompress((VECTORS / f"{name}.save.xz").read_bytes()))
-    hold(flip_survey(file, KINDS, 40, seed=4), REAL)
+    hold(flip_survey(file, KINDS, 60, seed=4), REAL)
 
 
 def test_every_bit_of_the_headers(tmp_path: Path) -> None:
