@@ -28,9 +28,9 @@ VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS for PV, 64-bit
 
 
 @lru_cache
-def _codes(sizes: tuple[int, ...]) -> str:
-    """Struct's format for unsigned fields of these sizes."""
-    return "".join({1: "B", 2: "H", 4: "I", 8: "Q"}[size] for size in sizes)
+def _layout(order: str, sizes: tuple[int, ...]) -> struct.Struct:
+    """Unsigned fields of these sizes, one behind the other."""
+    return struct.Struct(order + "".join({1: "B", 2: "H", 4: "I", 8: "Q"}[size] for size in sizes))
 
 
 @dataclass(slots=True)
@@ -48,9 +48,9 @@ class Context:
     width: Width | None = None
     max_pfn: int | None = None
 
-    def ints(self, body: memoryview, *sizes: int) -> list[int]:
+    def ints(self, body: memoryview, *sizes: int) -> tuple[int, ...]:
         """Unsigned fields of those sizes in bytes, from the start of body, in the stream's byte order."""
-        return list(struct.unpack_from(self.order + _codes(sizes), body))
+        return _layout(self.order, sizes).unpack_from(body)
 
     def reserved(self, name: str, *values: int) -> None:
         if any(values):
