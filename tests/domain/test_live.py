@@ -109,6 +109,15 @@ def test_a_rooted_tree_of_any_depth(levels: int) -> None:
     assert guest.live.ways[0].name == f"rooted tree of {levels} levels (proposed)"
 
 
+@pytest.mark.parametrize("levels", [1, 9, 1 << 40])
+def test_a_rooted_tree_of_no_depth_is_refused(levels: int) -> None:
+    guest = Guest(form="rooted")
+    at = SHARED_INFO.offset(8, "arch") + 48
+    guest.host.write_shared_info(guest.made.domid, levels.to_bytes(8, "little"), at)
+    with pytest.raises(GuestError, match=f"p2m_levels {levels} is not a depth"):
+        guest.live.physmap()
+
+
 def test_two_pfns_with_one_mfn_are_named_both() -> None:
     guest = Guest()
     guest.put(3, int(guest.entries[9]))

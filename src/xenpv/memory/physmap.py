@@ -20,6 +20,7 @@ from xenpv.memory.pagetables import canonical, cr3_frame, frames, in_xen
 from xenpv.memory.radix import NO_FRAME, Read, Runs, Unreadable, walk
 
 MARK = 1 << 61  # of the marked tree (proposed in 2014, never merged)
+DEPTHS = range(2, 9)  # levels that a rooted tree may have (docs/abi-p2m-root.md)
 FOREIGN = np.uint64(1 << 63)
 IDENTITY = np.uint64(1 << 62)
 _LEAVES_AT_ONCE = 1024
@@ -92,8 +93,8 @@ class Physmap:
             outside = last >> 64 or not (canonical(anchors.p2m_vaddr) and canonical(last)) if width == 8 else last >> 32
             if outside or in_xen(anchors.p2m_vaddr, width) or in_xen(last, width) or anchors.p2m_vaddr % PAGE_SIZE:
                 raise GuestError(f"Bad virtual p2m address range {anchors.p2m_vaddr:#x}-{last:#x}")
-        elif way.tables < 0 or way.tables > 8:
-            raise GuestError(f"p2m_levels {way.tables + 1} is not a depth")
+        elif way.tables + 1 not in DEPTHS:
+            raise GuestError(f"p2m_levels {way.tables + 1} is not a depth: {DEPTHS.start} to {DEPTHS.stop - 1} are")
         elif anchors.max_pfn > per_leaf ** (way.tables + 1):
             reach = per_leaf ** (way.tables + 1)
             raise GuestError(
