@@ -59,6 +59,17 @@ class Anchors:
         tree = self.frame_list_list not in {0, INVALID_MFN[self.width]}
         return (Form.BOTH if tree else Form.LINEAR) if self.p2m_cr3 else (Form.TREE if tree else Form.NONE)
 
+    def list_at(self, frames: int) -> Vaddr:
+        """p2m_vaddr, where a list of so many frames may lie.
+
+        Aligned, canonical, not in Xen's hole. Raises GuestError.
+        """
+        first, last = self.p2m_vaddr, self.p2m_vaddr + frames * PAGE_SIZE - 1
+        outside = last >> 64 or not (canonical(first) and canonical(last)) if self.width == 8 else last >> 32
+        if outside or in_xen(first, self.width) or in_xen(last, self.width) or first % PAGE_SIZE:
+            raise GuestError(f"Bad virtual p2m address range {first:#x}-{last:#x}")
+        return Vaddr(first)
+
 
 @dataclass(frozen=True)
 class P2M:
@@ -156,15 +167,12 @@ def frames_by_list(p2m: P2M, anchors: Anchors) -> U64:
 
     Raises GuestError when the anchors cannot be right.
     """
-    first, last = anchors.p2m_vaddr, anchors.p2m_vaddr + len(p2m.frames) * PAGE_SIZE - 1
-    outside = last >> 64 or not (canonical(first) and canonical(last)) if p2m.width == 8 else last >> 32
-    if outside or in_xen(first, p2m.width) or in_xen(last, p2m.width) or first % PAGE_SIZE:
-        raise GuestError(f"Bad virtual p2m address range {first:#x}-{last:#x}")
+    first = anchors.list_at(len(p2m.frames))
     mfn = cr3_frame(anchors.p2m_cr3, p2m.width)
     top = p2m.pfns_of(np.array([mfn], np.uint64))[0]
     if top == NO_FRAME:
         raise GuestError(f"Bad p2m_cr3 value {anchors.p2m_cr3:#x}: no pfn has mfn {mfn:#x}")
-    return mapped_frames(p2m.memory, Pfn(int(top)), Vaddr(first), len(p2m.frames), p2m.width)
+    return mapped_frames(p2m.memory, Pfn(int(top)), first, len(p2m.frames), p2m.width)
 
 
 def frames_by_tree(p2m: P2M, anchors: Anchors) -> U64:

@@ -16,7 +16,7 @@ from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import GuestError
 from xenpv.frames import I64, PAGE_SHIFT, PAGE_SIZE, U8, U64
 from xenpv.memory.p2m import Anchors
-from xenpv.memory.pagetables import canonical, cr3_frame, frames, in_xen
+from xenpv.memory.pagetables import cr3_frame, frames
 from xenpv.memory.radix import NO_FRAME, Read, Runs, Unreadable, walk
 
 MARK = 1 << 61  # of the marked tree (proposed in 2014, never merged)
@@ -89,10 +89,7 @@ class Physmap:
         per_leaf = PAGE_SIZE // width
         count = -(-anchors.max_pfn // per_leaf)
         if way.of_page_tables:
-            last = anchors.p2m_vaddr + count * PAGE_SIZE - 1
-            outside = last >> 64 or not (canonical(anchors.p2m_vaddr) and canonical(last)) if width == 8 else last >> 32
-            if outside or in_xen(anchors.p2m_vaddr, width) or in_xen(last, width) or anchors.p2m_vaddr % PAGE_SIZE:
-                raise GuestError(f"Bad virtual p2m address range {anchors.p2m_vaddr:#x}-{last:#x}")
+            anchors.list_at(count)
         elif way.tables + 1 not in DEPTHS:
             raise GuestError(f"p2m_levels {way.tables + 1} is not a depth: {DEPTHS.start} to {DEPTHS.stop - 1} are")
         elif anchors.max_pfn > per_leaf ** (way.tables + 1):
