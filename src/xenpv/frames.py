@@ -28,6 +28,8 @@ def _which(*types: PageType) -> Mask:
     return table
 
 
+NO_FRAME = np.uint64((1 << 64) - 1)  # in an array of frame numbers: none; INVALID_MFN of a 64-bit guest, too
+
 # Tables indexed by an array of page types. ABSENT marks a pfn of which nothing is known; it is none of these.
 ABSENT = 0xFF
 IS_KNOWN = _which(*PageType)
@@ -61,6 +63,7 @@ __all__ = [
     "IS_KNOWN",
     "IS_POPULATED",
     "IS_TABLE",
+    "NO_FRAME",
     "PAGE_SHIFT",
     "PAGE_SIZE",
     "PINNED",

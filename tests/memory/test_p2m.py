@@ -15,7 +15,8 @@ from tests.writers.domain import Domain
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import GuestError
-from xenpv.memory.p2m import NO_FRAME, P2M, Anchors, Form, frames_by_list, frames_by_tree
+from xenpv.frames import NO_FRAME
+from xenpv.memory.p2m import P2M, Anchors, Form, frames_by_list, frames_by_tree
 
 NONE = int(NO_FRAME)
 SPREAD = [*range(200), 1030, 1031, 5000, 0x1_2345]

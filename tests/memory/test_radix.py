@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xenpv.errors import GuestError
-from xenpv.frames import PAGE_SIZE, U8, U64, Mask
+from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask
 from xenpv.memory import radix
-from xenpv.memory.radix import NO_FRAME, Runs, walk
+from xenpv.memory.radix import Runs, walk
 
 ENTRIES = 512
 

@@ -10,7 +10,8 @@ from tests.stream.drive import read, whole
 from tests.writers.build import pv_domain
 from tests.writers.hvm import PARAMS, hvm_stream
 from tests.writers.stream import NOTAB, PAGE, XTAB, Stream, Wire
-from xenpv.stream.contents import INVALID_PFN, Contents
+from xenpv.frames import NO_FRAME
+from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind, Section
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData
@@ -110,7 +111,7 @@ def test_a_p2m_that_grows_while_it_is_sent() -> None:
     found = contents_of(stream)
     assert found.end_pfn == 1535
     first = int(pv_domain().p2m_pfns[0])
-    assert found.p2m_frames.tolist() == [first, int(INVALID_PFN), 9]
+    assert found.p2m_frames.tolist() == [first, int(NO_FRAME), 9]
 
 
 def test_the_first_pv_info_counts() -> None:

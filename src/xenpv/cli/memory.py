@@ -12,8 +12,7 @@ import numpy as np
 from xenpv.cli.terminal import FILE, JSON, NUMBER, print_json, print_table, progress, size
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import HostError, RequestError
-from xenpv.frames import IS_POPULATED, PAGE_SIZE, Pfn, type_name
-from xenpv.memory.p2m import NO_FRAME
+from xenpv.frames import IS_POPULATED, NO_FRAME, PAGE_SIZE, Pfn, type_name
 from xenpv.memory.pagetables import flag_names
 from xenpv.stream.order import Guest
 

@@ -11,11 +11,10 @@ from xenpv.cli.terminal import JSON, print_json, size
 from xenpv.domain.live import LiveDomain, check_physmap
 from xenpv.errors import RequestError
 from xenpv.findings import Findings
-from xenpv.frames import PAGE_SIZE
+from xenpv.frames import NO_FRAME, PAGE_SIZE
 from xenpv.host import find
 from xenpv.host.xen import XenHost
 from xenpv.memory.physmap import FOREIGN, IDENTITY, is_own
-from xenpv.memory.radix import NO_FRAME
 
 
 def open_pv(host: XenHost, target: str) -> LiveDomain:

@@ -9,11 +9,10 @@ from xenpv.domain.config import Config
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, GuestError
 from xenpv.findings import Findings, Rule
-from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, PageType, type_name
-from xenpv.memory.p2m import NO_FRAME, Anchors, frames_by_list, frames_by_tree
+from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, PageType, type_name
+from xenpv.memory.p2m import Anchors, frames_by_list, frames_by_tree
+from xenpv.memory.physmap import is_own
 
-_FOREIGN = np.uint64(1 << 63)
-_IDENTITY = np.uint64(1 << 62)
 _NO_PLACES = np.empty(0, np.int64)
 _MAXMEM_SLACK = 256  # pages: libxl lets a domain have 1 MiB above its maxmem (LIBXL_MAXMEM_CONSTANT)
 
@@ -42,7 +41,7 @@ def _frames(saved: SavedDomain, findings: Findings) -> I64:
     wrong = beyond | (types != PageType.NOTAB)
     if not saved.pages_complete:
         wrong &= types != ABSENT
-    first = _first_of_record(saved)
+    first = record.start_pfn // saved.p2m.entries_per_frame
 
     def add(i: int, message: str, rule: Rule = rules.P2M_FRAME) -> None:
         at = i - first
@@ -104,11 +103,6 @@ def _parts_with_pages(saved: SavedDomain) -> I64:
     np.add.at(depth, np.minimum(first, frames), 1)
     np.add.at(depth, np.minimum(last + 1, frames), -1)
     return np.flatnonzero(np.cumsum(depth[:frames]) > 0)
-
-
-def _first_of_record(saved: SavedDomain) -> int:
-    record = saved.contents.p2m_record
-    return 0 if record is None else record.start_pfn // (4096 // saved.contents.width)
 
 
 def _extent(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
@@ -174,7 +168,7 @@ def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
     for first, mfns in saved.p2m.content(places):
         pfns = np.arange(first, first + len(mfns), dtype=np.uint64)
         types = saved.frames.types(pfns)
-        own = (mfns != NO_FRAME) & (mfns & (_FOREIGN | _IDENTITY) == 0)
+        own = is_own(mfns)
         there = IS_POPULATED[types]
         missing = own & ~there & (types != PageType.BROKEN)
         for rule, wrong in (

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, PTE_P, PTE_PSE, PTE_RW
+from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW
 from xenpv.domain import rules
 from xenpv.domain.input import Progress
 from xenpv.domain.likeness import stray_entries
@@ -99,7 +99,7 @@ class TableChecks:
         end_pfn = self.saved.contents.end_pfn
         beyond = target > np.uint64(max(end_pfn, 0))
         self._add(rules.PTE_RANGE, np.flatnonzero(beyond), here, f"names {{names}}, beyond the last pfn {end_pfn:#x}")
-        refused = pte & np.uint64(~(allowed_flags(level, width) | 0x000F_FFFF_FFFF_F000) & (1 << 64) - 1)
+        refused = pte & np.uint64(~(allowed_flags(level, width) | PTE_FRAME_MASK) & (1 << 64) - 1)
         if level > 1:
             superpage = (pte & np.uint64(PTE_PSE)) != 0
             self._add(rules.SUPERPAGE, np.flatnonzero(superpage), here, "is a superpage")

@@ -8,11 +8,10 @@ import numpy as np
 
 from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule
-from xenpv.frames import U8, U64, Mask, PageType
+from xenpv.frames import NO_FRAME, U8, U64, Mask, PageType
 from xenpv.host import DomainInfo, Host
 from xenpv.memory.p2m import Anchors
 from xenpv.memory.physmap import Physmap, Way, is_own, ways
-from xenpv.memory.radix import NO_FRAME
 
 # --- rules of a physmap: the p2m and the m2p, checked both ways ------------------------------------------------------
 _M2P = "arch-x86/xen.h; mfn_in_pseudophysmap()"

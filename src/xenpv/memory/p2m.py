@@ -16,10 +16,9 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import Fault, GuestError
-from xenpv.frames import I64, PAGE_SIZE, U8, U64, Frames, Pfn, Vaddr
+from xenpv.frames import I64, NO_FRAME, PAGE_SIZE, U8, U64, Frames, Pfn, Vaddr
 from xenpv.memory.pagetables import canonical, cr3_frame, in_xen, mapped_frames
 
-NO_FRAME = np.uint64((1 << 64) - 1)
 _FRAMES_AT_ONCE = 1024  # p2m pages read at once: 4 MiB
 
 
@@ -111,9 +110,7 @@ class P2M:
                 pages = self.memory.pages(self.frames[numbers])
             except Fault:
                 numbers, pages = self._one_by_one(numbers)
-            table = pages.view(f"<u{self.width}").astype(np.uint64)
-            if self.width == 4:
-                table[table == INVALID_MFN[4]] = NO_FRAME
+            table = mfns_in(pages, self.width)
             for number, row in zip(numbers.tolist(), table, strict=True):
                 first = number * self.entries_per_frame
                 yield first, row[: max(0, self.entries - first)]
@@ -184,16 +181,16 @@ def frames_by_tree(p2m: P2M, anchors: Anchors) -> U64:
     if fll[0] == NO_FRAME:
         raise GuestError(f"Bad mfn {anchors.frame_list_list:#x} for p2m frame list list: no pfn has it")
     lists = -(-len(p2m.frames) // per_frame)
-    mids = p2m.pfns_of(_mfns(p2m, fll)[:lists])
+    mids = p2m.pfns_of(mfns_in(p2m.memory.pages(fll), p2m.width).reshape(-1)[:lists])
     if np.any(mids == NO_FRAME):
         at = int(np.argmax(mids == NO_FRAME))
         raise GuestError(f"Bad mfn at index {at} (of {lists}) in p2m frame list list")
-    return p2m.pfns_of(_mfns(p2m, mids)[: len(p2m.frames)])
+    return p2m.pfns_of(mfns_in(p2m.memory.pages(mids), p2m.width).reshape(-1)[: len(p2m.frames)])
 
 
-def _mfns(p2m: P2M, pfns: U64) -> U64:
-    """The entries of pages of mfns, one page behind the other."""
-    table = p2m.memory.pages(pfns).view(f"<u{p2m.width}").astype(np.uint64).reshape(-1)
-    if p2m.width == 4:
+def mfns_in(pages: U8, width: Width) -> U64:
+    """Pages of mfns of a guest of that width, uint8 (n, 4096), as uint64 (n, entries): NO_FRAME for INVALID_MFN."""
+    table: U64 = pages.view(f"<u{width}").reshape(-1, PAGE_SIZE // width).astype(np.uint64)
+    if width == 4:
         table[table == INVALID_MFN[4]] = NO_FRAME
     return table

@@ -28,7 +28,7 @@ from xenpv.abi.x86 import (
     XEN_VIRT_PAE,
 )
 from xenpv.errors import Fault
-from xenpv.frames import ENTRIES, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
+from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
 
 BITS_PER_LEVEL = 9
 AVAILABLE = 0x0000_0000_0000_0E00  # software's own bits 9 to 11
@@ -183,7 +183,7 @@ def mapped_frames(memory: Frames, top: Pfn, start: Vaddr, pages: int, width: Wid
             there = (ptes & np.uint64(PTE_P)) != 0
             below.update(zip(span[there].tolist(), frames(ptes[there]).tolist(), strict=True))
         tables = below
-    out = np.full(pages, np.uint64((1 << 64) - 1))
+    out = np.full(pages, NO_FRAME)
     for prefix, table in tables.items():
         entries = read.of(table)
         if entries is None:

@@ -5,8 +5,9 @@ Everything here is mfns of the host that runs the domain; who can read them is h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -14,10 +15,10 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_P
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import GuestError
-from xenpv.frames import I64, PAGE_SHIFT, PAGE_SIZE, U8, U64
-from xenpv.memory.p2m import Anchors
-from xenpv.memory.pagetables import cr3_frame, frames
-from xenpv.memory.radix import NO_FRAME, Read, Runs, Unreadable, walk
+from xenpv.frames import I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64
+from xenpv.memory.p2m import Anchors, mfns_in
+from xenpv.memory.pagetables import as_entries, cr3_frame, frames
+from xenpv.memory.radix import Read, Runs, Unreadable, walk
 
 MARK = 1 << 61  # of the marked tree (proposed in 2014, never merged)
 DEPTHS = range(2, 9)  # levels that a rooted tree may have (docs/abi-p2m-root.md)
@@ -98,7 +99,7 @@ class Physmap:
                 f"the guest exposes {way.tables + 1} levels of its p2m, which reach pfn {reach - 1:#x}; its max_pfn is "
                 f"{anchors.max_pfn:#x}: publish the linear list (p2m_cr3), which has no such limit"
             )
-        decode = _pte_frames if way.of_page_tables else _mfns(width)
+        decode = _pte_frames if way.of_page_tables else partial(_tree_frames, width=width)
         leaves, unreadable = walk(read, way.root, way.tables, range(way.first, way.first + count), decode)
         return cls(
             way, width, anchors.max_pfn, Runs(leaves.first - way.first, leaves.count, leaves.frame), unreadable, read
@@ -120,7 +121,7 @@ class Physmap:
         for i in range(0, len(order), _LEAVES_AT_ONCE):
             some = order[i : i + _LEAVES_AT_ONCE]
             pages, readable = self._read(frame[some])
-            table = _mfns(self.width)(pages, zero=True)[readable]
+            table = mfns_in(pages, self.width)[readable]
             yield first[some][readable], places[some][readable], table
 
     def lookup(self, pfns: list[int]) -> list[int | None]:
@@ -132,7 +133,7 @@ class Physmap:
                 out.append(None)
                 continue
             pages, readable = self._read(np.array([frame], np.uint64))
-            mfn = int(_mfns(self.width)(pages, zero=True)[0, pfn % self.per_leaf])
+            mfn = int(mfns_in(pages, self.width)[0, pfn % self.per_leaf])
             out.append(None if mfn == int(NO_FRAME) or not readable[0] else mfn)
         return out
 
@@ -146,19 +147,11 @@ def is_own(mfns: U64) -> np.ndarray:
 
 
 def _pte_frames(pages: U8) -> U64:
-    ptes = pages.view("<u8").reshape(-1, PAGE_SIZE // 8)
+    ptes = as_entries(pages)
     return np.where(ptes & np.uint64(PTE_P) != 0, frames(ptes), NO_FRAME)
 
 
-def _mfns(width: Width) -> Callable[..., U64]:
-    """How pages of mfns of that width are read.
-
-    In a tree's tables 0 is no frame, in a leaf (``zero``) it is frame 0.
-    """
-
-    def decode(pages: U8, *, zero: bool = False) -> U64:
-        table = pages.view(f"<u{width}").reshape(-1, PAGE_SIZE // width).astype(np.uint64)
-        none = table == INVALID_MFN[width]
-        return np.where(none if zero else none | (table == 0), NO_FRAME, table)
-
-    return decode
+def _tree_frames(pages: U8, width: Width) -> U64:
+    """The frames that pages above the leaves name: there 0 is none, in a leaf it is frame 0."""
+    table = mfns_in(pages, width)
+    return np.where(table == 0, NO_FRAME, table)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from xenpv.errors import GuestError
-from xenpv.frames import I64, U8, U64, Mask
+from xenpv.frames import I64, NO_FRAME, U8, U64, Mask
 
-NO_FRAME = np.uint64((1 << 64) - 1)
 ROWS_MAX = 1 << 24  # runs of leaves: twice what 16 TiB of pages in no order take
 _TABLES_AT_ONCE = 1024
 

@@ -8,14 +8,12 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
-from xenpv.frames import PAGE_SIZE, U64
+from xenpv.frames import NO_FRAME, PAGE_SIZE, U64
 from xenpv.stream import libxl, records
 from xenpv.stream.envelope import Envelope
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
 from xenpv.stream.index import PageIndex
 from xenpv.stream.pagedata import PageData
-
-INVALID_PFN = np.uint64((1 << 64) - 1)  # a p2m frame that no P2M_FRAMES record named
 
 
 @dataclass(slots=True)
@@ -153,7 +151,7 @@ class Contents:
         first = event.start_pfn // per_page
         last = first + len(event.p2m_pfns)
         if last > len(self.p2m_frames):
-            grown = np.full(last, INVALID_PFN)
+            grown = np.full(last, NO_FRAME)  # what no record has named yet
             grown[: len(self.p2m_frames)] = self.p2m_frames
             self.p2m_frames = grown
         self.p2m_frames[first:last] = event.p2m_pfns

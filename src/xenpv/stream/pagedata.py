@@ -73,9 +73,9 @@ class PageData(Record):
         raw = _little_endian(body) if ctx.order == ">" else bytes(body)
         tops = raw[7::8]
         pages = len(tops) - len(tops.translate(None, _TOP_WITH_DATA))
-        expected = 8 + len(raw) + pages * PAGE_SIZE
-        if length != expected:
-            sizes = f"8 + {len(raw)} + {pages} pages = {expected}"
+        record = cls(offset=offset, length=length, raw=raw, pages=pages, pages_offset=pages_offset)
+        if not record.sound:
+            sizes = f"8 + {len(raw)} + {pages} pages = {8 + len(raw) + pages * PAGE_SIZE}"
             ctx.fault(rules.PAGE_SIZE_MATCH, f"PAGE_DATA record wrong size: length {length}, expected {sizes}")
         if tops.translate(None, _TOP_KNOWN):
             at = next(i for i, top in enumerate(tops) if top not in _TOP_KNOWN)
@@ -83,7 +83,7 @@ class PageData(Record):
             ctx.fault(rules.PAGE_TYPE, what)
         for first in range(0, len(raw), _LANES * 8):
             _check_lanes(ctx, raw[first : first + _LANES * 8], first // 8)
-        return cls(offset=offset, length=length, raw=raw, pages=pages, pages_offset=pages_offset)
+        return record
 
 
 def _little_endian(entries: memoryview) -> bytes:

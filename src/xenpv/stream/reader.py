@@ -69,7 +69,6 @@ class Reader:
         self.done = False
         self._record: str | None = None  # what is being read, for errors
         self._at = 0
-        self._order_of_libxc: Order | None = None
         self._ctx = Context(self._fault)
         self._steps = self._stream()
 
