@@ -6,17 +6,21 @@ Readers stop at the first fault and raise; verifiers go on and collect. Both nam
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 
 class Severity(StrEnum):
-    """ERROR: would not restore, or not what was saved. WARNING: restores, yet is not as it should be."""
+    """ERROR: would not restore, or not what was saved. WARNING: restores, yet is not as it should be.
+
+    NOTE: is as it may be, and good to know.
+    """
 
     ERROR = "error"
     WARNING = "warning"
+    NOTE = "note"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,13 @@ class Rule:
 
 
 RULES: dict[str, Rule] = {}
+
+
+class SupportsIndexing(Protocol):
+    """A list, or an array of one dimension."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> Iterable[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +107,17 @@ class Findings:
         if self.count[rule] <= self.keep:
             self._kept.append(Finding(rule, message, **place))
 
-    def more(self, rule: Rule, n: int) -> None:
-        """Count n more breaches of a rule of which the first were added."""
-        if n:
-            self.count[rule] += n
+    def add_each(self, rule: Rule, at: SupportsIndexing, describe: Callable[[Any], tuple[str, dict[str, Any]]]) -> None:
+        """A finding for each of ``at`` (a list or an array); only what is kept is described.
 
-    def room(self, rule: Rule) -> int:
-        """How many more findings of this rule would be kept: what is beyond need not be described."""
-        return max(0, self.keep - self.count[rule])
+        ``describe(one)`` gives the message and the fields of Finding.
+        """
+        room = max(0, self.keep - self.count[rule])
+        for one in at[:room]:
+            message, place = describe(one)
+            self.add(rule, message, **place)
+        if len(at) > room:
+            self.count[rule] += len(at) - room
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self._kept)
@@ -118,6 +132,10 @@ class Findings:
     @property
     def warnings(self) -> int:
         return sum(n for rule, n in self.count.items() if rule.severity is Severity.WARNING)
+
+    @property
+    def notes(self) -> int:
+        return sum(n for rule, n in self.count.items() if rule.severity is Severity.NOTE)
 
     def left_out(self) -> dict[Rule, int]:
         """For each rule with more findings than were kept, how many were only counted."""

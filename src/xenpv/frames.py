@@ -30,6 +30,11 @@ def _which(*types: PageType) -> Mask:
 
 NO_FRAME = np.uint64((1 << 64) - 1)  # in an array of frame numbers: none; INVALID_MFN of a 64-bit guest, too
 
+# Marks of a p2m entry that is none of the domain's frames (Linux's, kept by all): another domain's that it has mapped,
+# or a machine frame that stands for itself. In a 32-bit guest they are bits 31 and 30, and are moved here when read.
+FOREIGN = np.uint64(1 << 63)
+IDENTITY = np.uint64(1 << 62)
+
 # Tables indexed by an array of page types. ABSENT marks a pfn of which nothing is known; it is none of these.
 ABSENT = 0xFF
 IS_KNOWN = _which(*PageType)
@@ -58,8 +63,10 @@ class Frames(Protocol):
 __all__ = [
     "ABSENT",
     "ENTRIES",
+    "FOREIGN",
     "HAS_DATA",
     "I64",
+    "IDENTITY",
     "IS_KNOWN",
     "IS_POPULATED",
     "IS_TABLE",

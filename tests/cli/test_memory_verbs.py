@@ -19,24 +19,54 @@ PAGE = 4096
 def test_p2m(good: Path, domain: Domain) -> None:
     ran = xenpv("p2m", good)
     assert (ran.code, ran.err) == (0, "")
-    holes = domain.entries - len(domain.pages)
     for text in (
         f"{good}: linear virtual list and three-level tree",
         f"pfns 0 to {domain.entries - 1:#x}",
-        f"in {len(domain.p2m_pfns)} frames of 512 entries",
-        f"{len(domain.pages)} pages, {holes} holes",
+        f"{len(set(domain.p2m_pfns.tolist()))} leaves of 512 entries in {len(domain.p2m_pfns)} places",
+        f"{len(domain.mfns)} pages (",
+        f"; {domain.entries - len(domain.mfns)} INVALID_MFN, 0 foreign, 0 identity, 0 in no leaf",
         f"frame list list at mfn {domain.mfns[domain.places.tree_top]:#x} of the old host",
         f"{domain.p2m_vaddr:#x}, cr3 {domain.cr3(domain.mfns[domain.places.top]):#x} of the old host, generation 4",
     ):
         assert text in ran.out, text
-    assert "frame 0" not in ran.out
+    assert "leaf at" not in ran.out
+
+
+def test_p2m_map(good: Path, domain: Domain) -> None:
+    """A line for each part in which there are pages, the shade says how many."""
+    out = xenpv("p2m", good).out
+    cell = xenpv("p2m", "--json", good).json["map"]["cell_pfns"]
+    rows = {int(line.split()[0], 16): line.split("│")[1] for line in out.splitlines() if "│" in line}
+    drawn = {first + i * cell for first, row in rows.items() for i, shade in enumerate(row) if shade != " "}
+    assert drawn == {pfn // cell * cell for pfn in domain.mfns}
+    full = {at for at in drawn if all(pfn in domain.mfns for pfn in range(at, min(at + cell, domain.entries)))}
+    assert full
+    assert all(rows[at // cell // 64 * 64 * cell][at // cell % 64] == "█" for at in full)
 
 
 def test_p2m_frames(good: Path, domain: Domain) -> None:
-    lines = xenpv("p2m", "--frames", good).out.splitlines()[-len(domain.p2m_pfns) :]
-    for i, (line, pfn) in enumerate(zip(lines, domain.p2m_pfns, strict=True)):
-        assert line.split()[:4] == ["frame", str(i), "pfn", f"{int(pfn):#x}"]
-    assert lines[-1].endswith(f"to {domain.entries - 1:#x}")
+    lines = [line for line in xenpv("p2m", "--frames", good).out.splitlines() if "leaf at" in line]
+    said = [(int(line.split()[3], 16), int(line.split()[5], 16), int(line.split()[7], 16)) for line in lines]
+    assert [
+        frame for frame, first, last in said for _ in range(first // 512, last // 512 + 1)
+    ] == domain.p2m_pfns.tolist()
+    assert said[-1][2] == domain.entries - 1
+
+
+def test_p2m_dump(good: Path, domain: Domain) -> None:
+    lines = xenpv("p2m", "--dump", good).out.splitlines()
+    assert lines[0] == f"Guest width: 8, p2m size: {domain.entries:#x}"
+    assert lines[1:] == [f"  pfn={pfn:#x} ==> mfn={mfn:#x}" for pfn, mfn in sorted(domain.mfns.items())]
+
+
+def test_p2m_of_an_mfn(good: Path, domain: Domain) -> None:
+    lines = xenpv("p2m", "--mfn", hex(domain.mfns[600]), "--mfn", 3, good).out.splitlines()[-2:]
+    assert lines == [f"mfn={domain.mfns[600]:#x} ==> pfn=0x258", "mfn=0x3 ==> no pfn"]
+
+
+def test_a_file_cannot_be_paused(good: Path) -> None:
+    ran = xenpv("p2m", "--pause", good)
+    assert (ran.code, "only a running domain can be paused" in ran.err) == (1, True)
 
 
 def test_p2m_lookup(good: Path, domain: Domain) -> None:
@@ -54,9 +84,10 @@ def test_p2m_lookup(good: Path, domain: Domain) -> None:
 
 def test_p2m_json(good: Path, domain: Domain) -> None:
     d = xenpv("p2m", "--json", "--lookup", 600, "--lookup", 601, good).json
-    assert d["frame_pfns"] == domain.p2m_pfns.tolist()
-    assert (d["entries"], d["max_pfn"], d["entries_per_frame"]) == (domain.entries, domain.entries, 512)
-    assert d["populated"] + d["holes"] == d["entries"]
+    assert [run["frame"] for run in d["frame_runs"] for _ in range(run["leaves"])] == domain.p2m_pfns.tolist()
+    assert (d["entries"], d["max_pfn"], d["entries_per_leaf"]) == (domain.entries, domain.entries, 512)
+    assert d["populated"] + d["invalid"] + d["foreign"] + d["identity"] + d["hole"] == d["entries"]
+    assert (d["populated"], sum(d["map"]["populated"])) == (len(domain.mfns), len(domain.mfns))
     assert d["p2m_vaddr"] == domain.p2m_vaddr
     assert d["lookup"] == [
         {"pfn": 600, "mfn": domain.mfns[600], "type": "NOTAB"},
@@ -69,7 +100,7 @@ def test_p2m_of_a_tree_only(tmp_path: Path) -> None:
     file.write_bytes(pv_domain(width=4, tree=True, linear=False).to_bytes())
     out = xenpv("p2m", file).out
     assert "three-level tree" in out
-    assert "frames of 1024 entries" in out
+    assert "leaves of 1024 entries" in out
     assert "list   " not in out
 
 
@@ -196,7 +227,7 @@ def test_read_nothing(good: Path) -> None:
 def test_a_pipe(good: Path, domain: Domain) -> None:
     """Page tables are kept of a pipe, and so is the p2m; that other memory was let go is said."""
     data = good.read_bytes()
-    assert xenpv("p2m", "--json", "-", stdin=data).json == xenpv("p2m", "--json", good).json
+    assert xenpv("p2m", "--json", "-", stdin=data).json == xenpv("p2m", "--json", good).json | {"name": "-"}
     vaddr = domain.vaddrs[600]
     assert xenpv("walk", "--json", "-", vaddr, stdin=data).json == xenpv("walk", "--json", good, vaddr).json
     table = domain.vaddrs[domain.places.top]
@@ -221,7 +252,7 @@ def test_an_hvm_domain_has_none_of_this(hvm: Path, verb: list[object]) -> None:
 
 @pytest.mark.parametrize(
     ("options", "why"),
-    [(["--vcpu", 7], "vcpu 7 is not in the stream (has: 0)"), (["--user"], "vcpu 0 has no user page tables")],
+    [(["--vcpu", 7], "vcpu 7 is not there, or never ran (has: 0)"), (["--user"], "vcpu 0 has no user page tables")],
 )
 def test_tables_that_are_not_there(tmp_path: Path, options: list[object], why: str) -> None:
     file = tmp_path / "made"

@@ -115,7 +115,7 @@ def _(d: Domain) -> Where:
 @case(rules.P2M_ANCHOR, "frame list that was no page of the domain", widths=BOTH, tree=True)
 def _(d: Domain) -> Where:
     d.p2m_frame(d.places.tree_top)[0] = 0x12345
-    return at_record("SHARED_INFO", extent=0, entry=None)
+    return at_record("SHARED_INFO", extent=0, entry=0)
 
 
 @case(rules.P2M_ANCHOR, "tree leads elsewhere", widths=BOTH, tree=True, pfns=MANY)

@@ -148,7 +148,7 @@ def _(d: Domain) -> Where:
     return flip(d, 2, PSE)
 
 
-@case(rules.SUPERPAGE, "L3", widths=BOTH, may=UNMAPPED)
+@case(rules.SUPERPAGE, "L3", widths=BOTH, may={*UNMAPPED, "p2m-anchor"})  # it may have mapped the list, too
 def _(d: Domain) -> Where:
     return flip(d, 3, PSE)
 

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import lab
@@ -125,7 +126,7 @@ def test_what_stock_tools_save_whole(host: lab.Host, tmp_path: Path) -> None:
             assert shown["memory_in_stream"] == MEMORY << 20
             assert shown["p2m"]["max_pfn"] == (SAVED[guest.options] or PAGES)
             assert shown["p2m"]["end_pfn"] == (max(printed) if SAVED[guest.options] else shown["p2m"]["end_pfn"])
-            assert saved.p2m.lookup(list(printed)) == list(printed.values())
+            assert saved.p2m.lookup(np.array(list(printed), np.uint64)).tolist() == list(printed.values())
         assert [str(finding) for finding in verify(str(tmp_path / guest.name)).findings] == []
     destroy(booted)
 

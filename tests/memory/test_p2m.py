@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from tests.writers.domain import Domain
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import GuestError
-from xenpv.frames import NO_FRAME
-from xenpv.memory.p2m import P2M, Anchors, Form, frames_by_list, frames_by_tree
+from xenpv.frames import I64, NO_FRAME, U64
+from xenpv.memory.anchors import Anchors, Form
+from xenpv.memory.p2m import P2M, reading
+from xenpv.memory.radix import Runs
 
 NONE = int(NO_FRAME)
 SPREAD = [*range(200), 1030, 1031, 5000, 0x1_2345]
@@ -24,7 +27,33 @@ UNALIGNED = {8: 0xFFFF_C900_3FF0_0000, 4: 0xD0FF_F000}
 
 
 def p2m_of(domain: Domain) -> P2M:
-    return P2M(DictFrames.of(domain), domain.p2m_pfns, domain.entries, domain.width)
+    return over(DictFrames.of(domain), domain.p2m_pfns, domain.entries, domain.width)
+
+
+def over(frames: DictFrames, pfns: U64, entries: int, width: Width = 8) -> P2M:
+    return P2M(width, entries, Runs.of(pfns), reading(frames))
+
+
+def lookup(p2m: P2M, pfns: list[int]) -> list[int | None]:
+    return [None if mfn == NONE else mfn for mfn in p2m.lookup(array(*pfns)).tolist()]
+
+
+def pieces(p2m: P2M, places: I64 | None = None) -> dict[int, list[int]]:
+    """First pfn of each leaf to its entries."""
+    return {
+        first * p2m.per_leaf: row.tolist()
+        for leaves in p2m.content(places)
+        for first, row in zip(leaves.first.tolist(), leaves.mfns, strict=True)
+    }
+
+
+def walked(domain: Domain, form: Form, anchors: Anchors | None = None) -> list[int]:
+    """The frames of the p2m, by place, as the guest's anchors lead there."""
+    p2m, anchors = p2m_of(domain), anchors or anchors_of(domain)
+    [way] = [way for way in anchors.ways if way.form is form]
+    found = P2M.walk(anchors, way, p2m.read, p2m.pfns_of)
+    frames: list[int] = found.leaves.frame_of(np.arange(p2m.places)).tolist()
+    return frames
 
 
 def anchors_of(domain: Domain) -> Anchors:
@@ -39,14 +68,14 @@ def test_lookup(width: Width) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
     p2m = p2m_of(domain)
     pfns = [*SPREAD, 201, 4999, 0x1_2344, domain.entries - 1, domain.entries, 1 << 40]
-    assert p2m.lookup(pfns) == [domain.mfns.get(pfn) for pfn in pfns]
+    assert lookup(p2m, pfns) == [domain.mfns.get(pfn) for pfn in pfns]
 
 
 def test_what_stands_behind_the_tables_end_is_none_of_it() -> None:
     domain = pv_domain(pfns=range(100))
     domain.p2m_frame(int(domain.p2m_pfns[0]))[domain.entries :] = 0x777
     p2m = p2m_of(domain)
-    assert p2m.lookup([domain.entries - 1, domain.entries, 511, 512]) == [None] * 4
+    assert lookup(p2m, [domain.entries - 1, domain.entries, 511, 512]) == [None] * 4
     assert p2m.pfns_of(array(0x777)).tolist() == [NONE]
 
 
@@ -69,18 +98,19 @@ def test_invalid_is_never_found(width: Width) -> None:
 
 def test_content_ends_where_the_table_does() -> None:
     domain = pv_domain(pfns=range(600), ballooned=[601, 602])
-    pieces = dict(p2m_of(domain).content())
-    assert {first: len(row) for first, row in pieces.items()} == {0: 512, 512: 603 - 512}
-    assert pieces[512][:88].tolist() == [domain.mfns[pfn] for pfn in range(512, 600)]
-    assert pieces[512][88:].tolist() == [NONE] * 3
+    domain.p2m_frame(int(domain.p2m_pfns[1]))[100:] = 0x777
+    found = pieces(p2m_of(domain))
+    assert found.keys() == {0, 512}
+    assert found[512][:88] == [domain.mfns[pfn] for pfn in range(512, 600)]
+    assert found[512][88:] == [NONE] * (512 - 88)
 
 
 def test_frames_that_are_not_there_are_left_out() -> None:
     domain = pv_domain(pfns=[*range(100), 600, 1100])
     frames = DictFrames({pfn: page for pfn, page in domain.pages.items() if pfn != domain.places.p2m[1]})
-    p2m = P2M(frames, domain.p2m_pfns, domain.entries, 8)
-    assert [first for first, _ in p2m.content()] == [0, 1024]
-    assert p2m.lookup([0, 600, 1100]) == [domain.mfns[0], None, domain.mfns[1100]]
+    p2m = over(frames, domain.p2m_pfns, domain.entries)
+    assert list(pieces(p2m)) == [0, 1024]
+    assert lookup(p2m, [0, 600, 1100]) == [domain.mfns[0], None, domain.mfns[1100]]
     assert p2m.pfns_of(array(domain.mfns[600], domain.mfns[1100])).tolist() == [NONE, 1100]
 
 
@@ -88,32 +118,38 @@ def test_gaps_are_left_out() -> None:
     domain = pv_domain(pfns=[*range(100), 600, 1100])
     domain.p2m_pfns[1] = NO_FRAME
     p2m = p2m_of(domain)
-    assert [first for first, _ in p2m.content()] == [0, 1024]
-    assert p2m.lookup([600]) == [None]
+    assert list(pieces(p2m)) == [0, 1024]
+    assert lookup(p2m, [600]) == [None]
 
 
 def test_a_shared_frame_is_given_once_unless_its_places_are_asked_for() -> None:
     domain = pv_domain(pfns=[*range(100), 5000])
     p2m = p2m_of(domain)
-    assert len(p2m.frames) == 10
-    assert p2m.distinct.tolist() == [0, 1, 9]
-    assert [first // 512 for first, _ in p2m.content()] == [0, 1, 9]
-    assert [first // 512 for first, _ in p2m.content(np.array([3, 4, 9]))] == [3, 4, 9]
+    assert p2m.places == 10
+    assert p2m.distinct.first.tolist() == [0, 1, 9]
+    assert p2m.distinct.count.tolist() == [1, 8, 1]
+    assert list(pieces(p2m)) == [0, 512, 9 * 512]
+    assert list(pieces(p2m, np.array([3, 4, 9]))) == [3 * 512, 4 * 512, 9 * 512]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([5, 6, 7, NONE]), max_size=30))
 def test_distinct_is_the_first_place_of_each_frame(frames: list[int]) -> None:
-    p2m = P2M(DictFrames({}), array(*frames), len(frames) * 512, 8)
+    p2m = over(DictFrames({}), array(*frames), len(frames) * 512)
     expected = sorted({frames.index(frame) for frame in frames if frame != NONE})
-    assert p2m.distinct.tolist() == expected
+    assert p2m.distinct.first.tolist() == expected
+    assert p2m.distinct.count.tolist() == [frames.count(frames[at]) for at in expected]
+    holes = [
+        at for first, count in zip(p2m.holes.first, p2m.holes.count, strict=True) for at in range(first, first + count)
+    ]
+    assert holes == [at for at, frame in enumerate(frames) if frame == NONE]
 
 
 def test_a_huge_table_of_shared_frames_costs_next_to_nothing() -> None:
     domain = pv_domain(pfns=[*range(100), 0x4000_0000])
     frames = DictFrames.of(domain)
-    p2m = P2M(frames, domain.p2m_pfns, domain.entries, 8)
-    assert len(p2m.frames) == (1 << 21) + 1
+    p2m = over(frames, domain.p2m_pfns, domain.entries)
+    assert p2m.places == (1 << 21) + 1
     assert p2m.pfns_of(array(domain.mfns[0x4000_0000], domain.mfns[7])).tolist() == [0x4000_0000, 7]
     assert sum(frames.reads.values()) == 3
 
@@ -122,14 +158,19 @@ def test_a_huge_table_of_shared_frames_costs_next_to_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("linear", "tree", "form"),
-    [(True, False, Form.LINEAR), (False, True, Form.TREE), (True, True, Form.BOTH), (False, False, Form.NONE)],
+    ("linear", "tree", "names"),
+    [
+        (True, False, "linear virtual list"),
+        (False, True, "three-level tree"),
+        (True, True, "linear virtual list and three-level tree"),
+        (False, False, "none"),
+    ],
 )
 @pytest.mark.parametrize("width", [8, 4])
-def test_anchors_and_form(width: Width, linear: bool, tree: bool, form: Form) -> None:
+def test_anchors_and_form(width: Width, linear: bool, tree: bool, names: str) -> None:
     domain = pv_domain(width=width, linear=linear, tree=tree)
     anchors = anchors_of(domain)
-    assert anchors.form is form
+    assert anchors.names == names
     assert anchors.width == width
     assert anchors.max_pfn == domain.entries
     if linear:
@@ -142,10 +183,14 @@ def test_anchors_and_form(width: Width, linear: bool, tree: bool, form: Form) ->
 @pytest.mark.parametrize("width", [8, 4])
 def test_anchors_are_where_the_header_says(width: Width) -> None:
     page = bytearray(4096)
-    at = {8: (3088, 3096, 3112, 3120, 3128), 4: (2316, 2320, 2328, 2332, 2336)}[width]
+    at = {8: (3088, 3096, 3112, 3120, 3128, 3136, 3144), 4: (2316, 2320, 2328, 2332, 2336, 2344, 2348)}[width]
     for i, offset in enumerate(at):
         page[offset] = i + 1
-    assert Anchors.of(bytes(page), width) == Anchors(width, 1, 2, 3, 4, 5)
+    assert Anchors.of(bytes(page), width) == Anchors(width, 1, 2, 3, 4, 5, 6, 7)
+    again = bytearray(4096)
+    for offset, store in Anchors.of(bytes(page), width).stores():
+        again[offset : offset + width] = store
+    assert again == page
     assert SHARED_INFO.offset(width, "arch.max_pfn") == at[0]
 
 
@@ -156,8 +201,8 @@ def test_anchors_are_where_the_header_says(width: Width) -> None:
 @pytest.mark.parametrize("width", [8, 4])
 def test_list_and_tree_lead_to_the_frames(width: Width, pfns: list[int]) -> None:
     domain = pv_domain(width=width, pfns=pfns, linear=True, tree=True)
-    for way in (frames_by_list, frames_by_tree):
-        assert way(p2m_of(domain), anchors_of(domain)).tolist() == domain.p2m_pfns.tolist()
+    for form in (Form.LINEAR, Form.TREE):
+        assert walked(domain, form) == domain.p2m_pfns.tolist()
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -168,8 +213,8 @@ def test_a_list_that_straddles_tables(width: Width) -> None:
     domain = pv_domain(width=width, pfns=[*range(200), far], p2m_vaddr=vaddr)
     p2m = p2m_of(domain)
     if width == 8:
-        assert vaddr >> 30 != vaddr + len(p2m.frames) * 4096 - 1 >> 30, "in two L2 tables"
-    assert frames_by_list(p2m, anchors_of(domain)).tolist() == domain.p2m_pfns.tolist()
+        assert vaddr >> 30 != vaddr + p2m.places * 4096 - 1 >> 30, "in two L2 tables"
+    assert walked(domain, Form.LINEAR) == domain.p2m_pfns.tolist()
 
 
 def changed(domain: Domain, changes: Mapping[str, int]) -> Anchors:
@@ -198,7 +243,7 @@ def test_a_list_that_cannot_be_there(vaddr: int, width: Width) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
     anchors = changed(domain, {"p2m_vaddr": vaddr})
     with pytest.raises(GuestError, match=f"Bad virtual p2m address range {vaddr:#x}-"):
-        frames_by_list(p2m_of(domain), anchors)
+        walked(domain, Form.LINEAR, anchors)
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -206,8 +251,8 @@ def test_the_last_possible_place_of_a_list(width: Width) -> None:
     vaddr = 0xFFFF_FFFF_FFFF_F000 if width == 8 else 0xF57F_F000
     domain = pv_domain(width=width)
     anchors = changed(domain, {"p2m_vaddr": vaddr})
-    assert len(p2m_of(domain).frames) == 1
-    assert frames_by_list(p2m_of(domain), anchors).tolist() == [NONE]
+    assert p2m_of(domain).places == 1
+    assert walked(domain, Form.LINEAR, anchors) == [NONE]
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -215,13 +260,13 @@ def test_a_cr3_that_nobody_knows(width: Width) -> None:
     domain = pv_domain(width=width)
     anchors = changed(domain, {"p2m_cr3": domain.cr3(0x1_2345)})
     with pytest.raises(GuestError, match=r"Bad p2m_cr3 value 0x[0-9a-f]+: no pfn has mfn 0x12345"):
-        frames_by_list(p2m_of(domain), anchors)
+        walked(domain, Form.LINEAR, anchors)
 
 
 def test_a_list_with_holes() -> None:
     domain = pv_domain(pfns=SPREAD)
     domain.set_pte(domain.p2m_vaddr + 2 * 4096, 0)
-    found = frames_by_list(p2m_of(domain), anchors_of(domain))
+    found = np.array(walked(domain, Form.LINEAR), np.uint64)
     assert found[2] == NO_FRAME
     assert np.flatnonzero(found != domain.p2m_pfns).tolist() == [2]
 
@@ -231,31 +276,28 @@ def test_a_tree_with_a_bad_root(width: Width) -> None:
     domain = pv_domain(width=width, tree=True)
     anchors = changed(domain, {"pfn_to_mfn_frame_list_list": 0x1_2345})
     with pytest.raises(GuestError, match="Bad mfn 0x12345 for p2m frame list list: no pfn has it"):
-        frames_by_tree(p2m_of(domain), anchors)
+        walked(domain, Form.TREE, anchors)
 
 
-def test_a_tree_with_the_mark_of_four_levels_is_refused() -> None:
-    """Bit 61, the proposal of 2014: such a root is no mfn, and is never taken for three levels."""
-    domain = pv_domain(tree=True)
-    marked = domain.mfns[domain.places.tree_top] | 1 << 61
-    anchors = changed(domain, {"pfn_to_mfn_frame_list_list": marked})
-    with pytest.raises(GuestError, match=f"Bad mfn {marked:#x}"):
-        frames_by_tree(p2m_of(domain), anchors)
+def test_the_mark_of_four_levels_is_never_taken_for_three() -> None:
+    """Bit 61, the proposal of 2014."""
+    domain = pv_domain(tree=True, linear=False)
+    anchors = changed(domain, {"pfn_to_mfn_frame_list_list": domain.mfns[domain.places.tree_top] | 1 << 61})
+    [way] = anchors.ways
+    assert (way.form, way.levels, way.root) == (Form.MARKED, 4, domain.mfns[domain.places.tree_top])
 
 
-@pytest.mark.parametrize("width", [8, 4])
-def test_a_tree_with_a_bad_frame_list(width: Width) -> None:
-    domain = pv_domain(width=width, tree=True, pfns=[*range(100), 0x10_0000])
-    domain.p2m_frame(domain.places.tree_top)[1] = INVALID_MFN[width]
-    lists = -(-len(domain.p2m_pfns) // (4096 // width))
-    with pytest.raises(GuestError, match=rf"Bad mfn at index 1 \(of {lists}\) in p2m frame list list"):
-        frames_by_tree(p2m_of(domain), anchors_of(domain))
+def test_a_bad_frame_list_is_a_hole() -> None:
+    domain = pv_domain(tree=True, pfns=[*range(100), 0x10_0000])
+    domain.p2m_frame(domain.places.tree_top)[1] = 0x1_2345
+    found = np.array(walked(domain, Form.TREE), np.uint64)
+    assert np.flatnonzero(found == NO_FRAME).tolist() == list(range(512, min(1024, len(found))))
 
 
 def test_a_tree_with_a_bad_leaf_has_a_gap_there() -> None:
     domain = pv_domain(tree=True, pfns=SPREAD)
     domain.p2m_frame(domain.places.tree_mid[0])[2] = 0x1_2345
-    found = frames_by_tree(p2m_of(domain), anchors_of(domain))
+    found = np.array(walked(domain, Form.TREE), np.uint64)
     assert np.flatnonzero(found != domain.p2m_pfns).tolist() == [2]
     assert found[2] == NO_FRAME
 
@@ -264,7 +306,7 @@ def test_a_tree_with_a_bad_leaf_has_a_gap_there() -> None:
 def test_a_tree_has_three_levels_and_no_more(width: Width, per: int) -> None:
     """512 GiB for a 64-bit guest, 4 TiB for a 32-bit one: refused beyond, never truncated."""
     domain = pv_domain(width=width, tree=True)
-    frames = np.full(per * per + 1, domain.p2m_pfns[0], np.uint64)
-    p2m = P2M(DictFrames.of(domain), frames, (per * per + 1) * per, width)
-    with pytest.raises(GuestError, match=f"max_pfn {(per * per + 1) * per - 1:#x} too large for p2m tree"):
-        frames_by_tree(p2m, anchors_of(domain))
+    most = anchors_of(domain).ways[-1], replace(anchors_of(domain), max_pfn=per**3)
+    assert most[1].places(most[0]) == range(per * per)
+    with pytest.raises(GuestError, match=f"max_pfn {per**3:#x} too large for p2m tree: the guest exposes 3 levels"):
+        replace(anchors_of(domain), max_pfn=per**3 + 1).places(most[0])

@@ -30,7 +30,7 @@ class Tables:
         return np.array(rows, np.uint64).view(np.uint8).reshape(-1, PAGE_SIZE), there
 
 
-def entries(pages: U8) -> U64:
+def entries(pages: U8, _level: int) -> U64:
     table = pages.view(np.uint64).reshape(-1, ENTRIES)
     return np.where(table == 0, NO_FRAME, table)
 

@@ -23,8 +23,8 @@ EXIT_BUG = 70
 _VERBS = {
     "show": "xenpv.cli.show",
     "verify": "xenpv.cli.verify",
-    "p2m": "xenpv.cli.memory",
-    "check": "xenpv.cli.running",
+    "p2m": "xenpv.cli.p2m",
+    "check": "xenpv.cli.check",
     "walk": "xenpv.cli.memory",
     "read": "xenpv.cli.memory",
     "list": "xenpv.cli.list",

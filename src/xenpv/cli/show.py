@@ -96,7 +96,7 @@ def _pv(saved: SavedDomain) -> dict[str, Any]:
     p2m: dict[str, Any] = {"end_pfn": contents.end_pfn, "frames": len(contents.p2m_frames)}
     if anchors is not None:
         p2m |= {
-            "form": str(anchors.form),
+            "form": anchors.names,
             "max_pfn": anchors.max_pfn,
             "frame_list_list": anchors.frame_list_list,
             "p2m_cr3": anchors.p2m_cr3,

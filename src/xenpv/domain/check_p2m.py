@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
 import numpy as np
 
 from xenpv.domain import rules
 from xenpv.domain.config import Config
 from xenpv.domain.source import SavedDomain
-from xenpv.errors import Fault, GuestError
+from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule
-from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, PageType, type_name
-from xenpv.memory.p2m import Anchors, frames_by_list, frames_by_tree
-from xenpv.memory.physmap import is_own
+from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, U64, PageType, type_name
+from xenpv.memory.anchors import Anchors, Way
+from xenpv.memory.p2m import P2M, is_own
 
 _NO_PLACES = np.empty(0, np.int64)
 _MAXMEM_SLACK = 256  # pages: libxl lets a domain have 1 MiB above its maxmem (LIBXL_MAXMEM_CONSTANT)
@@ -33,7 +37,7 @@ def _frames(saved: SavedDomain, findings: Findings) -> I64:
     record = saved.contents.p2m_record
     if record is None:
         return _NO_PLACES
-    if record.start_pfn % saved.p2m.entries_per_frame:
+    if record.start_pfn % saved.p2m.per_leaf:
         what = f"start pfn {record.start_pfn:#x} is within a p2m frame"
         findings.add(rules.P2M_START, what, offset=record.offset, record=record.name)
     types = saved.frames.types(frames)
@@ -41,31 +45,33 @@ def _frames(saved: SavedDomain, findings: Findings) -> I64:
     wrong = beyond | (types != PageType.NOTAB)
     if not saved.pages_complete:
         wrong &= types != ABSENT
-    first = record.start_pfn // saved.p2m.entries_per_frame
+    first = record.start_pfn // saved.p2m.per_leaf
 
-    def add(i: int, message: str, rule: Rule = rules.P2M_FRAME) -> None:
+    def place(i: int) -> dict[str, Any]:
         at = i - first
         offset = record.offset + 16 + at * 8 if 0 <= at < len(record.p2m_pfns) else None
-        findings.add(rule, message, offset=offset, record=record.name, pfn=int(frames[i]), entry=i)
+        return {"offset": offset, "record": record.name, "pfn": int(frames[i]), "entry": i}
 
-    bad, room = np.flatnonzero(wrong), findings.room(rules.P2M_FRAME)
-    for i in bad[:room].tolist():
-        pfn = int(frames[i])
+    def describe_bad(at: np.int64) -> tuple[str, dict[str, Any]]:
+        i, pfn = int(at), int(frames[at])
         if frames[i] == NO_FRAME:
-            add(i, f"p2m_frame_list[{i}] was never sent")
-        elif beyond[i]:
-            add(i, f"pfn ({pfn:#x}) for p2m_frame_list[{i}] out of range (last pfn {saved.contents.end_pfn:#x})")
-        elif IS_POPULATED[types[i]]:
-            add(i, f"pfn ({pfn:#x}) for p2m_frame_list[{i}] has bad type {type_name(int(types[i]))}")
-        else:
-            add(i, f"p2m_frame_list[{i}] (pfn {pfn:#x}) has bad mfn: the stream has no such page")
-    findings.more(rules.P2M_FRAME, max(0, len(bad) - room))
-    again, first_place = _shared(saved)
-    room = findings.room(rules.P2M_REPEATED)
-    for i, other in zip(again[:room].tolist(), first_place[:room].tolist(), strict=True):
+            return f"p2m_frame_list[{i}] was never sent", place(i)
+        if beyond[i]:
+            end = saved.contents.end_pfn
+            return f"pfn ({pfn:#x}) for p2m_frame_list[{i}] out of range (last pfn {end:#x})", place(i)
+        if IS_POPULATED[types[i]]:
+            return f"pfn ({pfn:#x}) for p2m_frame_list[{i}] has bad type {type_name(int(types[i]))}", place(i)
+        return f"p2m_frame_list[{i}] (pfn {pfn:#x}) has bad mfn: the stream has no such page", place(i)
+
+    def describe_again(two: tuple[np.int64, np.int64]) -> tuple[str, dict[str, Any]]:
+        i, other = int(two[0]), int(two[1])
         what = f"p2m_frame_list[{i}] and [{other}] are both pfn {int(frames[i]):#x}, and hold pages of the domain"
-        add(i, what, rules.P2M_REPEATED)
-    findings.more(rules.P2M_REPEATED, max(0, len(again) - room))
+        return what, place(i)
+
+    bad = np.flatnonzero(wrong)
+    findings.add_each(rules.P2M_FRAME, bad, describe_bad)
+    again, first_place = _shared(saved)
+    findings.add_each(rules.P2M_REPEATED, np.column_stack([again, first_place]), describe_again)
     return np.union1d(bad, again)
 
 
@@ -77,7 +83,7 @@ def _shared(saved: SavedDomain) -> tuple[I64, I64]:
     several such parts with one frame the first is not named.
     """
     frames = saved.contents.p2m_frames
-    first = saved.p2m.distinct
+    first = saved.p2m.distinct.first
     if len(first) == np.count_nonzero(frames != NO_FRAME):
         return _NO_PLACES, _NO_PLACES
     first = first[np.argsort(frames[first])]
@@ -94,7 +100,7 @@ def _shared(saved: SavedDomain) -> tuple[I64, I64]:
 
 def _parts_with_pages(saved: SavedDomain) -> I64:
     """The numbers of the p2m frames, ascending, whose part of the domain has populated pages."""
-    per_frame, frames = saved.p2m.entries_per_frame, len(saved.contents.p2m_frames)
+    per_frame, frames = saved.p2m.per_leaf, len(saved.contents.p2m_frames)
     start, pages, kind = saved.contents.index.extents
     mine = IS_POPULATED[kind]
     first = (start[mine] // np.uint64(per_frame)).astype(np.int64)
@@ -113,7 +119,7 @@ def _extent(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
     if saved.contents.end_pfn > anchors.max_pfn - 1:
         what = f"the p2m goes to pfn {saved.contents.end_pfn:#x}, shared info's max_pfn is {anchors.max_pfn:#x}"
         findings.add(rules.P2M_EXTENT, what, **place)
-    elif saved.contents.end_pfn < anchors.max_pfn - 1 and (saved.contents.end_pfn + 1) % saved.p2m.entries_per_frame:
+    elif saved.contents.end_pfn < anchors.max_pfn - 1 and (saved.contents.end_pfn + 1) % saved.p2m.per_leaf:
         what = f"the p2m ends within a frame, at pfn {saved.contents.end_pfn:#x}, shared info's max_pfn is "
         findings.add(rules.P2M_EXTENT, what + f"{anchors.max_pfn:#x}", **place)
     if anchors.p2m_cr3 and anchors.p2m_generation & 1:
@@ -125,29 +131,34 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
     """Walk the p2m as the saver did, from the anchors that it left in shared info; gives the places that differ."""
     shared, p2m = saved.contents.shared_info, saved.p2m
     assert shared is not None
-    if not len(p2m.frames):
+    if not len(p2m.leaves):
         return _NO_PLACES
-    ways, doubtful = [], _NO_PLACES
-    if anchors.p2m_cr3:
-        ways.append(("linear list", frames_by_list))
-    if "tree" in anchors.form:
-        ways.append(("three-level tree", frames_by_tree))
-    if not ways:
+    doubtful = _NO_PLACES
+    place = {"offset": shared.offset, "record": shared.name}
+    if not anchors.ways:
         what = f"neither p2m_cr3 nor pfn_to_mfn_frame_list_list ({anchors.frame_list_list:#x}) leads to a p2m"
-        findings.add(rules.P2M_ANCHOR, what, offset=shared.offset, record=shared.name)
-    for name, way in ways:
+        findings.add(rules.P2M_ANCHOR, what, **place)
+    frames, reach = saved.contents.p2m_frames, replace(anchors, max_pfn=p2m.entries)
+    for way in anchors.ways:
         try:
-            found = way(p2m, anchors)
+            walked = P2M.walk(reach, way, p2m.read, p2m.pfns_of)
         except GuestError as e:
-            rule = rules.P2M_ANCHOR if saved.source.seekable or not isinstance(e, Fault) else rules.NOT_CHECKED
-            findings.add(rule, f"{name}: {e}", offset=shared.offset, record=shared.name)
+            findings.add(rules.P2M_ANCHOR, f"{way.name}: {e}", **place)
             continue
-        differ, room = np.flatnonzero(found != p2m.frames), findings.room(rules.P2M_ANCHOR)
-        for i in differ[:room].tolist():
-            by_guest = "a hole" if found[i] == NO_FRAME else f"pfn {int(found[i]):#x}"
-            what = f"{name}: entry {i} is {by_guest}, the stream's p2m frame is pfn {int(p2m.frames[i]):#x}"
-            findings.add(rules.P2M_ANCHOR, what, offset=shared.offset, record=shared.name, entry=i)
-        findings.more(rules.P2M_ANCHOR, max(0, len(differ) - room))
+        if walked.unreadable and not saved.source.seekable:
+            lost = walked.unreadable[0]
+            what = f"{way.name}: its table at pfn {lost.frame:#x} had gone by before it was known to be one"
+            findings.add(rules.NOT_CHECKED, what, **place)
+            continue
+        found = walked.leaves.frame_of(np.arange(len(frames)))
+
+        def describe(at: np.int64, way: Way = way, found: U64 = found) -> tuple[str, dict[str, Any]]:
+            by_guest = "a hole" if found[at] == NO_FRAME else f"pfn {int(found[at]):#x}"
+            what = f"{way.name}: entry {at} is {by_guest}, the stream's p2m frame is pfn {int(frames[at]):#x}"
+            return what, {**place, "entry": int(at)}
+
+        differ = np.flatnonzero(found != frames)
+        findings.add_each(rules.P2M_ANCHOR, differ, describe)
         if len(differ) * 2 < len(found):  # else it is the anchor that is to be doubted
             doubtful = np.union1d(doubtful, differ)
     return doubtful
@@ -158,15 +169,16 @@ def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
 
     What stands in ``doubtful`` places of the p2m is not the p2m's, perhaps, and would give a finding for each entry.
     """
-    places = np.union1d(saved.p2m.distinct, _parts_with_pages(saved))
+    frames_of_p2m = saved.contents.p2m_frames
+    places = np.union1d(saved.p2m.distinct.first, _parts_with_pages(saved))
     places = np.setdiff1d(places, doubtful, assume_unique=True)
-    frames = saved.p2m.frames[places]
+    frames = frames_of_p2m[places]
     gone = ~saved.frames.kept(frames) & HAS_DATA[saved.frames.types(frames)]
     if not saved.source.seekable and saved.pages_complete and np.any(gone):
         what = "frames of the p2m had gone by before a record named them: what they map was not compared"
         findings.add(rules.NOT_CHECKED, what, offset=saved.contents.p2m_record and saved.contents.p2m_record.offset)
-    for first, mfns in saved.p2m.content(places):
-        pfns = np.arange(first, first + len(mfns), dtype=np.uint64)
+    for leaves in saved.p2m.content(places):
+        pfns, mfns = leaves.pfns, leaves.mfns
         types = saved.frames.types(pfns)
         own = is_own(mfns)
         there = IS_POPULATED[types]
@@ -175,11 +187,8 @@ def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
             (rules.PAGE_MISSING, missing if saved.pages_complete else np.zeros_like(missing)),
             (rules.PAGE_UNMAPPED, ~own & there),
         ):
-            room = findings.room(rule)
-            for i in np.flatnonzero(wrong)[:room].tolist():
-                what = _mismatch(first + i, int(mfns[i]), int(types[i]), missing=rule is rules.PAGE_MISSING)
-                findings.add(rule, what, offset=_offset_of_entry(saved, first + i), pfn=first + i)
-            findings.more(rule, max(0, int(np.count_nonzero(wrong)) - room))
+            found = np.column_stack([pfns[wrong], mfns[wrong], types[wrong].astype(np.uint64)])
+            findings.add_each(rule, found, partial(_describe_entry, saved, rule))
     for pfn, offset in saved.contents.index.twice:
         what = f"pfn {pfn:#x} is in the same PAGE_DATA record twice"
         findings.add(rules.PAGE_REPEATED, what, offset=offset, record="PAGE_DATA", pfn=pfn)
@@ -190,16 +199,18 @@ def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
         findings.add(rules.PAGE_BROKEN, what, pfn=pfn)
 
 
-def _mismatch(pfn: int, mfn: int, kind: int, *, missing: bool) -> str:
-    if not missing:
-        return f"pfn {pfn:#x} is in the stream, but the p2m has no frame for it ({mfn:#x})"
+def _describe_entry(saved: SavedDomain, rule: Rule, entry: U64) -> tuple[str, dict[str, Any]]:
+    pfn, mfn, kind = (int(n) for n in entry)
+    place = {"offset": _offset_of_entry(saved, pfn), "pfn": pfn}
+    if rule is rules.PAGE_UNMAPPED:
+        return f"pfn {pfn:#x} is in the stream, but the p2m has no frame for it ({mfn:#x})", place
     how = "is not in the stream" if kind == ABSENT else f"is in the stream as {type_name(kind)}"
-    return f"the p2m maps pfn {pfn:#x} (to mfn {mfn:#x} of the old host), which {how}"
+    return f"the p2m maps pfn {pfn:#x} (to mfn {mfn:#x} of the old host), which {how}", place
 
 
 def _offset_of_entry(saved: SavedDomain, pfn: int) -> int | None:
     """The byte offset of a pfn's p2m entry."""
-    place, entry = divmod(pfn, saved.p2m.entries_per_frame)
+    place, entry = divmod(pfn, saved.p2m.per_leaf)
     frame = int(saved.contents.index.offsets(saved.contents.p2m_frames[place : place + 1])[0])
     return frame + entry * saved.contents.width if frame >= 0 else None
 

@@ -68,14 +68,13 @@ class TableChecks:
 
     def _add(self, rule: Rule, at: I64, entries: _Entries, message: str) -> None:
         """A finding for each of the entries ``at``; ``message`` goes on behind what the entry is and says."""
-        room = self.findings.room(rule)
-        for one in at[:room].tolist():
+
+        def describe(one: int) -> tuple[str, dict[str, int | None]]:
             where = entries.where(one)
             names = f"pfn {int(entries.target[one]):#x} ({type_name(int(entries.kind[one]))})"
-            self.findings.add(
-                rule, f"{entries.says(one)} {message.format(names=names)}", offset=self._offset(where), **where
-            )
-        self.findings.more(rule, max(0, len(at) - room))
+            return f"{entries.says(one)} {message.format(names=names)}", {"offset": self._offset(where), **where}
+
+        self.findings.add_each(rule, at, describe)
 
     def _offset(self, where: dict[str, int]) -> int | None:
         page = self._page_offset(where["pfn"])
@@ -200,12 +199,13 @@ class TableChecks:
         tops = [saved_top for vcpu in self.saved.contents.vcpus for saved_top in self.saved.tops(vcpu)]
         held = np.unique(np.concatenate([*self._named, np.array(tops, np.uint64)]))
         free = (types & PINNED == 0) & ~np.isin(tables, held)
-        room, orphans = self.findings.room(rules.TABLE_ORPHAN), int(np.count_nonzero(free))
-        for pfn, kind in zip(tables[free][:room].tolist(), types[free][:room].tolist(), strict=True):
-            level = kind & 7
+
+        def describe(at: int) -> tuple[str, dict[str, int | None]]:
+            pfn, level = int(tables[at]), int(types[at] & 7)
             what = f"the L{level} table at pfn {pfn:#x} is neither pinned nor named by another table"
-            self.findings.add(rules.TABLE_ORPHAN, what, offset=self._page_offset(pfn), pfn=pfn, level=level)
-        self.findings.more(rules.TABLE_ORPHAN, max(0, orphans - room))
+            return what, {"offset": self._page_offset(pfn), "pfn": pfn, "level": level}
+
+        self.findings.add_each(rules.TABLE_ORPHAN, np.flatnonzero(free), describe)
 
 
 def gdt_frames(saved: SavedDomain) -> U64:

@@ -1,127 +1,160 @@
-"""A running domain: its p2m found, walked, and held against Xen's m2p. Reads only, and pauses nothing."""
+"""A running domain: its p2m found and walked, its memory read. Reads only, and pauses nothing unless asked to."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from xenpv.errors import GuestError
-from xenpv.findings import Findings, Rule
-from xenpv.frames import NO_FRAME, U8, U64, Mask, PageType
+from xenpv.abi.x86 import LEVELS, VCPU_GUEST_CONTEXT
+from xenpv.errors import Fault, GuestError, HostError
+from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, U8, U64, Mask, PageType, Pfn
 from xenpv.host import DomainInfo, Host
-from xenpv.memory.p2m import Anchors
-from xenpv.memory.physmap import Physmap, Way, is_own, ways
-
-# --- rules of a physmap: the p2m and the m2p, checked both ways ------------------------------------------------------
-_M2P = "arch-x86/xen.h; mfn_in_pseudophysmap()"
-REACH = Rule("physmap-reach", "the guest's anchors lead to a p2m, and to all of it", "arch-x86/xen.h arch_shared_info")
-TABLE = Rule("physmap-table", "every table of the p2m is a frame of the domain", "arch-x86/xen.h arch_shared_info")
-BEYOND = Rule("physmap-beyond", "no entry is above the host's last frame", _M2P)
-NOT_OWN = Rule("physmap-not-own", "every entry is a frame of the domain", _M2P)
-TWICE = Rule("physmap-twice", "no two pfns have one mfn", _M2P)
-STALE = Rule("physmap-stale", "m2p of an entry's mfn gives the pfn back", _M2P)
-SHARED = Rule("physmap-shared", "a leaf that stands in several places maps nothing", "else its pfns have one mfn")
-GENERATION = Rule("physmap-generation", "p2m_generation is even, and the same after as before", "arch-x86/xen.h")
+from xenpv.memory.anchors import Anchors, Way
+from xenpv.memory.domain import DomainMemory
+from xenpv.memory.p2m import P2M, is_own
+from xenpv.memory.pagetables import as_entries, cr3_frame, is_xen_slot, normalise
 
 
 @dataclass
 class LiveDomain:
-    """A domain on a host, as it is while one looks: nothing is paused."""
+    """A domain on a host. What is asked of it is read when first asked for, and the p2m's tables are kept."""
 
     host: Host
     info: DomainInfo
-    shared_info: bytes = field(init=False, repr=False)
-    anchors: Anchors = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.shared_info = self.host.shared_info(self.info.domid)
-        self.anchors = Anchors.of(self.shared_info, self.info.width)
 
     @property
-    def ways(self) -> list[Way]:
-        """The ways to its p2m, best first."""
-        return ways(self.anchors, self.shared_info)
+    def name(self) -> str:
+        """For people: "dom5 (web)"."""
+        return f"dom{self.info.domid}" + (f" ({self.info.name})" if self.info.name else "")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """All its vcpus stand still while the body runs."""
+        self.host.pause(self.info.domid)
+        try:
+            yield
+        finally:
+            self.host.unpause(self.info.domid)
+
+    # --- its p2m -----------------------------------------------------------------------------------------------------
+
+    def look(self) -> Anchors:
+        """The anchors in its shared info, now."""
+        return Anchors.of(self.host.shared_info(self.info.domid), self.info.width)
+
+    @cached_property
+    def anchors(self) -> Anchors:
+        """The anchors as they were when first asked for."""
+        return self.look()
 
     def read(self, mfns: U64) -> tuple[U8, Mask]:
         """Machine frames of the domain, and whether each could be read."""
         pages, mapped = self.host.map_frames(self.info.domid, mfns)
         return pages, mapped.astype(np.bool_)
 
-    def physmap(self, way: Way | None = None) -> Physmap:
-        """Its p2m by one way, the best if none is named.
+    def walk_p2m(self, way: Way, entries: int | None = None) -> P2M:
+        """Its p2m by one way, or its first ``entries``. Raises GuestError when it cannot be right."""
+        anchors = self.anchors if entries is None else replace(self.anchors, max_pfn=entries)
+        return P2M.walk(anchors, way, self.read)
 
-        Raises GuestError when there is none, or it cannot be right.
+    @cached_property
+    def p2m(self) -> P2M:
+        """Its p2m by the best way. Raises GuestError when there is none, or it cannot be right."""
+        if not self.anchors.ways:
+            raise GuestError(f"dom{self.info.domid} exposes no p2m: {self.anchors.why_none()}")
+        return self.walk_p2m(self.anchors.ways[0])
+
+    def changed(self) -> str | None:
+        """What has become of its p2m since it was first walked: None if it is the same, else a sentence.
+
+        By its anchors, and, since only the list has a generation, by walking the tables once more. Entries of leaves
+        change at any time and are not meant.
         """
-        there = self.ways
-        if way is None and not there:
-            anchor = self.anchors.frame_list_list
-            state = "not set up yet" if not anchor else "to be looked for elsewhere, and nothing else is published"
-            raise GuestError(f"dom{self.info.domid} exposes no p2m: its anchor is {anchor:#x}, which is {state}")
-        return Physmap.walk(way or there[0], self.anchors, self.read)
+        now, then = self.look(), self.anchors
+        if then.p2m_cr3 and then.p2m_generation & 1:
+            return f"p2m_generation {then.p2m_generation:#x} is odd: the p2m is being changed, look again"
+        if now.p2m_generation != then.p2m_generation:
+            return f"p2m_generation went from {then.p2m_generation:#x} to {now.p2m_generation:#x} meanwhile: look again"
+        if now != then:
+            return "the anchors in shared info are not what they were: the p2m has moved, look again"
+        if then.ways:
+            try:
+                again, before = self.walk_p2m(then.ways[0]).leaves, self.p2m.leaves
+            except GuestError as e:
+                return f"the p2m is no more: {e}"
+            for a, b in ((again.first, before.first), (again.count, before.count), (again.frame, before.frame)):
+                if not np.array_equal(a, b):
+                    return "leaves of the p2m were replaced meanwhile: look again"
+        return None
 
+    # --- its memory --------------------------------------------------------------------------------------------------
 
-def check_physmap(domain: LiveDomain, findings: Findings) -> None:
-    """Every entry of the p2m, by every way that is open, against the m2p and the frames' owner."""
-    if not domain.ways:
+    @property
+    def vcpus(self) -> list[int]:
+        """The numbers of its vcpus; some may never have been started."""
+        return list(range(self.info.max_vcpu + 1))
+
+    def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
+        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit guests may have.
+
+        None for a vcpu that is not there or was never started.
+        """
+        width = self.info.width
         try:
-            domain.physmap()
-        except GuestError as e:
-            findings.add(REACH, str(e))
-    for way in domain.ways:
-        try:
-            physmap = domain.physmap(way)
-        except GuestError as e:
-            findings.add(REACH, f"{way.name}: {e}")
-            continue
-        for lost in physmap.unreadable:
-            what = f"{way.name}: the table at mfn {lost.frame:#x}, {lost.level} above the leaves, is not the domain's"
-            findings.add(TABLE, what)
-        _check_entries(domain, physmap, findings)
-    _check_generation(domain, findings)
+            context = VCPU_GUEST_CONTEXT.read(self.host.vcpu_context(self.info.domid, vcpu), width)
+        except HostError:
+            return None
+        value = int(context["ctrlreg"][1 if user else 3])
+        if user and (width == 4 or not value):
+            return None
+        mfn = np.array([cr3_frame(value, width)], np.uint64)
+        pfn = self.pfns_of(mfn)[0]
+        if pfn == NO_FRAME:
+            raise GuestError(
+                f"cr3 of vcpu {vcpu} names mfn {int(mfn[0]):#x}, which is in the p2m of {self.name} nowhere"
+            )
+        return Pfn(int(pfn))
 
+    def pfns_of(self, mfns: U64) -> U64:
+        """The pfn of each machine frame: what m2p says, if the p2m agrees; else NO_FRAME."""
+        pfns = self.host.m2p(mfns)
+        return np.where(self.p2m.lookup(pfns) == mfns, pfns, NO_FRAME)
 
-def _check_entries(domain: LiveDomain, physmap: Physmap, findings: Findings) -> None:
-    max_mfn = np.uint64(domain.host.max_mfn())
-    for first, places, mfns in physmap.content():
-        pfns = (first * physmap.per_leaf)[:, None] + np.arange(physmap.per_leaf)
-        own = is_own(mfns) & (pfns < physmap.entries)
-        for row in np.flatnonzero(own.any(axis=1) & (places > 1))[: findings.room(SHARED)].tolist():
-            what = f"the leaf of pfn {int(pfns[row, 0]):#x} stands in {int(places[row])} places, and maps pages"
-            findings.add(SHARED, what, pfn=int(pfns[row, 0]))
-        beyond = own & (mfns > max_mfn)
-        for pfn, mfn in zip(pfns[beyond].tolist(), mfns[beyond].tolist(), strict=True):
-            findings.add(BEYOND, f"pfn {pfn:#x} has mfn {mfn:#x}, the host's last is {int(max_mfn):#x}", pfn=pfn)
-        inside = own & ~beyond
-        back = domain.host.m2p(mfns[inside])
-        wrong = back != pfns[inside].astype(np.uint64)
-        entries = np.column_stack([pfns[inside][wrong].astype(np.uint64), mfns[inside][wrong], back[wrong]])
-        _explain(domain, physmap, findings, entries)
+    def types(self, pfns: U64) -> U8:
+        """The page type of each pfn, as Frames has it: ABSENT for those without a frame of the domain."""
+        mfns = self.p2m.lookup(pfns.reshape(-1))
+        out = np.full(mfns.shape, ABSENT, np.uint8)
+        own = is_own(mfns)
+        out[own] = self.host.page_types(self.info.domid, mfns[own])
+        out[out == PageType.XTAB] = ABSENT
+        return out.reshape(pfns.shape)
 
+    def pages(self, pfns: U64) -> U8:
+        """Content of the pages, as Frames has it; page tables normalised: pfns in the place of mfns."""
+        mfns = self.p2m.lookup(pfns)
+        kinds = self.types(pfns)
+        for absent in np.flatnonzero(kinds == ABSENT)[:1].tolist():
+            pfn, mfn = int(pfns[absent]), int(mfns[absent])
+            why = "has no frame" if mfn == int(NO_FRAME) else f"has mfn {mfn:#x}, which is not the domain's"
+            raise Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
+        content, mapped = self.read(mfns)
+        for lost in np.flatnonzero(~mapped)[:1].tolist():
+            pfn, mfn = int(pfns[lost]), int(mfns[lost])
+            raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn)
+        pages = content.copy()  # a mapping lives only until the next call
+        for level in range(1, LEVELS[self.info.width] + 1):
+            tables = IS_TABLE[kinds] & (kinds & 7 == level)
+            if tables.any():
+                xens = is_xen_slot(level, self.info.width)
+                normal, _ = normalise(as_entries(pages[tables]), self.pfns_of, xens)
+                pages[tables] = normal.view(np.uint8).reshape(-1, pages.shape[1])
+        return pages
 
-def _explain(domain: LiveDomain, physmap: Physmap, findings: Findings, entries: U64) -> None:
-    """Say of each entry (pfn, mfn, m2p of the mfn) that m2p does not give back, why.
-
-    The "m2p doesn't match p2m" of old, in words.
-    """
-    if not len(entries):
-        return
-    types = domain.host.page_types(domain.info.domid, entries[:, 1].copy())
-    for (pfn, mfn, other), kind in zip(entries.tolist(), types.tolist(), strict=True):
-        if kind == PageType.XTAB:
-            findings.add(NOT_OWN, f"pfn {pfn:#x} has mfn {mfn:#x}, which is not a frame of the domain", pfn=pfn)
-        elif other != int(NO_FRAME) and physmap.lookup([other]) == [mfn]:
-            findings.add(TWICE, f"pfns {pfn:#x} and {other:#x} both have mfn {mfn:#x}; m2p says {other:#x}", pfn=pfn)
-        else:
-            findings.add(STALE, f"pfn {pfn:#x} has mfn {mfn:#x}, of which m2p says pfn {other:#x}", pfn=pfn)
-
-
-def _check_generation(domain: LiveDomain, findings: Findings) -> None:
-    if not domain.anchors.p2m_cr3:
-        return
-    before = domain.anchors.p2m_generation
-    after = Anchors.of(domain.host.shared_info(domain.info.domid), domain.info.width).p2m_generation
-    if before & 1:
-        findings.add(GENERATION, f"p2m_generation {before:#x} is odd: the p2m is being changed, look again")
-    elif before != after:
-        findings.add(GENERATION, f"p2m_generation went from {before:#x} to {after:#x} meanwhile: look again")
+    @property
+    def memory(self) -> DomainMemory:
+        """Memory as vcpu 0 sees it."""
+        return DomainMemory(self, self.info.width, self.cr3(0), self.cr3(0, user=True))

@@ -20,9 +20,11 @@ from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.domain.input import Input, Progress
 from xenpv.errors import Fault, StreamError
 from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
+from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import P2M, Anchors
+from xenpv.memory.p2m import P2M, reading
 from xenpv.memory.pagetables import cr3_frame
+from xenpv.memory.radix import Runs
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages
@@ -202,6 +204,11 @@ class SavedDomain:
 
     # --- what is known of the domain ---------------------------------------------------------------------------------
 
+    @property
+    def vcpus(self) -> list[int]:
+        """The numbers of the vcpus of which something came."""
+        return sorted(self.contents.vcpus)
+
     def vcpu_context(self, vcpu: int) -> np.void | None:
         """The vcpu_guest_context of a vcpu as a NumPy record (abi.x86.VCPU_GUEST_CONTEXT), None if it did not come."""
         record = self.contents.vcpus.get(vcpu)
@@ -245,7 +252,8 @@ class SavedDomain:
     @property
     def p2m(self) -> P2M:
         """The p2m by the frames that X86_PV_P2M_FRAMES names; its content is the mfns of the host that saved."""
-        return P2M(self.frames, self.contents.p2m_frames, self.contents.end_pfn + 1, self.contents.width)
+        contents = self.contents
+        return P2M(contents.width, contents.end_pfn + 1, Runs.of(contents.p2m_frames), reading(self.frames))
 
 
 def _may_be_frame_list(pages: U8, width: Width) -> Mask:

@@ -245,6 +245,11 @@ class _M2P:
         self._table: U64 = np.frombuffer(mmap.mmap(-1, chunks * _CHUNK_BYTES, flags, mmap.PROT_READ), np.uint64)
 
     def lookup(self, mfns: U64) -> U64:
+        if len(mfns) and int(mfns.max()) < self._frames:
+            first, last = int(mfns.min()) >> _CHUNK_SHIFT, int(mfns.max()) >> _CHUNK_SHIFT
+            if (self._state[first : last + 1] == _MAPPED).all():  # as nearly always: no chunk need be asked for
+                known: U64 = self._table.take(mfns.astype(np.int64))
+                return known
         inside: Mask = mfns < np.uint64(self._frames)
         everything = bool(inside.all())
         index = (mfns if everything else np.where(inside, mfns, np.uint64(0))).astype(np.int64)

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from xenpv.abi.declare import Width
+from xenpv.abi.x86 import LEVELS
 from xenpv.errors import Fault
-from xenpv.frames import PAGE_SHIFT, PAGE_SIZE, Frames, Pfn, Vaddr
-from xenpv.memory.pagetables import Walk, walk
+from xenpv.frames import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U64, Frames, Pfn, Vaddr
+from xenpv.memory import radix
+from xenpv.memory.p2m import reading
+from xenpv.memory.pagetables import NO_PFN, Walk, canonical, frames_of_tables, walk
+
+_PLACES = 1 << 36  # pages of a 48-bit address space
 
 
 @dataclass
@@ -48,17 +53,37 @@ class DomainMemory:
 
     def read_virtual(self, vaddr: int, length: int, *, top: Pfn | None = None) -> bytes:
         """``length`` bytes from a virtual address on. Raises Fault for the first page that is not mapped."""
-        out = bytearray()
-        while len(out) < length:
-            at = vaddr + len(out)
-            pfn = self._translate(at, top)
-            n = min(PAGE_SIZE - at % PAGE_SIZE, length - len(out))
-            out += self.page(pfn)[at % PAGE_SIZE :][:n]
-        return bytes(out)
+        pages = ((vaddr + max(length, 1) - 1) >> PAGE_SHIFT) - (vaddr >> PAGE_SHIFT) + 1
+        pfns = self.translate(vaddr, pages, top=top)
+        return self.frames.pages(pfns).tobytes()[vaddr % PAGE_SIZE :][:length]
 
-    def _translate(self, vaddr: int, top: Pfn | None) -> Pfn:
-        way = self.walk(vaddr, top=top)
-        if way.pfn is None:
-            assert way.fault is not None
-            raise way.fault
-        return way.pfn
+    def translate(self, vaddr: int, pages: int, *, top: Pfn | None = None) -> U64:
+        """The pfns behind so many consecutive virtual pages, uint64. Raises Fault for the first that is not mapped.
+
+        Cost follows the tables that are there: each is read once.
+        """
+        table, last = self.top if top is None else top, vaddr + (pages - 1) * PAGE_SIZE
+        if table is None or not _is_range(vaddr, last, self.width):
+            raise self._fault(vaddr, top) or self._fault(last, top) or _changed(vaddr)
+        place = vaddr >> PAGE_SHIFT & _PLACES - 1
+        places = range(place, place + pages)
+        runs, _ = radix.walk(reading(self.frames), table, LEVELS[self.width], places, frames_of_tables)
+        found = runs.frame_of(np.arange(place, place + pages))
+        for lost in np.flatnonzero((found == NO_FRAME) | (found == np.uint64(NO_PFN)))[:1].tolist():
+            at = vaddr if not lost else (vaddr & -PAGE_SIZE) + lost * PAGE_SIZE
+            raise self._fault(at, top) or _changed(at)
+        return found
+
+    def _fault(self, vaddr: int, top: Pfn | None) -> Fault | None:
+        return self.walk(vaddr, top=top).fault
+
+
+def _is_range(first: int, last: int, width: Width) -> bool:
+    """Whether both are addresses, and all between them."""
+    if width == 4:
+        return last >> 32 == 0
+    return last >> 64 == 0 and canonical(first) and canonical(last) and first >> 63 == last >> 63
+
+
+def _changed(vaddr: int) -> Fault:
+    return Fault(f"{vaddr:#x}: the page tables changed while they were read", space="vaddr", address=vaddr)

@@ -1,145 +1,162 @@
-"""The p2m of a saved domain: in which form it was published, and which frames hold it.
+"""The p2m of a domain, saved or running, in whatever form the guest shows it.
 
-A stream names the p2m's frames (X86_PV_P2M_FRAMES) but leaves the guest's own anchors in shared info as they were:
-machine frames of the host that saved. The p2m's content, mfns of that host too, is what translates them back.
+A running domain's tables are machine frames and hold machine frames. In a save file page tables hold pfns, the p2m's
+own content is mfns of the host that saved, and nothing but that content translates them: ``resolve`` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import numpy as np
 
 from xenpv.abi.declare import Width
-from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
+from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import Fault, GuestError
-from xenpv.frames import I64, NO_FRAME, PAGE_SIZE, U8, U64, Frames, Pfn, Vaddr
-from xenpv.memory.pagetables import canonical, cr3_frame, in_xen, mapped_frames
+from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Frames, Mask
+from xenpv.memory.anchors import Anchors, Form, Way
+from xenpv.memory.pagetables import frames_of_tables
+from xenpv.memory.radix import Read, Runs, Unreadable, walk
 
-_FRAMES_AT_ONCE = 1024  # p2m pages read at once: 4 MiB
-
-
-class Form(StrEnum):
-    """How a guest shows its p2m to the outside (docs/design.md section 4)."""
-
-    NONE = "none"
-    TREE = "three-level tree"
-    LINEAR = "linear virtual list"
-    BOTH = "linear virtual list and three-level tree"
+LEAVES_AT_ONCE = 128  # half a MiB: what is computed on them stays in the processor's cache
+_MARKS = FOREIGN | IDENTITY
 
 
 @dataclass(frozen=True, slots=True)
-class Anchors:
-    """The p2m fields of arch_shared_info. ``max_pfn`` is the number of entries; frames are mfns of the guest's host."""
+class Leaves:
+    """Some leaves, each read once: the first place of each, in how many it stands, and its entries.
 
-    width: Width
-    max_pfn: int
-    frame_list_list: int
-    p2m_cr3: int
-    p2m_vaddr: int
-    p2m_generation: int
+    ``mfns``: uint64 of shape (n, entries a leaf), NO_FRAME for INVALID_MFN and for what lies beyond the table's end.
+    """
 
-    @classmethod
-    def of(cls, shared_info: bytes, width: Width) -> Anchors:
-        """From the bytes of a shared info page."""
-        arch = SHARED_INFO.read(shared_info, width)["arch"]
-        names = ("max_pfn", "pfn_to_mfn_frame_list_list", "p2m_cr3", "p2m_vaddr", "p2m_generation")
-        return cls(width, *(int(arch[name]) for name in names))
+    first: I64
+    times: I64
+    mfns: U64
 
     @property
-    def form(self) -> Form:
-        """Valid iff p2m_cr3 is not 0.
-
-        The list. 0 in the tree's anchor is "not set up yet", all ones "look elsewhere".
-        """
-        tree = self.frame_list_list not in {0, INVALID_MFN[self.width]}
-        return (Form.BOTH if tree else Form.LINEAR) if self.p2m_cr3 else (Form.TREE if tree else Form.NONE)
-
-    def list_at(self, frames: int) -> Vaddr:
-        """p2m_vaddr, where a list of so many frames may lie.
-
-        Aligned, canonical, not in Xen's hole. Raises GuestError.
-        """
-        first, last = self.p2m_vaddr, self.p2m_vaddr + frames * PAGE_SIZE - 1
-        outside = last >> 64 or not (canonical(first) and canonical(last)) if self.width == 8 else last >> 32
-        if outside or in_xen(first, self.width) or in_xen(last, self.width) or first % PAGE_SIZE:
-            raise GuestError(f"Bad virtual p2m address range {first:#x}-{last:#x}")
-        return Vaddr(first)
+    def pfns(self) -> U64:
+        """The pfn of each entry, at the leaf's first place: uint64 of the shape of mfns."""
+        per_leaf = self.mfns.shape[1]
+        first: U64 = self.first.astype(np.uint64) * np.uint64(per_leaf)
+        within: U64 = np.arange(per_leaf, dtype=np.uint64)
+        return np.add(first[:, None], within)
 
 
 @dataclass(frozen=True)
 class P2M:
-    """A p2m by its frames.
+    """A p2m: entry n stands in place n // per_leaf, and ``leaves`` says which frame that is.
 
-    Entry n stands in frame n // entries_per_frame. ``frames``: pfns, uint64, NO_FRAME for a gap. One frame may stand in
-    many places: kernels share it among all parts of the table where nothing is.
+    ``entries``: of the table, one more than the last pfn. Frames are whatever ``read`` reads: pfns of a saved domain,
+    mfns of a running one. ``unreadable``: tables above the leaves that could not be read.
     """
 
-    memory: Frames
-    frames: U64
-    entries: int  # of the table: one more than the last pfn
     width: Width
+    entries: int
+    leaves: Runs
+    read: Read
+    unreadable: list[Unreadable] = field(default_factory=list)
 
     @property
-    def entries_per_frame(self) -> int:
+    def per_leaf(self) -> int:
         return PAGE_SIZE // self.width
 
-    @cached_property
-    def distinct(self) -> I64:
-        """The number of each frame's first place, ascending, gaps left out: every frame once, however shared."""
-        if not len(self.frames):
-            return np.empty(0, np.int64)
-        runs = np.flatnonzero(np.append(True, self.frames[1:] != self.frames[:-1]))
-        _, first = np.unique(self.frames[runs], return_index=True)
-        numbers: I64 = np.sort(runs[first])
-        there: I64 = numbers[self.frames[numbers] != NO_FRAME]
-        return there
+    @property
+    def places(self) -> int:
+        """How many leaves the whole table takes, each counted as often as it stands in it."""
+        return -(-self.entries // self.per_leaf)
 
-    def content(self, places: I64 | None = None) -> Iterator[tuple[int, U64]]:
-        """The table piece by piece: the first pfn of each piece and its mfns, all ones (64 bits) for INVALID_MFN.
+    @classmethod
+    def walk(cls, anchors: Anchors, way: Way, read: Read, resolve: Callable[[U64], U64] | None = None) -> P2M:
+        """Follow one way. Raises GuestError, in words, when the anchors cannot be right or do not reach far enough.
 
-        Of the frames at ``places``, or of each frame at its first place. Frames without content are left out.
+        ``resolve`` turns mfns in anchors and trees into what ``read`` takes, NO_FRAME for one that nobody knows; None
+        where they are the same.
         """
-        there = self.distinct if places is None else places[self.frames[places] != NO_FRAME]
-        for i in range(0, len(there), _FRAMES_AT_ONCE):
-            numbers = there[i : i + _FRAMES_AT_ONCE]
-            try:
-                pages = self.memory.pages(self.frames[numbers])
-            except Fault:
-                numbers, pages = self._one_by_one(numbers)
-            table = mfns_in(pages, self.width)
-            for number, row in zip(numbers.tolist(), table, strict=True):
-                first = number * self.entries_per_frame
-                yield first, row[: max(0, self.entries - first)]
+        places = anchors.places(way)
+        root = way.root
+        if resolve is not None:
+            root = int(resolve(np.array([root], np.uint64))[0])
+            if root == int(NO_FRAME):
+                raise GuestError(_no_root(anchors, way))
+        if way.form is Form.LINEAR:
+            found, unreadable = walk(read, root, way.tables, places, frames_of_tables)
+        else:
+            decode = partial(_frames_of_tree, width=anchors.width, resolve=resolve)
+            found, unreadable = walk(read, root, way.tables, places, decode)
+        leaves = Runs(found.first - way.first, found.count, found.frame)
+        return cls(anchors.width, anchors.max_pfn, leaves, read, unreadable)
 
-    def _one_by_one(self, numbers: I64) -> tuple[I64, U8]:
-        good, pages = [], []
-        for number in numbers.tolist():
-            try:
-                pages.append(self.memory.pages(self.frames[number : number + 1])[0])
-            except Fault:
-                continue
-            good.append(number)
-        return np.array(good, np.int64), np.array(pages, np.uint8).reshape(-1, PAGE_SIZE)
+    @cached_property
+    def distinct(self) -> Runs:
+        """Each leaf's frame once, ascending by place: its first place, and in how many it stands."""
+        frame, row, back = np.unique(self.leaves.frame, return_index=True, return_inverse=True)
+        times = np.bincount(back, weights=self.leaves.count, minlength=len(frame)).astype(np.int64)
+        once = Runs(self.leaves.first[row], times, frame)
+        return once[np.argsort(once.first)]
 
-    def lookup(self, pfns: list[int]) -> list[int | None]:
-        """The mfn of each pfn, None for INVALID_MFN, a pfn beyond the table, or a frame that is not there."""
-        out: list[int | None] = []
-        for pfn in pfns:
-            number, at = divmod(pfn, self.entries_per_frame)
-            if pfn >= self.entries or number >= len(self.frames) or self.frames[number] == NO_FRAME:
-                out.append(None)
-                continue
-            try:
-                page = self.memory.pages(self.frames[number : number + 1])
-            except Fault:
-                out.append(None)
-                continue
-            mfn = int(page.view(f"<u{self.width}")[0, at])
-            out.append(None if mfn == INVALID_MFN[self.width] else mfn)
+    @property
+    def used(self) -> int:
+        """The entries without those of the leaves at the end that are all one frame, but for the first of them.
+
+        Linux names one "missing" leaf to the end of what its tables reach; libxenguest drops such ends, too.
+        """
+        leaves, end = self.leaves, self.leaves.first + self.leaves.count
+        if not len(leaves) or end[-1] < self.places:
+            return self.entries
+        breaks = (leaves.frame[:-1] != leaves.frame[1:]) | (end[:-1] != leaves.first[1:])
+        first = int(leaves.first[np.flatnonzero(breaks)[-1] + 1 if breaks.any() else 0])
+        return min(self.entries, (first + 1) * self.per_leaf)
+
+    @property
+    def holes(self) -> Runs:
+        """The places without a leaf."""
+        return self.leaves.gaps(range(self.places))
+
+    def content(self, places: I64 | None = None, *, lost: Callable[[Runs], None] | None = None) -> Iterator[Leaves]:
+        """The table piece by piece: each leaf once, at its first place; or the leaves at ``places``.
+
+        Leaves that cannot be read are left out; ``lost`` is told of them.
+        """
+        which = self.distinct
+        if places is not None:
+            which = Runs(places, np.ones(len(places), np.int64), self.leaves.frame_of(places))
+            which = which[which.frame != NO_FRAME]
+        for i in range(0, len(which), LEAVES_AT_ONCE):
+            some = which[i : i + LEAVES_AT_ONCE]
+            pages, readable = self.read(some.frame)
+            if not readable.all():
+                if lost is not None:
+                    lost(some[~readable])
+                some, pages = some[readable], pages[readable]
+            mfns = entries_in(pages, self.width)
+            beyond = (int(some.first[-1]) + 1) * self.per_leaf - self.entries if len(some) else 0
+            if beyond > 0:
+                mfns = mfns.copy()
+                mfns[-1, self.per_leaf - beyond :] = NO_FRAME
+            yield Leaves(some.first, some.count, mfns)
+
+    def lookup(self, pfns: U64) -> U64:
+        """The entry of each pfn as it stands there.
+
+        NO_FRAME for INVALID_MFN, for a pfn beyond the table, and where there is no leaf or it cannot be read.
+        """
+        inside = pfns < np.uint64(self.entries)
+        place, at = np.divmod(np.where(inside, pfns, np.uint64(0)).astype(np.int64), self.per_leaf)
+        frame = np.where(inside, self.leaves.frame_of(place), NO_FRAME)
+        out = np.full(len(pfns), NO_FRAME)
+        wanted, back = np.unique(frame, return_inverse=True)
+        wanted = wanted[wanted != NO_FRAME]  # the last, if it is there at all
+        order = np.argsort(back, kind="stable")
+        bounds = np.searchsorted(back[order], np.arange(len(wanted) + 1))
+        for i in range(0, len(wanted), LEAVES_AT_ONCE):
+            some = wanted[i : i + LEAVES_AT_ONCE]
+            pages, readable = self.read(some)
+            mine = order[bounds[i] : bounds[i + len(some)]]
+            row = back[mine] - i
+            found = entries_in(pages, self.width)[row, at[mine]]
+            out[mine] = np.where(readable[row], found, NO_FRAME)
         return out
 
     def pfns_of(self, mfns: U64) -> U64:
@@ -147,50 +164,67 @@ class P2M:
 
         Of an mfn that stands in the table more than once, the last pfn.
         """
-        if not len(mfns):
+        if not mfns.size:
             return mfns
         wanted, back = np.unique(mfns, return_inverse=True)
         found = np.full(len(wanted), NO_FRAME)
-        for first, row in self.content():
+        for leaves in self.content():
+            row = leaves.mfns.reshape(-1)
             at = np.minimum(np.searchsorted(wanted, row), len(wanted) - 1)
             hit = np.flatnonzero(wanted[at] == row)
-            found[at[hit]] = (hit + first).astype(np.uint64)
+            found[at[hit]] = leaves.pfns.reshape(-1)[hit]
         found[wanted == NO_FRAME] = NO_FRAME
-        return found[back]
+        return found[back].reshape(mfns.shape)
 
 
-def frames_by_list(p2m: P2M, anchors: Anchors) -> U64:
-    """The frames of the linear virtual list as the guest's own page tables have it, from p2m_cr3 and p2m_vaddr.
+def is_own(mfns: U64) -> Mask:
+    """Entries that claim a frame.
 
-    Raises GuestError when the anchors cannot be right.
+    Neither INVALID_MFN nor marked FOREIGN or IDENTITY. Whether they are right, m2p says.
     """
-    first = anchors.list_at(len(p2m.frames))
-    mfn = cr3_frame(anchors.p2m_cr3, p2m.width)
-    top = p2m.pfns_of(np.array([mfn], np.uint64))[0]
-    if top == NO_FRAME:
-        raise GuestError(f"Bad p2m_cr3 value {anchors.p2m_cr3:#x}: no pfn has mfn {mfn:#x}")
-    return mapped_frames(p2m.memory, Pfn(int(top)), first, len(p2m.frames), p2m.width)
+    return np.asarray(mfns & _MARKS == 0)
 
 
-def frames_by_tree(p2m: P2M, anchors: Anchors) -> U64:
-    """The frames of the three-level tree: frame list list, frame lists, leaves. Raises GuestError on a bad anchor."""
-    per_frame = p2m.entries_per_frame
-    if len(p2m.frames) > per_frame * per_frame:
-        raise GuestError(f"max_pfn {p2m.entries - 1:#x} too large for p2m tree")
-    fll = p2m.pfns_of(np.array([anchors.frame_list_list], np.uint64))
-    if fll[0] == NO_FRAME:
-        raise GuestError(f"Bad mfn {anchors.frame_list_list:#x} for p2m frame list list: no pfn has it")
-    lists = -(-len(p2m.frames) // per_frame)
-    mids = p2m.pfns_of(mfns_in(p2m.memory.pages(fll), p2m.width).reshape(-1)[:lists])
-    if np.any(mids == NO_FRAME):
-        at = int(np.argmax(mids == NO_FRAME))
-        raise GuestError(f"Bad mfn at index {at} (of {lists}) in p2m frame list list")
-    return p2m.pfns_of(mfns_in(p2m.memory.pages(mids), p2m.width).reshape(-1)[: len(p2m.frames)])
+def entries_in(pages: U8, width: Width) -> U64:
+    """Leaves of a guest of that width, uint8 (n, 4096), as entries, uint64 (n, entries).
+
+    NO_FRAME for INVALID_MFN; the marks of a 32-bit guest's entries are where those of a 64-bit guest are.
+    """
+    table: U64 = pages.view(f"<u{width}").reshape(-1, PAGE_SIZE // width)
+    if width == 8:
+        return table
+    table = table.astype(np.uint64)
+    marks = (table & (_MARKS >> np.uint64(32))) << np.uint64(32)
+    return np.where(table == np.uint64(INVALID_MFN[4]), NO_FRAME, table & ~(_MARKS >> np.uint64(32)) | marks)
 
 
-def mfns_in(pages: U8, width: Width) -> U64:
-    """Pages of mfns of a guest of that width, uint8 (n, 4096), as uint64 (n, entries): NO_FRAME for INVALID_MFN."""
-    table: U64 = pages.view(f"<u{width}").reshape(-1, PAGE_SIZE // width).astype(np.uint64)
-    if width == 4:
-        table[table == INVALID_MFN[4]] = NO_FRAME
-    return table
+def reading(memory: Frames) -> Read:
+    """Read a domain's memory by pfn."""
+
+    def read(pfns: U64) -> tuple[U8, Mask]:
+        try:
+            return memory.pages(pfns), np.ones(len(pfns), np.bool_)
+        except Fault:
+            pages, readable = np.zeros((len(pfns), PAGE_SIZE), np.uint8), np.zeros(len(pfns), np.bool_)
+        for i in range(len(pfns)):
+            try:
+                pages[i] = memory.pages(pfns[i : i + 1])[0]
+            except Fault:
+                continue
+            readable[i] = True
+        return pages, readable
+
+    return read
+
+
+def _no_root(anchors: Anchors, way: Way) -> str:
+    if way.form is Form.LINEAR:
+        return f"Bad p2m_cr3 value {anchors.p2m_cr3:#x}: no pfn has mfn {way.root:#x}"
+    return f"Bad mfn {way.root:#x} for p2m frame list list: no pfn has it"
+
+
+def _frames_of_tree(pages: U8, _level: int, width: Width, resolve: Callable[[U64], U64] | None) -> U64:
+    """The frames that pages above the leaves name: there 0 is none, in a leaf it is frame 0."""
+    table = entries_in(pages, width)
+    table = np.where(table == 0, NO_FRAME, table)
+    return table if resolve is None else resolve(table)

@@ -1,10 +1,11 @@
 """Page tables of PV guests whose entries hold pfns: entries, walks, and checks over whole arrays of tables.
 
-In a stream the tables are normalised (mfn to pfn) by the saver; a live source normalises before it comes here.
+In a stream the tables are normalised (mfn to pfn) by the saver; of a running domain they are before a walk.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,7 @@ from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SHIFT, U8, U64, Frames, Mask, P
 BITS_PER_LEVEL = 9
 AVAILABLE = 0x0000_0000_0000_0E00  # software's own bits 9 to 11
 AVAILABLE_HIGH = 0x7FF0_0000_0000_0000  # and 52 to 62
+NO_PFN = PTE_FRAME_MASK >> PAGE_SHIFT  # in a normalised entry: it names what is no frame of the domain
 _GNTTAB = 1 << 62  # Xen's own in an L1 entry: a grant mapping
 GLOBAL = 1 << 8
 _TABLE_FLAGS = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_NX | AVAILABLE | AVAILABLE_HIGH
@@ -69,6 +71,15 @@ def frames(ptes: U64) -> U64:
 def as_entries(pages: U8) -> U64:
     """Pages, uint8 (n, 4096), as entries, uint64 (n, 512), without a copy. Both widths have 64-bit entries (PAE)."""
     return pages.view("<u8").reshape(-1, ENTRIES)
+
+
+def frames_of_tables(pages: U8, level: int) -> U64:
+    """The frames that tables of that level, uint8 (n, 4096), name, uint64 (n, 512): NO_FRAME for an entry that is not
+    present, or a superpage, which PV has not.
+    """
+    ptes = as_entries(pages)
+    flags = np.uint64(PTE_P if level == 1 else PTE_P | PTE_PSE)
+    return np.where(ptes & flags == np.uint64(PTE_P), frames(ptes), NO_FRAME)
 
 
 def cr3_frame(cr3: int, width: Width) -> int:
@@ -155,60 +166,52 @@ def walk(memory: Frames, top: Pfn, vaddr: Vaddr, width: Width = 8) -> Walk:
         if level > 1 and pte & PTE_PSE:
             return ends(f"L{level}[{index}] of pfn {table:#x} is a superpage ({pte:#x}), which PV has not", level)
         table = frame(pte)
+        if table == NO_PFN:
+            return ends(f"L{level}[{index}] names a frame that is no pfn of the domain: another's, or Xen's", level)
     return Walk(vaddr, tuple(steps), table)
 
 
-def mapped_frames(memory: Frames, top: Pfn, start: Vaddr, pages: int, width: Width = 8) -> U64:
-    """The pfns behind ``pages`` consecutive virtual pages from ``start``: uint64, all ones for a hole.
+Translate = Callable[[U64], U64]
+"""translate(frames): what each is called on the other side, NO_FRAME for one that has no name there."""
 
-    Cost follows the number of tables that are there: each is read once, whatever it maps. A table that stands in many
-    places one after the other, as kernels do where nothing is, is read once, too.
+
+def normalise(tables: U64, pfn_of: Translate, empty: Mask | None = None) -> tuple[U64, Mask]:
+    """Tables with pfns in the place of mfns, and which present entries could not be translated.
+
+    ``tables``: uint64 (n, 512). ``empty``: entries that are Xen's own (is_xen_slot), which come out as 0. Entries that
+    are not present stay as they are; those that name what is no frame of the domain name NO_PFN, and are True in the
+    mask. xen.git:tools/libs/guest/xg_sr_save_x86_pv.c normalise_pagetable().
     """
-    read = _Entries(memory)
-    levels = LEVELS[width]
-    tables: dict[int, int] = {-1: int(top)}  # virtual address >> (bits of the level below) -> table; level by level
+    kept = tables if empty is None else np.where(empty, np.uint64(0), tables)
+    return _translated(kept, pfn_of)
+
+
+def localise(tables: U64, mfn_of: Translate) -> tuple[U64, Mask]:
+    """Tables with mfns in the place of pfns, the inverse of normalise; and which entries could not be translated.
+
+    xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c x86_pv_localise_page().
+    """
+    return _translated(tables, mfn_of)
+
+
+def _translated(tables: U64, translate: Translate) -> tuple[U64, Mask]:
+    present = (tables & np.uint64(PTE_P)) != 0
+    named = frames(tables[present])
+    distinct, back = np.unique(named, return_inverse=True)
+    found = translate(distinct)[back]
+    bad = np.zeros(tables.shape, np.bool_)
+    bad[present] = found == NO_FRAME
+    out = tables.copy()
+    flags = tables[present] & ~np.uint64(PTE_FRAME_MASK)
+    out[present] = np.where(found == NO_FRAME, np.uint64(NO_PFN), found) << np.uint64(PAGE_SHIFT) | flags
+    return out, bad
+
+
+def tables_needed(start: Vaddr, pages: int, width: Width = 8) -> dict[int, int]:
+    """How many tables of each level map so many pages from an address on, the top table counted: {1: …, 2: …, …}."""
     first, last = start >> PAGE_SHIFT, (start >> PAGE_SHIFT) + pages - 1
-    for level in range(levels, 1, -1):
-        shift = BITS_PER_LEVEL * (level - 1)
-        below: dict[int, int] = {}
-        for prefix, table in tables.items():
-            low, high = first >> shift, last >> shift
-            if prefix >= 0:
-                low, high = max(low, prefix << BITS_PER_LEVEL), min(high, (prefix << BITS_PER_LEVEL) + ENTRIES - 1)
-            entries = read.of(table)
-            if entries is None:
-                continue
-            span = np.arange(low, high + 1)
-            ptes = entries[span & ENTRIES - 1]
-            there = (ptes & np.uint64(PTE_P)) != 0
-            below.update(zip(span[there].tolist(), frames(ptes[there]).tolist(), strict=True))
-        tables = below
-    out = np.full(pages, NO_FRAME)
-    for prefix, table in tables.items():
-        entries = read.of(table)
-        if entries is None:
-            continue
-        low, high = max(first, prefix << BITS_PER_LEVEL), min(last, (prefix << BITS_PER_LEVEL) + ENTRIES - 1)
-        ptes = entries[np.arange(low, high + 1) & ENTRIES - 1]
-        there = (ptes & np.uint64(PTE_P)) != 0
-        out[low - first : high - first + 1][there] = frames(ptes[there])
-    return out
-
-
-class _Entries:
-    """Reads tables, and remembers the last."""
-
-    def __init__(self, memory: Frames) -> None:
-        self._memory = memory
-        self._table = -1
-        self._entries: U64 | None = None
-
-    def of(self, table: int) -> U64 | None:
-        """The entries of a table, None when it has no content."""
-        if table != self._table:
-            try:
-                self._entries = as_entries(self._memory.pages(np.array([table], np.uint64)))[0]
-            except Fault:
-                self._entries = None
-            self._table = table
-        return self._entries
+    count = {}
+    for level in range(1, LEVELS[width]):
+        shift = BITS_PER_LEVEL * level
+        count[level] = (last >> shift) - (first >> shift) + 1
+    return count | {LEVELS[width]: 1}

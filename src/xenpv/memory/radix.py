@@ -1,4 +1,4 @@
-"""Sparse walks of trees of frames: a p2m tree of any depth, or the page tables over a linear list.
+"""Trees of frames, walked and built: a p2m tree of any depth, or the page tables over a linear list.
 
 Cost follows distinct tables, not what they span: a table that stands in a thousand places is read once, a run of
 entries that name one frame stays one row all the way down, and a run of one shared table without content of its own
@@ -21,6 +21,9 @@ _TABLES_AT_ONCE = 1024
 Read = Callable[[U64], tuple[U8, Mask]]
 """read(frames): their content, uint8 (n, 4096), and for each whether it could be read."""
 
+Put = Callable[[U8], U64]
+"""put(pages): keep pages, uint8 (n, 4096), somewhere; the frame of each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Runs:
@@ -33,7 +36,7 @@ class Runs:
     def __len__(self) -> int:
         return len(self.first)
 
-    def __getitem__(self, rows: slice) -> Runs:
+    def __getitem__(self, rows: slice | I64 | Mask) -> Runs:
         return Runs(self.first[rows], self.count[rows], self.frame[rows])
 
     def frame_of(self, places: I64) -> U64:
@@ -43,6 +46,26 @@ class Runs:
         row = np.searchsorted(self.first, places, "right") - 1
         inside = (row >= 0) & (places < self.first[row] + self.count[row])
         return np.where(inside, self.frame[row], NO_FRAME)
+
+    def gaps(self, places: range) -> Runs:
+        """The parts of ``places`` that no run covers, NO_FRAME for a frame."""
+        starts = np.append(places.start, self.first + self.count)
+        count = np.append(self.first, places.stop) - starts
+        there = count > 0
+        return Runs(starts[there], count[there], np.full(np.count_nonzero(there), NO_FRAME))
+
+    def filled(self, places: range, frame: int) -> Runs:
+        """These runs, and one frame everywhere else in ``places``."""
+        gaps = self.gaps(places)
+        return _in_order([self, Runs(gaps.first, gaps.count, np.full(len(gaps), frame, np.uint64))])
+
+    @classmethod
+    def of(cls, frames: U64) -> Runs:
+        """Of an array of frames, one for each place from 0 on; NO_FRAME for none."""
+        starts = np.flatnonzero(np.append(True, frames[1:] != frames[:-1])) if len(frames) else np.empty(0, np.int64)
+        count = np.diff(np.append(starts, len(frames)))
+        there = frames[starts] != NO_FRAME
+        return cls(starts[there], count[there], frames[starts][there])
 
 
 _NOTHING = Runs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
@@ -58,12 +81,13 @@ class Unreadable:
 
 
 def walk(
-    read: Read, root: int, levels: int, places: range, frames_of: Callable[[U8], U64]
+    read: Read, root: int, levels: int, places: range, frames_of: Callable[[U8, int], U64]
 ) -> tuple[Runs, list[Unreadable]]:
     """The leaves behind ``places`` of a tree whose top table is ``root``, ``levels`` tables above the leaves.
 
-    ``frames_of`` turns pages of a table, uint8 (n, 4096), into the frames that their entries name, uint64 (n, entries),
-    NO_FRAME for none. Raises GuestError when tables are shared so often that they name more than ROWS_MAX runs.
+    ``frames_of(pages, level)`` turns pages of tables, uint8 (n, 4096), into the frames that their entries name, uint64
+    (n, entries), NO_FRAME for none; level 1 is the one above the leaves. Raises GuestError when tables are shared so
+    often that they name more than ROWS_MAX runs.
     """
     nodes = Runs(np.zeros(1, np.int64), np.ones(1, np.int64), np.array([root], np.uint64))
     unreadable: list[Unreadable] = []
@@ -73,18 +97,14 @@ def walk(
             some = nodes[i : i + _TABLES_AT_ONCE]
             distinct, which = np.unique(some.frame, return_inverse=True)
             pages, readable = read(distinct)
-            entries = np.where(readable[:, None], frames_of(pages), NO_FRAME)
+            entries = np.where(readable[:, None], frames_of(pages, level), NO_FRAME)
             lost = np.flatnonzero(~readable[which])
             unreadable += [Unreadable(int(some.frame[at]), level, int(some.first[at])) for at in lost]
             shift = (entries.shape[1].bit_length() - 1) * (level - 1)
             parts.append(_below(some, entries, which, range(places.start >> shift, (places.stop - 1 >> shift) + 1)))
             if sum(map(len, parts)) > ROWS_MAX:
                 raise GuestError(f"the tables below frame {root:#x} name more than {ROWS_MAX} runs of frames")
-        nodes = Runs(
-            np.concatenate([p.first for p in parts]),
-            np.concatenate([p.count for p in parts]),
-            np.concatenate([p.frame for p in parts]),
-        )
+        nodes = _joined(parts)
     return nodes, unreadable
 
 
@@ -94,9 +114,7 @@ def _below(nodes: Runs, entries: U64, which: I64, places: range) -> Runs:
     starts = np.ones(entries.shape, np.bool_)
     starts[:, 1:] = entries[:, 1:] != entries[:, :-1]
     uniform = np.count_nonzero(starts, axis=1)[which] == 1
-    times = np.where(
-        uniform, 1, nodes.count
-    )  # a run of tables that differ inside is unrolled, one of uniform ones is not
+    times = np.where(uniform, 1, nodes.count)  # a run of tables that differ inside is unrolled, one of uniform ones not
     total = int((times * np.count_nonzero(starts, axis=1)[which]).sum())
     if total > ROWS_MAX:
         raise GuestError(f"a table is shared by {int(times.max())} places: more than {ROWS_MAX} runs of frames")
@@ -112,6 +130,60 @@ def _below(nodes: Runs, entries: U64, which: I64, places: range) -> Runs:
     high = np.minimum(start + count, places.stop)
     keep = (frame != NO_FRAME) & (low < high)
     return Runs(low[keep], (high - low)[keep], frame[keep])
+
+
+def build(nodes: Runs, levels: int, size: int, encode: Callable[[U64], U8], put: Put) -> Runs:
+    """The tables above some nodes, level by level; the runs of tables of the last level. The inverse of walk.
+
+    ``encode`` turns the frames that tables of ``size`` entries name, uint64 (n, size), NO_FRAME for none, into pages.
+    A run that fills tables from end to end gets one table for all of them.
+    """
+    for _ in range(levels):
+        nodes = _above(nodes, size, encode, put)
+    return nodes
+
+
+def _above(nodes: Runs, size: int, encode: Callable[[U64], U8], put: Put) -> Runs:
+    stop = nodes.first + nodes.count
+    low, high = -(-nodes.first // size), stop // size  # the tables that a run fills from end to end
+    whole = low < high
+    filling, which = np.unique(nodes.frame[whole], return_inverse=True)
+    shared = np.empty(len(filling), np.uint64)
+    for i in range(0, len(filling), _TABLES_AT_ONCE):
+        some = filling[i : i + _TABLES_AT_ONCE]
+        shared[i : i + len(some)] = put(encode(np.repeat(some[:, None], size, axis=1)))
+    uniform = Runs(low[whole], (high - low)[whole], shared[which])
+    # What is left of each run lies before its first whole table, behind its last, or all within one table.
+    head = np.where(whole, low * size, np.minimum(stop, low * size))
+    tail = np.maximum(np.where(whole, high * size, nodes.first), head)
+    pieces = _in_order(
+        [Runs(nodes.first, head - nodes.first, nodes.frame), Runs(tail, np.maximum(stop - tail, 0), nodes.frame)]
+    )
+    pieces = pieces[pieces.count > 0]
+    tables, first_piece = np.unique(pieces.first // size, return_index=True)
+    bounds = np.append(first_piece, len(pieces))
+    frames = np.empty(len(tables), np.uint64)
+    for i in range(0, len(tables), _TABLES_AT_ONCE):
+        named, mine = tables[i : i + _TABLES_AT_ONCE], pieces[bounds[i] : bounds[min(i + _TABLES_AT_ONCE, len(tables))]]
+        content = np.full((len(named), size), NO_FRAME)
+        row = np.searchsorted(named, mine.first // size)
+        at = np.repeat(row * size + mine.first % size, mine.count) + _counting(mine.count)
+        content.reshape(-1)[at] = np.repeat(mine.frame, mine.count)
+        frames[i : i + len(named)] = put(encode(content))
+    return _in_order([uniform, Runs(tables, np.ones(len(tables), np.int64), frames)])
+
+
+def _joined(parts: list[Runs]) -> Runs:
+    return Runs(
+        np.concatenate([p.first for p in parts]),
+        np.concatenate([p.count for p in parts]),
+        np.concatenate([p.frame for p in parts]),
+    )
+
+
+def _in_order(parts: list[Runs]) -> Runs:
+    joined = _joined(parts)
+    return joined[np.argsort(joined.first, kind="stable")]
 
 
 def _counting(times: I64) -> I64:

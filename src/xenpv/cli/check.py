@@ -1,0 +1,65 @@
+"""``xenpv check``: is a domain's p2m what it must be?"""
+
+from __future__ import annotations
+
+import click
+
+from xenpv.cli.target import PAUSE, TARGET, opened
+from xenpv.cli.terminal import JSON, print_json, progress
+from xenpv.domain.check_p2m import check_p2m
+from xenpv.domain.check_physmap import PhysmapCheck, notes
+from xenpv.domain.config import config_of
+from xenpv.domain.live import LiveDomain
+from xenpv.findings import Findings, Severity
+from xenpv.memory.survey import survey
+
+_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
+
+
+@click.command()
+@TARGET
+@click.option("--keep", type=click.IntRange(min=0), default=20, show_default=True, metavar="N",
+              help="Findings to show of each rule; all are counted.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="Do not ask Xen who owns each frame: on large hosts, much faster.")
+@PAUSE
+@JSON
+def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> int:
+    """Hold a running domain's p2m against Xen's m2p, both ways; or a saved one's against the pages that came with it.
+
+    By every way that the guest exposes. Says which pfn has a frame that is another pfn's, or not the domain's, or
+    stale, which frame of the domain is no pfn's, and which tables are not what they must be; and, as notes, how many
+    pfns have no frame or somebody else's.
+
+    DOM is an id, a uuid or a name; what is a file, or "-", is taken as one. A running domain runs on meanwhile, unless
+    --pause is given: what it changes while we look is looked at twice, and is a warning, not an error.
+
+    \b
+    xenpv check web                    exit status 1 on errors
+    xenpv check dom.save               of a file; xenpv verify checks all the rest of it, too
+    """
+    findings = Findings(keep)
+    with opened(target, pause=pause) as domain:
+        if isinstance(domain, LiveDomain):
+            with progress("checking") as bar:
+                PhysmapCheck(domain, findings, owner=not quick, progress=bar).run()
+            against, last = "m2p", max(domain.anchors.max_pfn - 1, 0)
+        else:
+            check_p2m(domain, findings, config_of(domain.contents))
+            notes(survey(domain.p2m), findings)
+            against, last = "the stream's pages", domain.contents.end_pfn
+        forms = domain.anchors.names if domain.anchors else "unknown"
+        name = domain.name
+    if as_json:
+        found = [finding.to_json() for finding in findings]
+        left_out = {rule.name: n for rule, n in findings.left_out().items()}
+        counts = {"errors": findings.errors, "warnings": findings.warnings, "notes": findings.notes}
+        print_json({"domain": name, "form": forms, "last_pfn": last, **counts, "findings": found, "left_out": left_out})
+    else:
+        for finding in findings:
+            kind = finding.severity
+            click.echo(f"{click.style(f'{kind}: ', fg=_COLOURS[kind], bold=True)}{finding}")
+        for rule, n in findings.left_out().items():
+            click.echo(f"… and {n} more of [{rule.name}]")
+        verdict = f"{findings.errors} errors" if findings.errors else f"p2m and {against} agree"
+        click.echo(f"{name}: {verdict}, by {forms}, up to pfn {last:#x}")
+    return 1 if findings.errors else 0

@@ -1,0 +1,58 @@
+"""What a verb looks into: DOM, a running domain, or FILE, a saved one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TypeAlias
+
+import click
+
+from xenpv.cli.terminal import progress
+from xenpv.domain.live import LiveDomain
+from xenpv.domain.source import SavedDomain
+from xenpv.errors import HostError, RequestError
+from xenpv.host import find
+from xenpv.stream.order import Guest
+
+Domain: TypeAlias = LiveDomain | SavedDomain
+
+TARGET = click.argument("target", metavar="DOM|FILE")
+PAUSE = click.option("--pause", is_flag=True, help="Pause a running domain meanwhile; without, it runs on.")
+
+
+@contextmanager
+def opened(target: str, *, pause: bool = False) -> Iterator[Domain]:
+    """The PV domain that people mean by a file's name or "-", or else by a domain's id, uuid or name."""
+    with ExitStack() as stack:
+        if target != "-" and not os.path.exists(target):
+            live = _running(target, stack)
+            if pause:
+                stack.enter_context(live.paused())
+            yield live
+            return
+        if pause:
+            raise RequestError(f"{target}: is a file; only a running domain can be paused")
+        with progress("reading") as bar:
+            saved = stack.enter_context(SavedDomain.open(target, progress=bar))
+        domain = saved.contents.domain
+        if domain is None or domain.guest is not Guest.PV:
+            what = "an HVM domain; this needs a PV domain, whose page tables and p2m are in the stream"
+            raise RequestError(f"{target}: {what}")
+        yield saved
+
+
+def _running(target: str, stack: ExitStack) -> LiveDomain:
+    from xenpv.host.xen import XenHost  # noqa: PLC0415  opens Xen's libraries
+
+    try:
+        host = stack.enter_context(XenHost())
+        info = find(host, target)
+    except HostError as e:
+        if "/" not in target and "." not in target:
+            raise
+        raise RequestError(f"{target}: No such file or directory; and as a domain: {e}") from e
+    if info.hvm:
+        raise RequestError(f"dom{info.domid} is HVM or PVH: Xen keeps its p2m, the guest publishes none")
+    return LiveDomain(host, info)

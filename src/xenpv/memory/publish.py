@@ -1,0 +1,92 @@
+"""Making a p2m: leaves out of entries, and a tree of any depth or the page tables of a list above them.
+
+The other way round from p2m.py. Sparse by nature: parts in which no pfn has a frame share one leaf, and tables that say
+the same all through are made once.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US
+from xenpv.abi.xen import INVALID_MFN
+from xenpv.errors import RequestError
+from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64
+from xenpv.memory.anchors import MARK, MARKED_LEVELS, Anchors, Form, capacity
+from xenpv.memory.radix import Put, Runs, build
+
+TABLE = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D  # the flags of an entry that names a table
+_LEAVES_AT_ONCE = 1024
+
+
+def words(mfns: U64, width: Width) -> U8:
+    """Entries, uint64 of shape (n, entries a page), as pages of a guest of that width; p2m.entries_in undoes it."""
+    if width == 4:
+        marks = (mfns & (FOREIGN | IDENTITY)) >> np.uint64(32)
+        mfns = np.where(mfns == NO_FRAME, np.uint64(INVALID_MFN[4]), mfns & ~(FOREIGN | IDENTITY) | marks)
+    return np.ascontiguousarray(mfns, f"<u{width}").view(np.uint8).reshape(-1, PAGE_SIZE)
+
+
+def put_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: Put) -> Runs:
+    """Write the leaves of a p2m of so many entries in which ``pfns`` (ascending) have ``mfns``, and no other has any.
+
+    A leaf for every part that has a frame; all others share one leaf of INVALID_MFN, which a guest maps read-only.
+    """
+    per_leaf = PAGE_SIZE // width
+    total = -(-entries // per_leaf)
+    places, start = np.unique(pfns.astype(np.int64) // per_leaf, return_index=True)
+    bounds = np.append(start, len(pfns))
+    held = np.empty(len(places), np.uint64)
+    for i in range(0, len(places), _LEAVES_AT_ONCE):
+        some = places[i : i + _LEAVES_AT_ONCE]
+        inside = slice(bounds[i], bounds[i + len(some)])
+        rows = np.searchsorted(some, pfns[inside].astype(np.int64) // per_leaf)
+        table = np.full((len(some), per_leaf), NO_FRAME)
+        table[rows, pfns[inside] % np.uint64(per_leaf)] = mfns[inside]
+        held[i : i + len(some)] = put(words(table, width))
+    leaves = Runs(places, np.ones(len(places), np.int64), held)
+    if len(places) == total:
+        return leaves
+    [missing] = put(words(np.full((1, per_leaf), NO_FRAME), width)).tolist()
+    return leaves.filled(range(total), missing)
+
+
+def put_tree(leaves: Runs, levels: int, width: Width, put: Put) -> int:
+    """Write the tables of a tree of so many levels (leaves counted) above some leaves; the frame of its top."""
+    top = build(leaves, levels - 1, PAGE_SIZE // width, partial(words, width=width), put)
+    return int(top.frame[0])
+
+
+def put_page_tables(frames: Runs, levels: int, put: Put, flags: int = TABLE) -> Runs:
+    """Write so many levels of page tables that map ``frames``, whose places are page numbers of the address space.
+
+    ``flags`` are those of the L1 entries. What they name in the level above is returned: which entry (counted from
+    address 0) names which table; hooking them in is the guest's to do.
+    """
+    low = build(frames, 1, PAGE_SIZE // 8, partial(_ptes, flags=flags), put)
+    return build(low, levels - 1, PAGE_SIZE // 8, partial(_ptes, flags=TABLE), put)
+
+
+def tree_anchors(form: Form, leaves: Runs, entries: int, width: Width, put: Put, *, levels: int = 3) -> Anchors:
+    """Write the tables of a tree in one of its forms, and what shared info must say of it.
+
+    ``levels`` is of a rooted tree. Raises RequestError when the form cannot express so many entries.
+    """
+    depth = {Form.TREE: 3, Form.MARKED: MARKED_LEVELS, Form.ROOTED: levels}[form]
+    if entries > (reach := capacity(depth, width)):
+        what = f"a p2m of {entries:#x} entries does not fit a {form} of {depth} levels, which reaches {reach:#x}"
+        raise RequestError(what, needed=entries, available=reach)
+    if form is Form.MARKED and width == 4:
+        raise RequestError("a 32-bit guest's anchor has no bit 61 to mark a tree with")
+    root = put_tree(leaves, depth, width, put)
+    if form is Form.ROOTED:
+        return Anchors(width, entries, INVALID_MFN[width], p2m_levels=depth, p2m_root=root)
+    return Anchors(width, entries, root | MARK if form is Form.MARKED else root)
+
+
+def _ptes(frames: U64, flags: int) -> U8:
+    entries = np.where(frames == NO_FRAME, np.uint64(0), frames << np.uint64(PAGE_SHIFT) | np.uint64(flags))
+    return entries.astype("<u8", copy=False).view(np.uint8).reshape(-1, PAGE_SIZE)
