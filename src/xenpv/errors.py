@@ -7,6 +7,22 @@ class XenPVError(Exception):
     """Base of every error that xenpv raises on purpose; anything else is a bug of ours."""
 
 
+class ImageError(XenPVError):
+    """The kernel file is not one that can be read, or says something impossible.
+
+    ``offset`` is the byte offset in the file, or, where the message begins with "in the unpacked kernel", in the ELF
+    file that was packed inside; ``note`` is the name of the Xen ELF note to blame. None where there is none.
+    """
+
+    def __init__(self, message: str, *, offset: int | None = None, note: str | None = None) -> None:
+        where = [f"at {offset:#x}"] if offset is not None else []
+        where += [f"in note {note}"] if note else []
+        super().__init__(f"{message} ({' '.join(where)})" if where else message)
+        self.reason = message
+        self.offset = offset
+        self.note = note
+
+
 class RequestError(XenPVError):
     """What was asked does not fit.
 

@@ -27,6 +27,7 @@ _VERBS = {
     "check": "xenpv.cli.check",
     "walk": "xenpv.cli.memory",
     "read": "xenpv.cli.memory",
+    "image": "xenpv.cli.image",
     "list": "xenpv.cli.list",
     "demo": "xenpv.cli.demo",
 }
@@ -58,6 +59,7 @@ def main() -> None:
     xenpv show dom.save                what it is
     xenpv walk dom.save 0xffffffff81000000
     zstd -dc dom.save.zst | xenpv verify -
+    xenpv image vmlinuz                what a kernel is; can it boot, with how much memory
     xenpv list                         running domains (in dom0)
     xenpv check DOM                    hold a running domain's p2m against Xen's m2p
 

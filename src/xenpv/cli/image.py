@@ -1,0 +1,244 @@
+"""``xenpv image``: what a kernel is, whether Xen can boot it, and with how much memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xenpv.abi.x86 import PAGE_SIZE
+from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table, printable, size
+from xenpv.errors import RequestError
+from xenpv.image.capacity import Limit, limits
+from xenpv.image.elf import Segment
+from xenpv.image.kernel import FILE_MAX, KernelImage
+from xenpv.image.notes import Note, Source
+from xenpv.image.parameters import feature_names
+from xenpv.image.verdict import guest_type, p2m_obstacle, pv_obstacles, pvh_obstacles, remarks
+
+
+@click.command()
+@click.argument("kernel", metavar="KERNEL", type=click.Path(allow_dash=True))
+@click.option("--initrd", type=NUMBER, default=0, metavar="SIZE", help="Count an initrd of this size in, such as 64M.")
+@JSON
+def image(kernel: str, initrd: int, as_json: bool) -> None:
+    """What a kernel file is: can it boot as PV or PVH, if not why, and with how much memory.
+
+    KERNEL is a bzImage (vmlinuz) or an ELF file (vmlinux), 64-bit or 32-bit, also in gzip; "-" reads a pipe. Shown are
+    its Xen ELF notes and what they mean, features, addresses, and the segments to load. Nothing is started and no
+    hypervisor is needed.
+
+    \b
+    xenpv image /boot/vmlinuz-6.1.0-amd64
+    xenpv image --json vmlinuz | jq .pv.limits
+    xenpv image --initrd 200M vmlinuz      where a mapped initrd takes from what the p2m may have
+
+    "Memory as PV" has a line for each place in which the p2m list can lie. A list inside the initial mapping bounds a
+    domain to what fits behind the kernel's own addresses; the note INIT_P2M moves it out (Xen 4.7 and later).
+
+    Exit status: 0 whenever the file could be read, also if it cannot boot ("can_boot" of --json says that); 1 if it is
+    no kernel, or a damaged one; 64 usage.
+    """
+    data = _read(kernel)
+    parsed = KernelImage.parse(data)
+    if as_json:
+        print_json({"file": kernel, "size": len(data)} | describe(parsed, initrd))
+    else:
+        _print_description(kernel, parsed, initrd)
+
+
+def _read(path: str) -> bytearray:
+    """All of a file or of a pipe, but no more than a kernel can have, and a little to tell."""
+    if path != "-" and Path(path).is_dir():
+        raise RequestError(f"{path}: is a directory, not a kernel")
+    data = bytearray()
+    with open(0, "rb", closefd=False) if path == "-" else Path(path).open("rb") as file:
+        while len(data) <= FILE_MAX and (piece := file.read(1 << 20)):
+            data += piece
+    return data
+
+
+def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:
+    """Everything that image says, as plain values; addresses are numbers, sizes in bytes, memory in pages."""
+    p = image.parameters
+    return {
+        "layers": [
+            {
+                "kind": layer.kind,
+                "compression": layer.compression,
+                "offset": layer.offset,
+                "packed": layer.packed,
+                "unpacked": layer.unpacked,
+                "boot_protocol": layer.protocol and f"{layer.protocol[0]}.{layer.protocol[1]:02}",
+                "version": layer.version,
+            }
+            for layer in image.layers
+        ],
+        "machine": image.elf.machine_name,
+        "width": image.width,
+        "pv": {
+            "can_boot": not (against := pv_obstacles(image)),
+            "why_not": against,
+            "guest_type": guest_type(image),
+            "limits": [_limit(limit) for limit in limits(image, initrd=initrd)],
+        },
+        "pvh": {"can_boot": not (against := pvh_obstacles(image)), "why_not": against, "entry": p.phys32_entry},
+        "p2m_outside_initial_mapping": p2m_obstacle(image) is None,
+        "initrd_unmapped": p.mod_start_pfn,
+        "remarks": remarks(image),
+        "addresses": {
+            "virt_base": image.virt_base,
+            "paddr_offset": image.paddr_offset,
+            "kernel_start": image.kernel_start,
+            "kernel_end": image.kernel_end,
+            "entry": image.entry,
+            "elf_entry": image.elf.entry,
+            "hypercall_page": p.hypercall_page,
+            "init_p2m": p.init_p2m,
+            "hv_start_low": p.hv_start_low,
+        },
+        "suspend_cancel": p.suspend_cancel,
+        "pae": str(p.pae),
+        "bsd_symtab": p.bsd_symtab,
+        "features": {
+            "supported": feature_names(p.features.supported),
+            "required": feature_names(p.features.required),
+            "unknown": [*p.features.unknown, *p.features.unknown_required],
+        },
+        "notes_from": str(image.source),
+        "notes": [
+            {
+                "type": note.type,
+                "name": note.name,
+                "value": note.value.hex() if isinstance(note.value, bytes) else note.value,
+                "meaning": note.meaning,
+                "offset": note.offset,
+                "size": note.size,
+            }
+            for note in image.notes
+        ],
+        "segments": [_segment(segment, image) for segment in image.segments],
+    }
+
+
+def _limit(limit: Limit) -> dict[str, Any]:
+    return {
+        "p2m": limit.p2m,
+        "p2m_outside": limit.outside,
+        "max_pages": limit.pages,
+        "min_pages": limit.least,
+        "bound": limit.bound,
+    }
+
+
+def _segment(segment: Segment, image: KernelImage) -> dict[str, Any]:
+    return {
+        "offset": segment.offset,
+        "vaddr": segment.vaddr,
+        "paddr": segment.paddr,
+        "loaded_at": image.virtual(segment.paddr),
+        "filesz": segment.filesz,
+        "memsz": segment.memsz,
+        "flags": segment.flag_names,
+    }
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def _print_description(file: str, image: KernelImage, initrd: int) -> None:
+    p = image.parameters
+    click.echo(f"{printable(file)}: {_wrapping(image)}")
+    for layer in image.layers:
+        if layer.version:
+            _line("version", printable(layer.version))
+    _verdict("PV", pv_obstacles(image), f"as {guest_type(image)}, entry {image.entry:#x}")
+    _verdict("PVH", pvh_obstacles(image), f"entry {p.phys32_entry or 0:#x}")
+    if image.source is not Source.NOWHERE:
+        _print_wishes(image)
+    if p.features.supported:
+        required = feature_names(p.features.required)
+        names = [f"{name} (required)" if name in required else name for name in feature_names(p.features.supported)]
+        _line("features", ", ".join(names))
+    for remark in remarks(image):
+        _line("remark", click.style(printable(remark), fg="yellow"))
+    _print_limits(limits(image, initrd=initrd), initrd)
+    _print_notes(image)
+    rows = []
+    for s in image.segments:
+        numbers = (s.offset, s.paddr, s.vaddr, image.virtual(s.paddr), s.filesz, s.memsz)
+        rows.append([*(f"{n:#x}" for n in numbers), s.flag_names])
+    print_table(
+        "Load segments", ["offset#", "paddr#", "vaddr#", "loaded at (PV)#", "in file#", "in memory#", "flags"], rows
+    )
+
+
+def _print_wishes(image: KernelImage) -> None:
+    p = image.parameters
+    obstacle = p2m_obstacle(image)
+    where = "may lie outside the initial mapping" if obstacle is None else "has to lie inside the initial mapping"
+    _line("p2m list", f"{where}: {obstacle or f'INIT_P2M {p.init_p2m:#x}'}")
+    unmapped = "may be left unmapped (MOD_START_PFN)" if p.mod_start_pfn else "has to be mapped: no MOD_START_PFN note"
+    _line("initrd", unmapped)
+    _line("kernel", f"{image.kernel_start:#x} to {image.kernel_end:#x}, pfn 0 at {image.virt_base:#x}")
+    if p.hypercall_page is not None:
+        _line("hypercalls", f"page at {p.hypercall_page:#x}")
+    _line("suspend", "may be cancelled" if p.suspend_cancel else "cannot be cancelled: no SUSPEND_CANCEL note")
+
+
+def _wrapping(image: KernelImage) -> str:
+    """What it is, from the outside in: "bzImage (boot protocol 2.15), 7.7 MiB of xz; inside it a 64-bit ELF file …"."""
+    parts = []
+    for layer in image.layers:
+        about = f" (boot protocol {layer.protocol[0]}.{layer.protocol[1]:02})" if layer.protocol else ""
+        parts.append(f"{layer.kind}{about}, {size(layer.packed)} of {layer.compression}")
+    elf = f"{8 * image.elf.width}-bit ELF file of {size(len(image.elf.data))} for {image.elf.machine_name}"
+    return "; inside it a ".join([*parts, elf])
+
+
+def _verdict(kind: str, obstacles: list[str], how: str) -> None:
+    if not obstacles:
+        _line(kind, click.style("can boot", fg="green") + f", {how}")
+    for i, obstacle in enumerate(obstacles):
+        _line("" if i else kind, ("" if i else click.style("cannot boot", fg="red") + ": ") + printable(obstacle))
+
+
+def _print_limits(found: list[Limit], initrd: int) -> None:
+    if not found:
+        return
+    rows = []
+    for limit in found:
+        least = "" if limit.least is None else size(limit.least * PAGE_SIZE)
+        most = size(limit.pages * PAGE_SIZE) if limit.pages else "nothing fits"
+        rows.append([limit.p2m, least, most, f"{limit.pages:#x}", limit.bound])
+    title = "Memory as PV" + (f", with an initrd of {size(initrd)}" if initrd else "")
+    print_table(title, ["p2m list", "least#", "most#", "pages#", "bounded by"], rows)
+
+
+def _print_notes(image: KernelImage) -> None:
+    if image.source is Source.NOWHERE:
+        return
+    rows = [
+        ["" if note.type is None else str(note.type), printable(note.name), _value(note), note.meaning]
+        for note in image.notes
+    ]
+    legacy = image.source is Source.LEGACY
+    title = "Notes of the legacy string __xen_guest" if legacy else f"Xen ELF notes ({image.source})"
+    print_table(title, ["no.#", "name", "value", "meaning"], rows)
+
+
+def _value(note: Note) -> str:
+    """A note's value for people."""
+    value = note.value
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, bytes):
+        return value.hex(" ")
+    if isinstance(value, int):
+        return f"{value:#x}"
+    return " ".join(map(hex, value))
+
+
+def _line(label: str, text: str) -> None:
+    click.echo(f"  {label:<13}{text}")

@@ -1,0 +1,194 @@
+"""What a loader of kernels looks at in an ELF file: the header, program headers and section headers.
+
+Offsets, addresses and sizes are in bytes. Nothing in the file is believed: a table or a segment that does not lie
+within the file is an ImageError. Where Xen is stricter than the format, so is this: both tables must lie in the file
+(xen.git:xen/common/libelf/libelf-loader.c elf_init()).
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Self
+
+from xenpv.abi.declare import Width
+from xenpv.errors import ImageError
+
+EM_386 = 3
+EM_X86_64 = 62
+_MACHINES = {EM_386: "i386", 8: "MIPS", 21: "PowerPC64", 22: "S390", 40: "ARM", EM_X86_64: "x86-64", 183: "AArch64",
+             243: "RISC-V", 258: "LoongArch"}  # fmt: skip
+
+ET_CORE = 4
+PT_LOAD = 1
+PT_NOTE = 4
+PF_X, PF_W, PF_R = 1, 2, 4
+SHT_SYMTAB = 2
+SHT_STRTAB = 3
+SHT_NOTE = 7
+SHT_NOBITS = 8
+_NAME_MAX = 64  # bytes of a section's name that are looked at; the one that Xen asks for has 11
+
+# Behind e_ident: type machine version entry phoff shoff flags ehsize phentsize phnum shentsize shnum shstrndx
+_EHDR: dict[Width, struct.Struct] = {8: struct.Struct("<16xHHIQQQIHHHHHH"), 4: struct.Struct("<16xHHIIIIIHHHHHH")}
+_PHDR: dict[Width, struct.Struct] = {8: struct.Struct("<IIQQQQQQ"), 4: struct.Struct("<8I")}
+_SHDR: dict[Width, struct.Struct] = {8: struct.Struct("<IIQQQQIIQQ"), 4: struct.Struct("<10I")}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A program header. ``filesz`` bytes at ``offset`` go to ``paddr``; up to ``memsz`` zeroes follow."""
+
+    type: int
+    offset: int
+    vaddr: int
+    paddr: int
+    filesz: int
+    memsz: int
+    flags: int
+    align: int
+
+    @property
+    def loadable(self) -> bool:
+        """Whether Xen's loaders load it: PT_LOAD with any permission (libelf-tools.c elf_phdr_is_loadable())."""
+        return self.type == PT_LOAD and bool(self.flags & (PF_R | PF_W | PF_X))
+
+    @property
+    def flag_names(self) -> str:
+        """The permissions for people: "R E", "RW "."""
+        return "".join(name if self.flags & bit else " " for bit, name in ((PF_R, "R"), (PF_W, "W"), (PF_X, "E")))
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A section header; a name is cut after 64 bytes."""
+
+    name: str
+    type: int
+    addr: int
+    offset: int
+    size: int
+    link: int
+
+
+@dataclass(frozen=True, slots=True)
+class Elf:
+    """An ELF file as its headers describe it. ``width`` is 8 for a 64-bit file, 4 for a 32-bit one.
+
+    ``segments`` are all program headers, ``loads`` those that Xen's loaders load, and ``paddr_range`` is from the
+    lowest to behind the highest paddr of these; empty where nothing is loaded.
+    """
+
+    data: memoryview
+    width: Width
+    machine: int
+    entry: int
+    segments: tuple[Segment, ...]
+    sections: tuple[Section, ...]
+    loads: tuple[Segment, ...]
+    paddr_range: range
+
+    @classmethod
+    def parse(cls, data: memoryview) -> Self:
+        """Read the headers of a file that begins with ELF's magic. Raises ImageError."""
+        if len(data) < 16:
+            raise ImageError(f"the ELF header is cut short: {len(data)} bytes of 52 or more", offset=0)
+        if data[5] != 1:
+            raise ImageError(f"ELF data encoding {data[5]} (EI_DATA); x86 kernels are little-endian, 1", offset=5)
+        if data[4] not in {1, 2}:
+            raise ImageError(f"ELF class {data[4]} (EI_CLASS) is neither 1 (32-bit) nor 2 (64-bit)", offset=4)
+        width: Width = 8 if data[4] == 2 else 4
+        header = _EHDR[width]
+        if len(data) < header.size:
+            raise ImageError(f"the ELF header is cut short: {len(data)} bytes of {header.size}", offset=0)
+        kind, machine, _, entry, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, shstrndx = header.unpack_from(
+            data
+        )
+        if kind == ET_CORE:
+            raise ImageError("the file is a core dump (ELF type ET_CORE), not a kernel", offset=16)
+        segments = tuple(
+            _segment(width, _PHDR[width].unpack_from(data, at))
+            for at in _table("program", data, phoff, phentsize, phnum, size=_PHDR[width].size)
+        )
+        raw = [
+            _SHDR[width].unpack_from(data, at)
+            for at in _table("section", data, shoff, shentsize, shnum, size=_SHDR[width].size)
+        ]
+        strings = raw[shstrndx][4] if shstrndx < len(raw) else len(data)
+        sections = tuple(
+            Section(_name(data, strings + name), type_, addr, offset, size, link)
+            for name, type_, _, addr, offset, size, link, *_ in raw
+        )
+        for i, segment in enumerate(segments):
+            _check(i, segment, width, len(data))
+        loads = tuple(segment for segment in segments if segment.loadable)
+        start = min((s.paddr for s in loads), default=0)
+        paddrs = range(start, max((s.paddr + s.memsz for s in loads), default=0))
+        return cls(data, width, machine, entry, segments, sections, loads, paddrs)
+
+    @property
+    def machine_name(self) -> str:
+        """The machine for people: "x86-64"."""
+        return _MACHINES.get(self.machine, f"machine {self.machine}")
+
+    def overlaps(self) -> list[tuple[Segment, Segment]]:
+        """Load segments of which the second would overwrite some of the first, or the other way round."""
+        loads = sorted((s for s in self.loads if s.memsz), key=lambda s: s.paddr)
+        starts = [s.paddr for s in loads]
+        found = []
+        for i, segment in enumerate(loads):
+            behind = bisect_right(starts, segment.paddr + segment.memsz - 1)
+            if behind > i + 1:
+                found.append((segment, loads[i + 1]))
+        return found
+
+    def section(self, name: str) -> Section | None:
+        """The first section of that name behind number 0."""
+        return next((section for section in self.sections[1:] if section.name == name), None)
+
+
+def _segment(width: Width, raw: tuple[int, ...]) -> Segment:
+    if width == 8:
+        type_, flags, offset, vaddr, paddr, filesz, memsz, align = raw
+    else:
+        type_, offset, vaddr, paddr, filesz, memsz, flags, align = raw
+    return Segment(type_, offset, vaddr, paddr, filesz, memsz, flags, align)
+
+
+def _check(i: int, segment: Segment, width: Width, size: int) -> None:
+    """A segment that anybody will look into lies within the file and does not wrap."""
+    if not segment.loadable and (segment.type != PT_NOTE or segment.offset == 0):
+        return
+    what = f"program header {i} ({'PT_LOAD' if segment.loadable else 'PT_NOTE'})"
+    if segment.filesz and segment.offset + segment.filesz > size:
+        raise ImageError(
+            f"{what} lies beyond the file: p_offset {segment.offset:#x} and p_filesz {segment.filesz:#x} of a file of "
+            f"{size:#x} bytes"
+        )
+    if not segment.loadable:
+        return
+    if segment.filesz > segment.memsz:
+        raise ImageError(f"{what}: p_filesz {segment.filesz:#x} is more than p_memsz {segment.memsz:#x}")
+    if segment.paddr + segment.memsz > 1 << 8 * width:
+        raise ImageError(
+            f"{what} wraps around the end of addresses: p_paddr {segment.paddr:#x} and p_memsz {segment.memsz:#x}"
+        )
+
+
+def _table(what: str, data: memoryview, offset: int, stride: int, count: int, *, size: int) -> range:
+    """Where each header of a table is, once the table is known to lie in the file."""
+    if count == 0:
+        return range(0)
+    if stride < size:
+        raise ImageError(f"{what} headers of {stride} bytes each, which take {size}", offset=offset)
+    if offset + stride * count > len(data):
+        raise ImageError(
+            f"the {what} headers lie beyond the file: {count} of {stride} bytes from {offset:#x} on, in a file of "
+            f"{len(data):#x} bytes; is it cut short?"
+        )
+    return range(offset, offset + stride * count, stride)
+
+
+def _name(data: memoryview, at: int) -> str:
+    return bytes(data[at : at + _NAME_MAX]).partition(b"\0")[0].decode("latin-1")

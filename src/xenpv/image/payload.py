@@ -1,0 +1,242 @@
+"""From a kernel file to the ELF file inside: bzImage and gzip, with every size checked before memory is taken.
+
+What libxc takes is taken (xen.git:tools/libs/guest/xg_dom_core.c xc_dom_try_gunzip(), xg_dom_bzimageloader.c): an ELF
+file or a bzImage, either of them in gzip; in a bzImage, a payload whose last 4 bytes are its unpacked size. How much is
+unpacked is bounded by that size, and that size by ``UNPACKED_MAX``.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from xenpv.errors import ImageError
+
+UNPACKED_MAX = 512 << 20  # bytes; half of what libxc takes (XC_DOM_DECOMPRESS_MAX), and ten times any distribution's
+_WINDOW_MAX = 256 << 20  # bytes of dictionary; libxc's LZMA_BLOCK_SIZE
+
+ELF_MAGIC = b"\x7fELF"
+_GZIP = b"\x1f\x8b"
+_LZ4_LEGACY = b"\x02\x21\x4c\x18"
+_LZ4_BLOCK = 8 << 20  # bytes that a block of the legacy format unpacks to at most
+_LZ4_RATIO = 255  # no byte of an lz4 block can make more than so many
+
+# Documentation/arch/x86/boot.rst of Linux: offsets in the first sectors of a bzImage
+_SETUP_SECTS = 0x1F1
+_HEADER, _HDRS = 0x202, b"HdrS"
+_VERSION = 0x206
+_KERNEL_VERSION = 0x20E
+_PAYLOAD = 0x248
+_HEADER_END = 0x250
+_VERSION_WITH_PAYLOAD = 0x0208
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One wrapping around the kernel.
+
+    ``kind`` is "gzip" (the whole file) or "bzImage", ``compression`` what packs it, ``offset`` and ``packed`` where its
+    packed bytes lie in what it is the wrapping of, ``unpacked`` how many bytes come out. Of a bzImage also the boot
+    protocol, major and minor, and what the kernel's own header says that it is ("" where it says nothing).
+    """
+
+    kind: str
+    compression: str
+    offset: int
+    packed: int
+    unpacked: int
+    protocol: tuple[int, int] | None = None
+    version: str = ""
+
+
+def unwrap(data: memoryview) -> tuple[memoryview, tuple[Layer, ...]]:
+    """The ELF file in a kernel file, and the wrappings around it, outermost first. Raises ImageError."""
+    layers = []
+    if data[:2] == _GZIP:
+        data, layer = _open(data, Layer("gzip", "gzip", 0, len(data), 0))
+        layers.append(layer)
+    if data[_HEADER : _HEADER + 4] == _HDRS and data[:4] != ELF_MAGIC:
+        data, layer = _open(data, _bzimage(data))
+        layers.append(layer)
+    if data[:4] != ELF_MAGIC:
+        raise ImageError(_what_else(data, layers), offset=0)
+    return data, tuple(layers)
+
+
+def _open(data: memoryview, layer: Layer) -> tuple[memoryview, Layer]:
+    """What comes out of a wrapping, and the wrapping with that size in it."""
+    packed = data[layer.offset : layer.offset + layer.packed]
+    what = f"the {layer.kind}'s payload" if layer.kind == "bzImage" else "the file"
+    if len(packed) < 10:
+        raise ImageError(f"{what} is cut short: {len(packed)} bytes of {layer.compression}", offset=layer.offset)
+    size = int.from_bytes(packed[-4:], "little")
+    if size > UNPACKED_MAX:
+        raise ImageError(
+            f"{what} says that it unpacks to {size:#x} bytes; more than {UNPACKED_MAX:#x} is not taken",
+            offset=layer.offset + layer.packed - 4,
+        )
+    try:
+        unpacked = _UNPACK[layer.compression](packed, size)
+    except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as e:
+        raise ImageError(f"{what} cannot be unpacked as {layer.compression}: {e}", offset=layer.offset) from e
+    except ImportError as e:
+        package = _PACKAGES[layer.compression]
+        raise ImageError(
+            f"{what} is packed with {layer.compression}, and the Python package {package} is not installed "
+            f"(Debian: python3-{package})",
+            offset=layer.offset,
+        ) from e
+    if len(unpacked) != size:
+        came = f"more than {size:#x}" if len(unpacked) > size else f"{len(unpacked):#x}"
+        raise ImageError(
+            f"{what} says that it unpacks to {size:#x} bytes, and {came} bytes of {layer.compression} came out",
+            offset=layer.offset + layer.packed - 4,
+        )
+    return memoryview(unpacked), replace(layer, unpacked=size)
+
+
+def _bzimage(data: memoryview) -> Layer:
+    """Where the payload of a bzImage is."""
+    if len(data) < _HEADER_END:
+        raise ImageError(f"the bzImage's header is cut short: {len(data):#x} bytes of {_HEADER_END:#x}", offset=0)
+    [version] = struct.unpack_from("<H", data, _VERSION)
+    protocol = (version >> 8, version & 0xFF)
+    if version < _VERSION_WITH_PAYLOAD:
+        raise ImageError(
+            f"boot protocol {protocol[0]}.{protocol[1]:02} of the bzImage is too old: only from 2.08 on does it "
+            "say where the payload is",
+            offset=_VERSION,
+        )
+    payload_offset, length = struct.unpack_from("<II", data, _PAYLOAD)
+    offset = (data[_SETUP_SECTS] + 1) * 512 + payload_offset
+    if offset + length > len(data):
+        raise ImageError(
+            f"the bzImage's payload lies beyond the file: payload_length {length:#x} from {offset:#x} on, in a file of "
+            f"{len(data):#x} bytes; is it cut short?",
+            offset=_PAYLOAD,
+        )
+    [at] = struct.unpack_from("<H", data, _KERNEL_VERSION)
+    text = bytes(data[at + 512 : at + 512 + 200]).partition(b"\0")[0].decode("latin-1") if at else ""
+    return Layer("bzImage", _compression(data, offset, length), offset, length, 0, protocol, text)
+
+
+# In the order in which libxc asks, of which some are beginnings of others' data.
+_MAGICS = {
+    _GZIP: "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x5d\0": "lzma",
+    b"\x89LZO": "lzo",
+    _LZ4_LEGACY: "lz4",
+}
+_PACKAGES = {"lz4": "lz4", "zstd": "zstandard"}
+
+
+def _compression(data: memoryview, offset: int, length: int) -> str:
+    head = bytes(data[offset : offset + min(length, 8)])
+    for magic, name in _MAGICS.items():
+        if head.startswith(magic):
+            if name in _UNPACK:
+                return name
+            raise ImageError(f"the bzImage's payload is packed with {name}, which xenpv does not unpack", offset=offset)
+    raise ImageError(
+        f"the bzImage's payload begins with {head.hex(' ') or 'nothing'}, which is no compression that a loader of Xen "
+        "knows (gzip, bzip2, xz, zstd, lzma, lzo, lz4)",
+        offset=offset,
+    )
+
+
+# Each unpacks what lies in front of the size (gzip's own trailer holds it), and stops soon when more comes out.
+
+
+def _stream(decompressor: Any, packed: memoryview, size: int) -> bytes:
+    """With a decompressor of the standard library, which has to reach its end and so its checksum."""
+    unpacked = decompressor.decompress(packed, size + 1)
+    assert isinstance(unpacked, bytes)
+    if len(unpacked) <= size and not decompressor.eof:
+        raise ValueError("the data ends early")
+    return unpacked
+
+
+def _gzip(packed: memoryview, size: int) -> bytes:
+    return _stream(zlib.decompressobj(zlib.MAX_WBITS + 16), packed, size)
+
+
+def _bzip2(packed: memoryview, size: int) -> bytes:
+    return _stream(bz2.BZ2Decompressor(), packed[:-4], size)
+
+
+def _xz(packed: memoryview, size: int) -> bytes:
+    return _stream(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_WINDOW_MAX), packed[:-4], size)
+
+
+def _lzma(packed: memoryview, size: int) -> bytes:
+    return _stream(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_WINDOW_MAX), packed[:-4], size)
+
+
+def _zstd(packed: memoryview, size: int) -> bytes:
+    import zstandard  # noqa: PLC0415  few kernels need it, and a dom0 may not have it
+
+    unpacked = bytearray()
+    try:
+        reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW_MAX // 2).stream_reader(packed[:-4])
+        while len(unpacked) <= size and (piece := reader.read(min(1 << 20, size + 1 - len(unpacked)))):
+            unpacked += piece
+    except zstandard.ZstdError as e:
+        raise ValueError(str(e)) from e
+    return bytes(unpacked)
+
+
+def _lz4(packed: memoryview, size: int) -> bytes:
+    """The legacy frame format: a magic, then blocks behind their packed sizes; the magic may come again."""
+    from lz4.block import LZ4BlockError, decompress  # noqa: PLC0415  as zstandard
+
+    end = len(packed) - 4
+    unpacked, at = bytearray(), 0
+    while at < end and len(unpacked) <= size:
+        if packed[at : at + 4] == _LZ4_LEGACY:
+            at += 4
+            continue
+        length = int.from_bytes(packed[at : at + 4], "little")
+        block = packed[at + 4 : at + 4 + length]
+        at += 4 + length
+        if not length or at > end:
+            raise ValueError(f"a block of {length:#x} bytes is empty, or ends beyond the data")
+        try:
+            # It takes as much memory as it is told, so that is bounded by what the block can hold too.
+            unpacked += decompress(block, min(_LZ4_BLOCK, _LZ4_RATIO * len(block)))
+        except LZ4BlockError as e:
+            raise ValueError(str(e)) from e
+    return bytes(unpacked)
+
+
+_UNPACK: dict[str, Callable[[memoryview, int], bytes]] = {
+    "gzip": _gzip,
+    "bzip2": _bzip2,
+    "xz": _xz,
+    "zstd": _zstd,
+    "lzma": _lzma,
+    "lz4": _lz4,
+}
+
+
+def _what_else(data: memoryview, layers: list[Layer]) -> str:
+    """What a file is that is no kernel, in words."""
+    inside = f" inside the {layers[-1].kind}" if layers else ""
+    head = bytes(data[:64])
+    if not head:
+        return f"there is nothing{inside}; the input is empty" if not inside else f"there is nothing{inside}"
+    for magic, name in _MAGICS.items():
+        if head.startswith(magic) and len(magic) > 2:
+            return f"a file compressed with {name}{inside}; only gzip may be around a kernel, so unpack it first"
+    if head.startswith(b"MZ"):
+        return f"a PE program{inside} (Windows, or an EFI application that is no bzImage), not a kernel that Xen boots"
+    if head[56:60] == b"ARMd":
+        return f"an AArch64 Linux Image{inside}; Xen's PV and PVH guests are x86"
+    return f"neither an ELF file nor a bzImage{inside}: it begins with {head[:8].hex(' ')}"

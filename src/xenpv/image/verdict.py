@@ -1,0 +1,134 @@
+"""Whether a kernel can boot, as PV and as PVH, and every reason why not.
+
+The rules are those of the code that builds domains: xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_note_check() and
+elf_xen_addr_calc_check(), tools/libs/guest/xg_dom_elfloader.c, xg_dom_core.c and xg_dom_x86.c. That stops at the first
+and says a few words; here all are told, with the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from xenpv.abi.x86 import PAGE_SIZE
+from xenpv.image.elf import EM_386, EM_X86_64
+from xenpv.image.kernel import KernelImage
+from xenpv.image.notes import Source
+from xenpv.image.parameters import XENFEAT_DOM0, Pae
+
+
+def guest_type(image: KernelImage) -> str | None:
+    """What libxc calls the guest, "xen-3.0-x86_64" or "xen-3.0-x86_32p"; None where no Xen of today runs it as PV."""
+    if image.elf.machine == EM_X86_64:
+        return "xen-3.0-x86_64"
+    if image.elf.machine == EM_386 and image.parameters.pae is not Pae.NO:
+        return "xen-3.0-x86_32p"
+    return None
+
+
+def pv_obstacles(image: KernelImage) -> list[str]:
+    """Every reason why the kernel cannot be started as a PV domU; none if it can."""
+    return [*_not_for_xen(image), *_not_pv(image)]
+
+
+def pvh_obstacles(image: KernelImage) -> list[str]:
+    """Every reason why the kernel cannot be started as a PVH domU; none if it can."""
+    found = list(_not_for_xen(image))
+    entry, loaded = image.parameters.phys32_entry, image.elf.paddr_range
+    if entry is None:
+        found.append("no PHYS32_ENTRY note says where it starts as PVH")
+    elif loaded and not loaded.start <= entry <= loaded.stop:
+        found.append(f"PHYS32_ENTRY {entry:#x} is not within what is loaded, {loaded.start:#x} to {loaded.stop:#x}")
+    return found
+
+
+def p2m_obstacle(image: KernelImage) -> str | None:
+    """Why the p2m list cannot lie outside the initial mapping; None if it can.
+
+    A toolstack (Xen 4.7 and later) passes over an INIT_P2M note that does not fit, without a word, and puts the list
+    into the initial mapping as of old (xg_dom_core.c xc_dom_build_image()).
+    """
+    base = image.parameters.init_p2m
+    if base is None:
+        return "it has no INIT_P2M note"
+    if image.width != 8 or image.elf.machine != EM_X86_64:
+        return f"INIT_P2M {base:#x} is for 64-bit kernels only"
+    if base >= image.virt_base:
+        return f"INIT_P2M {base:#x} is not below VIRT_BASE {image.virt_base:#x}"
+    if base % PAGE_SIZE:
+        return f"INIT_P2M {base:#x} is not at the start of a page"
+    return None
+
+
+def remarks(image: KernelImage) -> list[str]:
+    """What is odd about a kernel, and keeps it from nothing."""
+    found = []
+    overlaps = image.elf.overlaps()
+    for first, second in overlaps[:4]:
+        found.append(
+            f"segments overlap: paddr {first.paddr:#x} with {first.memsz:#x} bytes, and paddr {second.paddr:#x}; what "
+            "the file has later overwrites"
+        )
+    if len(overlaps) > 4:
+        found.append(f"{len(overlaps) - 4} more segments overlap")
+    obstacle = p2m_obstacle(image)
+    if obstacle is not None and image.parameters.init_p2m is not None:
+        found.append(f"{obstacle}, so that it has no effect")
+    features = image.parameters.features
+    unknown = [*features.unknown, *(features.unknown_required if image.source is Source.LEGACY else ())]
+    if unknown:
+        found.append(f"FEATURES has names that Xen does not know: {', '.join(unknown)}")
+    if image.parameters.bsd_symtab and image.symtab_end() is None:
+        found.append("BSD_SYMTAB asks for a symbol table, and the file has none with its strings")
+    return found
+
+
+def _not_for_xen(image: KernelImage) -> Iterator[str]:
+    """What stands against PV and PVH alike."""
+    if image.elf.machine not in {EM_386, EM_X86_64}:
+        yield f"it is for {image.elf.machine_name}, and Xen's PV and PVH guests are x86"
+    if not image.elf.paddr_range:
+        yield "no segment is to be loaded"
+    features = image.parameters.features
+    if features.required & XENFEAT_DOM0:
+        yield "it requires the feature dom0, so it does not run in an unprivileged domain"
+    if features.unknown_required and image.source is not Source.LEGACY:
+        yield f"it requires features that Xen does not know: {', '.join(features.unknown_required)}"
+
+
+def _not_pv(image: KernelImage) -> Iterator[str]:
+    parameters = image.parameters
+    if image.source is Source.NOWHERE:
+        yield "it has neither Xen ELF notes nor a section __xen_guest: it is not built with support for Xen PV"
+        return
+    if not parameters.loader.startswith("generic") and not parameters.guest_os.startswith("linux"):
+        yield (
+            f"it is for another loader: LOADER {parameters.loader!a} does not begin with 'generic', nor GUEST_OS "
+            f"{parameters.guest_os!a} with 'linux'"
+        )
+    if not parameters.xen_version.startswith("xen-3.0"):
+        yield f"it is for another Xen ABI: XEN_VERSION {parameters.xen_version!a} does not begin with 'xen-3.0'"
+    if image.elf.machine == EM_386 and parameters.pae is Pae.NO:
+        yield "it is a 32-bit kernel without PAE, which no 64-bit Xen runs"
+    if image.elf.paddr_range:
+        yield from _misplaced(image)
+
+
+def _misplaced(image: KernelImage) -> Iterator[str]:
+    """Addresses that do not fit together, as PV."""
+    parameters, base, start, end = image.parameters, image.virt_base, image.kernel_start, image.kernel_end
+    where = f"it would lie from {start:#x} to {end:#x}"
+    if parameters.paddr_offset is not None and parameters.virt_base is None:
+        yield f"PADDR_OFFSET {parameters.paddr_offset:#x} is given, and no VIRT_BASE"
+    if start > end:
+        yield f"{where}, around the end of addresses (VIRT_BASE {base:#x}, PADDR_OFFSET {image.paddr_offset:#x})"
+        return
+    if not start <= image.entry <= end:
+        yield f"{where}, and ENTRY {image.entry:#x} is not in there"
+    if base > start:
+        yield f"{where}, and VIRT_BASE {base:#x} is above that"
+    if start % PAGE_SIZE:
+        yield f"{where}, which does not begin at a page"
+    if parameters.init_p2m is not None and start <= parameters.init_p2m < end:
+        yield f"{where}, and INIT_P2M {parameters.init_p2m:#x} is in there"
+    if parameters.hypercall_page is not None and parameters.hypercall_page < base:
+        yield f"HYPERCALL_PAGE {parameters.hypercall_page:#x} is below VIRT_BASE {base:#x}"

@@ -1,0 +1,198 @@
+"""How much memory: against what stock libxc laid out on real Xen, and against the rules, stated another way."""
+
+from __future__ import annotations
+
+import lzma
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
+from tests.writers.kernel import BASE, PV32, PV64, Kernel, Load, kernel32, note, quad, word
+from xenpv.abi.xen import START_INFO
+from xenpv.domain.source import SavedDomain
+from xenpv.image.capacity import (
+    PADDING,
+    REGION,
+    SPECIAL,
+    InitialMapping,
+    Limit,
+    initial_mapping,
+    limits,
+    p2m_pages,
+    p2m_table_counts,
+    table_counts,
+)
+from xenpv.image.kernel import KernelImage
+
+GIB = 1 << 18  # pages
+MIB = 1 << 8
+P2M = note(15, quad(1 << 39))
+
+
+def image(kernel: Kernel) -> KernelImage:
+    return KernelImage.parse(kernel.to_bytes())
+
+
+def sized(mib: int, *notes: bytes) -> KernelImage:
+    """A 64-bit kernel that ends so many MiB behind its virt_base."""
+    return image(Kernel(notes=[*PV64, *notes], loads=[Load(0x10_0000, b"", (mib - 1) << 20)]))
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES], ids=lambda recipe: recipe.name)
+def test_is_what_libxc_laid_out(recipe: Recipe, tmp_path: Path) -> None:
+    """Stock toolstacks of Xen 4.14, 4.17 and 4.20 built these domains; their start info says what they made."""
+    path = tmp_path / "vector.save"
+    path.write_bytes(lzma.decompress((DEMO if recipe is FOR_DEMO else recipe.path).read_bytes()))
+    with SavedDomain.open(str(path)) as saved:
+        assert saved.start_info_pfn is not None
+        info = START_INFO.read(bytes(saved.memory.page(saved.start_info_pfn)), 8)
+    pages, pt_base, base = int(info["nr_pages"]), int(info["pt_base"]), int(info["mfn_list"])
+    # What litmus was when it was built shows in where its page tables begin: behind it and three pages.
+    end = pt_base - BASE - SPECIAL * 4096
+    litmus = image(Kernel(notes=[*PV64, note(15, quad(base))], loads=[Load(0x10_0000, b"", end - 0x10_0000)]))
+    mapping = initial_mapping(litmus, pages, p2m_outside=True)
+    assert sum(mapping.tables) == int(info["nr_pt_frames"])
+    assert mapping.pages == int(info["first_p2m_pfn"])
+    tables = p2m_table_counts(litmus, mapping, pages)
+    assert p2m_pages(litmus, pages) + sum(tables) == int(info["nr_p2m_frames"])
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_an_initial_mapping_holds_all_that_it_must(width: int) -> None:
+    rng = Random(1)
+    for _ in range(300):
+        pages, initrd, size = rng.randrange(1 << 27), rng.randrange(64 << 20), rng.randrange(1, 64 << 20)
+        loads = [Load(0x10_0000, b"", size)]
+        kernel = image(Kernel(loads=loads) if width == 8 else kernel32(loads=loads))
+        outside = width == 8 and rng.random() < 0.5
+        mapping = initial_mapping(kernel, pages, initrd=initrd, p2m_outside=outside)
+        content = 0x100 + sum(-(-n // 4096) for n in (size, initrd, 0 if outside else pages * width)) + SPECIAL
+        content += sum(mapping.tables) + 1
+        assert mapping.end % REGION == 0
+        assert content + PADDING <= mapping.pages
+        assert mapping.pages - content - PADDING < 2 * REGION >> 12, "and no larger than need be"
+        l1, l2, *_ = mapping.tables
+        assert l1 == -(-mapping.pages // 512)
+        assert l2 == (-(-mapping.pages // (512 * 512)) if width == 8 else 1)
+
+
+def test_tables_of_a_range() -> None:
+    assert table_counts(BASE, BASE + (4 << 20) - 1, 8) == (2, 1, 1, 1)
+    assert table_counts(BASE, BASE + (1 << 30) + (4 << 20) - 1, 8) == (514, 2, 1, 1)
+    assert table_counts((1 << 30) - 4096, (1 << 30) + 4095, 8) == (2, 2, 1, 1)
+    assert table_counts((1 << 39) - 4096, (1 << 39) + 4095, 8) == (2, 2, 2, 1)
+    # A PAE guest that ends below the last GiB has an L2 for that all the same, and all in between.
+    assert table_counts(0xC000_0000, 0xC03F_FFFF, 4) == (2, 1, 1)
+    assert table_counts(0x4000_0000, 0x403F_FFFF, 4) == (2, 3, 1)
+
+
+def test_tables_of_a_list_are_shared_with_the_initial_mapping() -> None:
+    kernel = sized(2, P2M)
+    mapping = initial_mapping(kernel, 2048, p2m_outside=True)
+    assert p2m_table_counts(kernel, mapping, 2048) == (1, 1, 1)
+    assert p2m_table_counts(kernel, mapping, 1 << 27) == (512, 1, 1)
+    assert p2m_table_counts(kernel, mapping, (1 << 27) + 1) == (513, 2, 1)
+    below = InitialMapping((1 << 39) + (2 << 30), (1 << 39) + (2 << 30) + (4 << 20), (2, 1, 1, 1))
+    assert p2m_table_counts(kernel, below, 2048) == (1, 1, 0)
+    beside = InitialMapping((1 << 39) + (4 << 20), (1 << 39) + (8 << 20), (2, 1, 1, 1))
+    assert p2m_table_counts(kernel, beside, 2048) == (1, 0, 0)
+
+
+def by_hand(window: int, used: int) -> int:
+    """Pages whose list fits into a window with so much else in it, both in bytes."""
+    return (window - used) // 8 // 512 * 512
+
+
+def test_without_init_p2m_the_list_bounds_the_memory() -> None:
+    kernel = sized(64)
+    one, all_ = limits(kernel)
+    # 64 MiB of kernel, 3 pages, 512 + 1 + 1 + 1 tables for 1 GiB, a stack, 512 KiB
+    assert one.pages == by_hand(1 << 30, (64 << 20) + (3 + 515 + 1 + 128) * 4096)
+    # up to 4 MiB below the end of addresses: 1022 + 2 + 1 + 1 tables
+    assert all_.pages == by_hand((2 << 30) - (4 << 20), (64 << 20) + (3 + 1026 + 1 + 128) * 4096)
+    assert 478 * GIB < one.pages < 480 * GIB, "what was called about 500 GB in 2014"
+    assert "0xffffffff80000000 to 0xffffffffc0000000, for a kernel that takes over no more" in one.bound
+    assert all_.bound == "the addresses from 0xffffffff80000000 to 0xffffffffffc00000, the end of all addresses"
+    assert not one.outside
+    for limit in (one, all_):
+        end = 1 << 64 if limit is all_ else 0xFFFF_FFFF_C000_0000
+        assert initial_mapping(kernel, limit.pages, p2m_outside=False).end <= end
+        assert initial_mapping(kernel, limit.pages + 1, p2m_outside=False).end > end - REGION
+
+
+def test_with_init_p2m_it_does_not() -> None:
+    outside, *inside = limits(sized(64, P2M))
+    assert inside == limits(sized(64))
+    assert (outside.pages, outside.outside) == (1 << 35, True)  # 128 TiB
+    assert outside.bound.startswith("Xen's m2p table has 0x800000000 entries; libxc counts pages in 32 bits, so it")
+    assert outside.bound.endswith("less than 16 TiB")
+
+
+@pytest.mark.parametrize(
+    ("base", "pages", "bound"),
+    [
+        ((1 << 47) - (1 << 30), 1 << 27, "would reach the end of the lower half of addresses, 0x800000000000"),
+        (BASE - (1 << 30), 1 << 27, "the list at 0xffffffff40000000 would reach VIRT_BASE 0xffffffff80000000"),
+        (0xFFFF_8800_0000_0000, 1 << 35, "Xen's m2p table"),
+        (0xFFFF_8000_0000_0000, 0, "would reach what Xen keeps for itself"),
+        (1 << 47, 0, "would reach addresses that are not canonical"),
+    ],
+)
+def test_where_a_list_ends(base: int, pages: int, bound: str) -> None:
+    outside = limits(sized(64, note(15, quad(base))))[0]
+    assert (outside.pages, outside.least is None) == (pages, pages == 0)
+    assert bound in outside.bound
+
+
+def test_an_initrd_takes_from_the_mapping_unless_it_may_be_unmapped() -> None:
+    size = 200 << 20
+    without = limits(sized(64))
+    mapped = limits(sized(64), initrd=size)
+    assert [a.pages - b.pages for a, b in zip(without, mapped, strict=True)] == [size // 8] * 2
+    unmapped = limits(sized(64, note(16, word(1))), initrd=size)
+    assert [limit.pages for limit in unmapped] == [limit.pages for limit in without]
+    # Either way it has to be somewhere.
+    for notes in ((P2M,), (P2M, note(16, word(1)))):
+        least = [limits(sized(64, *notes), initrd=n)[0].least or 0 for n in (0, size)]
+        assert 199 * MIB <= least[1] - least[0] <= 205 * MIB
+
+
+def test_the_least_memory_is_that() -> None:
+    outside, inside, _ = limits(sized(64, P2M))
+    assert inside.least == initial_mapping(sized(64), inside.least or 0, p2m_outside=False).pages
+    assert inside.least == 68 * MIB
+    assert outside.least == 68 * MIB + 34 + 1 + 1 + 1 + 1  # a list of 34 pages and its tables, of 35 then
+    assert limits(sized(1100))[0].least is None
+
+
+def test_a_kernel_too_large_for_its_own_addresses() -> None:
+    assert limits(sized(2046))[-1] == Limit(
+        "inside the initial mapping", False, 0, None,
+        "the addresses from 0xffffffff80000000 to 0xffffffffffc00000, the end of all addresses",
+    )  # fmt: skip
+    outside = limits(sized(2046, P2M))[0]
+    assert (outside.pages, outside.least) == (0, None)
+    assert outside.bound.startswith("the addresses from 0xffffffff80000000")
+
+
+def test_a_32_bit_kernel() -> None:
+    [limit] = limits(image(kernel32()))
+    assert limit.pages == (0xFFE0_0000 - 0xF580_0000) // 4  # 166 GiB
+    assert limit.bound == "Xen's m2p table has 0x2980000 entries for 32-bit guests"
+    [high] = limits(image(kernel32(notes=[*PV32, note(3, word(0xF000_0000)), note(1, word(0xF010_0000))])))
+    assert high.bound == "the addresses from 0xf0000000 to 0xf5800000, what Xen keeps for itself"
+    # 88 MiB for lists of 4 bytes a page
+    assert 85 * MIB < high.pages >> 10 < 88 * MIB
+
+
+def test_a_kernel_in_the_lower_half() -> None:
+    low = image(Kernel(notes=[*PV64[:3], note(1, quad(0x10_0000))]))
+    one, all_ = limits(low)
+    assert "one L2 page, 0x0 to 0x40000000" in one.bound
+    assert (all_.pages, all_.bound) == (1 << 35, "Xen's m2p table has 0x800000000 entries")
+
+
+def test_what_cannot_boot_has_no_limits() -> None:
+    assert limits(image(Kernel(notes=[]))) == []

@@ -1,0 +1,171 @@
+"""Kernels that lie: whatever the bytes, they parse or raise ImageError, which names the field and the numbers."""
+
+from __future__ import annotations
+
+import struct
+import time
+from random import Random
+
+import pytest
+
+from tests.writers.kernel import PV64, Kernel, Load, Section, kernel32, note, quad, text, word
+from xenpv.errors import ImageError
+from xenpv.image.capacity import limits
+from xenpv.image.kernel import KernelImage
+from xenpv.image.verdict import pv_obstacles, pvh_obstacles, remarks
+
+
+def try_all(data: bytes) -> KernelImage | ImageError:
+    """Everything that is asked of a kernel; nothing but ImageError may come of it."""
+    try:
+        image = KernelImage.parse(data)
+    except ImageError as e:
+        return e
+    against = pv_obstacles(image)
+    assert bool(limits(image, initrd=1 << 20)) != bool(against)
+    pvh_obstacles(image)
+    remarks(image)
+    for segment in image.segments:
+        assert len(image.content(segment)) == segment.filesz
+    for found in image.notes:
+        assert found.offset <= len(image.elf.data)
+    return image
+
+
+def refused(data: bytes) -> ImageError:
+    error = try_all(data)
+    assert isinstance(error, ImageError)
+    assert "\n" not in str(error)
+    return error
+
+
+def noted(*more: bytes) -> bytes:
+    return Kernel(notes=[*PV64, *more]).to_bytes()
+
+
+def patched(at: int, form: str, value: int, kernel: Kernel | None = None) -> bytes:
+    data = bytearray((kernel or Kernel()).to_bytes())
+    struct.pack_into(form, data, at, value)
+    return bytes(data)
+
+
+CODE = b"\xc3" * 0x100
+WRONG: dict[str, tuple[bytes, str, str | None]] = {
+    "class": (patched(4, "B", 3), "ELF class 3 (EI_CLASS)", None),
+    "big-endian": (patched(5, "B", 2), "ELF data encoding 2 (EI_DATA)", None),
+    "a core": (Kernel(kind=4).to_bytes(), "a core dump (ELF type ET_CORE)", None),
+    "phoff": (patched(32, "<Q", 1 << 63), "the program headers lie beyond the file: 3 of 56 bytes from 0x8000", None),
+    "phnum": (patched(56, "<H", 0xFFFF), "the program headers lie beyond the file: 65535 of 56 bytes from 0x40", None),
+    "phentsize": (patched(54, "<H", 55), "program headers of 55 bytes each, which take 56", None),
+    "shoff": (patched(40, "<Q", (1 << 64) - 1), "the section headers lie beyond the file", None),
+    "shentsize": (patched(58, "<H", 0), "section headers of 0 bytes each, which take 64", None),
+    "a segment beyond": (
+        Kernel(loads=[Load(0, CODE, 0x1000, offset=1 << 40)]).to_bytes(),
+        "program header 0 (PT_LOAD) lies beyond the file: p_offset 0x10000000000 and p_filesz 0x100", None),
+    "a segment that wraps in the file": (
+        Kernel(loads=[Load(0, CODE, 1 << 63, offset=0x100, filesz=(1 << 64) - 0x100)]).to_bytes(),
+        "p_offset 0x100 and p_filesz 0xffffffffffffff00", None),
+    "more in the file": (
+        Kernel(loads=[Load(0, CODE, 0xFF)]).to_bytes(), "p_filesz 0x100 is more than p_memsz 0xff", None),
+    "a segment that wraps": (
+        Kernel(loads=[Load((1 << 64) - 0x1000, CODE, 0x1001)]).to_bytes(),
+        "wraps around the end of addresses: p_paddr 0xfffffffffffff000 and p_memsz 0x1001", None),
+    "a 32-bit segment that wraps": (
+        kernel32(loads=[Load(0xFFFF_F000, CODE, 0x1001)]).to_bytes(), "p_paddr 0xfffff000 and p_memsz 0x1001", None),
+    "notes beyond": (
+        Kernel(note_offset=1 << 33).to_bytes(), "program header 2 (PT_NOTE) lies beyond the file", None),
+    "descsz": (noted(note(7, b"abcd", descsz=0xFFFF_FFFF)), "namesz 0x4 and descsz 0xffffffff", None),
+    "namesz": (noted(note(7, b"abcd", namesz=0xFFFF_FFFD)), "namesz 0xfffffffd and descsz 0x4", None),
+    "a few bytes more": (noted(b"\1" * 8), "8 bytes are left of the notes, and a note's header has 12", None),
+    "a number of 3 bytes": (noted(note(15, b"abc")), "a number of 3 bytes; 4 or 8 are expected", "INIT_P2M"),
+    "a number of none": (noted(note(1, b"")), "a number of 0 bytes", "ENTRY"),
+    "an endless string": (noted(note(6, b"a" * 8192)), "does not end within 4096 bytes", "GUEST_OS"),
+    "a section beyond": (
+        Kernel(notes=[], sections=[Section(".n", 7, b"", size=1 << 40)]).to_bytes(),
+        "section '.n' lies beyond the file: sh_offset", None),
+    "a legacy section beyond": (
+        Kernel(notes=[], sections=[Section("__xen_guest", 1, b"", offset=1 << 60)]).to_bytes(),
+        "section '__xen_guest' lies beyond the file: sh_offset 0x1000000000000000", None),
+    "a legacy number": (
+        kernel32(place="__xen_guest", legacy="VIRT_BASE=everywhere").to_bytes(), "'everywhere' is not a number",
+        "VIRT_BASE"),
+    "a legacy number of a thousand digits": (
+        kernel32(place="__xen_guest", legacy="VIRT_ENTRY=" + "9" * 3000).to_bytes(), "a number of 3000 digits",
+        "VIRT_ENTRY"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_lie(kind: str) -> None:
+    data, sentence, name = WRONG[kind]
+    error = refused(data)
+    assert sentence in error.reason
+    assert error.note == name
+    if name:
+        assert str(error).endswith(f"(at {error.offset:#x} in note {name})")
+
+
+def test_too_many_notes() -> None:
+    data = Kernel(notes=[note(0, b"", b"")] * 65537).to_bytes()
+    began = time.monotonic()
+    assert "more than 65536 notes" in refused(data).reason
+    assert time.monotonic() - began < 5
+
+
+def test_too_many_of_everything_takes_no_time() -> None:
+    data = bytearray(Kernel(loads=[Load(0, b"", 1 << 40)] * 65000).to_bytes())
+    began = time.monotonic()
+    assert isinstance(try_all(bytes(data)), KernelImage)
+    assert time.monotonic() - began < 5
+
+
+SMALL = [Load(0x10_0000, b"code", 0x1000), Load(0x10_1000, b"", 0x5000, 6)]
+KERNELS: dict[str, bytes] = {
+    "64-bit": Kernel(notes=[*PV64, note(15, quad(1 << 39)), note(18, word(0x10_0000))], loads=SMALL).to_bytes(),
+    "32-bit": kernel32(loads=SMALL).to_bytes(),
+    "sections": Kernel(place="SHT_NOTE", loads=SMALL).to_bytes(),
+    "legacy": kernel32(place="__xen_guest", loads=[Load(0xC010_0000, b"x", 0x1000)]).to_bytes(),
+    "symbols": Kernel(
+        notes=[*PV64, note(11, text("yes"))],
+        sections=[Section(".symtab", 2, bytes(24), link=2), Section(".strtab", 3, b"\0a\0")],
+        loads=SMALL,
+    ).to_bytes(),
+}
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_cut_at_every_byte(kind: str) -> None:
+    data = KERNELS[kind]
+    assert isinstance(try_all(data), KernelImage)
+    for cut in range(len(data)):
+        refused(data[:cut])
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_every_byte_changed(kind: str) -> None:
+    data = bytearray(KERNELS[kind])
+    for at in range(len(data)):
+        kept = data[at]
+        for value in (0, kept ^ 0xFF):
+            data[at] = value
+            try_all(bytes(data))
+        data[at] = kept
+
+
+def test_random_junk() -> None:
+    rng = Random(20140904)
+    for _ in range(300):
+        junk = rng.randbytes(rng.randrange(4096))
+        try_all(junk)
+        try_all(b"\x7fELF\2\1\1" + junk)
+        try_all(b"\x7fELF\1\1\1" + junk)
+
+
+def test_sizes_of_a_whole_address_space_are_only_numbers() -> None:
+    image = try_all(Kernel(loads=[Load(0x10_0000, CODE, (1 << 64) - 0x20_0000)]).to_bytes())
+    assert isinstance(image, KernelImage)
+    assert pv_obstacles(image)
+    low = Kernel(notes=[*PV64[:3], note(1, quad(0x10_0000))], loads=[Load(0x10_0000, CODE, (1 << 64) - 0x20_0000)])
+    image = try_all(low.to_bytes())
+    assert isinstance(image, KernelImage)
+    assert [(limit.pages, limit.least) for limit in limits(image)] == [(0, None), (0, None)]

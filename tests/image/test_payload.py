@@ -1,0 +1,174 @@
+"""What kernels come wrapped in: every compression, sizes that lie, and files that are something else."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import struct
+import sys
+import tracemalloc
+from contextlib import suppress
+
+import pytest
+
+from tests.writers.kernel import COMPRESSIONS, LZ4_LEGACY, Kernel, bzimage, lz4_legacy, pack, word
+from xenpv.errors import ImageError
+from xenpv.image.kernel import KernelImage
+from xenpv.image.payload import UNPACKED_MAX, Layer, unwrap
+
+ELF = Kernel().to_bytes()
+
+
+def refused(data: bytes) -> ImageError:
+    with pytest.raises(ImageError) as caught:
+        KernelImage.parse(data)
+    return caught.value
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_bzimage(compression: str) -> None:
+    image = KernelImage.parse(bzimage(compression, ELF))
+    packed = len(pack(compression, ELF))
+    layer = Layer("bzImage", compression, 5 * 512 + 0x2CC, packed, len(ELF), (2, 15), "6.1.0-made #1")
+    assert image.layers == (layer,)
+    assert bytes(image.elf.data) == ELF
+
+
+def test_gzip_around_an_elf_file_and_around_a_bzimage() -> None:
+    image = KernelImage.parse(gzip.compress(ELF))
+    assert [(layer.kind, layer.compression, layer.unpacked) for layer in image.layers] == [("gzip", "gzip", len(ELF))]
+    assert bytes(image.elf.data) == ELF
+    image = KernelImage.parse(gzip.compress(bzimage("xz", ELF)))
+    assert [(layer.kind, layer.compression) for layer in image.layers] == [("gzip", "gzip"), ("bzImage", "xz")]
+
+
+def test_lz4_in_many_blocks_and_magics() -> None:
+    data = ELF + bytes(9 << 20)
+    payload = lz4_legacy(data[:100], 40) + lz4_legacy(data[100:]) + word(len(data))
+    assert payload.count(LZ4_LEGACY) == 2
+    assert bytes(unwrap(memoryview(bzimage("lz4", b"", payload=payload)))[0]) == data
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("wrong", [-1, 1, -len(ELF), 1 << 20])
+def test_a_size_that_lies(compression: str, wrong: int) -> None:
+    payload = pack(compression, ELF)[:-4] + word(len(ELF) + wrong)
+    error = refused(bzimage(compression, b"", payload=payload))
+    assert error.offset is not None
+    if compression != "gzip":  # which may find its own checksum wrong first
+        assert f"says that it unpacks to {len(ELF) + wrong:#x} bytes" in error.reason
+        assert error.offset == 5 * 512 + 0x2CC + len(payload) - 4
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_bomb_takes_no_more_memory_than_it_admits_to(compression: str) -> None:
+    payload = pack(compression, bytes(64 << 20))
+    lie = payload[:-4] + word(100_000)
+    tracemalloc.start()
+    try:
+        refused(bzimage(compression, b"", payload=lie))
+        held = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    limit = 17 if compression == "lz4" else 2  # a block of lz4 has 8 MiB, and is put behind what was there
+    assert held < limit << 20, f"{held >> 20} MiB"
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_size_beyond_reason_is_not_tried(compression: str) -> None:
+    payload = pack(compression, ELF)[:-4] + word(UNPACKED_MAX + 1)
+    assert refused(bzimage(compression, b"", payload=payload)).reason == (
+        "the bzImage's payload says that it unpacks to 0x20000001 bytes; more than 0x20000000 is not taken"
+    )
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_payload_that_is_cut_or_flipped(compression: str) -> None:
+    payload = pack(compression, ELF)
+    for cut in (5, 9, 20, len(payload) // 2, len(payload) - 5):
+        refused(bzimage(compression, b"", payload=payload[:cut]))
+        refused(bzimage(compression, b"", payload=payload[:cut] + payload[-4:]))
+    for at in range(len(payload)):
+        broken = bytearray(payload)
+        broken[at] ^= 0x55
+        with suppress(ImageError):  # what a checksum does not cover may change unseen
+            KernelImage.parse(bzimage(compression, b"", payload=bytes(broken)))
+
+
+def test_a_dictionary_of_gigabytes_is_not_taken() -> None:
+    filters = [{"id": lzma.FILTER_LZMA1, "preset": 0, "dict_size": 1 << 20}]
+    packed = bytearray(lzma.compress(ELF, lzma.FORMAT_ALONE, filters=filters))
+    struct.pack_into("<I", packed, 1, 0xC000_0000)
+    assert "cannot be unpacked as lzma" in refused(bzimage("lzma", b"", payload=bytes(packed) + word(len(ELF)))).reason
+
+
+@pytest.mark.parametrize(("compression", "module"), [("zstd", "zstandard"), ("lz4", "lz4.block")])
+def test_a_library_that_is_not_there(compression: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    package = module.partition(".")[0]
+    assert (
+        f"the Python package {package} is not installed (Debian: python3-{package})"
+        in refused(bzimage(compression, ELF)).reason
+    )
+
+
+def patched(at: int, value: bytes, data: bytes | None = None) -> bytes:
+    image = bytearray(bzimage("gzip", ELF) if data is None else data)
+    image[at : at + len(value)] = value
+    return bytes(image)
+
+
+LONG = len(bzimage("gzip", ELF))
+WRONG: dict[str, tuple[bytes, str, int]] = {
+    "empty": (b"", "there is nothing; the input is empty", 0),
+    "text": (b"#!/bin/sh\necho no kernel\n", "neither an ELF file nor a bzImage: it begins with 23 21 2f", 0),
+    "zeroes": (bytes(4096), "neither an ELF file nor a bzImage", 0),
+    "a Windows program": (b"MZ\x90\0" + bytes(500), "a PE program (Windows", 0),
+    "an arm64 kernel": (b"\0" * 56 + b"ARMd" + bytes(900), "an AArch64 Linux Image", 0),
+    "xz around it": (lzma.compress(ELF), "a file compressed with xz; only gzip may be around a kernel", 0),
+    "nothing in gzip": (gzip.compress(b""), "there is nothing inside the gzip", 0),
+    "text in gzip": (gzip.compress(b"no kernel at all"), "neither an ELF file nor a bzImage inside the gzip", 0),
+    "text in a bzImage": (bzimage("xz", b"no kernel"), "neither an ELF file nor a bzImage inside the bzImage", 0),
+    "a bzImage in a bzImage": (bzimage("xz", bzimage("xz", ELF)), "a PE program inside the bzImage", 0),
+    "half a gzip": (gzip.compress(ELF)[:-30], "", 0),
+    "two bytes of gzip": (b"\x1f\x8b", "the file is cut short: 2 bytes of gzip", 0),
+    "lzo": (
+        bzimage("", b"", payload=b"\x89LZO\0\r\n\x1a\n" + bytes(40)),
+        "packed with lzo, which xenpv does not",
+        3276,
+    ),
+    "not packed": (bzimage("", ELF), "begins with 7f 45 4c 46", 3276),
+    "no payload": (bzimage("", b"", payload=b""), "begins with nothing, which is no compression", 3276),
+    "an old protocol": (bzimage("gzip", ELF, protocol=0x207), "boot protocol 2.07 of the bzImage is too old", 0x206),
+    "a length beyond": (
+        bzimage("gzip", ELF, length=1 << 31),
+        f"lies beyond the file: payload_length 0x80000000 from 0xccc on, in a file of {LONG:#x} bytes",
+        0x248,
+    ),
+    "an offset beyond": (patched(0x248, b"\xff\xff\xff\xff"), "the bzImage's payload lies beyond the file", 0x248),
+    "a header cut short": (bzimage("gzip", ELF)[:0x24F], "the bzImage's header is cut short: 0x24f bytes of 0x250", 0),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_no_kernel(kind: str) -> None:
+    data, sentence, offset = WRONG[kind]
+    error = refused(data)
+    assert sentence in error.reason
+    if sentence:
+        assert (error.offset, error.note) == (offset, None)
+    assert str(error).startswith(error.reason)
+
+
+def test_a_version_text_that_is_elsewhere_or_nowhere() -> None:
+    assert unwrap(memoryview(patched(0x20E, b"\0\0")))[1][0].version == ""
+    assert unwrap(memoryview(patched(0x20E, b"\xff\xff")))[1][0].version == ""
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_bzimage_cut_anywhere(compression: str) -> None:
+    image = bzimage(compression, ELF)
+    end = len(image) - len(b"tail")
+    for cut in [*range(0x260), *range(0x260, end, 37), end - 1]:
+        refused(image[:cut])
+    assert KernelImage.parse(image[:end]).layers

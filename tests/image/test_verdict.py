@@ -1,0 +1,133 @@
+"""Can it boot, and every reason why not; each made by breaking one thing."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.writers.kernel import BASE, LEGACY, PV32, PV64, Kernel, Load, Section, kernel32, note, quad, text, word
+from xenpv.image.kernel import KernelImage
+from xenpv.image.verdict import guest_type, p2m_obstacle, pv_obstacles, pvh_obstacles, remarks
+
+
+def parse(kernel: Kernel) -> KernelImage:
+    return KernelImage.parse(kernel.to_bytes())
+
+
+def noted(*more: bytes, without: int | None = None, **fields: object) -> Kernel:
+    notes = [n for n in PV64 if without is None or n[8:12] != word(without)]
+    return Kernel(notes=[*notes, *more], **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        (Kernel(), "xen-3.0-x86_64"),
+        (Kernel(place="SHT_NOTE"), "xen-3.0-x86_64"),
+        (kernel32(), "xen-3.0-x86_32p"),
+        (kernel32(machine=62, notes=list(PV64)), "xen-3.0-x86_64"),
+        (kernel32(place="__xen_guest", loads=[Load(0xC010_0000, b"", 5)], entry=0xC010_0000), "xen-3.0-x86_32p"),
+        (noted(note(8, text("generic loader"))), "xen-3.0-x86_64"),
+        (noted(note(6, text("linux")), without=8), "xen-3.0-x86_64"),
+        (noted(note(1, quad(BASE + 0x10_6000))), "xen-3.0-x86_64"),  # the end itself is let pass
+    ],
+)
+def test_boots_as_pv(kernel: Kernel, kind: str) -> None:
+    image = parse(kernel)
+    assert (pv_obstacles(image), guest_type(image)) == ([], kind)
+
+
+LIES = "it would lie from 0xffffffff80100000 to 0xffffffff80106000"
+NOT_PV: dict[str, tuple[Kernel, str]] = {
+    "no notes": (Kernel(notes=[]), "it has neither Xen ELF notes nor a section __xen_guest"),
+    "machine": (Kernel(machine=183), "it is for AArch64"),
+    "nothing": (Kernel(loads=[]), "no segment is to be loaded"),
+    "loader": (
+        noted(note(8, text("special"))),
+        "it is for another loader: LOADER 'special' does not begin with 'generic', nor GUEST_OS 'made' with 'linux'"),
+    "no loader": (noted(without=8), "LOADER '' does not begin with 'generic'"),
+    "version": (noted(note(5, text("xen-4"))), "XEN_VERSION 'xen-4' does not begin with 'xen-3.0'"),
+    "no version": (noted(without=5), "XEN_VERSION '' does not begin with 'xen-3.0'"),
+    "dom0": (noted(note(10, text("!dom0"))), "it requires the feature dom0"),
+    "feature": (noted(note(10, text("!virtual_p2m"))), "it requires features that Xen does not know: virtual_p2m"),
+    "no PAE": (kernel32(notes=[*PV32, note(9, text("no"))]), "it is a 32-bit kernel without PAE"),
+    "paddr offset": (noted(note(4, quad(0)), without=3), "PADDR_OFFSET 0x0 is given, and no VIRT_BASE"),
+    "below the base": (
+        noted(note(4, quad(0x20_0000)), note(1, quad(BASE - 0x10_0000))),
+        "it would lie from 0xffffffff7ff00000 to 0xffffffff7ff06000, and VIRT_BASE 0xffffffff80000000 is above that"),
+    "entry below": (noted(note(1, quad(BASE + 0xF_FFFF))), f"{LIES}, and ENTRY 0xffffffff800fffff is not in there"),
+    "entry above": (noted(note(1, quad(BASE + 0x10_6001))), f"{LIES}, and ENTRY 0xffffffff80106001 is not in there"),
+    "around": (noted(note(3, quad((1 << 64) - 0x10_3000))), "around the end of addresses (VIRT_BASE 0xffffffffffef"),
+    "not at a page": (
+        Kernel(loads=[Load(0xF_FFF0, b"code", 0x1000)]),
+        "it would lie from 0xffffffff800ffff0 to 0xffffffff80100ff0, which does not begin at a page"),
+    "p2m inside": (noted(note(15, quad(BASE + 0x10_5FFF))), f"{LIES}, and INIT_P2M 0xffffffff80105fff is in there"),
+    "hypercalls": (noted(note(2, quad(BASE - 1))), "HYPERCALL_PAGE 0xffffffff7fffffff is below VIRT_BASE"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NOT_PV)
+def test_does_not_boot_as_pv(kind: str) -> None:
+    kernel, sentence = NOT_PV[kind]
+    [why] = pv_obstacles(parse(kernel)) if kind not in {"paddr offset", "nothing"} else pv_obstacles(parse(kernel))[:1]
+    assert sentence in why
+
+
+def test_all_reasons_are_told() -> None:
+    image = parse(noted(note(8, text("x")), note(5, text("y")), note(10, text("!dom0|!z")), note(1, quad(5))))
+    assert len(pv_obstacles(image)) == 5
+
+
+def test_pvh() -> None:
+    assert pvh_obstacles(parse(noted(note(18, word(0x10_0020))))) == []
+    # Nothing but the entry is asked for.
+    assert pvh_obstacles(parse(Kernel(notes=[note(18, word(0x10_0020))], machine=3))) == []
+    assert pvh_obstacles(parse(Kernel())) == ["no PHYS32_ENTRY note says where it starts as PVH"]
+    [why] = pvh_obstacles(parse(noted(note(18, word(0x20_0000)))))
+    assert why == "PHYS32_ENTRY 0x200000 is not within what is loaded, 0x100000 to 0x106000"
+    assert len(pvh_obstacles(parse(noted(note(18, word(0x10_0020)), note(10, text("!dom0")))))) == 1
+
+
+@pytest.mark.parametrize(
+    ("kernel", "why"),
+    [
+        (noted(note(15, quad(1 << 39))), None),
+        (Kernel(), "it has no INIT_P2M note"),
+        (noted(note(15, quad(BASE))), "INIT_P2M 0xffffffff80000000 is not below VIRT_BASE 0xffffffff80000000"),
+        (noted(note(15, quad((1 << 39) + 8))), "INIT_P2M 0x8000000008 is not at the start of a page"),
+        (kernel32(notes=[*PV32, note(15, word(0x10_0000))]), "INIT_P2M 0x100000 is for 64-bit kernels only"),
+    ],
+)
+def test_the_p2m_outside_the_initial_mapping(kernel: Kernel, why: str | None) -> None:
+    image = parse(kernel)
+    assert pv_obstacles(image) == []
+    assert p2m_obstacle(image) == why
+    told = [f"{why}, so that it has no effect"] if why and image.parameters.init_p2m is not None else []
+    assert remarks(image) == told
+
+
+def test_remarks() -> None:
+    overlapping = [Load(0x10_0000 + 0x100 * i, b"code", 0x200) for i in range(8)]
+    image = parse(noted(note(10, text("a|b")), note(11, text("yes")), loads=overlapping))
+    found = remarks(image)
+    assert found[0].startswith("segments overlap: paddr 0x100000 with 0x200 bytes, and paddr 0x100100")
+    assert found[4:] == [
+        "3 more segments overlap",
+        "FEATURES has names that Xen does not know: a, b",
+        "BSD_SYMTAB asks for a symbol table, and the file has none with its strings",
+    ]
+    assert pv_obstacles(image) == []
+
+
+def test_of_the_legacy_string_xen_does_not_mind_unknown_features() -> None:
+    legacy = kernel32(
+        place="__xen_guest", legacy=f"{LEGACY},FEATURES=!z", loads=[Load(0xC010_0000, b"", 5)], entry=0xC010_0000
+    )
+    assert pv_obstacles(parse(legacy)) == []
+    assert remarks(parse(legacy)) == ["FEATURES has names that Xen does not know: z"]
+
+
+@pytest.mark.parametrize("link", [0, 1, 99])
+def test_a_symbol_table_without_strings(link: int) -> None:
+    kernel = noted(note(11, text("yes")), sections=[Section(".symtab", 2, bytes(24), link=link)])
+    assert parse(kernel).kernel_end == BASE + 0x10_6000
+    assert len(remarks(parse(kernel))) == 1
