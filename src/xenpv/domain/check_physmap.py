@@ -52,7 +52,7 @@ _SCAN = 1 << 20  # frames of the m2p that are looked at at once
 
 @dataclass
 class PhysmapCheck:
-    """One pass over the p2m of a domain, by every way that is open; ``run`` it. ``surveyed``: what the best way holds.
+    """One pass over the p2m of a domain, by every way that is open; ``run`` it.
 
     ``owner``: whether to ask of every entry who owns its frame. Without, a frame of another domain that has the same
     pfn there goes unseen; with, Xen is asked once for every 1024 frames.
@@ -62,7 +62,6 @@ class PhysmapCheck:
     findings: Findings
     owner: bool = True
     progress: Progress | None = None
-    surveyed: Survey | None = None
 
     def run(self) -> None:
         """Check everything. Raises HostError when the domain goes meanwhile."""
@@ -70,6 +69,7 @@ class PhysmapCheck:
         if not live.anchors.ways:
             findings.add(REACH, f"dom{live.info.domid} exposes no p2m: {live.anchors.why_none()}")
             return
+        walked = False
         for way in live.anchors.ways:
             try:
                 p2m = live.walk_p2m(way, self._reach(way))
@@ -82,11 +82,12 @@ class PhysmapCheck:
                 )
                 findings.add(TABLE, what)
             confirmed = self._entries(p2m, way)
-            if self.surveyed is None:
-                self.surveyed = survey(p2m)
-                notes(self.surveyed, findings)
+            if way == live.anchors.ways[0]:
+                if confirmed < p2m.entries:
+                    notes(survey(p2m), findings)
                 self._lost(p2m, confirmed)
-        changed = live.changed() if self.surveyed is not None else None
+            walked = True
+        changed = live.changed() if walked else None
         if changed is not None:
             findings.add(GENERATION, changed)
 
