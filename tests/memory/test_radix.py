@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from xenpv.errors import GuestError
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask
 from xenpv.memory import radix
-from xenpv.memory.radix import Runs, walk
+from xenpv.memory.radix import Runs, build, walk
 
 ENTRIES = 512
 
@@ -114,6 +114,112 @@ def test_sharing_cannot_be_made_to_explode(monkeypatch: pytest.MonkeyPatch) -> N
         walk(Tables({1: mixed, 2: mixed}).read, 1, 4, range(512**4), entries)
 
 
+def test_what_every_part_shares_and_is_no_table_is_named_once() -> None:
+    """Two tables that are not there, in 2^17 places each; and 2^17 that are not, each for itself."""
+    tables = Tables({1: np.array([2, 3] * 256, np.uint64)})
+    tables.tables |= {2: np.full(ENTRIES, 99, np.uint64), 3: np.full(ENTRIES, 98, np.uint64)}
+    _, unreadable = walk(tables.read, 1, 3, range(512**3), entries)
+    assert [(u.frame, u.level, u.place) for u in unreadable] == [(99, 1, 0), (98, 1, 512)]
+    many = {2 + i: np.arange(1000 + 512 * i, 1512 + 512 * i).astype(np.uint64) for i in range(256)}
+    top = np.array([*many, *[0] * 256], np.uint64)
+    with pytest.raises(GuestError, match="more than 65536 tables below frame 0x1 cannot be read"):
+        walk(Tables({1: top, **many}).read, 1, 3, range(512**3), entries)
+
+
+def test_each_table_is_read_once_however_its_places_lie() -> None:
+    """Cost follows distinct tables: here 512 that stand in 2^18 places, in no order."""
+    names = np.arange(10, 522).astype(np.uint64)
+    tables = Tables({1: np.array([2, 3] * 256, np.uint64), 2: names, 3: names[::-1].copy()})
+    tables.tables |= {int(frame): np.full(ENTRIES, 5, np.uint64) for frame in names}
+    runs, _ = walk(tables.read, 1, 3, range(512**3), entries)
+    assert tables.reads == 1 + 2 + 512
+    assert (int(runs.count.sum()), np.unique(runs.frame).tolist()) == (512**3, [5])
+
+
 def test_no_runs_know_no_place() -> None:
     nothing = Runs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
     assert nothing.frame_of(np.array([0, 5])).tolist() == [int(NO_FRAME)] * 2
+
+
+# --- runs, and building trees, against naive ones --------------------------------------------------------------------
+
+SIZE = 4  # entries a table of those that are built here
+PLACES = st.lists(st.tuples(st.sampled_from([0, 7, 8, 9]), st.integers(1, 40)), max_size=12)
+
+
+def spread(runs: list[tuple[int, int]]) -> list[int]:
+    """Frames by place; 0 is none."""
+    return [frame for frame, count in runs for _ in range(count)][: SIZE**4]
+
+
+def of_places(frames: list[int]) -> Runs:
+    return Runs.of(np.array([frame or int(NO_FRAME) for frame in frames], np.uint64))
+
+
+def flat(runs: Runs) -> dict[int, int]:
+    """Frame by place, and no place is there twice."""
+    found: dict[int, int] = {}
+    for first, count, frame in zip(runs.first.tolist(), runs.count.tolist(), runs.frame.tolist(), strict=True):
+        assert count > 0
+        for place in range(first, first + count):
+            assert place not in found
+            found[place] = frame
+    assert list(found) == sorted(found)
+    return found
+
+
+@given(PLACES, st.integers(0, 300), st.integers(0, 300))
+def test_runs_are_what_an_array_of_frames_says(what: list[tuple[int, int]], start: int, length: int) -> None:
+    frames = spread(what)
+    named = {place: frame for place, frame in enumerate(frames) if frame}
+    runs = of_places(frames)
+    assert flat(runs) == named
+    assert not np.any((runs.frame[1:] == runs.frame[:-1]) & (runs.first[1:] == (runs.first + runs.count)[:-1]))
+    asked = np.arange(-2, len(frames) + 2)
+    assert runs.frame_of(asked).tolist() == [named.get(place, int(NO_FRAME)) for place in asked.tolist()]
+    places = range(start, start + length)
+    none = int(NO_FRAME)
+    assert flat(runs.gaps(places)) == {place: none for place in places if place not in named}
+    assert flat(runs.filled(places, 5)) == dict(sorted((dict.fromkeys(places, 5) | named).items()))
+
+
+@given(PLACES, st.integers(1, 4))
+def test_what_is_built_a_walk_finds_and_no_table_is_made_twice(what: list[tuple[int, int]], levels: int) -> None:
+    """Tables that say the same all through are made once; others differ, or stand in different places."""
+    frames = spread(what)[: SIZE**levels]
+    made: list[tuple[int, ...]] = []
+
+    def put(pages: U8) -> U64:
+        made.extend(tuple(row) for row in named(pages, 0).tolist())
+        return np.arange(1000 + len(made) - len(pages), 1000 + len(made)).astype(np.uint64)
+
+    def encode(rows: U64) -> U8:
+        pages = np.zeros((len(rows), PAGE_SIZE), np.uint8)
+        pages[:, : SIZE * 8] = rows.view(np.uint8)
+        return pages
+
+    def named(pages: U8, _level: int) -> U64:
+        return np.ascontiguousarray(pages[:, : SIZE * 8]).view(np.uint64)
+
+    def read(wanted: U64) -> tuple[U8, Mask]:
+        return encode(np.array([made[int(frame) - 1000] for frame in wanted], np.uint64)), np.ones(
+            len(wanted), np.bool_
+        )
+
+    top = build(of_places(frames), levels, SIZE, encode, put)
+    level, tables = frames, 0
+    for _ in range(levels):
+        level += [0] * (-len(level) % SIZE)
+        groups = [tuple(level[i : i + SIZE]) for i in range(0, len(level), SIZE)]
+        uniform = {group for group in groups if len(set(group)) == 1 and group[0]}
+        mixed = [i for i, group in enumerate(groups) if len(set(group)) > 1]
+        tables += len(uniform) + len(mixed)
+        level = [-i - 1 if i in mixed else group[0] for i, group in enumerate(groups)]
+    assert len(made) == tables
+    if not any(frames):
+        assert len(top) == 0
+        return
+    assert (top.first.tolist(), top.count.tolist()) == ([0], [1])
+    runs, unreadable = walk(read, int(top.frame[0]), levels, range(len(frames)), named)
+    assert unreadable == []
+    assert flat(runs) == {place: frame for place, frame in enumerate(frames) if frame}

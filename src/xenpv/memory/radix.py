@@ -16,6 +16,8 @@ from xenpv.errors import GuestError
 from xenpv.frames import I64, NO_FRAME, U8, U64, Mask
 
 ROWS_MAX = 1 << 24  # runs of leaves: twice what 16 TiB of pages in no order take
+SHARED_MAX = 1 << 20  # of them by way of tables that stand in several places: such tables map nothing, or are wrong
+UNREADABLE_MAX = 1 << 16  # tables: more than a p2m of 16 TiB has
 _TABLES_AT_ONCE = 1024
 
 Read = Callable[[U64], tuple[U8, Mask]]
@@ -49,8 +51,9 @@ class Runs:
 
     def gaps(self, places: range) -> Runs:
         """The parts of ``places`` that no run covers, NO_FRAME for a frame."""
-        starts = np.append(places.start, self.first + self.count)
-        count = np.append(self.first, places.stop) - starts
+        first, stop = (np.clip(at, places.start, places.stop) for at in (self.first, self.first + self.count))
+        starts = np.append(places.start, stop)
+        count = np.append(first, places.stop) - starts
         there = count > 0
         return Runs(starts[there], count[there], np.full(np.count_nonzero(there), NO_FRAME))
 
@@ -86,46 +89,66 @@ def walk(
     """The leaves behind ``places`` of a tree whose top table is ``root``, ``levels`` tables above the leaves.
 
     ``frames_of(pages, level)`` turns pages of tables, uint8 (n, 4096), into the frames that their entries name, uint64
-    (n, entries), NO_FRAME for none; level 1 is the one above the leaves. Raises GuestError when tables are shared so
-    often that they name more than ROWS_MAX runs.
+    (n, entries), NO_FRAME for none; level 1 is the one above the leaves. Raises GuestError when there are more than
+    ROWS_MAX runs, more than SHARED_MAX by sharing tables, or more than UNREADABLE_MAX tables that cannot be read.
     """
     nodes = Runs(np.zeros(1, np.int64), np.ones(1, np.int64), np.array([root], np.uint64))
     unreadable: list[Unreadable] = []
     for level in range(levels, 0, -1):
-        parts = [_NOTHING]
-        for i in range(0, len(nodes), _TABLES_AT_ONCE):
-            some = nodes[i : i + _TABLES_AT_ONCE]
-            distinct, which = np.unique(some.frame, return_inverse=True)
-            pages, readable = read(distinct)
+        by_frame = np.argsort(nodes.frame, kind="stable")
+        distinct, start = np.unique(nodes.frame[by_frame], return_index=True)
+        bounds = np.append(start, len(nodes))
+        parts, rows = [_NOTHING], 0
+        for i in range(0, len(distinct), _TABLES_AT_ONCE):
+            tables = distinct[i : i + _TABLES_AT_ONCE]
+            of_them = slice(bounds[i], bounds[i + len(tables)])
+            some = nodes[by_frame[of_them]]
+            which = np.repeat(np.arange(len(tables)), np.diff(bounds[i : i + len(tables) + 1]))
+            pages, readable = read(tables)
             entries = np.where(readable[:, None], frames_of(pages, level), NO_FRAME)
-            lost = np.flatnonzero(~readable[which])
-            unreadable += [Unreadable(int(some.frame[at]), level, int(some.first[at])) for at in lost]
+            lost = np.flatnonzero(~readable)
+            if len(unreadable) + len(lost) > UNREADABLE_MAX:
+                raise GuestError(f"more than {UNREADABLE_MAX} tables below frame {root:#x} cannot be read")
+            first = some.first[bounds[i : i + len(tables)] - bounds[i]]
+            unreadable += [Unreadable(int(tables[at]), level, int(first[at])) for at in lost]
             shift = (entries.shape[1].bit_length() - 1) * (level - 1)
             parts.append(_below(some, entries, which, range(places.start >> shift, (places.stop - 1 >> shift) + 1)))
-            if sum(map(len, parts)) > ROWS_MAX:
+            rows += len(parts[-1])
+            if rows > ROWS_MAX:
                 raise GuestError(f"the tables below frame {root:#x} name more than {ROWS_MAX} runs of frames")
-        nodes = _joined(parts)
+        nodes = _in_order(parts)
+    unreadable.sort(key=lambda table: (-table.level, table.place))
     return nodes, unreadable
 
 
 def _below(nodes: Runs, entries: U64, which: I64, places: range) -> Runs:
-    """What the tables at some nodes name, as runs within ``places`` of the next level."""
+    """What the tables at some nodes name, as runs within ``places`` of the next level.
+
+    ``which`` of the tables each node is, ascending. Of each table its own runs are found once; they are unrolled for
+    the places in which it stands.
+    """
     size = entries.shape[1]
     starts = np.ones(entries.shape, np.bool_)
     starts[:, 1:] = entries[:, 1:] != entries[:, :-1]
-    uniform = np.count_nonzero(starts, axis=1)[which] == 1
+    table, at = np.nonzero(starts)
+    end = np.append(np.where(table[1:] == table[:-1], at[1:], size), size)
+    runs = np.count_nonzero(starts, axis=1)
+    uniform = runs[which] == 1
     times = np.where(uniform, 1, nodes.count)  # a run of tables that differ inside is unrolled, one of uniform ones not
-    total = int((times * np.count_nonzero(starts, axis=1)[which]).sum())
-    if total > ROWS_MAX:
-        raise GuestError(f"a table is shared by {int(times.max())} places: more than {ROWS_MAX} runs of frames")
-    first = np.repeat(nodes.first, times) + _counting(times)
-    spans = np.repeat(np.where(uniform, nodes.count, 1), times)
-    rows = np.repeat(which, times)
-    node, entry = np.nonzero(starts[rows])
-    end = np.append(node[1:] * size + entry[1:], len(rows) * size)
-    count = (end - (node * size + entry)) * spans[node]
-    start = first[node] * size + entry
-    frame = entries[rows[node], entry]
+    shared = int((times * runs[which]).sum() - runs.sum())
+    if shared > SHARED_MAX:
+        stands = np.bincount(which, times)
+        worst = int(nodes.frame[np.searchsorted(which, np.argmax(stands))])
+        what = f"tables that are shared name more than {SHARED_MAX} runs of frames"
+        raise GuestError(f"{what}: frame {worst:#x}, a table, stands in {int(stands.max())} places")
+    node = np.repeat(np.arange(len(nodes)), times)
+    first = nodes.first[node] + _counting(times)
+    spans = np.where(uniform, nodes.count, 1)[node]
+    of_node = runs[which[node]]
+    row = np.repeat((np.cumsum(runs) - runs)[which[node]], of_node) + _counting(of_node)
+    start = np.repeat(first, of_node) * size + at[row]
+    count = (end - at)[row] * np.repeat(spans, of_node)
+    frame = entries[table, at][row]
     low = np.maximum(start, places.start)
     high = np.minimum(start + count, places.stop)
     keep = (frame != NO_FRAME) & (low < high)
