@@ -117,7 +117,7 @@ def test_a_leaf_that_is_not_the_domains_is_named() -> None:
     page[:2] = guest.leaves[0], int(other.mfns[5])
     guest.host.write_frames(guest.made.domid, np.array([mid], np.uint64), page.view(np.uint8)[None])
     assert guest.findings()[0] == ("physmap-leaf", 512)
-    assert guest.notes()["physmap-hole"] == "512 pfns are in no leaf"
+    assert guest.notes()["physmap-hole"] == "512 pfns are in no leaf, the first is 0x200"
 
 
 def test_a_frame_that_m2p_knows_and_no_entry_has_is_named() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 import numpy.typing as npt
 
 from tests.writers.domain import Domain
 from xenpv.errors import Fault
-from xenpv.frames import ABSENT, PAGE_SIZE, U8, U64
+from xenpv.frames import ABSENT, PAGE_SIZE, U8, U64, Mask
 
 
 @dataclass
@@ -48,3 +49,31 @@ def words(values: Mapping[int, int], width: int = 8, fill: int = 0) -> bytes:
 
 def array(*pfns: int) -> npt.NDArray[np.uint64]:
     return np.array(pfns, np.uint64)
+
+
+class Machine:
+    """Machine frames that hand themselves out in no order, below ``limit``: what Put and Read ask for."""
+
+    def __init__(self, limit: int = 1 << 40, seed: int = 0) -> None:
+        self.content: dict[int, U8] = {}
+        self.reads = 0
+        self._numbers = Random(seed)
+        self._limit = limit
+
+    def put(self, pages: U8) -> U64:
+        mfns = []
+        for page in pages:
+            mfn = self._numbers.randrange(1, self._limit)
+            while mfn in self.content:
+                mfn = self._numbers.randrange(1, self._limit)
+            self.content[mfn] = page.copy()
+            mfns.append(mfn)
+        return np.array(mfns, np.uint64)
+
+    def read(self, mfns: U64) -> tuple[U8, Mask]:
+        pages, there = np.zeros((len(mfns), PAGE_SIZE), np.uint8), np.zeros(len(mfns), np.bool_)
+        self.reads += len(mfns)
+        for i, mfn in enumerate(mfns.tolist()):
+            if mfn in self.content:
+                pages[i], there[i] = self.content[mfn], True
+        return pages, there

@@ -139,7 +139,7 @@ class Anchors:
 
         Aligned, canonical, not in Xen's hole. Raises GuestError.
         """
-        first, last = self.p2m_vaddr, self.p2m_vaddr + frames * PAGE_SIZE - 1
+        first, last = self.p2m_vaddr, self.p2m_vaddr + max(frames, 1) * PAGE_SIZE - 1
         outside = last >> 64 or not (canonical(first) and canonical(last)) if self.width == 8 else last >> 32
         if outside or in_xen(first, self.width) or in_xen(last, self.width) or first % PAGE_SIZE:
             raise GuestError(f"Bad virtual p2m address range {first:#x}-{last:#x}")

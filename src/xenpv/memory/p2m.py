@@ -28,7 +28,8 @@ _MARKS = FOREIGN | IDENTITY
 class Leaves:
     """Some leaves, each read once: the first place of each, in how many it stands, and its entries.
 
-    ``mfns``: uint64 of shape (n, entries a leaf), NO_FRAME for INVALID_MFN and for what lies beyond the table's end.
+    ``mfns``: uint64 of shape (n, entries a leaf), NO_FRAME for INVALID_MFN and for what lies beyond the table's end. A
+    copy: what a running guest does to its p2m meanwhile is not seen in it.
     """
 
     first: I64
@@ -91,9 +92,11 @@ class P2M:
     @cached_property
     def distinct(self) -> Runs:
         """Each leaf's frame once, ascending by place: its first place, and in how many it stands."""
-        frame, row, back = np.unique(self.leaves.frame, return_index=True, return_inverse=True)
-        times = np.bincount(back, weights=self.leaves.count, minlength=len(frame)).astype(np.int64)
-        once = Runs(self.leaves.first[row], times, frame)
+        if not len(self.leaves):
+            return self.leaves
+        alike = self.leaves[np.argsort(self.leaves.frame, kind="stable")]
+        row = np.flatnonzero(np.append(True, alike.frame[1:] != alike.frame[:-1]))
+        once = Runs(alike.first[row], np.add.reduceat(alike.count, row), alike.frame[row])
         return once[np.argsort(once.first)]
 
     @property
@@ -130,10 +133,11 @@ class P2M:
                 if lost is not None:
                     lost(some[~readable])
                 some, pages = some[readable], pages[readable]
-            mfns = entries_in(pages, self.width)
-            beyond = (int(some.first[-1]) + 1) * self.per_leaf - self.entries if len(some) else 0
+            if not len(some):
+                continue
+            mfns = entries_in(pages, self.width).copy()
+            beyond = (int(some.first[-1]) + 1) * self.per_leaf - self.entries
             if beyond > 0:
-                mfns = mfns.copy()
                 mfns[-1, self.per_leaf - beyond :] = NO_FRAME
             yield Leaves(some.first, some.count, mfns)
 
@@ -143,7 +147,7 @@ class P2M:
         NO_FRAME for INVALID_MFN, for a pfn beyond the table, and where there is no leaf or it cannot be read.
         """
         inside = pfns < np.uint64(self.entries)
-        place, at = np.divmod(np.where(inside, pfns, np.uint64(0)).astype(np.int64), self.per_leaf)
+        place, at = (n.astype(np.int64) for n in np.divmod(pfns, np.uint64(self.per_leaf)))  # a pfn may be above 2^63
         frame = np.where(inside, self.leaves.frame_of(place), NO_FRAME)
         out = np.full(len(pfns), NO_FRAME)
         wanted, back = np.unique(frame, return_inverse=True)

@@ -8,7 +8,8 @@ from enum import IntEnum
 import numpy as np
 
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, U8, U64, Mask
-from xenpv.memory.p2m import P2M, entries_in, is_own
+from xenpv.memory.p2m import P2M, Leaves, is_own
+from xenpv.memory.radix import Runs
 
 
 class Kind(IntEnum):
@@ -48,44 +49,63 @@ def survey(p2m: P2M, cells: int = 512) -> Survey:
         cell = -(-cell // p2m.per_leaf) * p2m.per_leaf
     own = np.zeros(-(-p2m.entries // cell), np.int64)
     pages, first = dict.fromkeys(Kind, 0), {}
-    for leaves in p2m.content():
+    end = _shared_at_the_end(p2m)
+    unreadable = Runs.of(np.empty(0, np.uint64))
+
+    def lost(leaves: Runs) -> None:
+        nonlocal unreadable
+        unreadable = unreadable if len(unreadable) else leaves
+
+    for leaves in p2m.content(lost=lost):
         mine = is_own(leaves.mfns)
         count = np.count_nonzero(mine, axis=1)
-        pages[Kind.OWN] += int((count * leaves.times).sum())
+        pages[Kind.OWN] += _times(count, leaves.times)
         if count.any() and Kind.OWN not in first:
             first[Kind.OWN] = int(leaves.pfns[mine][0])
-        _add_to_cells(own, cell, leaves.pfns, mine, count)
+        _add_to_cells(own, cell, leaves, mine, count)
+        for at in np.flatnonzero(leaves.first == end).tolist():
+            beyond = p2m.places * p2m.per_leaf - p2m.entries
+            for kind in kinds(leaves.mfns[at, p2m.per_leaf - beyond :]).tolist():
+                pages[Kind(kind)] -= 1
         if mine.all():
             continue
-        kind = kinds(leaves.mfns)
+        kind_of = kinds(leaves.mfns)
         inside = leaves.pfns < np.uint64(p2m.entries)
         for other in (Kind.INVALID, Kind.FOREIGN, Kind.IDENTITY):
-            found = (kind == other) & inside
-            pages[other] += int((np.count_nonzero(found, axis=1) * leaves.times).sum())
+            found = (kind_of == other) & inside
+            pages[other] += _times(np.count_nonzero(found, axis=1), leaves.times)
             if found.any():
                 first.setdefault(other, int(leaves.pfns[found][0]))
-    for kind in kinds(_beyond_the_end(p2m)).tolist():
-        pages[Kind(kind)] -= 1
     pages[Kind.HOLE] = p2m.entries - sum(pages.values())
-    if len(p2m.holes):
-        first[Kind.HOLE] = int(p2m.holes.first[0]) * p2m.per_leaf
+    missing = [int(runs.first[0]) for runs in (p2m.holes, unreadable) if len(runs)]
+    if missing:
+        first[Kind.HOLE] = min(missing) * p2m.per_leaf
     return Survey(pages, first, cell, own)
 
 
-def _beyond_the_end(p2m: P2M) -> U64:
-    """The entries behind the table's end that were counted: a leaf stands there that stands elsewhere, too."""
-    beyond = p2m.places * p2m.per_leaf - p2m.entries
-    frame = p2m.leaves.frame_of(np.array([p2m.places - 1])) if beyond else np.array([NO_FRAME])
-    row = np.flatnonzero(p2m.distinct.frame == frame[0])
-    if not len(row) or p2m.distinct.count[row[0]] == 1:
-        return np.empty(0, np.uint64)
-    pages, readable = p2m.read(frame)
-    return entries_in(pages, p2m.width)[0, -beyond:] if readable[0] else np.empty(0, np.uint64)
+def _shared_at_the_end(p2m: P2M) -> int:
+    """The first place of the leaf at the end, -1 unless the table ends within it and it stands elsewhere, too.
+
+    Then what lies beyond the table's end is counted with it.
+    """
+    if p2m.entries % p2m.per_leaf == 0:
+        return -1
+    last = p2m.distinct.frame == p2m.leaves.frame_of(np.array([p2m.places - 1]))
+    several = p2m.distinct.first[last & (p2m.distinct.count > 1)].tolist()
+    return int(several[0]) if several else -1
 
 
-def _add_to_cells(own: I64, cell: int, pfns: U64, mine: Mask, count: I64) -> None:
-    if cell % pfns.shape[1] == 0:
-        np.add.at(own, (pfns[:, 0] // np.uint64(cell)).astype(np.int64), count)
+def _times(count: I64, times: I64) -> int:
+    """The sum of count * times, which may be above 2^63."""
+    if int(times.max(initial=0)) < 1 << 40:
+        return int((count * times).sum())
+    return sum(n * t for n, t in zip(count.tolist(), times.tolist(), strict=True))
+
+
+def _add_to_cells(own: I64, cell: int, leaves: Leaves, mine: Mask, count: I64) -> None:
+    per_leaf = mine.shape[1]
+    if cell % per_leaf == 0:
+        np.add.at(own, leaves.first // (cell // per_leaf), count)
     else:
-        found = (pfns[mine] // np.uint64(cell)).astype(np.int64)
+        found = (leaves.pfns[mine] // np.uint64(cell)).astype(np.int64)
         own += np.bincount(found, minlength=len(own))

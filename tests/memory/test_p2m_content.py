@@ -1,0 +1,182 @@
+"""Look-ups and surveys of a p2m against ones that go through it entry by entry, leaves shared and missing at will."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.memory.frames import Machine, array
+from xenpv.abi.declare import Width
+from xenpv.abi.xen import INVALID_MFN
+from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Mask
+from xenpv.memory.anchors import Anchors
+from xenpv.memory.p2m import P2M
+from xenpv.memory.publish import words
+from xenpv.memory.radix import Runs
+from xenpv.memory.survey import Kind, survey
+
+NONE = int(NO_FRAME)
+MARKED = [int(FOREIGN) | 7, int(IDENTITY) | 9]
+BAD = 99  # a leaf that cannot be read
+
+
+@dataclass
+class Drawn:
+    """A p2m, and the same entry by entry: None where there is no leaf."""
+
+    p2m: P2M
+    frames: list[int]
+    entries: list[int | None]
+
+
+@st.composite
+def p2ms(draw: st.DrawFn, width: Width, *, shared: bool = True) -> Drawn:
+    per_leaf, machine = PAGE_SIZE // width, Machine()
+    leaves = []
+    for _ in range(3):
+        row = np.full(per_leaf, draw(st.sampled_from([NONE, NONE, 5, *MARKED])), np.uint64)
+        for _ in range(draw(st.integers(0, 4))):
+            at, n = draw(st.integers(0, per_leaf - 1)), draw(st.sampled_from([1, 2, 300]))
+            row[at : at + n] = draw(st.sampled_from([NONE, 0, 1, 5, 6, *MARKED]))
+        leaves.append(row)
+    names = [BAD, NONE, *machine.put(words(np.array(leaves), width)).tolist()]
+    content = dict(zip(names[2:], leaves, strict=True))
+    frames = draw(st.permutations(names)) if not shared else draw(st.lists(st.sampled_from(names), max_size=6))
+    end = len(frames) * per_leaf
+    entries = end - draw(st.sampled_from([0, 1, per_leaf // 2, per_leaf - 1])) if frames else 0
+    naive = [int(content[frame][at]) if frame in content else None for frame in frames for at in range(per_leaf)]
+    return Drawn(P2M(width, entries, Runs.of(array(*frames)), machine.read), list(frames), naive[:entries])
+
+
+@pytest.mark.parametrize("width", [8, 4])
+@given(data=st.data())
+def test_look_ups_are_what_each_entry_says(width: Width, data: st.DataObject) -> None:
+    drawn = data.draw(p2ms(width))
+    p2m, naive, per_leaf = drawn.p2m, drawn.entries, PAGE_SIZE // width
+    wanted = [*range(0, len(naive) + per_leaf, 37), *range(max(len(naive) - 2, 0), len(naive) + 2), 1 << 63, NONE]
+    plain = [NONE if mfn is None else mfn for mfn in naive]
+    assert p2m.lookup(array(*wanted)).tolist() == [plain[pfn] if pfn < len(plain) else NONE for pfn in wanted]
+    assert p2m.lookup(array(*wanted[::-1])).tolist() == [plain[p] if p < len(plain) else NONE for p in wanted[::-1]]
+    firsts = [at for at, f in enumerate(drawn.frames) if f not in {NONE, BAD} and drawn.frames.index(f) == at]
+    last = {
+        mfn: pfn
+        for place in firsts
+        for pfn, mfn in enumerate(plain[place * per_leaf : (place + 1) * per_leaf], place * per_leaf)
+    }
+    mfns = [0, 1, 5, 6, 77, *MARKED]
+    assert p2m.pfns_of(array(*mfns, NONE)).tolist() == [*(last.get(mfn, NONE) for mfn in mfns), NONE]
+    lost: list[int] = []
+    found = {
+        first: row.tolist()
+        for leaves in p2m.content(lost=lambda runs: lost.extend(runs.first.tolist()))
+        for first, row in zip(leaves.first.tolist(), leaves.mfns, strict=True)
+    }
+    assert list(found) == firsts
+    padded = plain + [NONE] * per_leaf
+    for place, row in found.items():
+        there = padded[place * per_leaf : (place + 1) * per_leaf]
+        assert row[: len(naive) - place * per_leaf] == there[: len(naive) - place * per_leaf]
+    assert lost == ([drawn.frames.index(BAD)] if BAD in drawn.frames else [])
+
+
+@pytest.mark.parametrize("width", [8, 4])
+@given(data=st.data())
+def test_the_end_that_is_all_one_leaf_is_not_used(width: Width, data: st.DataObject) -> None:
+    """Trailing top entries that name one table are dropped but for the first, as libxenguest does (P2M.used)."""
+    drawn = data.draw(p2ms(width))
+    frames, per_leaf, used = list(drawn.frames), PAGE_SIZE // width, len(drawn.entries)
+    while len(frames) > 1 and frames[-1] == frames[-2] != NONE:
+        frames.pop()
+        used = len(frames) * per_leaf
+    assert drawn.p2m.used == min(used, len(drawn.entries))
+    once = {frame: drawn.frames.count(frame) for frame in drawn.frames if frame != NONE}
+    distinct = drawn.p2m.distinct
+    assert dict(zip(distinct.frame.tolist(), distinct.count.tolist(), strict=True)) == once
+    assert distinct.first.tolist() == sorted(drawn.frames.index(frame) for frame in once)
+
+
+def kind_of(mfn: int | None) -> Kind:
+    if mfn is None:
+        return Kind.HOLE
+    if mfn == NONE:
+        return Kind.INVALID
+    return Kind.FOREIGN if mfn >> 63 else Kind.IDENTITY if mfn >> 62 else Kind.OWN
+
+
+@pytest.mark.parametrize("width", [8, 4])
+@given(data=st.data(), cells=st.integers(1, 600))
+def test_a_survey_counts_as_one_would_entry_by_entry(width: Width, data: st.DataObject, cells: int) -> None:
+    drawn = data.draw(p2ms(width))
+    found = survey(drawn.p2m, cells)
+    kinds = [kind_of(mfn) for mfn in drawn.entries]
+    assert found.pages == {kind: Counter(kinds)[kind] for kind in Kind}
+    assert found.first == {kind: kinds.index(kind) for kind in set(kinds)}
+
+
+@pytest.mark.parametrize("width", [8, 4])
+@given(data=st.data(), cells=st.integers(1, 600))
+def test_the_cells_of_a_survey_add_up(width: Width, data: st.DataObject, cells: int) -> None:
+    """Where no leaf is shared, each cell is what its pfns hold."""
+    drawn = data.draw(p2ms(width, shared=False))
+    found = survey(drawn.p2m, cells)
+    own = [kind_of(mfn) is Kind.OWN for mfn in drawn.entries]
+    assert len(found.cells) <= cells
+    assert found.cells.tolist() == [sum(own[i : i + found.cell]) for i in range(0, len(own), found.cell)]
+    assert found.cells.sum() == found.pages[Kind.OWN]
+
+
+@pytest.mark.parametrize("cells", [1, 2, 512])
+def test_numbers_near_2_to_the_64_do_not_wrap(cells: int) -> None:
+    """A rooted tree of 8 levels over 2^64 - 1 entries: all tables one page that names itself, and is the leaf, too."""
+    machine = Machine()
+    [loop] = machine.put(np.zeros((1, PAGE_SIZE), np.uint8)).tolist()
+    machine.content[loop] = words(np.full((1, 512), loop, np.uint64), 8)[0]
+    anchors = Anchors(8, (1 << 64) - 1, INVALID_MFN[8], p2m_levels=8, p2m_root=loop)
+    p2m = P2M.walk(anchors, anchors.ways[0], machine.read)
+    assert (p2m.places, p2m.distinct.count.tolist(), p2m.used) == (1 << 55, [1 << 55], 512)
+    found = survey(p2m, cells)
+    assert found.pages == {kind: (1 << 64) - 1 if kind is Kind.OWN else 0 for kind in Kind}
+    last = array(0, 1 << 63, (1 << 64) - 2, (1 << 64) - 1)
+    assert p2m.lookup(last).tolist() == [loop, loop, loop, NONE]
+    assert machine.reads < 20
+
+
+def test_counts_above_2_to_the_53_are_exact() -> None:
+    """A float would not tell 2^53 + 1 from 2^53."""
+    frames = Runs(np.array([0, 1, (1 << 53) + 1]), np.array([1, 1 << 53, 1]), array(7, 8, 8))
+    p2m = P2M(8, 512 * ((1 << 53) + 2), frames, Machine().read)
+    assert (p2m.distinct.first.tolist(), p2m.distinct.count.tolist()) == ([0, 1], [1, (1 << 53) + 1])
+    assert p2m.used == 1024
+    with_leaf = p2m.content(np.array([1 << 53]))
+    assert list(with_leaf) == []
+
+
+def test_the_last_leaf_of_all_has_its_pfns() -> None:
+    machine = Machine()
+    [leaf] = machine.put(words(np.arange(512, dtype=np.uint64)[None], 8)).tolist()
+    place = np.array([(1 << 55) - 1])
+    p2m = P2M(8, (1 << 64) - 1, Runs(place, np.array([1]), array(leaf)), machine.read)
+    [leaves] = p2m.content()
+    assert leaves.pfns[0, [0, 511]].tolist() == [(1 << 64) - 512, (1 << 64) - 1]
+    assert leaves.mfns[0, [0, 510, 511]].tolist() == [0, 510, NONE]
+    found = survey(p2m)
+    assert (found.pages[Kind.OWN], found.pages[Kind.HOLE], int(found.cells[-1])) == (511, (1 << 64) - 512, 511)
+    assert p2m.pfns_of(array(510, 511)).tolist() == [(1 << 64) - 2, NONE]
+
+
+def test_a_guest_that_writes_meanwhile_cannot_make_a_survey_contradict_itself() -> None:
+    """A mapping is the guest's own memory: what was read is a copy, or it would be counted as two kinds."""
+    live = np.zeros((1, PAGE_SIZE), np.uint8)
+
+    def read(mfns: U64) -> tuple[U8, Mask]:
+        return live[np.zeros(len(mfns), np.int64)] if len(mfns) != 1 else live, np.ones(len(mfns), np.bool_)
+
+    p2m = P2M(8, 512, Runs.of(array(7)), read)
+    for leaves in p2m.content():
+        live.fill(0xFF)
+        assert leaves.mfns.tolist() == [[0] * 512]
