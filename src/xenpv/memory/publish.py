@@ -15,16 +15,24 @@ from xenpv.abi.x86 import PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import RequestError
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64
-from xenpv.memory.anchors import MARK, MARKED_LEVELS, Anchors, Form, capacity
+from xenpv.memory.anchors import DEPTHS, MARK, MARKED_LEVELS, Anchors, Form, capacity
 from xenpv.memory.radix import Put, Runs, build
 
 TABLE = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D  # the flags of an entry that names a table
 _LEAVES_AT_ONCE = 1024
+_MFNS_32 = 1 << 30  # frames that 32-bit entries can name
 
 
 def words(mfns: U64, width: Width) -> U8:
-    """Entries, uint64 of shape (n, entries a page), as pages of a guest of that width; p2m.entries_in undoes it."""
+    """Entries, uint64 of shape (n, entries a page), as pages of a guest of that width; p2m.entries_in undoes it.
+
+    Raises RequestError for a frame that a 32-bit guest's entry cannot hold: above it are the marks.
+    """
     if width == 4:
+        plain = mfns[mfns != NO_FRAME] & ~(FOREIGN | IDENTITY)
+        if plain.size and plain.max() >= _MFNS_32:
+            what = f"mfn {int(plain.max()):#x} does not fit a 32-bit guest's p2m, whose entries have 30 bits for it"
+            raise RequestError(what, needed=int(plain.max()) + 1, available=_MFNS_32)
         marks = (mfns & (FOREIGN | IDENTITY)) >> np.uint64(32)
         mfns = np.where(mfns == NO_FRAME, np.uint64(INVALID_MFN[4]), mfns & ~(FOREIGN | IDENTITY) | marks)
     return np.ascontiguousarray(mfns, f"<u{width}").view(np.uint8).reshape(-1, PAGE_SIZE)
@@ -37,13 +45,14 @@ def put_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: Put) -> Ru
     """
     per_leaf = PAGE_SIZE // width
     total = -(-entries // per_leaf)
-    places, start = np.unique(pfns.astype(np.int64) // per_leaf, return_index=True)
+    at = (pfns // np.uint64(per_leaf)).astype(np.int64)
+    places, start = np.unique(at, return_index=True)
     bounds = np.append(start, len(pfns))
     held = np.empty(len(places), np.uint64)
     for i in range(0, len(places), _LEAVES_AT_ONCE):
         some = places[i : i + _LEAVES_AT_ONCE]
         inside = slice(bounds[i], bounds[i + len(some)])
-        rows = np.searchsorted(some, pfns[inside].astype(np.int64) // per_leaf)
+        rows = np.searchsorted(some, at[inside])
         table = np.full((len(some), per_leaf), NO_FRAME)
         table[rows, pfns[inside] % np.uint64(per_leaf)] = mfns[inside]
         held[i : i + len(some)] = put(words(table, width))
@@ -55,9 +64,19 @@ def put_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: Put) -> Ru
 
 
 def put_tree(leaves: Runs, levels: int, width: Width, put: Put) -> int:
-    """Write the tables of a tree of so many levels (leaves counted) above some leaves; the frame of its top."""
-    top = build(leaves, levels - 1, PAGE_SIZE // width, partial(words, width=width), put)
-    return int(top.frame[0])
+    """Write the tables of a tree of so many levels (leaves counted) above some leaves; the frame of its top.
+
+    Raises RequestError when a leaf lies beyond what such a tree reaches.
+    """
+    reach = capacity(levels - 1, width)
+    needed = int(leaves.first[-1] + leaves.count[-1]) if len(leaves) else 0
+    if needed > reach:
+        what = f"{needed:#x} leaves do not fit a tree of {levels} levels, which reaches {reach:#x}"
+        raise RequestError(what, needed=needed, available=reach)
+    encode = partial(words, width=width)
+    top = build(leaves, levels - 1, PAGE_SIZE // width, encode, put)
+    frame = top.frame if len(top) else put(encode(np.full((1, PAGE_SIZE // width), NO_FRAME)))
+    return int(frame[0])
 
 
 def put_page_tables(frames: Runs, levels: int, put: Put, flags: int = TABLE) -> Runs:
@@ -76,7 +95,9 @@ def tree_anchors(form: Form, leaves: Runs, entries: int, width: Width, put: Put,
     ``levels`` is of a rooted tree. Raises RequestError when the form cannot express so many entries.
     """
     depth = {Form.TREE: 3, Form.MARKED: MARKED_LEVELS, Form.ROOTED: levels}[form]
-    if entries > (reach := capacity(depth, width)):
+    if depth not in DEPTHS:
+        raise RequestError(f"a tree of {depth} levels: {DEPTHS.start} to {DEPTHS.stop - 1} may be", needed=depth)
+    if entries > (reach := min(capacity(depth, width), (1 << 8 * width) - 1)):  # max_pfn is a word of the guest's
         what = f"a p2m of {entries:#x} entries does not fit a {form} of {depth} levels, which reaches {reach:#x}"
         raise RequestError(what, needed=entries, available=reach)
     if form is Form.MARKED and width == 4:
