@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 
+import numpy as np
 import pytest
 
 from tests.host.model_guest import BASE, READ_ONLY, array, make, page
 from tests.host.model_invariants import check
 from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import Fault, HostError
+from xenpv.frames import DomId
 from xenpv.host.model import SHUTDOWN_SUSPEND, ModelHost
 from xenpv.host.model_guest import GuestView
 from xenpv.host.model_store import ModelStore
@@ -109,6 +112,102 @@ def test_a_guest_builds_tables_and_moves_pages() -> None:
     assert host.run(made.domid, guest) == b"hello"
     assert host.info(made.domid).pages == 66
     check(host)
+
+
+@BOTH
+def test_pages_in_any_order(width: Width) -> None:
+    """Across L1 tables, twice, and with one among them that may not be written: then none is."""
+    host = ModelHost(1 << 30)
+    made = make(host, width, 1200)
+    wanted = [1100, 5, 600, 1100, 7]
+
+    def guest(view: GuestView) -> None:
+        vaddrs = array(*map(made.vaddr, wanted))
+        assert view.frames_at(vaddrs).tolist() == made.mfns[wanted].tolist()
+        content = np.arange(len(wanted), dtype=np.uint8)[:, None].repeat(4096, axis=1)
+        view.write_pages(vaddrs, content)
+        assert view.read_pages(vaddrs)[:, 77].tolist() == [3, 1, 2, 3, 4]
+        with pytest.raises(Fault) as e:
+            view.write_pages(array(made.vaddr(5), made.vaddr(1), made.vaddr(1199)), content[:3])
+        assert e.value.address == made.vaddr(1)
+        assert view.read_pages(vaddrs)[:, 77].tolist() == [3, 1, 2, 3, 4]
+        assert view.read_pages(array()).shape == (0, 4096)
+
+    host.run(made.domid, guest)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_many_entries_at_once_are_as_one_after_another(seed: int) -> None:
+    """update_va_mapping against mmu_update, also where Xen refuses one, or a frame is gone before it is mapped anew."""
+    random = np.random.default_rng(seed)
+    width: Width = 8 if seed % 2 else 4
+    hosts, mades = [ModelHost(1 << 28), ModelHost(1 << 28)], []
+    for host in hosts:
+        mades.append(made := make(host, width, 700))
+        host.decrease_reservation(made.domid, made.mfns[20:24])  # gone as soon as nothing maps them
+    made = mades[0]
+    others = made.mfns[random.choice([*range(15, 30), *range(100, 110), 99 if seed % 4 else 699], 30)] << np.uint64(12)
+    slots = random.choice(np.append(np.arange(15, 30), 512 + np.arange(15)), 30, replace=seed % 8 == 7)
+    ptes = np.where(
+        random.random(30) < 0.3, np.uint64(0), others | random.choice([READ_ONLY, READ_ONLY | 2], 30).astype(np.uint64)
+    )
+    errors: list[int | None] = []
+    vaddrs = array(*(made.vaddr(slot) for slot in slots.tolist()))
+    order = np.argsort(vaddrs, kind="stable")  # table by table, as one multicall might have them
+    updates = [(*made.entry_of(int(slots[n])), int(ptes[n])) for n in order]
+    try:
+        hosts[0].run(made.domid, lambda view: view.update_va_mapping(vaddrs, ptes))
+        errors.append(None)
+    except HostError as e:
+        errors.append(e.errno)
+    try:
+        hosts[1].mmu_update(made.domid, updates)
+        errors.append(None)
+    except HostError as e:
+        errors.append(e.errno)
+    assert errors[0] == errors[1]
+    for mfn in made.l1:
+        np.testing.assert_array_equal(hosts[0].frames.entries(int(mfn)), hosts[1].frames.entries(int(mfn)))
+    for name in ("owner", "type", "flags", "types", "count"):
+        np.testing.assert_array_equal(getattr(hosts[0].frames.rows, name), getattr(hosts[1].frames.rows, name))
+    check(hosts[0])
+
+
+@BOTH
+def test_a_mapping_without_a_table_is_refused(width: Width) -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, width, 64)
+
+    def guest(view: GuestView) -> None:
+        with pytest.raises(HostError, match="update_va_mapping") as e:
+            view.update_va_mapping(array(BASE[width] + (4 << 20)), array(0))
+        assert (e.value.errno, e.value.domid) == (errno.EINVAL, made.domid)
+
+    host.run(made.domid, guest)
+
+
+@BOTH
+def test_what_the_registers_say(width: Width) -> None:
+    """As the vcpu was set; after a suspend the third argument is in rdx, or edx, and the result in rax."""
+    host = ModelHost(1 << 30)
+    made = make(host, width, 64)
+    data = np.frombuffer(bytearray(host.vcpu_context(made.domid, 0)), VCPU_GUEST_CONTEXT[width])
+    data["user_regs"]["rsi" if width == 8 else "esi"] = 0x1234
+    data["user_regs"]["rax" if width == 8 else "eax"] = 9
+    host.set_vcpu_context(made.domid, 0, data.tobytes())
+
+    def guest(view: GuestView) -> None:
+        assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 9, 0)
+        assert [view.alloc_event(), view.alloc_event()] == [1, 2]
+        view.shutdown(SHUTDOWN_SUSPEND, 0xABC)
+
+    host.run(made.domid, guest)
+    view = GuestView(host, made.domid)
+    assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 0, 0xABC)
+
+
+def test_dom0_has_no_uuid_as_on_real_xen() -> None:
+    assert ModelHost(1 << 30).info(DomId(0)).uuid is None
 
 
 def test_what_is_dirty() -> None:

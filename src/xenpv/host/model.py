@@ -18,7 +18,7 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
-from xenpv.frames import PAGE_SIZE, U8, U64, DomId, PageType
+from xenpv.frames import I64, PAGE_SIZE, U8, U64, DomId, PageType
 from xenpv.host import DomainInfo, XenVersion
 from xenpv.host.model_dirty import DirtyLog
 from xenpv.host.model_domain import Domain, Vcpu, get_context, load_top, load_user_top, set_context
@@ -53,7 +53,7 @@ class ModelHost:
         self._version = version or XenVersion(4, 17, ".5")
         self._domains: dict[int, Domain] = {}
         self._next = 0
-        dom0 = self.create(8, max_pages=DOM0_PAGES, name="Domain-0", uuid="00000000-0000-0000-0000-000000000000")
+        dom0 = self.create(8, max_pages=DOM0_PAGES, name="Domain-0")
         self.populate_physmap(dom0, np.arange(0, DOM0_PAGES, PER_EXTENT, dtype=np.uint64), order=ORDER)
         self._domains[dom0].pauses = 0
 
@@ -204,6 +204,12 @@ class ModelHost:
             for mfn, slot, pte in updates:
                 self.types.update(domain.owner, mfn, slot, pte)
 
+    def update_l1(self, domid: DomId, mfn: int, slots: I64, ptes: U64) -> None:
+        """Write entries of one L1 table, one after another up to the first that Xen refuses; the same as mmu_update."""
+        domain = self._domain("mmu_update", domid)
+        with self._refusing("mmu_update", domid):
+            self.types.update_l1(domain.owner, mfn, slots, ptes)
+
     def pin(self, domid: DomId, mfn: int, level: int) -> None:
         """Make a frame a table of that level, for good, and validate all below it."""
         domain = self._domain("mmuext_op", domid)
@@ -278,6 +284,12 @@ class ModelHost:
     def resume(self, domid: DomId) -> None:
         """Let a domain that shut down run on, as after a suspend that was cancelled."""
         self._domain("resumedomain", domid).shutdown_reason = None
+
+    def alloc_event(self, domid: DomId, remote: int = 0) -> int:
+        """A port of the domain, from 1 on, to which ``remote`` may bind (EVTCHNOP_alloc_unbound)."""
+        ports = self._domain("evtchn_alloc_unbound", domid).ports
+        ports.append(remote)
+        return len(ports)
 
     def notify(self, domid: DomId, port: int) -> None:
         """Send an event."""

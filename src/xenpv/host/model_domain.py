@@ -43,6 +43,7 @@ class Domain:
     pauses: int = 1
     shutdown_reason: int | None = None
     dirty: DirtyLog | None = None
+    ports: list[int] = field(default_factory=list)  # who may bind each event channel that was allocated, port 1 first
     events: Counter[int] = field(default_factory=Counter)  # by port
     vm_assist: int = 0
 
@@ -110,11 +111,15 @@ def get_context(domain: Domain, vcpu: Vcpu) -> bytes:
     assert vcpu.context is not None
     context = np.frombuffer(bytearray(vcpu.context), VCPU_GUEST_CONTEXT[domain.width])
     ctrlreg = context["ctrlreg"][0]
+    ctrlreg[3] = cr3_of(vcpu.top, domain.width)
     if domain.width == 8:
-        ctrlreg[3], ctrlreg[1] = vcpu.top << 12, vcpu.user_top << 12
-    else:
-        ctrlreg[3] = (vcpu.top << 12 | vcpu.top >> 20) & 0xFFFF_FFFF
+        ctrlreg[1] = vcpu.user_top << 12
     return context.tobytes()
+
+
+def cr3_of(mfn: int, width: Width) -> int:
+    """The cr3 that names a frame, folded for a 32-bit guest: cr3_frame undoes it."""
+    return mfn << 12 if width == 8 else (mfn << 12 | mfn >> 20) & 0xFFFF_FFFF
 
 
 def load_top(domain: Domain, types: PageTypes, vcpu: Vcpu, mfn: int) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from xenpv.abi.declare import Width
-from xenpv.abi.x86 import LEVELS, PTE_P, PTE_RW
-from xenpv.errors import Fault
-from xenpv.frames import ENTRIES, PAGE_SIZE, U64, DomId
+from xenpv.abi.x86 import LEVELS, PTE_P, PTE_RW, VCPU_GUEST_CONTEXT
+from xenpv.errors import Fault, HostError
+from xenpv.frames import ENTRIES, I64, PAGE_SHIFT, PAGE_SIZE, U8, U64, DomId
 from xenpv.memory.pagetables import canonical, entry_index, frame, frames, in_xen
 
 if TYPE_CHECKING:
@@ -54,27 +55,52 @@ class GuestView:
             self._host.frames.page(int(mfns[-1]))[:tail] = content[len(content) - tail :]
         self._host.guest_wrote(self.domid, mfns)
 
+    def read_pages(self, vaddrs: U64) -> U8:
+        """The pages at addresses that are multiples of a page, in any order: uint8 (n, 4096), a copy."""
+        return self._host.frames.read(self.frames_at(vaddrs))
+
+    def write_pages(self, vaddrs: U64, pages: U8) -> None:
+        """Write whole pages, uint8 (n, 4096). Nothing is written when one of them may not be."""
+        mfns = self.frames_at(vaddrs, write=True)
+        self._host.frames.write(mfns, pages)
+        self._host.guest_wrote(self.domid, mfns)
+
     def translate(self, vaddr: int, pages: int = 1, *, write: bool = False) -> U64:
         """The frames behind consecutive virtual pages; with ``write``, only if all may be written."""
-        out = np.empty(pages, np.uint64)
-        done = 0
-        while done < pages:
-            at = vaddr + done * PAGE_SIZE
-            slot = entry_index(at, 1)
-            n = min(ENTRIES - slot, pages - done)
-            ptes = self._l1(at, write=write)[slot : slot + n]
-            need = np.uint64(PTE_P | (PTE_RW if write else 0))
-            bad = (ptes & need) != need
-            if bad.any():
-                self._fault(at + int(np.argmax(bad)) * PAGE_SIZE, 1, int(ptes[np.argmax(bad)]))
-            out[done : done + n] = frames(ptes)
-            done += n
+        if not 0 <= vaddr <= (1 << 64) - pages * PAGE_SIZE:
+            self._fault(vaddr, LEVELS[self.width], 0)
+        step: U64 = np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_SIZE)
+        return self.frames_at(np.uint64(vaddr) + step, write=write)
+
+    def frames_at(self, vaddrs: U64, *, write: bool = False) -> U64:
+        """The frame behind each virtual page; with ``write``, only if all may be written."""
+        out = np.empty(len(vaddrs), np.uint64)
+        need = np.uint64(PTE_P | (PTE_RW if write else 0))
+        for table, rows, slots in self._by_table(vaddrs, write=write):
+            ptes = self._host.frames.entries(table)[slots]
+            bad = np.flatnonzero((ptes & need) != need)
+            if len(bad):
+                lowest = bad[np.argmin(slots[bad])]
+                self._fault(int(vaddrs[rows[lowest]]), 1, int(ptes[lowest]))
+            out[rows] = frames(ptes)
         return out
 
-    def _l1(self, vaddr: int, *, write: bool) -> U64:
-        """The entries of the L1 table that translates the address."""
+    def _by_table(self, vaddrs: U64, *, write: bool) -> Iterator[tuple[int, I64, I64]]:
+        """The mfn of each L1 table that translates some of the addresses, which of them, and its slots."""
+        if not len(vaddrs):
+            return
+        order = np.argsort(vaddrs, kind="stable")
+        pages = vaddrs[order] >> np.uint64(PAGE_SHIFT)
+        starts = np.flatnonzero(np.diff(pages // np.uint64(ENTRIES), prepend=np.uint64(1 << 63)))
+        for start, stop in zip(starts, [*starts[1:], len(order)], strict=True):
+            rows = order[start:stop]
+            slots = (pages[start:stop] % np.uint64(ENTRIES)).astype(np.int64)
+            yield self._l1(int(vaddrs[rows[0]]), write=write), rows, slots
+
+    def _l1(self, vaddr: int, *, write: bool) -> int:
+        """The mfn of the L1 table that translates the address."""
         table, levels = self._host.held_by_vcpu(self.domid)[0], LEVELS[self.width]
-        beyond = not 0 <= vaddr < 1 << 64 or not canonical(vaddr) if self.width == 8 else not 0 <= vaddr < 1 << 32
+        beyond = not canonical(vaddr) if self.width == 8 else vaddr >= 1 << 32
         if beyond or in_xen(vaddr, self.width):
             self._fault(vaddr, levels, 0)
         for level in range(levels, 1, -1):
@@ -82,7 +108,7 @@ class GuestView:
             if not pte & PTE_P or (write and not pte & PTE_RW):
                 self._fault(vaddr, level, pte)
             table = int(frame(pte))
-        return self._host.frames.entries(table)
+        return table
 
     @staticmethod
     def _fault(vaddr: int, level: int, pte: int) -> NoReturn:
@@ -102,6 +128,19 @@ class GuestView:
     def mmu_update(self, updates: Sequence[tuple[int, int, int]]) -> None:
         """(mfn of the table, slot, entry) each."""
         self._host.mmu_update(self.domid, updates)
+
+    def update_va_mapping(self, vaddrs: U64, ptes: U64) -> None:
+        """Write the L1 entries that map some addresses, as a multicall does: up to the first that Xen refuses.
+
+        HostError: EINVAL where there is no L1 table, else what mmu_update says.
+        """
+        try:
+            todo = list(self._by_table(vaddrs, write=False))
+        except Fault as e:
+            what = f"dom{self.domid}: update_va_mapping: {e}"
+            raise HostError(what, op="update_va_mapping", domid=self.domid, errno=errno.EINVAL) from None
+        for table, rows, slots in todo:
+            self._host.update_l1(self.domid, table, slots, ptes[rows])
 
     def machphys_update(self, mfns: U64, pfns: U64) -> None:
         self._host.machphys_update(self.domid, mfns, pfns)
@@ -125,12 +164,31 @@ class GuestView:
         """What the machine-to-phys table says, which every guest may read."""
         return self._host.m2p(mfns)
 
-    def shutdown(self, reason: int) -> NoReturn:
-        """sched_op shutdown: the program ends here."""
+    def shutdown(self, reason: int, record: int = 0) -> NoReturn:
+        """sched_op shutdown: the program ends here.
+
+        ``record`` is the third argument, which a suspending guest gives for the toolstack: the mfn of its start info,
+        found in rdx or edx. The call's result is in rax or eax: 0, unless a toolstack that cancels makes it 1.
+        """
+        self._set_registers(ax=0, dx=record)
         self._host.shutdown(self.domid, reason)
         raise Stopped
 
     # the rest of its world
+
+    def register(self, name: str) -> int:
+        """A register of its vcpu where it last entered the guest, by the name both widths share: "si", "sp", "ax"."""
+        context = VCPU_GUEST_CONTEXT.read(self._host.vcpu_context(self.domid, 0), self.width)
+        return int(context["user_regs"][self._name(name)])
+
+    def _set_registers(self, **values: int) -> None:
+        context = np.frombuffer(bytearray(self._host.vcpu_context(self.domid, 0)), VCPU_GUEST_CONTEXT[self.width])
+        for name, value in values.items():
+            context["user_regs"][self._name(name)] = value
+        self._host.set_vcpu_context(self.domid, 0, context.tobytes())
+
+    def _name(self, name: str) -> str:
+        return f"{'r' if self.width == 8 else 'e'}{name}"
 
     @property
     def shared_info(self) -> bytes:
@@ -138,6 +196,10 @@ class GuestView:
 
     def write_shared_info(self, data: bytes, offset: int = 0) -> None:
         self._host.write_shared_info(self.domid, data, offset)
+
+    def alloc_event(self) -> int:
+        """A port of its own that others may notify (EVTCHNOP_alloc_unbound)."""
+        return self._host.alloc_event(self.domid)
 
     def take_event(self, port: int) -> bool:
         """Whether an event came since it was last asked."""

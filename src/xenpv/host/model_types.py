@@ -273,6 +273,30 @@ class PageTypes:
         elif 2 <= kind <= 4:
             self._put_entry(owner, mfn, kind, old)
 
+    def update_l1(self, owner: Owner, mfn: int, slots: I64, ptes: U64) -> None:
+        """What update does for one entry after another of an L1 table, at once where the order cannot tell."""
+        row = self._frames.row_of(mfn, owner.number)
+        entries = self._frames.entries(mfn)
+        old = entries[slots]
+        present, replaced = (ptes & np.uint64(PTE_P)) != 0, (old & np.uint64(PTE_P)) != 0
+        other = frames(ptes) != frames(old)
+        # A frame that one entry drops may be gone when the next one takes it: Xen sees that, all at once does not.
+        again = np.isin(frames(ptes[present & other]), frames(old[replaced & other])).any()
+        if self._rows.type[row] == 1 and not again and len(np.unique(slots)) == len(slots):
+            try:
+                self._map(owner, mfn, ptes[present], slots[present])
+            except Refused:
+                pass  # those in front of it are to be written all the same
+            else:
+                entries[slots] = ptes
+                if owner.width == 8:
+                    entries[slots[present]] = _adjusted_l1(ptes[present])
+                self._dirtied(owner.number, mfn)
+                self._unmap(old[replaced])
+                return
+        for slot, pte in zip(slots.tolist(), ptes.tolist(), strict=True):
+            self.update(owner, mfn, slot, pte)
+
     def writable(self, owner: Owner, mfns: U64) -> Mask:
         """Which of an owner's frames could be mapped writable now."""
         ours: Mask = self._frames.owner(mfns) == owner.number
