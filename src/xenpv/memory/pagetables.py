@@ -179,8 +179,9 @@ def normalise(tables: U64, pfn_of: Translate, empty: Mask | None = None) -> tupl
     """Tables with pfns in the place of mfns, and which present entries could not be translated.
 
     ``tables``: uint64 (n, 512). ``empty``: entries that are Xen's own (is_xen_slot), which come out as 0. Entries that
-    are not present stay as they are; those that name what is no frame of the domain name NO_PFN, and are True in the
-    mask. xen.git:tools/libs/guest/xg_sr_save_x86_pv.c normalise_pagetable().
+    are not present stay as they are; those that name what is no frame of the domain, or one of which an entry cannot
+    hold the pfn, name NO_PFN, and are True in the mask. xen.git:tools/libs/guest/xg_sr_save_x86_pv.c
+    normalise_pagetable().
     """
     kept = tables if empty is None else np.where(empty, np.uint64(0), tables)
     return _translated(kept, pfn_of)
@@ -200,10 +201,10 @@ def _translated(tables: U64, translate: Translate) -> tuple[U64, Mask]:
     distinct, back = np.unique(named, return_inverse=True)
     found = translate(distinct)[back]
     bad = np.zeros(tables.shape, np.bool_)
-    bad[present] = found == NO_FRAME
+    bad[present] = found >= np.uint64(NO_PFN)
     out = tables.copy()
     flags = tables[present] & ~np.uint64(PTE_FRAME_MASK)
-    out[present] = np.where(found == NO_FRAME, np.uint64(NO_PFN), found) << np.uint64(PAGE_SHIFT) | flags
+    out[present] = np.minimum(found, np.uint64(NO_PFN)) << np.uint64(PAGE_SHIFT) | flags
     return out, bad
 
 
