@@ -83,7 +83,11 @@ class LiveDomain:
             return "the anchors in shared info are not what they were: the p2m has moved, look again"
         if then.ways:
             try:
-                again, before = self.walk_p2m(then.ways[0]).leaves, self.p2m.leaves
+                before = self.p2m.leaves
+            except GuestError:
+                return None  # the best way has led nowhere from the first
+            try:
+                again = self.walk_p2m(then.ways[0]).leaves
             except GuestError as e:
                 return f"the p2m is no more: {e}"
             for a, b in ((again.first, before.first), (again.count, before.count), (again.frame, before.frame)):
@@ -101,12 +105,13 @@ class LiveDomain:
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
         """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit guests may have.
 
-        None for a vcpu that is not there or was never started.
+        None for a vcpu that is not there or was never started. Raises HostError when the domain has gone.
         """
         width = self.info.width
         try:
             context = VCPU_GUEST_CONTEXT.read(self.host.vcpu_context(self.info.domid, vcpu), width)
         except HostError:
+            self.host.info(self.info.domid)  # ESRCH, too, may be of the vcpu or of the domain
             return None
         value = int(context["ctrlreg"][1 if user else 3])
         if user and (width == 4 or not value):
@@ -126,17 +131,19 @@ class LiveDomain:
 
     def types(self, pfns: U64) -> U8:
         """The page type of each pfn, as Frames has it: ABSENT for those without a frame of the domain."""
-        mfns = self.p2m.lookup(pfns.reshape(-1))
+        return self._types(self.p2m.lookup(pfns.reshape(-1))).reshape(pfns.shape)
+
+    def _types(self, mfns: U64) -> U8:
         out = np.full(mfns.shape, ABSENT, np.uint8)
         own = is_own(mfns)
         out[own] = self.host.page_types(self.info.domid, mfns[own])
         out[out == PageType.XTAB] = ABSENT
-        return out.reshape(pfns.shape)
+        return out
 
     def pages(self, pfns: U64) -> U8:
         """Content of the pages, as Frames has it; page tables normalised: pfns in the place of mfns."""
         mfns = self.p2m.lookup(pfns)
-        kinds = self.types(pfns)
+        kinds = self._types(mfns)
         for absent in np.flatnonzero(kinds == ABSENT)[:1].tolist():
             pfn, mfn = int(pfns[absent]), int(mfns[absent])
             why = "has no frame" if mfn == int(NO_FRAME) else f"has mfn {mfn:#x}, which is not the domain's"
@@ -150,7 +157,10 @@ class LiveDomain:
             tables = IS_TABLE[kinds] & (kinds & 7 == level)
             if tables.any():
                 xens = is_xen_slot(level, self.info.width)
-                normal, _ = normalise(as_entries(pages[tables]), self.pfns_of, xens)
+                normal, no_pfn = normalise(as_entries(pages[tables]), self.pfns_of, xens)
+                if self.info.width == 4 and level == 2:
+                    # One L2 of a 32-bit guest ends with what is Xen's. A guest's own entry names a frame of its own.
+                    normal[no_pfn & is_xen_slot(level, 4, last_pae_l2=True)] = 0
                 pages[tables] = normal.view(np.uint8).reshape(-1, pages.shape[1])
         return pages
 
