@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
-from tests.domain.guest import PAGES, Guest
+from tests.domain.guest import PAGES, ROOM, Guest
 from tests.host.model_guest import BASE, make
 from xenpv.abi.declare import Width
+from xenpv.abi.x86 import PTE_P
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
+from xenpv.domain import check_physmap
 from xenpv.domain.check_physmap import PhysmapCheck
 from xenpv.errors import GuestError
 from xenpv.findings import Findings
-from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, U64
+from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, U8, U64, DomId
 
 FORMS: list[tuple[Width, str]] = [
     *((8, form) for form in ("tree", "rooted", "marked", "linear")),
@@ -192,6 +196,114 @@ def test_a_hostile_p2m_costs_no_more_than_a_good_one() -> None:
     found = guest.checked()
     assert {rule.name: n for rule, n in found.count.items()} == {"physmap-not-own": PAGES, "physmap-lost": PAGES}
     assert len(list(found)) == 40
+
+
+def test_a_leaf_that_is_replaced_meanwhile_is_named() -> None:
+    """By the same anchors: a tree has no generation, so its tables are walked again."""
+    guest = Guest()
+    live = guest.live
+    changed = guest.leaves.copy()
+
+    def replaces(done: int, _of: int | None) -> None:
+        if done == 2 and changed == guest.leaves:
+            guest.leaves[1] = guest.table(guest.entries[512:])
+            mid = int(guest.made.mfns[ROOM + 2])
+            page = np.full(512, INVALID_MFN[8], np.uint64)
+            page[:2] = guest.leaves
+            guest.host.write_frames(guest.made.domid, np.array([mid], np.uint64), page.view(np.uint8)[None])
+
+    findings = Findings()
+    PhysmapCheck(live, findings, progress=replaces).run()
+    assert [(f.rule.name, f.message) for f in findings] == [
+        ("physmap-generation", "leaves of the p2m were replaced meanwhile: look again")
+    ]
+
+
+@pytest.mark.parametrize(("width", "form"), FORMS)
+def test_a_table_that_is_gone_is_named_with_the_first_pfn_below_it(width: Width, form: str) -> None:
+    guest = Guest(width, form)
+    other = make(guest.host, 8, 64)
+    if form == "linear":
+        l1, slot = guest.made.entry_of(ROOM)  # the list stands there, and its first page is the 500th of this table
+        guest.host.frames.entries(guest.made.l2)[0] = int(other.mfns[5]) << 12 | PTE_P
+        assert (l1, slot) == (int(guest.made.l1[0]), ROOM)
+    else:
+        depth = {"tree": 1, "rooted": 2, "marked": 2}[form]  # what the top names, this many above the leaves
+        top = np.full(guest.per, INVALID_MFN[width], f"<u{width}")
+        top[0], top[1] = int(guest.made.mfns[guest.next - 2]), int(other.mfns[5])
+        root = guest.made.mfns[guest.next - 1 : guest.next]
+        guest.host.write_frames(guest.made.domid, root, top.view(np.uint8)[None])
+        guest.arch(max_pfn=PAGES + guest.per ** (depth + 1))
+    [lost] = [f for f in guest.checked() if f.rule.name == "physmap-table"]
+    assert lost.pfn == (0 if form == "linear" else guest.per ** (depth + 1))
+    assert f"the table at mfn {int(other.mfns[5]):#x}, {1 if form == 'linear' else depth} above" in lost.message
+
+
+def test_of_many_stale_entries_few_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other pfn of an mfn may be anywhere in the p2m, and a guest can have us look everywhere for each entry."""
+    monkeypatch.setattr(check_physmap, "_ASKED", 300)
+    guest = Guest()
+    for at in range(guest.per):
+        guest.entries[at] = guest.entries[512 + at]
+    page = guest.entries[:512].astype("<u8").view(np.uint8)[None]
+    guest.host.write_frames(guest.made.domid, np.array(guest.leaves[:1], np.uint64), page)
+    found = {rule.name: n for rule, n in guest.checked().count.items()}
+    assert found == {"physmap-twice": 300, "physmap-stale": 212, "physmap-lost": 512}
+
+
+# --- whatever the guest says ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entries", [0, 1, 1 << 27, (1 << 27) + 1, 1 << 45, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize(("width", "form"), FORMS)
+def test_any_max_pfn_gives_findings_in_bounded_time(width: Width, form: str, entries: int) -> None:
+    guest = Guest(width, form, levels=8)
+    guest.arch(max_pfn=entries & (1 << 8 * width) - 1)
+    began = time.monotonic()
+    assert len(guest.checked()) > 0
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("levels", [2, 5, 8])
+def test_a_top_that_names_itself_to_2_to_the_64(levels: int) -> None:
+    """Table, leaf and entry are one page: its mfn is the entry of every pfn."""
+    guest = Guest(form="rooted", levels=levels)
+    root = int(guest.made.mfns[guest.next - 1])
+    page = np.full((1, 512), root, np.uint64)
+    guest.host.write_frames(guest.made.domid, np.array([root], np.uint64), page.view(np.uint8))
+    guest.arch(max_pfn=min(512**levels, (1 << 64) - 1))
+    assert guest.rules() == {"physmap-twice", "physmap-shared", "physmap-lost"}
+    assert guest.live.p2m.places == min(512**levels, 1 << 64) // 512
+    for vaddr_form in ("p2m_cr3", "pfn_to_mfn_frame_list_list"):
+        guest.arch(**{vaddr_form: root << 12 if vaddr_form == "p2m_cr3" else root})
+        assert guest.rules()
+
+
+@pytest.mark.parametrize("anchor", [1, 1 << 40, 1 << 60, (1 << 61) | 5, 1 << 62, 1 << 63, (1 << 64) - 2])
+@pytest.mark.parametrize("field", ["pfn_to_mfn_frame_list_list", "p2m_cr3", "p2m_vaddr"])
+def test_an_anchor_may_point_anywhere(field: str, anchor: int) -> None:
+    guest = Guest(form="tree" if field.startswith("pfn") else "linear")
+    guest.arch(**{field: anchor})
+    assert guest.rules() <= {"physmap-table", "physmap-reach", "physmap-leaf", "physmap-lost", "physmap-stale"}
+    assert "physmap-lost" in guest.rules() or "physmap-reach" in guest.rules()
+
+
+def test_a_guest_that_writes_its_p2m_all_the_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look gives something else: findings, in bounded time, and no exception."""
+    guest = Guest(form="rooted", levels=3)
+    numbers, original = np.random.default_rng(5), guest.host.map_frames
+    choice = np.array([*guest.entries[:600], 0, 1 << 63, 1 << 62, NO_FRAME, 1 << 40], np.uint64)
+
+    def map_frames(domid: DomId, mfns: U64) -> tuple[U8, U8]:
+        pages, mapped = original(domid, mfns)
+        table = pages.view(np.uint64)
+        some = numbers.integers(0, table.size, 100)
+        table.reshape(-1)[some] = choice[numbers.integers(0, len(choice), 100)]
+        return pages, mapped & numbers.integers(0, 8, len(mapped)).astype(np.bool_)
+
+    monkeypatch.setattr(guest.host, "map_frames", map_frames)
+    for _ in range(30):
+        assert len(guest.checked())
 
 
 def test_an_odd_generation_is_named() -> None:

@@ -5,7 +5,7 @@ A running domain changes what we look at: what disagrees is read again, and is o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from xenpv.findings import Findings, Rule, Severity
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U64, PageType
 from xenpv.memory.anchors import DEPTHS, Form, Way, capacity
 from xenpv.memory.p2m import P2M, Leaves, is_own
+from xenpv.memory.pagetables import BITS_PER_LEVEL
 from xenpv.memory.radix import Runs
 from xenpv.memory.survey import Kind, Survey, survey
 
@@ -48,6 +49,7 @@ _KINDS = {
     ),
 }
 _SCAN = 1 << 20  # frames of the m2p that are looked at at once
+_ASKED = 1 << 16  # stale entries of which the other pfn is looked up, which may be anywhere; more are only called stale
 
 
 @dataclass
@@ -62,6 +64,7 @@ class PhysmapCheck:
     findings: Findings
     owner: bool = True
     progress: Progress | None = None
+    _asked: int = field(default=0, init=False)
 
     def run(self) -> None:
         """Check everything. Raises HostError when the domain goes meanwhile."""
@@ -72,15 +75,15 @@ class PhysmapCheck:
         walked = False
         for way in live.anchors.ways:
             try:
-                p2m = live.walk_p2m(way, self._reach(way))
+                p2m = live.p2m if way == live.anchors.ways[0] else live.walk_p2m(way, self._reach(way))
             except GuestError as e:
                 findings.add(REACH, f"{way.name}: {e}")
                 continue
             for lost in p2m.unreadable:
-                what = (
-                    f"{way.name}: the table at mfn {lost.frame:#x}, {lost.level} above the leaves, is not the domain's"
-                )
-                findings.add(TABLE, what)
+                bits = BITS_PER_LEVEL if way.form is Form.LINEAR else p2m.per_leaf.bit_length() - 1
+                first = max((lost.place << bits * lost.level) - way.first, 0)
+                what = f"the table at mfn {lost.frame:#x}, {lost.level} above the leaves, is not the domain's"
+                findings.add(TABLE, f"{way.name}: {what}", pfn=first * p2m.per_leaf)
             confirmed = self._entries(p2m, way)
             if way == live.anchors.ways[0]:
                 if confirmed < p2m.entries:
@@ -148,7 +151,10 @@ class PhysmapCheck:
         others = own & ~beyond
         others[others] = host.page_types(domid, mfns[others]) == PageType.XTAB
         stale = own & ~beyond & ~others & (back != pfns)
-        twice = stale & (p2m.lookup(back) == mfns)
+        twice = np.zeros_like(stale)
+        asked = np.flatnonzero(stale)[: max(0, _ASKED - self._asked)]
+        twice[asked] = p2m.lookup(back[asked]) == mfns[asked]
+        self._asked += len(asked)
         moving = p2m.lookup(pfns) != mfns  # since we read it just now
         wrong = (own & beyond | others | stale) & ~moving
         found = np.column_stack([pfns, mfns, back])
@@ -199,11 +205,10 @@ class PhysmapCheck:
             mfns = np.arange(first, min(first + _SCAN, frames), dtype=np.uint64)
             pfns = host.m2p(mfns)
             inside = pfns < np.uint64(p2m.entries)
-            mfns, pfns = mfns[inside], pfns[inside]
+            inside[inside] = host.page_types(domid, mfns[inside]) != PageType.XTAB
+            mfns, pfns = mfns[inside], pfns[inside]  # only what is ours: others' pfns would have us read all the p2m
             entries = p2m.lookup(pfns)
-            apart = entries != mfns
-            mine = host.page_types(domid, mfns[apart]) != PageType.XTAB
-            found = np.column_stack([mfns, pfns, entries])[apart][mine]
+            found = np.column_stack([mfns, pfns, entries])[entries != mfns]
             self.findings.add_each(LOST, found, _describe_lost)
             lost -= len(found)
             if self.progress is not None:
