@@ -223,3 +223,14 @@ def test_what_is_built_a_walk_finds_and_no_table_is_made_twice(what: list[tuple[
     runs, unreadable = walk(read, int(top.frame[0]), levels, range(len(frames)), named)
     assert unreadable == []
     assert flat(runs) == {place: frame for place, frame in enumerate(frames) if frame}
+
+
+@given(
+    st.lists(st.sampled_from([5, 6, int(NO_FRAME)]), max_size=12),
+    st.lists(st.sampled_from([5, 6, int(NO_FRAME)]), max_size=12),
+)
+def test_apart_is_where_the_frames_differ(ours: list[int], theirs: list[int]) -> None:
+    mine, other = Runs.of(np.array(ours, np.uint64)), Runs.of(np.array(theirs, np.uint64))
+    padded = theirs + [int(NO_FRAME)] * len(ours)
+    expected = [frame if frame != padded[at] else int(NO_FRAME) for at, frame in enumerate(ours)]
+    assert mine.apart(other).frame_of(np.arange(len(ours))).tolist() == expected

@@ -18,7 +18,7 @@ from xenpv.errors import Fault, GuestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Frames, Mask
 from xenpv.memory.anchors import Anchors, Form, Way
 from xenpv.memory.pagetables import frames_of_tables
-from xenpv.memory.radix import Read, Runs, Unreadable, walk
+from xenpv.memory.radix import Read, Runs, Unreadable, counting, walk
 
 LEAVES_AT_ONCE = 128  # half a MiB: what is computed on them stays in the processor's cache
 _MARKS = FOREIGN | IDENTITY
@@ -146,21 +146,23 @@ class P2M:
 
         NO_FRAME for INVALID_MFN, for a pfn beyond the table, and where there is no leaf or it cannot be read.
         """
-        inside = pfns < np.uint64(self.entries)
         place, at = (n.astype(np.int64) for n in np.divmod(pfns, np.uint64(self.per_leaf)))  # a pfn may be above 2^63
-        frame = np.where(inside, self.leaves.frame_of(place), NO_FRAME)
         out = np.full(len(pfns), NO_FRAME)
-        wanted, back = np.unique(frame, return_inverse=True)
+        # Neighbours are mostly asked for together: what follows is done for runs of pfns of one leaf.
+        first = np.flatnonzero(np.append(True, place[1:] != place[:-1])) if len(place) else np.empty(0, np.int64)
+        count = np.diff(np.append(first, len(place)))
+        wanted, back = np.unique(self.leaves.frame_of(place[first]), return_inverse=True)
         wanted = wanted[wanted != NO_FRAME]  # the last, if it is there at all
         order = np.argsort(back, kind="stable")
         bounds = np.searchsorted(back[order], np.arange(len(wanted) + 1))
         for i in range(0, len(wanted), LEAVES_AT_ONCE):
             some = wanted[i : i + LEAVES_AT_ONCE]
             pages, readable = self.read(some)
-            mine = order[bounds[i] : bounds[i + len(some)]]
-            row = back[mine] - i
+            runs = order[bounds[i] : bounds[i + len(some)]]
+            mine, row = counting(first[runs], count[runs]), np.repeat(back[runs] - i, count[runs])
             found = entries_in(pages, self.width)[row, at[mine]]
             out[mine] = np.where(readable[row], found, NO_FRAME)
+        out[pfns >= np.uint64(self.entries)] = NO_FRAME
         return out
 
     def pfns_of(self, mfns: U64) -> U64:

@@ -62,6 +62,13 @@ class Runs:
         gaps = self.gaps(places)
         return _in_order([self, Runs(gaps.first, gaps.count, np.full(len(gaps), frame, np.uint64))])
 
+    def apart(self, other: Runs) -> Runs:
+        """The parts of these runs in which ``other`` names another frame, or none."""
+        cuts = np.unique(np.concatenate([self.first, self.first + self.count, other.first, other.first + other.count]))
+        mine = self.frame_of(cuts)
+        there = (mine != NO_FRAME) & (mine != other.frame_of(cuts))  # never at the last cut, where all runs end
+        return Runs(cuts[there], np.diff(np.append(cuts, cuts[-1:]))[there], mine[there])
+
     @classmethod
     def of(cls, frames: U64) -> Runs:
         """Of an array of frames, one for each place from 0 on; NO_FRAME for none."""
@@ -142,10 +149,10 @@ def _below(nodes: Runs, entries: U64, which: I64, places: range) -> Runs:
         what = f"tables that are shared name more than {SHARED_MAX} runs of frames"
         raise GuestError(f"{what}: frame {worst:#x}, a table, stands in {int(stands.max())} places")
     node = np.repeat(np.arange(len(nodes)), times)
-    first = nodes.first[node] + _counting(times)
+    first = counting(nodes.first, times)
     spans = np.where(uniform, nodes.count, 1)[node]
     of_node = runs[which[node]]
-    row = np.repeat((np.cumsum(runs) - runs)[which[node]], of_node) + _counting(of_node)
+    row = counting((np.cumsum(runs) - runs)[which[node]], of_node)
     start = np.repeat(first, of_node) * size + at[row]
     count = (end - at)[row] * np.repeat(spans, of_node)
     frame = entries[table, at][row]
@@ -190,7 +197,7 @@ def _above(nodes: Runs, size: int, encode: Callable[[U64], U8], put: Put) -> Run
         named, mine = tables[i : i + _TABLES_AT_ONCE], pieces[bounds[i] : bounds[min(i + _TABLES_AT_ONCE, len(tables))]]
         content = np.full((len(named), size), NO_FRAME)
         row = np.searchsorted(named, mine.first // size)
-        at = np.repeat(row * size + mine.first % size, mine.count) + _counting(mine.count)
+        at = counting(row * size + mine.first % size, mine.count)
         content.reshape(-1)[at] = np.repeat(mine.frame, mine.count)
         frames[i : i + len(named)] = put(encode(content))
     return _in_order([uniform, Runs(tables, np.ones(len(tables), np.int64), frames)])
@@ -209,7 +216,7 @@ def _in_order(parts: list[Runs]) -> Runs:
     return joined[np.argsort(joined.first, kind="stable")]
 
 
-def _counting(times: I64) -> I64:
-    """0, 1, … times - 1 for each, one behind the other."""
-    ends = np.cumsum(times)
-    return np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - times, times)
+def counting(first: I64, count: I64) -> I64:
+    """first, first + 1, … of each run, ``count`` of them, one run behind the other."""
+    ends = np.cumsum(count)
+    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(first - (ends - count), count)
