@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.domain.guest import PAGES, ROOM, Guest
-from tests.host.model_guest import BASE, make
+from tests.host.model_guest import BASE, array, make
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_P
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
@@ -337,3 +337,22 @@ def test_a_list_at_an_impossible_address_is_refused(vaddr: int) -> None:
     guest.arch(p2m_vaddr=vaddr)
     with pytest.raises(GuestError, match="Bad virtual p2m address range"):
         assert guest.live.p2m
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_a_second_way_leads_to_is_checked_if_it_is_something_else(
+    same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = Guest(form="linear")
+    leaves = list(guest.leaves)
+    if not same:
+        copy = guest.entries[512:].copy()
+        copy[7] = guest.entries[3]
+        leaves[1] = guest.table(copy)
+    guest.arch(pfn_to_mfn_frame_list_list=guest.table(array(guest.table(array(*leaves)))))
+    asked: list[int] = []
+    original = guest.host.m2p
+    monkeypatch.setattr(guest.host, "m2p", lambda mfns: (asked.append(len(mfns)), original(mfns))[1])
+    found = guest.findings()
+    assert found == ([] if same else [("physmap-stale", 519)])
+    assert sum(asked) == PAGES if same else PAGES < sum(asked) < PAGES * 2

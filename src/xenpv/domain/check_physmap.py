@@ -5,7 +5,7 @@ A running domain changes what we look at: what disagrees is read again, and is o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -72,7 +72,7 @@ class PhysmapCheck:
         if not live.anchors.ways:
             findings.add(REACH, f"dom{live.info.domid} exposes no p2m: {live.anchors.why_none()}")
             return
-        walked = False
+        walked: P2M | None = None
         for way in live.anchors.ways:
             try:
                 p2m = live.p2m if way == live.anchors.ways[0] else live.walk_p2m(way, self._reach(way))
@@ -84,13 +84,17 @@ class PhysmapCheck:
                 first = max((lost.place << bits * lost.level) - way.first, 0)
                 what = f"the table at mfn {lost.frame:#x}, {lost.level} above the leaves, is not the domain's"
                 findings.add(TABLE, f"{way.name}: {what}", pfn=first * p2m.per_leaf)
-            confirmed = self._entries(p2m, way)
             if way == live.anchors.ways[0]:
+                confirmed = self._entries(p2m, way)
                 if confirmed < p2m.entries:
                     notes(survey(p2m), findings)
                 self._lost(p2m, confirmed)
-            walked = True
-        changed = live.changed() if walked else None
+                walked = p2m
+            elif walked is None:
+                self._entries(p2m, way)
+            else:  # leaves that the best way leads to are checked
+                self._entries(replace(p2m, leaves=p2m.leaves.apart(walked.leaves)), way)
+        changed = live.changed() if walked is not None else None
         if changed is not None:
             findings.add(GENERATION, changed)
 
