@@ -65,7 +65,7 @@ def test_the_verbs_look_into_a_running_guest(host: lab.Host) -> None:
 
     assert "p2m and m2p agree, by linear virtual list" in said["check"]["out"]
     assert json.loads(said["paused"]["out"])["errors"] == 0
-    steps = [line.split() for line in said["walk"]["out"].splitlines() if re.match(r"L\d ", line)]
+    steps = [line.split() for line in said["walk"]["out"].splitlines() if re.match(r"\s*L\d ", line)]
     assert [step[0] for step in steps] == ["L4", "L3", "L2", "L1"]
     assert [step[2].removesuffix("_PIN") for step in steps] == ["L4TAB", "L3TAB", "L2TAB", "L1TAB"]
     assert "Xen's own slot" in said["nowhere"]["out"]
