@@ -1,0 +1,46 @@
+"""The forms of p2m that a kernel on ModelHost can be asked to publish, by their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xenpv.errors import RequestError
+from xenpv.memory.anchors import DEPTHS, MARKED_LEVELS, Form
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What a kernel publishes: a linear list, a tree, both of them or neither (docs/design.md section 4).
+
+    ``levels`` are those of the tree that the kernel has, its leaves counted. ``hidden``: it shows the first three of
+    them. ``set_up``: a kernel with neither says "look elsewhere" (all ones), not "not set up yet" (0).
+    """
+
+    name: str
+    linear: bool = False
+    tree: Form | None = None
+    levels: int = 3
+    hidden: bool = False
+    set_up: bool = True
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Published("linear", linear=True),
+        Published("both", linear=True, tree=Form.TREE),
+        Published("tree3", tree=Form.TREE),
+        Published("tree4hidden", tree=Form.TREE, levels=4, hidden=True),
+        Published("marked", tree=Form.MARKED, levels=MARKED_LEVELS),
+        *(Published(f"rooted{levels}", tree=Form.ROOTED, levels=levels) for levels in DEPTHS),
+        Published("none", set_up=False),
+        Published("invalid"),
+    )
+}
+
+
+def parse_form(name: str) -> Published:
+    """The form of that name. RequestError, which lists them all, for any other."""
+    if name not in FORMS:
+        raise RequestError(f"{name!r} is no form of p2m; these are: {', '.join(FORMS)}")
+    return FORMS[name]
