@@ -8,36 +8,29 @@ from random import Random
 
 import pytest
 
+from tests.image.images import P2M, image, sized
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
 from tests.writers.kernel import BASE, PV32, PV64, Kernel, Load, kernel32, note, quad, word
 from xenpv.abi.xen import START_INFO
 from xenpv.domain.source import SavedDomain
-from xenpv.image.capacity import (
+from xenpv.image.capacity import Limit, limits
+from xenpv.image.mapping import (
     PADDING,
     REGION,
     SPECIAL,
     InitialMapping,
-    Limit,
     initial_mapping,
-    limits,
     p2m_pages,
-    p2m_table_counts,
-    table_counts,
+    p2m_tables,
+    table_places,
 )
-from xenpv.image.kernel import KernelImage
 
 GIB = 1 << 18  # pages
 MIB = 1 << 8
-P2M = note(15, quad(1 << 39))
 
 
-def image(kernel: Kernel) -> KernelImage:
-    return KernelImage.parse(kernel.to_bytes())
-
-
-def sized(mib: int, *notes: bytes) -> KernelImage:
-    """A 64-bit kernel that ends so many MiB behind its virt_base."""
-    return image(Kernel(notes=[*PV64, *notes], loads=[Load(0x10_0000, b"", (mib - 1) << 20)]))
+def counts(places: tuple[range, ...]) -> tuple[int, ...]:
+    return tuple(map(len, places))
 
 
 @pytest.mark.parametrize("recipe", [*RECIPES], ids=lambda recipe: recipe.name)
@@ -53,9 +46,9 @@ def test_is_what_libxc_laid_out(recipe: Recipe, tmp_path: Path) -> None:
     end = pt_base - BASE - SPECIAL * 4096
     litmus = image(Kernel(notes=[*PV64, note(15, quad(base))], loads=[Load(0x10_0000, b"", end - 0x10_0000)]))
     mapping = initial_mapping(litmus, pages, p2m_outside=True)
-    assert sum(mapping.tables) == int(info["nr_pt_frames"])
+    assert mapping.nr_tables == int(info["nr_pt_frames"])
     assert mapping.pages == int(info["first_p2m_pfn"])
-    tables = p2m_table_counts(litmus, mapping, pages)
+    tables = counts(p2m_tables(litmus, mapping, pages))
     assert p2m_pages(litmus, pages) + sum(tables) == int(info["nr_p2m_frames"])
 
 
@@ -69,35 +62,40 @@ def test_an_initial_mapping_holds_all_that_it_must(width: int) -> None:
         outside = width == 8 and rng.random() < 0.5
         mapping = initial_mapping(kernel, pages, initrd=initrd, p2m_outside=outside)
         content = 0x100 + sum(-(-n // 4096) for n in (size, initrd, 0 if outside else pages * width)) + SPECIAL
-        content += sum(mapping.tables) + 1
+        content += mapping.nr_tables + 1
         assert mapping.end % REGION == 0
         assert content + PADDING <= mapping.pages
         assert mapping.pages - content - PADDING < 2 * REGION >> 12, "and no larger than need be"
-        l1, l2, *_ = mapping.tables
+        l1, l2, *_ = counts(mapping.tables)
         assert l1 == -(-mapping.pages // 512)
         assert l2 == (-(-mapping.pages // (512 * 512)) if width == 8 else 1)
 
 
 def test_tables_of_a_range() -> None:
-    assert table_counts(BASE, BASE + (4 << 20) - 1, 8) == (2, 1, 1, 1)
-    assert table_counts(BASE, BASE + (1 << 30) + (4 << 20) - 1, 8) == (514, 2, 1, 1)
-    assert table_counts((1 << 30) - 4096, (1 << 30) + 4095, 8) == (2, 2, 1, 1)
-    assert table_counts((1 << 39) - 4096, (1 << 39) + 4095, 8) == (2, 2, 2, 1)
+    assert counts(table_places(BASE, BASE + (4 << 20) - 1, 8)) == (2, 1, 1, 1)
+    assert counts(table_places(BASE, BASE + (1 << 30) + (4 << 20) - 1, 8)) == (514, 2, 1, 1)
+    assert counts(table_places((1 << 30) - 4096, (1 << 30) + 4095, 8)) == (2, 2, 1, 1)
+    assert counts(table_places((1 << 39) - 4096, (1 << 39) + 4095, 8)) == (2, 2, 2, 1)
     # A PAE guest that ends below the last GiB has an L2 for that all the same, and all in between.
-    assert table_counts(0xC000_0000, 0xC03F_FFFF, 4) == (2, 1, 1)
-    assert table_counts(0x4000_0000, 0x403F_FFFF, 4) == (2, 3, 1)
+    assert counts(table_places(0xC000_0000, 0xC03F_FFFF, 4)) == (2, 1, 1)
+    assert counts(table_places(0x4000_0000, 0x403F_FFFF, 4)) == (2, 3, 1)
+
+
+def mapped(first: int) -> InitialMapping:
+    end = first + (4 << 20)
+    return InitialMapping(first, end, table_places(first, end - 1, 8))
 
 
 def test_tables_of_a_list_are_shared_with_the_initial_mapping() -> None:
     kernel = sized(2, P2M)
     mapping = initial_mapping(kernel, 2048, p2m_outside=True)
-    assert p2m_table_counts(kernel, mapping, 2048) == (1, 1, 1)
-    assert p2m_table_counts(kernel, mapping, 1 << 27) == (512, 1, 1)
-    assert p2m_table_counts(kernel, mapping, (1 << 27) + 1) == (513, 2, 1)
-    below = InitialMapping((1 << 39) + (2 << 30), (1 << 39) + (2 << 30) + (4 << 20), (2, 1, 1, 1))
-    assert p2m_table_counts(kernel, below, 2048) == (1, 1, 0)
-    beside = InitialMapping((1 << 39) + (4 << 20), (1 << 39) + (8 << 20), (2, 1, 1, 1))
-    assert p2m_table_counts(kernel, beside, 2048) == (1, 0, 0)
+    assert counts(p2m_tables(kernel, mapping, 2048)) == (1, 1, 1)
+    assert counts(p2m_tables(kernel, mapping, 1 << 27)) == (512, 1, 1)
+    assert counts(p2m_tables(kernel, mapping, (1 << 27) + 1)) == (513, 2, 1)
+    below = mapped((1 << 39) + (2 << 30))
+    assert counts(p2m_tables(kernel, below, 2048)) == (1, 1, 0)
+    beside = mapped((1 << 39) + (4 << 20))
+    assert counts(p2m_tables(kernel, beside, 2048)) == (1, 0, 0)
 
 
 def by_hand(window: int, used: int) -> int:
@@ -154,7 +152,7 @@ def test_an_initrd_takes_from_the_mapping_unless_it_may_be_unmapped() -> None:
     unmapped = limits(sized(64, note(16, word(1))), initrd=size)
     assert [limit.pages for limit in unmapped] == [limit.pages for limit in without]
     # Either way it has to be somewhere.
-    for notes in ((P2M,), (P2M, note(16, word(1)))):
+    for notes in ((), (note(16, word(1)),), (P2M,), (P2M, note(16, word(1)))):
         least = [limits(sized(64, *notes), initrd=n)[0].least or 0 for n in (0, size)]
         assert 199 * MIB <= least[1] - least[0] <= 205 * MIB
 

@@ -48,6 +48,7 @@ NOT_PV: dict[str, tuple[Kernel, str]] = {
     "version": (noted(note(5, text("xen-4"))), "XEN_VERSION 'xen-4' does not begin with 'xen-3.0'"),
     "no version": (noted(without=5), "XEN_VERSION '' does not begin with 'xen-3.0'"),
     "dom0": (noted(note(10, text("!dom0"))), "it requires the feature dom0"),
+    "translated": (noted(note(10, text("!auto_translated_physmap"))), "requires the feature auto_translated_physmap"),
     "feature": (noted(note(10, text("!virtual_p2m"))), "it requires features that Xen does not know: virtual_p2m"),
     "no PAE": (kernel32(notes=[*PV32, note(9, text("no"))]), "it is a 32-bit kernel without PAE"),
     "paddr offset": (noted(note(4, quad(0)), without=3), "PADDR_OFFSET 0x0 is given, and no VIRT_BASE"),

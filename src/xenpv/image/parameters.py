@@ -36,6 +36,7 @@ XENFEAT = {
     19: "vcpu_time_phys_area",
     20: "dm_msix_all_writes",
 }
+XENFEAT_AUTO_TRANSLATED = 1 << 2
 XENFEAT_DOM0 = 1 << 11
 # The names that Xen knows in the FEATURES string. One with "!" that is none of these makes it refuse the kernel.
 _IN_STRINGS = {name: 1 << bit for bit, name in XENFEAT.items() if bit in {0, 1, 2, 3, 4, 8, 11}}

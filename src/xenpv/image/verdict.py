@@ -13,7 +13,7 @@ from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.image.elf import EM_386, EM_X86_64
 from xenpv.image.kernel import KernelImage
 from xenpv.image.notes import Source
-from xenpv.image.parameters import XENFEAT_DOM0, Pae
+from xenpv.image.parameters import XENFEAT_AUTO_TRANSLATED, XENFEAT_DOM0, Pae
 
 
 def guest_type(image: KernelImage) -> str | None:
@@ -109,6 +109,8 @@ def _not_pv(image: KernelImage) -> Iterator[str]:
         yield f"it is for another Xen ABI: XEN_VERSION {parameters.xen_version!a} does not begin with 'xen-3.0'"
     if image.elf.machine == EM_386 and parameters.pae is Pae.NO:
         yield "it is a 32-bit kernel without PAE, which no 64-bit Xen runs"
+    if parameters.features.required & XENFEAT_AUTO_TRANSLATED:
+        yield "it requires the feature auto_translated_physmap, which no PV domain has any longer"
     if image.elf.paddr_range:
         yield from _misplaced(image)
 

@@ -1,0 +1,341 @@
+"""Where everything lies: as stock libxc laid it out on real Xen, and by the rules, stated another way."""
+
+from __future__ import annotations
+
+import lzma
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from tests.image.images import GIB, MIB, P2M, TIB, UNMAPPED, image, layouts, sized
+from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
+from tests.writers.kernel import BASE, LEGACY, PV32, PV64, Kernel, Load, kernel32, note, quad, word
+from xenpv.abi.x86 import LEVELS, PTE_RW, VCPU_GUEST_CONTEXT
+from xenpv.abi.xen import SHARED_INFO, SIF_MOD_START_PFN, SIF_VIRT_P2M_4TOOLS, START_INFO
+from xenpv.domain.source import SavedDomain
+from xenpv.errors import ImageError, RequestError
+from xenpv.frames import NO_FRAME, U8, U64, Mask
+from xenpv.image import start
+from xenpv.image.kernel import KernelImage
+from xenpv.image.layout import Layout, Part, plan
+from xenpv.image.request import Request
+from xenpv.memory import radix
+from xenpv.memory.pagetables import as_entries, frames, frames_of_tables, tables_needed
+
+
+def start_of(layout: Layout, part: Part) -> int:
+    segment = layout.segment(part)
+    assert segment is not None
+    return segment.first
+
+
+# --- against stock libxc ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES], ids=lambda recipe: recipe.name)
+def test_is_what_libxc_built(recipe: Recipe, tmp_path: Path) -> None:
+    """Stock toolstacks of Xen 4.14, 4.17 and 4.20 built these domains, whose start info is as it was, and whose page
+    tables still map what they did: litmus adds entries to the top one only.
+    """
+    path = tmp_path / "vector.save"
+    path.write_bytes(lzma.decompress((DEMO if recipe is FOR_DEMO else recipe.path).read_bytes()))
+    with SavedDomain.open(str(path)) as saved:
+        assert saved.start_info_pfn is not None
+        page = saved.memory.page(saved.start_info_pfn)
+        info = START_INFO.read(page, 8)
+        # What litmus was when it was built shows in where its page tables begin: behind it and three pages.
+        end = int(info["pt_base"]) - BASE - 3 * 4096
+        litmus = image(Kernel(notes=[*PV64, P2M], loads=[Load(0x10_0000, b"", end - 0x10_0000)]))
+        request = Request(recipe.memory * MIB, vcpus=recipe.vcpus, cmdline=f"p2m={recipe.form}", virt_p2m_4tools=False)
+        layout = plan(litmus, request)
+        # A domain that is being saved has pfns in the place of these two mfns.
+        assert page == start.start_info(
+            layout,
+            shared_info=int(info["shared_info"]),
+            store_mfn=layout.start_info.store_pfn,
+            store_evtchn=int(info["store_evtchn"]),
+            console_mfn=layout.start_info.console_pfn,
+            console_evtchn=int(info["console"]["domU"]["evtchn"]),
+        )
+        assert layout.start_info.pfn == saved.start_info_pfn
+        seen = []
+        for level, pfns, planned in start.tables(layout):
+            theirs = as_entries(saved.frames.pages(pfns))
+            compared = planned != 0 if level == 4 else np.ones(planned.shape, np.bool_)
+            assert (frames(theirs) == frames(planned))[compared].all()
+            assert ((theirs ^ planned) & np.uint64(1) == 0)[compared].all()
+            assert (theirs & planned & PTE_RW == theirs & PTE_RW)[compared].all()
+            lost = frames(planned)[compared & (theirs & PTE_RW != planned & PTE_RW)]
+            assert (lost >= layout.segments[10].first).all(), (
+                "litmus's own tables and GDT, which it made in the padding"
+            )
+            seen += pfns.tolist()
+        assert len(seen) == 8
+        assert set(layout.mapped[1].pfns) | set(layout.read_only[1]) == set(
+            range(int(info["first_p2m_pfn"]), int(info["first_p2m_pfn"]) + int(info["nr_p2m_frames"]))
+        )
+
+
+# --- any kernel, any size --------------------------------------------------------------------------------------------
+
+
+@given(layouts())
+def test_every_page_is_in_one_segment(case: tuple[KernelImage, Request, Layout]) -> None:
+    kernel, request, layout = case
+    at = 0
+    for segment in layout.segments:
+        assert segment.first == at
+        assert segment.pages > 0
+        assert segment.part is Part.FREE or -(-segment.size // 4096) == segment.pages
+        at += segment.pages
+    assert at == layout.nr_pages == request.pages
+    for segment in layout.segments:
+        if segment.vaddr is not None:
+            assert layout.pfn(segment.vaddr) == segment.first
+            assert layout.pfn(segment.vaddr + segment.pages * 4096 - 1) == segment.pfns[-1]
+    assert layout.pfn(kernel.kernel_start) == start_of(layout, Part.KERNEL)
+    assert layout.pfn(layout.mapping_end) is None
+
+
+@given(layouts())
+def test_the_mapping_ends_as_the_abi_says(case: tuple[KernelImage, Request, Layout]) -> None:
+    kernel, _, layout = case
+    stack = layout.segment(Part.STACK)
+    assert stack is not None
+    assert stack.vaddr is not None
+    assert layout.mapping_end % (4 * MIB) == 0
+    padding = layout.mapping_end - stack.vaddr - 4096
+    assert padding >= 512 << 10
+    assert padding < (512 << 10) + 8 * MIB, "and no larger than need be"
+    assert layout.mapping_end == kernel.virt_base + layout.mapped[0].count * 4096
+    order = [Part.KERNEL, Part.START_INFO, Part.XENSTORE, Part.CONSOLE, Part.TABLES, Part.STACK, Part.PADDING]
+    assert [start_of(layout, part) for part in order] == sorted(start_of(layout, part) for part in order)
+
+
+@given(layouts())
+def test_tables_are_as_many_as_are_needed(case: tuple[KernelImage, Request, Layout]) -> None:
+    _, _, layout = case
+    first = layout.mapped[0]
+    needed = tables_needed(first.vaddr, first.count, layout.width)  # type: ignore[arg-type]
+    if layout.width == 4:  # Xen wants all L2 up to the last
+        needed[2] = 4 - (layout.virt_base >> 30)
+    assert layout.start_info.nr_pt_frames == sum(needed.values())
+    places = {
+        level: [at for span in layout.spans(level) for at in range(span.place, span.place + span.count)]
+        for level in range(1, LEVELS[layout.width] + 1)
+    }
+    for level, at in places.items():
+        assert len(at) == len(set(at)), "no two tables for one place"
+        naive = {
+            p >> 9 * level
+            for span in layout.mapped
+            for p in (*range(span.place, span.place + span.count, 1 << 9 * level), span.place + span.count - 1)
+        }
+        assert naive <= set(at)
+        if layout.width == 8:
+            assert naive == set(at)
+    assert (
+        sum(map(len, places.values())) == sum(span.count for span in layout.tables) == sum(map(len, layout.read_only))
+    )
+
+
+@given(layouts(most=1 << 17))
+def test_tables_map_just_that_and_writable_all_but_themselves(case: tuple[KernelImage, Request, Layout]) -> None:
+    """Walked by what walks tables of saved domains."""
+    _, _, layout = case
+    content: dict[int, U64] = {}
+    for _, pfns, entries in start.tables(layout, at_once=3):
+        assert not content.keys() & set(pfns.tolist())
+        content |= dict(zip(pfns.tolist(), entries, strict=True))
+    assert sorted(content) == [pfn for part in layout.read_only for pfn in part]
+
+    def read(wanted: U64) -> tuple[U8, Mask]:
+        pages = np.array([content[pfn] for pfn in wanted.tolist()])
+        return pages.view(np.uint8).reshape(-1, 4096), np.ones(len(wanted), np.bool_)
+
+    levels = LEVELS[layout.width]
+    found, unreadable = radix.walk(read, layout.registers.cr3_pfn, levels, range(1 << 9 * levels), frames_of_tables)
+    assert unreadable == []
+    assert (found.count == 1).all()
+    expected = sorted((span.place + n, span.first + n) for span in layout.mapped for n in range(span.count))
+    assert list(zip(found.first.tolist(), found.frame.tolist(), strict=True)) == expected
+    for span in layout.spans(1):
+        entries = start.entries(layout, span, range(span.count))
+        there = entries != 0
+        assert ((entries[there] & PTE_RW == 0) == np.isin(frames(entries[there]), list(content))).all()
+
+
+@given(layouts())
+def test_start_info_and_registers_say_where_things_are(case: tuple[KernelImage, Request, Layout]) -> None:
+    kernel, request, layout = case
+    info, base = layout.start_info, layout.virt_base
+    assert info.nr_pages == request.pages
+    assert info.pt_base == base + layout.registers.cr3_pfn * 4096 == base + layout.tables[0].first * 4096
+    assert layout.registers.si == base + info.pfn * 4096
+    assert layout.registers.sp == base + (start_of(layout, Part.STACK) + 1) * 4096
+    assert layout.registers.ip == kernel.entry
+    assert [info.store_pfn, info.console_pfn] == [info.pfn + 1, info.pfn + 2]
+    assert layout.pfn(info.mfn_list) == start_of(layout, Part.P2M)
+    if layout.p2m_outside:
+        assert info.mfn_list == kernel.parameters.init_p2m
+        assert info.first_p2m_pfn == start_of(layout, Part.P2M) >= layout.mapped[0].count
+        assert info.first_p2m_pfn + info.nr_p2m_frames == layout.used
+    else:
+        assert (info.first_p2m_pfn, info.nr_p2m_frames) == (0, 0)
+    unmapped = kernel.parameters.mod_start_pfn and request.ramdisk > 0
+    assert bool(info.flags & SIF_MOD_START_PFN) == unmapped
+    assert info.flags & SIF_VIRT_P2M_4TOOLS
+    if request.ramdisk:
+        at = info.mod_start if unmapped else layout.pfn(info.mod_start)
+        assert at == start_of(layout, Part.RAMDISK)
+        assert (at >= layout.mapped[0].count) == unmapped
+        assert info.mod_len == (-(-request.ramdisk // 4096) * 4096 if unmapped else request.ramdisk)
+    page = start.start_info(layout, shared_info=0x5000, store_mfn=7, store_evtchn=1, console_mfn=8, console_evtchn=2)
+    read = START_INFO.read(page, layout.width)
+    assert len(page) == 4096
+    for name in ("pt_base", "nr_pt_frames", "mfn_list", "mod_start", "mod_len", "nr_pages", "flags", "first_p2m_pfn"):
+        assert int(read[name]) == getattr(info, name)
+    assert (int(read["store_mfn"]), int(read["console"]["domU"]["mfn"]), int(read["shared_info"])) == (7, 8, 0x5000)
+    assert bytes(read["cmd_line"]) == request.cmdline.encode()
+
+
+def test_size_costs_nothing() -> None:
+    kernel = sized(20, P2M, UNMAPPED)
+    plan(kernel, Request(32 * MIB))
+    for memory in (32 * MIB, 640 * GIB, 16 * TIB):
+        before = time.perf_counter()
+        layout = plan(kernel, Request(memory, ramdisk=4 * MIB))
+        assert time.perf_counter() - before < 0.05
+        assert len(layout.segments) <= 18
+    at, outside = layout.segment(Part.P2M), layout.spans(1)[1]
+    assert at is not None
+    assert (at.pages, outside.count, layout.spans(2)[1].count) == (1 << 23, 1 << 14, 32)
+    last = start.entries(layout, outside, range(outside.count - 1, outside.count))
+    assert frames(last)[0, -1] == at.pfns[-1]
+
+
+# --- by hand ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_by_hand() -> None:
+    layout = plan(sized(2, P2M, UNMAPPED), Request(64 * MIB, ramdisk=10_000, cmdline="console=hvc0"))
+    rows = [(str(s.part), s.first, s.pages, s.level) for s in layout.segments]
+    assert rows == [
+        ("gap", 0, 256, None),
+        ("kernel", 256, 256, None),
+        ("start info", 512, 1, None),
+        ("xenstore", 513, 1, None),
+        ("console", 514, 1, None),
+        ("page tables", 515, 1, 4),
+        ("page tables", 516, 1, 3),
+        ("page tables", 517, 1, 2),
+        ("page tables", 518, 2, 1),
+        ("boot stack", 520, 1, None),
+        ("padding", 521, 503, None),
+        ("ramdisk", 1024, 3, None),
+        ("p2m list", 1027, 32, None),
+        ("p2m's page tables", 1059, 1, 3),
+        ("p2m's page tables", 1060, 1, 2),
+        ("p2m's page tables", 1061, 1, 1),
+        ("free", 1062, 16384 - 1062, None),
+    ]
+    assert layout.read_only == (range(515, 520), range(1059, 1062))
+    assert (layout.start_info.mod_start, layout.start_info.mod_len) == (1024, 3 * 4096)
+    assert layout.remarks == ()
+    assert [layout.pfn(at) for at in (BASE, (1 << 39) + 4096, 1 << 47, 0, BASE + 4 * MIB)] == [
+        0,
+        1028,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_32_bits() -> None:
+    layout = plan(image(kernel32()), Request(64 * MIB))
+    assert layout.guest_type == "xen-3.0-x86_32p"
+    context = VCPU_GUEST_CONTEXT.read(start.vcpu_context(layout, cr3=0x1234_5000), 4)
+    assert (int(context["user_regs"]["eip"]), int(context["user_regs"]["cs"])) == (0xC010_0000, 0xE019)
+    assert {int(context["user_regs"][name]) for name in ("ds", "es", "fs", "gs", "ss")} == {0xE021}
+    assert (int(context["vm_assist"]), int(context["ctrlreg"][3])) == (8, 0x1234_5000)
+    # The L2 of the last GiB is there, whatever is mapped.
+    low = plan(
+        image(kernel32(notes=[*PV32, note(3, word(0x4000_0000)), note(1, word(0x4010_0000))])), Request(64 * MIB)
+    )
+    [l2] = low.spans(2)
+    [top] = start.entries(low, low.tables[0], range(1))
+    assert (l2.place, l2.count) == (1, 3)
+    assert frames(top[:5]).tolist() == [0, l2.first, l2.first + 1, l2.first + 2, 0]
+    assert not low.top_below_4g
+    old = LEGACY.replace("[extended-cr3]", "")
+    loads = [Load(0xC010_0000, b"", 5)]
+    legacy = image(kernel32(place="__xen_guest", legacy=old, loads=loads, entry=0xC010_0000))
+    assert plan(legacy, Request(64 * MIB)).top_below_4g
+
+
+def test_vcpu_0_of_64_bits() -> None:
+    layout = plan(sized(2, P2M), Request(64 * MIB))
+    context = VCPU_GUEST_CONTEXT.read(start.vcpu_context(layout, cr3=0x77_7000), 8)
+    user = context["user_regs"]
+    assert [int(user[name]) for name in ("rip", "rsp", "rsi", "rflags", "cs", "ss", "ds", "gs")] == [
+        BASE + 0x10_0000, BASE + 521 * 4096, BASE + 512 * 4096, 0x200, 0xE033, 0xE02B, 0, 0,
+    ]  # fmt: skip
+    assert [int(context[name]) for name in ("flags", "kernel_ss", "kernel_sp", "vm_assist")] == [
+        0x24, 0xE02B, BASE + 521 * 4096, 0,
+    ]  # fmt: skip
+    assert (int(context["debugreg"][6]), int(context["debugreg"][7])) == (0xFFFF_0FF0, 0x400)
+    shared = SHARED_INFO.read(start.shared_info(8), 8)
+    assert (shared["vcpu_info"]["evtchn_upcall_mask"] == 1).all()
+    assert sum(start.shared_info(4)) == 32
+
+
+def test_a_ramdisk_that_has_to_be_mapped() -> None:
+    layout = plan(sized(2), Request(64 * MIB, ramdisk=10_000))
+    assert (layout.start_info.mod_start, layout.start_info.mod_len) == (BASE + 2 * MIB, 10_000)
+    assert start_of(layout, Part.P2M) == 512 + 3
+    assert layout.start_info.mfn_list == BASE + 515 * 4096
+    assert layout.start_info.flags == SIF_VIRT_P2M_4TOOLS
+
+
+def test_the_hypercall_page() -> None:
+    assert plan(sized(2, note(2, quad(BASE + 0x10_3000))), Request(64 * MIB)).hypercall_pfn == 0x103
+    assert plan(sized(2), Request(64 * MIB)).hypercall_pfn is None
+    with pytest.raises(ImageError, match=r"HYPERCALL_PAGE 0xffffffff84000000 would be pfn 0x4000, which has no memory"):
+        plan(sized(2, note(2, quad(BASE + 64 * MIB))), Request(64 * MIB))
+
+
+def test_memory_with_holes() -> None:
+    ranges = (range(0x2000, 0x3000), range(0x8000, 0x9000), range(0x2000))
+    layout = plan(sized(2, P2M), Request(64 * MIB, ranges=ranges))
+    assert layout.ranges == (range(0x3000), range(0x8000, 0x9000))
+    assert (layout.nr_pages, layout.p2m_entries, layout.start_info.nr_pages) == (0x4000, 0x9000, 0x4000)
+    assert start_of(layout, Part.FREE) == layout.used == 1024 + 0x9000 // 512 + 3
+    assert [s.pfns for s in layout.segments if s.part is Part.FREE] == [range(layout.used, 0x3000), ranges[1]]
+    for bad, words in (
+        ((range(0x1000), range(0x2000, 0x5000)), "0x403 pages|without a hole there are 0x1000"),
+        ((range(1, 0x4001),), "from pfn 0 on without a hole there are 0x0 pages"),
+        ((range(0x3000), range(0x2000, 0x3000)), "overlap: pfn 0x0 to 0x3000 and 0x2000 to 0x3000"),
+        ((range(0x3000),), "the ranges have 0x3000 pages .48 MiB., and the memory is 0x4000 pages"),
+        ((range(0, 0x8000, 2),), "no range of memory"),
+    ):
+        kernel = sized(2, P2M) if bad[0] != range(0x1000) else sized(20, P2M)
+        with pytest.raises(RequestError, match=words):
+            plan(kernel, Request(64 * MIB, ranges=bad))
+
+
+def test_remarks() -> None:
+    [one] = plan(sized(20), Request(505 * GIB)).remarks
+    assert one.startswith("the initial mapping reaches beyond the addresses of one L2 page, 0xffffffff80000000 to")
+    assert plan(sized(20), Request(400 * GIB)).remarks == ()
+    assert "libxc counts pages in 32 bits" in plan(sized(20, P2M), Request(16 * TIB)).remarks[0]
+    assert "xl gives whole MiB only" in plan(sized(20, P2M), Request(64 * MIB + 4096)).remarks[0]
+
+
+def test_no_table_is_named_where_none_is() -> None:
+    layout = plan(sized(2, P2M), Request(64 * MIB))
+    for _, _, entries in start.tables(layout):
+        assert (frames(entries[entries != 0]) < 0x4000).all()
+        assert not (entries == NO_FRAME).any()
