@@ -362,9 +362,13 @@ class FrameTable:
 
     def page(self, mfn: int) -> U8:
         """The 4096 bytes of one frame, live: writing here writes the frame."""
-        row = self.row(np.array([mfn], np.uint64))
-        self._have_content(row)
-        return self._content[int(self.rows.content[row[0]])]
+        slot = int(self._slot[mfn >> ORDER])
+        number = int(self.rows.content[slot - 1 << ORDER | mfn & PER_EXTENT - 1]) if slot else 0
+        if not number:
+            row = self.row(np.array([mfn], np.uint64))
+            self._have_content(row)
+            number = int(self.rows.content[row[0]])
+        return self._content[number]
 
     def entries(self, mfn: int) -> U64:
         """The 512 entries of one frame, live."""
