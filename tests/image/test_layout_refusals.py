@@ -60,7 +60,8 @@ CASES = {
         (
             "this kernel can be started with no more than 0xfc6f400 pages (1033972 MiB); that is bounded by the "
             "addresses from 0xffffffff80000000 to 0xffffffffffc00000, the end of all addresses. Its p2m list has to "
-            "lie inside the initial mapping, for it has no INIT_P2M note: take a kernel with that note, or give it less memory"
+            "lie inside the initial mapping, for it has no INIT_P2M note: take a kernel with that note, or "
+            "give it less memory"
         ),
         1100 << 18,
         0xFC6_F400,
