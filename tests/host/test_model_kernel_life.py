@@ -76,6 +76,35 @@ def test_no_table_of_a_suspended_guest_names_what_is_not_its_own() -> None:
     assert shared not in named.tolist()
 
 
+def contents(guest: Guest) -> dict[int, bytes]:
+    """All pages by the pfn that m2p says, those of zeroes left out."""
+    mfns = guest.host.frames.owned(guest.domid + 1)
+    mfns = mfns[guest.host.m2p(mfns) != NO_FRAME]
+    pages = guest.host.frames.read(mfns)
+    return {int(pfn): page.tobytes() for pfn, page in zip(guest.host.m2p(mfns), pages, strict=True) if page.any()}
+
+
+@BOTH
+def test_all_that_changes_is_in_the_log_of_dirty_pages(width: Width) -> None:
+    """Or a migration would not send it: pages written, moved, and what a growing p2m takes for its tables."""
+    guest = Guest.boot("both", width)
+    free = guest.do("free")
+    guest.do("write_pattern", free[:900], 1)
+    before = contents(guest)
+    guest.host.log_dirty(guest.domid, on=True)
+    guest.do("write_pattern", free[100:200], 2)
+    guest.do("balloon_out", free[300:400])
+    guest.do("move", free[500:600], pfns(100, 1 << 20))
+    guest.do("balloon_in", pfns(50, 2 << 20))
+    guest.do("write_pattern", pfns(10, 2 << 20), 2)
+    after = contents(guest)
+    changed = {pfn for pfn, page in after.items() if before.get(pfn) != page}
+    dirty = set(guest.host.dirty_pfns(guest.domid, 1 << 22, clean=True).tolist())
+    assert {*free[100:200].tolist(), *range(1 << 20, (1 << 20) + 100), *range(2 << 20, (2 << 20) + 10)} <= changed
+    assert changed <= dirty
+    assert len(dirty) < len(changed) + 200, "and little more"
+
+
 def corrupt(guest: Guest, pfn: int, mfn: int) -> list[tuple[str, int | None]]:
     """What is found when an entry is wrong."""
     guest.host.run(guest.domid, lambda view: guest.kernel.p2m.store(view, array(pfn), array(mfn)))
