@@ -78,6 +78,15 @@ def test_what_a_form_or_a_width_cannot_hold_is_refused() -> None:
         Guest.boot("linear", pages=600)
 
 
+def test_a_32_bit_kernel_has_addresses_for_a_gib() -> None:
+    guest = Guest.boot("linear", 4)
+    many = pfns((1 << 18) + 1)
+    with pytest.raises(RequestError, match="do not fit into the addresses") as e:
+        guest.host.run(guest.domid, lambda view: guest.kernel.pages.map(view, many, many))
+    assert e.value.available == 1 << 18
+    assert guest.agrees() == []
+
+
 def test_there_is_no_booting_without_a_start_info() -> None:
     host = ModelHost(1 << 30)
     day = start(host)

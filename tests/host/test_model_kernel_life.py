@@ -14,6 +14,7 @@ from tests.host.model_guest import array, pfns
 from tests.host.restored import restored
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_P
+from xenpv.errors import GuestError
 from xenpv.findings import Severity
 from xenpv.frames import NO_FRAME
 from xenpv.host.model import SHUTDOWN_SUSPEND, ModelHost
@@ -127,6 +128,19 @@ def test_what_is_wrong_on_purpose_is_named(width: Width, form: str) -> None:
     assert corrupt(guest, pfn, right) == []
     guest.host.machphys_update(guest.domid, array(right), array(1 << 20))
     assert ("physmap-stale", pfn) in corrupt(guest, pfn, right)
+
+
+def test_xen_takes_no_pages_that_are_not_the_guests() -> None:
+    """Its entry names a frame of dom0's: those in front of it are gone, it and those behind are not."""
+    guest = Guest.boot("linear")
+    some = guest.do("free")[:3]
+    right = guest.entries(some)
+    assert corrupt(guest, int(some[1]), int(guest.host.frames.owned(1)[77]))
+    with pytest.raises(GuestError, match="Xen took 1 pages of 3"):
+        guest.do("balloon_out", some)
+    guest.host.run(guest.domid, lambda view: guest.kernel.p2m.store(view, some[1:], right[1:]))
+    assert guest.agrees() == ["physmap-invalid"]
+    assert guest.host.info(guest.domid).pages == 4095
 
 
 ops = st.one_of(
