@@ -1,11 +1,13 @@
-"""The hypervisor as xenpv needs it: the Host protocol, which ModelHost and XenHost both keep (tests/contract).
+"""The hypervisor as xenpv needs it: protocols that hosts in process and on real Xen both keep (tests/contract).
 
-Everything here is the read side: no call changes a domain, but for pause and unpause, which only ``--pause`` asks for.
+Host is the read side: no call changes a domain, but for pause and unpause, which only ``--pause`` asks for. Toolstack
+adds what builds a domain.
 """
 
 from __future__ import annotations
 
 import errno
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -13,6 +15,8 @@ from uuid import UUID
 from xenpv.abi.declare import Width
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId
+
+DOM0 = DomId(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,116 @@ class Host(Protocol):
 
     def unpause(self, domid: DomId) -> None:
         """Take one pause back."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """A page that a domain shares with a daemon: its mfn, and the domain's event channel that rings the bell."""
+
+    mfn: int
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Daemons:
+    """The domains in which xenconsoled and xenstored run: dom0, unless a host gives them domains of their own."""
+
+    console: DomId = DOM0
+    xenstore: DomId = DOM0
+
+
+class Toolstack(Host, Protocol):
+    """A host on which PV domains can be built.
+
+    A builder calls, in this order: create, populate_physmap, alloc_event twice, map_writable or write_frames,
+    hypercall_page, pin_tables, write_shared_info, set_vcpu_context, seed_grants, introduce, unpause. Whatever fails,
+    and wherever it was interrupted: destroy leaves nothing behind.
+    """
+
+    def create(
+        self,
+        width: Width = 8,
+        *,
+        vcpus: int = 1,
+        max_pages: int = 0,
+        name: str | None = None,
+        uuid: str | None = None,
+    ) -> DomId:
+        """A PV domain without memory, paused once, with the nodes that libxl gives a new domain in xenstore.
+
+        HostError: EINVAL for fewer vcpus than 1 or more than Xen has for PV, EOPNOTSUPP where width is 4 and this Xen
+        runs no 32-bit PV domains, ENOMEM. There is no new domain, then.
+        """
+
+    def destroy(self, domid: DomId) -> None:
+        """End a domain, free what it has, and remove its nodes from xenstore.
+
+        To be called as often as it takes: one that was interrupted goes on where it was. HostError: ESRCH when there
+        is no such domain, EINVAL for the domain that asks.
+        """
+
+    def max_mem(self, domid: DomId, pages: int) -> None:
+        """How many pages it may have. Fewer than it has is no error: it just gets no more."""
+
+    def free_pages(self) -> int:
+        """How many pages the host has left for domains, as far as anybody can tell before asking for them."""
+
+    def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
+        """Give it memory: at each of ``pfns`` a frame, or with order 9 an extent of 512. The (first) mfns.
+
+        As many as fit, from the first on: fewer mfns than pfns when max_mem or the host is exhausted. m2p has the pfns
+        of what was given. The content is whatever it was.
+        """
+
+    def map_writable(self, domid: DomId, mfns: U64) -> AbstractContextManager[U8]:
+        """Frames to write to, uint8 (n, 4096), each named once: what they hold, until the block ends.
+
+        Until then they are in use as writable pages, and cannot become page tables. HostError, before the block is
+        entered: EINVAL for a frame not the domain's, EBUSY for one that is a page table.
+        """
+
+    def write_frames(self, domid: DomId, mfns: U64, pages: U8) -> None:
+        """Write whole frames. All or none; errors are those of map_writable."""
+
+    def hypercall_page(self, domid: DomId, mfn: int) -> None:
+        """Fill a frame with the code that makes hypercalls, 32 bytes for each.
+
+        HostError: EINVAL for a frame not the domain's, EPERM for a page table.
+        """
+
+    def pin_tables(self, domid: DomId, mfns: U64, levels: U8) -> None:
+        """Make each frame a table of its level (1 to 4), for good, and validate all below it; up to the first refused.
+
+        HostError, which names that one: EINVAL for a frame not the domain's, pinned before, in use as a table of
+        another level, or with an entry that may not be; EBUSY where a table would be writable.
+        """
+
+    def set_vcpu_context(self, domid: DomId, vcpu: int, context: bytes) -> None:
+        """Set a vcpu's vcpu_guest_context; cr3 and gdt_frames hold mfns, and are validated.
+
+        HostError: EINVAL for no such vcpu, a context of another size, or frames that are not what they have to be.
+        """
+
+    def write_shared_info(self, domid: DomId, data: bytes, offset: int = 0) -> None:
+        """Write into the shared info page. EINVAL beyond its end."""
+
+    def daemons(self) -> Daemons:
+        """Whom a domain's event channels and grants for console and xenstore are for."""
+
+    def alloc_event(self, domid: DomId, remote: DomId = DOM0) -> int:
+        """A port of the domain, from 1 on, to which ``remote`` may bind (EVTCHNOP_alloc_unbound)."""
+
+    def seed_grants(self, domid: DomId, *, console: int, xenstore: int) -> None:
+        """Let the daemons map these two mfns: the grant table's entries 0 and 1, which are kept for them.
+
+        HostError: EINVAL for a frame not the domain's.
+        """
+
+    def introduce(self, domid: DomId, *, console: Ring, xenstore: Ring) -> None:
+        """Make xenstored and xenconsoled serve the domain's rings, and tell xl and the guest about them.
+
+        Its grants must be seeded. Memory and vcpus are those that it has now.
+        """
 
 
 def find(host: Host, text: str) -> DomainInfo:

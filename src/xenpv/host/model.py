@@ -1,6 +1,6 @@
 """ModelHost: Xen's memory rules in process, so that what needs a hypervisor can be tried and tested without one.
 
-It keeps the Host protocol, and has the calls that a toolstack needs to make domains and a guest to live in them. The
+It keeps the Host and Toolstack protocols, and has the calls that a guest needs to live in what was made. The
 rules are xen.git:xen/arch/x86/mm.c's and xen/common/memory.c's, and so are the errnos; where it and Xen differ, it is
 wrong.
 """
@@ -8,27 +8,20 @@ wrong.
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
-from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
-from xenpv.frames import I64, PAGE_SIZE, U8, U64, DomId, PageType
+from xenpv.frames import I64, U8, U64, DomId, PageType
 from xenpv.host import DomainInfo, XenVersion
+from xenpv.host.model_build import ModelBuild
 from xenpv.host.model_dirty import DirtyLog
-from xenpv.host.model_domain import Domain, Vcpu, get_context, load_top, load_user_top, set_context
-from xenpv.host.model_frames import ALLOCATED, ORDER, PER_EXTENT, PINNED, SPECIAL, VALIDATED, FrameTable, NoMemoryError
+from xenpv.host.model_domain import Domain, get_context, load_top, load_user_top, set_context
+from xenpv.host.model_frames import ALLOCATED, ORDER, PER_EXTENT, PINNED, SPECIAL, VALIDATED
 from xenpv.host.model_guest import GuestView, Stopped
-from xenpv.host.model_store import ModelStore
-from xenpv.host.model_types import PageTypes, Refused
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 T = TypeVar("T")
 
@@ -36,7 +29,7 @@ SHUTDOWN_SUSPEND = 2
 DOM0_PAGES = 64 << 8  # 64 MiB
 
 
-class ModelHost:
+class ModelHost(ModelBuild):
     """A host of ``size`` bytes, up to 16 TiB, with a dom0 on it. The same ``seed`` hands out the same frames.
 
     >>> host = ModelHost(8 << 30)
@@ -47,12 +40,7 @@ class ModelHost:
     """
 
     def __init__(self, size: int = 16 << 30, *, version: XenVersion | None = None, seed: int = 0) -> None:
-        self.frames = FrameTable(size, seed)
-        self.types = PageTypes(self.frames, self._mark_frame)
-        self.store = ModelStore()
-        self._version = version or XenVersion(4, 17, ".5")
-        self._domains: dict[int, Domain] = {}
-        self._next = 0
+        super().__init__(size, version or XenVersion(4, 17, ".5"), seed)
         dom0 = self.create(8, max_pages=DOM0_PAGES, name="Domain-0")
         self.populate_physmap(dom0, np.arange(0, DOM0_PAGES, PER_EXTENT, dtype=np.uint64), order=ORDER)
         self._domains[dom0].pauses = 0
@@ -124,39 +112,7 @@ class ModelHost:
             raise self._refusal("unpausedomain", domid, errno.EINVAL, "not paused")
         domain.pauses -= 1
 
-    # what a toolstack does
-
-    def create(
-        self,
-        width: Width = 8,
-        *,
-        vcpus: int = 1,
-        max_pages: int = 0,
-        name: str | None = None,
-        uuid: str | None = None,
-    ) -> DomId:
-        """A domain without memory, paused once."""
-        domid, self._next = DomId(self._next), self._next + 1
-        domain = Domain(domid, width, name, uuid, [Vcpu() for _ in range(vcpus)], max_pages)
-        with self._refusing("createdomain", domid):
-            domain.shared_info_mfn = self.frames.take_special(domain.number)
-        self._domains[domid] = domain
-        self.store.write(f"/local/domain/{domid}/domid", str(domid).encode())
-        if name is not None:
-            self.store.write(f"/local/domain/{domid}/name", name.encode())
-        if uuid is not None:
-            self.store.write(f"/local/domain/{domid}/vm", f"/vm/{uuid}".encode())
-        return domid
-
-    def destroy(self, domid: DomId) -> None:
-        """End it, and free all that it has."""
-        domain = self._domain("destroydomain", domid)
-        if domid == 0:
-            raise self._refusal("destroydomain", domid, errno.EINVAL, "the domain that asks")
-        self.types.forget(domain.number)
-        self.frames.forget(domain.number)
-        del self._domains[domid]
-        self.store.remove(f"/local/domain/{domid}")
+    # what a toolstack does, and guests do too
 
     def max_mem(self, domid: DomId, pages: int) -> None:
         """How many pages it may have. Fewer than it has is no error: it just gets no more."""
@@ -236,29 +192,6 @@ class ModelHost:
         with self._refusing("setvcpucontext", domid):
             set_context(domain, self.types, v, bytes(context))
 
-    def write_frames(self, domid: DomId, mfns: U64, pages: U8) -> None:
-        """Write whole frames through foreign mappings, as a toolstack does. All or none.
-
-        HostError: EINVAL for a frame not the domain's, EBUSY for one that may not be mapped writable: a page table.
-        """
-        domain = self._domain("write_frames", domid)
-        for ok, no in (
-            (self._ours("write_frames", domid, mfns), errno.EINVAL),
-            (self.types.writable(domain.owner, mfns), errno.EBUSY),
-        ):
-            if not ok.all():
-                why = f"mfn {int(mfns[np.argmin(ok)]):#x} cannot be mapped writable"
-                raise self._refusal("write_frames", domid, no, why)
-        self.frames.write(mfns, pages)
-        self._mark(domain, self.frames.m2p(mfns))
-
-    def write_shared_info(self, domid: DomId, data: bytes, offset: int = 0) -> None:
-        """Write into the shared info page."""
-        mfn = self._domain("shared_info", domid).shared_info_mfn
-        if offset + len(data) > PAGE_SIZE:
-            raise self._refusal("shared_info", domid, errno.EINVAL, f"{len(data)} bytes at {offset:#x}")
-        self.frames.page(mfn)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
-
     # log-dirty, shutdown, events
 
     def log_dirty(self, domid: DomId, *, on: bool) -> None:
@@ -330,21 +263,6 @@ class ModelHost:
 
     # our own
 
-    def _domain(self, op: str, domid: DomId) -> Domain:
-        if domid not in self._domains:
-            raise self._refusal(op, domid, errno.ESRCH, "no such domain")
-        return self._domains[domid]
-
-    def _vcpu(self, op: str, domid: DomId, vcpu: int) -> tuple[Domain, Vcpu]:
-        domain = self._domain(op, domid)
-        if not 0 <= vcpu < len(domain.vcpus):
-            raise self._refusal(op, domid, errno.EINVAL, f"no vcpu {vcpu}")
-        return domain, domain.vcpus[vcpu]
-
-    def _ours(self, op: str, domid: DomId, mfns: U64) -> np.ndarray:
-        mine: np.ndarray = self.frames.owner(mfns) == self._domain(op, domid).number
-        return mine
-
     def _order(self, op: str, domid: DomId, order: int) -> None:
         if order not in {0, ORDER}:
             raise self._refusal(op, domid, errno.EINVAL, f"order {order}: the model has 0 and {ORDER}")
@@ -367,25 +285,3 @@ class ModelHost:
             if not whole and self._decrease(domain, frames) < PER_EXTENT:
                 return i
         return len(mfns)
-
-    def _mark(self, domain: Domain, pfns: U64) -> None:
-        if domain.dirty is not None:
-            domain.dirty.mark(pfns)
-
-    def _mark_frame(self, owner: int, mfn: int) -> None:
-        domain = self._domains.get(owner - 1)
-        if domain is not None and domain.dirty is not None:
-            domain.dirty.mark(self.frames.m2p(np.array([mfn], np.uint64)))
-
-    @contextmanager
-    def _refusing(self, op: str, domid: DomId) -> Iterator[None]:
-        try:
-            yield
-        except Refused as e:
-            raise self._refusal(op, domid, e.errno, str(e)) from None
-        except NoMemoryError:
-            raise self._refusal(op, domid, errno.ENOMEM, "no frames left") from None
-
-    @staticmethod
-    def _refusal(op: str, domid: DomId, no: int, why: str) -> HostError:
-        return HostError(f"dom{domid}: {op}: {os.strerror(no)}: {why}", op=op, domid=domid, errno=no)

@@ -45,6 +45,7 @@ class Domain:
     dirty: DirtyLog | None = None
     ports: list[int] = field(default_factory=list)  # who may bind each event channel that was allocated, port 1 first
     events: Counter[int] = field(default_factory=Counter)  # by port
+    grants: dict[int, int] = field(default_factory=dict)  # mfn by reserved entry of its grant table
     vm_assist: int = 0
 
     @property

@@ -136,6 +136,12 @@ class FrameTable:
 
     # what is there
 
+    @property
+    def free(self) -> int:
+        """How many frames nobody has."""
+        untouched = self._top - self._bottom
+        return (untouched + len(self._free_extents)) * PER_EXTENT + len(self._free_frames)
+
     def valid(self, mfns: U64) -> Mask:
         """Which of them are frames of this host."""
         return mfns <= np.uint64(self.max_mfn)

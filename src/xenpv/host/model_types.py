@@ -304,6 +304,19 @@ class PageTypes:
         ours[ours] = (self._rows.types[rows] == 0) | (self._rows.type[rows] == WRITABLE)
         return ours
 
+    def hold_writable(self, mfns: U64) -> I64:
+        """Use frames that could be mapped writable as such, until let_go of what this gives."""
+        rows = np.unique(self._frames.row(mfns))
+        self._rows.type[rows] = WRITABLE
+        self._rows.types[rows] += np.uint32(1)
+        self._rows.count[rows] += np.uint32(1)
+        return rows
+
+    def let_go(self, rows: I64) -> None:
+        """Give back what hold_writable took."""
+        self._rows.types[rows] -= np.uint32(1)
+        self._frames.drop(rows)
+
     def forget(self, owner: int) -> None:
         """A domain goes, and its tables with it."""
         for mfn in [mfn for mfn in self._linear if self._frames.row_of(mfn, owner) >= 0]:

@@ -1,0 +1,386 @@
+"""What every Toolstack must do, as plain functions of a host and the width of the domains to build.
+
+ModelHost is held to them always, XenToolstack on real Xen in the lab (tests/contract/live_build.py). Each leaves the
+host as it was.
+"""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from tests.contract import tiny
+from tests.contract.checks import NOBODY, array, fails
+from xenpv.abi.declare import Width
+from xenpv.abi.domctl import PageType
+from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
+from xenpv.abi.xen import SHARED_INFO
+from xenpv.errors import HostError
+from xenpv.frames import U8, U64, DomId
+from xenpv.host import Ring, Toolstack, find
+
+NAME, UUID = "contract", "c0117ac7-0000-4000-8000-0123456789ab"
+SOON = 30.0  # seconds: Xen frees a domain when its last reference has gone, daemons' mappings among them
+
+
+def pfns(n: int, first: int = 0, step: int = 1) -> U64:
+    return np.arange(first, first + n * step, step, dtype=np.uint64)
+
+
+def levels(*numbers: int) -> U8:
+    return np.array(numbers, np.uint8)
+
+
+@contextmanager
+def domain(host: Toolstack, width: Width, pages: int = 16) -> Iterator[DomId]:
+    """A new domain, destroyed when the block ends."""
+    domid = host.create(width, max_pages=pages)
+    try:
+        yield domid
+    finally:
+        host.destroy(domid)
+
+
+def top_level(width: Width) -> int:
+    return 4 if width == 8 else 3
+
+
+def content(host: Toolstack, domid: DomId, mfns: U64) -> U8:
+    pages, mapped = host.map_frames(domid, mfns)
+    assert mapped.all()
+    return pages.copy()
+
+
+def with_tables(host: Toolstack, domid: DomId, width: Width, *, writable: int | None = None) -> U64:
+    """The frames of a domain that has tiny's page tables, not pinned yet."""
+    mfns = host.populate_physmap(domid, pfns(tiny.PAGES))
+    wanted = tiny.tables(mfns, width, writable=writable)
+    host.write_frames(domid, mfns[list(wanted)], np.array(list(wanted.values())))
+    return mfns
+
+
+def eventually(what: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + SOON
+    while not (held := what()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return held
+
+
+def gone(host: Toolstack, domid: DomId) -> bool:
+    try:
+        host.info(domid)
+    except HostError as error:
+        return error.errno == errno.ESRCH
+    return False
+
+
+def a_new_domain_is_paused_and_has_no_memory(host: Toolstack, width: Width) -> None:
+    domid = host.create(width, vcpus=3, max_pages=77, name=NAME, uuid=UUID)
+    try:
+        info = host.info(domid)
+        assert (info.name, info.uuid, info.width, info.hvm) == (NAME, UUID, width, False)
+        assert (info.pages, info.max_pages, info.max_vcpu) == (0, 77, 2)
+        assert (info.paused, info.shutdown, info.dying) == (True, False, False)
+        assert find(host, NAME).domid == find(host, UUID).domid == domid
+        assert info.shared_info_mfn <= host.max_mfn()
+    finally:
+        host.destroy(domid)
+
+
+def a_domain_needs_vcpus_and_not_too_many(host: Toolstack, width: Width) -> None:
+    before = [d.domid for d in host.domains()]
+    for vcpus in (-1, 0, 8193):
+        fails(lambda vcpus=vcpus: host.create(width, vcpus=vcpus), errno.EINVAL, None)  # type: ignore[misc]
+    assert [d.domid for d in host.domains()] == before
+
+
+def what_was_destroyed_is_free_again(host: Toolstack, width: Width) -> None:
+    before = host.free_pages()
+    domid = host.create(width, max_pages=tiny.PAGES, name=NAME, uuid=UUID)
+    tiny.fill(host, domid, width)
+    assert host.free_pages() <= before - tiny.PAGES
+    host.destroy(domid)
+    assert eventually(lambda: gone(host, domid))
+    assert eventually(lambda: host.free_pages() == before), (before, host.free_pages())
+    assert UUID not in [d.uuid for d in host.domains()]
+
+
+def a_builder_that_fails_half_way_can_always_destroy(host: Toolstack, width: Width) -> None:
+    before = host.free_pages()
+    for steps in range(4):
+        domid = host.create(width, max_pages=64, name=NAME, uuid=UUID)
+        if steps > 0:
+            mfns = with_tables(host, domid, width)
+        if steps > 1:
+            host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
+        if steps > 2:
+            host.alloc_event(domid)
+            host.seed_grants(domid, console=int(mfns[tiny.CONSOLE]), xenstore=int(mfns[tiny.STORE]))
+        host.destroy(domid)
+        assert eventually(lambda domid=domid: gone(host, domid))  # type: ignore[misc]
+    assert eventually(lambda: host.free_pages() == before), (before, host.free_pages())
+
+
+def populate_gives_as_many_as_max_mem_allows(host: Toolstack, width: Width) -> None:
+    with domain(host, width, 10) as domid:
+        first = host.populate_physmap(domid, pfns(16))
+        assert len(first) == len(set(first.tolist())) == 10
+        assert len(host.populate_physmap(domid, pfns(6, 10))) == 0
+        host.max_mem(domid, 12)
+        assert host.info(domid).max_pages == 12
+        more = host.populate_physmap(domid, pfns(6, 10))
+        assert len(more) == 2
+        assert len(host.populate_physmap(domid, pfns(0))) == 0
+        assert host.info(domid).pages == 12
+        host.max_mem(domid, 3)  # no error, and nothing is taken away
+        assert (host.info(domid).pages, host.info(domid).max_pages) == (12, 3)
+        assert not set(first.tolist()) & set(more.tolist())
+
+
+def populate_gives_whole_extents(host: Toolstack, width: Width) -> None:
+    with domain(host, width, 1024 + 511) as domid:
+        mfns = host.populate_physmap(domid, pfns(3, 1 << 20, 512), 9)
+        assert len(mfns) == 2
+        assert (mfns % np.uint64(512) == 0).all()
+        assert host.info(domid).pages == 1024
+        frames = (mfns[:, None] + pfns(512)).reshape(-1)
+        assert (host.m2p(frames) == pfns(1024, 1 << 20)).all()
+        assert (host.page_types(domid, frames) == PageType.NOTAB).all()
+
+
+def m2p_has_the_pfns_of_what_was_populated(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as domid:
+        wanted = array(5, 0, (1 << 31) + 7, 1 << 36, 6)
+        mfns = host.populate_physmap(domid, wanted)
+        assert host.m2p(mfns).tolist() == wanted.tolist()
+        assert wanted.tolist() == [5, 0, (1 << 31) + 7, 1 << 36, 6]  # what was passed is left alone
+
+
+def frames_are_written_and_read_back(host: Toolstack, width: Width) -> None:
+    with domain(host, width, 2000) as domid:
+        mfns = host.populate_physmap(domid, pfns(1500))
+        pattern = np.repeat(np.arange(1500, dtype="<u8"), 512).view(np.uint8).reshape(-1, PAGE_SIZE)
+        host.write_frames(domid, mfns[::-1], pattern)
+        assert (content(host, domid, mfns) == pattern[::-1]).all()
+        with host.map_writable(domid, mfns[:3]) as pages:
+            assert pages.shape == (3, PAGE_SIZE)
+            assert (pages == pattern[::-1][:3]).all()
+            pages[1, 100:200] = 0xAA
+            kept = pages
+        kept[0] = 0x55  # no longer the domain's memory, and no crash
+        expected = pattern[::-1][:3].copy()
+        expected[1, 100:200] = 0xAA
+        assert (content(host, domid, mfns[:3]) == expected).all()
+        host.write_frames(domid, array(), np.zeros((0, PAGE_SIZE), np.uint8))
+        with host.map_writable(domid, array()) as pages:
+            assert pages.shape == (0, PAGE_SIZE)
+
+
+def what_is_written_in_a_block_that_fails_is_written(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as domid:
+        mfns = host.populate_physmap(domid, pfns(1))
+        try:
+            with host.map_writable(domid, mfns) as pages:
+                pages[:] = 7
+                raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            pass
+        assert (content(host, domid, mfns) == 7).all()
+
+
+def frames_of_others_are_not_written(host: Toolstack, width: Width) -> None:
+    """All or none, also where Xen would let dom0 write: device registers, and dom0's own memory by another's name."""
+    with domain(host, width) as domid, domain(host, width) as other:
+        mfns = host.populate_physmap(domid, pfns(2))
+        theirs = int(host.populate_physmap(other, pfns(1))[0])
+        host.write_frames(domid, mfns, np.full((2, PAGE_SIZE), 1, np.uint8))
+        for bad in (theirs, host.max_mfn() + 5, host.info(DomId(0)).shared_info_mfn, 0xA0):
+            wanted = array(int(mfns[0]), bad)
+            fails(
+                lambda wanted=wanted: host.write_frames(domid, wanted, np.full((2, PAGE_SIZE), 2, np.uint8)),  # type: ignore[misc]
+                errno.EINVAL,
+                domid,
+            )
+            fails(lambda wanted=wanted: host.map_writable(domid, wanted).__enter__(), errno.EINVAL, domid)  # type: ignore[misc]
+        assert (content(host, domid, mfns) == 1).all()
+
+
+def page_tables_are_typed_and_pinned(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as domid:
+        mfns = with_tables(host, domid, width)
+        which = [tiny.L1, tiny.L2, tiny.L3, tiny.L4][: top_level(width)]
+        assert (host.page_types(domid, mfns) == PageType.NOTAB).all()
+        host.pin_tables(domid, mfns[which[-1:]], levels(top_level(width)))
+        types = host.page_types(domid, mfns)
+        expected = [PageType.L1TAB, PageType.L2TAB, PageType.L3TAB, PageType.L4TAB_PIN]
+        if width == 4:
+            expected = [PageType.L1TAB, PageType.L2TAB, PageType.L3TAB_PIN]
+        assert types[which].tolist() == expected
+        others = np.delete(types, which)
+        assert (others == PageType.NOTAB).all()
+
+
+def tables_are_pinned_up_to_the_first_that_may_not_be(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as domid:
+        mfns = with_tables(host, domid, width)
+        one, two, code = (int(mfns[n]) for n in (tiny.L1, tiny.L2, tiny.CODE))
+        empty = int(mfns[tiny.STACK])
+        host.write_frames(domid, array(empty), np.zeros((1, PAGE_SIZE), np.uint8))
+        host.pin_tables(domid, array(), levels())
+        wanted = array(one, one, empty)
+        fails(lambda: host.pin_tables(domid, wanted, levels(1, 1, 1)), errno.EINVAL, domid)  # pinned already
+        types = host.page_types(domid, array(one, two, code, empty)).tolist()
+        assert types == [PageType.L1TAB_PIN, PageType.NOTAB, PageType.NOTAB, PageType.NOTAB]
+        fails(lambda: host.pin_tables(domid, array(one), levels(2)), errno.EINVAL, domid)  # a table of another level
+        foreign = array(host.info(DomId(0)).shared_info_mfn)
+        fails(lambda: host.pin_tables(domid, foreign, levels(1)), errno.EINVAL, domid)
+
+
+def a_table_that_maps_itself_writable_is_refused(host: Toolstack, width: Width) -> None:
+    for which in (tiny.L1, tiny.L2, tiny.top(width)):
+        with domain(host, width) as domid:
+            mfns = with_tables(host, domid, width, writable=which)
+            top = mfns[[tiny.top(width)]]
+            fails(lambda top=top: host.pin_tables(domid, top, levels(top_level(width))), errno.EBUSY, domid)  # type: ignore[misc]
+            assert (host.page_types(domid, mfns) == PageType.NOTAB).all()
+
+
+def tables_are_not_written_and_what_is_written_is_no_table(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as domid:
+        mfns = with_tables(host, domid, width)
+        top = mfns[[tiny.top(width)]]
+        level = levels(top_level(width))
+        with host.map_writable(domid, mfns[[tiny.L1]]):
+            fails(lambda: host.pin_tables(domid, top, level), errno.EINVAL, domid)
+        host.pin_tables(domid, top, level)
+        before = content(host, domid, mfns)
+        two = mfns[[tiny.CODE, tiny.L1]]
+        fails(lambda: host.write_frames(domid, two, np.ones((2, PAGE_SIZE), np.uint8)), errno.EBUSY, domid)
+        fails(lambda: host.map_writable(domid, two).__enter__(), errno.EBUSY, domid)
+        assert (content(host, domid, mfns) == before).all()
+
+
+def a_vcpu_has_the_context_that_was_set(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as domid:
+        mfns = with_tables(host, domid, width)
+        top = int(mfns[tiny.top(width)])
+        given = tiny.context(top, width)
+        fails(lambda: host.set_vcpu_context(domid, 0, given[:-8]), errno.EINVAL, domid)
+        fails(lambda: host.set_vcpu_context(domid, 1, given), errno.EINVAL, domid)
+        no_table = tiny.context(int(mfns[tiny.CODE]), width)
+        host.write_frames(domid, mfns[[tiny.CODE]], np.full((1, PAGE_SIZE), 0xFF, np.uint8))
+        fails(lambda: host.set_vcpu_context(domid, 0, no_table), errno.EINVAL, domid)
+        host.pin_tables(domid, array(top), levels(top_level(width)))
+        host.set_vcpu_context(domid, 0, given)
+        wanted, found = (VCPU_GUEST_CONTEXT.read(data, width) for data in (given, host.vcpu_context(domid, 0)))
+        r = "r" if width == 8 else "e"
+        for name in (f"{r}ip", f"{r}sp", f"{r}si", "cs", "ss"):
+            assert found["user_regs"][name] == wanted["user_regs"][name], name
+        for name in ("kernel_ss", "kernel_sp", "flags"):
+            assert found[name] == wanted[name], name
+        assert found["ctrlreg"][3] == wanted["ctrlreg"][3]
+
+
+def shared_info_is_written(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as domid:
+        data = np.zeros(1, SHARED_INFO[width])
+        data["arch"]["max_pfn"] = 1234
+        host.write_shared_info(domid, data.tobytes())
+        at = SHARED_INFO.offset(width, "arch.pfn_to_mfn_frame_list_list")
+        host.write_shared_info(domid, (4711).to_bytes(width, "little"), at)
+        found = SHARED_INFO.read(host.shared_info(domid), width)["arch"]
+        assert (found["max_pfn"], found["pfn_to_mfn_frame_list_list"]) == (1234, 4711)
+        for offset in (PAGE_SIZE - 3, -4):
+            fails(lambda offset=offset: host.write_shared_info(domid, b"beyond", offset), errno.EINVAL, domid)  # type: ignore[misc]
+
+
+def event_channels_are_a_domains_own(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as one, domain(host, width) as two:
+        ports = [host.alloc_event(one), host.alloc_event(one), host.alloc_event(one, two)]
+        assert len(set(ports)) == 3
+        assert min(ports) > 0
+        assert host.alloc_event(two) == min(ports)
+
+
+def the_hypercall_page_is_filled(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as domid:
+        mfns = with_tables(host, domid, width)
+        host.hypercall_page(domid, int(mfns[tiny.HYPERCALLS]))
+        entries = content(host, domid, mfns[[tiny.HYPERCALLS]]).reshape(-1, 32)
+        for number in (0, 1, 29, 32, 127):
+            code = entries[number].tobytes()
+            assert b"\xb8" + number.to_bytes(4, "little") in code  # mov $number, %eax
+            assert b"\xc3" in code  # ret
+        assert entries[23].tobytes().count(b"\xc3") == 0  # iret does not return
+        host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
+        fails(lambda: host.hypercall_page(domid, int(mfns[tiny.L1])), errno.EPERM, domid)
+        fails(lambda: host.hypercall_page(domid, host.info(DomId(0)).shared_info_mfn), errno.EINVAL, domid)
+
+
+def a_built_domain_is_one_that_the_read_side_knows(host: Toolstack, width: Width) -> None:
+    domid = host.create(width, max_pages=tiny.PAGES, name=NAME, uuid=UUID)
+    try:
+        built = tiny.fill(host, domid, width)
+        info = host.info(domid)
+        assert (info.name, info.pages, info.paused) == (NAME, tiny.PAGES, True)
+        assert host.m2p(built.mfns).tolist() == list(range(tiny.PAGES))
+        foreign = host.info(DomId(0)).shared_info_mfn
+        fails(lambda: host.seed_grants(domid, console=foreign, xenstore=built.xenstore.mfn), errno.EINVAL, domid)
+    finally:
+        host.destroy(domid)
+
+
+def nothing_is_done_to_a_domain_that_is_not_there(host: Toolstack, width: Width) -> None:
+    some, ring = array(0), Ring(0, 1)
+    for call in (
+        lambda: host.destroy(NOBODY),
+        lambda: host.max_mem(NOBODY, 1),
+        lambda: host.populate_physmap(NOBODY, some),
+        lambda: host.populate_physmap(NOBODY, array()),
+        lambda: host.map_writable(NOBODY, some).__enter__(),
+        lambda: host.map_writable(NOBODY, array()).__enter__(),
+        lambda: host.write_frames(NOBODY, some, np.zeros((1, PAGE_SIZE), np.uint8)),
+        lambda: host.hypercall_page(NOBODY, 0),
+        lambda: host.pin_tables(NOBODY, some, levels(1)),
+        lambda: host.pin_tables(NOBODY, array(), levels()),
+        lambda: host.set_vcpu_context(NOBODY, 0, tiny.context(0, width)),
+        lambda: host.write_shared_info(NOBODY, b""),
+        lambda: host.alloc_event(NOBODY),
+        lambda: host.seed_grants(NOBODY, console=0, xenstore=0),
+        lambda: host.introduce(NOBODY, console=ring, xenstore=ring),
+    ):
+        fails(call, errno.ESRCH, NOBODY)
+
+
+def dom0_is_not_destroyed(host: Toolstack, width: Width) -> None:
+    fails(lambda: host.destroy(DomId(0)), errno.EINVAL, DomId(0))
+    assert host.info(DomId(0)).name == "Domain-0"
+
+
+BUILDING: tuple[Callable[[Toolstack, Width], None], ...] = (
+    a_new_domain_is_paused_and_has_no_memory,
+    a_domain_needs_vcpus_and_not_too_many,
+    what_was_destroyed_is_free_again,
+    a_builder_that_fails_half_way_can_always_destroy,
+    populate_gives_as_many_as_max_mem_allows,
+    populate_gives_whole_extents,
+    m2p_has_the_pfns_of_what_was_populated,
+    frames_are_written_and_read_back,
+    what_is_written_in_a_block_that_fails_is_written,
+    frames_of_others_are_not_written,
+    page_tables_are_typed_and_pinned,
+    tables_are_pinned_up_to_the_first_that_may_not_be,
+    a_table_that_maps_itself_writable_is_refused,
+    tables_are_not_written_and_what_is_written_is_no_table,
+    a_vcpu_has_the_context_that_was_set,
+    shared_info_is_written,
+    event_channels_are_a_domains_own,
+    the_hypercall_page_is_filled,
+    a_built_domain_is_one_that_the_read_side_knows,
+    nothing_is_done_to_a_domain_that_is_not_there,
+    dom0_is_not_destroyed,
+)
