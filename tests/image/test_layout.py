@@ -331,6 +331,9 @@ def test_remarks() -> None:
     assert one.startswith("the initial mapping reaches beyond the addresses of one L2 page, 0xffffffff80000000 to")
     assert plan(sized(20), Request(400 * GIB)).remarks == ()
     assert "libxc counts pages in 32 bits" in plan(sized(20, P2M), Request(16 * TIB)).remarks[0]
+    kernel = sized(20, P2M, UNMAPPED)
+    assert plan(kernel, Request(4 * GIB, ramdisk=1 * GIB)).remarks == ()
+    assert "no ramdisk of more than" in plan(kernel, Request(4 * GIB, ramdisk=GIB + 1)).remarks[0]
     assert "xl gives whole MiB only" in plan(sized(20, P2M), Request(64 * MIB + 4096)).remarks[0]
 
 

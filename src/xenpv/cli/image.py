@@ -40,7 +40,7 @@ def image(kernel: str, initrd: int, as_json: bool) -> None:
     Exit status: 0 whenever the file could be read, also if it cannot boot ("can_boot" of --json says that); 1 if it is
     no kernel, or a damaged one; 64 usage.
     """
-    data = _read(kernel)
+    data = read_kernel(kernel)
     parsed = KernelImage.parse(data)
     if as_json:
         print_json({"file": kernel, "size": len(data)} | describe(parsed, initrd))
@@ -48,7 +48,7 @@ def image(kernel: str, initrd: int, as_json: bool) -> None:
         _print_description(kernel, parsed, initrd)
 
 
-def _read(path: str) -> bytearray:
+def read_kernel(path: str) -> bytearray:
     """All of a file or of a pipe, but no more than a kernel can have, and a little to tell."""
     if path != "-" and Path(path).is_dir():
         raise RequestError(f"{path}: is a directory, not a kernel")

@@ -28,6 +28,7 @@ _VERBS = {
     "walk": "xenpv.cli.memory",
     "read": "xenpv.cli.memory",
     "image": "xenpv.cli.image",
+    "layout": "xenpv.cli.layout",
     "list": "xenpv.cli.list",
     "demo": "xenpv.cli.demo",
 }
@@ -60,6 +61,7 @@ def main() -> None:
     xenpv walk dom.save 0xffffffff81000000
     zstd -dc dom.save.zst | xenpv verify -
     xenpv image vmlinuz                what a kernel is; can it boot, with how much memory
+    xenpv layout vmlinuz --memory 640G where everything of a domain would lie when it starts
     xenpv list                         running domains (in dom0)
     xenpv check DOM                    hold a running domain's p2m against Xen's m2p
 

@@ -13,6 +13,7 @@ from xenpv.image.verdict import p2m_obstacle, pv_obstacles
 
 MAX_VCPUS = 8192  # of a PV domain: MAX_VIRT_CPUS of xen.git:xen/arch/x86/include/asm/config.h
 COMMAND_LINE_MAX = 1023  # bytes; MAX_GUEST_CMDLINE of xen.git:xen/include/public/xen.h has the 0 behind them
+_LIBXC_RAMDISK_MAX = 1 << 30  # bytes; XC_DOM_DECOMPRESS_MAX of xen.git:tools/include/xenguest.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,8 @@ def remarks(image: KernelImage, request: Request, entries: int) -> tuple[str, ..
         found.append(f"the initial mapping reaches beyond {one.bound}: up to {_amount(one.pages)} it would not")
     if request.pages >= LIBXC_PAGES:
         found.append(f"libxc counts pages in 32 bits: it builds less than {_amount(LIBXC_PAGES)}")
+    if request.ramdisk > _LIBXC_RAMDISK_MAX:
+        found.append(f"libxc takes no ramdisk of more than {_amount(whole_pages(_LIBXC_RAMDISK_MAX))}")
     if request.memory % (1 << 20):
         found.append("xl gives whole MiB only, and would leave out what is beyond the last")
     return tuple(found)
