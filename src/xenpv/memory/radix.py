@@ -219,4 +219,5 @@ def _in_order(parts: list[Runs]) -> Runs:
 def counting(first: I64, count: I64) -> I64:
     """first, first + 1, … of each run, ``count`` of them, one run behind the other."""
     ends = np.cumsum(count)
-    return np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(first - (ends - count), count)
+    starts: I64 = np.repeat(first - (ends - count), count)
+    return np.add(starts, np.arange(len(starts)))
