@@ -115,7 +115,7 @@ def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:
 def test_the_last_l2_of_a_32_bit_guest_ends_with_what_is_xens() -> None:
     guest = Guest(4)
     pfn = int(guest.live.pfns_of(np.array([guest.made.l2], np.uint64))[0])
-    assert raw(guest, pfn)[XEN_PAE_L2_FIRST] & PTE_P, "there Xen has its own entries"
+    assert int(raw(guest, pfn)[XEN_PAE_L2_FIRST]) & PTE_P, "there Xen has its own entries"
     [l2] = as_entries(guest.live.pages(np.array([pfn], np.uint64)))
     assert not l2[XEN_PAE_L2_FIRST:].any()
     assert l2[:2].all()

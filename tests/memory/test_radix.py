@@ -106,12 +106,33 @@ def test_a_table_that_is_its_own_leaf_ends() -> None:
     assert (len(runs), runs.count.tolist(), runs.frame.tolist()) == (1, [512**4], [1])
 
 
-def test_sharing_cannot_be_made_to_explode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sharing_cannot_be_made_to_explode() -> None:
     """A table whose entries alternate between two tables that do the same: 512^3 rows, if one let it."""
-    monkeypatch.setattr(radix, "ROWS_MAX", 1 << 16)
     mixed = np.array([1, 2] * 256, np.uint64)
-    with pytest.raises(GuestError, match="runs of frames"):
+    with pytest.raises(GuestError, match=r"shared name more than 1048576 runs of frames: frame 0x1, a table, stands"):
         walk(Tables({1: mixed, 2: mixed}).read, 1, 4, range(512**4), entries)
+
+
+def test_runs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without anything shared: 2 tables of 512 leaves each."""
+    leaves = np.arange(1000, 2024).astype(np.uint64)
+    tables = Tables({1: np.array([2, 3] + [0] * 510, np.uint64), 2: leaves[:512], 3: leaves[512:]})
+    monkeypatch.setattr(radix, "ROWS_MAX", 1024)
+    assert len(walk(tables.read, 1, 2, range(512**2), entries)[0]) == 1024
+    monkeypatch.setattr(radix, "ROWS_MAX", 1023)
+    with pytest.raises(GuestError, match="below frame 0x1 name more than 1023 runs of frames"):
+        walk(tables.read, 1, 2, range(512**2), entries)
+
+
+def test_runs_by_sharing_are_bounded_more_tightly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tables of 512 leaves in 256 places each: 2^18 runs, of which 1024 are not by sharing."""
+    leaves = np.arange(1000, 2024).astype(np.uint64)
+    tables = Tables({1: np.array([2, 3] * 256, np.uint64), 2: leaves[:512], 3: leaves[512:]})
+    monkeypatch.setattr(radix, "SHARED_MAX", 512 * 512 - 1024)
+    assert len(walk(tables.read, 1, 2, range(512**2), entries)[0]) == 512 * 512
+    monkeypatch.setattr(radix, "SHARED_MAX", 512 * 512 - 1025)
+    with pytest.raises(GuestError, match="frame 0x2, a table, stands in 256 places"):
+        walk(tables.read, 1, 2, range(512**2), entries)
 
 
 def test_what_every_part_shares_and_is_no_table_is_named_once() -> None:
