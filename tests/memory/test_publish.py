@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from tests.memory.frames import Machine, array
@@ -202,6 +202,10 @@ def test_a_p2m_of_nothing(shape: tuple[Width, Form, int]) -> None:
 
 
 @given(st.integers(0, (1 << 64) - 1))
+@example((1 << 30) - 1)
+@example(1 << 30)
+@example(1 << 31)
+@example(1 << 62 | 1 << 30)
 def test_an_entry_that_32_bits_cannot_hold_is_not_written(mfn: int) -> None:
     """A 32-bit entry has 30 bits for the frame; FOREIGN and IDENTITY are above them, and all ones is INVALID_MFN."""
     plain = mfn & ~int(FOREIGN | IDENTITY)
@@ -218,3 +222,42 @@ def test_an_entry_that_32_bits_cannot_hold_is_not_written(mfn: int) -> None:
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=4, max_size=4))
 def test_every_64_bit_entry_is_kept(mfns: list[int]) -> None:
     assert entries_in(words(array(*mfns * 128)[None], 8), 8).tolist() == [mfns * 128]
+
+
+# --- in which order, and which first ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_what_makes_others_valid_is_stored_last(width: Width) -> None:
+    """docs/abi-p2m-root.md: "a reader that sees p2m_levels sees the rest"; and so of p2m_cr3 (arch-x86/xen.h)."""
+    whole = Anchors(width, 5, INVALID_MFN[width], 7 << 12, 0x4000_0000, 2, 3, 9)
+    page, seen = bytearray(PAGE_SIZE), []
+    for at, store in whole.stores():
+        page[at : at + width] = store
+        seen.append(Anchors.of(bytes(page), width))
+    assert seen[-1] == whole
+    assert [[way.form for way in anchors.ways] for anchors in seen[-3:]] == [
+        [],
+        [Form.ROOTED],
+        [Form.LINEAR, Form.ROOTED],
+    ]
+    assert not any(anchors.ways for anchors in seen[:-2])
+    assert seen[-2] == replace(whole, p2m_cr3=0)
+
+
+@pytest.mark.parametrize(
+    ("frame_list_list", "forms"),
+    [
+        (INVALID_MFN[8], [Form.LINEAR, Form.ROOTED]),
+        (5 | 1 << 61, [Form.LINEAR, Form.MARKED]),
+        (5, [Form.LINEAR, Form.TREE]),
+        (0, [Form.LINEAR]),
+    ],
+)
+def test_the_list_comes_first_and_a_tree_is_of_one_form(frame_list_list: int, forms: list[Form]) -> None:
+    """docs/abi-p2m-root.md: "the linear list, then the rooted tree, then the marked tree, then the three-level"."""
+    anchors = Anchors(8, 5, frame_list_list, 7 << 12, 0, 0, 3, 9)
+    assert [way.form for way in anchors.ways] == forms
+    assert [way.form for way in replace(anchors, p2m_cr3=0).ways] == forms[1:]
+    without = [form for form in forms if form is not Form.ROOTED]
+    assert [way.form for way in replace(anchors, p2m_levels=0).ways] == without
