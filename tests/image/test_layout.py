@@ -17,7 +17,7 @@ from xenpv.abi.x86 import LEVELS, PTE_RW, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO, SIF_MOD_START_PFN, SIF_VIRT_P2M_4TOOLS, START_INFO
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import ImageError, RequestError
-from xenpv.frames import NO_FRAME, U8, U64, Mask
+from xenpv.frames import U8, U64, Mask
 from xenpv.image import start
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, plan
@@ -337,8 +337,15 @@ def test_remarks() -> None:
     assert "xl gives whole MiB only" in plan(sized(20, P2M), Request(64 * MIB + 4096)).remarks[0]
 
 
-def test_no_table_is_named_where_none_is() -> None:
-    layout = plan(sized(2, P2M), Request(64 * MIB))
-    for _, _, entries in start.tables(layout):
-        assert (frames(entries[entries != 0]) < 0x4000).all()
-        assert not (entries == NO_FRAME).any()
+@pytest.mark.parametrize("kernel", [sized(2, P2M), image(kernel32())], ids=["64-bit", "32-bit"])
+def test_what_an_entry_holds(kernel: KernelImage) -> None:
+    layout = plan(kernel, Request(64 * MIB))
+    for level, _, entries in start.tables(layout):
+        there = entries[entries != 0]
+        assert (frames(there) < 0x4000).all()
+        flags = there & np.uint64(0xFFF)
+        if level > 1:
+            assert set(flags.tolist()) == {0x67}  # P, RW, US, A, D
+        else:
+            tables = np.isin(frames(there), [pfn for part in layout.read_only for pfn in part])
+            assert (flags == np.where(tables, 0x21, 0x23)).all()  # P, RW but for tables, A

@@ -97,6 +97,29 @@ def test_the_limit_is_that() -> None:
     assert limits(kernel, initrd=room + 1)[-1].least is None
 
 
+def test_the_least_is_that() -> None:
+    for kernel in (sized(20), sized(20, P2M), sized(20, UNMAPPED)):
+        for ramdisk in (0, 9 * MIB):
+            least = limits(kernel, initrd=ramdisk)[0].least
+            assert least is not None
+            assert plan(kernel, Request(least << 12, ramdisk=ramdisk)).used == least
+            with pytest.raises(RequestError, match="is too little") as caught:
+                plan(kernel, Request(least - 1 << 12, ramdisk=ramdisk))
+            assert (caught.value.needed, caught.value.available) == (least, least - 1)
+
+
+def test_the_limit_counts_holes() -> None:
+    ranges = (range(0x4000), range(1 << 28, (1 << 28) + 1))
+    request = Request(64 * MIB + 4096, ranges=ranges)
+    assert (
+        plan(sized(2, P2M, UNMAPPED), Request(4 * GIB + 4096, ranges=(range(1 << 20), ranges[1]))).p2m_entries
+        == (1 << 28) + 1
+    )
+    with pytest.raises(RequestError, match=r"a domain of 0x10000001 pages .* no more than 0xfc") as caught:
+        plan(sized(20), request)
+    assert caught.value.needed == (1 << 28) + 1
+
+
 def test_a_kernel_that_cannot_be_started() -> None:
     with pytest.raises(ImageError, match="it cannot be started as PV: it has neither Xen ELF notes"):
         plan(image(Kernel(notes=[])), Request(64 * MIB))
