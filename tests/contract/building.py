@@ -36,13 +36,16 @@ def levels(*numbers: int) -> U8:
 
 
 @contextmanager
-def domain(host: Toolstack, width: Width, pages: int = 16) -> Iterator[DomId]:
-    """A new domain, destroyed when the block ends."""
-    domid = host.create(width, max_pages=pages)
+def domain(
+    host: Toolstack, width: Width, pages: int = 16, *, vcpus: int = 1, name: str | None = None, uuid: str | None = None
+) -> Iterator[DomId]:
+    """A new domain, gone when the block ends."""
+    domid = host.create(width, max_pages=pages, vcpus=vcpus, name=name, uuid=uuid)
     try:
         yield domid
     finally:
         host.destroy(domid)
+        assert eventually(lambda: gone(host, domid))
 
 
 def top_level(width: Width) -> int:
@@ -79,16 +82,13 @@ def gone(host: Toolstack, domid: DomId) -> bool:
 
 
 def a_new_domain_is_paused_and_has_no_memory(host: Toolstack, width: Width) -> None:
-    domid = host.create(width, vcpus=3, max_pages=77, name=NAME, uuid=UUID)
-    try:
+    with domain(host, width, 77, vcpus=3, name=NAME, uuid=UUID) as domid:
         info = host.info(domid)
         assert (info.name, info.uuid, info.width, info.hvm) == (NAME, UUID, width, False)
         assert (info.pages, info.max_pages, info.max_vcpu) == (0, 77, 2)
         assert (info.paused, info.shutdown, info.dying) == (True, False, False)
         assert find(host, NAME).domid == find(host, UUID).domid == domid
         assert info.shared_info_mfn <= host.max_mfn()
-    finally:
-        host.destroy(domid)
 
 
 def a_domain_needs_vcpus_and_not_too_many(host: Toolstack, width: Width) -> None:
@@ -99,30 +99,24 @@ def a_domain_needs_vcpus_and_not_too_many(host: Toolstack, width: Width) -> None
 
 
 def what_was_destroyed_is_free_again(host: Toolstack, width: Width) -> None:
-    before = host.free_pages()
-    domid = host.create(width, max_pages=tiny.PAGES, name=NAME, uuid=UUID)
-    tiny.fill(host, domid, width)
-    assert host.free_pages() <= before - tiny.PAGES
-    host.destroy(domid)
-    assert eventually(lambda: gone(host, domid))
-    assert eventually(lambda: host.free_pages() == before), (before, host.free_pages())
+    with domain(host, width, 2000, name=NAME, uuid=UUID) as domid:
+        tiny.fill(host, domid, width)
+        assert len(host.populate_physmap(domid, pfns(1900, 64))) == 1900
+        built = host.free_pages()
+    assert eventually(lambda: host.free_pages() >= built + tiny.PAGES + 1900), (built, host.free_pages())
     assert UUID not in [d.uuid for d in host.domains()]
 
 
 def a_builder_that_fails_half_way_can_always_destroy(host: Toolstack, width: Width) -> None:
-    before = host.free_pages()
     for steps in range(4):
-        domid = host.create(width, max_pages=64, name=NAME, uuid=UUID)
-        if steps > 0:
-            mfns = with_tables(host, domid, width)
-        if steps > 1:
-            host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
-        if steps > 2:
-            host.alloc_event(domid)
-            host.seed_grants(domid, console=int(mfns[tiny.CONSOLE]), xenstore=int(mfns[tiny.STORE]))
-        host.destroy(domid)
-        assert eventually(lambda domid=domid: gone(host, domid))  # type: ignore[misc]
-    assert eventually(lambda: host.free_pages() == before), (before, host.free_pages())
+        with domain(host, width, 64, name=NAME, uuid=UUID) as domid:
+            if steps > 0:
+                mfns = with_tables(host, domid, width)
+            if steps > 1:
+                host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
+            if steps > 2:
+                host.alloc_event(domid)
+                host.seed_grants(domid, console=int(mfns[tiny.CONSOLE]), xenstore=int(mfns[tiny.STORE]))
 
 
 def populate_gives_as_many_as_max_mem_allows(host: Toolstack, width: Width) -> None:
@@ -322,16 +316,13 @@ def the_hypercall_page_is_filled(host: Toolstack, width: Width) -> None:
 
 
 def a_built_domain_is_one_that_the_read_side_knows(host: Toolstack, width: Width) -> None:
-    domid = host.create(width, max_pages=tiny.PAGES, name=NAME, uuid=UUID)
-    try:
+    with domain(host, width, tiny.PAGES, name=NAME, uuid=UUID) as domid:
         built = tiny.fill(host, domid, width)
         info = host.info(domid)
         assert (info.name, info.pages, info.paused) == (NAME, tiny.PAGES, True)
         assert host.m2p(built.mfns).tolist() == list(range(tiny.PAGES))
         foreign = host.info(DomId(0)).shared_info_mfn
         fails(lambda: host.seed_grants(domid, console=foreign, xenstore=built.xenstore.mfn), errno.EINVAL, domid)
-    finally:
-        host.destroy(domid)
 
 
 def nothing_is_done_to_a_domain_that_is_not_there(host: Toolstack, width: Width) -> None:

@@ -29,7 +29,9 @@ def test_contract(check: Callable[[Host, DomId], None], width: Width, order: int
 def test_building(check: Callable[[Toolstack, Width], None], width: Width) -> None:
     host = ModelHost()
     before = {path: host.store.list(path) for path in ("/local/domain", "/vm", "/libxl", "/local/domain/0")}
+    free = host.free_pages()
     check(host, width)
+    assert host.free_pages() == free
     assert [d.domid for d in host.domains()] == [0]
     for path, names in before.items():
         assert host.store.list(path) == names, path

@@ -21,7 +21,7 @@ from xenpv.cli.list import list as list_verb
 from xenpv.cli.list import state
 from xenpv.errors import HostError
 from xenpv.frames import I64, U64, DomId
-from xenpv.host import DomainInfo, find, xen, xenctrl
+from xenpv.host import DomainInfo, find, xen, xenctrl, xenctrl_domctl, xenctrl_store
 from xenpv.host.xen import XenHost
 
 ALL_ONES = (1 << 64) - 1
@@ -78,8 +78,8 @@ def test_no_library(privcmd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_xenstore_is_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xenctrl, "LIBXENSTORE", ("libxenpv-no-such.so.1",))
-    store = xenctrl.Store()
+    monkeypatch.setattr(xenctrl_store, "LIBXENSTORE", ("libxenpv-no-such.so.1",))
+    store = xenctrl_store.Store()
     assert not store.reachable
     assert store.read("/local/domain/0/name") is None
     store.close()
@@ -90,7 +90,7 @@ class Calls:
 
     def __init__(self, version: tuple[int, int] = (4, 17), extents: tuple[int, ...] = ()) -> None:
         self.version, self.extents = version, extents
-        self.interface: xenctrl.Interface | None = None
+        self.interface: xenctrl_domctl.Interface | None = None
         self.closed = False
 
     def close(self) -> None:
@@ -102,13 +102,13 @@ class Calls:
         yield xenctrl.Buffer(ctypes.addressof(memory), size)
 
     def two(self, hypercall: int, command: int, address: int, op: str) -> int:  # noqa: ARG002
-        if (hypercall, command) == (xenctrl.XEN_VERSION, xenctrl.XENVER_VERSION):
+        if (hypercall, command) == (xenctrl_domctl.XEN_VERSION, xenctrl_domctl.XENVER_VERSION):
             return self.version[0] << 16 | self.version[1]
-        if (hypercall, command) == (xenctrl.XEN_VERSION, xenctrl.XENVER_EXTRAVERSION):
+        if (hypercall, command) == (xenctrl_domctl.XEN_VERSION, xenctrl_domctl.XENVER_EXTRAVERSION):
             ctypes.memmove(address, b".9-rc1\0", 7)
-        if (hypercall, command) == (xenctrl.MEMORY_OP, xenctrl.XENMEM_MACHPHYS_MFN_LIST):
-            argument = (ctypes.c_uint8 * xenctrl.MACHPHYS_MFN_LIST.size(8)).from_address(address)
-            given = np.frombuffer(argument, xenctrl.MACHPHYS_MFN_LIST[8])  # type: ignore[call-overload]
+        if (hypercall, command) == (xenctrl_domctl.MEMORY_OP, xenctrl_domctl.XENMEM_MACHPHYS_MFN_LIST):
+            argument = (ctypes.c_uint8 * xenctrl_domctl.MACHPHYS_MFN_LIST.size(8)).from_address(address)
+            given = np.frombuffer(argument, xenctrl_domctl.MACHPHYS_MFN_LIST[8])  # type: ignore[call-overload]
             extents = np.array(self.extents[: int(given["max_extents"][0])], np.uint64)
             ctypes.memmove(int(given["extent_start"][0]), extents.ctypes.data, extents.nbytes)
             given["nr_extents"] = len(extents)
@@ -138,7 +138,7 @@ class Memory:
         self.chunk_of, self.mapped = chunk_of, 0
 
     def map(self, domid: DomId, mfns: U64, at: int | None = None) -> tuple[int, I64]:
-        assert domid == xenctrl.DOMID_XEN
+        assert domid == xenctrl_domctl.DOMID_XEN
         assert at is not None
         libc = ctypes.CDLL(None)
         libc.mmap.restype = ctypes.c_void_p
@@ -231,56 +231,92 @@ def test_list_says_what_each_domain_does(monkeypatch: pytest.MonkeyPatch) -> Non
     assert '"uuid": "01234567-89ab-cdef-0123-456789abcdef"' in out
 
 
-STRUCTS = (xenctrl.GETDOMAININFOLIST, xenctrl.PAGEFRAMEINFO3, xenctrl.VCPUCONTEXT, xenctrl.ADDRESS_SIZE)
+STRUCTS = (
+    xenctrl_domctl.MACHPHYS_MFN_LIST,
+    xenctrl_domctl.GETDOMAININFOLIST,
+    xenctrl_domctl.PAGEFRAMEINFO3,
+    xenctrl_domctl.VCPUCONTEXT,
+    xenctrl_domctl.ADDRESS_SIZE,
+    xenctrl_domctl.MAX_MEM_KIB,
+    xenctrl_domctl.VCPUS,
+    xenctrl_domctl.HYPERCALL_PAGE,
+    xenctrl_domctl.RESERVATION,
+    xenctrl_domctl.EVTCHN_ALLOC_UNBOUND,
+    xenctrl_domctl.GRANT_ENTRY_V1,
+    xenctrl_domctl.MMUEXT,
+)
+ARCH = ("emulation_flags", "misc_flags")  # members of struct xen_arch_domainconfig, which stands last in createdomain
 
 
-@pytest.mark.parametrize("version", xenctrl.INTERFACES, ids=lambda v: f"{v[0]}.{v[1]}")
+@pytest.mark.parametrize("version", xenctrl_domctl.INTERFACES, ids=lambda v: f"{v[0]}.{v[1]}")
 def test_structs_and_numbers_are_those_of_the_headers(version: tuple[int, int]) -> None:
     folder = header_folders().get(f"{version[0]}.{version[1]}")
     if folder is None:
         not_run("no headers of that version: python -m lab fetch")
         raise AssertionError
-    interface = xenctrl.INTERFACES[version]
+    interface = xenctrl_domctl.INTERFACES[version]
     expected = {
         "XEN_SYSCTL_INTERFACE_VERSION": interface.sysctl,
         "XEN_DOMCTL_INTERFACE_VERSION": interface.domctl,
-        "XEN_SYSCTL_getdomaininfolist": xenctrl.SYSCTL_GETDOMAININFOLIST,
-        "XEN_DOMCTL_pausedomain": xenctrl.PAUSEDOMAIN,
-        "XEN_DOMCTL_unpausedomain": xenctrl.UNPAUSEDOMAIN,
-        "XEN_DOMCTL_getvcpucontext": xenctrl.GETVCPUCONTEXT,
-        "XEN_DOMCTL_get_address_size": xenctrl.GET_ADDRESS_SIZE,
-        "XEN_DOMCTL_getpageframeinfo3": xenctrl.GETPAGEFRAMEINFO3,
-        "XEN_DOMCTL_PFINFO_LTAB_SHIFT": xenctrl.PFINFO_LTAB_SHIFT,
-        "XEN_DOMINF_dying": xenctrl.DOMINF_DYING,
-        "XEN_DOMINF_hvm_guest": xenctrl.DOMINF_HVM_GUEST,
-        "XEN_DOMINF_shutdown": xenctrl.DOMINF_SHUTDOWN,
-        "XEN_DOMINF_paused": xenctrl.DOMINF_PAUSED,
-        "XEN_DOMINF_xs_domain": xenctrl.DOMINF_XS_DOMAIN,
-        "XEN_DOMINF_shutdownshift": xenctrl.DOMINF_SHUTDOWN_SHIFT,
-        "XEN_DOMINF_shutdownmask": xenctrl.DOMINF_SHUTDOWN_MASK,
-        "XEN_INVALID_MAX_VCPU_ID": xenctrl.INVALID_MAX_VCPU_ID,
-        "XENMEM_maximum_ram_page": xenctrl.XENMEM_MAXIMUM_RAM_PAGE,
-        "XENMEM_machphys_mfn_list": xenctrl.XENMEM_MACHPHYS_MFN_LIST,
-        "XENVER_version": xenctrl.XENVER_VERSION,
-        "XENVER_extraversion": xenctrl.XENVER_EXTRAVERSION,
+        "XEN_SYSCTL_getdomaininfolist": xenctrl_domctl.SYSCTL_GETDOMAININFOLIST,
+        "XEN_DOMCTL_pausedomain": xenctrl_domctl.PAUSEDOMAIN,
+        "XEN_DOMCTL_unpausedomain": xenctrl_domctl.UNPAUSEDOMAIN,
+        "XEN_SYSCTL_physinfo": xenctrl_domctl.SYSCTL_PHYSINFO,
+        "XEN_DOMCTL_createdomain": xenctrl_domctl.CREATEDOMAIN,
+        "XEN_DOMCTL_destroydomain": xenctrl_domctl.DESTROYDOMAIN,
+        "XEN_DOMCTL_max_mem": xenctrl_domctl.MAX_MEM,
+        "XEN_DOMCTL_setvcpucontext": xenctrl_domctl.SETVCPUCONTEXT,
+        "XEN_DOMCTL_max_vcpus": xenctrl_domctl.MAX_VCPUS,
+        "XEN_DOMCTL_hypercall_init": xenctrl_domctl.HYPERCALL_INIT,
+        "XEN_DOMCTL_set_address_size": xenctrl_domctl.SET_ADDRESS_SIZE,
+        "XENMEM_populate_physmap": xenctrl_domctl.XENMEM_POPULATE_PHYSMAP,
+        "XENMEM_resource_grant_table": xenctrl_domctl.RESOURCE_GRANT_TABLE,
+        "XENMEM_resource_grant_table_id_shared": xenctrl_domctl.RESOURCE_GRANT_TABLE_SHARED,
+        "MMUEXT_PIN_L1_TABLE": xenctrl_domctl.MMUEXT_PIN_L1_TABLE,
+        "MMUEXT_PIN_L4_TABLE": xenctrl_domctl.MMUEXT_PIN_L1_TABLE + 3,
+        "EVTCHNOP_alloc_unbound": xenctrl_domctl.EVTCHNOP_ALLOC_UNBOUND,
+        "GTF_permit_access": xenctrl_domctl.GTF_PERMIT_ACCESS,
+        "GNTTAB_RESERVED_CONSOLE": xenctrl_domctl.GNTTAB_RESERVED_CONSOLE,
+        "GNTTAB_RESERVED_XENSTORE": xenctrl_domctl.GNTTAB_RESERVED_XENSTORE,
+        "__HYPERVISOR_mmuext_op": xenctrl_domctl.MMUEXT_OP,
+        "__HYPERVISOR_event_channel_op": xenctrl_domctl.EVENT_CHANNEL_OP,
+        "XEN_DOMCTL_getvcpucontext": xenctrl_domctl.GETVCPUCONTEXT,
+        "XEN_DOMCTL_get_address_size": xenctrl_domctl.GET_ADDRESS_SIZE,
+        "XEN_DOMCTL_getpageframeinfo3": xenctrl_domctl.GETPAGEFRAMEINFO3,
+        "XEN_DOMCTL_PFINFO_LTAB_SHIFT": xenctrl_domctl.PFINFO_LTAB_SHIFT,
+        "XEN_DOMINF_dying": xenctrl_domctl.DOMINF_DYING,
+        "XEN_DOMINF_hvm_guest": xenctrl_domctl.DOMINF_HVM_GUEST,
+        "XEN_DOMINF_shutdown": xenctrl_domctl.DOMINF_SHUTDOWN,
+        "XEN_DOMINF_paused": xenctrl_domctl.DOMINF_PAUSED,
+        "XEN_DOMINF_xs_domain": xenctrl_domctl.DOMINF_XS_DOMAIN,
+        "XEN_DOMINF_shutdownshift": xenctrl_domctl.DOMINF_SHUTDOWN_SHIFT,
+        "XEN_DOMINF_shutdownmask": xenctrl_domctl.DOMINF_SHUTDOWN_MASK,
+        "XEN_INVALID_MAX_VCPU_ID": xenctrl_domctl.INVALID_MAX_VCPU_ID,
+        "XENMEM_maximum_ram_page": xenctrl_domctl.XENMEM_MAXIMUM_RAM_PAGE,
+        "XENMEM_machphys_mfn_list": xenctrl_domctl.XENMEM_MACHPHYS_MFN_LIST,
+        "XENVER_version": xenctrl_domctl.XENVER_VERSION,
+        "XENVER_extraversion": xenctrl_domctl.XENVER_EXTRAVERSION,
         "sizeof(xen_extraversion_t)": 16,
-        "__HYPERVISOR_memory_op": xenctrl.MEMORY_OP,
-        "__HYPERVISOR_xen_version": xenctrl.XEN_VERSION,
-        "__HYPERVISOR_sysctl": xenctrl.SYSCTL,
-        "__HYPERVISOR_domctl": xenctrl.DOMCTL,
-        "DOMID_XEN": xenctrl.DOMID_XEN,
-        "DOMID_SELF": xenctrl.DOMID_SELF,
-        "__builtin_offsetof(struct xen_sysctl, u)": xenctrl.SYSCTL_U,
-        "__builtin_offsetof(struct xen_domctl, u)": xenctrl.DOMCTL_U,
+        "__HYPERVISOR_memory_op": xenctrl_domctl.MEMORY_OP,
+        "__HYPERVISOR_xen_version": xenctrl_domctl.XEN_VERSION,
+        "__HYPERVISOR_sysctl": xenctrl_domctl.SYSCTL,
+        "__HYPERVISOR_domctl": xenctrl_domctl.DOMCTL,
+        "DOMID_XEN": xenctrl_domctl.DOMID_XEN,
+        "DOMID_SELF": xenctrl_domctl.DOMID_SELF,
+        "__builtin_offsetof(struct xen_sysctl, u)": xenctrl_domctl.SYSCTL_U,
+        "__builtin_offsetof(struct xen_domctl, u)": xenctrl_domctl.DOMCTL_U,
         "__builtin_offsetof(struct xen_domctl, domain)": 8,
-        "sizeof(struct xen_sysctl)": xenctrl.SYSCTL_SIZE,
-        "sizeof(struct xen_domctl)": xenctrl.DOMCTL_SIZE,
+        "sizeof(struct xen_sysctl)": xenctrl_domctl.SYSCTL_SIZE,
+        "sizeof(struct xen_domctl)": xenctrl_domctl.DOMCTL_SIZE,
         **layout(interface.getdomaininfo),
-        **layout(xenctrl.MACHPHYS_MFN_LIST),
+        **layout(interface.physinfo),
+        **layout(interface.createdomain, inner=("arch", ARCH)),
     }
+    if version > (4, 14):
+        expected["XEN_SYSCTL_PHYSCAP_gnttab_v2"] = xenctrl_domctl.PHYSCAP_GNTTAB_V2
     for struct in STRUCTS:
         expected |= layout(struct)
-    headers = ["xen.h", "version.h", "memory.h", "domctl.h", "sysctl.h"]
+    headers = ["xen.h", "version.h", "memory.h", "event_channel.h", "grant_table.h", "domctl.h", "sysctl.h"]
     try:
         found = evaluate(folder, headers, list(expected), 8)
     except NoCompiler as error:
@@ -296,11 +332,15 @@ def not_run(why: str) -> None:
     pytest.skip(why)
 
 
-def layout(struct: Struct) -> dict[str, int]:
-    """Expressions of C for a struct's size and its members' offsets and sizes, and what we declare."""
+def layout(struct: Struct, inner: tuple[str, tuple[str, ...]] = ("", ())) -> dict[str, int]:
+    """Expressions of C for a struct's size and its members' offsets and sizes, and what we declare.
+
+    ``inner``: a member that is a struct in C, and those of its members that we declare as if they stood outside.
+    """
     out = {f"sizeof(struct {struct.name})": struct.size(8)}
     for name, member in struct.members(8):
         if not name.startswith("_"):
-            out[f"__builtin_offsetof(struct {struct.name}, {name})"] = struct.offset(8, name)
-            out[f"sizeof(((struct {struct.name} *)0)->{name})"] = member.size(8)
+            path = f"{inner[0]}.{name}" if name in inner[1] else name
+            out[f"__builtin_offsetof(struct {struct.name}, {path})"] = struct.offset(8, name)
+            out[f"sizeof(((struct {struct.name} *)0)->{path})"] = member.size(8)
     return out

@@ -15,7 +15,8 @@ from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId, Mask
-from xenpv.host import DomainInfo, XenVersion, xenctrl
+from xenpv.host import DomainInfo, XenVersion, xenctrl, xenctrl_domctl
+from xenpv.host.xenctrl_store import Store
 
 _ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _DOMAINS_AT_ONCE = 256
@@ -32,17 +33,19 @@ class XenHost:
         xenctrl.check_privcmd()
         self._calls = xenctrl.Calls()
         self._memory: xenctrl.ForeignMemory | None = None
-        self._store: xenctrl.Store | None = None
+        self._store: Store | None = None
         self._m2p: _M2P | None = None
         try:
             self._version = self._ask_version()
-            known = xenctrl.INTERFACES.get((self._version.major, self._version.minor))
+            known = xenctrl_domctl.INTERFACES.get((self._version.major, self._version.minor))
             if known is None:
                 raise unknown_version(self._version)
             self._calls.interface = known
             self._info = known.getdomaininfo
             self._memory = xenctrl.ForeignMemory()
-            frames = self._calls.two(xenctrl.MEMORY_OP, xenctrl.XENMEM_MAXIMUM_RAM_PAGE, 0, "maximum_ram_page")
+            frames = self._calls.two(
+                xenctrl_domctl.MEMORY_OP, xenctrl_domctl.XENMEM_MAXIMUM_RAM_PAGE, 0, "maximum_ram_page"
+            )
             self._max_mfn = frames - 1  # Xen answers with its max_page, which is one above
         except BaseException:
             self.close()
@@ -69,9 +72,11 @@ class XenHost:
         return self._version
 
     def _ask_version(self) -> XenVersion:
-        number = self._calls.two(xenctrl.XEN_VERSION, xenctrl.XENVER_VERSION, 0, "xen_version")
+        number = self._calls.two(xenctrl_domctl.XEN_VERSION, xenctrl_domctl.XENVER_VERSION, 0, "xen_version")
         with self._calls.buffer(16) as buffer:
-            self._calls.two(xenctrl.XEN_VERSION, xenctrl.XENVER_EXTRAVERSION, buffer.address, "xen_version")
+            self._calls.two(
+                xenctrl_domctl.XEN_VERSION, xenctrl_domctl.XENVER_EXTRAVERSION, buffer.address, "xen_version"
+            )
             extra = buffer.array.tobytes().partition(b"\0")[0].decode("ascii", "replace")
         return XenVersion(number >> 16, number & 0xFFFF, extra)
 
@@ -100,9 +105,9 @@ class XenHost:
         size = self._info.size(8)
         with self._calls.buffer(most * size) as buffer:
             done = self._calls.sysctl(
-                xenctrl.SYSCTL_GETDOMAININFOLIST,
+                xenctrl_domctl.SYSCTL_GETDOMAININFOLIST,
                 "getdomaininfolist",
-                xenctrl.GETDOMAININFOLIST,
+                xenctrl_domctl.GETDOMAININFOLIST,
                 first_domain=first,
                 max_domains=most,
                 buffer=buffer.address,
@@ -118,50 +123,59 @@ class XenHost:
 
     def _domain(self, raw: np.void) -> DomainInfo:
         domid, flags = DomId(int(raw["domain"])), int(raw["flags"])
-        shutdown = bool(flags & xenctrl.DOMINF_SHUTDOWN)
+        shutdown = bool(flags & xenctrl_domctl.DOMINF_SHUTDOWN)
         handle = raw["handle"].tobytes()
         last = int(raw["max_vcpu_id"])
         return DomainInfo(
             domid=domid,
             name=self._name(domid),
             uuid=str(uuid.UUID(bytes=handle)) if any(handle) else None,
-            hvm=bool(flags & xenctrl.DOMINF_HVM_GUEST),
+            hvm=bool(flags & xenctrl_domctl.DOMINF_HVM_GUEST),
             width=self._width(domid),
             pages=int(raw["tot_pages"]),
             max_pages=int(raw["max_pages"]),
             shared_info_mfn=int(raw["shared_info_frame"]),
-            max_vcpu=-1 if last == xenctrl.INVALID_MAX_VCPU_ID else last,
-            paused=bool(flags & xenctrl.DOMINF_PAUSED),
+            max_vcpu=-1 if last == xenctrl_domctl.INVALID_MAX_VCPU_ID else last,
+            paused=bool(flags & xenctrl_domctl.DOMINF_PAUSED),
             shutdown=shutdown,
-            shutdown_reason=flags >> xenctrl.DOMINF_SHUTDOWN_SHIFT & xenctrl.DOMINF_SHUTDOWN_MASK if shutdown else None,
-            dying=bool(flags & xenctrl.DOMINF_DYING),
+            shutdown_reason=flags >> xenctrl_domctl.DOMINF_SHUTDOWN_SHIFT & xenctrl_domctl.DOMINF_SHUTDOWN_MASK
+            if shutdown
+            else None,
+            dying=bool(flags & xenctrl_domctl.DOMINF_DYING),
         )
 
     def _name(self, domid: DomId) -> str | None:
+        return self._xenstore().read(f"/local/domain/{domid}/name")
+
+    def _xenstore(self) -> Store:
         if self._store is None:
-            self._store = xenctrl.Store()
+            self._store = Store()
             if not self._store.reachable and self._has_xenstore_domain():
-                self._store = xenctrl.Store(socket=False)
-        return self._store.read(f"/local/domain/{domid}/name")
+                self._store = Store(socket=False)
+        return self._store
 
     def _has_xenstore_domain(self) -> bool:
-        return bool((self._list(DomId(0), _DOMAINS_AT_ONCE)["flags"] & xenctrl.DOMINF_XS_DOMAIN).any())
+        return bool((self._list(DomId(0), _DOMAINS_AT_ONCE)["flags"] & xenctrl_domctl.DOMINF_XS_DOMAIN).any())
 
     def _width(self, domid: DomId) -> Width:
-        done = self._calls.domctl(xenctrl.GET_ADDRESS_SIZE, "get_address_size", domid, xenctrl.ADDRESS_SIZE)
+        done = self._calls.domctl(
+            xenctrl_domctl.GET_ADDRESS_SIZE, "get_address_size", domid, xenctrl_domctl.ADDRESS_SIZE
+        )
         return 4 if int(done["size"]) == 32 else 8
 
     def pause(self, domid: DomId) -> None:
-        self._calls.domctl(xenctrl.PAUSEDOMAIN, "pausedomain", domid, xenctrl.NOTHING)
+        self._calls.domctl(xenctrl_domctl.PAUSEDOMAIN, "pausedomain", domid, xenctrl_domctl.NOTHING)
 
     def unpause(self, domid: DomId) -> None:
-        self._calls.domctl(xenctrl.UNPAUSEDOMAIN, "unpausedomain", domid, xenctrl.NOTHING)
+        self._calls.domctl(xenctrl_domctl.UNPAUSEDOMAIN, "unpausedomain", domid, xenctrl_domctl.NOTHING)
 
     def vcpu_context(self, domid: DomId, vcpu: int) -> bytes:
         width = self._width(domid)
         with self._calls.buffer(VCPU_GUEST_CONTEXT.size(8)) as buffer:
             arguments = {"vcpu": vcpu, "ctxt": buffer.address}
-            self._calls.domctl(xenctrl.GETVCPUCONTEXT, "getvcpucontext", domid, xenctrl.VCPUCONTEXT, **arguments)
+            self._calls.domctl(
+                xenctrl_domctl.GETVCPUCONTEXT, "getvcpucontext", domid, xenctrl_domctl.VCPUCONTEXT, **arguments
+            )
             return buffer.array[: VCPU_GUEST_CONTEXT.size(width)].tobytes()
 
     # -- memory
@@ -192,7 +206,7 @@ class XenHost:
     def page_types(self, domid: DomId, mfns: U64) -> U8:
         wanted = np.asarray(mfns, dtype=np.uint64)
         out = np.full(len(wanted), PageType.XTAB, np.uint8)
-        most = xenctrl.PAGEFRAMEINFO_MAX
+        most = xenctrl_domctl.PAGEFRAMEINFO_MAX
         with self._calls.buffer(8 * most) as buffer:
             array = buffer.array.view("<u8")
             for at in range(0, max(len(wanted), 1), most):  # with no frames too: is the domain there?
@@ -200,8 +214,10 @@ class XenHost:
                 array[: len(batch)] = batch
                 arguments = {"num": len(batch), "array": buffer.address}
                 op = "getpageframeinfo3"
-                self._calls.domctl(xenctrl.GETPAGEFRAMEINFO3, op, domid, xenctrl.PAGEFRAMEINFO3, **arguments)
-                out[at : at + most] = array[: len(batch)] >> np.uint64(xenctrl.PFINFO_LTAB_SHIFT)
+                self._calls.domctl(
+                    xenctrl_domctl.GETPAGEFRAMEINFO3, op, domid, xenctrl_domctl.PAGEFRAMEINFO3, **arguments
+                )
+                out[at : at + most] = array[: len(batch)] >> np.uint64(xenctrl_domctl.PFINFO_LTAB_SHIFT)
         out[wanted > np.uint64(self._max_mfn)] = PageType.XTAB
         return out
 
@@ -231,10 +247,12 @@ class _M2P:
         self._memory = memory
         self._frames = frames
         chunks = -(-frames >> _CHUNK_SHIFT)
-        with calls.buffer(8 * chunks) as buffer, calls.buffer(xenctrl.MACHPHYS_MFN_LIST.size(8)) as argument:
-            given = argument.array.view(xenctrl.MACHPHYS_MFN_LIST[8])
+        with calls.buffer(8 * chunks) as buffer, calls.buffer(xenctrl_domctl.MACHPHYS_MFN_LIST.size(8)) as argument:
+            given = argument.array.view(xenctrl_domctl.MACHPHYS_MFN_LIST[8])
             given["max_extents"], given["extent_start"] = chunks, buffer.address
-            calls.two(xenctrl.MEMORY_OP, xenctrl.XENMEM_MACHPHYS_MFN_LIST, argument.address, "machphys_mfn_list")
+            calls.two(
+                xenctrl_domctl.MEMORY_OP, xenctrl_domctl.XENMEM_MACHPHYS_MFN_LIST, argument.address, "machphys_mfn_list"
+            )
             self._extents = buffer.array.view("<u8")[: int(given["nr_extents"][0])].copy()
         self._state: U8 = np.full(chunks, _HOLE, np.uint8)
         self._state[: len(self._extents)] = _UNKNOWN
@@ -268,7 +286,7 @@ class _M2P:
     def _map(self, chunk: int) -> None:
         frames = self._extents[chunk] + np.arange(_CHUNK_PAGES, dtype=np.uint64)
         at = self._table.ctypes.data + chunk * _CHUNK_BYTES
-        _, errors = self._memory.map(xenctrl.DOMID_XEN, frames, at)
+        _, errors = self._memory.map(xenctrl_domctl.DOMID_XEN, frames, at)
         if errors.any():
             raise xenctrl.failed(f"map the m2p's chunk {chunk:#x}", -int(errors[errors != 0][0]))
         self._state[chunk] = _MAPPED
@@ -276,6 +294,6 @@ class _M2P:
 
 def unknown_version(version: XenVersion) -> HostError:
     """What becomes of a Xen that is not in the table."""
-    known = ", ".join(f"{major}.{minor}" for major, minor in xenctrl.INTERFACES)
+    known = ", ".join(f"{major}.{minor}" for major, minor in xenctrl_domctl.INTERFACES)
     what = f"Xen {version.major}.{version.minor}{version.extra}"
     return HostError(f"{what}: an unknown control interface; xenpv knows those of Xen {known}", op="xen_version")
