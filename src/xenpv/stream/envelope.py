@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from xenpv.errors import Unsupported
+from xenpv.stream.fields import Fields
 
 SNIFF = 32  # bytes that sniff() wants; fewer do when the input ends before
 
@@ -24,16 +25,20 @@ class Kind(StrEnum):
 
 
 XL_MAGIC = b"Xen saved domain, xl format\n \0 \r"
-XL_HEADER_SIZE = 48
+XL_FIELDS = Fields(byteorder=4, mandatory=4, optional=4, length=4)  # behind the magic
+XL_HEADER_SIZE = len(XL_MAGIC) + XL_FIELDS.size
+XL_CONFIG = Fields(size=4)  # what the optional data begins with, then the configuration
 XL_BYTEORDER = 0x01020304
 XL_FLAG_JSON = 1 << 0
 XL_FLAG_STREAMV2 = 1 << 1
 XL_FLAGS_KNOWN = XL_FLAG_JSON | XL_FLAG_STREAMV2
 
 LIBVIRT_MAGIC = b"libvirt-xml\n \0 \r"
-LIBVIRT_HEADER_SIZE = 64
+LIBVIRT_FIELDS = Fields(version=4, length=4, **{f"_unused{i}": 4 for i in range(10)})  # behind the magic
+LIBVIRT_HEADER_SIZE = len(LIBVIRT_MAGIC) + LIBVIRT_FIELDS.size
 
 XENOPSD_MAGIC = b"XenSavedDomv2-\n"
+XENOPSD_SECTION = Fields(type=8, length=8)
 
 LIBXL_IDENT = b"LibxlFmt"
 LIBXC_MARKER = b"\xff" * 8

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Self
 
+from xenpv.findings import Rule
 from xenpv.stream import rules
-from xenpv.stream.records import RECORD_LENGTH_MAX, Context, Record
+from xenpv.stream.fields import Context, Fields
+from xenpv.stream.records import RECORD_LENGTH_MAX, Record
 
+HEADER = Fields(ident=8, version=4, options=4)  # big-endian, whatever the records are
 VERSION = 2
 OPTION_BIG_ENDIAN = 1 << 0
 OPTION_LEGACY = 1 << 1
@@ -55,13 +57,8 @@ class CheckpointEnd(LibxlRecord):
 class CheckpointState(LibxlRecord):
     TYPE = LibxlType.CHECKPOINT_STATE
     LENGTH = range(8, 9)
+    FIELDS = Fields(control_id=4, _padding=4)
     control_id: int
-
-    @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        control_id, padding = ctx.ints(body, 4, 4)
-        ctx.reserved("CHECKPOINT_STATE", padding)
-        return cls(offset=offset, length=8, control_id=control_id)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,16 +66,16 @@ class EmulatorRecord(LibxlRecord):
     """State of a device model; ``data`` is what follows the emulator header."""
 
     LENGTH = range(8, RECORD_LENGTH_MAX + 1)
+    FIELDS = Fields(emulator_id=4, index=4)
+    BLOB = "data"
     emulator_id: int
     index: int
     data: bytes = field(repr=False)
 
-    @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        emulator, index = ctx.ints(body, 4, 4)
-        if emulator not in set(Emulator):
-            ctx.fault(rules.EMULATOR, f"unrecognised emulator id {emulator:#x}")
-        return cls(offset=offset, length=len(body), emulator_id=emulator, index=index, data=bytes(body[8:]))
+    def check(self, ctx: Context) -> bool:
+        if self.emulator_id not in set(Emulator):
+            ctx.fault(rules.EMULATOR, f"unrecognised emulator id {self.emulator_id:#x}")
+        return True
 
 
 class EmulatorContext(EmulatorRecord):
@@ -90,15 +87,13 @@ class EmulatorXenstoreData(EmulatorRecord):
 
     TYPE = LibxlType.EMULATOR_XENSTORE_DATA
 
-    @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        record = super().parse(ctx, body, offset=offset)
-        if record is not None and record.data:
-            if not record.data.endswith(b"\0"):
-                ctx.fault(rules.EMULATOR, "emulator xenstore data is not NUL terminated")
-            elif record.data.count(b"\0") % 2:
-                ctx.fault(rules.EMULATOR, f"expected key and value pairs, got {record.data.count(bytes(1))} strings")
-        return record
+    def check(self, ctx: Context) -> bool:
+        super().check(ctx)
+        if self.data and not self.data.endswith(b"\0"):
+            ctx.fault(rules.EMULATOR, "emulator xenstore data is not NUL terminated")
+        elif self.data.count(b"\0") % 2:
+            ctx.fault(rules.EMULATOR, f"expected key and value pairs, got {self.data.count(bytes(1))} strings")
+        return True
 
     @property
     def pairs(self) -> dict[str, str]:
@@ -116,3 +111,41 @@ _ALL: tuple[type[LibxlRecord], ...] = (
     CheckpointState,
 )
 LIBXL = {cls.TYPE: cls for cls in _ALL}
+
+
+class LibxlOrder:
+    """What may follow what around a libxc stream, for who reads and who writes. ``see`` each libxl record as it comes.
+
+    ``inside``: the libxc stream goes on right behind; ``handed_back`` says that it came to a CHECKPOINT, or to its END.
+    """
+
+    def __init__(self) -> None:
+        self.inside = False
+        self.ended = False
+        self._begun = False
+        self._in_checkpoint = False
+
+    def see(self, kind: int) -> list[tuple[Rule, str]]:
+        """Note that a record comes next; what is wrong with its coming here, as rules and sentences."""
+        wrong = []
+        if kind == LibxlType.END:
+            self.ended = True
+            if not self._begun:
+                wrong.append((rules.MISSING, "the libxl stream ends without LIBXC_CONTEXT"))
+            elif self._in_checkpoint:
+                what = "the libxl stream ends inside a checkpoint, without libxc's END"
+                wrong.append((rules.MISSING, what))
+        elif kind == LibxlType.LIBXC_CONTEXT:
+            if self._begun:
+                wrong.append((rules.REPEATED, "a second LIBXC_CONTEXT"))
+            self._begun = self.inside = True
+        elif kind == LibxlType.CHECKPOINT_END:
+            # "The higher level stream may then hand the stream back to libxc to process another set of records"
+            self.inside = self._in_checkpoint
+            if not self._in_checkpoint:
+                wrong.append((rules.ORDER, "CHECKPOINT_END where no CHECKPOINT came before"))
+        return wrong
+
+    def handed_back(self, *, checkpoint: bool) -> None:
+        """The libxc stream has come to a CHECKPOINT, behind which there is more of it, or to its END."""
+        self.inside, self._in_checkpoint = False, checkpoint

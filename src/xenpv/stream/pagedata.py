@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Self
@@ -10,8 +9,9 @@ from typing import TYPE_CHECKING, Self
 from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.stream import rules
+from xenpv.stream.fields import Context, Fields, swapped_words
 from xenpv.stream.order import Type
-from xenpv.stream.records import RECORD_LENGTH_MAX, Context, Record
+from xenpv.stream.records import RECORD_LENGTH_MAX, Record
 
 if TYPE_CHECKING:
     from xenpv.frames import U8, U64, Mask
@@ -36,6 +36,7 @@ class PageData(Record):
 
     TYPE = Type.PAGE_DATA
     LENGTH = range(16, RECORD_LENGTH_MAX + 1)
+    FIELDS = Fields(count=4, _reserved=4)
     raw: bytes = field(repr=False)  # the entries, little-endian
     pages: int  # entries that have content
     pages_offset: int
@@ -70,7 +71,7 @@ class PageData(Record):
     @classmethod
     def read(cls, ctx: Context, body: memoryview, *, offset: int, length: int, pages_offset: int) -> Self:
         """Check the entries (at least one), the page count against the length, the pfns against the domain's p2m."""
-        raw = _little_endian(body) if ctx.order == ">" else bytes(body)
+        raw = swapped_words(body) if ctx.order == ">" else bytes(body)
         tops = raw[7::8]
         pages = len(tops) - len(tops.translate(None, _TOP_WITH_DATA))
         record = cls(offset=offset, length=length, raw=raw, pages=pages, pages_offset=pages_offset)
@@ -84,12 +85,6 @@ class PageData(Record):
         for first in range(0, len(raw), _LANES * 8):
             _check_lanes(ctx, raw[first : first + _LANES * 8], first // 8)
         return record
-
-
-def _little_endian(entries: memoryview) -> bytes:
-    swapped = array("Q", bytes(entries))
-    swapped.byteswap()
-    return swapped.tobytes()
 
 
 def _entry(raw: bytes, at: int) -> int:

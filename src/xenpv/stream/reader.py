@@ -15,15 +15,28 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping
 
 from xenpv.abi.x86 import PAGE_SIZE
-from xenpv.errors import Malformed, OutOfOrder, StreamError, Truncated, Unsupported
+from xenpv.errors import StreamError, Unsupported
 from xenpv.findings import Rule, Severity
 from xenpv.stream import envelope, libxl, rules
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
-from xenpv.stream.libxl import LibxlType
+from xenpv.stream.fields import Context
+from xenpv.stream.libxl import LibxlOrder
 from xenpv.stream.order import OPTIONAL, Guest, Order, Type
 from xenpv.stream.pagedata import PageData
-from xenpv.stream.records import LIBXC, RECORD_LENGTH_MAX, Context, Record, Unknown, X86PVInfo, X86PVP2MFrames
+from xenpv.stream.records import (
+    DOMAIN_HEADER,
+    IMAGE_HEADER,
+    IMAGE_ID,
+    LIBXC,
+    OPTION_BIG_ENDIAN,
+    RECORD_HEADER,
+    RECORD_LENGTH_MAX,
+    Record,
+    Unknown,
+    check_xen_version,
+    learn,
+)
 
 PAGES_AT_ONCE = 256  # pages of one Pages event at most: 1 MiB
 _SMALL = 1024  # bytes; smaller pieces are joined as they come
@@ -34,15 +47,6 @@ FaultHandler = Callable[[Rule, str, int, str | None], None]
 
 Steps = Generator[Event | None, None, None]
 _Taking = Generator[Event | None, None, memoryview]
-
-_ERRORS: dict[Rule, type[StreamError]] = {
-    rules.TRUNCATED: Truncated,
-    rules.ORDER: OutOfOrder,
-    rules.REPEATED: OutOfOrder,
-    rules.MISPLACED: OutOfOrder,
-    rules.MISSING: OutOfOrder,
-    rules.RECORD_UNKNOWN: Unsupported,
-}
 
 _NAMES = {int(kind): kind.name for kind in Type}
 
@@ -125,13 +129,13 @@ class Reader:
         if self._collect is not None:
             self._collect(rule, message, self._at, self._record)
         elif rule.severity is Severity.ERROR:
-            raise _ERRORS.get(rule, Malformed)(message, offset=self._at, record=self._record)
+            raise rules.breach(rule, message, offset=self._at, record=self._record)
 
     def _fatal(self, rule: Rule, message: str) -> StreamError:
         """Report, and the error to raise: nothing behind this can be read."""
         if self._collect is not None:
             self._collect(rule, message, self._at, self._record)
-        return _ERRORS.get(rule, Malformed)(message, offset=self._at, record=self._record)
+        return rules.breach(rule, message, offset=self._at, record=self._record)
 
     def _wait(self, have: int, want: int, what: str) -> Steps:
         """Until there are more bytes, or the end: which is an error here."""
@@ -204,7 +208,7 @@ class Reader:
         if head[:32] != envelope.XL_MAGIC:
             raise self._fatal(rules.ENVELOPE, "not an xl header")
         order = ">" if bytes(head[32:36]) == envelope.XL_BYTEORDER.to_bytes(4, "big") else "<"
-        byteorder, flags, optional, length = Context(self._fault, order).ints(head[32:], 4, 4, 4, 4)
+        byteorder, flags, optional, length = envelope.XL_FIELDS.unpack(head[len(envelope.XL_MAGIC) :], order)
         if byteorder != envelope.XL_BYTEORDER:
             self._fault(rules.ENVELOPE, f"byte order mark is {byteorder:#x}, not {envelope.XL_BYTEORDER:#x}")
         if flags & ~envelope.XL_FLAGS_KNOWN:
@@ -213,7 +217,7 @@ class Reader:
             self._fault(rules.RESERVED, f"xl header has optional flags {optional:#x}, of which none is defined")
         self._bound_config(length)
         data = yield from self._take(length, "the domain configuration")
-        size = int.from_bytes(data[:4], "little" if order == "<" else "big")
+        (size,) = envelope.XL_CONFIG.unpack(memoryview(bytes(data[:4]).ljust(4, b"\0")), order)
         if size > max(0, length - 4):
             self._fault(rules.ENVELOPE, f"{length} bytes of optional data cannot hold a configuration of {size}")
         config = data[4 : 4 + size]  # "skip, or skip tail, if not understood"
@@ -236,10 +240,10 @@ class Reader:
         head = yield from self._take(envelope.LIBVIRT_HEADER_SIZE, "the libvirt header")
         if head[:16] != envelope.LIBVIRT_MAGIC:
             raise self._fatal(rules.ENVELOPE, "not a libvirt header")
-        version, length = self._ctx.ints(head[16:], 4, 4)
+        fields = envelope.LIBVIRT_FIELDS.read(self._ctx, "the libvirt header", head[len(envelope.LIBVIRT_MAGIC) :])
+        version, length = fields["version"], fields["length"]
         if version not in {1, 2}:
             self._fault(rules.ENVELOPE, f"libvirt header version {version}, expected 1 or 2")
-        self._ctx.reserved("the libvirt header", *self._ctx.ints(head[24:], *[4] * 10))
         self._bound_config(length)
         xml = yield from self._take(length, "the domain configuration")
         yield Envelope(Kind.LIBVIRT, self._at, self.offset - self._at, bytes(xml).rstrip(b"\0"), "xml")
@@ -256,8 +260,8 @@ class Reader:
         found = False
         while True:
             self._begin("xenopsd section")
-            head = yield from self._take(16, "a section header")
-            number, length = int.from_bytes(head[:8], "little"), int.from_bytes(head[8:], "little")
+            head = yield from self._take(envelope.XENOPSD_SECTION.size, "a section header")
+            number, length = envelope.XENOPSD_SECTION.unpack(head)
             section = envelope.SECTIONS.get(number)
             if section is None:
                 raise self._fatal(rules.ENVELOPE, f"unknown xenopsd section {number:#x}")
@@ -282,8 +286,8 @@ class Reader:
 
     def _libxl(self) -> Steps:
         self._begin("libxl header")
-        head = yield from self._take(16, "the libxl header")
-        version, options = int.from_bytes(head[8:12], "big"), int.from_bytes(head[12:16], "big")
+        head = yield from self._take(libxl.HEADER.size, "the libxl header")
+        _, version, options = libxl.HEADER.unpack(head, ">")
         if head[:8] != envelope.LIBXL_IDENT:
             raise self._fatal(rules.LIBXL_HEADER, f"Bad image id: expected LibxlFmt, got {bytes(head[:8])!r}")
         if version != libxl.VERSION:
@@ -294,29 +298,18 @@ class Reader:
             self._fault(rules.LIBXL_HEADER, "the libxl stream is big-endian, which no x86 host writes or takes")
         ctx = Context(self._fault, ">" if options & libxl.OPTION_BIG_ENDIAN else "<")
         yield LibxlHeader(self._at, version, options)
-        libxc: Steps | None = None
-        in_checkpoint = False
-        while True:
+        order = LibxlOrder()
+        libxc = self._libxc()
+        while not order.ended:
             self._begin("libxl record")
-            kind, length = ctx.ints((yield from self._take(8, "a libxl record header")), 4, 4)
+            kind, length = RECORD_HEADER.unpack((yield from self._take(8, "a libxl record header")), ctx.order)
             yield from self._body(ctx, kind, length, libxl.LIBXL)
-            if kind == LibxlType.END:
-                if libxc is None:
-                    self._fault(rules.MISSING, "the libxl stream ends without LIBXC_CONTEXT")
-                elif in_checkpoint:
-                    self._fault(rules.MISSING, "the libxl stream ends inside a checkpoint, without libxc's END")
-                return
-            if kind == LibxlType.LIBXC_CONTEXT:
-                if libxc is not None:
-                    self._fault(rules.REPEATED, "a second LIBXC_CONTEXT")
-                libxc = self._libxc()
-                in_checkpoint = yield from self._until_handed_back(libxc)
-            elif kind == LibxlType.CHECKPOINT_END:
-                if libxc is None or not in_checkpoint:
-                    self._fault(rules.ORDER, "CHECKPOINT_END where no CHECKPOINT came before")
-                else:
-                    # "The higher level stream may then hand the stream back to libxc to process another set of records"
-                    in_checkpoint = yield from self._until_handed_back(libxc)
+            for rule, message in order.see(kind):
+                self._fault(rule, message)
+                if rule is rules.REPEATED:
+                    libxc = self._libxc()
+            if order.inside:
+                order.handed_back(checkpoint=(yield from self._until_handed_back(libxc)))
 
     def _until_handed_back(self, libxc: Steps) -> Generator[Event | None, None, bool]:
         """The libxc stream until its END, or until a CHECKPOINT hands back to libxl: then True, there is more of it."""
@@ -328,24 +321,25 @@ class Reader:
 
     def _libxc(self) -> Steps:
         self._begin("image header")
-        head = yield from self._take(24, "the image header")
-        version, options = int.from_bytes(head[12:16], "big"), int.from_bytes(head[16:18], "big")
+        head = yield from self._take(IMAGE_HEADER.size, "the image header")
+        _, ident, version, options, *reserved = IMAGE_HEADER.unpack(head, ">")
         if head[:8] != envelope.LIBXC_MARKER:
             raise self._fatal(rules.IMAGE_HEADER, f"Invalid marker: Got 0x{bytes(head[:8])[::-1].hex()}")
-        if bytes(head[8:12]) != b"XENF":
-            raise self._fatal(rules.IMAGE_HEADER, f"Invalid ID: Expected 0x58454e46, Got 0x{bytes(head[8:12]).hex()}")
+        if ident != IMAGE_ID:
+            raise self._fatal(rules.IMAGE_HEADER, f"Invalid ID: Expected {IMAGE_ID:#x}, Got {ident:#010x}")
         if version not in {2, 3}:
             raise self._fatal(rules.IMAGE_HEADER, f"Invalid Version: Expected 2 <= ver <= 3, Got {version}")
-        if options & 1:
+        big_endian = bool(options & OPTION_BIG_ENDIAN)
+        if big_endian:
             self._fault(rules.IMAGE_HEADER, "Unable to handle big endian streams")
-        self._ctx.reserved("the image header", options & ~1, int.from_bytes(head[18:24], "big"))
-        ctx = self._ctx = Context(self._fault, ">" if options & 1 else "<", version)
-        yield ImageHeader(self._at, version, bool(options & 1))
+        self._ctx.reserved("the image header", options & ~OPTION_BIG_ENDIAN, *reserved)
+        ctx = self._ctx = Context(self._fault, ">" if big_endian else "<", version)
+        yield ImageHeader(self._at, version, big_endian)
         yield self._domain_header(ctx, (yield from self._domain_header_bytes()))
         order = Order(ctx.guest, version)
         while True:
             self._begin("record")
-            kind, length = ctx.ints((yield from self._take(8, "a record header")), 4, 4)
+            kind, length = RECORD_HEADER.unpack((yield from self._take(8, "a record header")), ctx.order)
             if kind in _NAMES:
                 self._record = _NAMES[kind]
                 for rule, message in order.see(kind):
@@ -359,26 +353,23 @@ class Reader:
                 yield from self._page_data(ctx, length)
                 continue
             record = yield from self._body(ctx, kind, length, LIBXC)
-            if isinstance(record, X86PVInfo):
-                ctx.width = ctx.width or record.guest_width  # a second one is a fault, and the first counts
-            elif isinstance(record, X86PVP2MFrames):
-                ctx.max_pfn = max(ctx.max_pfn or 0, record.end_pfn)
-            elif kind == Type.END:
+            if record is not None:
+                learn(ctx, record)
+            if kind == Type.END:
                 return
 
     def _domain_header_bytes(self) -> _Taking:
         self._begin("domain header")
-        return (yield from self._take(16, "the domain header"))
+        return (yield from self._take(DOMAIN_HEADER.size, "the domain header"))
 
     def _domain_header(self, ctx: Context, head: memoryview) -> DomainHeader:
-        guest, shift, reserved, major, minor = ctx.ints(head, 4, 2, 2, 4, 4)
+        guest, shift, reserved, major, minor = DOMAIN_HEADER.unpack(head, ctx.order)
         if guest not in set(Guest):
             raise self._fatal(rules.DOMAIN_HEADER, f"Unrecognised domain type {guest:#x}")
         if shift != 12:
             raise self._fatal(rules.DOMAIN_HEADER, f"Invalid page size: page shift {shift}, expected 12")
         ctx.reserved("the domain header", reserved)
-        if major > 9 or minor > 99 or (major == 4 and minor < 6) or 0 < major < 4:
-            self._fault(rules.XEN_VERSION, f"no Xen {major}.{minor} writes such streams")
+        check_xen_version(ctx, major, minor)
         ctx.guest = Guest(guest)
         return DomainHeader(self._at, ctx.guest, major, minor)
 
@@ -422,8 +413,8 @@ class Reader:
             self._fault(rules.PAGE_COUNT, f"PAGE_DATA record truncated: length {length}, min 8")
             yield from self._pass_over(padded, "the record")
             return
-        count, reserved = ctx.ints((yield from self._take(8, "PAGE_DATA")), 4, 4)
-        ctx.reserved("PAGE_DATA", reserved)
+        head = yield from self._take(PageData.FIELDS.size, "PAGE_DATA")
+        count = PageData.FIELDS.read(ctx, "PAGE_DATA", head)["count"]
         if count < 1 or length < 8 + count * 8:
             self._fault(rules.PAGE_COUNT, f"PAGE_DATA record of length {length} for {count} pfns")
             yield from self._pass_over(padded - 8, "the record")

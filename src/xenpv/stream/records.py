@@ -7,17 +7,15 @@ for.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from xenpv.abi.declare import Width
 from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT_MAX, MSR_ENTRY, VCPU_MSR, XSAVE_HEADER_SIZE
 from xenpv.abi.x86 import LEVELS, PAGE_SIZE, VCPU_GUEST_CONTEXT
-from xenpv.findings import Rule
 from xenpv.stream import rules
-from xenpv.stream.order import Guest, Type
+from xenpv.stream.fields import Buffer, Context, Fields, swapped_words
+from xenpv.stream.order import Type
 
 if TYPE_CHECKING:
     from xenpv.frames import U64
@@ -27,44 +25,29 @@ BLOB_MAX = 1 << 20  # far above any vcpu or policy blob that Xen makes (an xsave
 VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS for PV, 64-bit
 
 
-@lru_cache
-def _layout(order: str, sizes: tuple[int, ...]) -> struct.Struct:
-    """Unsigned fields of these sizes, one behind the other."""
-    return struct.Struct(order + "".join({1: "B", 2: "H", 4: "I", 8: "Q"}[size] for size in sizes))
-
-
-@dataclass(slots=True)
-class Context:
-    """What reading one record needs to know of the stream around it.
-
-    ``fault(rule, message)`` raises or collects; a parser that calls it for something that makes the body useless then
-    returns None. ``order`` is "<" or ">"; ``max_pfn`` the last pfn that P2M_FRAMES allow, None for HVM.
-    """
-
-    fault: Callable[[Rule, str], None]
-    order: str = "<"
-    version: int = 3
-    guest: Guest = Guest.PV
-    width: Width | None = None
-    max_pfn: int | None = None
-
-    def ints(self, body: memoryview, *sizes: int) -> tuple[int, ...]:
-        """Unsigned fields of those sizes in bytes, from the start of body, in the stream's byte order."""
-        return _layout(self.order, sizes).unpack_from(body)
-
-    def reserved(self, name: str, *values: int) -> None:
-        if any(values):
-            self.fault(rules.RESERVED, f"reserved bits set in {name}: {', '.join(hex(v) for v in values)}")
+# What every record begins with, and the headers of a libxc stream, xen.git:tools/libs/guest/xg_sr_stream_format.h. The
+# image header is big-endian, whatever the rest is.
+RECORD_HEADER = Fields(type=4, length=4)
+IMAGE_HEADER = Fields(marker=8, id=4, version=4, options=2, _res1=2, _res2=4)
+IMAGE_ID = 0x58454E46  # "XENF"
+OPTION_BIG_ENDIAN = 1 << 0
+DOMAIN_HEADER = Fields(type=4, page_shift=2, _reserved=2, xen_major=4, xen_minor=4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A record at byte ``offset`` (of its header) with a body of ``length`` bytes, padding not counted."""
+    """A record. One that was read is at byte ``offset`` (of its header) and has a body of ``length`` bytes, padding not
+    counted; one that is made has neither, and is equal to what a reader makes of it.
+
+    FIELDS and BLOB say what its body is, for reading and for writing.
+    """
 
     TYPE: ClassVar[int]
     LENGTH: ClassVar[range] = range(1)  # lengths that a body may have; the reader checks it before it takes the body
-    offset: int
-    length: int
+    FIELDS: ClassVar[Fields] = Fields()  # what a body begins with: members of those names
+    BLOB: ClassVar[str | None] = None  # the member that holds the rest, bytes
+    offset: int = field(default=0, compare=False)
+    length: int = field(default=0, compare=False)
 
     @classmethod
     def title(cls) -> str:
@@ -76,9 +59,24 @@ class Record:
         return self.title()
 
     @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:  # noqa: ARG003
+    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
         """The record out of its body; None when faults left nothing to use."""
-        return cls(offset=offset, length=len(body))
+        values = cls.FIELDS.read(ctx, cls.title(), body)
+        if cls.BLOB is not None:
+            values[cls.BLOB] = bytes(body[cls.FIELDS.size :])
+        record = cls(offset=offset, length=len(body), **values)
+        return record if record.check(ctx) else None
+
+    def check(self, ctx: Context) -> bool:  # noqa: ARG002
+        """What its own values allow to say. Faults go to ctx; False when it is of no use to anybody."""
+        return True
+
+    def body(self) -> list[Buffer]:
+        """What is written of it, little-endian, the inverse of parse. Raises OverflowError for a value too large."""
+        buffers: list[Buffer] = [self.FIELDS.pack(**{name: getattr(self, name) for name in self.FIELDS.names})]
+        if self.BLOB is not None:
+            buffers.append(getattr(self, self.BLOB))
+        return buffers
 
 
 class End(Record):
@@ -101,12 +99,9 @@ class Checkpoint(Record):
 class Opaque(Record):
     """A record of which only the bytes are known here."""
 
-    data: bytes = field(repr=False)
     LENGTH = range(RECORD_LENGTH_MAX + 1)
-
-    @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:  # noqa: ARG003
-        return cls(offset=offset, length=len(body), data=bytes(body))
+    BLOB = "data"
+    data: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,54 +119,64 @@ class Unknown(Record):
 class X86PVInfo(Record):
     TYPE = Type.X86_PV_INFO
     LENGTH = range(8, 9)
+    FIELDS = Fields(guest_width=1, pt_levels=1, _res1=2, _res2=4)
     guest_width: Width
     pt_levels: int
 
-    @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        width, levels, res1, res2 = ctx.ints(body, 1, 1, 2, 4)
-        ctx.reserved("X86_PV_INFO", res1, res2)
-        if LEVELS.get(width) != levels:
-            ctx.fault(rules.PV_INFO, f"Invalid X86_PV_INFO combination: width {width}, pt_levels {levels}")
-            return None
-        return cls(offset=offset, length=len(body), guest_width=8 if width == 8 else 4, pt_levels=levels)
+    def check(self, ctx: Context) -> bool:
+        if LEVELS.get(self.guest_width) == self.pt_levels:
+            return True
+        what = f"width {self.guest_width}, pt_levels {self.pt_levels}"
+        ctx.fault(rules.PV_INFO, f"Invalid X86_PV_INFO combination: {what}")
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class X86PVP2MFrames(Record):
-    """The frames that hold the p2m's entries for start_pfn to end_pfn, both included."""
+    """The frames that hold the p2m's entries for start_pfn to end_pfn, both included.
+
+    ``raw`` is their pfns, 64 bits each, little-endian.
+    """
 
     TYPE = Type.X86_PV_P2M_FRAMES
     LENGTH = range(8, RECORD_LENGTH_MAX + 1)
+    FIELDS = Fields(start_pfn=4, end_pfn=4)
+    BLOB = "raw"
     start_pfn: int
     end_pfn: int
     raw: bytes = field(repr=False)
-    order: str = "<"
 
     @property
     def p2m_pfns(self) -> U64:
         """The pfns of the frames."""
         import numpy as np  # noqa: PLC0415
 
-        return np.frombuffer(self.raw, f"{self.order}u8").astype(np.uint64)
+        return np.frombuffer(self.raw, "<u8").astype(np.uint64)
 
     @classmethod
     def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        start, end = ctx.ints(body, 4, 4)
+        start, end = cls.FIELDS.unpack(body, ctx.order)
+        raw = bytes(body[8:])
+        if ctx.order == ">" and len(raw) % 8 == 0:  # one of another size is refused below
+            raw = swapped_words(raw)
+        record = cls(offset=offset, length=len(body), start_pfn=start, end_pfn=end, raw=raw)
+        return record if record.check(ctx) else None
+
+    def check(self, ctx: Context) -> bool:
+        start, end = self.start_pfn, self.end_pfn
         if start > end:
             ctx.fault(rules.P2M_RANGE, f"End pfn in stream ({end:#x}) exceeds Start ({start:#x})")
-            return None
+            return False
         per_page = PAGE_SIZE // (ctx.width or 8)
         frames = end // per_page - start // per_page + 1
-        if len(body) != 8 + frames * 8:
+        if len(self.raw) != frames * 8:
             ctx.fault(
                 rules.RECORD_SIZE,
-                f"X86_PV_P2M_FRAMES record wrong size: start_pfn {start:#x}, end_pfn {end:#x}, length {len(body)}, "
-                f"expected 8 + {frames} * 8",
+                f"X86_PV_P2M_FRAMES record wrong size: start_pfn {start:#x}, end_pfn {end:#x}, "
+                f"length {8 + len(self.raw)}, expected 8 + {frames} * 8",
             )
-            return None
-        raw = bytes(body[8:])
-        return cls(offset=offset, length=len(body), start_pfn=start, end_pfn=end, raw=raw, order=ctx.order)
+            return False
+        return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,24 +184,23 @@ class VcpuBlob(Record):
     """One vcpu's state as a pair of domctls gives and takes it."""
 
     LENGTH = range(8, BLOB_MAX)
+    FIELDS = Fields(vcpu_id=4, _reserved=4)
+    BLOB = "context"
     vcpu_id: int
     context: bytes = field(repr=False)
 
-    @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        vcpu, reserved = ctx.ints(body, 4, 4)
-        name = cls.title()
-        ctx.reserved(name, reserved)
-        if len(body) == 8:
+    def check(self, ctx: Context) -> bool:
+        name, vcpu, size = self.title(), self.vcpu_id, len(self.context)
+        if not size:
             ctx.fault(rules.RECORD_EMPTY, f"empty {name} record for vcpu {vcpu}")
-            return None
+            return False
         if vcpu >= VCPUS_MAX:
             ctx.fault(rules.VCPU_ID, f"{name} record vcpu_id ({vcpu}) exceeds what Xen can have ({VCPUS_MAX - 1})")
-            return None
-        if wrong := cls.wrong_size(ctx, len(body) - 8):
-            ctx.fault(rules.VCPU_SIZE, f"{name} record of vcpu{vcpu} {wrong}, got {len(body) - 8}")
-            return None
-        return cls(offset=offset, length=len(body), vcpu_id=vcpu, context=bytes(body[8:]))
+            return False
+        if wrong := self.wrong_size(ctx, size):
+            ctx.fault(rules.VCPU_SIZE, f"{name} record of vcpu{vcpu} {wrong}, got {size}")
+            return False
+        return True
 
     @classmethod
     def wrong_size(cls, ctx: Context, size: int) -> str | None:
@@ -248,16 +252,11 @@ class SharedInfo(Opaque):
 class X86TscInfo(Record):
     TYPE = Type.X86_TSC_INFO
     LENGTH = range(24, 25)
+    FIELDS = Fields(mode=4, khz=4, nsec=8, incarnation=4, _reserved=4)
     mode: int
     khz: int
     nsec: int
     incarnation: int
-
-    @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        mode, khz, nsec, incarnation, reserved = ctx.ints(body, 4, 4, 8, 4, 4)
-        ctx.reserved("X86_TSC_INFO", reserved)
-        return cls(offset=offset, length=24, mode=mode, khz=khz, nsec=nsec, incarnation=incarnation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,19 +271,29 @@ class HvmParams(Record):
 
     TYPE = Type.HVM_PARAMS
     LENGTH = range(8, BLOB_MAX)
+    FIELDS = Fields(count=4, _reserved=4)
     params: dict[int, int]
 
     @classmethod
     def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        count, reserved = ctx.ints(body, 4, 4)
-        ctx.reserved("HVM_PARAMS", reserved)
+        count = cls.FIELDS.read(ctx, cls.title(), body)["count"]
         if len(body) != 8 + count * 16:
             ctx.fault(rules.RECORD_SIZE, f"HVM_PARAMS: {count} parameters need {8 + count * 16} bytes, got {len(body)}")
             return None
-        if count == 0:
+        record = cls(offset=offset, length=len(body), params=dict(struct.iter_unpack(f"{ctx.order}QQ", body[8:])))
+        return record if record.check(ctx) else None
+
+    def check(self, ctx: Context) -> bool:
+        if not self.params:
             ctx.fault(rules.RECORD_EMPTY, "empty HVM_PARAMS record")
-        params = dict(struct.iter_unpack(f"{ctx.order}QQ", body[8:]))
-        return cls(offset=offset, length=len(body), params=params)
+        return True
+
+    def body(self) -> list[Buffer]:
+        pairs = (_PARAM.pack(index=index, value=value) for index, value in self.params.items())
+        return [self.FIELDS.pack(count=len(self.params)), *pairs]
+
+
+_PARAM = Fields(index=8, value=8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -294,12 +303,12 @@ class Policy(Opaque):
     LENGTH = range(1, BLOB_MAX)
     ENTRY: ClassVar[int]
 
-    @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        if len(body) % cls.ENTRY:
-            ctx.fault(rules.RECORD_SIZE, f"{cls.title()} size {len(body)} should be multiple of {cls.ENTRY}")
-            return None
-        return cls(offset=offset, length=len(body), data=bytes(body))
+    def check(self, ctx: Context) -> bool:
+        if len(self.data) % self.ENTRY:
+            what = f"{self.title()} size {len(self.data)} should be multiple of {self.ENTRY}"
+            ctx.fault(rules.RECORD_SIZE, what)
+            return False
+        return True
 
 
 class CpuidPolicy(Policy):
@@ -326,3 +335,17 @@ _ALL: tuple[type[Record], ...] = (
     HvmParams, Toolstack, VcpuMsrs, Verify, Checkpoint, CheckpointDirtyPfnList, StaticDataEnd, CpuidPolicy, MsrPolicy,
 )  # fmt: skip
 LIBXC = {cls.TYPE: cls for cls in _ALL}
+
+
+def learn(ctx: Context, record: Record) -> None:
+    """Keep what a record says of those behind it."""
+    if isinstance(record, X86PVInfo):
+        ctx.width = ctx.width or record.guest_width  # a second one is a fault, and the first counts
+    elif isinstance(record, X86PVP2MFrames):
+        ctx.max_pfn = max(ctx.max_pfn or 0, record.end_pfn)
+
+
+def check_xen_version(ctx: Context, major: int, minor: int) -> None:
+    """The version of Xen in a domain header; 0.n says that a legacy stream was converted."""
+    if major > 9 or minor > 99 or (major == 4 and minor < 6) or 0 < major < 4:
+        ctx.fault(rules.XEN_VERSION, f"no Xen {major}.{minor} writes such streams")

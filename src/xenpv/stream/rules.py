@@ -6,6 +6,7 @@ xen.git:tools/libs/guest/xg_sr_restore.c, xg_sr_restore_x86_pv.c and xg_sr_commo
 
 from __future__ import annotations
 
+from xenpv.errors import Malformed, OutOfOrder, StreamError, Truncated, Unsupported
 from xenpv.findings import Rule, Severity
 
 SPEC = "libxc-migration-stream.pandoc"
@@ -68,3 +69,17 @@ VCPU_SIZE = Rule("vcpu-size", "a vcpu's blob has the size that the guest's width
 EMULATOR = Rule(
     "emulator", "emulator records name a known emulator and hold NUL-terminated pairs", f"{LIBXL_SPEC} Emulator"
 )
+
+_ERRORS: dict[Rule, type[StreamError]] = {
+    TRUNCATED: Truncated,
+    ORDER: OutOfOrder,
+    REPEATED: OutOfOrder,
+    MISPLACED: OutOfOrder,
+    MISSING: OutOfOrder,
+    RECORD_UNKNOWN: Unsupported,
+}
+
+
+def breach(rule: Rule, message: str, *, offset: int, record: str | None) -> StreamError:
+    """The error that says that a rule was broken there."""
+    return _ERRORS.get(rule, Malformed)(message, offset=offset, record=record)
