@@ -83,7 +83,7 @@ class Host(Protocol):
     def page_types(self, domid: DomId, mfns: U64) -> U8:
         """The page type (abi.domctl.PageType) of each frame, as getpageframeinfo3 gives it.
 
-        XTAB for frames not the domain's.
+        XTAB for frames not the domain's. Xen 4.14 names a table's type also for a frame that was one, and is none now.
         """
 
     def vcpu_context(self, domid: DomId, vcpu: int) -> bytes:
