@@ -14,7 +14,7 @@ from xenpv.frames import DomId
 from xenpv.host import DomainInfo
 from xenpv.host.model_dirty import DirtyLog
 from xenpv.host.model_types import DESCRIPTORS, Owner, PageTypes, Refused
-from xenpv.memory.pagetables import cr3_frame
+from xenpv.memory.pagetables import cr3_frame, cr3_of
 
 PAE_EXTENDED_CR3 = 1 << 3  # VMASST_TYPE_pae_extended_cr3
 
@@ -116,11 +116,6 @@ def get_context(domain: Domain, vcpu: Vcpu) -> bytes:
     if domain.width == 8:
         ctrlreg[1] = vcpu.user_top << 12
     return context.tobytes()
-
-
-def cr3_of(mfn: int, width: Width) -> int:
-    """The cr3 that names a frame, folded for a 32-bit guest: cr3_frame undoes it."""
-    return mfn << 12 if width == 8 else (mfn << 12 | mfn >> 20) & 0xFFFF_FFFF
 
 
 def load_top(domain: Domain, types: PageTypes, vcpu: Vcpu, mfn: int) -> None:

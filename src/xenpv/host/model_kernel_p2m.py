@@ -18,13 +18,12 @@ from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE, PTE_RW
 from xenpv.abi.xen import INVALID_MFN, P2M_LEVELS_AT, SHARED_INFO
 from xenpv.errors import RequestError
 from xenpv.frames import I64, NO_FRAME, U8, U64
-from xenpv.host.model_domain import cr3_of
 from xenpv.host.model_forms import Published
 from xenpv.host.model_guest import GuestView
 from xenpv.host.model_kernel_pages import LIST, PAGE, KernelPages, StartInfo, place_of
 from xenpv.memory.anchors import Anchors, capacity
 from xenpv.memory.p2m import entries_in
-from xenpv.memory.pagetables import as_entries
+from xenpv.memory.pagetables import as_entries, cr3_of
 from xenpv.memory.publish import put_page_tables, tree_anchors, words
 from xenpv.memory.radix import Runs, build
 

@@ -89,6 +89,11 @@ def cr3_frame(cr3: int, width: Width) -> int:
     return (cr3 >> 12 | cr3 << 20) & 0xFFFF_FFFF
 
 
+def cr3_of(frame: int, width: Width) -> int:
+    """The cr3 that names a frame, folded for a 32-bit guest: cr3_frame undoes it."""
+    return frame << PAGE_SHIFT if width == 8 else (frame << 12 | frame >> 20) & 0xFFFF_FFFF
+
+
 def canonical(vaddr: int) -> bool:
     """Whether a 64-bit address is sign-extended from bit 47."""
     return vaddr >> 47 in {0, 0x1FFFF}
