@@ -144,7 +144,7 @@ class X86PVP2MFrames(Record):
     BLOB = "raw"
     start_pfn: int
     end_pfn: int
-    raw: bytes = field(repr=False)
+    raw: Buffer = field(repr=False)
 
     @property
     def p2m_pfns(self) -> U64:

@@ -1,0 +1,117 @@
+"""Where a stream goes: a file, which has its name only when it is whole, or a pipe or a device as it is."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import stat
+import tempfile
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from xenpv.errors import RequestError
+from xenpv.stream.fields import Buffer
+
+_IOV_MAX = os.sysconf("SC_IOV_MAX")  # buffers that one writev takes
+
+
+class Output:
+    """A descriptor that buffers are written to, as they are.
+
+    As a context: the file is whole when its block ends, and gone when that ends with an exception. What had its name
+    before is there until then. A file can be read by its owner only: it holds a guest's memory.
+    """
+
+    def __init__(self, fd: int, name: str, *, becomes: str | None = None, temporary: str | None = None) -> None:
+        self.fd = fd
+        self.name = name
+        self.written = 0  # bytes
+        self._becomes = becomes
+        self._temporary = temporary
+
+    @classmethod
+    def open(cls, path: str) -> Self:
+        """Open a path to write to; "-" is standard output. Raises RequestError.
+
+        A pipe or a device that is there already is written to. Of a symbolic link the file that it names is replaced.
+        """
+        try:
+            if path == "-":
+                return cls(os.dup(1), "standard output")
+            target = os.path.realpath(path)
+            if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode):
+                return cls(os.open(target, os.O_WRONLY | os.O_CLOEXEC), path)
+            # The same directory, or it could not be renamed; mkstemp makes it of mode 0600.
+            fd, temporary = tempfile.mkstemp(prefix=".xenpv-", suffix=".part", dir=os.path.dirname(target))
+        except OSError as e:
+            raise RequestError(f"{path}: {e.strerror}") from e
+        return cls(fd, path, becomes=target, temporary=temporary)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+        else:
+            self.abandon()
+
+    def write(self, buffers: Sequence[Buffer]) -> None:
+        """All of the buffers, in order. Raises OSError, which names the output: ENOSPC, EPIPE and their like."""
+        waiting = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        first = 0
+        while first < len(waiting):
+            try:
+                done = os.writev(self.fd, waiting[first : first + _IOV_MAX])
+            except BlockingIOError:  # whoever shares the pipe may have made it so
+                poll = select.poll()
+                poll.register(self.fd, select.POLLOUT)
+                poll.poll()
+                continue
+            except OSError as e:
+                raise self._named(e) from e
+            self.written += done
+            while first < len(waiting) and done >= len(waiting[first]):
+                done -= len(waiting[first])
+                first += 1
+            if done:
+                waiting[first] = waiting[first][done:]
+
+    def finish(self) -> None:
+        """All is written: give the file its name, once it is on the disk. Raises OSError.
+
+        Then nothing has changed, or, if the last step failed, the file is there, yet might not outlive a power cut.
+        """
+        try:
+            self._settle()
+        except OSError as e:
+            self.abandon()
+            raise self._named(e) from e
+
+    def _settle(self) -> None:
+        if self._temporary is not None and self._becomes is not None:
+            os.fsync(self.fd)
+            os.rename(self._temporary, self._becomes)
+            self._temporary = None
+            directory = os.open(os.path.dirname(self._becomes), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def abandon(self) -> None:
+        """Close it; of a file that is not whole nothing is left. Again does no harm."""
+        if self._temporary is not None:
+            os.unlink(self._temporary)
+            self._temporary = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def _named(self, e: OSError) -> OSError:
+        return OSError(e.errno or errno.EIO, e.strerror, self.name)
