@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lab
+from tests.domain.from_file import restored_from
 from tests.domain.saved import judge, judge_pipe
 from tests.domain.saving import (
     BOTH,
@@ -29,7 +30,8 @@ from tests.domain.saving import (
     tree_of,
     with_context,
 )
-from tests.host.kernel_guest import EACH, WIDTHS, Guest
+from tests.host.kernel_guest import EACH, SOME, WIDTHS, Guest
+from tests.host.model_guest import pfns
 from tests.stream.drive import read, whole
 from tests.stream.test_writer import again
 from xenpv.abi.declare import Width
@@ -39,6 +41,7 @@ from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, HostError
 from xenpv.frames import FOREIGN, IDENTITY, IS_TABLE, NO_FRAME, U8, U64, DomId, PageType
 from xenpv.host import DomainInfo
+from xenpv.host.model import ModelHost
 from xenpv.memory.p2m import is_own
 from xenpv.memory.pagetables import as_entries, frames
 from xenpv.memory.publish import words
@@ -73,6 +76,23 @@ def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path)
         p2m = guest.live.p2m
         leaves = p2m.leaves.frame_of(np.arange(p2m.places))
         np.testing.assert_array_equal(contents.p2m_frames, guest.host.m2p(leaves))
+
+
+@pytest.mark.parametrize(("width", "form"), SOME)
+def test_the_guest_goes_on_from_the_file(width: Width, form: str, tmp_path: Path) -> None:
+    """On another host, where every mfn is another: its pages are as they were, and its p2m says where they are now."""
+    guest = suspended(form, width)
+    saved(guest, tmp_path / "x")
+    free = pfns(600, 70_000)
+    other = ModelHost(1 << 30, seed=9)
+    moved = Guest(other, restored_from(tmp_path / "x", other), guest.kernel, guest.day)
+    assert moved.do("resume") is False
+    assert set(moved.agrees()) <= {"physmap-invalid"}
+    assert not len(moved.do("check_pattern", moved.do("free"), 7))
+    assert np.isin(free, moved.do("free")).all()
+    assert (moved.live.p2m.lookup(free) != guest.live.p2m.lookup(free)).all()
+    moved.do("balloon_in", pfns(100, 200_000))
+    assert set(moved.agrees()) <= {"physmap-invalid"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
