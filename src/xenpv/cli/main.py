@@ -29,6 +29,7 @@ _VERBS = {
     "read": "xenpv.cli.memory",
     "image": "xenpv.cli.image",
     "layout": "xenpv.cli.layout",
+    "build": "xenpv.cli.build",
     "list": "xenpv.cli.list",
     "demo": "xenpv.cli.demo",
 }
@@ -62,6 +63,7 @@ def main() -> None:
     zstd -dc dom.save.zst | xenpv verify -
     xenpv image vmlinuz                what a kernel is; can it boot, with how much memory
     xenpv layout vmlinuz --memory 640G where everything of a domain would lie when it starts
+    xenpv build vmlinuz --memory 4G --start    a PV domain of any size (in dom0)
     xenpv list                         running domains (in dom0)
     xenpv check DOM                    hold a running domain's p2m against Xen's m2p
 
