@@ -13,11 +13,14 @@ from xenpv.abi.x86 import PTE_FRAME_MASK, PTE_P, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.domain.source import SavedDomain
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, DomId
-from xenpv.host.model import ModelHost
+from xenpv.host.model import SHUTDOWN_SUSPEND, ModelHost
 
 
-def restored_from(path: Path, target: ModelHost) -> DomId:
-    """A domain on ``target`` that runs from where it was suspended, when it is asked to."""
+def restored_from(path: Path, target: ModelHost, *, suspended: bool = False) -> DomId:
+    """A domain on ``target`` that runs from where it was suspended, when it is asked to.
+
+    ``suspended``: one that has not gone on yet, as it was when it was saved; of its p2m only the list at p2m_vaddr.
+    """
     with SavedDomain.open(str(path)) as saved:
         contents = saved.contents
         width = contents.width
@@ -43,20 +46,32 @@ def restored_from(path: Path, target: ModelHost) -> DomId:
         shared = bytearray(contents.shared_info.data)  # type: ignore[union-attr]
         record = int(context["user_regs"]["rdx" if width == 8 else "edx"][0])
         start = pages[row_of[record]][: START_INFO.size(width)].view(START_INFO[width])
-        start["shared_info"], start["flags"] = target.info(domid).shared_info_mfn * PAGE_SIZE, 0
-        start["nr_pages"] = contents.end_pfn + 1
-        start["store_mfn"] = at[int(start["store_mfn"][0])]
-        start["console"]["domU"]["mfn"] = at[int(start["console"]["domU"]["mfn"][0])]
+        if suspended:
+            context["user_regs"]["rdx" if width == 8 else "edx"] = at[record]
+        else:
+            start["shared_info"], start["flags"] = target.info(domid).shared_info_mfn * PAGE_SIZE, 0
+            start["nr_pages"] = contents.end_pfn + 1
+            start["store_mfn"] = at[int(start["store_mfn"][0])]
+            start["console"]["domU"]["mfn"] = at[int(start["console"]["domU"]["mfn"][0])]
         target.write_frames(domid, new, pages)
         top = int(context["ctrlreg"][0, 3])
         mfn = at[top >> 12 if width == 8 else (top >> 12 | top << 20) & 0xFFFF_FFFF]
         context["ctrlreg"][0, 3] = mfn << 12 if width == 8 else (mfn << 12 | mfn >> 20) & 0xFFFF_FFFF
+        if width == 8 and context["ctrlreg"][0, 1]:
+            context["ctrlreg"][0, 1] = at[int(context["ctrlreg"][0, 1]) >> 12] << 12
+        gdt, used = context["gdt_frames"][0], -(-int(context["gdt_ents"][0]) // 512)
+        gdt[:used] = [at[pfn] for pfn in gdt[:used].tolist()]
         for pfn, kind in zip(pfns.tolist(), kinds.tolist(), strict=True):
             if kind & 8:
                 target.pin(domid, at[pfn], kind & 7)
         anchor = SHARED_INFO.offset(width, "arch.pfn_to_mfn_frame_list_list")
         shared[anchor : anchor + width] = bytes(width)
+        if suspended:
+            list_top = SHARED_INFO.offset(width, "arch.p2m_cr3")
+            shared[list_top : list_top + width] = int(context["ctrlreg"][0, 3]).to_bytes(width, "little")
         target.write_shared_info(domid, bytes(shared))
         target.set_vcpu_context(domid, 0, context.tobytes())
         target.unpause(domid)
+        if suspended:
+            target.shutdown(domid, SHUTDOWN_SUSPEND)
         return domid

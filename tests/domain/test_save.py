@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import time
 import tracemalloc
@@ -34,12 +35,13 @@ from tests.host.kernel_guest import EACH, SOME, WIDTHS, Guest
 from tests.host.model_guest import pfns
 from tests.stream.drive import read, whole
 from tests.stream.test_writer import again
+from tests.vectors.make import DEMO, FOR_DEMO, RECIPES
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PAGE_SIZE, PTE_P, PTE_PSE, VCPU_GUEST_CONTEXT, XEN_PAE_L2_FIRST
 from xenpv.domain.save import BATCH, save
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, HostError
-from xenpv.frames import FOREIGN, IDENTITY, IS_TABLE, NO_FRAME, U8, U64, DomId, PageType
+from xenpv.frames import FOREIGN, IDENTITY, IS_POPULATED, IS_TABLE, NO_FRAME, U8, U64, DomId, PageType
 from xenpv.host import DomainInfo
 from xenpv.host.model import ModelHost
 from xenpv.memory.p2m import is_own
@@ -93,6 +95,28 @@ def test_the_guest_goes_on_from_the_file(width: Width, form: str, tmp_path: Path
     assert (moved.live.p2m.lookup(free) != guest.live.p2m.lookup(free)).all()
     moved.do("balloon_in", pfns(100, 200_000))
     assert set(moved.agrees()) <= {"physmap-invalid"}
+
+
+def test_what_libxenguest_wrote_of_a_domain_is_what_is_written_here(tmp_path: Path) -> None:
+    """A file of real Xen's, given to a host as it was when xl saved it, and saved again: the same pages and records."""
+    recipe = next(recipe for recipe in RECIPES if recipe.form == "linear")
+    theirs, ours, host = tmp_path / "theirs", tmp_path / "ours", ModelHost(1 << 30)
+    theirs.write_bytes(lzma.decompress((DEMO if recipe is FOR_DEMO else recipe.path).read_bytes()))
+    domid = restored_from(theirs, host, suspended=True)
+    heap = Heap()
+    summary = save(host, domid, heap)
+    ours.write_bytes(heap.data)
+    assert not judge(ours).found, str(judge(ours))
+    with SavedDomain.open(str(theirs)) as a, SavedDomain.open(str(ours)) as b:
+        assert a.contents.pv_info == b.contents.pv_info
+        assert a.contents.p2m_record == b.contents.p2m_record
+        assert a.contents.vcpus[0].basic == b.contents.vcpus[0].basic
+        there = a.contents.index.pfns(IS_POPULATED)
+        assert summary.pages == len(there)
+        np.testing.assert_array_equal(b.contents.index.pfns(IS_POPULATED), there)
+        np.testing.assert_array_equal(b.frames.types(there), a.frames.types(there))
+        same = there[~np.isin(there, a.contents.p2m_frames)]  # which are mfns of another host here
+        np.testing.assert_array_equal(b.frames.pages(same), a.frames.pages(same))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ The bytes are held against tests/writers, which know nothing of xenpv's own decl
 
 from __future__ import annotations
 
+import lzma
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.property.streams import known_types, u32s, u64s
 from tests.stream.drive import Reading, read, whole
+from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
 from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
 from tests.writers.envelopes import config_json, wrap
@@ -114,6 +116,12 @@ def test_a_domain_comes_out_byte_for_byte(kind: Kind, width: Any) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_so_does_an_hvm_domain_with_its_device_model(kind: Kind) -> None:
     data = bytes(hvm_stream(str(kind)))
+    assert again(data) == data
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_so_does_what_real_xl_wrote(recipe: Recipe) -> None:
+    data = lzma.decompress((DEMO if recipe is FOR_DEMO else recipe.path).read_bytes())
     assert again(data) == data
 
 
