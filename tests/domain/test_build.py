@@ -113,6 +113,7 @@ def test_everything_is_where_the_layout_says(kernel: str, host: type[ModelHost])
 def test_a_guest_lives_in_it(kernel: str, form: str) -> None:
     host, layout, built = made(KERNELS[kernel], 64 * MIB)
     host.unpause(built.domid)
+    assert host.run(built.domid, lambda view: view.memory_map) == layout.nr_pages
     host.run(built.domid, GuestKernel(parse_form(form)).boot)
     findings = Findings()
     PhysmapCheck(LiveDomain(host, host.info(built.domid)), findings).run()
@@ -139,6 +140,7 @@ def test_the_memory_of_a_domain_is_kept_as_runs() -> None:
 # --- failures --------------------------------------------------------------------------------------------------------
 
 CALLS = (
+    "memory_map",
     "populate_physmap",
     "map_writable",
     "write_frames",

@@ -115,6 +115,7 @@ class _Builder:
 
     def run(self, ramdisk: bytes | memoryview) -> Built:
         host, domid, layout = self.host, self.domid, self.layout
+        host.memory_map(domid, layout.p2m_entries)
         self._populate()
         self._load(ramdisk)
         self._p2m()

@@ -118,9 +118,9 @@ class Daemons:
 class Toolstack(Host, Protocol):
     """A host on which PV domains can be built.
 
-    A builder calls, in this order: create, populate_physmap, alloc_event twice, map_writable or write_frames,
-    hypercall_page, pin_tables, write_shared_info, set_vcpu_context, seed_grants, introduce, unpause. Whatever fails,
-    and wherever it was interrupted: destroy leaves nothing behind.
+    A builder calls, in this order: create, memory_map, populate_physmap, alloc_event twice, map_writable or
+    write_frames, hypercall_page, pin_tables, write_shared_info, set_vcpu_context, seed_grants, introduce, unpause.
+    Whatever fails, and wherever it was interrupted: destroy leaves nothing behind.
     """
 
     def create(
@@ -147,6 +147,12 @@ class Toolstack(Host, Protocol):
 
     def max_mem(self, domid: DomId, pages: int) -> None:
         """How many pages it may have. Fewer than it has is no error: it just gets no more."""
+
+    def memory_map(self, domid: DomId, pages: int) -> None:
+        """What a guest is told that asks for its memory map: memory from pfn 0 on, so many pages, and nothing else.
+
+        Without, Linux leaves 8 MiB of pfns at the end for memory that it may get later.
+        """
 
     def free_pages(self) -> int:
         """How many pages the host has left for domains, as far as anybody can tell before asking for them."""

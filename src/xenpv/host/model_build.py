@@ -60,6 +60,14 @@ class ModelBuild(ModelCore):
                 self.store.remove(parent)
                 parent = parent.rpartition("/")[0]
 
+    def memory_map(self, domid: DomId, pages: int) -> None:
+        """Keep what the guest is to be told."""
+        self._domain("set_memory_map", domid).memory_map = pages
+
+    def told_memory(self, domid: DomId) -> int | None:
+        """What memory_map was given; GuestView asks."""
+        return self._domain("memory_map", domid).memory_map
+
     def free_pages(self) -> int:
         """How many pages nobody has."""
         return self.frames.free

@@ -39,6 +39,7 @@ class Domain:
     uuid: str | None
     vcpus: list[Vcpu]
     max_pages: int = 0
+    memory_map: int | None = None  # pages, from pfn 0 on, that it is told it has; None: nobody said
     shared_info_mfn: int = 0
     pauses: int = 1
     shutdown_reason: int | None = None

@@ -164,6 +164,11 @@ class GuestView:
         """What the machine-to-phys table says, which every guest may read."""
         return self._host.m2p(mfns)
 
+    @property
+    def memory_map(self) -> int | None:
+        """How many pages, from pfn 0 on, it is told it has (XENMEM_memory_map); None where the builder told nobody."""
+        return self._host.told_memory(self.domid)
+
     def shutdown(self, reason: int, record: int = 0) -> NoReturn:
         """sched_op shutdown: the program ends here.
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import uuid as uuids
 from collections.abc import Iterator
+from struct import pack
 
 import numpy as np
 
@@ -110,6 +111,16 @@ class XenToolstack(XenHost):
         self._calls.domctl(xenctrl_domctl.MAX_MEM, "max_mem", domid, struct, max_memkb=pages * _KIB)
 
     # -- memory
+
+    def memory_map(self, domid: DomId, pages: int) -> None:
+        op, struct = "set_memory_map", xenctrl_domctl.FOREIGN_MEMORY_MAP
+        entry = pack("<QQI", 0, pages * PAGE_SIZE, xenctrl_domctl.E820_RAM)
+        with self._calls.buffer(len(entry)) as entries, self._calls.buffer(struct.size(8)) as argument:
+            entries.array[: len(entry)] = np.frombuffer(entry, np.uint8)
+            given = argument.array.view(struct[8])
+            given["domid"], given["map"]["nr_entries"], given["map"]["buffer"] = domid, 1, entries.address
+            command = xenctrl_domctl.XENMEM_SET_MEMORY_MAP
+            self._calls.two(xenctrl_domctl.MEMORY_OP, command, argument.address, op, domid)
 
     def _physinfo(self) -> np.void:
         assert self._calls.interface
