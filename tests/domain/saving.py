@@ -127,6 +127,15 @@ def tree_of(guest: Guest, mid: dict[int, int], entries: int) -> None:
     arch(guest, max_pfn=entries)
 
 
+def second_list(guest: Guest, mfn: int) -> None:
+    """Hang a frame list into a three-level tree, behind the first."""
+    host, width = guest.host, guest.day.width
+    top = np.array([guest.live.anchors.frame_list_list], np.uint64)
+    page = host.frames.read(top)
+    page.view(f"<u{width}")[0, 1] = mfn
+    host.write_frames(guest.domid, top, page)
+
+
 def a_page(guest: Guest, nth: int = 1) -> int:
     """The mfn of the nth last page, of which the kernel makes no use: filled with ones, a leaf without a page."""
     mfns = guest.host.frames.owned(guest.domid + 1)

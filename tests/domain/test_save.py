@@ -27,6 +27,7 @@ from tests.domain.saving import (
     of_host,
     rewriting,
     saved,
+    second_list,
     suspended,
     tree_of,
     with_context,
@@ -215,6 +216,19 @@ def test_an_end_that_is_all_one_leaf_is_dropped_but_for_the_first(width: Width, 
     assert not judge(path).found, str(judge(path))
     with SavedDomain.open(str(path)) as domain:
         assert len(domain.contents.p2m_frames) == n + 1
+
+
+def test_nor_do_the_tables_matter_that_an_end_is_in(tmp_path: Path) -> None:
+    """The rest of one frame list, and all of the next."""
+    guest = Guest.boot("tree3")
+    missing, mid = a_page(guest), a_page(guest, 2)
+    guest.do("suspend")
+    words_of = np.full((1, 512), missing, np.uint64)
+    guest.host.write_frames(guest.domid, np.array([mid], np.uint64), words_of.view(np.uint8))
+    tree_of(guest, dict.fromkeys(range(8, 512), missing), 2 << 18)
+    second_list(guest, mid)
+    assert saved(guest, tmp_path / "x").entries == 9 * 512
+    assert not judge(tmp_path / "x").found
 
 
 def test_an_end_of_two_leaves_is_not(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.domain.saving import (
     refused,
     rewriting,
     saved,
+    second_list,
     suspended,
     table_of,
     tree_of,
@@ -52,6 +53,35 @@ def test_a_p2m_with_a_hole_cannot_be_sent() -> None:
     guest.do("suspend")
     tree_of(guest, {8: 0, 9: missing}, 10 * 512)
     assert "no leaf for pfns 0x1000 to 0x11ff" in str(refused(guest))
+
+
+def test_a_table_that_cannot_be_read_is_named() -> None:
+    guest = Guest.boot("tree3")
+    guest.do("suspend")
+    arch(guest, max_pfn=2 << 18)
+    foreign = int(guest.host.frames.owned(1)[7])
+    second_list(guest, foreign)
+    assert str(refused(guest)).endswith(f"its p2m cannot be read: the table at mfn {foreign:#x}, 1 above the leaves")
+
+
+def test_a_domain_that_goes_away_while_its_vcpus_are_asked_for() -> None:
+    """ESRCH may be of a vcpu, which is then offline, or of the domain."""
+    guest, asked = suspended("tree3"), list[int]()
+
+    def vcpu_context(domid: DomId, vcpu: int) -> bytes:
+        asked.append(vcpu)
+        if vcpu:
+            raise HostError("gone", op="getvcpucontext", errno=3)
+        return guest.host.vcpu_context(domid, vcpu)
+
+    def info(domid: DomId) -> DomainInfo:
+        if 1 in asked:
+            raise HostError("no such domain", op="getdomaininfo", errno=3)
+        return replace(guest.host.info(domid), max_vcpu=1)
+
+    e = refused(guest, Twisted(guest, vcpu_context=vcpu_context, info=info))
+    assert isinstance(e, HostError)
+    assert e.op == "getdomaininfo"
 
 
 def test_a_leaf_with_pages_cannot_stand_twice() -> None:

@@ -192,8 +192,8 @@ class Saver:
             )
             raise RequestError(what, needed=p2m.entries, available=PFNS_MAX)
         for table in p2m.unreadable:
-            what = f"{name}: its p2m cannot be read: frame {table.frame:#x}, level {table.level} above the leaves"
-            raise GuestError(f"{what}, from place {table.place:#x} on")
+            where = f"the table at mfn {table.frame:#x}, {table.level} above the leaves"
+            raise GuestError(f"{name}: its p2m cannot be read: {where}")
         holes = p2m.holes
         if len(holes):
             first, count = int(holes.first[0]), int(holes.count[0])
