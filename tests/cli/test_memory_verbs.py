@@ -275,9 +275,17 @@ def test_numbers(good: Path, text: str, value: int) -> None:
     assert len(xenpv("read", "-p", "--raw", good, 0, text).raw) == value
 
 
-def test_demo() -> None:
-    ran = xenpv("demo")
+@pytest.mark.parametrize(("form", "name"), [("linear", "linear virtual list"), ("rooted4", "rooted tree of 4 levels")])
+def test_demo(form: str, name: str) -> None:
+    ran = xenpv("demo", "--memory", "64M", "--p2m", form)
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out.startswith("PV domain")
+    assert f"dom1 (demo): {name}" in ran.out
+    assert "every entry of it agrees with the m2p, and every frame of the domain is in it" in ran.out
     assert "demo.save: restores, as far as can be told without doing it" in ran.out
-    assert "Next, on a file of your own:" in ran.out
+    assert "Next, with files of your own:" in ran.out
+
+
+def test_demo_of_a_kernel_that_shows_nothing() -> None:
+    ran = xenpv("demo", "--memory", "64M", "--p2m", "none")
+    assert ran.code == 1
+    assert "error: dom1 exposes no p2m: its anchor is 0x0, which is not set up yet [physmap-reach]" in ran.out

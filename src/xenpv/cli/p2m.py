@@ -72,7 +72,7 @@ def p2m(
     if as_json:
         print_json(described)
     else:
-        _print(described, found)
+        print_p2m(described, found)
 
 
 def _runs(table: P2M) -> tuple[Any, Any, Any]:
@@ -159,7 +159,7 @@ def _entry(mfn: int | None) -> str:
     return f"{mfn:#x}"
 
 
-def _print(d: dict[str, Any], found: Survey | None) -> None:
+def print_p2m(d: dict[str, Any], found: Survey | None) -> None:
     form = d["form"] or "no shared info, so the form is not known"
     click.echo(click.style(f"{d['name']}: {'exposes no p2m' if form == 'none' else form}", bold=True))
     whose = "" if d["running"] else " of the old host"
