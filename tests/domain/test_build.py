@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.host.model_invariants import check as check_invariants
 from tests.image.images import GIB, MIB, P2M, UNMAPPED, image, layouts
 from tests.writers.kernel import BASE, PV64, Kernel, Load, kernel32, note, quad
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import START_INFO
-from xenpv.domain.build import Built, build
+from xenpv.domain.build import Built, Memory, build
 from xenpv.domain.check_physmap import PhysmapCheck
 from xenpv.domain.live import LiveDomain
 from xenpv.errors import HostError, RequestError
@@ -135,6 +136,25 @@ def test_the_memory_of_a_domain_is_kept_as_runs() -> None:
     _, layout, built = made(KERNELS["64 bit, p2m outside"], GIB)
     assert len(built.memory.first) <= layout.nr_pages // 512
     assert built.memory.of(range(layout.nr_pages, layout.nr_pages + 2)).tolist() == [int(NO_FRAME)] * 2
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(1, 5), st.integers(0, 1 << 40)), max_size=6),
+    st.integers(0, 40),
+    st.integers(0, 40),
+)
+def test_the_frames_of_a_range_are_those_of_each_pfn(runs: list[tuple[int, int, int]], start: int, count: int) -> None:
+    at, first = 0, []
+    for gap, pages, _ in runs:
+        first.append(at + gap)
+        at += gap + pages
+    memory = Memory(
+        np.array(first, np.int64),
+        np.array([n for _, n, _ in runs], np.int64),
+        np.array([m for *_, m in runs], np.uint64),
+    )
+    each = memory.mfns(np.arange(start, start + count, dtype=np.uint64))
+    assert memory.of(range(start, start + count)).tolist() == each.tolist()
 
 
 # --- failures --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
 from xenpv.memory.pagetables import localise
 from xenpv.memory.publish import words
+from xenpv.memory.radix import counting
 
 SLACK = 256  # pages: libxl lets a domain have 1 MiB more than its memory (LIBXL_MAXMEM_CONSTANT)
 _EXTENT = 512  # pages of 2 MiB
@@ -53,8 +54,20 @@ class Memory:
         return np.where(inside, self.mfn[row] + (at - self.first[row]).astype(np.uint64), NO_FRAME)
 
     def of(self, pfns: range) -> U64:
-        """The mfns of consecutive pfns."""
-        return self.mfns(np.arange(pfns.start, pfns.stop, dtype=np.uint64))
+        """The mfns of consecutive pfns, which takes no search for each."""
+        rows = slice(
+            max(int(np.searchsorted(self.first, pfns.start, "right")) - 1, 0),
+            int(np.searchsorted(self.first, pfns.stop)),
+        )
+        first, count, mfn = self.first[rows], self.count[rows], self.mfn[rows].astype(np.int64)
+        begin: I64 = np.maximum(first, pfns.start)
+        length: I64 = np.maximum(np.minimum(first + count, pfns.stop) - begin, 0)
+        found = counting(mfn + begin - first, length).view(np.uint64)
+        if len(found) == len(pfns):
+            return found
+        out = np.full(len(pfns), NO_FRAME)
+        out[counting(begin - pfns.start, length)] = found
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,9 +224,8 @@ class _Builder:
         per_page = PAGE_SIZE // layout.width
         for some in _pieces(segment.pfns):
             first = (some.start - segment.first) * per_page
-            pfns = np.arange(first, first + len(some) * per_page, dtype=np.uint64)
-            mfns = self.memory.mfns(pfns)
-            mfns[pfns >= np.uint64(layout.p2m_entries)] = 0  # of the last page, what is behind the list's end
+            mfns = self.memory.of(range(first, first + len(some) * per_page))
+            mfns[max(layout.p2m_entries - first, 0) :] = 0  # of the last page, what is behind the list's end
             with self.host.map_writable(self.domid, self.memory.of(some)) as pages:
                 pages[:] = words(mfns.reshape(len(some), per_page), layout.width)
             self.step("writing the p2m", some.stop - segment.first, segment.pages)
