@@ -14,6 +14,8 @@ from tests.host.model_guest import make
 from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
 from xenpv.abi.xen import INVALID_MFN
+from xenpv.domain.live import LiveDomain
+from xenpv.frames import Pfn
 from xenpv.host.model import ModelHost
 
 
@@ -134,6 +136,24 @@ def test_its_memory(guest: Guest) -> None:
     assert xenpv("read", "--raw", "--physical", domid, 5 * 4096, 4096).raw == page.tobytes()
     assert f"{vaddr:#x} is pfn 0x5 (NOTAB), offset 0x0" in xenpv("walk", domid, vaddr).out
     assert xenpv("walk", domid, vaddr + (1 << 30)).code == 1
+
+
+def test_tables_that_end_meanwhile_are_looked_for_again(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first top table is one that is none any more; the vcpu has another since."""
+    domid, vaddr = guest.made.domid, guest.made.vaddr(5)
+    original, stale = LiveDomain.cr3, list[Pfn]()
+
+    def cr3(live: LiveDomain, vcpu: int, *, user: bool = False) -> Pfn | None:
+        return stale.pop() if stale else original(live, vcpu, user=user)
+
+    for verb, more in (("walk", []), ("read", [16])):
+        stale += [Pfn(7)] * 3  # two are asked for by memory itself
+        monkeypatch.setattr(LiveDomain, "cr3", cr3)
+        assert xenpv(verb, domid, vaddr, *more).code == 0
+        monkeypatch.undo()
+        monkeypatch.setattr("xenpv.host.xen.XenHost", lambda: Opened(guest.host))
+    monkeypatch.setattr(LiveDomain, "cr3", lambda *_, **__: Pfn(7))
+    assert "no page table" in xenpv("read", domid, vaddr, 16).err
 
 
 def test_a_domain_that_exposes_nothing(guest: Guest) -> None:

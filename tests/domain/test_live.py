@@ -18,7 +18,7 @@ from xenpv.abi.xen import INVALID_MFN
 from xenpv.cli.target import opened
 from xenpv.domain.live import LiveDomain
 from xenpv.errors import Fault, GuestError, HostError, RequestError
-from xenpv.frames import ABSENT, FOREIGN, IS_TABLE, NO_FRAME, PAGE_SIZE, U64
+from xenpv.frames import ABSENT, FOREIGN, IS_TABLE, NO_FRAME, PAGE_SIZE, U64, Pfn
 from xenpv.host.model import ModelHost
 from xenpv.memory.pagetables import NO_PFN, as_entries, is_xen_slot
 
@@ -96,6 +96,16 @@ def test_a_walk_steps_through_pfns(guest: Guest) -> None:
     fault = memory.walk(guest.made.vaddr(PAGES)).fault
     assert fault is not None
     assert (fault.level, fault.address) == (1 if PAGES % 512 else 2, guest.made.vaddr(PAGES))
+
+
+def test_what_is_no_page_table_any_more_is_not_walked(guest: Guest) -> None:
+    """A process of a running guest ends, and with it its tables: what is in their frames then is no tables'."""
+    memory = guest.live.memory
+    fault = memory.walk(guest.made.vaddr(12), top=Pfn(WRITTEN.start)).fault
+    assert fault is not None
+    assert f"pfn {WRITTEN.start:#x} is no page table, or is none any more: look again, or pause" in str(fault)
+    with pytest.raises(Fault, match="is no page table, or is none any more"):
+        memory.read_virtual(guest.made.vaddr(12), 16, top=Pfn(WRITTEN.start))
 
 
 def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:

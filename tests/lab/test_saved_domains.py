@@ -149,8 +149,7 @@ def test_pages_in_the_stream_are_those_of_the_running_guest(debian: Debian) -> N
             assert np.array_equal(p2m[row, 0], pfns)
             assert np.mean(core[row] != saved.frames.pages(pfns)) <= patched
         # The p2m in the stream's frames is the one that the core lists: mfn for mfn.
-        mfns = saved.p2m.lookup(p2m[:, 0].tolist())
-        assert mfns == p2m[:, 1].tolist()
+        assert saved.p2m.lookup(p2m[:, 0].copy()).tolist() == p2m[:, 1].tolist()
 
 
 def _core(file: BinaryIO) -> tuple[np.ndarray, bytes]:

@@ -8,7 +8,8 @@ import click
 
 from xenpv.cli.target import PAUSE, TARGET, Domain, opened
 from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table
-from xenpv.errors import RequestError
+from xenpv.domain.live import LiveDomain
+from xenpv.errors import Fault, RequestError
 from xenpv.frames import PAGE_SIZE, Pfn, type_name
 from xenpv.memory.pagetables import flag_names
 
@@ -16,6 +17,11 @@ _READ_AT_ONCE = 1 << 20
 _VCPU = click.option("--vcpu", default=0, show_default=True, metavar="N", help="Whose page tables to go through.")
 _USER = click.option("--user", is_flag=True, help="The user half's page tables, which a 64-bit guest has apart.")
 _CR3 = click.option("--top", type=NUMBER, metavar="PFN", help="Begin at this top table rather than at a vcpu's.")
+
+
+def _tries(domain: Domain) -> int:
+    """How often to go through page tables: those of a process of a running domain may end while we do."""
+    return 4 if isinstance(domain, LiveDomain) else 1
 
 
 def _top(domain: Domain, vcpu: int, user: bool, top: int | None) -> Pfn:
@@ -46,7 +52,10 @@ def walk(target: str, vaddr: int, vcpu: int, user: bool, top: int | None, pause:
     """
     with opened(target, pause=pause) as domain:
         memory = domain.memory
-        way = memory.walk(vaddr, top=_top(domain, vcpu, user, top))
+        for _ in range(_tries(domain)):
+            way = memory.walk(vaddr, top=_top(domain, vcpu, user, top))
+            if way.fault is None:
+                break
         kinds = [memory.type(step.table) for step in way.steps]
         if as_json:
             steps = [
@@ -100,12 +109,18 @@ def read(
     """
     with opened(target, pause=pause) as domain:
         memory = domain.memory
-        table = None if physical else _top(domain, vcpu, user, top)
         if raw and sys.stdout.isatty():
             raise RequestError("raw memory is not for a terminal: send it to a file or a pipe")
         for at in range(address, address + length, _READ_AT_ONCE):
             n = min(_READ_AT_ONCE, address + length - at)
-            data = memory.read(at, n) if table is None else memory.read_virtual(at, n, top=table)
+            for left in reversed(range(_tries(domain))):
+                try:
+                    table = None if physical else _top(domain, vcpu, user, top)
+                    data = memory.read(at, n) if table is None else memory.read_virtual(at, n, top=table)
+                    break
+                except Fault:
+                    if not left:
+                        raise
             if raw:
                 sys.stdout.buffer.write(data)
             else:

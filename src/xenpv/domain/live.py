@@ -142,6 +142,10 @@ class LiveDomain:
 
     def pages(self, pfns: U64) -> U8:
         """Content of the pages, as Frames has it; page tables normalised: pfns in the place of mfns."""
+        return self.pages_and_types(pfns)[0]
+
+    def pages_and_types(self, pfns: U64) -> tuple[U8, U8]:
+        """As ``pages``, and by which types it was: one look at each."""
         mfns = self.p2m.lookup(pfns)
         kinds = self._types(mfns)
         for absent in np.flatnonzero(kinds == ABSENT)[:1].tolist():
@@ -162,9 +166,30 @@ class LiveDomain:
                     # One L2 of a 32-bit guest ends with what is Xen's. A guest's own entry names a frame of its own.
                     normal[no_pfn & is_xen_slot(level, 4, last_pae_l2=True)] = 0
                 pages[tables] = normal.view(np.uint8).reshape(-1, pages.shape[1])
-        return pages
+        return pages, kinds
 
     @property
     def memory(self) -> DomainMemory:
         """Memory as vcpu 0 sees it."""
-        return DomainMemory(self, self.info.width, self.cr3(0), self.cr3(0, user=True))
+        return DomainMemory(self, self.info.width, self.cr3(0), self.cr3(0, user=True), _Tables(self))
+
+
+class _Tables:
+    """Page tables of a running domain: Frames that has no other pages.
+
+    A process that ends takes its tables along, and what is in their frames then holds no pfns: it must not be walked.
+    """
+
+    def __init__(self, live: LiveDomain) -> None:
+        self._live = live
+
+    def types(self, pfns: U64) -> U8:
+        return self._live.types(pfns)
+
+    def pages(self, pfns: U64) -> U8:
+        pages, kinds = self._live.pages_and_types(pfns)
+        for other in np.flatnonzero(~IS_TABLE[kinds])[:1].tolist():
+            pfn = int(pfns[other])
+            what = f"pfn {pfn:#x} is no page table, or is none any more: look again, or pause the domain"
+            raise Fault(what, space="pfn", address=pfn)
+        return pages

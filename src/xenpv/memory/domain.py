@@ -23,12 +23,14 @@ class DomainMemory:
     known.
 
     A 64-bit PV guest has two tables a vcpu: the kernel's (cr3), which maps all, and the user half's, ``user_top``.
+    ``tables`` is what page tables are read by, where that is not ``frames``.
     """
 
     frames: Frames
     width: Width = 8
     top: Pfn | None = None
     user_top: Pfn | None = None
+    tables: Frames | None = None
 
     def page(self, pfn: int) -> bytes:
         """The 4096 bytes of one page. Raises Fault."""
@@ -43,7 +45,7 @@ class DomainMemory:
         table = self.top if top is None else top
         if table is None:
             raise Fault("no vcpu's cr3 is known", space="vaddr", address=vaddr)
-        return walk(self.frames, table, Vaddr(vaddr), self.width)
+        return walk(self.tables or self.frames, table, Vaddr(vaddr), self.width)
 
     def read(self, address: int, length: int) -> bytes:
         """``length`` bytes from a pseudo-physical address (pfn << 12 | offset) on. Raises Fault."""
@@ -67,7 +69,7 @@ class DomainMemory:
             raise self._fault(vaddr, top) or self._fault(last, top) or _changed(vaddr)
         place = vaddr >> PAGE_SHIFT & _PLACES - 1
         places = range(place, place + pages)
-        runs, _ = radix.walk(reading(self.frames), table, LEVELS[self.width], places, frames_of_tables)
+        runs, _ = radix.walk(reading(self.tables or self.frames), table, LEVELS[self.width], places, frames_of_tables)
         found = runs.frame_of(np.arange(place, place + pages))
         for lost in np.flatnonzero((found == NO_FRAME) | (found == np.uint64(NO_PFN)))[:1].tolist():
             at = vaddr if not lost else (vaddr & -PAGE_SIZE) + lost * PAGE_SIZE
