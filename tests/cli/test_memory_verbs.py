@@ -9,6 +9,7 @@ import pytest
 from tests.cli.command import xenpv
 from tests.writers.build import USER_VADDR, pv_domain
 from tests.writers.domain import Domain
+from tests.writers.kernel import Kernel
 
 PAGE = 4096
 
@@ -289,3 +290,18 @@ def test_demo_of_a_kernel_that_shows_nothing() -> None:
     ran = xenpv("demo", "--memory", "64M", "--p2m", "none")
     assert ran.code == 1
     assert "error: dom1 exposes no p2m: its anchor is 0x0, which is not set up yet [physmap-reach]" in ran.out
+
+
+def test_build_into_a_file(tmp_path: Path) -> None:
+    kernel, file = tmp_path / "kernel", tmp_path / "built.save"
+    kernel.write_bytes(Kernel().to_bytes())
+    ran = xenpv("build", kernel, "--memory", "16M", "-o", file)
+    assert (ran.code, ran.out) == (0, "")
+    assert f"start it by: xl restore {file}" in ran.err
+    assert xenpv("verify", file).code == 0
+    assert xenpv("show", "--json", file).json["config"]["name"] == "kernel"
+    ran = xenpv("build", kernel, "--memory", "16M", "--start", "-o", file)
+    assert (ran.code, "a file is not started" in ran.err) == (64, True)
+    ran = xenpv("build", kernel, "--memory", "1M", "-o", tmp_path / "none")
+    assert ran.code == 1
+    assert not (tmp_path / "none").exists()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 import lab
 from lab import guests
+from tests.cli.command import xenpv
 from tests.lab.conftest import Hosts
 
+ROOT = Path(__file__).parents[2]
 LITMUS = guests.LITMUS
 NO_P2M = LITMUS.replace("litmus.elf", "litmus-nop2m.elf")
 # name: kernel, ramdisk, MiB, command line
@@ -71,6 +74,32 @@ def test_what_is_built_boots(host: lab.Host) -> None:
     host.run("xl destroy built && xl destroy spoken").check()
     assert host.run("xl info free_memory").check().text == free
     assert not re.findall(r"built|spoken", host.run("xenstore-ls -f; xl list").check().text)
+
+
+def test_a_file_built_without_a_hypervisor_is_started_by_stock_xl(host: lab.Host) -> None:
+    """Built here, where no Xen is; `xl restore` starts it at its kernel's entry."""
+    files = guests.folder()
+    kernels: dict[str, tuple[Path, list[object], str]] = {
+        "file-litmus": (
+            ROOT / "guests/litmus/build/litmus.elf",
+            ["--memory", "32M", "--cmdline", "p2m=both"],
+            "litmus: up",
+        ),
+        "file-debian": (
+            files / "vmlinuz",
+            ["--memory", "128M", "--ramdisk", files / "initramfs", "--cmdline", "console=hvc0"],
+            guests.UP,
+        ),
+    }
+    start = {name: len(host.guest_console(name)) for name in kernels}
+    for name, (kernel, options, _) in kernels.items():
+        ran = xenpv("build", kernel, *options, "--name", name, "-o", host.share / f"{name}.save")
+        assert ran.code == 0, ran.err
+        host.run(f"xl restore /share/{name}.save", timeout=120).check()
+    for name, (_, _, up) in kernels.items():
+        host.wait_for_guest(name, up, after=start[name])
+        host.run(f"xl destroy {name}").check()
+        (host.share / f"{name}.save").unlink()
 
 
 @ONE_VERSION

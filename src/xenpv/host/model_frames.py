@@ -360,6 +360,11 @@ class FrameTable:
         self._content.read(content[there], out, there)
         return out
 
+    def written(self, mfns: U64) -> Mask:
+        """Which frames anybody has ever written; all others read as zeroes."""
+        _, slot, row = self._find(mfns)
+        return np.asarray(np.where(slot > 0, self._of(self.rows.content, row), 0) != 0)
+
     def write(self, mfns: U64, pages: U8) -> None:
         """Replace the content of frames, all of them frames of the host."""
         rows = self.row(mfns)

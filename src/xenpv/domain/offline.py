@@ -1,0 +1,102 @@
+"""A domain built into a file, with no hypervisor: what xl restores begins life at its kernel's entry point.
+
+It is built on the model host and saved from there. A restorer gives every page a frame, puts that into the page tables
+and into the p2m list, fills in start info, and lets vcpu 0 run on where it stands, which is where it starts.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.abi.xen import INVALID_MFN, START_INFO
+from xenpv.domain.build import Step, build
+from xenpv.domain.save import Sink, Summary, save
+from xenpv.frames import U8, U64, DomId, PageType
+from xenpv.host.model import ModelHost
+from xenpv.image.kernel import KernelImage
+from xenpv.image.layout import Layout, plan
+from xenpv.image.request import Request
+from xenpv.memory.anchors import Anchors
+from xenpv.memory.pagetables import cr3_of
+
+_ROOM = 64 << 20  # bytes of the host that are not the domain's
+
+
+class _SparseHost(ModelHost):
+    """A model host that says of pages nobody wrote that they have no content: they are given, and sent as nothing."""
+
+    def page_types(self, domid: DomId, mfns: U64) -> U8:
+        kinds = super().page_types(domid, mfns)
+        kinds[(kinds == PageType.NOTAB) & ~self.frames.written(mfns)] = PageType.XALLOC
+        return kinds
+
+
+def plan_file(image: KernelImage, request: Request) -> Layout:
+    """The plan of a domain that a restorer will start.
+
+    Restorers clear start info's flags, and with them SIF_MOD_START_PFN: so a ramdisk is mapped, whether or not the
+    kernel could find it by its pfn. Raises as image.layout.plan().
+    """
+    mapped = replace(image, parameters=replace(image.parameters, mod_start_pfn=False))
+    return plan(mapped, request)
+
+
+def build_file(
+    image: KernelImage,
+    layout: Layout,
+    ramdisk: bytes | memoryview,
+    sink: Sink,
+    *,
+    name: str,
+    uuid: str,
+    step: Step | None = None,
+) -> Summary:
+    """Write an xl save file of a domain as ``plan_file`` has it. Raises as build() and save()."""
+    host = _SparseHost((layout.nr_pages << 12) + (8 << 30) + _ROOM)
+    built = build(host, image, layout, ramdisk, name=name, uuid=uuid, step=step)
+    domid, width = built.domid, layout.width
+    top = int(built.memory.of(range(layout.registers.cr3_pfn, layout.registers.cr3_pfn + 1))[0])
+    # The list that the kernel will find in start info is the p2m that the restorer fills in.
+    where = cr3_of(top, width), layout.start_info.mfn_list
+    for offset, store in Anchors(width, layout.p2m_entries, INVALID_MFN[width], *where).stores():
+        host.write_shared_info(domid, store, offset)
+    # As a guest leaves start info when it suspends: pfns of the two rings, and in vcpu 0's third argument where it is.
+    info = layout.start_info
+    mfn = built.memory.of(range(info.pfn, info.pfn + 1))
+    page = host.map_frames(domid, mfn)[0].copy()
+    fields = page[0, : START_INFO.size(width)].view(START_INFO[width])
+    fields["store_mfn"], fields["console"]["domU"]["mfn"] = info.store_pfn, info.console_pfn
+    host.write_frames(domid, mfn, page)
+    data = bytearray(host.vcpu_context(domid, 0))
+    context = np.frombuffer(data, VCPU_GUEST_CONTEXT[width])
+    context["user_regs"]["rdx" if width == 8 else "edx"] = mfn[0]
+    host.set_vcpu_context(domid, 0, bytes(data))
+    text = json.dumps(configuration(layout, name, uuid), indent=4).encode()
+
+    def progress(done: int, in_all: int) -> None:
+        if step is not None:
+            step("writing the file", done, in_all)
+
+    return save(host, domid, sink, config=text, progress=progress)
+
+
+def configuration(layout: Layout, name: str, uuid: str) -> dict[str, Any]:
+    """What xl makes the domain by, as libxl_domain_config_to_json() would have it; what is not said is its default."""
+    kib = layout.nr_pages * 4
+    return {
+        "c_info": {"type": "pv", "name": name, "uuid": uuid, "run_hotplug_scripts": "True"},
+        "b_info": {
+            "max_vcpus": layout.vcpus,
+            "avail_vcpus": list(range(layout.vcpus)),
+            "max_memkb": kib,
+            "target_memkb": kib,
+            "video_memkb": 0,
+            "type.pv": {},
+        },
+        "on_reboot": "restart",
+    }
