@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.domain.breaking import CALLS, Breaking
 from tests.host.model_invariants import check as check_invariants
 from tests.image.images import GIB, MIB, P2M, UNMAPPED, image, layouts
 from tests.writers.kernel import BASE, PV64, Kernel, Load, kernel32, note, quad
@@ -158,36 +157,6 @@ def test_the_frames_of_a_range_are_those_of_each_pfn(runs: list[tuple[int, int, 
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
-
-CALLS = (
-    "memory_map",
-    "populate_physmap",
-    "map_writable",
-    "write_frames",
-    "alloc_event",
-    "hypercall_page",
-    "info",
-    "pin_tables",
-    "write_shared_info",
-    "set_vcpu_context",
-    "seed_grants",
-    "introduce",
-)
-
-
-@dataclass
-class Breaking:
-    """A call of a host that is refused at its ``nth`` time, counted from 0; it counts them."""
-
-    call: Callable[..., Any]
-    nth: int
-    times: int = 0
-
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
-        self.times += 1
-        if self.times - 1 == self.nth:
-            raise HostError("no", op="test")
-        return self.call(*args, **keywords)
 
 
 @pytest.mark.parametrize("call", CALLS)
