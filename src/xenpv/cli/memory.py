@@ -10,7 +10,7 @@ from xenpv.cli.target import PAUSE, TARGET, Domain, opened
 from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table
 from xenpv.domain.live import LiveDomain
 from xenpv.errors import Fault, RequestError
-from xenpv.frames import PAGE_SIZE, Pfn, type_name
+from xenpv.frames import IS_TABLE, PAGE_SIZE, Pfn, type_name
 from xenpv.memory.pagetables import flag_names
 
 _READ_AT_ONCE = 1 << 20
@@ -54,9 +54,9 @@ def walk(target: str, vaddr: int, vcpu: int, user: bool, top: int | None, pause:
         memory = domain.memory
         for _ in range(_tries(domain)):
             way = memory.walk(vaddr, top=_top(domain, vcpu, user, top))
-            if way.fault is None:
+            kinds = [memory.type(step.table) for step in way.steps]
+            if way.fault is None and IS_TABLE[kinds].all():  # still, and so they were when they were walked
                 break
-        kinds = [memory.type(step.table) for step in way.steps]
         if as_json:
             steps = [
                 {"level": s.level, "table_pfn": s.table, "type": type_name(k), "entry": s.entry, "pte": s.pte,
