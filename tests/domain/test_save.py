@@ -32,7 +32,7 @@ from tests.domain.saving import (
     tree_of,
     with_context,
 )
-from tests.host.kernel_guest import EACH, SOME, WIDTHS, Guest
+from tests.host.kernel_guest import SOME, WIDTHS, Guest
 from tests.host.model_guest import pfns
 from tests.stream.drive import read, whole
 from tests.stream.test_writer import again
@@ -53,7 +53,7 @@ from xenpv.stream.pagedata import PageData
 from xenpv.stream.writer import KINDS
 
 
-@pytest.mark.parametrize(("width", "form"), EACH)
+@pytest.mark.parametrize(("width", "form"), SOME)
 def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path) -> None:
     guest = suspended(form, width)
     path = tmp_path / "x.save"
