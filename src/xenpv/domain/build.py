@@ -18,7 +18,7 @@ from xenpv.host import Ring, Toolstack
 from xenpv.image import start
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
-from xenpv.memory.pagetables import localise
+from xenpv.memory.pagetables import cr3_of, localise
 from xenpv.memory.publish import words
 from xenpv.memory.radix import counting
 
@@ -274,9 +274,7 @@ def _runs(pfns: I64, mfns: U64, size: int) -> tuple[I64, I64, U64]:
 
 
 def _cr3(top: int, layout: Layout) -> int:
-    if layout.width == 8:
-        return top << PAGE_SHIFT
     if layout.top_below_4g and top >= _BELOW_4G:
         what = f"the top page table got mfn {top:#x}, and this kernel (PAE without extended cr3) needs one below 4 GiB"
         raise RequestError(what, needed=_BELOW_4G, available=top)
-    return (top << 12 | top >> 20) & 0xFFFF_FFFF
+    return cr3_of(top, layout.width)

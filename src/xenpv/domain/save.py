@@ -178,10 +178,7 @@ class Saver:
         """Its p2m up to where its leaves are all one to the end: nothing is there, or they would be in two places."""
         whole = self.live.p2m
         entries = whole.used
-        places = -(-entries // whole.per_leaf)
-        leaves = whole.leaves[whole.leaves.first < places]
-        leaves = Runs(leaves.first, np.minimum(leaves.count, places - leaves.first), leaves.frame)
-        return replace(whole, entries=entries, leaves=leaves)
+        return replace(whole, entries=entries, leaves=whole.leaves.below(-(-entries // whole.per_leaf)))
 
     def _check_p2m(self) -> None:
         p2m, name = self.p2m, self.live.name

@@ -20,10 +20,10 @@ from xenpv.errors import RequestError
 from xenpv.frames import I64, NO_FRAME, U8, U64
 from xenpv.host.model_forms import Published
 from xenpv.host.model_guest import GuestView
-from xenpv.host.model_kernel_pages import LIST, PAGE, KernelPages, StartInfo, place_of
+from xenpv.host.model_kernel_pages import LIST, PAGE, KernelPages, StartInfo
 from xenpv.memory.anchors import Anchors, capacity
 from xenpv.memory.p2m import entries_in
-from xenpv.memory.pagetables import as_entries, cr3_of
+from xenpv.memory.pagetables import as_entries, cr3_of, place_of
 from xenpv.memory.publish import put_page_tables, tree_anchors, words
 from xenpv.memory.radix import Runs, build
 
@@ -206,9 +206,7 @@ class KernelP2M:
         shown = self.entries
         if form.linear:  # beside the list, a tree shows what it can, as Linux's does
             shown = min(shown, capacity(form.levels, self.width))
-            places = -(-shown // self.per_leaf)
-            leaves = leaves[leaves.first < places]
-            leaves = Runs(leaves.first, np.minimum(leaves.count, places - leaves.first), leaves.frame)
+            leaves = leaves.below(-(-shown // self.per_leaf))
         anchors = tree_anchors(form.tree, leaves, shown, self.width, put, levels=form.levels)
         return replace(anchors, max_pfn=self.entries)
 

@@ -15,6 +15,7 @@ from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.errors import Fault, GuestError, RequestError
 from xenpv.frames import I64, U8, U64
 from xenpv.host.model_guest import GuestView
+from xenpv.memory.pagetables import place_of
 from xenpv.memory.publish import TABLE, put_page_tables
 from xenpv.memory.radix import Runs
 
@@ -26,11 +27,6 @@ LIST: dict[Width, range] = {8: range(0xFFFF_C800_0000_0000, 0xFFFF_E000_0000_000
 
 READ_ONLY = PTE_P | PTE_A | PTE_D
 PAGE = READ_ONLY | PTE_RW
-
-
-def place_of(vaddr: int) -> int:
-    """The number of a page in the 48-bit address space, as Runs of page tables count."""
-    return vaddr >> PAGE_SHIFT & (1 << 36) - 1
 
 
 @dataclass(frozen=True, slots=True)

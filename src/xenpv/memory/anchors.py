@@ -9,13 +9,12 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS
 from xenpv.abi.xen import INVALID_MFN, P2M_LEVELS_AT, SHARED_INFO
 from xenpv.errors import GuestError
-from xenpv.frames import PAGE_SHIFT, PAGE_SIZE, Vaddr
-from xenpv.memory.pagetables import canonical, cr3_frame, in_xen
+from xenpv.frames import PAGE_SIZE, Vaddr
+from xenpv.memory.pagetables import canonical, cr3_frame, in_xen, place_of
 
 MARK = 1 << 61  # of the marked tree
 MARKED_LEVELS = 4
 DEPTHS = range(2, 9)  # levels that a rooted tree may have (docs/abi-p2m-root.md)
-_PLACES = 1 << 36  # pages of a 48-bit address space
 
 
 class Form(StrEnum):
@@ -93,8 +92,8 @@ class Anchors:
         width, anchor = self.width, self.frame_list_list
         found = []
         if self.p2m_cr3:
-            first = self.p2m_vaddr >> PAGE_SHIFT & _PLACES - 1
-            found.append(Way(Form.LINEAR, cr3_frame(self.p2m_cr3, width), LEVELS[width], first))
+            root = cr3_frame(self.p2m_cr3, width)
+            found.append(Way(Form.LINEAR, root, LEVELS[width], place_of(self.p2m_vaddr)))
         if anchor == INVALID_MFN[width]:
             if self.p2m_levels:
                 found.append(Way(Form.ROOTED, self.p2m_root, self.p2m_levels - 1))

@@ -12,9 +12,7 @@ from xenpv.errors import Fault
 from xenpv.frames import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U64, Frames, Pfn, Vaddr
 from xenpv.memory import radix
 from xenpv.memory.p2m import reading
-from xenpv.memory.pagetables import NO_PFN, Walk, canonical, frames_of_tables, walk
-
-_PLACES = 1 << 36  # pages of a 48-bit address space
+from xenpv.memory.pagetables import NO_PFN, Walk, canonical, frames_of_tables, place_of, walk
 
 
 @dataclass
@@ -67,7 +65,7 @@ class DomainMemory:
         table, last = self.top if top is None else top, vaddr + (pages - 1) * PAGE_SIZE
         if table is None or not _is_range(vaddr, last, self.width):
             raise self._fault(vaddr, top) or self._fault(last, top) or _changed(vaddr)
-        place = vaddr >> PAGE_SHIFT & _PLACES - 1
+        place = place_of(vaddr)
         places = range(place, place + pages)
         runs, _ = radix.walk(reading(self.tables or self.frames), table, LEVELS[self.width], places, frames_of_tables)
         found = runs.frame_of(np.arange(place, place + pages))

@@ -94,6 +94,11 @@ def cr3_of(frame: int, width: Width) -> int:
     return frame << PAGE_SHIFT if width == 8 else (frame << 12 | frame >> 20) & 0xFFFF_FFFF
 
 
+def place_of(vaddr: int) -> int:
+    """The number of a page in the 48-bit address space, as Runs of page tables count."""
+    return vaddr >> PAGE_SHIFT & (1 << 36) - 1
+
+
 def canonical(vaddr: int) -> bool:
     """Whether a 64-bit address is sign-extended from bit 47."""
     return vaddr >> 47 in {0, 0x1FFFF}

@@ -62,6 +62,11 @@ class Runs:
         gaps = self.gaps(places)
         return _in_order([self, Runs(gaps.first, gaps.count, np.full(len(gaps), frame, np.uint64))])
 
+    def below(self, stop: int) -> Runs:
+        """What of these runs lies at places below ``stop``."""
+        some = self[self.first < stop]
+        return Runs(some.first, np.minimum(some.count, stop - some.first), some.frame)
+
     def apart(self, other: Runs) -> Runs:
         """The parts of these runs in which ``other`` names another frame, or none."""
         cuts = np.unique(np.concatenate([self.first, self.first + self.count, other.first, other.first + other.count]))
