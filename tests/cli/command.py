@@ -32,6 +32,11 @@ class Ran:
         return json.loads(self.raw)
 
 
+def lines(ran: Ran) -> str:
+    """What it printed, with runs of blanks as one."""
+    return "\n".join(" ".join(line.split()) for line in ran.out.splitlines())
+
+
 def xenpv(*args: object, stdin: bytes | None = None) -> Ran:
     """``xenpv ARGS``."""
     return _run(main.run, "xenpv", args, stdin)

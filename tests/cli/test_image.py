@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Ran, xenpv
+from tests.cli.command import lines, xenpv
 from tests.writers.kernel import BASE, LEGACY, PV64, Kernel, Load, bzimage, kernel32, note, quad, text, word
 
 FULL = Kernel(
@@ -32,11 +32,6 @@ def vmlinuz(tmp_path: Path) -> Path:
     file = tmp_path / "vmlinuz"
     file.write_bytes(bzimage("zstd", FULL.to_bytes()))
     return file
-
-
-def lines(ran: Ran) -> str:
-    """What it printed, with runs of blanks as one."""
-    return "\n".join(" ".join(line.split()) for line in ran.out.splitlines())
 
 
 def test_what_it_says(vmlinuz: Path) -> None:

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from tests.cli.command import Ran, xenpv
+from tests.cli.command import Ran, lines, xenpv
 from tests.writers.kernel import BASE, PV64, Kernel, Load, bzimage, kernel32, note, quad, word
 
 LINUX = Kernel(notes=[*PV64, note(15, quad(1 << 39)), note(16, word(1))])
@@ -21,11 +21,6 @@ def vmlinuz(tmp_path: Path) -> Path:
     file = tmp_path / "vmlinuz"
     file.write_bytes(bzimage("gzip", LINUX.to_bytes()))
     return file
-
-
-def lines(ran: Ran) -> str:
-    """What it printed, with runs of blanks as one."""
-    return "\n".join(" ".join(line.split()) for line in ran.out.splitlines())
 
 
 def picture(file: Path) -> ET.Element:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import click
 
 from xenpv.cli.target import PAUSE, TARGET, opened
-from xenpv.cli.terminal import JSON, print_json, progress
+from xenpv.cli.terminal import JSON, print_findings, print_json, progress
 from xenpv.domain.check_p2m import check_p2m
 from xenpv.domain.check_physmap import PhysmapCheck, notes
 from xenpv.domain.config import config_of
 from xenpv.domain.live import LiveDomain
-from xenpv.findings import Findings, Severity
+from xenpv.findings import Findings
 from xenpv.memory.survey import survey
-
-_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
 
 
 @click.command()
@@ -55,11 +53,7 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
         counts = {"errors": findings.errors, "warnings": findings.warnings, "notes": findings.notes}
         print_json({"domain": name, "form": forms, "last_pfn": last, **counts, "findings": found, "left_out": left_out})
     else:
-        for finding in findings:
-            kind = finding.severity
-            click.echo(f"{click.style(f'{kind}: ', fg=_COLOURS[kind], bold=True)}{finding}")
-        for rule, n in findings.left_out().items():
-            click.echo(f"… and {n} more of [{rule.name}]")
+        print_findings(findings, findings.left_out())
         verdict = f"{findings.errors} errors" if findings.errors else f"p2m and {against} agree"
         click.echo(f"{name}: {verdict}, by {forms}, up to pfn {last:#x}")
     return 1 if findings.errors else 0

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from xenpv.domain.input import Progress
+from xenpv.findings import Finding, Rule, Severity
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+_COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -95,6 +97,15 @@ def steps() -> Iterator[Callable[[str, int, int], None] | None]:
             bar.update(tasks[what], completed=done)
 
         yield step
+
+
+def print_findings(kept: Iterable[Finding], left_out: dict[Rule, int]) -> None:
+    """A line for each finding, and how many more of each rule there are."""
+    for finding in kept:
+        kind = finding.severity
+        click.echo(f"{click.style(f'{kind}: ', fg=_COLOURS[kind], bold=True)}{finding}")
+    for rule, n in left_out.items():
+        click.echo(f"… and {n} more of [{rule.name}]")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:

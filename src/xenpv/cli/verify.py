@@ -6,10 +6,10 @@ import sys
 
 import click
 
-from xenpv.cli.terminal import FILE, JSON, print_json, print_table, progress
+from xenpv.cli.terminal import FILE, JSON, print_findings, print_json, print_table, progress
 from xenpv.domain.verify import Report
 from xenpv.domain.verify import verify as verify_file
-from xenpv.findings import RULES, Finding, Severity
+from xenpv.findings import RULES, Finding
 from xenpv.stream.order import Guest
 
 
@@ -71,11 +71,7 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
 
 
 def _print(report: Report) -> None:
-    for finding in sorted(report.findings, key=_place):
-        colour = "red" if finding.severity is Severity.ERROR else "yellow"
-        click.echo(click.style(f"{finding.severity}: ", fg=colour, bold=True) + str(finding))
-    for rule, n in report.findings.left_out().items():
-        click.echo(f"… and {n} more of [{rule.name}]")
+    print_findings(sorted(report.findings, key=_place), report.findings.left_out())
     click.echo(summary(report))
 
 
