@@ -1,7 +1,7 @@
 """The hypervisor as xenpv needs it: protocols that hosts in process and on real Xen both keep (tests/contract).
 
 Host is the read side: no call changes a domain, but for pause and unpause, which only ``--pause`` asks for. Toolstack
-adds what builds a domain.
+adds what builds a domain, Mover what saves, restores and migrates one.
 """
 
 from __future__ import annotations
@@ -115,6 +115,37 @@ class Daemons:
     xenstore: DomId = DOM0
 
 
+@dataclass(frozen=True, slots=True)
+class VcpuState:
+    """What a vcpu has beyond its vcpu_guest_context, each as the bytes of its stream record; empty where it has none.
+
+    ``extended`` is struct xen_domctl_ext_vcpucontext, ``xsave`` what getvcpuextstate gives, ``msrs`` an array of
+    struct xen_domctl_vcpu_msr.
+    """
+
+    extended: bytes = b""
+    xsave: bytes = b""
+    msrs: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class TscInfo:
+    """How a domain sees the TSC, as XEN_DOMCTL_gettscinfo has it. ``nsec`` is what has elapsed on its clock."""
+
+    mode: int = 0
+    khz: int = 0
+    nsec: int = 0
+    incarnation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CpuPolicy:
+    """What a domain is told of its CPU: arrays of struct xen_cpuid_leaf and of struct xen_msr_entry."""
+
+    leaves: bytes = b""
+    msrs: bytes = b""
+
+
 class Toolstack(Host, Protocol):
     """A host on which PV domains can be built.
 
@@ -213,6 +244,49 @@ class Toolstack(Host, Protocol):
 
         Its grants must be seeded. Memory and vcpus are those that it has now.
         """
+
+
+class Mover(Toolstack, Protocol):
+    """A host from which domains can be moved, and to which."""
+
+    def vcpu_state(self, domid: DomId, vcpu: int) -> VcpuState:
+        """What the vcpu has beyond its context. HostError: EINVAL for no such vcpu."""
+
+    def set_vcpu_state(self, domid: DomId, vcpu: int, state: VcpuState) -> None:
+        """Set what is not empty, once the context is set. HostError: EINVAL for what Xen does not take."""
+
+    def tsc_info(self, domid: DomId) -> TscInfo:
+        """How the domain sees the TSC."""
+
+    def set_tsc_info(self, domid: DomId, info: TscInfo) -> None:
+        """Set it, before the domain runs."""
+
+    def cpu_policy(self, domid: DomId) -> CpuPolicy:
+        """What the domain is told of its CPU."""
+
+    def set_cpu_policy(self, domid: DomId, policy: CpuPolicy) -> None:
+        """Set it, before the domain runs. HostError names the leaf or MSR that this host cannot give."""
+
+    def log_dirty(self, domid: DomId, *, on: bool) -> None:
+        """Begin or end keeping which pages are written.
+
+        HostError: EINVAL when it is on, or off, already, EOPNOTSUPP where this Xen cannot (no shadow paging for PV).
+        """
+
+    def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
+        """The pfns below ``pages`` that were written, ascending; with ``clean``, and begin anew.
+
+        HostError: EINVAL when log-dirty is off.
+        """
+
+    def control(self, domid: DomId, value: str) -> None:
+        """Ask the guest for something, by control/shutdown in xenstore: "suspend". Empty: take back what was asked."""
+
+    def controlled(self, domid: DomId) -> str:
+        """What is asked of the guest still; a guest that has seen it makes it empty."""
+
+    def resume(self, domid: DomId) -> None:
+        """Let a domain that shut down run on, as after a suspend that was cancelled."""
 
 
 def find(host: Host, text: str) -> DomainInfo:

@@ -1,6 +1,6 @@
 """ModelHost: Xen's memory rules in process, so that what needs a hypervisor can be tried and tested without one.
 
-It keeps the Host and Toolstack protocols, and has the calls that a guest needs to live in what was made. The
+It keeps the Host, Toolstack and Mover protocols, and has the calls that a guest needs to live in what was made. The
 rules are xen.git:xen/arch/x86/mm.c's and xen/common/memory.c's, and so are the errnos; where it and Xen differ, it is
 wrong.
 """
@@ -17,11 +17,10 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
 from xenpv.frames import I64, U8, U64, DomId, PageType
 from xenpv.host import DomainInfo, XenVersion
-from xenpv.host.model_build import ModelBuild
-from xenpv.host.model_dirty import DirtyLog
 from xenpv.host.model_domain import Domain, get_context, load_top, load_user_top, set_context
 from xenpv.host.model_frames import ALLOCATED, ORDER, PER_EXTENT, PINNED, SPECIAL, VALIDATED
 from xenpv.host.model_guest import GuestView, Stopped
+from xenpv.host.model_move import ModelMove
 
 T = TypeVar("T")
 
@@ -29,7 +28,7 @@ SHUTDOWN_SUSPEND = 2
 DOM0_PAGES = 64 << 8  # 64 MiB
 
 
-class ModelHost(ModelBuild):
+class ModelHost(ModelMove):
     """A host of ``size`` bytes, up to 16 TiB, with a dom0 on it. The same ``seed`` hands out the same frames.
 
     >>> host = ModelHost(8 << 30)
@@ -192,31 +191,13 @@ class ModelHost(ModelBuild):
         with self._refusing("setvcpucontext", domid):
             set_context(domain, self.types, v, bytes(context))
 
-    # log-dirty, shutdown, events
-
-    def log_dirty(self, domid: DomId, *, on: bool) -> None:
-        """Begin or end keeping which pages are written. EINVAL when it is on, or off, already."""
-        domain = self._domain("shadow_op", domid)
-        if on == (domain.dirty is not None):
-            raise self._refusal("shadow_op", domid, errno.EINVAL, f"log-dirty is {'on' if on else 'off'} already")
-        domain.dirty = DirtyLog() if on else None
-
-    def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
-        """The pfns below ``pages`` that were written, ascending; with ``clean``, and begin anew."""
-        domain = self._domain("shadow_op", domid)
-        if domain.dirty is None:
-            raise self._refusal("shadow_op", domid, errno.EINVAL, "log-dirty is off")
-        return domain.dirty.clean(pages) if clean else domain.dirty.peek(pages)
+    # shutdown, events
 
     def shutdown(self, domid: DomId, reason: int) -> None:
         """Shut a domain down (SCHEDOP_remote_shutdown); the first reason stays."""
         domain = self._domain("shutdown", domid)
         if domain.shutdown_reason is None:
             domain.shutdown_reason = reason
-
-    def resume(self, domid: DomId) -> None:
-        """Let a domain that shut down run on, as after a suspend that was cancelled."""
-        self._domain("resumedomain", domid).shutdown_reason = None
 
     def alloc_event(self, domid: DomId, remote: int = 0) -> int:
         """A port of the domain, from 1 on, to which ``remote`` may bind (EVTCHNOP_alloc_unbound)."""

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import errno
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from struct import pack
 
 import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, VCPU_GUEST_CONTEXT
 from xenpv.frames import DomId
-from xenpv.host import DomainInfo
+from xenpv.host import CpuPolicy, DomainInfo, TscInfo, VcpuState
 from xenpv.host.model_dirty import DirtyLog
 from xenpv.host.model_types import DESCRIPTORS, Owner, PageTypes, Refused
 from xenpv.memory.pagetables import cr3_frame, cr3_of
 
 PAE_EXTENDED_CR3 = 1 << 3  # VMASST_TYPE_pae_extended_cr3
+
+
+def _bare_state() -> VcpuState:
+    """An extended context that says nothing but its size."""
+    return VcpuState(extended=pack("<I", 128).ljust(128, b"\0"))
 
 
 @dataclass
@@ -27,6 +34,7 @@ class Vcpu:
     top: int = 0  # mfn of its top table
     user_top: int = 0  # of the user half's, 64-bit only
     gdt: tuple[int, ...] = ()
+    state: VcpuState = field(default_factory=_bare_state)
 
 
 @dataclass
@@ -48,6 +56,9 @@ class Domain:
     events: Counter[int] = field(default_factory=Counter)  # by port
     grants: dict[int, int] = field(default_factory=dict)  # mfn by reserved entry of its grant table
     vm_assist: int = 0
+    tsc: TscInfo = field(default_factory=lambda: TscInfo(khz=1_000_000))
+    policy: CpuPolicy = field(default_factory=CpuPolicy)
+    passes: Callable[[], None] | None = None  # what it does as time passes
 
     @property
     def number(self) -> int:
