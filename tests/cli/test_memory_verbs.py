@@ -277,19 +277,26 @@ def test_numbers(good: Path, text: str, value: int) -> None:
 
 
 @pytest.mark.parametrize(("form", "name"), [("linear", "linear virtual list"), ("rooted4", "rooted tree of 4 levels")])
-def test_demo(form: str, name: str) -> None:
-    ran = xenpv("demo", "--memory", "64M", "--p2m", form)
+def test_demo(form: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "large.save"
+    ran = xenpv("demo", "--memory", "64M", "--p2m", form, "-o", file)
     assert (ran.code, ran.err) == (0, "")
     assert f"dom1 (demo): {name}" in ran.out
     assert "every entry of it agrees with the m2p, and every frame of the domain is in it" in ran.out
-    assert "demo.save: restores, as far as can be told without doing it" in ran.out
+    for saved in ("large.save", "demo.save"):
+        assert f"{saved}: restores, as far as can be told without doing it" in ran.out
     assert "Next, with files of your own:" in ran.out
+    shown = xenpv("show", "--json", file).json
+    assert shown["config"]["name"] == "demo"
+    assert file.stat().st_size < 16 << 20  # pages that nobody wrote are not stored
 
 
-def test_demo_of_a_kernel_that_shows_nothing() -> None:
-    ran = xenpv("demo", "--memory", "64M", "--p2m", "none")
+def test_demo_of_a_kernel_that_shows_nothing(tmp_path: Path) -> None:
+    ran = xenpv("demo", "--memory", "64M", "--p2m", "none", "-o", tmp_path / "none.save")
     assert ran.code == 1
     assert "error: dom1 exposes no p2m: its anchor is 0x0, which is not set up yet [physmap-reach]" in ran.out
+    assert "it cannot be saved: dom1 exposes no p2m" in ran.out
+    assert not list(tmp_path.iterdir())
 
 
 def test_build_into_a_file(tmp_path: Path) -> None:

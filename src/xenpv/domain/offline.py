@@ -16,7 +16,6 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import INVALID_MFN, START_INFO
 from xenpv.domain.build import Step, build
 from xenpv.domain.save import Sink, Summary, save
-from xenpv.frames import U8, U64, DomId, PageType
 from xenpv.host.model import ModelHost
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, plan
@@ -24,16 +23,7 @@ from xenpv.image.request import Request
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.pagetables import cr3_of
 
-_ROOM = 64 << 20  # bytes of the host that are not the domain's
-
-
-class _SparseHost(ModelHost):
-    """A model host that says of pages nobody wrote that they have no content: they are given, and sent as nothing."""
-
-    def page_types(self, domid: DomId, mfns: U64) -> U8:
-        kinds = super().page_types(domid, mfns)
-        kinds[(kinds == PageType.NOTAB) & ~self.frames.written(mfns)] = PageType.XALLOC
-        return kinds
+_ROOM = 8 << 30  # bytes of the host that are not the domain's
 
 
 def plan_file(image: KernelImage, request: Request) -> Layout:
@@ -57,7 +47,7 @@ def build_file(
     step: Step | None = None,
 ) -> Summary:
     """Write an xl save file of a domain as ``plan_file`` has it. Raises as build() and save()."""
-    host = _SparseHost((layout.nr_pages << 12) + (8 << 30) + _ROOM)
+    host = ModelHost((layout.nr_pages << 12) + _ROOM, sparse=True)
     built = build(host, image, layout, ramdisk, name=name, uuid=uuid, step=step)
     domid, width = built.domid, layout.width
     top = int(built.memory.of(range(layout.registers.cr3_pfn, layout.registers.cr3_pfn + 1))[0])

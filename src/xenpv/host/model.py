@@ -31,6 +31,9 @@ DOM0_PAGES = 64 << 8  # 64 MiB
 class ModelHost(ModelMove):
     """A host of ``size`` bytes, up to 16 TiB, with a dom0 on it. The same ``seed`` hands out the same frames.
 
+    ``sparse``: it says of pages nobody wrote that they have no content, which Xen does not know: who saves a domain
+    then has little to write.
+
     >>> host = ModelHost(8 << 30)
     >>> domid = host.create(max_pages=1024)
     >>> mfns = host.populate_physmap(domid, np.arange(1024, dtype=np.uint64))
@@ -38,8 +41,11 @@ class ModelHost(ModelMove):
     ([0, 1, 2], 1024)
     """
 
-    def __init__(self, size: int = 16 << 30, *, version: XenVersion | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, size: int = 16 << 30, *, version: XenVersion | None = None, seed: int = 0, sparse: bool = False
+    ) -> None:
         super().__init__(size, version or XenVersion(4, 17, ".5"), seed)
+        self._sparse = sparse
         dom0 = self.create(8, max_pages=DOM0_PAGES, name="Domain-0")
         self.populate_physmap(dom0, np.arange(0, DOM0_PAGES, PER_EXTENT, dtype=np.uint64), order=ORDER)
         self._domains[dom0].pauses = 0
@@ -82,6 +88,8 @@ class ModelHost(ModelMove):
         pinned = (flags & PINNED) != 0
         out[pinned] |= np.uint8(8)
         out[~pinned & ((flags & VALIDATED) == 0)] = PageType.NOTAB
+        if self._sparse:
+            out[(out == PageType.NOTAB) & ~self.frames.written(mfns)] = PageType.XALLOC
         out[~ours | ((flags & SPECIAL) != 0)] = PageType.XTAB
         return out
 
