@@ -55,6 +55,10 @@ class Input:
             os.close(self.fd)
             self.fd = -1
 
+    def read(self, count: int) -> bytes:
+        """What a pipe has next, at most so many bytes; none at its end."""
+        return os.read(self.fd, count)
+
     def events(self, reader: Reader, progress: Progress | None = None) -> Iterator[Event]:
         """All events of the reader, fed from here. Raises what the reader raises."""
         return self._of_file(reader, progress) if self.seekable else self._of_pipe(reader, progress)
@@ -90,7 +94,7 @@ class Input:
                 yield event
             elif not reader.done:
                 wanted = reader.skippable or reader.need
-                data = os.read(self.fd, min(wanted, _CHUNK) if self.exact else _CHUNK)
+                data = self.read(min(wanted, _CHUNK) if self.exact else _CHUNK)
                 self.size += len(data)
                 reader.feed(data) if data else reader.feed_eof()
                 if progress is not None:

@@ -66,9 +66,7 @@ class Output:
             try:
                 done = os.writev(self.fd, waiting[first : first + _IOV_MAX])
             except BlockingIOError:  # whoever shares the pipe may have made it so
-                poll = select.poll()
-                poll.register(self.fd, select.POLLOUT)
-                poll.poll()
+                self.wait()
                 continue
             except OSError as e:
                 raise self._named(e) from e
@@ -78,6 +76,12 @@ class Output:
                 first += 1
             if done:
                 waiting[first] = waiting[first][done:]
+
+    def wait(self) -> None:
+        """Until it takes something again."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        poll.poll()
 
     def finish(self) -> None:
         """All is written: give the file its name, once it is on the disk. Raises OSError.
