@@ -31,11 +31,12 @@ check: $(READY)  ## style, types, layering
 	$(BIN)/lint-imports
 
 test-fast: $(READY) ## everything that needs no hypervisor
-	$(BIN)/pytest -q -m 'not lab'
+	$(BIN)/pytest -q -n auto -m 'not lab'
 
 test: check guests ## everything, on real Xen too
 	$(BIN)/python -m lab fetch
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto -m 'not lab'
+	$(BIN)/pytest -q -m lab
 
 guests:          ## the litmus guest kernel
 	$(MAKE) --no-print-directory -C guests/litmus
