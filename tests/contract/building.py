@@ -91,6 +91,14 @@ def a_new_domain_is_paused_and_has_no_memory(host: Toolstack, width: Width) -> N
         assert info.shared_info_mfn <= host.max_mfn()
 
 
+def a_domain_is_renamed(host: Toolstack, width: Width) -> None:
+    for uuid in (UUID, None):
+        with domain(host, width, name=NAME, uuid=uuid) as domid:
+            host.rename(domid, f"{NAME}--other")
+            assert (host.info(domid).name, find(host, f"{NAME}--other").domid) == (f"{NAME}--other", domid)
+    fails(lambda: host.rename(domid, NAME), errno.ESRCH, domid)
+
+
 def a_domain_needs_vcpus_and_not_too_many(host: Toolstack, width: Width) -> None:
     before = [d.domid for d in host.domains()]
     for vcpus in (-1, 0, 8193):
@@ -358,6 +366,7 @@ def dom0_is_not_destroyed(host: Toolstack, width: Width) -> None:
 
 BUILDING: tuple[Callable[[Toolstack, Width], None], ...] = (
     a_new_domain_is_paused_and_has_no_memory,
+    a_domain_is_renamed,
     a_domain_needs_vcpus_and_not_too_many,
     what_was_destroyed_is_free_again,
     a_builder_that_fails_half_way_can_always_destroy,

@@ -176,6 +176,9 @@ class Toolstack(Host, Protocol):
         is no such domain, EINVAL for the domain that asks.
         """
 
+    def rename(self, domid: DomId, name: str) -> None:
+        """What it is called from now on. HostError: ESRCH."""
+
     def max_mem(self, domid: DomId, pages: int) -> None:
         """How many pages it may have. Fewer than it has is no error: it just gets no more."""
 

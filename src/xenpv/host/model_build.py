@@ -60,6 +60,12 @@ class ModelBuild(ModelCore):
                 self.store.remove(parent)
                 parent = parent.rpartition("/")[0]
 
+    def rename(self, domid: DomId, name: str) -> None:
+        """What it is called from now on."""
+        domain = self._domain("rename", domid)
+        domain.name = name
+        self._write(xen_nodes.named(domid, name, domain.uuid))
+
     def memory_map(self, domid: DomId, pages: int) -> None:
         """Keep what the guest is to be told."""
         self._domain("set_memory_map", domid).memory_map = pages

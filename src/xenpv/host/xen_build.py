@@ -106,6 +106,10 @@ class XenToolstack(XenHost):
         if gone and not left:
             raise gone
 
+    def rename(self, domid: DomId, name: str) -> None:
+        info = self.info(domid)
+        self._xenstore().write(domid, xen_nodes.named(domid, name, info.uuid))
+
     def max_mem(self, domid: DomId, pages: int) -> None:
         struct = xenctrl_domctl.MAX_MEM_KIB
         self._calls.domctl(xenctrl_domctl.MAX_MEM, "max_mem", domid, struct, max_memkb=pages * _KIB)

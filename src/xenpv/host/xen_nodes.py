@@ -44,9 +44,7 @@ def created(domid: DomId, name: str | None, uuid: str | None) -> list[Node]:
     nodes = [Node(at)]
     if uuid is not None:
         nodes += [Node(f"/vm/{uuid}"), Node(f"/vm/{uuid}/uuid", uuid), Node(f"{at}/vm", f"/vm/{uuid}")]
-    if name is not None:
-        nodes += [Node(f"/vm/{uuid}/name", name)] if uuid is not None else []
-        nodes += [Node(f"{at}/name", name)]
+    nodes += named(domid, name, uuid) if name is not None else []
     nodes += [Node(f"{at}/domid", str(domid))]
     nodes += [Node(f"{at}/{path}") for path in ("cpu", "memory", "device", "control")]
     nodes += [
@@ -59,6 +57,12 @@ def created(domid: DomId, name: str | None, uuid: str | None) -> list[Node]:
     nodes += [Node(f"{at}/{path}", access=Access.WRITE) for path in own]
     xl = f"/libxl/{domid}"
     return nodes + [Node(path, value, Access.NOTHING) for path, value in ((xl, ""), (f"{xl}/type", "pv"))]
+
+
+def named(domid: DomId, name: str, uuid: str | None) -> list[Node]:
+    """What a domain is called."""
+    vm = [Node(f"/vm/{uuid}/name", name)] if uuid is not None else []
+    return [*vm, Node(f"{home(domid)}/name", name)]
 
 
 def introduced(info: DomainInfo, daemons: Daemons, console: Ring, xenstore: Ring) -> list[Node]:
