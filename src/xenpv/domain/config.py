@@ -50,6 +50,25 @@ def config_of(contents: Contents) -> Config | None:
         return Config(style, text)
 
 
+def as_libxl(name: str, uuid: str, *, pages: int, vcpus: int) -> dict[str, Any]:
+    """What xl makes a PV domain without devices by, as libxl_domain_config_to_json() would have it; what is not said is
+    its default.
+    """
+    kib = pages * 4
+    return {
+        "c_info": {"type": "pv", "name": name, "uuid": uuid, "run_hotplug_scripts": "True"},
+        "b_info": {
+            "max_vcpus": vcpus,
+            "avail_vcpus": list(range(vcpus)),
+            "max_memkb": kib,
+            "target_memkb": kib,
+            "video_memkb": 0,
+            "type.pv": {},
+        },
+        "on_reboot": "restart",
+    }
+
+
 def _json(text: str) -> Config:
     """libxl_domain_config as libxl_domain_config_to_json() writes it."""
     config = json.loads(text)

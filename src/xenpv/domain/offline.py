@@ -15,6 +15,7 @@ import numpy as np
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import INVALID_MFN, START_INFO
 from xenpv.domain.build import Step, build
+from xenpv.domain.config import as_libxl
 from xenpv.domain.save import Sink, Summary, save
 from xenpv.host.model import ModelHost
 from xenpv.image.kernel import KernelImage
@@ -76,17 +77,5 @@ def build_file(
 
 
 def configuration(layout: Layout, name: str, uuid: str) -> dict[str, Any]:
-    """What xl makes the domain by, as libxl_domain_config_to_json() would have it; what is not said is its default."""
-    kib = layout.nr_pages * 4
-    return {
-        "c_info": {"type": "pv", "name": name, "uuid": uuid, "run_hotplug_scripts": "True"},
-        "b_info": {
-            "max_vcpus": layout.vcpus,
-            "avail_vcpus": list(range(layout.vcpus)),
-            "max_memkb": kib,
-            "target_memkb": kib,
-            "video_memkb": 0,
-            "type.pv": {},
-        },
-        "on_reboot": "restart",
-    }
+    """What xl makes the domain by."""
+    return as_libxl(name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
