@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.domain.breaking import CALLS, Breaking
 from tests.host.model_invariants import check as check_invariants
 from tests.image.images import GIB, MIB, P2M, UNMAPPED, image, layouts
-from tests.writers.kernel import BASE, PV64, Kernel, Load, kernel32, note, quad
+from tests.writers.kernel import BASE, PV64, Kernel, Load, Section, kernel32, note, quad, text
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import START_INFO
 from xenpv.domain.build import Built, Memory, build
@@ -118,6 +118,17 @@ def test_a_guest_lives_in_it(kernel: str, form: str) -> None:
     findings = Findings()
     PhysmapCheck(LiveDomain(host, host.info(built.domid)), findings).run()
     assert [str(finding) for finding in findings if finding.pfn is None or finding.pfn < layout.nr_pages] == []
+
+
+def test_what_a_kernel_has_later_overwrites_and_so_do_its_zeroes() -> None:
+    """As libelf loads it; and behind it is the symbol table that it asks for."""
+    loads = [Load(0x10_0000, b"a" * 0x2000, 0x2000), Load(0x10_0800, b"b" * 0x400, 0x800), Load(0x10_0C00, b"", 0x100)]
+    sections = [Section(".strtab", 3, b"\0name\0"), Section(".symtab", 2, b"s" * 24, link=1)]
+    kernel = image(Kernel(notes=[*PV64, note(11, text("yes"))], loads=loads, sections=sections))
+    memory = memory_of(*made(kernel))
+    want = b"a" * 0x800 + b"b" * 0x400 + bytes(0x400) + b"a" * 0x1000
+    assert memory.read_virtual(BASE + 0x10_0000, 0x2000) == want
+    assert memory.read_virtual(BASE + 0x10_2000 + 264, 30) == b"s" * 24 + b"\0name\0"
 
 
 @settings(max_examples=25, deadline=None)

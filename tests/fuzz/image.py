@@ -92,6 +92,10 @@ def answer(image: KernelImage) -> None:
     json.dumps(said)
     for segment in image.segments:
         assert len(image.content(segment)) == segment.filesz
+    if said["pv"]["can_boot"]:
+        size = -(-(image.kernel_end - image.kernel_start) // 4096) * 4096
+        for vaddr, content, zeroes in image.loads():
+            assert 0 <= vaddr - image.kernel_start <= size - len(content) - zeroes
 
 
 def target(data: bytes, n: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 from hypothesis import strategies as st
 
 from tests.writers.kernel import BASE, PV32, PV64, Kernel, Load, kernel32, note, quad, word
@@ -22,6 +24,13 @@ def image(kernel: Kernel) -> KernelImage:
 def sized(mib: int, *notes: bytes) -> KernelImage:
     """A 64-bit kernel that ends so many MiB behind its virt_base."""
     return image(Kernel(notes=[*PV64, *notes], loads=[Load(0x10_0000, b"", (mib - 1) << 20)]))
+
+
+def asking_for_symbols(litmus: bytes) -> bytes:
+    """litmus.elf with its note SUSPEND_CANCEL made one of BSD_SYMTAB."""
+    old, new = (struct.pack("<III", 4, 8, number) + b"Xen\0" for number in (14, 11))
+    at = litmus.index(old)
+    return litmus[:at] + new + b"yes\0\0\0\0\0" + litmus[at + len(old) + 8 :]
 
 
 BASES = {8: (BASE, 0, 1 << 30, (1 << 39) + (3 << 30), 0xFFFF_8800_0000_0000), 4: (0xC000_0000, 0, 0x4000_0000)}

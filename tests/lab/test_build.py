@@ -12,15 +12,18 @@ import lab
 from lab import guests
 from tests.cli.command import xenpv
 from tests.domain.breaking import CALLS
+from tests.image.images import asking_for_symbols
 from tests.lab.conftest import Hosts
 
 ROOT = Path(__file__).parents[2]
 LITMUS = guests.LITMUS
+SYMBOLS = "litmus-symbols.elf"  # in /share
 NO_P2M = LITMUS.replace("litmus.elf", "litmus-nop2m.elf")
 # name: kernel, ramdisk, MiB, command line
 SMALL = {
     "outside": (LITMUS, "", 32, "p2m=both"),
     "inside": (NO_P2M, "", 32, "p2m=tree"),
+    "symbols": (f"/share/{SYMBOLS}", "", 32, ""),
     "debian": (guests.VMLINUZ, guests.INITRAMFS, 160, "console=hvc0 quiet"),
 }
 LARGE = {
@@ -87,6 +90,7 @@ def hold_alike(host: lab.Host, cases: dict[str, tuple[str, str, int, str]]) -> N
 
 
 def test_what_is_built_is_what_xl_builds(host: lab.Host) -> None:
+    (host.share / SYMBOLS).write_bytes(asking_for_symbols((ROOT / "guests/litmus/build/litmus.elf").read_bytes()))
     hold_alike(host, SMALL)
 
 

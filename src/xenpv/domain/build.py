@@ -191,9 +191,8 @@ class _Builder:
             with self.host.map_writable(self.domid, self.memory.of(some)) as pages:
                 pages[:] = 0
 
-    def _copy(self, at: int, data: bytes | memoryview) -> None:
+    def _copy(self, at: int, content: U8) -> None:
         """Bytes to a pseudo-physical address, in bytes."""
-        content = np.frombuffer(data, np.uint8)
         pfns = range(at >> PAGE_SHIFT, (at + len(content) - 1 >> PAGE_SHIFT) + 1 if len(content) else at >> PAGE_SHIFT)
         for some in _pieces(pfns):
             begin, end = max(some.start * PAGE_SIZE, at), min(some.stop * PAGE_SIZE, at + len(content))
@@ -209,13 +208,17 @@ class _Builder:
         kernel, place = layout.segment(Part.KERNEL), layout.segment(Part.RAMDISK)
         assert kernel is not None
         self._clear(kernel.pfns)
-        for number, segment in enumerate(image.segments):
-            self.step("loading the kernel", number, len(image.segments))
-            self._copy(image.virtual(segment.paddr) - layout.virt_base, image.content(segment))
+        overlap = bool(image.elf.overlaps())  # if not, the zeroes behind a segment are there already
+        for number, (vaddr, content, zeroes) in enumerate(loads := list(image.loads())):
+            self.step("loading the kernel", number, len(loads))
+            self._copy(vaddr - layout.virt_base, np.frombuffer(content, np.uint8))
+            if overlap:
+                at = vaddr - layout.virt_base + len(content)
+                self._copy(at, np.broadcast_to(np.zeros(1, np.uint8), zeroes))
         if place is not None:
             self.step("loading the ramdisk", 0, place.size)
             self._clear(range(place.pfns.stop - 1, place.pfns.stop))  # what is behind its end
-            self._copy(place.first * PAGE_SIZE, ramdisk)
+            self._copy(place.first * PAGE_SIZE, np.frombuffer(ramdisk, np.uint8))
 
     def _p2m(self) -> None:
         """The linear list, some pages at a time: never a second array of the whole."""

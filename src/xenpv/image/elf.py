@@ -62,8 +62,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A section header; a name is cut after 64 bytes."""
+    """A section header, and at which offset of the file it is; a name is cut after 64 bytes."""
 
+    header: int
     name: str
     type: int
     addr: int
@@ -111,14 +112,12 @@ class Elf:
             _segment(width, _PHDR[width].unpack_from(data, at))
             for at in _table("program", data, phoff, phentsize, phnum, size=_PHDR[width].size)
         )
-        raw = [
-            _SHDR[width].unpack_from(data, at)
-            for at in _table("section", data, shoff, shentsize, shnum, size=_SHDR[width].size)
-        ]
+        headers = _table("section", data, shoff, shentsize, shnum, size=_SHDR[width].size)
+        raw = [_SHDR[width].unpack_from(data, at) for at in headers]
         strings = raw[shstrndx][4] if shstrndx < len(raw) else len(data)
         sections = tuple(
-            Section(_name(data, strings + name), type_, addr, offset, size, link)
-            for name, type_, _, addr, offset, size, link, *_ in raw
+            Section(at, _name(data, strings + name), type_, addr, offset, size, link)
+            for at, (name, type_, _, addr, offset, size, link, *_) in zip(headers, raw, strict=True)
         )
         for i, segment in enumerate(segments):
             _check(i, segment, width, len(data))

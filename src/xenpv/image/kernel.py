@@ -7,15 +7,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
 from xenpv.abi.declare import Width
 from xenpv.errors import ImageError
-from xenpv.image.elf import EM_386, EM_X86_64, SHT_STRTAB, SHT_SYMTAB, Elf, Segment
+from xenpv.image.elf import EM_386, EM_X86_64, Elf, Segment
 from xenpv.image.notes import Note, Source, read_notes
 from xenpv.image.parameters import Parameters
 from xenpv.image.payload import Layer, unwrap
+from xenpv.image.symbols import Symbols
 
 FILE_MAX = 1 << 30  # bytes of a kernel file; what libxc takes (xenguest.h XC_DOM_DECOMPRESS_MAX)
 _ADDRESSES = 1 << 64
@@ -26,9 +28,10 @@ class KernelImage:
     """A kernel file, read.
 
     ``layers`` are the wrappings that it came in, outermost first; ``elf`` is the ELF file inside them, ``notes`` are
-    Xen's in it and ``source`` where they were found, ``parameters`` what they come to. ``width`` is that of its
-    addresses in bytes. All addresses are computed as Xen's builders compute them, modulo 2^64
-    (xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_addr_calc_check()).
+    Xen's in it and ``source`` where they were found, ``parameters`` what they come to, ``symbols`` the symbol table to
+    be loaded behind it, None where it wants or has none. ``width`` is that of its addresses in bytes. All addresses are
+    computed as Xen's builders compute them, modulo 2^64 (xen.git:xen/common/libelf/libelf-dominfo.c
+    elf_xen_addr_calc_check()).
     """
 
     layers: tuple[Layer, ...]
@@ -36,6 +39,7 @@ class KernelImage:
     notes: tuple[Note, ...] = field(repr=False)
     source: Source
     parameters: Parameters
+    symbols: Symbols | None = field(repr=False)
 
     @classmethod
     def parse(cls, data: bytes | bytearray | memoryview) -> Self:
@@ -52,11 +56,13 @@ class KernelImage:
         try:
             elf = Elf.parse(unpacked)
             notes, source = read_notes(elf)
+            parameters = Parameters.of(notes, source)
+            symbols = Symbols.of(elf) if parameters.bsd_symtab else None
         except ImageError as e:
             if not layers:
                 raise
             raise ImageError(f"in the unpacked kernel: {e.reason}", offset=e.offset, note=e.note) from None
-        return cls(layers, elf, notes, source, Parameters.of(notes, source))
+        return cls(layers, elf, notes, source, parameters, symbols)
 
     @property
     def width(self) -> Width:
@@ -73,6 +79,17 @@ class KernelImage:
     def content(self, segment: Segment) -> memoryview:
         """The bytes of a segment that the file has, ``filesz`` of them."""
         return self.elf.data[segment.offset : segment.offset + segment.filesz]
+
+    def loads(self) -> Iterator[tuple[int, bytes | memoryview, int]]:
+        """What to load as PV, in this order: a virtual address, the bytes that go there, how many zeroes behind them.
+
+        What comes later overwrites what was there.
+        """
+        for segment in self.segments:
+            yield self.virtual(segment.paddr), self.content(segment), segment.memsz - segment.filesz
+        if self.symbols is not None:
+            for at, data in self.symbols.pieces:
+                yield self.virtual(self.symbols.start + at), data, 0
 
     @property
     def virt_base(self) -> int:
@@ -99,30 +116,8 @@ class KernelImage:
     @property
     def kernel_end(self) -> int:
         """The virtual address behind what is loaded, as PV, and the symbol table where BSD_SYMTAB asks for it."""
-        return self.virtual(self.symtab_end() or self.elf.paddr_range.stop)
+        return self.virtual(self.symbols.stop if self.symbols else self.elf.paddr_range.stop)
 
     def virtual(self, paddr: int) -> int:
         """The virtual address at which Xen's builders load a paddr, as PV; a segment's vaddr counts for nothing."""
         return (paddr + self.virt_base - self.paddr_offset) % _ADDRESSES
-
-    def symtab_end(self) -> int | None:
-        """The paddr behind the symbol table that the kernel wants behind itself, or None where it wants or has none.
-
-        Space for a 32-bit size, an ELF header, three section headers, the symbols and their strings, each rounded up
-        to a word (xen.git:xen/common/libelf/libelf-loader.c elf_parse_bsdsyms()).
-        """
-        if not self.parameters.bsd_symtab:
-            return None
-        sections = self.elf.sections
-        symtab = next((s for s in sections[1:] if s.type == SHT_SYMTAB), None)
-        if symtab is None or not 0 < symtab.link < len(sections) or sections[symtab.link].type != SHT_STRTAB:
-            return None
-        word = self.elf.width
-        size = _up(4 + 64 + 3 * (64 if word == 8 else 40), word)
-        size = _up(size + symtab.size, word)
-        size = _up(size + sections[symtab.link].size, word)
-        return _up(self.elf.paddr_range.stop, word) + size
-
-
-def _up(n: int, align: int) -> int:
-    return -(-n // align) * align

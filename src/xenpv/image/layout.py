@@ -150,8 +150,8 @@ class Layout:
     """A plan. Whoever builds it
 
     - gives the domain a frame for each pfn in ``ranges``;
-    - copies ``image.content(s)`` for each s of ``image.segments`` to byte ``image.virtual(s.paddr) - virt_base`` of
-      pseudo-physical memory, and zeroes up to its ``memsz``; the ramdisk to where ``segment(Part.RAMDISK)`` begins;
+    - loads what ``image.loads()`` says, an address less ``virt_base`` being the byte of pseudo-physical memory; the
+      ramdisk to where ``segment(Part.RAMDISK)`` begins;
     - writes ``p2m_entries`` entries of ``width`` bytes, mfns by pfn and all ones for a pfn in no range, into the pages
       of ``segment(Part.P2M)``;
     - fills the tables (start.py), which is all of ``tables``, and writes start info and, once pinned, vcpu 0.

@@ -177,7 +177,10 @@ def _xz(packed: memoryview, size: int) -> bytes:
 
 
 def _lzma(packed: memoryview, size: int) -> bytes:
-    return _stream(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_WINDOW_MAX), packed[:-4], size)
+    # Its header says how large a dictionary to take, in bytes 1 to 4; what comes out needs none larger than itself.
+    dictionary = min(int.from_bytes(packed[1:5], "little"), max(size, 4096))
+    whole = b"".join([packed[:1], dictionary.to_bytes(4, "little"), packed[5:-4]])
+    return _stream(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_WINDOW_MAX), memoryview(whole), size)
 
 
 def _zstd(packed: memoryview, size: int) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.image.elf import EM_386, EM_X86_64
 from xenpv.image.kernel import KernelImage
+from xenpv.image.mapping import whole_pages
 from xenpv.image.notes import Source
 from xenpv.image.parameters import XENFEAT_AUTO_TRANSLATED, XENFEAT_DOM0, Pae
 
@@ -77,8 +78,10 @@ def remarks(image: KernelImage) -> list[str]:
     unknown = [*features.unknown, *(features.unknown_required if image.source is Source.LEGACY else ())]
     if unknown:
         found.append(f"FEATURES has names that Xen does not know: {', '.join(unknown)}")
-    if image.parameters.bsd_symtab and image.symtab_end() is None:
+    if image.parameters.bsd_symtab and image.symbols is None:
         found.append("BSD_SYMTAB asks for a symbol table, and the file has none with its strings")
+    if image.symbols is not None and image.symbols.cut:
+        found.append("the symbol table does not fit into what libelf keeps for it, so a part of it is not loaded")
     return found
 
 
@@ -132,5 +135,8 @@ def _misplaced(image: KernelImage) -> Iterator[str]:
         yield f"{where}, which does not begin at a page"
     if parameters.init_p2m is not None and start <= parameters.init_p2m < end:
         yield f"{where}, and INIT_P2M {parameters.init_p2m:#x} is in there"
+    loaded, most = sum(segment.memsz for segment in image.segments), 2 * whole_pages(end - start) * PAGE_SIZE
+    if loaded > most:
+        yield f"its segments come to {loaded:#x} bytes, more than twice what they lie in; libelf gives up at {most:#x}"
     if parameters.hypercall_page is not None and parameters.hypercall_page < base:
         yield f"HYPERCALL_PAGE {parameters.hypercall_page:#x} is below VIRT_BASE {base:#x}"
