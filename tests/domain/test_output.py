@@ -100,6 +100,40 @@ def test_short_writes_are_gone_on_with(most: int, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "x").read_bytes() == WHOLE
 
 
+def test_what_cannot_be_written_in_place_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that says EFAULT to pages of another domain, which are all but what is bytes here, some way in."""
+    real, calls = os.writev, []
+
+    def writev(fd: int, buffers: Sequence[Any]) -> int:
+        calls.append(sum(map(len, buffers)))
+        for at, buffer in enumerate(buffers):
+            if not isinstance(memoryview(buffer).obj, bytes):
+                if at == 0:
+                    raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+                return real(fd, buffers[:at])
+        return real(fd, [memoryview(buffers[0])[: 3 << 18], *buffers[1:]])
+
+    monkeypatch.setattr(os, "writev", writev)
+    foreign: list[Buffer] = [b"head", bytearray(b"A" * 5_000_000), b"", bytearray(b"B" * 10), b"tail"]
+    with Output.open(str(tmp_path / "x")) as out:
+        out.write(foreign)
+        assert out.copies
+        out.write(foreign)
+    assert (tmp_path / "x").read_bytes() == b"".join(foreign) * 2
+    assert out.written == 2 * len(b"".join(foreign))
+    assert max(calls[2:]) <= 1 << 20, "copied a piece at a time"
+
+
+def test_memory_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def writev(*_: Any) -> int:
+        raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
+
+    monkeypatch.setattr(os, "writev", writev)
+    with pytest.raises(OSError, match="Bad address"), Output.open(str(tmp_path / "x")) as out:
+        out.write(BUFFERS)
+    assert os.listdir(tmp_path) == []
+
+
 def test_more_buffers_than_one_call_takes(tmp_path: Path) -> None:
     many: list[Buffer] = [bytes([i % 251]) for i in range(5000)]
     with Output.open(str(tmp_path / "x")) as out:

@@ -15,6 +15,7 @@ from xenpv.errors import RequestError
 from xenpv.stream.fields import Buffer
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")  # buffers that one writev takes
+_COPIED = 1 << 20  # bytes at a time, where buffers have to be copied first
 
 
 class Output:
@@ -28,6 +29,7 @@ class Output:
         self.fd = fd
         self.name = name
         self.written = 0  # bytes
+        self.copies = False  # whether the target showed that it does not take foreign pages
         self._becomes = becomes
         self._temporary = temporary
 
@@ -59,16 +61,24 @@ class Output:
             self.abandon()
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """All of the buffers, in order. Raises OSError, which names the output: ENOSPC, EPIPE and their like."""
+        """All of the buffers, in order. Raises OSError, which names the output: ENOSPC, EPIPE and their like.
+
+        What pins the pages that it writes (9p, O_DIRECT) says EFAULT to another domain's, and is given copies from
+        then on.
+        """
         waiting = [memoryview(buffer) for buffer in buffers if len(buffer)]
         first = 0
         while first < len(waiting):
+            now = waiting[first : first + _IOV_MAX]
             try:
-                done = os.writev(self.fd, waiting[first : first + _IOV_MAX])
+                done = os.writev(self.fd, [_copied(now)] if self.copies else now)
             except BlockingIOError:  # whoever shares the pipe may have made it so
                 self.wait()
                 continue
             except OSError as e:
+                if e.errno == errno.EFAULT and not self.copies:
+                    self.copies = True
+                    continue
                 raise self._named(e) from e
             self.written += done
             while first < len(waiting) and done >= len(waiting[first]):
@@ -119,3 +129,14 @@ class Output:
 
     def _named(self, e: OSError) -> OSError:
         return OSError(e.errno or errno.EIO, e.strerror, self.name)
+
+
+def _copied(buffers: Sequence[memoryview]) -> bytes:
+    """The first of the buffers in memory of our own, up to about _COPIED bytes."""
+    taken, room = [], _COPIED
+    for buffer in buffers:
+        taken.append(buffer[:room])
+        room -= len(taken[-1])
+        if room <= 0:
+            break
+    return b"".join(taken)
