@@ -39,7 +39,7 @@ from tests.stream.test_writer import again
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PAGE_SIZE, PTE_P, PTE_PSE, VCPU_GUEST_CONTEXT, XEN_PAE_L2_FIRST
-from xenpv.domain.save import BATCH, save
+from xenpv.domain.save import BATCH, ENTRIES_MAX, save
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, HostError
 from xenpv.frames import FOREIGN, IDENTITY, IS_POPULATED, IS_TABLE, NO_FRAME, U8, U64, DomId, PageType
@@ -145,6 +145,29 @@ def test_records_come_as_in_libxenguest(width: Width) -> None:
     assert [len(event.entries) for event in data] == [BATCH] * 3 + [4096 - 95 - 3 * BATCH]
     sent = np.concatenate([event.pfns for event in data])
     assert (np.diff(sent.astype(np.int64)) > 0).all()
+
+
+def test_pages_without_content_go_in_long_records() -> None:
+    """A restorer bounds a record's entries by its length alone, xg_sr_restore.c handle_page_data()."""
+    guest = Guest.boot("linear", pages=1 << 18, order=9)
+    guest.do("write_pattern", pfns(2000, 100_000), 7)
+    guest.do("suspend")
+
+    def page_types(domid: DomId, mfns: U64) -> U8:
+        kinds = guest.host.page_types(domid, mfns)
+        kinds[(kinds == PageType.NOTAB) & ~guest.host.frames.written(mfns)] = PageType.XALLOC
+        return kinds
+
+    heap = Heap()
+    summary = save(Twisted(guest, page_types=page_types), guest.domid, heap, envelope=Kind.LIBXC)
+    reading = read(whole(bytes(heap.data)), collect=True)
+    assert reading.faults == []
+    data = [event for event in reading.events if isinstance(event, PageData)]
+    np.testing.assert_array_equal(np.concatenate([event.pfns for event in data]), pfns(1 << 18))
+    assert max(len(event.entries) for event in data) == ENTRIES_MAX
+    assert max(event.pages for event in data) == BATCH
+    assert len(data) <= summary.pages // BATCH + (1 << 18) // ENTRIES_MAX + 1
+    assert summary.pages + summary.empty == 1 << 18
 
 
 def test_xens_own_verifier_takes_it(tmp_path: Path) -> None:

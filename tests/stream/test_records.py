@@ -86,6 +86,20 @@ def test_entries_of_an_unknown_type_have_no_content() -> None:
         assert data.pages == 2 + (kind in WITH_DATA)
 
 
+def test_a_long_record_is_looked_at_to_its_last_entry() -> None:
+    """Pages without content may be many to a record: only its length bounds them."""
+    last = the(pv(), records.X86PVP2MFrames).end_pfn
+    for pfn, message in (
+        (last, None),
+        (last + 1, f"pfn {last + 1:#x} (index 4999) outside domain maximum {last:#x}"),
+        (1 << 52, "reserved bits set in pfn[4999]: 0x10000000000000"),
+    ):
+        piece = Wire().page_data([*[(0, XTAB)] * 4999, (pfn, XTAB)], [])
+        reading = read(whole(bytes(domain().to_stream("libxc").replace("PAGE_DATA", piece))), collect=True)
+        assert len(the(reading, PageData).entries) == 5000
+        assert [fault.message for fault in reading.faults] == ([message] if message else [])
+
+
 @BOTH_ORDERS
 def test_vcpus(big_endian: bool) -> None:
     expected = {

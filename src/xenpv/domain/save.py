@@ -58,7 +58,8 @@ from xenpv.stream.pagedata import TYPE_SHIFT
 from xenpv.stream.records import End, Record, SharedInfo, StaticDataEnd, VcpuBasic, X86PVInfo, X86PVP2MFrames
 from xenpv.stream.writer import Writer
 
-BATCH = 1024  # pages of a record: MAX_BATCH_SIZE of libxenguest
+BATCH = 1024  # pages with content in a record: MAX_BATCH_SIZE of libxenguest
+ENTRIES_MAX = 1 << 16  # entries of a record; a restorer bounds them by the record's length alone
 PFNS_MAX = 1 << 32  # X86_PV_P2M_FRAMES counts them in 32 bits
 
 _SUSPEND = 2  # SHUTDOWN_suspend, xen.git:xen/include/public/sched.h
@@ -308,42 +309,52 @@ class Saver:
     # --- pages -------------------------------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[tuple[bytes, list[Buffer]]]:
-        """All that the p2m names, BATCH entries at a time, ascending: entries as in PAGE_DATA, and page content.
+        """All that the p2m names, ascending: entries as in PAGE_DATA, and page content. BATCH pages with content at a
+        time, or ENTRIES_MAX without any.
 
         Content of pages that are no tables is the host's own mapping, gone when the next is asked for.
         """
         pfns = mfns = np.empty(0, np.uint64)
+        kinds = np.empty(0, np.uint8)
         for leaves in self.p2m.content():
             own = is_own(leaves.mfns)
-            pfns, mfns = np.append(pfns, leaves.pfns[own]), np.append(mfns, leaves.mfns[own])
-            whole = len(pfns) // BATCH * BATCH
-            for at in range(0, whole, BATCH):
-                yield self.batch(pfns[at : at + BATCH], mfns[at : at + BATCH])
-            pfns, mfns = pfns[whole:], mfns[whole:]
+            new = leaves.mfns[own]
+            pfns, mfns = np.append(pfns, leaves.pfns[own]), np.append(mfns, new)
+            kinds = np.append(kinds, self._types(pfns[len(kinds) :], new))
+            begin = 0
+            for end in _ends(HAS_DATA[kinds]):
+                yield self.batch(pfns[begin:end], mfns[begin:end], kinds[begin:end])
+                begin = end
+            pfns, mfns, kinds = pfns[begin:], mfns[begin:], kinds[begin:]
         if len(pfns):
-            yield self.batch(pfns, mfns)
+            yield self.batch(pfns, mfns, kinds)
 
-    def batch(self, pfns: U64, mfns: U64) -> tuple[bytes, list[Buffer]]:
-        """Some pages, as ``batches`` has them."""
+    def _types(self, pfns: U64, mfns: U64) -> U8:
         kinds = self.host.page_types(self.domid, mfns)
         for at in np.flatnonzero(~IS_KNOWN[kinds])[:1].tolist():
             what = f"Unknown type {int(kinds[at]):#x} for pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x})"
             raise HostError(f"{self.live.name}: {what}", op="getpageframeinfo3", domid=self.domid)
+        return kinds
+
+    def batch(self, pfns: U64, mfns: U64, kinds: U8) -> tuple[bytes, list[Buffer]]:
+        """Some pages of those types, as ``batches`` has them."""
         there = HAS_DATA[kinds]
-        table = IS_TABLE[kinds]
-        plain = there & ~table
-        # Tables first: to translate them reads the p2m, and the mapping of the others must outlive that.
-        tables = self._mapped(pfns[table], mfns[table]).copy()
-        self._normalise(tables, kinds[table], pfns[table])
-        content = self._mapped(pfns[plain], mfns[plain])
         summary = self.summary
-        summary.pages += int(np.count_nonzero(there))
-        summary.tables += len(tables)
-        lost = int(np.count_nonzero(kinds == PageType.XTAB))
+        contents: list[Buffer] = []
+        if there.any():
+            table = IS_TABLE[kinds]
+            plain = there & ~table
+            # Tables first: to translate them reads the p2m, and the mapping of the others must outlive that.
+            tables = self._mapped(pfns[table], mfns[table]).copy()
+            self._normalise(tables, kinds[table], pfns[table])
+            contents = _interleaved(table[there], tables, self._mapped(pfns[plain], mfns[plain]))
+            summary.tables += len(tables)
+        sent, lost = int(np.count_nonzero(there)), int(np.count_nonzero(kinds == PageType.XTAB))
+        summary.pages += sent
         summary.lost += lost
-        summary.empty += len(kinds) - int(np.count_nonzero(there)) - lost
+        summary.empty += len(kinds) - sent - lost
         entries = kinds.astype(np.uint64) << np.uint64(TYPE_SHIFT) | pfns
-        return entries.astype("<u8", copy=False).tobytes(), _interleaved(table[there], tables, content)
+        return entries.astype("<u8", copy=False).tobytes(), contents
 
     def _mapped(self, pfns: U64, mfns: U64) -> U8:
         if not len(mfns):
@@ -384,6 +395,12 @@ class Saver:
 
 def _stands(info: DomainInfo) -> bool:
     return info.paused or info.shutdown
+
+
+def _ends(there: Mask) -> list[int]:
+    """Where records end that hold these entries, of which some have content; what is left fills none."""
+    full = np.flatnonzero(there)[BATCH - 1 :: BATCH] + 1
+    return np.union1d(full, np.arange(ENTRIES_MAX, len(there) + 1, ENTRIES_MAX)).tolist()
 
 
 def _interleaved(is_table: Mask, tables: U8, content: U8) -> list[Buffer]:

@@ -82,6 +82,13 @@ class ModelHost(ModelMove):
 
     def page_types(self, domid: DomId, mfns: U64) -> U8:
         """As getpageframeinfo3: XTAB for what is not the domain's or Xen's own, a table only while validated."""
+        domain = self._domain("getpageframeinfo3", domid)
+        out = np.full(len(mfns), PageType.XALLOC if self._sparse else PageType.NOTAB, np.uint8)
+        touched = ~self.frames.untouched(mfns, domain.number)  # few of a large domain are
+        out[touched] = self._types_of_touched(domid, mfns[touched])
+        return out
+
+    def _types_of_touched(self, domid: DomId, mfns: U64) -> U8:
         ours = self._ours("getpageframeinfo3", domid, mfns)
         kind, flags = self.frames.types(mfns)
         out = np.where((kind >= 1) & (kind <= 4), kind, 0).astype(np.uint8)

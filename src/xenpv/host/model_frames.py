@@ -181,6 +181,11 @@ class FrameTable:
         alike = (alike[:, None] << _LOW | np.arange(PER_EXTENT, dtype=np.uint64)).reshape(-1)
         return np.sort(np.append(alike, self.mfns(np.flatnonzero(self.rows.owner == owner))))
 
+    def untouched(self, mfns: U64, owner: int) -> Mask:
+        """Which are that owner's, of an extent whose frames are all alike: none was ever written or used."""
+        extent = np.minimum(mfns >> _LOW, np.uint64(self.extents - 1))
+        return np.asarray((self._slot[extent] == 0) & (self._owner[extent] == owner) & self.valid(mfns))
+
     def row(self, mfns: U64) -> I64:
         """The row of each, in the arrays of ``rows``; it gets one if it has none. All must be frames of the host."""
         extents = np.unique((mfns >> _LOW).astype(np.int64))

@@ -82,9 +82,17 @@ class PageData(Record):
             at = next(i for i, top in enumerate(tops) if top not in _TOP_KNOWN)
             what = f"Unknown type {tops[at] >> 4:#x} for pfn {_entry(raw, at) & PFN_MASK:#x} (index {at})"
             ctx.fault(rules.PAGE_TYPE, what)
-        for first in range(0, len(raw), _LANES * 8):
-            _check_lanes(ctx, raw[first : first + _LANES * 8], first // 8)
+        if len(raw) <= _LANES * 8 or not record._plain(ctx.max_pfn):
+            for first in range(0, len(raw), _LANES * 8):
+                _check_lanes(ctx, raw[first : first + _LANES * 8], first // 8)
         return record
+
+    def _plain(self, max_pfn: int | None) -> bool:
+        """Whether nothing is wrong with any entry. Long records are worth NumPy: memory without content is in such."""
+        entries = self.entries
+        return not (entries & entries.dtype.type(RESERVED_MASK)).any() and (
+            max_pfn is None or int(self.pfns.max()) <= max_pfn
+        )
 
 
 def _entry(raw: bytes, at: int) -> int:
