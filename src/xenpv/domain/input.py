@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
 import stat
 from collections.abc import Callable, Iterator
 from typing import Self
 
 from xenpv.errors import RequestError
+from xenpv.stream import rules
 from xenpv.stream.events import Event
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.reader import Reader
@@ -39,6 +42,8 @@ class Input:
         self.start = os.lseek(fd, 0, os.SEEK_CUR) if self.seekable else 0
         self.size = os.fstat(fd).st_size - self.start if self.seekable else 0
         self.trailing = 0
+        self._next = 0  # where in the stream the content is that ``take`` gives
+        self._taken = 0  # of it, out of a pipe, and not yet told to the reader
 
     @classmethod
     def open(cls, path: str) -> Self:
@@ -59,9 +64,50 @@ class Input:
         """What a pipe has next, at most so many bytes; none at its end."""
         return os.read(self.fd, count)
 
-    def events(self, reader: Reader, progress: Progress | None = None) -> Iterator[Event]:
-        """All events of the reader, fed from here. Raises what the reader raises."""
-        return self._of_file(reader, progress) if self.seekable else self._of_pipe(reader, progress)
+    def events(self, reader: Reader, progress: Progress | None = None, *, taking: bool = False) -> Iterator[Event]:
+        """All events of the reader, fed from here. Raises what the reader raises.
+
+        ``taking``: at a PageData event, until the next event, page content is there for ``take``; what is not taken is
+        passed over.
+        """
+        return self._of_file(reader, progress) if self.seekable else self._of_pipe(reader, progress, taking)
+
+    def take(self, into: memoryview) -> None:
+        """Fill a buffer, which may be a guest's own mapped memory, with the next bytes of page content.
+
+        Truncated when the input ends before, OSError when it cannot be read.
+        """
+        while into:
+            n = self._read_into(into)
+            if not n:
+                end = f"{len(into)} more bytes of page content are missing, the input ends at {self._next:#x}"
+                raise rules.breach(rules.TRUNCATED, end, offset=self._next, record="PAGE_DATA")
+            self._next += n
+            if not self.seekable:
+                self._taken += n
+            into = into[n:]
+
+    def _read_into(self, into: memoryview) -> int:
+        try:
+            if self.seekable:
+                return os.preadv(self.fd, [into], self.start + self._next)
+            self._wait()
+            return os.readv(self.fd, [into])
+        except OSError as e:
+            if e.errno != errno.EFAULT:
+                raise
+        # The file system reads into no memory of other domains (9p is one), so by way of our own.
+        n = min(len(into), _CHUNK)
+        data = os.pread(self.fd, n, self.start + self._next) if self.seekable else os.read(self.fd, n)
+        into[: len(data)] = data
+        return len(data)
+
+    def _wait(self) -> None:
+        """Until a pipe has something: whoever shares it may have made it one that does not wait."""
+        if not os.get_blocking(self.fd):
+            poll = select.poll()
+            poll.register(self.fd, select.POLLIN)
+            poll.poll()
 
     def _of_file(self, reader: Reader, progress: Progress | None) -> Iterator[Event]:
         position, window = 0, _WINDOW
@@ -71,6 +117,7 @@ class Input:
                 if event is not None:
                     if isinstance(event, PageData):
                         window = 16 + len(event.raw)
+                        self._next = event.pages_offset
                     yield event
                 elif reader.skippable and position < self.size:
                     n = min(reader.skippable, self.size - position)
@@ -87,18 +134,25 @@ class Input:
             if self.exact:
                 os.lseek(self.fd, self.start + reader.offset, os.SEEK_SET)
 
-    def _of_pipe(self, reader: Reader, progress: Progress | None) -> Iterator[Event]:
+    def _of_pipe(self, reader: Reader, progress: Progress | None, taking: bool) -> Iterator[Event]:
         while not reader.done:
             event = reader.next_event()
             if event is not None:
+                if isinstance(event, PageData):
+                    self._next, self._taken = event.pages_offset, 0
                 yield event
+                continue
+            if self._taken:
+                reader.skip(self._taken)
+                self.size, self._taken = self.size + self._taken, 0
             elif not reader.done:
                 wanted = reader.skippable or reader.need
-                data = self.read(min(wanted, _CHUNK) if self.exact else _CHUNK)
+                self._wait()
+                data = os.read(self.fd, min(wanted, _CHUNK) if self.exact or taking else _CHUNK)
                 self.size += len(data)
                 reader.feed(data) if data else reader.feed_eof()
-                if progress is not None:
-                    progress(self.size, None)
+            if progress is not None:
+                progress(self.size, None)
         self.trailing = reader.trailing
         while not self.exact and (data := os.read(self.fd, _CHUNK)):
             self.trailing += len(data)

@@ -1,0 +1,101 @@
+"""Pages of a stream, into a domain's frames as they come.
+
+Content is read straight into the domain's own memory. Page tables lie there with pfns in their entries until the end of
+the stream, when all pfns have their frames (restore_end.py): so a table that comes ten times is translated once, and no
+pfn needs a frame before its own page has come, alone and not in an extent.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import numpy as np
+
+from xenpv.errors import HostError, RequestError
+from xenpv.frames import HAS_DATA, IS_POPULATED, NO_FRAME, PAGE_SIZE, U64, DomId, PageType
+from xenpv.host import Toolstack
+from xenpv.memory.physmap import CHUNK, ORDER, Physmap
+from xenpv.stream.pagedata import PageData
+
+_ENTRIES_AT_ONCE = 1 << 16  # of a record; libxenguest's have 1024
+_PAGES_AT_ONCE = 1024
+
+Take = Callable[[memoryview], None]
+"""take(into): fill a buffer with the next bytes of a record's page content."""
+
+
+class PagesIn:
+    """The memory of a domain that is being filled.
+
+    ``physmap`` is what it has. ``compare``: what comes now was sent before (a VERIFY record came), and ``differing``
+    counts the pages that were not the same.
+    """
+
+    def __init__(self, host: Toolstack, domid: DomId) -> None:
+        info = host.info(domid)
+        self.host = host
+        self.domid = domid
+        self.physmap = Physmap()
+        self.compare = False
+        self.differing = 0
+        self._max_pages = info.max_pages
+
+    def put(self, record: PageData, take: Take) -> None:
+        """Take one record in.
+
+        RequestError when the domain may not have so many pages, HostError, and whatever ``take`` raises.
+        """
+        pfns, kinds = record.pfns, record.types
+        for i in range(0, len(pfns), _ENTRIES_AT_ONCE):
+            some, of = pfns[i : i + _ENTRIES_AT_ONCE], kinds[i : i + _ENTRIES_AT_ONCE]
+            self.populate(some[IS_POPULATED[of]])
+            mfns = self.physmap.mfns(some)
+            # A pfn that had a frame, and comes now as one without, keeps it, as in libxenguest: there is no telling
+            # the guest, whose p2m is made of what has a frame. It is no table any more, which is all that matters.
+            there = mfns != NO_FRAME
+            types = np.where(IS_POPULATED[of], of, np.uint8(PageType.NOTAB))
+            self.physmap.put_types(some[there], types[there])
+            with_content = mfns[HAS_DATA[of]]
+            for j in range(0, len(with_content), _PAGES_AT_ONCE):
+                self._fill(with_content[j : j + _PAGES_AT_ONCE], take)
+
+    def populate(self, pfns: U64) -> None:
+        """Frames for those of some pfns that have none. Raises as ``put``."""
+        physmap = self.physmap
+        new = np.unique(pfns[physmap.mfns(pfns) == NO_FRAME])
+        if not len(new):
+            return
+        if physmap.pages + len(new) > self._max_pages:
+            needed = physmap.pages + len(new)
+            what = f"dom{self.domid} may have {self._max_pages:#x} pages, and the stream has {needed:#x} so far"
+            raise RequestError(f"{what}: give it more memory", needed=needed, available=self._max_pages)
+        chunks, count = np.unique(new >> np.uint64(ORDER), return_counts=True)
+        whole = chunks[count == CHUNK]
+        if len(whole):
+            mfns = self.host.populate_physmap(self.domid, whole << np.uint64(ORDER), ORDER)
+            physmap.put_extents(whole[: len(mfns)], mfns)
+            new = new[~np.isin(new >> np.uint64(ORDER), whole[: len(mfns)])]
+        if len(new):
+            mfns = self.host.populate_physmap(self.domid, new)
+            physmap.put(new[: len(mfns)], mfns)
+            if len(mfns) < len(new):
+                needed = physmap.pages + len(new) - len(mfns)
+                what = f"dom{self.domid}: the host gave {physmap.pages:#x} pages, and has not the {needed:#x} it takes"
+                raise HostError(what, op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
+
+    def _fill(self, mfns: U64, take: Take) -> None:
+        """Write content to frames."""
+        twice = len(np.unique(mfns)) < len(mfns)
+        if not (twice or self.compare):
+            with self.host.map_writable(self.domid, mfns) as pages:
+                take(pages.reshape(-1).data)
+            return
+        content = np.empty((len(mfns), PAGE_SIZE), np.uint8)
+        take(content.reshape(-1).data)
+        once, back = np.unique(mfns[::-1], return_index=True)  # of a frame that stands here twice the last counts
+        content = content[::-1][back]
+        with self.host.map_writable(self.domid, once) as pages:
+            if self.compare:
+                self.differing += int(np.count_nonzero((pages != content).any(axis=1)))
+            pages[:] = content
