@@ -15,9 +15,9 @@ from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId
-from xenpv.host import DOM0, Daemons, Ring, xen_nodes, xenctrl_domctl
+from xenpv.host import DOM0, Daemons, Ring, xen_nodes, xen_userdata, xenctrl_domctl
 from xenpv.host.xen import XenHost
-from xenpv.host.xenctrl import failed, name_of
+from xenpv.host.xenctrl import failed, refused
 
 _EXTENTS_AT_ONCE = 1 << 16  # half a MiB of frame numbers in memory that Xen can reach
 _PINS_AT_ONCE = 1024
@@ -41,7 +41,7 @@ class XenToolstack(XenHost):
     ) -> DomId:
         most = xenctrl_domctl.MAX_VIRT_CPUS
         if not 1 <= vcpus <= most:
-            raise _refused("createdomain", None, errno.EINVAL, f"{vcpus} vcpus; a PV domain has from 1 to {most}")
+            raise refused("createdomain", None, errno.EINVAL, f"{vcpus} vcpus; a PV domain has from 1 to {most}")
         domid = self._create(vcpus, uuid)
         try:
             if width == 4:
@@ -74,7 +74,7 @@ class XenToolstack(XenHost):
             if error.errno != errno.ENOMEM:
                 raise
             why = f"{int(physinfo['free_pages']) * _KIB} KiB are free on this host; end a domain, or give dom0 less"
-            raise _refused("createdomain", None, errno.ENOMEM, why) from None
+            raise refused("createdomain", None, errno.ENOMEM, why) from None
 
     def _become_32_bit(self, domid: DomId) -> None:
         op, struct = "set_address_size", xenctrl_domctl.ADDRESS_SIZE
@@ -84,11 +84,11 @@ class XenToolstack(XenHost):
             if error.errno != errno.EOPNOTSUPP:
                 raise
             why = "this Xen runs no 32-bit PV domains (built without CONFIG_PV32, or started with pv=no-32)"
-            raise _refused(op, domid, errno.EOPNOTSUPP, why) from None
+            raise refused(op, domid, errno.EOPNOTSUPP, why) from None
 
     def destroy(self, domid: DomId) -> None:
         if domid == DOM0:
-            raise _refused("destroydomain", domid, errno.EINVAL, "it is the domain that asks")
+            raise refused("destroydomain", domid, errno.EINVAL, "it is the domain that asks")
         store, daemons = self._xenstore(), self.daemons()
         gone: HostError | None = None
         try:
@@ -101,6 +101,7 @@ class XenToolstack(XenHost):
         uuid = vm.rpartition("/")[2] if vm.startswith("/vm/") else None
         if any(d.uuid == uuid for d in self.domains() if d.domid != domid):
             uuid = None
+        xen_userdata.remove(domid, vm.rpartition("/")[2] or None)
         # Only now: nobody who saw it alive writes to its nodes any more.
         left = store.remove(domid, xen_nodes.all_of(domid, daemons, uuid))
         if gone and not left:
@@ -170,7 +171,7 @@ class XenToolstack(XenHost):
             if errors.any():
                 at = int(np.argmax(errors != 0))
                 why = f"mfn {int(wanted[at]):#x} cannot be mapped writable: is it a page table?"
-                raise _refused("map_writable", domid, -int(errors[at]), why)
+                raise refused("map_writable", domid, -int(errors[at]), why)
             yield pages
 
     def write_frames(self, domid: DomId, mfns: U64, pages: U8) -> None:
@@ -186,7 +187,7 @@ class XenToolstack(XenHost):
             if error.errno != errno.EPERM:
                 raise
             why = f"mfn {mfn:#x} cannot be written to: is it a page table?"
-            raise _refused(op, domid, errno.EPERM, why) from None
+            raise refused(op, domid, errno.EPERM, why) from None
 
     def pin_tables(self, domid: DomId, mfns: U64, levels: U8) -> None:
         wanted = np.asarray(mfns, dtype=np.uint64)
@@ -198,7 +199,7 @@ class XenToolstack(XenHost):
                 raise failed("mmuext_op", number, domid)
             if number:
                 which = f"mfn {int(wanted[at + done]):#x} cannot be pinned as an L{int(levels[at + done])} table"
-                raise _refused("mmuext_op", domid, number, f"{which}; `xl dmesg` may say which entry")
+                raise refused("mmuext_op", domid, number, f"{which}; `xl dmesg` may say which entry")
 
     def _own(self, op: str, domid: DomId, mfns: U64) -> None:
         """All of these are the domain's memory, which a device's registers are not."""
@@ -206,14 +207,14 @@ class XenToolstack(XenHost):
         foreign = (types == PageType.XTAB) | (types == PageType.BROKEN)
         if foreign.any():
             why = f"mfn {int(mfns[np.argmax(foreign)]):#x} is not the domain's"
-            raise _refused(op, domid, errno.EINVAL, why)
+            raise refused(op, domid, errno.EINVAL, why)
 
     # -- what it starts with
 
     def set_vcpu_context(self, domid: DomId, vcpu: int, context: bytes) -> None:
         op, needed = "setvcpucontext", VCPU_GUEST_CONTEXT.size(self._width(domid))
         if len(context) != needed:
-            raise _refused(op, domid, errno.EINVAL, f"a context of {len(context)} bytes, not {needed}")
+            raise refused(op, domid, errno.EINVAL, f"a context of {len(context)} bytes, not {needed}")
         with self._calls.buffer(VCPU_GUEST_CONTEXT.size(8)) as buffer:
             buffer.array[:needed] = np.frombuffer(context, np.uint8)
             arguments = {"vcpu": vcpu, "ctxt": buffer.address}
@@ -224,10 +225,10 @@ class XenToolstack(XenHost):
         op = "shared_info"
         frame = np.array([self._raw(domid)["shared_info_frame"]], np.uint64)
         if offset < 0 or offset + len(data) > PAGE_SIZE:
-            raise _refused(op, domid, errno.EINVAL, f"{len(data)} bytes at {offset:#x} are beyond its end")
+            raise refused(op, domid, errno.EINVAL, f"{len(data)} bytes at {offset:#x} are beyond its end")
         with self._memory.writable(domid, frame) as (pages, errors):
             if errors.any():
-                raise _refused(op, domid, -int(errors[0]), f"mfn {int(frame[0]):#x} cannot be mapped writable")
+                raise refused(op, domid, -int(errors[0]), f"mfn {int(frame[0]):#x} cannot be mapped writable")
             pages[0, offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
     def daemons(self) -> Daemons:
@@ -245,7 +246,7 @@ class XenToolstack(XenHost):
         op, daemons = "seed_grants", self.daemons()
         self._own(op, domid, np.array([console, xenstore], np.uint64))
         if max(console, xenstore) >> 32:
-            raise _refused(op, domid, errno.EINVAL, f"a grant holds no mfn like {max(console, xenstore):#x}: 32 bits")
+            raise refused(op, domid, errno.EINVAL, f"a grant holds no mfn like {max(console, xenstore):#x}: 32 bits")
         kind, number = xenctrl_domctl.RESOURCE_GRANT_TABLE, xenctrl_domctl.RESOURCE_GRANT_TABLE_SHARED
         with self._memory.resource(domid, kind, number) as frame:
             table = frame.view(xenctrl_domctl.GRANT_ENTRY_V1[8])
@@ -261,8 +262,5 @@ class XenToolstack(XenHost):
         store.write(domid, xen_nodes.introduced(self.info(domid), self.daemons(), console, xenstore))
         store.introduce(domid, xenstore.mfn, xenstore.port)
 
-
-def _refused(op: str, domid: int | None, number: int, why: str) -> HostError:
-    """As failed, with the reason in our words."""
-    who = "" if domid is None else f"dom{domid}: "
-    return HostError(f"{who}{op}: {why} ({name_of(number)})", op=op, domid=domid, errno=number)
+    def configure(self, domid: DomId, config: bytes) -> None:
+        xen_userdata.write(domid, self.info(domid).uuid, config)

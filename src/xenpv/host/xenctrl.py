@@ -56,6 +56,12 @@ def failed(op: str, number: int, domid: int | None = None) -> HostError:
     return HostError(f"{who}{op}: {why} ({name_of(number)})", op=op, domid=domid, errno=number)
 
 
+def refused(op: str, domid: int | None, number: int, why: str) -> HostError:
+    """As failed, with the reason in our words."""
+    who = "" if domid is None else f"dom{domid}: "
+    return HostError(f"{who}{op}: {why} ({name_of(number)})", op=op, domid=domid, errno=number)
+
+
 def name_of(number: int) -> str:
     """An errno's name, of two the one that Xen has."""
     return "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, str(number))
@@ -164,10 +170,17 @@ class Calls:
         assert self.interface
         return self._control(SYSCTL, (command, self.interface.sysctl), op, struct, arguments)[1]
 
-    def domctl(self, command: int, op: str, domid: DomId, struct: Struct, **arguments: int) -> np.void:
+    def domctl(self, command: int, op: str, domid: DomId, struct: Struct, /, **arguments: int) -> np.void:
         """A domctl; its arguments as Xen leaves them."""
         assert self.interface
         return self._control(DOMCTL, (command, self.interface.domctl, domid), op, struct, arguments)[1]
+
+    def answered(self, command: int, op: str, domid: DomId, struct: Struct, /, **arguments: Any) -> tuple[int, np.void]:
+        """A domctl that says more when it fails: its errno or 0, and its arguments as Xen leaves them."""
+        assert self.interface
+        head = (command, self.interface.domctl, domid)
+        number, _, left = self._try_control(DOMCTL, head, op, struct, arguments)
+        return number, left
 
     def new_domain(self, command: int, op: str, struct: Struct, **arguments: Any) -> DomId:
         """The domctl that takes no domain and gives one."""
@@ -203,6 +216,15 @@ class Calls:
         self, hypercall: int, head: tuple[int, ...], op: str, struct: Struct, arguments: dict[str, Any]
     ) -> tuple[int, np.void]:
         """The domain and the arguments as Xen leaves them."""
+        number, domid, left = self._try_control(hypercall, head, op, struct, arguments)
+        if number:
+            raise failed(op, number, None if hypercall == SYSCTL else head[2])
+        return domid, left
+
+    def _try_control(
+        self, hypercall: int, head: tuple[int, ...], op: str, struct: Struct, arguments: dict[str, Any]
+    ) -> tuple[int, int, np.void]:
+        """Errno or 0, and the domain and the arguments as Xen leaves them."""
         at, domid = (SYSCTL_U, None) if hypercall == SYSCTL else (DOMCTL_U, head[2])
         with self.buffer(max(SYSCTL_SIZE, DOMCTL_SIZE)) as buffer:
             words = buffer.array.view("<u4")
@@ -210,13 +232,13 @@ class Calls:
             given = buffer.array[at : at + struct.size(8)].view(struct[8])
             for name, value in arguments.items():
                 given[name] = value
-            if self._call1(self._handle, hypercall, buffer.address) >= 0:
-                return int(words[2]) & 0xFFFF, given[0].copy()
-            number = ctypes.get_errno()  # now: freeing the buffer may change it
+            done = self._call1(self._handle, hypercall, buffer.address) >= 0
+            number = 0 if done else ctypes.get_errno()  # now: freeing the buffer may change it
+            left = int(words[2]) & 0xFFFF, given[0].copy()
         if number == errno.EACCES:  # Xen's way to say that it speaks another version
             message = f"{op}: this Xen does not take interface version {head[1]:#x} (EACCES)"
             raise HostError(message, op=op, domid=domid, errno=number)
-        raise failed(op, number, domid)
+        return number, *left
 
 
 class ForeignMemory:

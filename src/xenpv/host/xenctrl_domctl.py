@@ -24,7 +24,11 @@ EVTCHNOP_ALLOC_UNBOUND = 6
 SYSCTL_PHYSINFO, SYSCTL_GETDOMAININFOLIST = 3, 6
 CREATEDOMAIN, DESTROYDOMAIN, PAUSEDOMAIN, UNPAUSEDOMAIN, MAX_MEM, SETVCPUCONTEXT = 1, 2, 3, 4, 11, 12
 GETVCPUCONTEXT, MAX_VCPUS, HYPERCALL_INIT, SET_ADDRESS_SIZE, GET_ADDRESS_SIZE = 13, 15, 22, 35, 36
-GETPAGEFRAMEINFO3 = 61
+SHADOW_OP, RESUMEDOMAIN, SET_EXT_VCPUCONTEXT, GET_EXT_VCPUCONTEXT = 10, 27, 42, 43
+GETTSCINFO, SETTSCINFO, GETPAGEFRAMEINFO3, SETVCPUEXTSTATE, GETVCPUEXTSTATE = 59, 60, 61, 62, 63
+GET_VCPU_MSRS, SET_VCPU_MSRS, GET_CPU_POLICY, SET_CPU_POLICY = 72, 73, 82, 83
+SHADOW_OP_OFF, SHADOW_OP_ENABLE_LOGDIRTY, SHADOW_OP_CLEAN, SHADOW_OP_PEEK = 0, 2, 11, 12
+SHADOW_OP_GET_ALLOCATION, SHADOW_OP_SET_ALLOCATION = 30, 31
 PAGEFRAMEINFO_MAX = 1024
 PFINFO_LTAB_SHIFT = 28
 DOMID_FIRST_RESERVED, DOMID_SELF, DOMID_XEN = DomId(0x7FF0), DomId(0x7FF0), DomId(0x7FF2)
@@ -72,6 +76,33 @@ PAGEFRAMEINFO3 = Struct("xen_domctl_getpageframeinfo3", "domctl.h", num=U64, arr
 VCPUCONTEXT = Struct("xen_domctl_vcpucontext", "domctl.h", vcpu=U32, ctxt=U64)
 MAX_MEM_KIB = Struct("xen_domctl_max_mem", "domctl.h", max_memkb=U64)
 VCPUS = Struct("xen_domctl_max_vcpus", "domctl.h", max=U32)
+SHADOW_OP_STATS = Struct("xen_domctl_shadow_op_stats", "domctl.h", fault_count=U32, dirty_count=U32)
+SHADOW = Struct(
+    "xen_domctl_shadow_op",
+    "domctl.h",
+    op=U32,
+    mode=U32,
+    mb=U32,
+    dirty_bitmap=U64,
+    pages=U64,
+    stats=SHADOW_OP_STATS,
+)
+VCPUEXTSTATE = Struct("xen_domctl_vcpuextstate", "domctl.h", vcpu=U32, xfeature_mask=U64, size=U64, buffer=U64)
+VCPU_MSRS = Struct("xen_domctl_vcpu_msrs", "domctl.h", vcpu=U32, msr_count=U32, msrs=U64)
+TSC_INFO = Struct(
+    "xen_domctl_tsc_info", "domctl.h", tsc_mode=U32, gtsc_khz=U32, incarnation=U32, pad=U32, elapsed_nsec=U64
+)
+CPU_POLICY = Struct(
+    "xen_domctl_cpu_policy",
+    "domctl.h",
+    nr_leaves=U32,
+    nr_msrs=U32,
+    leaves=U64,
+    msrs=U64,
+    err_leaf=U32,
+    err_subleaf=U32,
+    err_msr=U32,
+)
 HYPERCALL_PAGE = Struct("xen_domctl_hypercall_init", "domctl.h", gmfn=U64)
 ADDRESS_SIZE = Struct("xen_domctl_address_size", "domctl.h", size=U32)
 RESERVATION = Struct(

@@ -83,6 +83,18 @@ class Store:
         written = self._write(self._handle, within, path, value, len(value))
         return bool(written and self._permit(self._handle, within, path, array, len(permissions)))
 
+    def write_if(self, domid: DomId, node: Node, wanted: Callable[[Callable[[str], str | None]], bool]) -> bool:
+        """Write a node where ``wanted`` says so by what it reads, all in one transaction. Whether it was written."""
+        written = False
+
+        def change(within: int) -> bool:
+            nonlocal written
+            written = wanted(lambda path: self.read(path, within))
+            return not written or self._write_one(within, domid, node)
+
+        self._change("write to xenstore", domid, change)
+        return written
+
     def remove(self, domid: DomId, paths: Iterable[str]) -> bool:
         """All of these nodes with what is below them, and parents that held nothing else. Whether any was there."""
         listed = list(paths)
@@ -113,7 +125,7 @@ class Store:
 
     def _change(self, op: str, domid: DomId, change: Callable[[int], bool]) -> None:
         """One transaction, again and again until nobody else changed the same nodes meanwhile."""
-        self._needed(op, domid)
+        self.needed(op, domid)
         for _ in range(_TRIES):
             within = self._begin(self._handle)
             if not within:
@@ -135,11 +147,12 @@ class Store:
 
     def introduce(self, domid: DomId, mfn: int, port: int) -> None:
         """Have xenstored serve a domain's ring, which it maps by the domain's grant."""
-        self._needed("introduce", domid)
+        self.needed("introduce", domid)
         if not self._introduce(self._handle, domid, mfn, port):
             raise failed("introduce", ctypes.get_errno(), domid)
 
-    def _needed(self, op: str, domid: DomId) -> None:
+    def needed(self, op: str, domid: DomId) -> None:
+        """HostError where there is no xenstore."""
         if not self._handle:
             why = f"dom{domid}: {op}: xenstore cannot be reached; is xenstored running?"
             raise HostError(why, op=op, domid=domid, errno=errno.ENOTCONN)
