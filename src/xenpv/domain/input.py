@@ -91,7 +91,7 @@ class Input:
         try:
             if self.seekable:
                 return os.preadv(self.fd, [into], self.start + self._next)
-            self._wait()
+            self.wait()
             return os.readv(self.fd, [into])
         except OSError as e:
             if e.errno != errno.EFAULT:
@@ -102,7 +102,7 @@ class Input:
         into[: len(data)] = data
         return len(data)
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
         """Until a pipe has something: whoever shares it may have made it one that does not wait."""
         if not os.get_blocking(self.fd):
             poll = select.poll()
@@ -147,7 +147,7 @@ class Input:
                 self.size, self._taken = self.size + self._taken, 0
             elif not reader.done:
                 wanted = reader.skippable or reader.need
-                self._wait()
+                self.wait()
                 data = os.read(self.fd, min(wanted, _CHUNK) if self.exact or taking else _CHUNK)
                 self.size += len(data)
                 reader.feed(data) if data else reader.feed_eof()
