@@ -355,6 +355,7 @@ def nothing_is_done_to_a_domain_that_is_not_there(host: Toolstack, width: Width)
         lambda: host.alloc_event(NOBODY),
         lambda: host.seed_grants(NOBODY, console=0, xenstore=0),
         lambda: host.introduce(NOBODY, console=ring, xenstore=ring),
+        lambda: host.configure(NOBODY, b"{}"),
     ):
         fails(call, errno.ESRCH, NOBODY)
 

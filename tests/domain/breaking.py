@@ -21,6 +21,7 @@ CALLS = (
     "set_vcpu_context",
     "seed_grants",
     "introduce",
+    "configure",
 )
 
 

@@ -182,11 +182,11 @@ def test_a_build_that_fails_leaves_nothing(call: str, monkeypatch: pytest.Monkey
         breaking = Breaking(getattr(host, call), {"first": 0, "count": -1, "last": last}[nth])
         monkeypatch.setattr(host, call, breaking)
         if nth == "count":
-            build(host, kernel, layout, RAMDISK)
+            build(host, kernel, layout, RAMDISK, config=b"{}")
             last = breaking.times - 1
             continue
         with pytest.raises(HostError, match="no"):
-            build(host, kernel, layout, RAMDISK)
+            build(host, kernel, layout, RAMDISK, config=b"{}")
         monkeypatch.undo()
         assert [info.domid for info in host.domains()] == [0]
         assert (host.free_pages(), nodes(host, "/")) == before

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE, DomId
-from xenpv.host import Daemons, DomainInfo, Ring, xen_nodes, xenctrl, xenctrl_store
+from xenpv.host import Daemons, DomainInfo, Ring, xen_nodes, xen_userdata, xenctrl, xenctrl_store
 from xenpv.host.xen_nodes import Access, Node
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
@@ -205,3 +206,39 @@ def test_frames_are_written_in_place_until_the_block_ends(memory: tuple[xenctrl.
         assert errors.tolist() == [0, -errno.EBUSY]
     with foreign.writable(DomId(7), np.empty(0, np.uint64)) as (pages, errors):
         assert pages.shape == (0, PAGE_SIZE)
+
+
+# --- what libxl keeps in files ---------------------------------------------------------------------------------------
+
+
+def test_a_configuration_is_where_libxl_looks_for_it_and_goes_with_the_domain(tmp_path: Path) -> None:
+    kept = tmp_path / f"userdata-d.7.{UUID}.libxl-json"
+    for text in (b'{"old": 1}', b"{}"):
+        xen_userdata.write(DomId(7), UUID, text, tmp_path)
+        assert kept.read_bytes() == text
+    assert (kept.stat().st_mode & 0o777, os.listdir(tmp_path)) == (0o600, [kept.name])
+    xen_userdata.write(DomId(8), None, b"{}", tmp_path)
+    nobody = "00000000-0000-0000-0000-000000000000"
+    others = {f"userdata-d.8.{nobody}.libxl-json", f"userdata-d.77.{UUID}.libxl-json", "userdata-d.7.other.libxl-json",
+              f"userdata-l.7.{UUID}.domain-userdata-lock"}  # fmt: skip
+    for name in (*others, f"userdata-d.7.{UUID}.xl", f"userdata-n.7.{UUID}.libxl-json"):
+        (tmp_path / name).touch()
+    xen_userdata.remove(DomId(7), UUID, tmp_path)
+    xen_userdata.remove(DomId(7), "*", tmp_path)  # a name, not a pattern
+    assert set(os.listdir(tmp_path)) == others
+
+
+def test_a_configuration_is_whole_or_not_there(tmp_path: Path) -> None:
+    xen_userdata.write(DomId(7), UUID, b"{}", tmp_path / "no libxl here")
+    xen_userdata.remove(DomId(7), UUID, tmp_path / "no libxl here")
+    target = tmp_path / "precious"
+    target.write_text("kept")
+    (tmp_path / f"userdata-n.7.{UUID}.libxl-json").symlink_to(target)
+    (tmp_path / f"userdata-d.7.{UUID}.libxl-json").mkdir()
+    with pytest.raises(
+        HostError, match=rf"^dom7: userdata: .* directory: .*userdata-n\.7\.{UUID}\.libxl-json"
+    ) as caught:
+        xen_userdata.write(DomId(7), UUID, b"{}", tmp_path)
+    assert (caught.value.errno, caught.value.domid) == (errno.EISDIR, 7)
+    assert target.read_text() == "kept"
+    assert sorted(os.listdir(tmp_path)) == ["precious", f"userdata-d.7.{UUID}.libxl-json"]

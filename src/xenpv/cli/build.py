@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from uuid import uuid4
 
@@ -63,14 +64,18 @@ def build(
         _build_file(image, request, content, called, output)
         return
     from xenpv.domain.build import build as build_domain  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.domain.config import as_libxl  # noqa: PLC0415
     from xenpv.host.xen_build import XenToolstack  # noqa: PLC0415
 
-    layout = plan(image, request)
+    layout, uuid = plan(image, request), str(uuid4())
+    config = as_libxl(called, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
+    config["b_info"] |= _boots_from(kernel, ramdisk, request)
     with XenToolstack() as host:
         if any(domain.name == called for domain in host.domains()):
             raise RequestError(f"there is a domain {called!r} already; say another --name")
         with steps() as step:
-            built = build_domain(host, image, layout, content, name=called, uuid=str(uuid4()), step=step)
+            text = json.dumps(config, indent=4).encode()
+            built = build_domain(host, image, layout, content, name=called, uuid=uuid, config=text, step=step)
         if start:
             host.unpause(built.domid)
     if as_json:
@@ -78,6 +83,14 @@ def build(
     else:
         state = "runs" if start else f"is built, and paused: xl unpause {called}"
         click.echo(f"dom{built.domid} ({called}), {size(memory)}, {state}")
+
+
+def _boots_from(kernel: str, ramdisk: str | None, request: Request) -> dict[str, str]:
+    """What xl starts it from again, should it reboot after an xl restore; of a kernel from a pipe nothing is known."""
+    files = {"kernel": kernel, "ramdisk": ramdisk} if kernel != "-" else {}
+    known = {name: str(Path(path).absolute()) for name, path in files.items() if path}
+    known["cmdline"] = request.cmdline
+    return {name: value.encode(errors="replace").decode() for name, value in known.items() if value}
 
 
 def _build_file(image: KernelImage, request: Request, ramdisk: bytes, name: str, output: str) -> None:

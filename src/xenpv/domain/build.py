@@ -88,17 +88,22 @@ def build(
     *,
     name: str | None = None,
     uuid: str | None = None,
+    config: bytes | None = None,
     step: Step | None = None,
 ) -> Built:
     """Make a domain as planned, paused; unpausing it starts its kernel.
 
-    ``ramdisk`` is what ``layout`` was planned for. Raises RequestError when the host has too little memory, HostError
-    when Xen refuses something: there is no domain then, and nothing of it.
+    ``ramdisk`` is what ``layout`` was planned for, ``config`` is kept for xl (domain.config.as_libxl()). Raises
+    RequestError when the host has too little memory, HostError when Xen refuses something: there is no domain then, and
+    nothing of it.
     """
     _check(host, layout, ramdisk)
     domid = host.create(layout.width, vcpus=layout.vcpus, max_pages=layout.nr_pages + SLACK, name=name, uuid=uuid)
     try:
-        return _Builder(host, domid, image, layout, step or (lambda *_: None)).run(ramdisk)
+        built = _Builder(host, domid, image, layout, step or (lambda *_: None)).run(ramdisk)
+        if config is not None:
+            host.configure(domid, config)
+        return built
     except BaseException:
         host.destroy(domid)
         raise

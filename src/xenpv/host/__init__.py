@@ -150,7 +150,8 @@ class Toolstack(Host, Protocol):
     """A host on which PV domains can be built.
 
     A builder calls, in this order: create, memory_map, populate_physmap, alloc_event twice, map_writable or
-    write_frames, hypercall_page, pin_tables, write_shared_info, set_vcpu_context, seed_grants, introduce, unpause.
+    write_frames, hypercall_page, pin_tables, write_shared_info, set_vcpu_context, seed_grants, introduce, configure,
+    unpause.
     Whatever fails, and wherever it was interrupted: destroy leaves nothing behind.
     """
 
@@ -246,6 +247,11 @@ class Toolstack(Host, Protocol):
         """Make xenstored and xenconsoled serve the domain's rings, and tell xl and the guest about them.
 
         Its grants must be seeded. Memory and vcpus are those that it has now.
+        """
+
+    def configure(self, domid: DomId, config: bytes) -> None:
+        """Keep what it is made by, as libxl_domain_config_to_json() has it: without, xl does not save it (xl save) nor
+        list it in full (xl list -l). It goes with the domain. HostError: ESRCH.
         """
 
 

@@ -140,6 +140,10 @@ class ModelBuild(ModelCore):
         info = domain.info(self.frames.pages[domain.number])
         self._write(xen_nodes.introduced(info, self.daemons(), console, xenstore))
 
+    def configure(self, domid: DomId, config: bytes) -> None:
+        """Keep what it is made by. There is no xl that would ask."""
+        self._domain("userdata", domid).config = config
+
     def _write(self, nodes: list[xen_nodes.Node]) -> None:
         for node in nodes:
             self.store.write(node.path, node.value.encode())

@@ -58,6 +58,7 @@ class Domain:
     vm_assist: int = 0
     tsc: TscInfo = field(default_factory=lambda: TscInfo(khz=1_000_000))
     policy: CpuPolicy = field(default_factory=CpuPolicy)
+    config: bytes = b""  # what it is made by, for xl
     passes: Callable[[], None] | None = None  # what it does as time passes
 
     @property

@@ -99,9 +99,9 @@ class XenToolstack(XenHost):
             gone = error
         vm = store.read(f"{xen_nodes.home(domid)}/vm") or ""
         uuid = vm.rpartition("/")[2] if vm.startswith("/vm/") else None
+        xen_userdata.remove(domid, uuid)
         if any(d.uuid == uuid for d in self.domains() if d.domid != domid):
             uuid = None
-        xen_userdata.remove(domid, vm.rpartition("/")[2] or None)
         # Only now: nobody who saw it alive writes to its nodes any more.
         left = store.remove(domid, xen_nodes.all_of(domid, daemons, uuid))
         if gone and not left:
