@@ -99,6 +99,14 @@ def a_domain_is_renamed(host: Toolstack, width: Width) -> None:
     fails(lambda: host.rename(domid, NAME), errno.ESRCH, domid)
 
 
+def a_domain_keeps_its_configuration(host: Toolstack, width: Width) -> None:
+    for uuid in (UUID, None):
+        with domain(host, width, name=NAME, uuid=uuid) as domid:
+            assert host.configuration(domid) is None
+            host.configure(domid, b'{"c_info": {}}')
+            assert host.configuration(domid) == b'{"c_info": {}}'
+
+
 def a_domain_needs_vcpus_and_not_too_many(host: Toolstack, width: Width) -> None:
     before = [d.domid for d in host.domains()]
     for vcpus in (-1, 0, 8193):
@@ -356,6 +364,7 @@ def nothing_is_done_to_a_domain_that_is_not_there(host: Toolstack, width: Width)
         lambda: host.seed_grants(NOBODY, console=0, xenstore=0),
         lambda: host.introduce(NOBODY, console=ring, xenstore=ring),
         lambda: host.configure(NOBODY, b"{}"),
+        lambda: host.configuration(NOBODY),
     ):
         fails(call, errno.ESRCH, NOBODY)
 
@@ -368,6 +377,7 @@ def dom0_is_not_destroyed(host: Toolstack, width: Width) -> None:
 BUILDING: tuple[Callable[[Toolstack, Width], None], ...] = (
     a_new_domain_is_paused_and_has_no_memory,
     a_domain_is_renamed,
+    a_domain_keeps_its_configuration,
     a_domain_needs_vcpus_and_not_too_many,
     what_was_destroyed_is_free_again,
     a_builder_that_fails_half_way_can_always_destroy,

@@ -254,6 +254,9 @@ class Toolstack(Host, Protocol):
         list it in full (xl list -l). It goes with the domain. HostError: ESRCH.
         """
 
+    def configuration(self, domid: DomId) -> bytes | None:
+        """What is kept of how it is made: what ``configure`` was given, or xl put there. None where nothing is."""
+
 
 class Mover(Toolstack, Protocol):
     """A host from which domains can be moved, and to which."""

@@ -144,6 +144,10 @@ class ModelBuild(ModelCore):
         """Keep what it is made by. There is no xl that would ask."""
         self._domain("userdata", domid).config = config
 
+    def configuration(self, domid: DomId) -> bytes | None:
+        """What is kept of how it is made."""
+        return self._domain("userdata", domid).config or None
+
     def _write(self, nodes: list[xen_nodes.Node]) -> None:
         for node in nodes:
             self.store.write(node.path, node.value.encode())

@@ -264,3 +264,6 @@ class XenToolstack(XenHost):
 
     def configure(self, domid: DomId, config: bytes) -> None:
         xen_userdata.write(domid, self.info(domid).uuid, config)
+
+    def configuration(self, domid: DomId) -> bytes | None:
+        return xen_userdata.read(domid, self.info(domid).uuid)

@@ -41,6 +41,16 @@ def write(domid: DomId, uuid: str | None, config: bytes, folder: Path = FOLDER) 
         raise _failed(domid, error) from error
 
 
+def read(domid: DomId, uuid: str | None, folder: Path = FOLDER) -> bytes | None:
+    """A domain's configuration; None where there is none. HostError for one that cannot be read."""
+    try:
+        return (folder / f"{_stem(domid, uuid, 'd')}.{_CONFIGURATION}").read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise _failed(domid, error) from error
+
+
 def remove(domid: DomId, uuid: str | None, folder: Path = FOLDER) -> None:
     """Remove all that is kept of a domain. HostError."""
     try:
@@ -56,5 +66,5 @@ def _stem(domid: DomId, uuid: str | None, kind: str) -> str:
 
 
 def _failed(domid: DomId, error: OSError) -> HostError:
-    why = f"what xl keeps of it cannot be written or removed: {error.strerror}: {error.filename}"
+    why = f"what xl keeps of it cannot be read, written or removed: {error.strerror}: {error.filename}"
     return HostError(f"dom{domid}: userdata: {why}", op="userdata", domid=domid, errno=error.errno)
