@@ -236,7 +236,7 @@ class RestoreEnd:
 
     def _vcpu(self, number: int, context: np.void, vcpu: Vcpu) -> None:
         what, width, levels = f"vcpu{number}'s", self.width, LEVELS[self.width]
-        context["flags"] |= VGCF_ONLINE
+        context["flags"] = int(context["flags"]) | VGCF_ONLINE  # NumPy 1 has no uint64 | int
         entries = int(context["gdt_ents"])
         if entries > FIRST_RESERVED_GDT_ENTRY:
             count = f"GDT entry count ({entries}) of vcpu{number} out of range (max {FIRST_RESERVED_GDT_ENTRY})"
