@@ -19,7 +19,7 @@ from xenpv.host import Daemons, DomainInfo, Ring, xen_nodes, xen_userdata, xenct
 from xenpv.host.xen_nodes import Access, Node
 
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
-INFO = DomainInfo(DomId(7), "web", UUID, False, 8, 1000, 1064, 5, 1, True, False, None, False)
+INFO = DomainInfo(DomId(7), "web", UUID, False, 8, 1000, 1456, 5, 1, True, False, None, False)
 
 
 def all_nodes(daemons: Daemons) -> list[Node]:
@@ -51,7 +51,7 @@ def test_values_are_in_the_units_that_others_read() -> None:
     values = {node.path: node.value for node in all_nodes(Daemons(DomId(3), DomId(4)))}
     home = "/local/domain/7"
     assert values[f"{home}/memory/target"] == "4000"  # KiB
-    assert values[f"{home}/memory/static-max"] == "4256"
+    assert values[f"{home}/memory/static-max"] == "4800"  # of which libxl has taken its MiB off
     assert values[f"{home}/console/ring-ref"] == str(0x1234)
     assert values[f"{home}/store/port"] == "1"
     assert values[f"{home}/cpu/1/availability"] == "online"

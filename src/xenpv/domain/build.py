@@ -14,7 +14,7 @@ import numpy as np
 from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import I64, NO_FRAME, U8, U64, DomId
-from xenpv.host import Ring, Toolstack
+from xenpv.host import Ring, Toolstack, xen_nodes
 from xenpv.image import start
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
@@ -22,7 +22,7 @@ from xenpv.memory.pagetables import cr3_of, localise
 from xenpv.memory.publish import words
 from xenpv.memory.radix import counting
 
-SLACK = 256  # pages: libxl lets a domain have 1 MiB more than its memory (LIBXL_MAXMEM_CONSTANT)
+SLACK = xen_nodes.SLACK
 _EXTENT = 512  # pages of 2 MiB
 _ORDER = 9
 _EXTENTS_AT_ONCE = 4096  # 8 GiB

@@ -13,6 +13,7 @@ from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host import Daemons, DomainInfo, Ring
 
 _CONSOLE_LIMIT = 1 << 20  # bytes that xenconsoled keeps of what nobody reads
+SLACK = 256  # pages: libxl lets a domain have 1 MiB more than its memory (LIBXL_MAXMEM_CONSTANT)
 _INITIALISING = 1  # XenbusStateInitialising
 
 
@@ -71,7 +72,7 @@ def introduced(info: DomainInfo, daemons: Daemons, console: Ring, xenstore: Ring
     back = f"{home(daemons.console)}/backend/console/{info.domid}"
     front = f"{at}/console"
     values = {
-        f"{at}/memory/static-max": info.max_pages * kib,
+        f"{at}/memory/static-max": max(info.pages, info.max_pages - SLACK) * kib,
         f"{at}/memory/target": info.pages * kib,
         f"{at}/store/port": xenstore.port,
         f"{at}/store/ring-ref": xenstore.mfn,
