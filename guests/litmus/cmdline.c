@@ -40,12 +40,12 @@ static bool choose(const struct choice *c, const char *word, unsigned *value)
     return false;
 }
 
-static bool parse_spread(const char *text)
+static bool parse_pages(const char *text, uint64_t *pages)
 {
     uint64_t size;
     if (!parse_size(text, &size) || size % PAGE_SIZE || size > 32ul << 40)
         return false;
-    options.spread = size >> PAGE_SHIFT;
+    *pages = size >> PAGE_SHIFT;
     return true;
 }
 
@@ -89,7 +89,9 @@ static bool parse_word(const char *word)
     if (starts_with(word, "p2m="))
         return choose(forms, word + 4, &options.p2m_form);
     if (starts_with(word, "spread="))
-        return parse_spread(word + 7);
+        return parse_pages(word + 7, &options.spread);
+    if (starts_with(word, "use="))
+        return parse_pages(word + 4, &options.use);
     if (starts_with(word, "vaddr="))
         return parse_vaddr(word + 6);
     if (streq(word, "print=p2m"))

@@ -41,6 +41,7 @@ struct options {
     bool print_p2m;
     uint64_t heartbeat_ms, check_ms, dirty, vcpus, levels, places;
     uint64_t spread;                          /* pages; 0: memory stays where the builder put it */
+    uint64_t use;                             /* pages behind the builder's list; 0: all */
     uint64_t vaddr;                           /* of the linear list */
 };
 extern struct options options;

@@ -14,7 +14,7 @@
 static uint64_t boot_pages = ~0ul;            /* pfns below it are mapped at VIRT_BASE, the others at DIRECT_BASE */
 static uint64_t next_free;
 static uint64_t nr_pages;                     /* a restore makes start_info's the size of the p2m */
-static uint64_t low_end;                      /* what is below it stays where the builder put it */
+static uint64_t low_end;                      /* what is below it stays where the builder put it; use= leaves the rest */
 static uint64_t allocated;
 
 void *page_address(uint64_t pfn)
@@ -95,6 +95,8 @@ void pages_init(uint64_t boot_stack_end)
     struct range p2m = builder_p2m();
     if (options.spread)
         spread_init(p2m);
+    else if (options.use)
+        low_end = MIN(nr_pages, MAX(p2m.end, boot_pages) + options.use);
     if (p2m.first > boot_pages)
         map_direct(boot_pages, p2m.first);
     map_direct(MAX(p2m.end, boot_pages), low_end);
