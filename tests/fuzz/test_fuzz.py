@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz import cli, image, p2m, stream, verify
+from tests.fuzz import cli, image, p2m, restore, stream, verify
 from tests.fuzz.mutate import case, corpus
 from tests.fuzz.run import run
 
@@ -26,12 +26,18 @@ def test_any_file_gets_a_report() -> None:
     assert run(verify.target, seed=1, cases=200) == 200
 
 
+def test_any_stream_becomes_a_domain_or_nothing() -> None:
+    assert run(restore.Fuzzed().target, seed=1, cases=150) == 150
+
+
 def test_any_file_gets_an_answer_or_a_sentence() -> None:
     assert run(cli.target, seed=1, cases=200) == 200
 
 
 def test_what_is_not_changed_holds_too() -> None:
+    fuzzed = restore.Fuzzed()
     for n, sound in enumerate(corpus()):
+        fuzzed.target(bytes(sound), n)
         stream.target(bytes(sound), n)
         verify.target(bytes(sound), n)
         cli.target(bytes(sound), n)

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 from xenpv.abi.declare import Width
 from xenpv.domain.build import SLACK
+from xenpv.domain.checkpoints import Checkpoints
 from xenpv.domain.config import Config, config_of
 from xenpv.domain.input import Input, Progress
 from xenpv.domain.restore_end import Ports, RestoreEnd
-from xenpv.domain.restore_pages import PagesIn
+from xenpv.domain.restore_pages import PagesIn, Take
 from xenpv.errors import RequestError, Unsupported
 from xenpv.findings import Rule, Severity
 from xenpv.frames import IS_POPULATED, DomId
@@ -24,13 +25,17 @@ from xenpv.stream import rules
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import DomainHeader, Event, ImageHeader
+from xenpv.stream.libxl import LibxlRecord
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.reader import Reader
-from xenpv.stream.records import StaticDataEnd, Verify, X86PVInfo, X86PVP2MFrames
+from xenpv.stream.records import Checkpoint, End, Record, StaticDataEnd, Verify, X86PVInfo, X86PVP2MFrames
 
 StaticDataDone = Callable[[bool, bool], None]
 """static_data_done(no CPUID policy came, no MSR policy came): called once, before any page."""
+
+
+_NEVER_KEPT = (Checkpoint, End, LibxlRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +43,9 @@ class Restored:
     """A domain as a restore leaves it, and what the stream had.
 
     ``entries`` are those of its p2m, ``pages`` what it was given; ``tables`` of them are page tables, ``pinned`` of
-    these are pinned. ``differing``: pages that a VERIFY record found to be not as they were sent before. ``config`` is
-    what the envelope says of it, None where it says nothing; ``bytes`` is the length of the stream.
+    these are pinned. ``checkpoints``: how many there were; what came behind the last one is not in the domain, whose
+    state that checkpoint is. ``differing``: pages that a VERIFY record found to be not as they were sent before.
+    ``config`` is what the envelope says of it, None where it says nothing; ``bytes`` is the length of the stream.
     """
 
     domid: DomId
@@ -52,6 +58,7 @@ class Restored:
     pages: int
     tables: int
     pinned: int
+    checkpoints: int
     differing: int
     bytes: int
 
@@ -169,12 +176,17 @@ class _Restore:
         self.static_data_done = static_data_done
         self.contents = Contents()
         self._into: tuple[DomainInfo, Ports, PagesIn] | None = None
+        self._behind: Checkpoints | None = None  # what came behind the last checkpoint
         self._static = True  # data that comes before all pages still comes
 
     def run(self, kind: Kind | None, progress: Progress | None) -> Restored:
         reader = Reader(fault=_pass, kind=kind)
-        for event in self.source.events(reader, progress, taking=True):
-            self._see(event)
+        try:
+            for event in self.source.events(reader, progress, taking=True):
+                self._sort(event)
+        finally:
+            if self._behind is not None:
+                self._behind.close()
         assert self._into is not None
         info, ports, pages = self._into
         end = RestoreEnd(self.host, info, self.contents, pages, ports)
@@ -191,13 +203,29 @@ class _Restore:
             pages=pages.physmap.pages,
             tables=end.tables,
             pinned=end.pinned,
+            checkpoints=self.contents.checkpoints,
             differing=pages.differing,
             bytes=reader.offset,
         )
 
-    def _see(self, event: Event) -> None:
+    def _sort(self, event: Event) -> None:
+        """What comes before the first checkpoint counts at once, what comes behind it if another checkpoint follows."""
+        if isinstance(event, Checkpoint):
+            if self.source.exact:
+                what = "a checkpoint, behind which the stream is the toolstack's: Remus and COLO are not received"
+                raise Unsupported(what, offset=event.offset, record=event.name)
+            if self._behind is None:
+                self._behind = Checkpoints()
+            else:
+                self._behind.release(self._see)
+        if self._behind is None or not isinstance(event, Record) or isinstance(event, _NEVER_KEPT):
+            self._see(event, self.source.take)
+        else:
+            self._behind.keep(event, self.source.take)
+
+    def _see(self, event: Event, take: Take) -> None:
         if isinstance(event, PageData):
-            self._pages.put(event, self.source.take)
+            self._pages.put(event, take)
             return
         if isinstance(event, ImageHeader) and self.contents.image is not None:
             raise rules.breach(rules.REPEATED, "a second libxc stream", offset=event.offset, record=event.name)
@@ -209,6 +237,9 @@ class _Restore:
                 info, ports = self.target(self.contents, event.guest_width)
                 self._into = info, ports, PagesIn(self.host, info.domid)
             case StaticDataEnd():
+                if self._into is None:
+                    what = "STATIC_DATA_END before X86_PV_INFO"
+                    raise rules.breach(rules.ORDER, what, offset=event.offset, record=event.name)
                 self._end_of_static_data()
             case X86PVP2MFrames():
                 self._end_of_static_data()  # which a stream of version 2 does not say

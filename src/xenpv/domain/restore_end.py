@@ -202,7 +202,8 @@ class RestoreEnd:
     def _shared_info(self) -> None:
         """What the vcpus and the kernel have there; no event is pending, all are masked, and no p2m is shown yet."""
         record, width = self.contents.shared_info, self.width
-        assert record is not None
+        if record is None:  # before END, but behind the last checkpoint
+            raise GuestError(f"{self.name}: its shared info did not come before the last checkpoint")
         data = np.zeros(PAGE_SIZE, np.uint8)
         new: Any = data[: SHARED_INFO.size(width)].view(SHARED_INFO[width])[0]
         old = SHARED_INFO.read(record.data, width)

@@ -138,7 +138,7 @@ class SavedDomain:
     def _read(self, deep: bool, progress: Progress | None) -> None:
         keep = deep and not self.source.seekable
         if not self.source.seekable:
-            self._spool = _unlinked_file() if keep else None
+            self._spool = unlinked_file() if keep else None
             self._kept = PageIndex()
             self.frames = FilePages(-1 if self._spool is None else self._spool, self._kept, self.contents.index)
         try:
@@ -266,7 +266,7 @@ def _may_be_frame_list(pages: U8, width: Width) -> Mask:
     return np.asarray((words.min(axis=1) > 0) & (words.max(axis=1) <= frame_max))
 
 
-def _unlinked_file() -> int:
+def unlinked_file() -> int:
     """A temporary file of mode 0600 without a name: guest memory leaves no trace when we end."""
     fd, path = tempfile.mkstemp(prefix="xenpv-")
     os.unlink(path)

@@ -1,0 +1,67 @@
+"""What comes behind a checkpoint is kept until the next one says that it is whole, as the specification has it.
+
+xen.git:docs/specs/libxc-migration-stream.pandoc CHECKPOINT, tools/libs/guest/xg_sr_restore.c handle_checkpoint().
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+from xenpv.domain.source import unlinked_file
+from xenpv.errors import Unsupported
+from xenpv.frames import PAGE_SIZE
+from xenpv.stream.events import Event
+from xenpv.stream.pagedata import PageData
+from xenpv.stream.records import Record
+
+_RECORDS_MAX = 1 << 30  # bytes of records, pages aside, that are kept in memory: p2m frames of 16 TiB are 64 MiB
+_AT_ONCE = 1 << 20
+
+Take = Callable[[memoryview], None]
+
+
+class Checkpoints:
+    """Events behind a checkpoint, in order; page content is in a file without a name, which ``close`` gives back."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[Event, int]] = []
+        self._fd = unlinked_file()
+        self._end = 0  # of the file
+        self._kept = 0  # bytes in memory
+
+    def keep(self, event: Event, take: Take) -> None:
+        """Put one event aside. Unsupported when records take more memory than any checkpoint's would."""
+        self._events.append((event, self._end))
+        if isinstance(event, Record):
+            self._kept += len(event.raw) if isinstance(event, PageData) else event.length
+            if self._kept > _RECORDS_MAX:
+                what = f"more than {_RECORDS_MAX >> 20} MiB of records, pages aside, behind one checkpoint"
+                raise Unsupported(what, offset=event.offset, record=event.name)
+        if isinstance(event, PageData):
+            buffer, left = memoryview(bytearray(_AT_ONCE)), event.pages * PAGE_SIZE
+            while left:
+                some = buffer[: min(left, _AT_ONCE)]
+                take(some)
+                while some:
+                    n = os.pwrite(self._fd, some, self._end)
+                    self._end, left, some = self._end + n, left - n, some[n:]
+
+    def release(self, see: Callable[[Event, Take], None]) -> None:
+        """The next checkpoint has come: hand on all events, each with its content."""
+        for event, at in self._events:
+            place = [at]
+            see(event, partial(self._take, place))
+        self._events, self._end, self._kept = [], 0, 0
+        os.ftruncate(self._fd, 0)
+
+    def _take(self, place: list[int], into: memoryview) -> None:
+        while into:
+            data = os.pread(self._fd, min(len(into), _AT_ONCE), place[0])
+            into[: len(data)] = data
+            place[0], into = place[0] + len(data), into[len(data) :]
+
+    def close(self) -> None:
+        """Give the file back."""
+        os.close(self._fd)
