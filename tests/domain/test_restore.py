@@ -28,7 +28,7 @@ from tests.host.model_guest import pfns
 from tests.host.model_invariants import check
 from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
-from tests.writers.envelopes import wrap
+from tests.writers.envelopes import config_json, wrap
 from tests.writers.stream import BROKEN, NOTAB, PAGE, XALLOC, XTAB, Piece, Stream, Wire
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
@@ -120,6 +120,7 @@ def test_a_new_domain_is_as_its_configuration_says() -> None:
     assert host.store.read(f"{home}/console/ring-ref") == str(restored.console.mfn).encode()
     assert host.store.read(f"{home}/store/port") == str(restored.xenstore.port).encode()
     assert host.told_memory(restored.domid) == 96
+    assert host.configuration(restored.domid) == config_json(vcpus=2, memory_kib=96 * 4)
     host, restored = made(domain.to_stream("xl"), host, name="another")
     assert host.info(restored.domid).name == "another"
 

@@ -40,7 +40,7 @@ WIRE = Wire()
 CALLS = (
     "create", "memory_map", "daemons", "alloc_event", "info", "set_cpu_policy", "populate_physmap", "map_writable",
     "write_shared_info", "set_tsc_info", "set_vcpu_context", "set_vcpu_state", "pin_tables", "seed_grants",
-    "introduce", "unpause",
+    "introduce", "configure", "unpause",
 )  # fmt: skip
 
 

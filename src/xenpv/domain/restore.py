@@ -117,6 +117,8 @@ def restore_domain(
     try:
         restored = _Restore(host, source, new, None).run(None, progress)
         host.introduce(restored.domid, console=restored.console, xenstore=restored.xenstore)
+        if restored.config is not None and restored.config.format == "json":
+            host.configure(restored.domid, restored.config.text.encode())
         if not paused:
             host.unpause(restored.domid)
     except BaseException:
