@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
+from struct import pack
 from typing import Any
 
 import numpy as np
@@ -38,12 +39,14 @@ from tests.stream.drive import read, whole
 from tests.stream.test_writer import again
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES
 from xenpv.abi.declare import Width
+from xenpv.abi.domctl import EXT_VCPUCONTEXT
 from xenpv.abi.x86 import PAGE_SIZE, PTE_P, PTE_PSE, VCPU_GUEST_CONTEXT, XEN_PAE_L2_FIRST
+from xenpv.domain.progress import Phase, Status
 from xenpv.domain.save import BATCH, ENTRIES_MAX, save
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, HostError
 from xenpv.frames import FOREIGN, IDENTITY, IS_POPULATED, IS_TABLE, NO_FRAME, U8, U64, DomId, PageType
-from xenpv.host import DomainInfo
+from xenpv.host import DomainInfo, VcpuState
 from xenpv.host.model import ModelHost
 from xenpv.memory.p2m import is_own
 from xenpv.memory.pagetables import as_entries, frames
@@ -131,15 +134,16 @@ def test_every_envelope_byte_for_byte(kind: Kind, width: Width) -> None:
 
 @BOTH
 def test_records_come_as_in_libxenguest(width: Width) -> None:
-    """xg_sr_save.c: 1024 pfns to a record, ascending; TSC_INFO apart, the records of a PV save in their order."""
+    """xg_sr_save.c: 1024 pfns to a record, ascending; the records of a PV save in their order."""
     heap = Heap()
     save(suspended("linear", width).host, DomId(1), heap, envelope=Kind.LIBXC)
     reading = read(whole(bytes(heap.data)), collect=True)
     assert reading.faults == []
     names = [name for i, name in enumerate(reading.names) if name != "PAGE_DATA" or reading.names[i - 1] != name]
     assert names == [
-        "image header", "domain header", "X86_PV_INFO", "STATIC_DATA_END", "X86_PV_P2M_FRAMES", "PAGE_DATA",
-        "SHARED_INFO", "X86_PV_VCPU_BASIC", "END",
+        "image header", "domain header", "X86_PV_INFO", "X86_CPUID_POLICY", "X86_MSR_POLICY", "STATIC_DATA_END",
+        "X86_PV_P2M_FRAMES", "PAGE_DATA", "X86_TSC_INFO", "SHARED_INFO", "X86_PV_VCPU_BASIC", "X86_PV_VCPU_EXTENDED",
+        "X86_PV_VCPU_XSAVE", "END",
     ]  # fmt: skip
     data = [event for event in reading.events if isinstance(event, PageData)]
     assert [len(event.entries) for event in data] == [BATCH] * 3 + [4096 - 95 - 3 * BATCH]
@@ -186,10 +190,15 @@ def test_xens_own_verifier_takes_it(tmp_path: Path) -> None:
 
 
 def test_progress_is_told_to_its_end(tmp_path: Path) -> None:
-    guest, seen = suspended("linear"), list[tuple[int, int]]()
-    saved(guest, tmp_path / "x", progress=lambda done, total: seen.append((done, total)))
+    guest, seen = suspended("linear"), list[Status]()
+    summary = saved(guest, tmp_path / "x", progress=seen.append)
     pages = guest.host.info(guest.domid).pages
-    assert seen == [(min(n, pages), pages) for n in range(BATCH, pages + BATCH, BATCH)]
+    told = [0, *range(BATCH, pages, BATCH), pages, pages]
+    assert [(status.round, status.round_done, status.pages, status.round_pages) for status in seen] == [
+        (0, n, n, pages) for n in told
+    ]
+    assert [status.phase for status in seen] == [Phase.COPYING] * (len(seen) - 1) + [Phase.DONE]
+    assert seen[-1].bytes == summary.bytes
 
 
 @pytest.mark.parametrize(
@@ -400,13 +409,20 @@ def test_of_more_vcpus_those_that_are_online(tmp_path: Path) -> None:
     def info(domid: DomId) -> DomainInfo:
         return replace(guest.host.info(domid), max_vcpu=3)
 
-    saved(guest, tmp_path / "x", Twisted(guest, vcpu_context=vcpu_context, info=info))
+    def vcpu_state(domid: DomId, vcpu: int) -> VcpuState:
+        extended = pack("<II", vcpu, EXT_VCPUCONTEXT.size(8)).ljust(EXT_VCPUCONTEXT.size(8), b"\0")
+        return VcpuState(extended=extended, xsave=bytes(16 * vcpu), msrs=bytes(16 * vcpu))
+
+    host = Twisted(guest, vcpu_context=vcpu_context, vcpu_state=vcpu_state, info=info)
+    saved(guest, tmp_path / "x", host)
     with SavedDomain.open(str(tmp_path / "x")) as domain:
         assert domain.vcpus == [0, 3]
         third = domain.vcpu_context(3)
         assert third is not None
         record = int(guest.live.p2m.lookup(np.array([guest.day.start_info], np.uint64))[0])
         assert third["user_regs"]["rdx"] == record, "only vcpu 0's is the suspend record"
+        names = [run.name.removeprefix("X86_PV_VCPU_") for run in domain.contents.runs if "VCPU" in run.name]
+        assert names == ["BASIC", "EXTENDED", "BASIC", "EXTENDED", "XSAVE", "MSRS"], "what is empty is left out"
 
 
 def test_a_suspended_domain_that_is_paused_too(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from tests.host.kernel_guest import Guest
 from tests.host.model_guest import pfns
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_P, PTE_PSE
-from xenpv.domain.save import save
+from xenpv.domain.save import Status, save
 from xenpv.errors import Fault, GuestError, HostError, RequestError
 from xenpv.frames import FOREIGN, U8, U64, DomId, PageType
 from xenpv.host import DomainInfo
@@ -97,7 +97,7 @@ def test_a_leaf_of_another_domain_is_named() -> None:
     guest.do("suspend")
     foreign = int(guest.host.frames.owned(1)[7])
     tree_of(guest, {8: foreign}, 9 * 512)
-    assert "p2m_frame_list[8], mfn" in str(refused(guest))
+    assert f"Bad mfn for p2m_frame_list[8]: mfn {foreign:#x}" in str(refused(guest))
 
 
 def test_a_leaf_that_m2p_does_not_know_is_named() -> None:
@@ -268,8 +268,8 @@ def test_domains_of_other_kinds(changed: dict[str, Any], why: str) -> None:
 def test_a_domain_that_somebody_lets_run_meanwhile(tmp_path: Path) -> None:
     guest = suspended("linear")
 
-    def progress(done: int, total: int) -> None:
-        if done == total:
+    def progress(status: Status) -> None:
+        if status.round_done == status.round_pages:
             guest.host.resume(guest.domid)
 
     with pytest.raises(HostError, match="was let run while it was saved"):

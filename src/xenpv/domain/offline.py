@@ -16,7 +16,7 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import INVALID_MFN, START_INFO
 from xenpv.domain.build import Step, build
 from xenpv.domain.config import as_libxl
-from xenpv.domain.save import Sink, Summary, save
+from xenpv.domain.save import Sink, Status, Summary, save
 from xenpv.host.model import ModelHost
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, plan
@@ -69,9 +69,9 @@ def build_file(
     host.set_vcpu_context(domid, 0, bytes(data))
     text = json.dumps(configuration(layout, name, uuid), indent=4).encode()
 
-    def progress(done: int, in_all: int) -> None:
+    def progress(status: Status) -> None:
         if step is not None:
-            step("writing the file", done, in_all)
+            step("writing the file", status.round_done, status.round_pages)
 
     return save(host, domid, sink, config=text, progress=progress)
 
