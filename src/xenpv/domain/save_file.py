@@ -12,8 +12,7 @@ from xenpv.domain.interruption import undisturbed
 from xenpv.domain.leaving import Leaving
 from xenpv.domain.output import Output
 from xenpv.domain.progress import Progress
-from xenpv.domain.save import Summary, save
-from xenpv.domain.save import look as look_at
+from xenpv.domain.save import Summary, look, save
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host import Mover
