@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from tests.cli.libxl import Answer, FakeLibxl
 from tests.domain.saving import Twisted
 from tests.host.kernel_guest import Guest
 from xenpv.cli import save_helper
-from xenpv.cli.save_helper import EXIT_GONE, EXIT_REFUSED, EXIT_USAGE, Libxl, LibxlGone, serve
+from xenpv.cli.save_helper import EXIT_GONE, EXIT_REFUSED, EXIT_USAGE, Libxl, LibxlGone, precopy, serve
 from xenpv.domain.helper import Level, Message, Restore, Save
+from xenpv.domain.precopy import Precopy
 from xenpv.domain.verify import verify
-from xenpv.errors import HostError
+from xenpv.errors import HostError, RequestError
 from xenpv.frames import DomId
 from xenpv.host import XenVersion
 from xenpv.host.model import ModelHost
@@ -231,6 +233,39 @@ def test_debug_is_not_done_and_that_is_said(guest: Guest, stream: BinaryIO) -> N
     libxl = save(guest, stream.fileno(), debug=True)
     assert [text for level, _, _, text in libxl.values(Message.LOG) if level == Level.WARN] != []
     assert libxl.completed == (0, 0)
+
+
+def test_a_live_save(guest: Guest, stream: BinaryIO) -> None:
+    guest.do("write_pattern", guest.do("free"), 7)
+    libxl = save(guest, stream.fileno(), live=True)
+    assert libxl.kinds == [Message.SUSPEND, Message.COMPLETE]
+    said = [text for level, _, _, text in libxl.values(Message.LOG) if level == Level.INFO]
+    assert said[0] == "round 0: 2048 pages to be sent while it runs"
+    assert re.fullmatch(r"round 1: \d+ pages to be sent while it stands still", said[-2])
+    data = Path(f"/proc/self/fd/{stream.fileno()}").read_bytes()
+    assert verify_bytes(data) == []
+
+
+def test_a_live_save_where_xen_cannot(guest: Guest, stream: BinaryIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    def log_dirty(domid: DomId, *, on: bool) -> None:
+        raise HostError("it cannot", op="shadow_op", domid=domid, errno=errno.EOPNOTSUPP)
+
+    host = Twisted(guest, log_dirty=log_dirty)
+    libxl = save(guest, stream.fileno(), host, live=True)
+    assert libxl.errors == ["XENPV_PRECOPY=no sends a domain that stands still meanwhile", "it cannot"]
+    assert libxl.completed == (-1, errno.EOPNOTSUPP)
+    assert not guest.host.info(guest.domid).shutdown
+    monkeypatch.setenv("XENPV_PRECOPY", "no")
+    libxl = save(guest, stream.fileno(), host, live=True)
+    assert (libxl.errors, libxl.completed) == ([], (0, 0))
+
+
+def test_how_a_live_save_is_made() -> None:
+    assert precopy("") == Precopy()
+    assert precopy("max-downtime=.25, target_dirty=10") == Precopy(max_downtime=0.25, target_dirty=10)
+    for wrong in ("yes", "bandwidth", "bandwidth=fast", "downtime=3", "max-iterations=0", ","):
+        with pytest.raises(RequestError):
+            precopy(wrong)
 
 
 # --- the program itself ----------------------------------------------------------------------------------------------

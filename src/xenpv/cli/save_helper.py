@@ -18,13 +18,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from xenpv.domain import helper
 from xenpv.domain.helper import Level, Message, Restore, Save
 from xenpv.errors import GuestError, HostError, RequestError, StreamError, XenPVError
 
 if TYPE_CHECKING:
+    from xenpv.domain.precopy import Precopy
     from xenpv.domain.progress import Status
     from xenpv.host import Mover
 
@@ -32,6 +33,7 @@ EXIT_REFUSED = 1
 EXIT_GONE = 2  # nobody is left to talk to
 EXIT_USAGE = 64
 
+_PRECOPY = "XENPV_PRECOPY"  # in the environment: xl has no options for it
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _stopped: list[signal.Signals] = []  # by which signals a save is to end
 
@@ -98,7 +100,6 @@ class Libxl:
 def save(request: Save, libxl: Libxl, host: Mover) -> None:
     """Carry out a save. Raises what went wrong; the domain is left to libxl, which lets it run on."""
     from xenpv.domain.output import Output  # noqa: PLC0415
-    from xenpv.domain.precopy import Precopy  # noqa: PLC0415
     from xenpv.domain.save import save as save_domain  # noqa: PLC0415
     from xenpv.frames import DomId  # noqa: PLC0415
     from xenpv.stream.envelope import Kind  # noqa: PLC0415
@@ -107,18 +108,51 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
         if libxl.ask(helper.message(Message.SUSPEND)) != 1:
             raise GuestError(f"dom{request.domid} was not suspended: what libxl says of it stands above")
 
+    policy: Precopy | None = None
+    if request.live:
+        policy = precopy(os.environ.get(_PRECOPY, ""))
+        if policy is None:
+            libxl.log(Level.WARN, f"the domain stands still while it is sent, as {_PRECOPY}=no asks for")
     if request.debug:
         libxl.log(Level.WARN, "pages are sent once: there is no second look at them, as --debug asks for")
-    summary = save_domain(
-        host,
-        DomId(request.domid),
-        Output(request.fd, "the stream"),
-        envelope=Kind.LIBXC,
-        suspend=suspend,
-        live=Precopy() if request.live else None,
-        progress=_shown(libxl, live=request.live),
-    )
+    try:
+        summary = save_domain(
+            host,
+            DomId(request.domid),
+            Output(request.fd, "the stream"),
+            envelope=Kind.LIBXC,
+            suspend=suspend,
+            live=policy,
+            progress=_shown(libxl, live=policy is not None),
+        )
+    except HostError as e:
+        if policy is not None and e.errno == errno.EOPNOTSUPP:
+            libxl.log(Level.ERROR, f"{_PRECOPY}=no sends a domain that stands still meanwhile")
+        raise
     libxl.log(Level.INFO, f"{summary.name}: {summary.pages} pages, {summary.bytes} bytes written")
+
+
+def precopy(text: str) -> Precopy | None:
+    """How a live save is made: "max-downtime=0.3,bandwidth=50000000"; "no": not live. RequestError for the rest."""
+    from dataclasses import fields  # noqa: PLC0415
+
+    from xenpv.domain.precopy import Precopy  # noqa: PLC0415
+
+    if text == "no":
+        return None
+    names = [field.name for field in fields(Precopy)]
+    given: dict[str, Any] = {}
+    for part in text.split(",") if text else []:
+        name, _, value = part.partition("=")
+        name = name.strip().replace("-", "_")
+        try:
+            if name not in names:
+                raise ValueError
+            given[name] = float(value) if name == "max_downtime" else int(value)
+        except ValueError:
+            known = ", ".join(name.replace("_", "-") for name in names)
+            raise RequestError(f"{_PRECOPY}: {part!r} is none of {known} with a number, nor no") from None
+    return Precopy(**given)
 
 
 def _shown(libxl: Libxl, *, live: bool) -> Callable[[Status], None]:
