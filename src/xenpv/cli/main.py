@@ -30,6 +30,10 @@ _VERBS = {
     "image": "xenpv.cli.image",
     "layout": "xenpv.cli.layout",
     "build": "xenpv.cli.build",
+    "save": "xenpv.cli.save",
+    "restore": "xenpv.cli.save",
+    "migrate": "xenpv.cli.migrate",
+    "receive": "xenpv.cli.migrate",
     "list": "xenpv.cli.list",
     "demo": "xenpv.cli.demo",
 }
@@ -64,6 +68,8 @@ def main() -> None:
     xenpv image vmlinuz                what a kernel is; can it boot, with how much memory
     xenpv layout vmlinuz --memory 640G where everything of a domain would lie when it starts
     xenpv build vmlinuz --memory 4G --start    a PV domain of any size (in dom0)
+    xenpv save DOM FILE                save it; xenpv restore FILE brings it back (in dom0)
+    xenpv migrate DOM HOST             move it to another host while it runs (in dom0)
     xenpv list                         running domains (in dom0)
     xenpv check DOM                    hold a running domain's p2m against Xen's m2p
 

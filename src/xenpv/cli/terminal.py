@@ -16,6 +16,8 @@ from xenpv.findings import Finding, Rule, Severity
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from xenpv.domain.progress import Status
+
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -76,6 +78,34 @@ def progress(what: str) -> Iterator[Progress | None]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def moving() -> Iterator[Callable[[Status], None] | None]:
+    """A bar for each round of sending a domain's memory, with how fast it goes and how long the domain would stand
+    still, while the body runs and when stderr is a terminal; else None.
+    """
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console  # noqa: PLC0415  slow to import, and most runs need none
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+
+    columns = (TextColumn("{task.description:20}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[int, TaskID] = {}
+
+        def shown(status: Status) -> None:
+            if status.round not in tasks:
+                tasks[status.round] = bar.add_task("", told="")
+            told = f"{size(status.rate)}/s"
+            told += f", {status.dirty} pages dirty" if status.dirty else ""
+            told += f", {status.downtime:.2f} s to stand still" if status.downtime is not None else ""
+            what = f"round {status.round}: {status.phase}"
+            bar.update(tasks[status.round], description=what, completed=status.round_done, total=status.round_pages,
+                       told=told)  # fmt: skip
+
+        yield shown
 
 
 @contextmanager

@@ -1,0 +1,203 @@
+"""``xenpv migrate`` and ``xenpv receive``: a PV domain to another host, and from one."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from xenpv.cli.save import TIMEOUT
+from xenpv.cli.terminal import JSON, NUMBER, moving, print_json, printable, progress, size
+from xenpv.frames import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from xenpv.domain.progress import Status
+
+PATIENCE = click.option("--patience", type=click.FloatRange(min=0, min_open=True), default=120.0, metavar="SECONDS",
+                        help="For how long the other side may be silent; 120 unless said.")  # fmt: skip
+_EVENT_EVERY = 64  # progress events, of which one is printed as JSON, beside the first of each round
+
+
+@click.command()
+@click.argument("target", metavar="DOM")
+@click.argument("where", metavar="[HOST]", required=False)
+@click.option("--no-live", is_flag=True, help="Suspend it before anything is sent.")
+@click.option("--max-iterations", type=int, default=5, metavar="N", help="Rounds while it runs; 5 unless said.")
+@click.option("--target-dirty", type=int, default=50, metavar="PAGES",
+              help="Stop it when fewer pages are dirty; 50 unless said.")  # fmt: skip
+@click.option("--max-downtime", type=float, metavar="SECONDS", help="Stop it when the rest takes no longer than that.")
+@click.option("--bandwidth", type=NUMBER, metavar="BYTES", help="Bytes a second while it runs, such as 100M.")
+@click.option("-p", "--paused", is_flag=True, help="Leave it paused there.")
+@click.option("--ssh", default="ssh", show_default=True, metavar="COMMAND", help="What reaches HOST.")
+@click.option("--receiver", default="xenpv receive", show_default=True, metavar="COMMAND", help="What runs there.")
+@TIMEOUT
+@PATIENCE
+@click.option("--settle", is_flag=True, help="Ask HOST what became of a domain whose last word was lost.")
+@click.option(
+    "--take-back", is_flag=True, help="Let such a domain go on here: it does not run elsewhere, you know that."
+)
+@JSON
+def migrate(
+    target: str,
+    where: str | None,
+    no_live: bool,
+    max_iterations: int,
+    target_dirty: int,
+    max_downtime: float | None,
+    bandwidth: int | None,
+    paused: bool,
+    ssh: str,
+    receiver: str,
+    timeout: float,
+    patience: float,
+    settle: bool,
+    take_back: bool,
+    as_json: bool,
+) -> None:
+    """Move a PV domain to HOST, while it runs.
+
+    DOM is an id, a uuid or a name. HOST is reached by ssh, where `xenpv receive` is started; or it is tcp:HOST:PORT or
+    unix:PATH, where one listens, or fd:IN,OUT. Its memory is sent, and sent again where it was written meanwhile, until
+    the rest is small; then it stops, the rest is sent, and it runs there. Xen without shadow paging (Debian's from 4.17
+    on) cannot tell what was written: --no-live.
+
+    At every moment one side alone may run it (docs/migration.md). If anything goes wrong, or at Ctrl-C, it runs on
+    here. Only when the other side falls silent right after it was told to go ahead can nobody here know: then the
+    domain stays suspended, and --settle asks. Of a domain with disks or networks use xl migrate.
+
+    \b
+    xenpv migrate web otherhost
+    xenpv migrate web otherhost --max-downtime 0.3 --bandwidth 100M --ssh "ssh -i key"
+    xenpv migrate web tcp:127.0.0.1:7000           to: xenpv receive --listen tcp:127.0.0.1:7000
+    xenpv migrate --settle web otherhost           when the last word was lost
+    """
+    if (where is None) is not take_back:
+        raise click.UsageError("say DOM and HOST, or --take-back and DOM")
+    if settle and take_back:
+        raise click.UsageError("--settle asks HOST, --take-back asks nobody: say one of them")
+    from xenpv.domain import migrate as migration  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.domain.interruption import interruptible  # noqa: PLC0415
+    from xenpv.domain.precopy import Precopy  # noqa: PLC0415
+    from xenpv.domain.save_file import configuration  # noqa: PLC0415
+    from xenpv.domain.transport import connect  # noqa: PLC0415
+    from xenpv.host import find  # noqa: PLC0415
+    from xenpv.host.xen_move import XenMover  # noqa: PLC0415
+
+    live = None if no_live else Precopy(max_iterations, target_dirty, max_downtime, bandwidth)
+    with ExitStack() as stack:
+        host = stack.enter_context(XenMover())
+        domid = find(host, target).domid
+        if where is None:
+            _settled(migration.take_back(host, domid), as_json)
+            return
+        stack.enter_context(interruptible())
+        link = stack.enter_context(
+            connect(where, ssh=shlex.split(ssh), receiver=shlex.split(receiver), patience=patience)
+        )
+        if settle:
+            _settled(migration.settle(host, domid, link), as_json)
+            return
+        shown = _print_status() if as_json else stack.enter_context(moving())
+        given = migration.give(
+            host,
+            domid,
+            link,
+            config=configuration(host, domid),
+            live=live,
+            paused=paused,
+            timeout=timeout,
+            tell=print_event if as_json else _tell_kept,
+            progress=shown,
+        )
+    if not as_json:
+        summary = given.summary
+        sent = f"{size(summary.bytes)} sent"
+        state = "is paused" if paused else "runs"
+        click.echo(
+            f"{given.name} {state} on {where} as dom{given.domid}: {sent}, {given.downtime:.2f} s down", err=True
+        )
+
+
+@click.command()
+@click.option("--listen", "where", metavar="ADDRESS",
+              help="Wait at unix:PATH or tcp:ADDRESS:PORT; standard input and output unless said.")  # fmt: skip
+@click.option("--anywhere", is_flag=True, help="Listen at an address that other machines reach: nothing is encrypted.")
+@PATIENCE
+@JSON
+def receive(where: str | None, anywhere: bool, patience: float, as_json: bool) -> None:
+    """Take one domain that `xenpv migrate` sends: on standard input and output, as ssh starts it, or at an address.
+
+    It is refused before anything is sent if it does not fit: too little memory, or a domain of its name or uuid here
+    already. It comes under the name NAME--incoming, paused, and is checked as it comes; it has its own name, and runs,
+    once the sender has given it up. If anything goes wrong before, nothing is left of it.
+
+    \b
+    xenpv receive --listen unix:/run/xenpv.sock
+    xenpv receive --listen tcp:127.0.0.1:7000      and ssh -L or -R leads there
+    """
+    from xenpv.domain.interruption import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.domain.receive import take  # noqa: PLC0415
+    from xenpv.domain.transport import accept, listening, standard  # noqa: PLC0415
+    from xenpv.host.xen_move import XenMover  # noqa: PLC0415
+
+    def say(what: str, **numbers: Any) -> None:
+        if as_json:
+            _print_line({"event": what, **numbers}, err=where is None)
+        elif what == "unheard":
+            why = f"the sender could not be told ({numbers['why']}): it has its copy suspended, to be settled there"
+            click.echo(f"xenpv: dom{numbers['domid']} is here, and {why}", err=True)
+
+    with ExitStack() as stack:
+        stack.enter_context(interruptible())
+        host = stack.enter_context(XenMover())
+        if where is None:
+            link = stack.enter_context(standard(patience=patience))
+        else:
+            with listening(where, anywhere=anywhere) as listener:
+                say("listening", at=listener.getsockname())
+                link = stack.enter_context(accept(listener, where, patience=patience))
+        bar = None if where is None or as_json else stack.enter_context(progress("receiving"))
+        taken = take(host, link, tell=say, progress=bar)
+    if taken is not None and not as_json and where is not None:
+        state = "runs" if taken.running else "is here, and paused"
+        click.echo(f"dom{taken.domid} ({printable(taken.name or '')}) {state}", err=True)
+
+
+def print_event(what: str, **numbers: Any) -> None:
+    """What has happened, as a line of JSON."""
+    _print_line({"event": what, **numbers})
+
+
+def _print_line(value: dict[str, Any], *, err: bool = False) -> None:
+    click.echo(json.dumps(value), err=err)
+
+
+def _print_status() -> Callable[[Status], None]:
+    """Prints how far it is: the first of each phase and round, and then now and then."""
+    before: list[Any] = [None, 0]
+
+    def print_status(status: Status) -> None:
+        key = (status.phase, status.round)
+        before[1] = 0 if key != before[0] else before[1] + 1
+        before[0] = key
+        if before[1] % _EVENT_EVERY == 0:
+            print_event("progress", **asdict(status), left=(status.round_pages - status.round_done) * PAGE_SIZE)
+
+    return print_status
+
+
+def _tell_kept(what: str, **numbers: Any) -> None:
+    if what == "kept":
+        click.echo(f"xenpv: {numbers['state']}", err=True)
+
+
+def _settled(what: str, as_json: bool) -> None:
+    if as_json:
+        print_json({"settled": what})
+    else:
+        click.echo(what, err=True)

@@ -1,0 +1,107 @@
+"""``xenpv save`` and ``xenpv restore``: a PV domain into a file, and out of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from xenpv.cli.terminal import JSON, moving, print_json, printable, progress, size
+from xenpv.errors import RequestError
+from xenpv.frames import PAGE_SIZE
+
+TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, metavar="SECONDS",
+                       help="How long the guest may take to suspend; 60 unless said.")  # fmt: skip
+
+
+@click.command()
+@click.argument("target", metavar="DOM")
+@click.argument("file", metavar="FILE", type=click.Path(allow_dash=True), required=False)
+@click.option("-c", "--checkpoint", is_flag=True, help="Let the domain run on once it is saved.")
+@click.option("-p", "--paused", is_flag=True, help="Leave it paused once it is saved (xl unpause lets it run on).")
+@click.option("--preflight", is_flag=True, help="Say what would be saved, and whether it can be; change nothing.")
+@TIMEOUT
+@JSON
+def save(
+    target: str, file: str | None, checkpoint: bool, paused: bool, preflight: bool, timeout: float, as_json: bool
+) -> None:
+    """Save a PV domain to FILE, as xl save does; it is gone from this host then.
+
+    DOM is an id, a uuid or a name; "-" writes to a pipe. The guest is asked to suspend, saved, and destroyed once FILE
+    is whole: FILE has its name only then. If anything goes wrong, or at Ctrl-C, the guest runs on, and nothing is left
+    of FILE. `xl restore FILE` and `xenpv restore FILE` bring it back, `xenpv verify FILE` says beforehand whether they
+    will. Of a domain with disks or networks use xl save: xenpv does not let go of devices.
+
+    \b
+    xenpv save --preflight web         what form of p2m, how many pages, how large; can it be saved
+    xenpv save web web.save
+    xenpv save -c web - | zstd > web.save.zst      it runs on
+    """
+    if (file is None) is not preflight:
+        raise click.UsageError("say DOM and FILE, or --preflight and DOM")
+    from xenpv.domain.interruption import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.domain.save_file import preflight as look  # noqa: PLC0415
+    from xenpv.domain.save_file import save_file  # noqa: PLC0415
+    from xenpv.host import find  # noqa: PLC0415
+    from xenpv.host.xen_move import XenMover  # noqa: PLC0415
+
+    with XenMover() as host:
+        domid = find(host, target).domid
+        if file is None:
+            seen = look(host, domid)
+            if as_json:
+                print_json(asdict(seen))
+            else:
+                click.echo(f"{seen.name}: can be saved, by {seen.form}, up to pfn {seen.entries - 1:#x}")
+                click.echo(f"{seen.pages} pages, {size(seen.pages * PAGE_SIZE)}; the file: about {size(seen.bytes)}")
+            return
+
+        def say(what: str) -> None:
+            click.echo(f"xenpv: {what}", err=True)
+
+        keep = checkpoint or paused
+        with interruptible(), moving() as shown:
+            ended = save_file(host, domid, file, timeout=timeout, keep=keep, paused=paused, say=say, progress=shown)
+    summary = ended.summary
+    if as_json:
+        numbers = {"bytes": summary.bytes, "pages": summary.pages, "tables": summary.tables, "lost": summary.lost}
+        print_json({"domain": summary.name, "file": file, **numbers, "seconds_down": ended.downtime, "now": ended.now})
+    else:
+        click.echo(f"{summary.name}: {summary.pages} pages, {size(summary.bytes)}, to {file}; it {ended.now}", err=True)
+
+
+@click.command()
+@click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
+@click.option("--name", metavar="NAME", help="What it is called; what it was called unless said.")
+@click.option("-p", "--paused", is_flag=True, help="Leave it paused (xl unpause lets it run).")
+@JSON
+def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
+    """Restore a PV domain from FILE, a save file of xl's or xenpv's, or from a pipe: "-".
+
+    The stream is checked as it comes, and the domain runs only if all of it was right; otherwise nothing is left of it.
+    It has memory, vcpus, a console and xenstore; of a domain with disks or networks use xl restore.
+
+    \b
+    xenpv restore web.save
+    zstd -dc web.save.zst | xenpv restore --name web2 --paused -
+    """
+    from xenpv.domain.input import Input  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.domain.interruption import interruptible  # noqa: PLC0415
+    from xenpv.domain.restore import restore_domain  # noqa: PLC0415
+    from xenpv.host.xen_move import XenMover  # noqa: PLC0415
+
+    if name is not None and not (name and name.isprintable()):
+        raise RequestError(f"{name!r} is no name")
+    source = Input.open(file)
+    try:
+        with XenMover() as host, interruptible(), progress("restoring") as bar:
+            restored = restore_domain(host, source, name=name, paused=paused, progress=bar)
+    finally:
+        source.close()
+    called = name or restored.name
+    if as_json:
+        told = {"domid": restored.domid, "name": called, "uuid": restored.uuid, "pages": restored.pages}
+        print_json({**told, "entries": restored.entries, "bytes": restored.bytes, "running": not paused})
+    else:
+        state = f"is restored, and paused: xl unpause {restored.domid}" if paused else "runs"
+        click.echo(f"dom{restored.domid} ({printable(called or '')}), {size(restored.pages * PAGE_SIZE)}, {state}")

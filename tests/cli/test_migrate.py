@@ -1,0 +1,205 @@
+"""xenpv migrate and receive, between guests and hosts of the model, over sockets."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import Ran, xenpv
+from tests.cli.test_save import Opened
+from tests.domain.migrating import CONFIG, NAME, PAGES, Move
+from xenpv.domain.handover import AWAY
+from xenpv.domain.migrate import give
+from xenpv.domain.receive import take
+from xenpv.domain.transport import accept, connect, listening
+from xenpv.errors import HostError
+
+
+@pytest.fixture
+def move(monkeypatch: pytest.MonkeyPatch) -> Move:
+    move = Move.ready()
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.source))
+    return move
+
+
+def beside(what: Callable[[], object], command: Callable[[], Ran]) -> tuple[Ran, object]:
+    """A command, and what runs at the same time; what that came to."""
+    result: list[object] = []
+
+    def run() -> None:
+        try:
+            result.append(what())
+        except BaseException as e:  # it is looked at
+            result.append(e)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    ran = command()
+    thread.join(30)
+    return ran, result[0]
+
+
+def migrated(move: Move, folder: Path, *args: object) -> tuple[Ran, object]:
+    """``xenpv migrate``, to a receiver in a thread."""
+    where = f"unix:{folder / 'link'}"
+    with listening(where) as listener:
+
+        def receive() -> object:
+            with accept(listener, where, patience=20.0) as link:
+                return take(move.target, link)
+
+        return beside(receive, lambda: xenpv("migrate", *args, NAME, where))
+
+
+@pytest.mark.parametrize("option", [[], ["--no-live"], ["--max-iterations", 1], ["--bandwidth", "1G"]])
+def test_a_domain_is_moved(move: Move, tmp_path: Path, option: list[object]) -> None:
+    ran, _ = migrated(move, tmp_path, *option)
+    assert (ran.code, ran.out) == (0, "")
+    assert ran.err.startswith(f"dom{move.guest.domid} ({NAME}) runs on unix:{tmp_path}/link as dom1: 4.3 MiB sent, ")
+    assert move.is_gone_here()
+    assert move.there() is not None
+
+
+def test_what_happens_is_told_as_lines_of_json(move: Move, tmp_path: Path) -> None:
+    ran, _ = migrated(move, tmp_path, "--json")
+    events = [json.loads(line) for line in ran.out.splitlines()]
+    names = [event["event"] for event in events]
+    assert [name for name in names if name != "progress"] == ["connected", "accepted", "sent", "ready", "running"]
+    progress = [event for event in events if event["event"] == "progress"]
+    assert {"copying", "suspending", "finishing", "done"} == {event["phase"] for event in progress}
+    assert {"round", "pages", "dirty", "rate", "downtime", "left"} <= set(progress[0])
+    assert events[names.index("sent")]["pages"] >= PAGES
+    assert events[-1]["domid"] == 1
+    assert events[-1]["downtime"] > 0
+
+
+def test_a_failure_is_told_and_the_guest_runs_on(move: Move, tmp_path: Path) -> None:
+    move.target.create(8, max_pages=1, name=NAME)
+    ran, _ = migrated(move, tmp_path)
+    assert ran.code == 1
+    assert f"xenpv: dom{move.guest.domid} ({NAME}) runs on here\n" in ran.err
+    assert "there is a domain of this name or uuid here already" in ran.err
+    ran, _ = migrated(move, tmp_path, "--json")
+    assert json.loads(ran.out.splitlines()[-1]) == {
+        "event": "kept",
+        "state": f"dom{move.guest.domid} ({NAME}) runs on here",
+    }
+    assert move.runs_here()
+
+
+def test_by_ssh(move: Move, tmp_path: Path) -> None:
+    """What stands for ssh leads to a socket where one receives; what it was given is looked at."""
+    program = tmp_path / "ssh"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import os, socket, sys, threading\n"
+        f"assert sys.argv[1:] == ['-p', '22', 'host', 'xenpv receive'], sys.argv\n"
+        "one = socket.socket(socket.AF_UNIX)\n"
+        f"one.connect({str(tmp_path / 'link')!r})\n"
+        "def out():\n"
+        "    while data := one.recv(1 << 16): os.write(1, data)\n"
+        "threading.Thread(target=out, daemon=True).start()\n"
+        "while data := os.read(0, 1 << 16): one.sendall(data)\n"
+        "one.close()\n"
+    )
+    program.chmod(0o755)
+    where = f"unix:{tmp_path / 'link'}"
+    with listening(where) as listener:
+
+        def receive() -> object:
+            with accept(listener, where, patience=20.0) as link:
+                return take(move.target, link)
+
+        ran, _ = beside(receive, lambda: xenpv("migrate", "--ssh", f"{program} -p 22", NAME, "host"))
+    assert ran.code == 0, ran.err
+    assert move.there() is not None
+
+
+def test_the_last_word_lost_and_settled(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unpause(_domid: int) -> None:
+        raise HostError("unpause: no", op="unpause")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(move.target, "unpause", unpause)
+        patch.setattr(move.target, "destroy", unpause)
+        ran, _ = migrated(move, tmp_path)
+    assert ran.code == 1
+    domid = move.guest.domid
+    assert f"stays here, suspended, as {NAME}{AWAY}. Settle it by: xenpv migrate --settle {domid} unix:" in ran.err
+    # There it has its own name already, so it is the other side's.
+    where = f"unix:{tmp_path / 'link'}"
+    with listening(where) as listener:
+
+        def receive() -> object:
+            with accept(listener, where, patience=20.0) as link:
+                return take(move.target, link)
+
+        ran, _ = beside(receive, lambda: xenpv("migrate", "--settle", domid, where))
+    assert (ran.code, ran.out) == (0, "")
+    assert "its copy here is destroyed" in ran.err
+    assert move.is_gone_here()
+
+
+def test_taken_back(move: Move) -> None:
+    move.guest.do("suspend")
+    move.suspended = True
+    move.source.rename(move.guest.domid, NAME + AWAY)
+    ran = xenpv("migrate", "--json", "--take-back", move.guest.domid)
+    assert (ran.code, ran.json) == (0, {"settled": f"dom{move.guest.domid} ({NAME}) runs on here"})
+    assert move.runs_here()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_receive(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.target))
+    path = tmp_path / "link"
+
+    def send() -> object:
+        while True:
+            try:
+                with connect(f"unix:{path}", patience=20.0) as link:
+                    return give(move.source, move.guest.domid, link, config=CONFIG)
+            except (FileNotFoundError, ConnectionRefusedError):
+                pass
+
+    options = ["--json"] if as_json else []
+    ran, given = beside(send, lambda: xenpv("receive", *options, "--listen", f"unix:{path}"))
+    assert ran.code == 0
+    assert not isinstance(given, BaseException), given
+    assert move.there() is not None
+    assert not path.exists()
+    if as_json:
+        names = [json.loads(line)["event"] for line in ran.out.splitlines()]
+        assert names == ["listening", "offered", "whole", "running"]
+    else:
+        assert (ran.out, ran.err) == ("", f"dom1 ({NAME}) runs\n")
+
+
+def test_receive_is_not_for_everybody() -> None:
+    ran = xenpv("receive", "--listen", "web")
+    assert ran.code == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["migrate"],
+        ["migrate", "x"],
+        ["migrate", "--take-back", "x", "y"],
+        ["migrate", "--settle", "x"],
+        ["migrate", "--patience", "0", "x", "y"],
+    ],
+)
+def test_usage(args: list[str]) -> None:
+    assert xenpv(*args).code == 64
+
+
+def test_what_cannot_be_is_said_before_anything_is_done(move: Move) -> None:
+    assert "a live save takes one pass at least" in xenpv("migrate", "--max-iterations", 0, NAME, "x").err
+    assert "is no host" in xenpv("migrate", "--", NAME, "-oProxyCommand=x").err
+    assert move.runs_here()

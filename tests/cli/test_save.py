@@ -1,0 +1,213 @@
+"""xenpv save and restore, of a guest on the model host."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pytest
+
+from tests.cli.command import xenpv
+from tests.domain.migrating import CONFIG, NAME, PAGES, Move
+from tests.domain.saved import judge
+from xenpv.errors import HostError
+from xenpv.host.model import ModelHost
+
+
+class Opened:
+    """The model host, opened as XenMover is."""
+
+    def __init__(self, host: ModelHost) -> None:
+        self.host = host
+
+    def __enter__(self) -> ModelHost:
+        return self.host
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None: ...
+
+
+@pytest.fixture
+def move(monkeypatch: pytest.MonkeyPatch) -> Move:
+    move = Move.ready()
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.source))
+    return move
+
+
+def on_target(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.target))
+
+
+def test_a_domain_goes_into_a_file_and_comes_back(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "web.save"
+    ran = xenpv("save", NAME, file)
+    assert (ran.code, ran.out) == (0, "")
+    assert ran.err.startswith(
+        f"dom{move.guest.domid} ({NAME}): {PAGES} pages, 4.3 MiB, to {file}; it is gone from here"
+    )
+    assert move.is_gone_here()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert os.listdir(tmp_path) == ["web.save"]
+    assert judge(file).rules <= {"p2m-invalid"}
+    on_target(move, monkeypatch)
+    told = xenpv("restore", "--json", file).json
+    assert (told["name"], told["pages"], told["running"]) == (NAME, PAGES, True)
+    assert move.there() is not None
+
+
+@pytest.mark.parametrize("option", ["-c", "-p"])
+def test_a_checkpoint_lets_it_run_on(move: Move, tmp_path: Path, option: str) -> None:
+    file = tmp_path / "web.save"
+    ran = xenpv("save", "--json", option, move.guest.domid, file)
+    assert ran.code == 0
+    assert ran.json["pages"] == PAGES
+    assert ran.json["bytes"] == file.stat().st_size
+    assert 0 < ran.json["seconds_down"] < 20
+    if option == "-p":
+        assert ran.json["now"] == "runs on here, paused"
+        move.source.unpause(move.guest.domid)
+    assert move.runs_here()
+
+
+def test_standard_output_and_input(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "out"
+    kept = os.dup(1)
+    with file.open("wb") as out:
+        os.dup2(out.fileno(), 1)
+        try:
+            assert xenpv("save", NAME, "-").code == 0
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+    on_target(move, monkeypatch)
+    ran = xenpv("restore", "--name", "other", "--paused", "-", stdin=file.read_bytes())
+    assert (ran.code, ran.out) == (0, "dom1 (other), 4.3 MiB, is restored, and paused: xl unpause 1\n")
+    (info,) = [info for info in move.target.domains() if info.domid]
+    assert (info.name, info.paused) == ("other", True)
+
+
+def test_its_configuration_goes_with_it(move: Move, tmp_path: Path) -> None:
+    """Xl's own, where xl knows it; else what can be told."""
+    for config in (b"", CONFIG.replace(b'"pv"', b'"pv", "of": "xl"')):
+        move.source._domains[move.guest.domid].config = config
+        file = tmp_path / "web.save"
+        assert xenpv("save", "-c", NAME, file).code == 0
+        assert move.runs_here()
+        told = file.read_bytes()[:4096]
+        assert (b'"of": "xl"' in told) is bool(config)
+        assert b'"max_memkb": 4400' in told
+
+
+def test_preflight_changes_nothing(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("changes something")
+
+    for call in ("control", "pause", "log_dirty", "destroy", "rename", "resume"):
+        monkeypatch.setattr(move.source, call, never)
+    ran = xenpv("save", "--preflight", NAME)
+    who = f"dom{move.guest.domid} ({NAME})"
+    assert ran.code == 0
+    assert ran.out.splitlines()[0] == f"{who}: can be saved, by linear virtual list, up to pfn {PAGES - 1:#x}"
+    assert ran.out.splitlines()[1] == f"{PAGES} pages, 4.3 MiB; the file: about 4.3 MiB"
+    told = xenpv("save", "--preflight", "--json", NAME).json
+    assert (told["name"], told["pages"], told["entries"]) == (who, PAGES, PAGES)
+    monkeypatch.undo()
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.source))
+    assert xenpv("save", NAME, tmp_path / "x").code == 0
+    assert abs(told["bytes"] - (tmp_path / "x").stat().st_size) < 32 << 10
+
+
+def test_preflight_says_what_is_wrong(move: Move) -> None:
+    move.guest.host.write_shared_info(move.guest.domid, bytes(4096 - 2048), 2048)  # the p2m's anchors are here
+    ran = xenpv("save", "--preflight", NAME)
+    assert (ran.code, ran.out) == (1, "")
+    assert "xenpv: error: " in ran.err
+    assert "p2m" in ran.err
+
+
+def stays(move: Move, folder: Path, ran: Any, *said: str) -> None:
+    """It failed: words, no file, and the guest runs on."""
+    assert ran.code in {1, 130}
+    for word in said:
+        assert word in ran.err
+    assert f"dom{move.guest.domid} ({NAME}) runs on here" in ran.err
+    assert os.listdir(folder) == []
+    assert move.runs_here()
+
+
+def test_a_disk_that_is_full(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "writev", full)
+    ran = xenpv("save", NAME, tmp_path / "web.save")
+    stays(move, tmp_path, ran, "web.save: No space left on device")
+
+
+def test_a_guest_that_does_not_suspend(move: Move, tmp_path: Path) -> None:
+    move.source.attend(move.guest.domid, None)
+    ran = xenpv("save", "--timeout", "0.05", NAME, tmp_path / "web.save")
+    stays(move, tmp_path, ran, "did not suspend in 0.05 s")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whoever_ends_it_has_the_guest_run_on(
+    move: Move, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it stands still, and is half written."""
+    real, calls = os.writev, [0]
+
+    def writev(fd: int, buffers: Any) -> int:
+        calls[0] += 1
+        if calls[0] == 5:
+            assert move.source.info(move.guest.domid).shutdown
+            signal.raise_signal(number)
+        return real(fd, buffers)
+
+    monkeypatch.setattr(os, "writev", writev)
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    ran = xenpv("save", NAME, tmp_path / "web.save")
+    stays(move, tmp_path, ran, "interrupted")
+    assert ran.code == 130
+    assert before == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+def test_a_copy_that_cannot_be_destroyed_is_named(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def destroy(_domid: int) -> None:
+        raise HostError("destroy: no", op="destroy")
+
+    monkeypatch.setattr(move.source, "destroy", destroy)
+    ran = xenpv("save", NAME, tmp_path / "web.save")
+    assert ran.code == 1
+    assert f"web.save is whole, and dom{move.guest.domid} ({NAME}) could not be destroyed: destroy: no" in ran.err
+    assert move.source.info(move.guest.domid).shutdown, "it must not run beside its copy"
+    assert os.listdir(tmp_path) == ["web.save"]
+
+
+def test_a_file_that_is_cut_off_leaves_nothing(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "web.save"
+    assert xenpv("save", NAME, file).code == 0
+    file.write_bytes(file.read_bytes()[:-100])
+    on_target(move, monkeypatch)
+    ran = xenpv("restore", file)
+    assert ran.code == 1
+    assert "xenpv: error: " in ran.err
+    assert move.nothing_there()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["save"], ["save", "x"], ["save", "--preflight", "x", "y"], ["save", "--timeout", "0", "x", "y"], ["restore"]],
+)
+def test_usage(args: list[str]) -> None:
+    assert xenpv(*args).code == 64
+
+
+def test_a_domain_that_is_not_there(move: Move, tmp_path: Path) -> None:
+    ran = xenpv("save", "nobody", tmp_path / "x")
+    assert (ran.code, ran.err) == (1, "xenpv: error: no domain is called 'nobody', by id, uuid or name\n")
+    assert "dom0 is what this runs in" in xenpv("save", "0", tmp_path / "x").err
+    assert os.listdir(tmp_path) == []
