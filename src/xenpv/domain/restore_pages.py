@@ -49,33 +49,42 @@ class PagesIn:
         pfns, kinds = record.pfns, record.types
         for i in range(0, len(pfns), _ENTRIES_AT_ONCE):
             some, of = pfns[i : i + _ENTRIES_AT_ONCE], kinds[i : i + _ENTRIES_AT_ONCE]
-            self.populate(some[IS_POPULATED[of]])
+            given = IS_POPULATED[of]
+            if given.any():
+                self.populate(some[given])
             mfns = self.physmap.mfns(some)
             # A pfn that had a frame, and comes now as one without, keeps it, as in libxenguest: there is no telling
             # the guest, whose p2m is made of what has a frame. It is no table any more, which is all that matters.
             there = mfns != NO_FRAME
-            types = np.where(IS_POPULATED[of], of, np.uint8(PageType.NOTAB))
-            self.physmap.put_types(some[there], types[there])
+            if there.any():
+                self.physmap.put_types(some[there], np.where(given, of, np.uint8(PageType.NOTAB))[there])
             with_content = mfns[HAS_DATA[of]]
+            ascending = _ascending(some)
             for j in range(0, len(with_content), _PAGES_AT_ONCE):
-                self._fill(with_content[j : j + _PAGES_AT_ONCE], take)
+                self._fill(with_content[j : j + _PAGES_AT_ONCE], take, ascending=ascending)
 
     def populate(self, pfns: U64) -> None:
         """Frames for those of some pfns that have none. Raises as ``put``."""
         physmap = self.physmap
-        new = np.unique(pfns[physmap.mfns(pfns) == NO_FRAME])
+        new = pfns[physmap.mfns(pfns) == NO_FRAME]
         if not len(new):
             return
+        if not _ascending(new):
+            new = np.unique(new)
         if physmap.pages + len(new) > self._max_pages:
             needed = physmap.pages + len(new)
             what = f"dom{self.domid} may have {self._max_pages:#x} pages, and the stream has {needed:#x} so far"
             raise RequestError(f"{what}: give it more memory", needed=needed, available=self._max_pages)
-        chunks, count = np.unique(new >> np.uint64(ORDER), return_counts=True)
-        whole = chunks[count == CHUNK]
+        chunks = new >> np.uint64(ORDER)
+        starts = np.flatnonzero(np.append(True, chunks[1:] != chunks[:-1]))
+        count = np.diff(starts, append=len(new))
+        whole = np.flatnonzero(count == CHUNK)
         if len(whole):
-            mfns = self.host.populate_physmap(self.domid, whole << np.uint64(ORDER), ORDER)
-            physmap.put_extents(whole[: len(mfns)], mfns)
-            new = new[~np.isin(new >> np.uint64(ORDER), whole[: len(mfns)])]
+            mfns = self.host.populate_physmap(self.domid, new[starts[whole]], ORDER)
+            physmap.put_extents(chunks[starts[whole[: len(mfns)]]], mfns)
+            single = np.ones(len(count), np.bool_)
+            single[whole[: len(mfns)]] = False
+            new = new[np.repeat(single, count)]
         if len(new):
             mfns = self.host.populate_physmap(self.domid, new)
             physmap.put(new[: len(mfns)], mfns)
@@ -84,9 +93,9 @@ class PagesIn:
                 what = f"dom{self.domid}: the host gave {physmap.pages:#x} pages, and has not the {needed:#x} it takes"
                 raise HostError(what, op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
 
-    def _fill(self, mfns: U64, take: Take) -> None:
-        """Write content to frames."""
-        twice = len(np.unique(mfns)) < len(mfns)
+    def _fill(self, mfns: U64, take: Take, *, ascending: bool) -> None:
+        """Write content to frames; of ``ascending`` pfns none stands there twice."""
+        twice = not ascending and len(np.unique(mfns)) < len(mfns)
         if not (twice or self.compare):
             with self.host.map_writable(self.domid, mfns) as pages:
                 take(pages.reshape(-1).data)
@@ -99,3 +108,8 @@ class PagesIn:
             if self.compare:
                 self.differing += int(np.count_nonzero((pages != content).any(axis=1)))
             pages[:] = content
+
+
+def _ascending(pfns: U64) -> bool:
+    """Whether they are in order, and each stands there once, as in all that savers send."""
+    return bool((pfns[1:] > pfns[:-1]).all())

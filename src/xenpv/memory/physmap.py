@@ -2,7 +2,7 @@
 
 Cost follows what is there, never the highest pfn. Pfns are kept in chunks of 512, the pages of an extent of 2 MiB: a
 chunk whose frames follow each other is one number, all others are a table each; types take a table only where there is
-another than NOTAB. 600 GiB in extents are a few megabytes, in single pages 1.3 GB.
+another than NOTAB. 600 GiB in extents are some 20 MB, in single pages 1.3 GB.
 """
 
 from __future__ import annotations
@@ -36,17 +36,25 @@ class Physmap:
 
     def mfns(self, pfns: U64) -> U64:
         """The mfn of each pfn, NO_FRAME where there is none."""
-        row = self._chunks.find(pfns >> _SHIFT)
-        within = pfns & _WITHIN
-        out = np.full(pfns.shape, NO_FRAME)
-        if not len(self._chunks):
-            return out
-        alike = (row >= 0) & (self._first[row] != NO_FRAME)
-        out[alike] = self._first[row[alike]] + within[alike]
-        single = (row >= 0) & ~alike
+        row, within = self._rows(pfns), pfns & _WITHIN
+        there = row >= 0
+        if not there.any():
+            return np.full(pfns.shape, NO_FRAME)
+        first = self._first[row]
+        out = np.where(there & (first != NO_FRAME), first + within, NO_FRAME)
+        single = there & (first == NO_FRAME)
         if single.any():
             out[single] = self._mfns.get(self._own[row[single]], within[single])
         return out
+
+    def _rows(self, pfns: U64) -> I64:
+        """The row of each pfn's chunk, -1 for none. Neighbours mostly come together: each chunk is looked for once."""
+        chunks = pfns >> _SHIFT
+        if not len(chunks):
+            return np.empty(0, np.int64)
+        starts = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
+        starts = np.concatenate([[0], starts])
+        return np.repeat(self._chunks.find(chunks[starts]), np.diff(starts, append=len(chunks)))
 
     def of_chunks(self, chunks: U64) -> U64:
         """The mfns of whole chunks, uint64 (n, 512); pfn ``chunk << 9`` is the first of a chunk."""
@@ -69,7 +77,7 @@ class Physmap:
     def put(self, pfns: U64, mfns: U64) -> None:
         """Give pfns their frames: each stands here once, and has none yet."""
         row = self._have(pfns >> _SHIFT)
-        new = np.unique(row[self._own[row] < 0])
+        new = np.flatnonzero(np.bincount(row[self._own[row] < 0]))
         self._own[new] = self._mfns.take(len(new))
         self._mfns.put(self._own[row], pfns & _WITHIN, mfns)
         self.pages += len(pfns)
@@ -96,7 +104,7 @@ class Physmap:
     def types(self, pfns: U64) -> U8:
         """The page type of each pfn, ABSENT where it has no frame."""
         out = np.where(self.mfns(pfns) == NO_FRAME, np.uint8(ABSENT), np.uint8(PageType.NOTAB))
-        row = self._chunks.find(pfns >> _SHIFT)
+        row = self._rows(pfns)
         if len(self._chunks):
             told = (out != ABSENT) & (self._typed[row] >= 0)
             out[told] = self._types.get(self._typed[row[told]], pfns[told] & _WITHIN)
@@ -104,10 +112,14 @@ class Physmap:
 
     def put_types(self, pfns: U64, types: U8) -> None:
         """Say of which type pages are, all of which have a frame; of a pfn that stands here twice the last counts."""
-        row = self._chunks.find(pfns >> _SHIFT)
-        new = np.unique(row[(types != PageType.NOTAB) & (self._typed[row] < 0)])
-        self._typed[new] = self._types.take(len(new))
+        row = self._rows(pfns)
+        new = (types != PageType.NOTAB) & (self._typed[row] < 0)
+        if new.any():
+            rows = np.flatnonzero(np.bincount(row[new]))
+            self._typed[rows] = self._types.take(len(rows))
         told = self._typed[row] >= 0
+        if not told.any():
+            return
         self._types.put(self._typed[row[told]], pfns[told] & _WITHIN, types[told])
 
     def tables(self) -> tuple[U64, U8]:

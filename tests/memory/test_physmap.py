@@ -1,0 +1,94 @@
+"""The map of a domain that is being filled, held against a dict, and what it costs."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, U64
+from xenpv.memory.physmap import CHUNK, Physmap
+
+CHUNKS = st.integers(0, 6) | st.integers((1 << 52 - 9) - 3, (1 << 52 - 9) - 1) | st.just(1 << 23)
+STEPS = st.lists(
+    st.tuples(CHUNKS, st.booleans(), st.lists(st.integers(0, CHUNK - 1), max_size=6), st.sampled_from((0, 1, 12, 14))),
+    max_size=12,
+)
+
+
+@settings(max_examples=60)
+@given(STEPS)
+def test_it_says_what_it_was_told(steps: list[tuple[int, bool, list[int], int]]) -> None:
+    physmap, mfns, kinds = Physmap(), dict[int, int](), dict[int, int]()
+    for n, (chunk, extent, within, kind) in enumerate(steps):
+        pfns = [chunk * CHUNK + at for at in (range(CHUNK) if extent else within)]
+        if extent and not any(pfn in mfns for pfn in pfns):
+            physmap.put_extents(u64([chunk]), u64([n << 20]))
+            mfns |= {pfn: (n << 20) + i for i, pfn in enumerate(pfns)}
+        new = list(dict.fromkeys(pfn for pfn in pfns if pfn not in mfns))
+        frames = [(n << 20) + 7 * i for i in range(len(new))][::-1]
+        physmap.put(u64(new), u64(frames))
+        mfns |= dict(zip(new, frames, strict=True))
+        typed = [chunk * CHUNK + at for at in within if chunk * CHUNK + at in mfns]
+        physmap.put_types(u64(typed), np.full(len(typed), kind, np.uint8))
+        kinds |= dict.fromkeys(typed, kind)
+    asked = [*sorted(mfns)[:2000:3], 5, 700, 1 << 40, (1 << 52) - 1]
+    assert physmap.mfns(u64(asked)).tolist() == [mfns.get(pfn, int(NO_FRAME)) for pfn in asked]
+    expected = [kinds.get(pfn, 0) if pfn in mfns else ABSENT for pfn in asked]
+    assert physmap.types(u64(asked)).tolist() == expected
+    assert physmap.pages == len(mfns)
+    pfns, types = physmap.tables()
+    assert dict(zip(pfns.tolist(), types.tolist(), strict=True)) == {p: k for p, k in kinds.items() if IS_TABLE[k]}
+    assert (pfns[1:] > pfns[:-1]).all()
+    whole = physmap.of_chunks(u64([0, 1, 1 << 23]))
+    for row, chunk in enumerate((0, 1, 1 << 23)):
+        assert whole[row].tolist() == [mfns.get(chunk * CHUNK + i, int(NO_FRAME)) for i in range(CHUNK)]
+    used = {pfn // CHUNK for pfn in mfns}
+    first, stop = np.array([0, 2, 0]), np.array([3, 1 << 23, 1 << 44])
+    found = physmap.used(first, stop).tolist()
+    assert found == [sum(a <= c < b for c in used) for a, b in zip(first.tolist(), stop.tolist(), strict=True)]
+
+
+def u64(values: list[int]) -> U64:
+    return np.array(values, np.uint64)
+
+
+def cost(fill: object) -> int:
+    """Bytes that are held afterwards."""
+    tracemalloc.start()
+    physmap = Physmap()
+    fill(physmap)  # type: ignore[operator]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert physmap.pages
+    return held
+
+
+def test_a_terabyte_in_extents_is_some_megabytes() -> None:
+    def extents(physmap: Physmap) -> None:
+        for first in range(0, 1 << 19, 1 << 12):
+            chunks = np.arange(first, first + (1 << 12), dtype=np.uint64)
+            physmap.put_extents(chunks, (chunks + np.uint64(5)) << np.uint64(9))
+
+    assert cost(extents) < 32 << 20
+
+
+def test_single_pages_take_8_bytes_each_and_their_table_moves_not() -> None:
+    def singles(physmap: Physmap) -> None:
+        for first in range(0, 1 << 22, 1 << 16):
+            pfns = np.arange(first, first + (1 << 16), dtype=np.uint64)
+            physmap.put(pfns, pfns[::-1])
+
+    assert cost(singles) < (8 << 22) * 1.1
+
+
+def test_64_mib_over_16_tib_are_megabytes() -> None:
+    def sparse(physmap: Physmap) -> None:
+        for place in range(64):
+            pfns = np.arange(place << 26, (place << 26) + 256, dtype=np.uint64)
+            physmap.put(pfns, pfns)
+            physmap.put_types(pfns[:1], np.array([1], np.uint8))
+
+    assert cost(sparse) < 8 << 20
