@@ -51,7 +51,7 @@ def test_what_it_says(vmlinuz: Path) -> None:
         "features writable_page_tables (required), pae_pgdir_above_4gb",
         "remark FEATURES has names that Xen does not know: frobnicate",
         "Memory as PV\n",
-        "at 0x8000000000, where INIT_P2M wants it 4.0 MiB 128.0 TiB 0x800000000 Xen's m2p table has",
+        "at 0x8000000000, where INIT_P2M wants it 4.0 MiB 128.0 TiB 0x800000000 the 0x800000000 entries of Xen's m2p",
         "inside the initial mapping 4.0 MiB 510.2 GiB",
         "Xen ELF notes (PT_NOTE)",
         "15 INIT_P2M 0x8000000000 virtual address for the p2m list, outside the initial mapping",
@@ -170,9 +170,9 @@ def test_hostile_text_does_not_reach_the_terminal(tmp_path: Path) -> None:
 def test_what_is_no_kernel(tmp_path: Path, data: bytes, sentence: str) -> None:
     file = tmp_path / "file"
     file.write_bytes(data)
-    for ran in (xenpv("image", file), xenpv("image", "--json", "-", stdin=data)):
+    for name, ran in ((file, xenpv("image", file)), ("standard input", xenpv("image", "--json", "-", stdin=data))):
         assert (ran.code, ran.raw) == (1, b"")
-        assert ran.err.startswith(f"xenpv: error: {sentence}")
+        assert ran.err.startswith(f"xenpv: error: {name}: {sentence}")
         assert ran.err.count("\n") == 1
 
 

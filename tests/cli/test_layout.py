@@ -146,7 +146,7 @@ def test_a_ramdisk_is_a_file_or_a_size(vmlinuz: Path, tmp_path: Path) -> None:
         ),
         (["--memory", "64M", "--vcpus", "0"], "0 vcpus: a domain has 1 or more"),
         (["--memory", "64M", "--cmdline", "x" * 1024], "a command line of 1024 bytes: start info holds 1023"),
-        (["--memory", "64M", "--ramdisk", "1G"], "a ramdisk of 0x40000 pages (1024 MiB) is larger than the memory"),
+        (["--memory", "64M", "--ramdisk", "1G"], "a ramdisk of 0x40000 pages (1 GiB) is larger than the memory"),
     ],
 )
 def test_what_does_not_fit(vmlinuz: Path, options: list[str], sentence: str) -> None:
@@ -172,7 +172,7 @@ def test_no_kernel_usage_and_help(tmp_path: Path, vmlinuz: Path) -> None:
     assert "neither an ELF file nor a bzImage" in xenpv("layout", file, "--memory", "64M").err
     file.write_bytes(Kernel(notes=[]).to_bytes())
     ran = xenpv("layout", file, "--memory", "64M")
-    assert ran.err.startswith("xenpv: error: it cannot be started as PV: it has neither Xen ELF notes")
+    assert ran.err.startswith(f"xenpv: error: {file}: it cannot be started as PV: it has neither Xen ELF notes")
     assert xenpv("layout", vmlinuz).code == 64
     assert xenpv("layout", vmlinuz, "--memory", "much").code == 64
     ran = xenpv("layout", "--help")

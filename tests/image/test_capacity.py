@@ -124,18 +124,18 @@ def test_with_init_p2m_it_does_not() -> None:
     outside, *inside = limits(sized(64, P2M))
     assert inside == limits(sized(64))
     assert (outside.pages, outside.outside) == (1 << 35, True)  # 128 TiB
-    assert outside.bound.startswith("Xen's m2p table has 0x800000000 entries; libxc counts pages in 32 bits, so it")
-    assert outside.bound.endswith("less than 16 TiB")
+    assert outside.bound.startswith("the 0x800000000 entries of Xen's m2p table (libxc counts pages in 32 bits, so it")
+    assert outside.bound.endswith("less than 16 TiB)")
 
 
 @pytest.mark.parametrize(
     ("base", "pages", "bound"),
     [
-        ((1 << 47) - (1 << 30), 1 << 27, "would reach the end of the lower half of addresses, 0x800000000000"),
-        (BASE - (1 << 30), 1 << 27, "the list at 0xffffffff40000000 would reach VIRT_BASE 0xffffffff80000000"),
+        ((1 << 47) - (1 << 30), 1 << 27, "the end of the lower half of addresses, 0x800000000000, which the list at"),
+        (BASE - (1 << 30), 1 << 27, "VIRT_BASE 0xffffffff80000000, which the list at 0xffffffff40000000 would reach"),
         (0xFFFF_8800_0000_0000, 1 << 35, "Xen's m2p table"),
-        (0xFFFF_8000_0000_0000, 0, "would reach what Xen keeps for itself"),
-        (1 << 47, 0, "would reach addresses that are not canonical"),
+        (0xFFFF_8000_0000_0000, 0, "what Xen keeps for itself, which the list"),
+        (1 << 47, 0, "addresses that are not canonical, which the list"),
     ],
 )
 def test_where_a_list_ends(base: int, pages: int, bound: str) -> None:
@@ -178,7 +178,7 @@ def test_a_kernel_too_large_for_its_own_addresses() -> None:
 def test_a_32_bit_kernel() -> None:
     [limit] = limits(image(kernel32()))
     assert limit.pages == (0xFFE0_0000 - 0xF580_0000) // 4  # 166 GiB
-    assert limit.bound == "Xen's m2p table has 0x2980000 entries for 32-bit guests"
+    assert limit.bound == "the 0x2980000 entries of Xen's m2p table for 32-bit guests"
     [high] = limits(image(kernel32(notes=[*PV32, note(3, word(0xF000_0000)), note(1, word(0xF010_0000))])))
     assert high.bound == "the addresses from 0xf0000000 to 0xf5800000, what Xen keeps for itself"
     # 88 MiB for lists of 4 bytes a page
@@ -189,7 +189,7 @@ def test_a_kernel_in_the_lower_half() -> None:
     low = image(Kernel(notes=[*PV64[:3], note(1, quad(0x10_0000))]))
     one, all_ = limits(low)
     assert "one L2 page, 0x0 to 0x40000000" in one.bound
-    assert (all_.pages, all_.bound) == (1 << 35, "Xen's m2p table has 0x800000000 entries")
+    assert (all_.pages, all_.bound) == (1 << 35, "the 0x800000000 entries of Xen's m2p table")
 
 
 def test_what_cannot_boot_has_no_limits() -> None:

@@ -67,8 +67,14 @@ CASES = {
         0xFC6_F400,
     ),
     "kernel too large": (sized(2046), Request(4 * GIB), "can be started with no memory at all", 1 << 20, 0),
-    "m2p": (sized(2, P2M), Request(200 * TIB), "is bounded by Xen's m2p table", 200 << 28, 1 << 35),
-    "32 bits": (image(kernel32()), Request(200 * GIB), "entries for 32-bit guests", 200 << 18, 0x298_0000),
+    "m2p": (
+        sized(2, P2M),
+        Request(200 * TIB),
+        "is bounded by the 0x800000000 entries of Xen's m2p table",
+        200 << 28,
+        1 << 35,
+    ),
+    "32 bits": (image(kernel32()), Request(200 * GIB), "table for 32-bit guests", 200 << 18, 0x298_0000),
 }
 
 

@@ -8,18 +8,21 @@ from uuid import uuid4
 
 import click
 
-from xenpv.cli.image import read_kernel
+from xenpv.cli.image import naming, read_kernel
+from xenpv.cli.layout import ramdisk_size
 from xenpv.cli.terminal import JSON, NUMBER, print_json, size, steps
 from xenpv.errors import RequestError
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import plan
 from xenpv.image.request import Request
 
+_NAME_MAX = 255  # bytes
+
 
 @click.command()
 @click.argument("kernel", metavar="KERNEL", type=click.Path(allow_dash=True))
 @click.option("--memory", type=NUMBER, required=True, metavar="SIZE", help="Memory of the domain, such as 640G.")
-@click.option("--ramdisk", type=click.Path(exists=True, dir_okay=False), metavar="FILE", help="Its initrd.")
+@click.option("--ramdisk", type=click.Path(), metavar="FILE", help="Its initrd.")
 @click.option("--vcpus", type=int, default=1, metavar="N", help="Vcpus of the domain; 1 unless said.")
 @click.option("--cmdline", default="", metavar="TEXT", help="The kernel's command line.")
 @click.option("--name", metavar="NAME", help="What xl list calls it; the kernel file's name unless said.")
@@ -54,20 +57,25 @@ def build(
     The kernel is told that its tools read the p2m by its linear list alone (SIF_VIRT_P2M_4TOOLS), as they can since Xen
     4.7; xl never says so, and Linux under it makes the old tree as well. --old-tools says nothing, as xl.
     """
-    image = KernelImage.parse(read_kernel(kernel))
-    content = Path(ramdisk).read_bytes() if ramdisk is not None else b""
-    request = Request(memory, len(content), vcpus, cmdline, virt_p2m_4tools=not old_tools)
-    called = name or ("domain" if kernel == "-" else Path(kernel).name)
-    if output is not None:
-        if start:
-            raise click.UsageError("a file is not started: leave out --start, or -o")
-        _build_file(image, request, content, called, output)
-        return
+    called = _checked_name(name if name is not None else "domain" if kernel == "-" else Path(kernel).name)
+    if output is not None and start:
+        raise click.UsageError("a file is not started: leave out --start, or -o")
+    if output == "-" and as_json:
+        raise click.UsageError("standard output is the file: leave out --json, or -o -")
+    initrd = ramdisk_size(Path(ramdisk)) if ramdisk is not None else 0
+    request = Request(memory, initrd, vcpus, cmdline, virt_p2m_4tools=not old_tools)
+    data = read_kernel(kernel)
+    with naming(kernel):
+        image = KernelImage.parse(data)
+        if output is not None:
+            _build_file(image, request, ramdisk, called, output, as_json=as_json)
+            return
+        layout = plan(image, request)
     from xenpv.domain.build import build as build_domain  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.domain.config import as_libxl  # noqa: PLC0415
     from xenpv.host.xen_build import XenToolstack  # noqa: PLC0415
 
-    layout, uuid = plan(image, request), str(uuid4())
+    uuid = str(uuid4())
     config = as_libxl(called, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
     config["b_info"] |= _boots_from(kernel, ramdisk, request)
     with XenToolstack() as host:
@@ -75,6 +83,7 @@ def build(
             raise RequestError(f"there is a domain {called!r} already; say another --name")
         with steps() as step:
             text = json.dumps(config, indent=4).encode()
+            content = _content(ramdisk, request)
             built = build_domain(host, image, layout, content, name=called, uuid=uuid, config=text, step=step)
         if start:
             host.unpause(built.domid)
@@ -85,6 +94,25 @@ def build(
         click.echo(f"dom{built.domid} ({called}), {size(memory)}, {state}")
 
 
+def _checked_name(name: str) -> str:
+    """A name that xl and its files can hold, and that people can type; digits alone would be taken for an id."""
+    if not name or not name.isprintable() or len(name.encode(errors="replace")) > _NAME_MAX:
+        raise RequestError(
+            f"a name has 1 to {_NAME_MAX} bytes that can be printed, not {name!a:.100}; say another --name"
+        )
+    if name.isdigit():
+        raise RequestError(f"the name {name!r} would be taken for a domain's id; say another --name")
+    return name
+
+
+def _content(ramdisk: str | None, request: Request) -> bytes:
+    """A ramdisk's bytes, as many as were planned for and one more to tell."""
+    if ramdisk is None:
+        return b""
+    with Path(ramdisk).open("rb") as file:
+        return file.read(request.ramdisk + 1)
+
+
 def _boots_from(kernel: str, ramdisk: str | None, request: Request) -> dict[str, str]:
     """What xl starts it from again, should it reboot after an xl restore; of a kernel from a pipe nothing is known."""
     files = {"kernel": kernel, "ramdisk": ramdisk} if kernel != "-" else {}
@@ -93,12 +121,20 @@ def _boots_from(kernel: str, ramdisk: str | None, request: Request) -> dict[str,
     return {name: value.encode(errors="replace").decode() for name, value in known.items() if value}
 
 
-def _build_file(image: KernelImage, request: Request, ramdisk: bytes, name: str, output: str) -> None:
+def _build_file(
+    image: KernelImage, request: Request, ramdisk: str | None, name: str, output: str, *, as_json: bool
+) -> None:
     from xenpv.domain.offline import build_file, plan_file  # noqa: PLC0415  NumPy
     from xenpv.domain.output import Output  # noqa: PLC0415
 
     layout = plan_file(image, request)
+    content = _content(ramdisk, request)
     with Output.open(output) as file, steps() as step:
-        summary = build_file(image, layout, ramdisk, file, name=name, uuid=str(uuid4()), step=step)
+        summary = build_file(image, layout, content, file, name=name, uuid=str(uuid4()), step=step)
+    if as_json:
+        counts = {"pages": layout.nr_pages, "stored": summary.pages, "without_content": summary.empty}
+        print_json({"file": output, "name": name} | counts)
+        return
     stored = f"{summary.pages} pages stored, {summary.empty} without content"
-    click.echo(f"{output}: {name}, {size(request.memory)}, {stored}; start it by: xl restore {output}", err=True)
+    where = ("standard output", "FILE") if output == "-" else (output, output)
+    click.echo(f"{where[0]}: {name}, {size(request.memory)}, {stored}; start it by: xl restore {where[1]}", err=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import click
 
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table, printable, size
-from xenpv.errors import RequestError
+from xenpv.errors import ImageError, RequestError
 from xenpv.image.capacity import Limit, limits
 from xenpv.image.elf import Segment
 from xenpv.image.kernel import FILE_MAX, KernelImage
@@ -41,7 +43,8 @@ def image(kernel: str, initrd: int, as_json: bool) -> None:
     no kernel, or a damaged one; 64 usage.
     """
     data = read_kernel(kernel)
-    parsed = KernelImage.parse(data)
+    with naming(kernel):
+        parsed = KernelImage.parse(data)
     if as_json:
         print_json({"file": kernel, "size": len(data)} | describe(parsed, initrd))
     else:
@@ -57,6 +60,16 @@ def read_kernel(path: str) -> bytearray:
         while len(data) <= FILE_MAX and (piece := file.read(1 << 20)):
             data += piece
     return data
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """An ImageError out of the body says which file it is about."""
+    try:
+        yield
+    except ImageError as e:
+        name = "standard input" if path == "-" else printable(path)
+        raise ImageError(f"{name}: {e.reason}", offset=e.offset, note=e.note) from None
 
 
 def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:

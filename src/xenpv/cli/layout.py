@@ -10,7 +10,7 @@ import click
 
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import SIF_MOD_START_PFN, SIF_VIRT_P2M_4TOOLS
-from xenpv.cli.image import read_kernel
+from xenpv.cli.image import naming, read_kernel
 from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table, printable, size
 from xenpv.errors import RequestError
 from xenpv.image.drawing import svg
@@ -32,6 +32,15 @@ _COLOURS = {
 }
 
 
+def ramdisk_size(path: Path) -> int:
+    """Bytes of a file that is to be a ramdisk. RequestError where it cannot be one."""
+    if path.is_dir():
+        raise RequestError(f"{path}: is a directory, not a ramdisk")
+    if not (found := path.stat().st_size):
+        raise RequestError(f"{path}: is empty; nothing takes an empty ramdisk")
+    return found
+
+
 class _Ramdisk(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
     """The size in bytes of a file, or one that is said."""
 
@@ -40,13 +49,8 @@ class _Ramdisk(click.ParamType):  # type: ignore[type-arg]  # generic since clic
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        path = Path(str(value))
-        if path.is_dir():
-            raise RequestError(f"{path}: is a directory, not a ramdisk")
-        if path.exists():
-            if not (found := path.stat().st_size):
-                raise RequestError(f"{path}: is empty; nothing takes an empty ramdisk")
-            return found
+        if (path := Path(str(value))).exists():
+            return ramdisk_size(path)
         try:
             return NUMBER.convert(value, param, ctx)
         except click.BadParameter:
@@ -80,8 +84,9 @@ def layout(kernel: str, memory: int, ramdisk: int, vcpus: int, cmdline: str, out
     Exit status: 0 if there is a plan; 1 if it does not fit, with the numbers, or if the kernel cannot boot as PV; 64
     usage.
     """
-    image = KernelImage.parse(read_kernel(kernel))
-    planned = plan(image, Request(memory, ramdisk, vcpus, cmdline))
+    data = read_kernel(kernel)
+    with naming(kernel):
+        planned = plan(KernelImage.parse(data), Request(memory, ramdisk, vcpus, cmdline))
     if output is not None:
         picture = svg(planned, f"{kernel}, {size(memory)}")
         if output == "-":

@@ -103,11 +103,11 @@ def _limit_outside(image: KernelImage, initrd: int) -> Limit:
     by_addresses = (end - base) // 8
     mapping_fits = initial_mapping(image, 0, initrd=mapped, p2m_outside=True).end <= addresses_behind(image)[0]
     most = min(by_addresses, _M2P_ENTRIES[8]) if mapping_fits else 0
-    bound = _m2p_bound(8) if by_addresses > _M2P_ENTRIES[8] else f"the list at {base:#x} would reach {ends[end]}"
+    bound = _m2p_bound(8) if by_addresses > _M2P_ENTRIES[8] else f"{ends[end]}, which the list at {base:#x} would reach"
     if not mapping_fits:
         bound = addresses_behind(image)[1]
     elif most >= LIBXC_PAGES:
-        bound += f"; libxc counts pages in 32 bits, so it builds less than {LIBXC_PAGES * PAGE_SIZE >> 40} TiB"
+        bound += f" (libxc counts pages in 32 bits, so it builds less than {LIBXC_PAGES * PAGE_SIZE >> 40} TiB)"
 
     def needed(pages: int) -> int:
         mapping = initial_mapping(image, pages, initrd=mapped, p2m_outside=True)
@@ -150,7 +150,7 @@ def _address(end: int) -> str:
 
 def _m2p_bound(width: Width) -> str:
     entries = _M2P_ENTRIES[width]
-    return f"Xen's m2p table has {entries:#x} entries{' for 32-bit guests' if width == 4 else ''}"
+    return f"the {entries:#x} entries of Xen's m2p table{' for 32-bit guests' if width == 4 else ''}"
 
 
 def _most(fits: Callable[[int], bool], bound: int) -> int:
