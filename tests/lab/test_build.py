@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 
@@ -124,6 +125,22 @@ def test_what_is_built_boots(host: lab.Host) -> None:
     host.run("xl destroy built && xl destroy spoken").check()
     assert host.run("xl info free_memory").check().text == free
     assert not re.findall(r"built|spoken", host.run("xenstore-ls -f; xl list").check().text)
+
+
+def test_xl_treats_what_was_built_as_its_own(host: lab.Host) -> None:
+    """Its configuration is kept where libxl looks: xl lists it in full, saves it, restores it, and starts it again."""
+    host.run(f"xenpv build {LITMUS} --memory 32M --vcpus 2 --cmdline p2m=both --name kept --start").check()
+    start = host.wait_for_guest("kept", "litmus: up")
+    [listed] = json.loads(host.run("xl list -l kept").check().stdout)
+    info = listed["config"]["b_info"]
+    assert (info["kernel"], info["cmdline"], info["max_memkb"], info["max_vcpus"]) == (LITMUS, "p2m=both", 32 << 10, 2)
+    host.run("xl save kept /tmp/kept.save && xl restore /tmp/kept.save && rm /tmp/kept.save").check()
+    resumed = host.wait_for_guest("kept", "litmus: pattern ok", after=start)
+    host.run("xl reboot kept").check()
+    host.wait_for_guest("kept", "litmus: up", after=resumed)
+    host.run("xl destroy kept").check()
+    host.run(f"xenpv build {LITMUS} --memory 32M --name kept && xl destroy kept").check()
+    assert host.run("ls /var/lib/xen").check().text.split() == [f"userdata-d.0.{UUID(int=0)}.libxl-json"]
 
 
 def test_a_file_built_without_a_hypervisor_is_started_by_stock_xl(host: lab.Host) -> None:
