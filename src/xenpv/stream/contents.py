@@ -148,11 +148,11 @@ class Contents:
         """A later record may extend the p2m (a domain that grew while it was sent), or replace frames of it."""
         self.p2m_record = event
         per_page = PAGE_SIZE // self.width
-        first = event.start_pfn // per_page
-        last = first + len(event.p2m_pfns)
+        first, pfns = event.start_pfn // per_page, event.p2m_pfns
+        last = first + len(pfns)
         if last > len(self.p2m_frames):
             grown = np.full(last, NO_FRAME)  # what no record has named yet
             grown[: len(self.p2m_frames)] = self.p2m_frames
             self.p2m_frames = grown
-        self.p2m_frames[first:last] = event.p2m_pfns
+        self.p2m_frames[first:last] = pfns
         self.end_pfn = max(self.end_pfn, event.end_pfn)

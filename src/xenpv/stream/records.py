@@ -151,7 +151,7 @@ class X86PVP2MFrames(Record):
         """The pfns of the frames."""
         import numpy as np  # noqa: PLC0415
 
-        return np.frombuffer(self.raw, "<u8").astype(np.uint64)
+        return np.frombuffer(self.raw, "<u8").astype(np.uint64, copy=False)
 
     @classmethod
     def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
