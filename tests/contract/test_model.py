@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count
 
 import pytest
 
 from tests.contract.building import BUILDING
 from tests.contract.checks import CHECKS, gone
+from tests.contract.moving import MOVING
+from tests.contract.running import (
+    a_guest_suspends_when_asked,
+    a_request_that_was_not_seen_is_taken_back,
+    a_suspend_is_cancelled,
+    all_that_changes_is_in_the_log,
+)
+from tests.host.kernel_guest import Guest
 from tests.host.model_guest import make
 from xenpv.abi.declare import Width
 from xenpv.frames import DomId
-from xenpv.host import Host, Toolstack
+from xenpv.host import Host, Mover
 from xenpv.host.model import ModelHost
 
 
@@ -24,9 +33,9 @@ def test_contract(check: Callable[[Host, DomId], None], width: Width, order: int
     check(host, made.domid)
 
 
-@pytest.mark.parametrize("check", BUILDING, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", BUILDING + MOVING, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("width", [8, 4])
-def test_building(check: Callable[[Toolstack, Width], None], width: Width) -> None:
+def test_building_and_moving(check: Callable[[Mover, Width], None], width: Width) -> None:
     host = ModelHost()
     before = {path: host.store.list(path) for path in ("/local/domain", "/vm", "/libxl", "/local/domain/0")}
     free = host.free_pages()
@@ -35,6 +44,27 @@ def test_building(check: Callable[[Toolstack, Width], None], width: Width) -> No
     assert [d.domid for d in host.domains()] == [0]
     for path, names in before.items():
         assert host.store.list(path) == names, path
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_running(width: Width) -> None:
+    """A kernel that writes to a few pages, and does as it is asked, whenever it runs."""
+    guest = Guest.boot("both", width)
+    free = guest.do("free")[:20]
+    numbers = count(1)
+
+    def go() -> None:
+        guest.do("write_pattern", free, next(numbers))
+        guest.do("poll")
+
+    guest.host.attend(guest.domid, lambda: guest.do("poll"))
+    written = all_that_changes_is_in_the_log(guest.host, guest.domid, go)
+    assert len(free) <= written["changed"] <= written["logged"] < 30
+    a_request_that_was_not_seen_is_taken_back(guest.host, guest.domid, go)
+    a_guest_suspends_when_asked(guest.host, guest.domid, go)
+    a_suspend_is_cancelled(guest.host, guest.domid, lambda: None)
+    assert guest.do("resume") is True
+    assert guest.agrees() == []
 
 
 def test_a_domain_that_was_destroyed_is_gone() -> None:

@@ -224,9 +224,9 @@ def test_what_is_dirty() -> None:
     assert e.value.errno == errno.EINVAL
     host.run(made.domid, lambda view: view.write(made.vaddr(8) + 4090, b"two pages"))
     host.write_frames(made.domid, made.mfns[20:21], page({}))
-    assert host.dirty_pfns(made.domid, 64, clean=False).tolist() == [8, 9, 20]
+    assert host.dirty_pfns(made.domid, 64, clean=False).tolist() == [8, 9], "and not what a toolstack wrote"
     assert host.dirty_pfns(made.domid, 9, clean=False).tolist() == [8]
-    assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == [8, 9, 20]
+    assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == [8, 9]
     host.run(made.domid, lambda view: view.mmu_update([(*made.entry_of(30), 0)]))
     assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == host.m2p(array(made.entry_of(30)[0])).tolist()
     host.pin(made.domid, int(made.mfns[30]), 1)

@@ -229,6 +229,8 @@ class _Builder:
         d.vcpus[i] = vcpu
         extended: np.void = np.zeros(1, EXT_VCPUCONTEXT[8])[0]
         extended["vcpu"], extended["size"] = i, EXT_VCPUCONTEXT.size(8)
+        for name in ("syscall32", "sysenter"):  # Xen puts the privilege of the guest's kernel there
+            extended[f"{name}_callback_cs"] = 3 if wide else 1
         d.extended[i] = extended.tobytes()
         area = bytearray(832)  # x87, SSE and AVX
         struct.pack_into("<QQ", area, 512, 7, 0)

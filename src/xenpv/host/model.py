@@ -125,6 +125,7 @@ class ModelHost(ModelMove):
         if not domain.pauses:
             raise self._refusal("unpausedomain", domid, errno.EINVAL, "not paused")
         domain.pauses -= 1
+        domain.has_run = True
 
     # what a toolstack does, and guests do too
 

@@ -80,7 +80,9 @@ class ModelBuild(ModelCore):
 
     @contextlib.contextmanager
     def map_writable(self, domid: DomId, mfns: U64) -> Iterator[U8]:
-        """Frames to write to until the block ends: a copy, which is written back then."""
+        """Frames to write to until the block ends: a copy, which is written back then. A log of dirty pages does not
+        have them, as on Xen, which marks what guests write and what it writes for them.
+        """
         domain = self._may_write("map_writable", domid, mfns)
         pages = self.frames.read(mfns)
         rows = self.types.hold_writable(mfns)
@@ -89,7 +91,6 @@ class ModelBuild(ModelCore):
         finally:
             if self._domains.get(domid) is domain:
                 self.frames.write(mfns, pages)
-                self._mark(domain, self.frames.m2p(mfns))
                 self.types.let_go(rows)
 
     def write_frames(self, domid: DomId, mfns: U64, pages: U8) -> None:
@@ -97,9 +98,8 @@ class ModelBuild(ModelCore):
 
         HostError: EINVAL for a frame not the domain's, EBUSY for one that may not be mapped writable: a page table.
         """
-        domain = self._may_write("write_frames", domid, mfns)
+        self._may_write("write_frames", domid, mfns)
         self.frames.write(mfns, pages)
-        self._mark(domain, self.frames.m2p(mfns))
 
     def hypercall_page(self, domid: DomId, mfn: int) -> None:
         """Fill a frame with the code that makes hypercalls."""

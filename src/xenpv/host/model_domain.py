@@ -6,7 +6,6 @@ import errno
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from struct import pack
 
 import numpy as np
 
@@ -15,15 +14,11 @@ from xenpv.abi.x86 import LEVELS, VCPU_GUEST_CONTEXT
 from xenpv.frames import DomId
 from xenpv.host import CpuPolicy, DomainInfo, TscInfo, VcpuState
 from xenpv.host.model_dirty import DirtyLog
+from xenpv.host.model_state import CPU_KHZ, bare_policy, bare_state
 from xenpv.host.model_types import DESCRIPTORS, Owner, PageTypes, Refused
 from xenpv.memory.pagetables import cr3_frame, cr3_of
 
 PAE_EXTENDED_CR3 = 1 << 3  # VMASST_TYPE_pae_extended_cr3
-
-
-def _bare_state() -> VcpuState:
-    """An extended context that says nothing but its size."""
-    return VcpuState(extended=pack("<I", 128).ljust(128, b"\0"))
 
 
 @dataclass
@@ -34,7 +29,7 @@ class Vcpu:
     top: int = 0  # mfn of its top table
     user_top: int = 0  # of the user half's, 64-bit only
     gdt: tuple[int, ...] = ()
-    state: VcpuState = field(default_factory=_bare_state)
+    state: VcpuState = field(default_factory=bare_state)
 
 
 @dataclass
@@ -56,8 +51,9 @@ class Domain:
     events: Counter[int] = field(default_factory=Counter)  # by port
     grants: dict[int, int] = field(default_factory=dict)  # mfn by reserved entry of its grant table
     vm_assist: int = 0
-    tsc: TscInfo = field(default_factory=lambda: TscInfo(khz=1_000_000))
-    policy: CpuPolicy = field(default_factory=CpuPolicy)
+    tsc: TscInfo = field(default_factory=lambda: TscInfo(khz=CPU_KHZ, incarnation=1))
+    has_run: bool = False
+    policy: CpuPolicy = field(default_factory=bare_policy)
     config: bytes = b""  # what it is made by, for xl
     passes: Callable[[], None] | None = None  # what it does as time passes
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import replace
+from struct import pack
 
 from xenpv.frames import U64, DomId
 from xenpv.host import CpuPolicy, TscInfo, VcpuState
 from xenpv.host.model_build import ModelBuild
 from xenpv.host.model_dirty import DirtyLog
+from xenpv.host.model_state import changed_policy, changed_state, changed_time
 
 _CONTROL = "control/shutdown"
 
@@ -19,21 +21,24 @@ class ModelMove(ModelBuild):
 
     def vcpu_state(self, domid: DomId, vcpu: int) -> VcpuState:
         """What the vcpu has beyond its context."""
-        return self._vcpu("get_ext_vcpucontext", domid, vcpu)[1].state
+        state = self._vcpu("get_ext_vcpucontext", domid, vcpu)[1].state
+        return replace(state, extended=pack("<I", vcpu) + state.extended[4:])
 
     def set_vcpu_state(self, domid: DomId, vcpu: int, state: VcpuState) -> None:
         """Set what is not empty."""
-        v = self._vcpu("set_ext_vcpucontext", domid, vcpu)[1]
-        given = {name: getattr(state, name) for name in VcpuState.__slots__ if getattr(state, name)}
-        v.state = replace(v.state, **given)
+        domain, v = self._vcpu("set_ext_vcpucontext", domid, vcpu)
+        with self._refusing("set_ext_vcpucontext", domid):
+            v.state = changed_state(v.state, state, domain.width)
 
     def tsc_info(self, domid: DomId) -> TscInfo:
-        """How the domain sees the TSC."""
+        """How the domain sees the TSC. Its clock stands still."""
         return self._domain("gettscinfo", domid).tsc
 
     def set_tsc_info(self, domid: DomId, info: TscInfo) -> None:
         """Set it."""
-        self._domain("settscinfo", domid).tsc = info
+        domain = self._domain("settscinfo", domid)
+        with self._refusing("settscinfo", domid):
+            domain.tsc = changed_time(info)
 
     def cpu_policy(self, domid: DomId) -> CpuPolicy:
         """What the domain is told of its CPU."""
@@ -41,7 +46,11 @@ class ModelMove(ModelBuild):
 
     def set_cpu_policy(self, domid: DomId, policy: CpuPolicy) -> None:
         """Set it."""
-        self._domain("set_cpu_policy", domid).policy = policy
+        domain = self._domain("set_cpu_policy", domid)
+        if domain.has_run:
+            raise self._refusal("set_cpu_policy", domid, errno.EEXIST, "the domain runs, or has run")
+        with self._refusing("set_cpu_policy", domid):
+            domain.policy = changed_policy(domain.policy, policy)
 
     def log_dirty(self, domid: DomId, *, on: bool) -> None:
         """Begin or end keeping which pages are written. EINVAL when it is on, or off, already."""
@@ -60,8 +69,9 @@ class ModelMove(ModelBuild):
 
     def control(self, domid: DomId, value: str) -> None:
         """Ask the guest for something, by control/shutdown."""
-        self._domain("xenstore", domid)
-        self.store.write(f"/local/domain/{domid}/{_CONTROL}", value.encode())
+        asked = self.controlled(domid)
+        if value or asked:
+            self.store.write(f"/local/domain/{domid}/{_CONTROL}", value.encode())
         self._pass_time(domid)
 
     def controlled(self, domid: DomId) -> str:

@@ -1,0 +1,115 @@
+"""The contract of what moves domains on real Xen, in dom0, as root, with a litmus that dirties memory.
+
+    python3 -m tests.contract.live_move NAME [STREAM]
+
+STREAM is what `xl save -p` wrote of NAME, which is paused since: its state is held against what our calls give.
+Prints JSON. One program for all of it, since starting Python takes seconds under emulation.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from tests.contract.moving import MOVING
+from tests.contract.running import RUNNING, all_that_changes_is_in_the_log
+from xenpv.domain.source import SavedDomain
+from xenpv.errors import HostError
+from xenpv.frames import DomId
+from xenpv.host import find
+from xenpv.host.xen_move import XenMover
+
+WHILE = 1.0  # seconds that a guest runs
+
+
+def ran(check: Callable[..., object], *arguments: object) -> object:
+    """What it returns, "ok" for nothing, or what was wrong."""
+    try:
+        result = check(*arguments)
+    except Exception:  # told, and the rest run
+        return traceback.format_exc()
+    return "ok" if result is None else result
+
+
+def running(host: XenMover, domid: DomId) -> dict[str, object]:
+    out: dict[str, object] = {}
+    for check in RUNNING:
+        if check is all_that_changes_is_in_the_log and not can_log(host, domid):
+            out[check.__name__] = "not on this Xen"
+            continue
+        out[check.__name__] = ran(check, host, domid, lambda: time.sleep(WHILE))
+    return out
+
+
+def can_log(host: XenMover, domid: DomId) -> bool:
+    try:
+        host.log_dirty(domid, on=True)
+    except HostError as error:
+        return "CONFIG_SHADOW_PAGING" not in str(error)
+    host.log_dirty(domid, on=False)
+    return True
+
+
+def compared(host: XenMover, domid: DomId, path: str) -> dict[str, Any]:
+    """For each record of a stock stream, its size, and whether our call gives the same bytes."""
+    out: dict[str, Any] = {}
+    with SavedDomain.open(path) as saved:
+        held = saved.contents
+        for vcpu, blobs in held.vcpus.items():
+            state = host.vcpu_state(domid, vcpu)
+            for name in ("extended", "xsave", "msrs"):
+                record = getattr(blobs, name)
+                theirs = b"" if record is None else bytes(record.context)
+                out[f"{name}{vcpu}"] = [len(theirs), theirs == getattr(state, name)]
+        policy, tsc = host.cpu_policy(domid), host.tsc_info(domid)
+        for name, record, ours in (
+            ("cpuid", held.cpuid_policy, policy.leaves),
+            ("msr policy", held.msr_policy, policy.msrs),
+        ):
+            theirs = b"" if record is None else bytes(record.data)
+            out[name] = [len(theirs), theirs == ours]
+        assert held.tsc
+        out["tsc"] = [held.tsc.mode, held.tsc.khz, held.tsc.nsec, held.tsc.incarnation]
+        out["our tsc"] = [tsc.mode, tsc.khz, tsc.nsec, tsc.incarnation]
+    return out
+
+
+def speed(host: XenMover, domid: DomId) -> dict[str, float]:
+    """Seconds that a look at the log takes, by how many pfns; emulated."""
+    out: dict[str, float] = {}
+    host.log_dirty(domid, on=True)
+    for bits in (20, 28, 32):
+        began = time.perf_counter()
+        host.dirty_pfns(domid, 1 << bits, clean=False)
+        out[f"2^{bits}"] = round(time.perf_counter() - began, 4)
+    host.log_dirty(domid, on=False)
+    return out
+
+
+def look(name: str, stream: str | None, out: dict[str, Any]) -> None:
+    """Everything, into ``out``."""
+    with XenMover() as host:
+        domid = find(host, name).domid
+        if stream is not None:
+            out["stock"] = compared(host, domid, stream)
+            return
+        out["contract"] = {check.__name__: ran(check, host, 8) for check in MOVING}
+        out["running"] = running(host, domid)
+        out["speed"] = speed(host, domid) if can_log(host, domid) else {}
+        out["domains"] = [d.domid for d in host.domains()]
+
+
+def main(name: str, stream: str | None = None) -> None:
+    out: dict[str, Any] = {}
+    try:
+        look(name, stream, out)
+    finally:
+        print(json.dumps(out, indent=1))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,307 @@
+"""What every Mover must do, as plain functions of a host and the width of the domains to move.
+
+ModelHost is held to them always, XenMover on real Xen in the lab (tests/contract/live_move.py). Each leaves the host as
+it was.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from struct import pack
+
+import numpy as np
+
+from tests.contract import tiny
+from tests.contract.building import domain, levels, pfns, top_level, with_tables
+from tests.contract.checks import NOBODY, array, fails
+from xenpv.abi.declare import Width
+from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT, MSR_ENTRY, VCPU_MSR
+from xenpv.abi.x86 import PAGE_SIZE
+from xenpv.abi.xen import SHARED_INFO
+from xenpv.errors import HostError
+from xenpv.frames import DomId
+from xenpv.host import CpuPolicy, Mover, TscInfo, VcpuState
+
+LEAST_PRIVILEGE: dict[Width, int] = {8: 3, 4: 1}
+MAX_PFN: dict[Width, int] = {8: SHARED_INFO.offset(8, "arch.max_pfn"), 4: SHARED_INFO.offset(4, "arch.max_pfn")}
+UNKNOWN = 0x12345  # neither a leaf nor an MSR
+
+
+def extended(width: Width, **changes: int) -> bytes:
+    """An extended context as Xen gives it back."""
+    context = np.zeros(1, EXT_VCPUCONTEXT[8])
+    context["size"] = EXT_VCPUCONTEXT.size(8)
+    context["syscall32_callback_eip"], context["sysenter_callback_eip"] = 0xFFFF_8800_0000_1000, 0x7FFF_F000
+    context["syscall32_callback_cs"] = context["sysenter_callback_cs"] = 0xE030 | LEAST_PRIVILEGE[width]
+    context["syscall32_disables_events"] = 1
+    for name, value in changes.items():
+        context[name] = value
+    return context.tobytes()
+
+
+def max_pfn(entries: int, width: Width) -> bytes:
+    """As shared info has it."""
+    return entries.to_bytes(width, "little")
+
+
+def xsave() -> bytes:
+    """The x87 and SSE state of a vcpu that has used both."""
+    area = bytearray(576)
+    area[0:2], area[24:28] = pack("<H", 0x37F), pack("<I", 0x1F80)
+    area[160:176], area[512:520] = bytes(range(16)), pack("<Q", 3)
+    return pack("<QQ", 3, 3) + bytes(area)
+
+
+def unnumbered(state: VcpuState) -> VcpuState:
+    """Without the vcpu's number, which stands in front of its extended context."""
+    return VcpuState(state.extended[4:], state.xsave, state.msrs)
+
+
+def logs_dirty(host: Mover, domid: DomId) -> bool:
+    """Begin the log, if this Xen can; where it cannot, it says so to each call."""
+    try:
+        host.log_dirty(domid, on=True)
+    except HostError as error:
+        assert error.errno == errno.EOPNOTSUPP, error  # noqa: PT017  not only for pytest
+        fails(lambda: host.log_dirty(domid, on=False), errno.EOPNOTSUPP, domid)
+        fails(lambda: host.dirty_pfns(domid, 64, clean=False), errno.EOPNOTSUPP, domid)
+        return False
+    return True
+
+
+def dirty(host: Mover, domid: DomId, pages: int, *, clean: bool = True) -> list[int]:
+    found = host.dirty_pfns(domid, pages, clean=clean)
+    assert found.dtype == np.uint64
+    numbers: list[int] = found.tolist()
+    assert numbers == sorted(set(numbers))
+    return numbers
+
+
+def vcpu_state_goes_from_one_domain_to_another(host: Mover, width: Width) -> None:
+    with domain(host, width, vcpus=3) as one, domain(host, width, vcpus=2) as two:
+        fresh = host.vcpu_state(one, 2)
+        assert fresh.extended[:8] == pack("<II", 2, EXT_VCPUCONTEXT.size(8))
+        assert len(fresh.msrs) % VCPU_MSR.size(8) == 0
+        host.set_vcpu_state(one, 2, VcpuState())
+        assert host.vcpu_state(one, 2) == fresh
+        caps = int(EXT_VCPUCONTEXT.read(fresh.extended, 8)["vmce"]["caps"])
+        wanted = bytearray(extended(width, vcpu=77))
+        wanted[EXT_VCPUCONTEXT.offset(8, "vmce") :][:8] = pack("<Q", caps)
+        host.set_vcpu_state(one, 2, VcpuState(extended=bytes(wanted)))
+        state = host.vcpu_state(one, 2)
+        assert state.extended[4:26] == bytes(wanted[4:26])
+        assert (state.extended[:4], state.xsave, state.msrs) == (pack("<I", 2), fresh.xsave, fresh.msrs)
+        host.set_vcpu_state(one, 2, VcpuState(xsave=xsave()))
+        state = host.vcpu_state(one, 2)
+        assert state.xsave == xsave()
+        host.set_vcpu_state(two, 0, state)
+        assert unnumbered(host.vcpu_state(two, 0)) == unnumbered(state)
+        assert unnumbered(host.vcpu_state(two, 1)) == unnumbered(fresh)
+
+
+def a_callback_is_given_the_privilege_of_a_kernel(host: Mover, width: Width) -> None:
+    with domain(host, width) as domid:
+        given = extended(width, syscall32_callback_cs=0xE030, sysenter_callback_cs=0)
+        host.set_vcpu_state(domid, 0, VcpuState(extended=given))
+        found = EXT_VCPUCONTEXT.read(host.vcpu_state(domid, 0).extended, 8)
+        assert found["syscall32_callback_cs"] == 0xE030 | LEAST_PRIVILEGE[width]
+        assert found["sysenter_callback_cs"] == LEAST_PRIVILEGE[width]
+
+
+def vcpu_state_that_is_none_is_refused(host: Mover, width: Width) -> None:
+    with domain(host, width, vcpus=2) as domid:
+        before = host.vcpu_state(domid, 1)
+        for bad in (-1, 2, 1 << 33):
+            fails(lambda bad=bad: host.vcpu_state(domid, bad), errno.EINVAL, domid)  # type: ignore[misc]
+            fails(lambda bad=bad: host.set_vcpu_state(domid, bad, before), errno.EINVAL, domid)  # type: ignore[misc]
+        unknown = pack("<IIQ", UNKNOWN, 0, 1)
+        for state in (
+            VcpuState(extended=b"abc"),
+            VcpuState(extended=before.extended[:31]),
+            VcpuState(extended=bytes(129)),
+            VcpuState(extended=extended(width, size=31)),
+            VcpuState(extended=extended(width, sysenter_callback_eip=1 << 63)),
+            VcpuState(xsave=b"abc"),
+            VcpuState(xsave=bytes(1 << 16)),
+            VcpuState(xsave=bytes((1 << 20) + 1)),
+            VcpuState(msrs=b"abc"),
+            VcpuState(msrs=unknown),
+            VcpuState(msrs=unknown * 1000),
+        ):
+            fails(lambda state=state: host.set_vcpu_state(domid, 1, state), errno.EINVAL, domid)  # type: ignore[misc]
+        assert host.vcpu_state(domid, 1) == before
+
+
+def time_goes_on_where_it_was(host: Mover, width: Width) -> None:
+    """Xen counts the hosts that a domain has been on: the incarnation that is read is one more."""
+    with domain(host, width) as domid:
+        told = host.tsc_info(domid)
+        assert (told.mode, told.incarnation) == (0, 1)
+        assert told.khz > 0
+        for mode in (1, 0):
+            given = TscInfo(mode, 1_234_567, 10**12, 7)
+            host.set_tsc_info(domid, given)
+            told = host.tsc_info(domid)
+            assert (told.mode, told.khz, told.incarnation) == (mode, given.khz, 8)
+            assert 10**12 <= told.nsec < 10**12 + 10**11
+        host.set_tsc_info(domid, TscInfo(2, 1_234_567, 10**12, 1))
+        assert host.tsc_info(domid) == TscInfo(2, 0, 0, 2)
+        for mode in (3, 9):
+            fails(lambda mode=mode: host.set_tsc_info(domid, TscInfo(mode, 1, 1, 1)), errno.EINVAL, domid)  # type: ignore[misc]
+        assert host.tsc_info(domid) == TscInfo(2, 0, 0, 2)
+
+
+def a_fresh_domain_takes_another_ones_policy(host: Mover, width: Width) -> None:
+    with domain(host, width) as one, domain(host, width) as two:
+        policy = host.cpu_policy(one)
+        assert policy.leaves
+        assert policy.msrs
+        assert len(policy.leaves) % CPUID_LEAF.size(8) == len(policy.msrs) % MSR_ENTRY.size(8) == 0
+        host.set_cpu_policy(two, policy)
+        assert host.cpu_policy(two) == policy
+        for part in (CpuPolicy(), CpuPolicy(leaves=policy.leaves), CpuPolicy(msrs=policy.msrs)):
+            host.set_cpu_policy(two, part)
+            assert host.cpu_policy(two) == policy
+
+
+def a_policy_that_cannot_be_given_is_refused_by_name(host: Mover, width: Width) -> None:
+    with domain(host, width) as domid:
+        before = host.cpu_policy(domid)
+        leaf, msr = pack("<6I", UNKNOWN, 0xFFFF_FFFF, 0, 0, 0, 0), pack("<IIQ", UNKNOWN, 0, 0)
+        for policy, number, named in (
+            (CpuPolicy(leaves=leaf), errno.ERANGE, "leaf 0x12345"),
+            (CpuPolicy(msrs=msr), errno.ERANGE, "MSR 0x12345"),
+            (CpuPolicy(leaves=before.leaves[:-1]), errno.EINVAL, "bytes are no array of struct xen_cpuid_leaf"),
+            (CpuPolicy(msrs=before.msrs + b"x"), errno.EINVAL, "bytes are no array of struct xen_msr_entry"),
+            (CpuPolicy(leaves=leaf * 1000), errno.E2BIG, "1000 leaves and 0 MSRs"),
+            (CpuPolicy(msrs=msr * 1000), errno.E2BIG, "0 leaves and 1000 MSRs"),
+        ):
+            try:
+                host.set_cpu_policy(domid, policy)
+            except HostError as error:
+                assert (error.errno, error.domid) == (number, domid), error  # noqa: PT017  not only for pytest
+                assert named in str(error), error  # noqa: PT017
+            else:
+                raise AssertionError(named)
+        assert host.cpu_policy(domid) == before
+
+
+def a_domain_that_has_run_keeps_its_policy(host: Mover, width: Width) -> None:
+    with domain(host, width, tiny.PAGES) as domid:
+        if width == 8:
+            tiny.fill(host, domid, width)
+        policy = host.cpu_policy(domid)
+        host.set_cpu_policy(domid, policy)
+        host.unpause(domid)
+        fails(lambda: host.set_cpu_policy(domid, policy), errno.EEXIST, domid)
+        assert host.cpu_policy(domid) == policy
+
+
+def the_log_is_begun_and_ended_again_and_again(host: Mover, width: Width) -> None:
+    with domain(host, width) as domid:
+        if not logs_dirty(host, domid):
+            return
+        for _ in range(2):
+            assert dirty(host, domid, 64) == []
+            fails(lambda: host.log_dirty(domid, on=True), errno.EINVAL, domid)
+            host.log_dirty(domid, on=False)
+            fails(lambda: host.log_dirty(domid, on=False), errno.EINVAL, domid)
+            for clean in (False, True):
+                fails(lambda clean=clean: host.dirty_pfns(domid, 64, clean=clean), errno.EINVAL, domid)  # type: ignore[misc]
+            host.log_dirty(domid, on=True)
+        assert dirty(host, domid, 0) == []  # and it is destroyed with the log on
+
+
+def what_a_toolstack_writes_is_not_in_the_log(host: Mover, width: Width) -> None:
+    """But what Xen does for it is: tables that it pins."""
+    with domain(host, width) as domid:
+        mfns = with_tables(host, domid, width)
+        if not logs_dirty(host, domid):
+            return
+        some = mfns[[tiny.CODE, tiny.STACK]]
+        host.write_frames(domid, some, np.full((2, PAGE_SIZE), 1, np.uint8))
+        with host.map_writable(domid, some) as pages:
+            pages[:] = 2
+        host.write_shared_info(domid, b"x")
+        host.hypercall_page(domid, int(mfns[tiny.HYPERCALLS]))
+        host.map_frames(domid, mfns)
+        assert len(host.populate_physmap(domid, pfns(2, 20))) == 2
+        assert dirty(host, domid, 64) == []
+        host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
+        which = [tiny.L1, tiny.L2, tiny.L3, tiny.L4][: top_level(width)]
+        assert dirty(host, domid, 64, clean=False) == which
+        host.set_vcpu_context(domid, 0, tiny.context(int(mfns[tiny.top(width)]), width))
+        assert dirty(host, domid, 64) == which
+        assert dirty(host, domid, 64) == []
+        host.log_dirty(domid, on=False)
+
+
+def pages_far_apart_are_in_the_log(host: Mover, width: Width) -> None:
+    """Also where the log takes more memory than Xen gives it for so few; those beyond what is asked are not."""
+    with domain(host, width, 2000) as domid:
+        far = [*range(0, 1000 << 15, 1 << 15), (1 << 28) + 7]
+        host.write_shared_info(domid, max_pfn(far[-1] + 1, width), MAX_PFN[width])
+        mfns = host.populate_physmap(domid, array(*far))
+        host.write_frames(domid, mfns, np.zeros((len(far), PAGE_SIZE), np.uint8))
+        if not logs_dirty(host, domid):
+            return
+        host.pin_tables(domid, mfns, np.ones(len(far), np.uint8))
+        assert dirty(host, domid, far[-1] + 1, clean=False) == far
+        assert dirty(host, domid, far[-1], clean=False) == far[:-1]
+        assert dirty(host, domid, far[500], clean=False) == far[:500]
+        assert dirty(host, domid, far[500] + 1) == far[:501]
+        assert dirty(host, domid, far[-1] + 1) == far[501:]
+
+
+def what_is_asked_of_a_guest_is_taken_back(host: Mover, width: Width) -> None:
+    with domain(host, width, tiny.PAGES) as domid:
+        assert host.controlled(domid) == ""
+        host.control(domid, "")
+        assert host.controlled(domid) == ""
+        host.control(domid, "suspend")
+        assert host.controlled(domid) == "suspend"
+        host.control(domid, "")
+        assert host.controlled(domid) == ""
+
+
+def a_domain_that_did_not_shut_down_is_resumed_for_nothing(host: Mover, width: Width) -> None:
+    with domain(host, width) as domid:
+        host.resume(domid)
+        assert (host.info(domid).paused, host.info(domid).shutdown) == (True, False)
+
+
+def nobody_is_moved(host: Mover, width: Width) -> None:
+    for call in (
+        lambda: host.vcpu_state(NOBODY, 0),
+        lambda: host.set_vcpu_state(NOBODY, 0, VcpuState(extended(width))),
+        lambda: host.tsc_info(NOBODY),
+        lambda: host.set_tsc_info(NOBODY, TscInfo()),
+        lambda: host.cpu_policy(NOBODY),
+        lambda: host.set_cpu_policy(NOBODY, CpuPolicy()),
+        lambda: host.log_dirty(NOBODY, on=True),
+        lambda: host.log_dirty(NOBODY, on=False),
+        lambda: host.dirty_pfns(NOBODY, 64, clean=True),
+        lambda: host.control(NOBODY, "suspend"),
+        lambda: host.control(NOBODY, ""),
+        lambda: host.controlled(NOBODY),
+        lambda: host.resume(NOBODY),
+    ):
+        fails(call, errno.ESRCH, NOBODY)
+
+
+MOVING: tuple[Callable[[Mover, Width], None], ...] = (
+    vcpu_state_goes_from_one_domain_to_another,
+    a_callback_is_given_the_privilege_of_a_kernel,
+    vcpu_state_that_is_none_is_refused,
+    time_goes_on_where_it_was,
+    a_fresh_domain_takes_another_ones_policy,
+    a_policy_that_cannot_be_given_is_refused_by_name,
+    a_domain_that_has_run_keeps_its_policy,
+    the_log_is_begun_and_ended_again_and_again,
+    what_a_toolstack_writes_is_not_in_the_log,
+    pages_far_apart_are_in_the_log,
+    what_is_asked_of_a_guest_is_taken_back,
+    a_domain_that_did_not_shut_down_is_resumed_for_nothing,
+    nobody_is_moved,
+)

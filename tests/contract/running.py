@@ -1,0 +1,113 @@
+"""What every Mover must do to a guest that runs, as plain functions of a host and a domain in which one does.
+
+ModelHost is held to them with its kernel, XenMover in the lab with litmus (tests/contract/live_move.py). ``go`` lets
+the guest run and write to its memory for a while; it is not called while the domain is paused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from tests.contract.building import eventually
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
+from xenpv.domain.live import LiveDomain
+from xenpv.frames import U8, U64, DomId
+from xenpv.host import Mover
+from xenpv.memory.p2m import is_own
+
+SUSPEND = 2  # SHUTDOWN_suspend
+RAX: dict[Width, str] = {8: "rax", 4: "eax"}
+
+
+@contextmanager
+def paused(host: Mover, domid: DomId) -> Iterator[None]:
+    host.pause(domid)
+    try:
+        yield
+    finally:
+        host.unpause(domid)
+
+
+def contents(host: Mover, domid: DomId) -> tuple[U64, U8]:
+    """All its pages, by the p2m: their pfns, ascending, and what they hold."""
+    live = LiveDomain(host, host.info(domid))
+    pfns = [leaves.pfns[is_own(leaves.mfns)] for leaves in live.p2m.content()]
+    mfns = [leaves.mfns[is_own(leaves.mfns)] for leaves in live.p2m.content()]
+    numbers, frames = np.concatenate(pfns), np.concatenate(mfns)
+    pages = np.empty((len(numbers), PAGE_SIZE), np.uint8)
+    for at in range(0, len(numbers), 1024):
+        pages[at : at + 1024] = host.map_frames(domid, frames[at : at + 1024])[0]
+    return numbers, pages
+
+
+def all_that_changes_is_in_the_log(host: Mover, domid: DomId, go: Callable[[], None]) -> dict[str, int]:
+    """And little more. How many pages changed, and how many were in the log."""
+    with paused(host, domid):
+        pfns, before = contents(host, domid)
+        entries = int(pfns[-1]) + 1
+        host.log_dirty(domid, on=True)
+    try:
+        go()
+        first = host.dirty_pfns(domid, entries, clean=True)
+        go()
+        with paused(host, domid):
+            seen = host.dirty_pfns(domid, entries, clean=False)
+            last = host.dirty_pfns(domid, entries, clean=True)
+            assert not len(host.dirty_pfns(domid, entries, clean=True)), "while nothing runs"
+            again, after = contents(host, domid)
+    finally:
+        host.log_dirty(domid, on=False)
+    assert np.array_equal(pfns, again)
+    assert np.array_equal(seen, last)
+    changed = pfns[(before != after).any(axis=1)]
+    logged = np.union1d(first, last)
+    assert len(changed)
+    assert not len(np.setdiff1d(changed, logged)), "pages that a migration would not have sent"
+    assert len(first)
+    assert len(last)
+    return {"changed": len(changed), "logged": len(logged)}
+
+
+def a_request_that_was_not_seen_is_taken_back(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
+    with paused(host, domid):
+        host.control(domid, "suspend")
+        assert host.controlled(domid) == "suspend"
+        host.control(domid, "")
+        assert host.controlled(domid) == ""
+    go()
+    assert not host.info(domid).shutdown
+
+
+def a_guest_suspends_when_asked(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
+    """It takes the request away, and stops."""
+    host.control(domid, "suspend")
+    assert eventually(lambda: host.info(domid).shutdown)
+    assert host.info(domid).shutdown_reason == SUSPEND
+    assert host.controlled(domid) == ""
+    host.control(domid, "")
+    assert host.info(domid).shutdown
+
+
+def a_suspend_is_cancelled(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
+    """What the guest makes of it, the caller sees."""
+    width = host.info(domid).width
+    context = np.frombuffer(bytearray(host.vcpu_context(domid, 0)), VCPU_GUEST_CONTEXT[width])
+    assert context["user_regs"][RAX[width]][0] == 0
+    context["user_regs"][RAX[width]] = 1
+    host.set_vcpu_context(domid, 0, context.tobytes())
+    host.resume(domid)
+    assert (host.info(domid).paused, host.info(domid).shutdown) == (False, False)
+    go()
+    assert (host.info(domid).paused, host.info(domid).shutdown) == (False, False)
+
+
+RUNNING: tuple[Callable[[Mover, DomId, Callable[[], None]], object], ...] = (
+    all_that_changes_is_in_the_log,
+    a_request_that_was_not_seen_is_taken_back,
+    a_guest_suspends_when_asked,
+    a_suspend_is_cancelled,
+)
