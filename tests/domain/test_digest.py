@@ -13,14 +13,13 @@ from xenpv.abi.declare import Width
 from xenpv.domain.source import SavedDomain
 from xenpv.frames import U64
 from xenpv.memory.digest import Digest, digest
-from xenpv.memory.p2m import is_own
 
 
 def _of(guest: Guest) -> Digest:
     """Of a running domain, its p2m's leaves and start info aside, which hold mfns."""
     live = guest.live
     aside = np.append(live.pfns_of(live.p2m.distinct.frame), np.uint64(guest.day.start_info))
-    return digest(live, (leaves.pfns[is_own(leaves.mfns)] for leaves in live.p2m.content()), aside)
+    return digest(live, live.kinds(), aside)
 
 
 @pytest.mark.parametrize(("width", "form"), SOME)
@@ -31,7 +30,8 @@ def test_a_file_has_the_digest_of_what_was_saved(width: Width, form: str, tmp_pa
         pfns = np.sort(guest.host.m2p(guest.host.frames.owned(guest.domid + 1)))
         pfns = pfns[pfns < np.uint64(1 << 40)]  # shared info has none
         aside = np.append(np.unique(file.contents.p2m_frames), np.uint64(guest.day.start_info))
-        assert digest(file.frames, np.array_split(pfns, 7), aside) == _of(guest)
+        pieces = ((some, file.frames.types(some)) for some in np.array_split(pfns, 7))
+        assert digest(file.frames, pieces, aside) == _of(guest)
 
 
 def _change(guest: Guest, mfn: U64, at: int) -> None:

@@ -4,38 +4,50 @@ from __future__ import annotations
 
 import json
 import lzma
+import socket
 import tempfile
-from functools import partial
+import threading
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from uuid import UUID
 
 import click
+import numpy as np
 
 from xenpv.cli.p2m import describe, print_p2m
-from xenpv.cli.terminal import NUMBER, progress, size, steps
+from xenpv.cli.terminal import NUMBER, moving, progress, size, steps
 from xenpv.cli.verify import summary
 from xenpv.domain.build import build
 from xenpv.domain.check_physmap import PhysmapCheck
+from xenpv.domain.config import as_libxl
 from xenpv.domain.live import LiveDomain
-from xenpv.domain.offline import configuration
+from xenpv.domain.migrate import give
 from xenpv.domain.output import Output
+from xenpv.domain.precopy import Precopy
+from xenpv.domain.receive import Taken, take
 from xenpv.domain.save import save
+from xenpv.domain.suspend import resume, suspend
+from xenpv.domain.transport import Link
 from xenpv.domain.verify import verify
 from xenpv.errors import GuestError, RequestError
 from xenpv.findings import Findings
 from xenpv.frames import DomId
 from xenpv.host.model import ModelHost
 from xenpv.host.model_forms import FORMS, parse_form
+from xenpv.host.model_guest import GuestView
 from xenpv.host.model_kernel import Kernel
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, plan
 from xenpv.image.request import Request
+from xenpv.memory.digest import Digest, digest
 from xenpv.memory.survey import survey
 
 SAVED = "demo.save.xz"  # tests/vectors/README.md has the command that made it
 KERNEL = "demo.elf.xz"  # guests/litmus/build/litmus.elf
 _OTHERS = 8 << 30  # bytes of the host that are not the domain's
+_BUSY = 10_000  # pages that its guest works on
+_UUID = str(UUID(int=0x5EED))
 
 
 @click.command()
@@ -47,7 +59,7 @@ _OTHERS = 8 << 30  # bytes of the host that are not the domain's
 @click.option("-o", "output", type=click.Path(), metavar="FILE",
               help="Keep the file that the domain is saved to: 2.4 GiB for 600.")  # fmt: skip
 def demo(form: str, memory: int, output: str | None) -> int:
-    """A PV domain of 600 GiB laid out, built, saved and verified without a hypervisor; and a real saved one verified.
+    """A PV domain of 600 GiB built, saved, verified and live-migrated without a hypervisor; and a real one verified.
 
     \b
     xenpv demo --p2m rooted4           the tree of any depth that was proposed in 2014
@@ -57,7 +69,7 @@ def demo(form: str, memory: int, output: str | None) -> int:
     with tempfile.TemporaryDirectory(prefix="xenpv-demo-") as folder:
         ok = _large(form, memory, output or f"{folder}/demo.save") and _saved()
     click.echo("\nNext, with files of your own:  xenpv verify FILE    xenpv image KERNEL    xenpv layout KERNEL")
-    click.echo("and in dom0:  xenpv list    xenpv check DOM    xenpv build KERNEL --memory SIZE --start")
+    click.echo("and in dom0:  xenpv list    xenpv check DOM    xenpv build KERNEL --start    xenpv migrate DOM HOST")
     return 0 if ok else 1
 
 
@@ -66,52 +78,112 @@ def _large(form: str, memory: int, path: str) -> bool:
     layout = plan(image, Request(memory, cmdline=f"p2m={form}"))
     _title(f"A PV domain of {size(memory)}, laid out")
     _say_layout(layout)
-    host, kernel = ModelHost(memory + _OTHERS, sparse=True), Kernel(parse_form(form))
+    host = ModelHost(memory + _OTHERS, sparse=True)
     with steps() as step:
-        domid = build(host, image, layout, name="demo", step=step).domid
+        domid = build(host, image, layout, name="demo", uuid=_UUID, step=step).domid
     host.unpause(domid)
     _title("Built on a model of Xen's memory rules, and started")
+    guest = _Guest(host, domid, Kernel(parse_form(form)), layout)
     try:
-        host.run(domid, kernel.boot)
+        guest.start()
     except RequestError as e:
         click.echo(f"  its kernel cannot show its p2m that way: {e}")
         return False
-    right = _checked(LiveDomain(host, host.info(domid)))
-    host.run(domid, kernel.suspend)
-    _title("Suspended, saved to a file, and verified")
-    return _kept(host, domid, layout, path) and right
+    try:
+        found = survey(guest.live.p2m, 64 * 8)
+        print_p2m(describe(guest.live, guest.live.p2m, found), found)
+        _title("Suspended, saved to a file, and verified; then it goes on")
+        return guest.kept(path) and guest.moved(ModelHost(memory + _OTHERS, seed=1, sparse=True))
+    except (GuestError, RequestError) as e:
+        click.echo(f"  that cannot be done: {e}")
+        return False
 
 
-def _checked(live: LiveDomain) -> bool:
-    findings = Findings(3)
-    with steps() as step:
-        check = PhysmapCheck(live, findings, progress=step and (lambda done, total: step("checking", done, total or 0)))
-        check.run()
-    if findings.errors:
+@dataclass
+class _Guest:
+    """A guest that works: it writes to some of its pages, always others, whenever time passes."""
+
+    host: ModelHost
+    domid: DomId
+    kernel: Kernel
+    layout: Layout
+    counter: int = 0
+    last: Digest | None = None  # of its own pages, when it suspended
+
+    def __post_init__(self) -> None:
+        top = self.layout.nr_pages
+        self.pages = np.arange(top // 2, top, max(top // 2 // _BUSY, 1), dtype=np.uint64)
+        text = as_libxl("demo", _UUID, pages=top, vcpus=self.layout.vcpus)
+        self.config = json.dumps(text, indent=4).encode()
+
+    @property
+    def live(self) -> LiveDomain:
+        return LiveDomain(self.host, self.host.info(self.domid))
+
+    def start(self) -> None:
+        self.host.run(self.domid, self.kernel.boot)
+        self.host.run(self.domid, lambda view: self.kernel.write_pattern(view, self.pages, 0))
+        self.host.attend(self.domid, self.work)
+
+    def work(self) -> None:
+        """Write to a fifth of the pages, and suspend if it is asked to."""
+        self.counter += 1
+        some = self.pages[self.counter % 5 :: 5]
+
+        def do(view: GuestView) -> None:
+            self.kernel.write_pattern(view, some, self.counter)
+            self.kernel.poll(view)
+
+        self.host.run(self.domid, do)
+        if self.live.info.shutdown:
+            self.last = self.digest()
+
+    def digest(self) -> Digest:
+        """Of all pages that are not its kernel's own, whose tables hold mfns."""
+        return digest(self.live, self.live.kinds(self.kernel.pages.end), self.pages[:0])
+
+    def kept(self, path: str) -> bool:
+        with Output.open(path) as out, moving() as shown:
+            done = save(self.host, self.domid, out, config=self.config, suspend=self._suspend, progress=shown)
+        resume(self.host, self.domid)
+        self.host.run(self.domid, self.kernel.resume)
+        click.echo(
+            f"  {done.pages} pages with content, {done.tables} of them page tables, and {done.empty} without: "
+            f"{size(done.bytes)}"
+        )
+        return _verified(path, Path(path).name)
+
+    def _suspend(self) -> None:
+        suspend(self.host, self.domid)
+
+    def moved(self, target: ModelHost) -> bool:
+        _title("Live-migrated to another model host while it writes to its memory")
+        one, other = socket.socketpair()
+        arrived: list[Taken | None] = []
+        with Link.of_socket(one, "there") as here, Link.of_socket(other, "here") as there, moving() as shown:
+            receiver = threading.Thread(target=lambda: arrived.append(take(target, there)))
+            receiver.start()
+            given = give(self.host, self.domid, here, config=self.config, live=Precopy(), progress=shown)
+            receiver.join()
+        done = given.summary
+        click.echo(f"  {done.rounds} rounds, {done.pages} pages with content in all, {size(done.bytes)}")
+        self.host, self.domid = target, DomId(given.domid)
+        target.run(self.domid, self.kernel.resume)
+        same = self.last is not None and self.digest() == self.last
+        how = "the same" if same else "NOT the same"
+        click.echo(f"  {self.last.pages if self.last else 0} pages are {how} here as they were there (by digest)")
+        return same and self._right()
+
+    def _right(self) -> bool:
+        """Whether its p2m is right."""
+        live, findings = self.live, Findings(3)
+        with progress("checking its p2m") as bar:
+            PhysmapCheck(live, findings, progress=bar).run()
         for finding in findings:
             click.echo(f"  {finding.severity}: {finding}")
-        return False
-    found = survey(live.p2m, 64 * 8)
-    print_p2m(describe(live, live.p2m, found), found)
-    click.echo(
-        f"  every entry of it agrees with the m2p, and every frame of the domain is in it ({findings.notes} notes)"
-    )
-    return True
-
-
-def _kept(host: ModelHost, domid: DomId, layout: Layout, path: str) -> bool:
-    text = json.dumps(configuration(layout, "demo", str(UUID(int=0))), indent=4).encode()
-    try:
-        with Output.open(path) as out, steps() as step:
-            done = save(host, domid, out, config=text, progress=partial(step, "saving") if step else None)
-    except (GuestError, RequestError) as e:
-        click.echo(f"  it cannot be saved: {e}")
-        return False
-    click.echo(
-        f"  {done.pages} pages with content, {done.tables} of them page tables, and {done.empty} without: "
-        f"{size(done.bytes)}"
-    )
-    return _verified(path, Path(path).name)
+        if not findings.errors:
+            click.echo("  every entry of its p2m agrees with the m2p, and every frame of the domain is in it")
+        return not findings.errors
 
 
 def _say_layout(layout: Layout) -> None:

@@ -168,6 +168,14 @@ class LiveDomain:
                 pages[tables] = normal.view(np.uint8).reshape(-1, pages.shape[1])
         return pages, kinds
 
+    def kinds(self, first: int = 0) -> Iterator[tuple[U64, U8]]:
+        """The pfns from ``first`` on that have a frame of the domain, ascending and in pieces, with their types."""
+        for leaves in self.p2m.content():
+            own = is_own(leaves.mfns) & (leaves.pfns >= np.uint64(first))
+            kinds = self.host.page_types(self.info.domid, leaves.mfns[own])
+            there = kinds != PageType.XTAB
+            yield leaves.pfns[own][there], kinds[there]
+
     @property
     def memory(self) -> DomainMemory:
         """Memory as vcpu 0 sees it."""
