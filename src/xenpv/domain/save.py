@@ -217,9 +217,13 @@ class _Save:
         return True
 
     def _with_changes(self, dirty: U64) -> U64:
-        """These pfns, and those whose frame is another than when they were sent."""
+        """These pfns, those whose frame is another than when they were sent, and what names a frame by another pfn."""
         changed: Iterable[Named] = self.p2m.changes(dirty)
-        return np.union1d(dirty, np.concatenate([dirty[:0], *(pfns for pfns, _ in changed)]))
+        wanted = np.union1d(dirty, np.concatenate([dirty[:0], *(pfns for pfns, _ in changed)]))
+        if self.p2m.frames_moved:
+            self.p2m.frames_moved = False
+            wanted = np.union1d(wanted, self.pages.all_tables())
+        return wanted
 
     def _dirtied(self) -> U64:
         pages = -(-self.p2m.live.anchors.max_pfn // _NODE) * _NODE

@@ -37,8 +37,9 @@ class SavedP2M:
     """A domain's p2m up to where its leaves are all one to the end: nothing is there, or they would be in two places.
 
     ``look`` at it before anything else. ``named``: what it names, all of it. With ``follows``, ``changes``: what it
-    names that it did not when its leaves were read last, and ``gone`` has the pfns that have lost their frame since.
-    What is remembered for that is 4 bytes for each entry of a leaf, one in 1024 of the domain's memory.
+    names that it did not when its leaves were read last, ``gone`` has the pfns that have lost their frame since, and
+    ``frames_moved`` says that a frame has another pfn, which all page tables that name it are to say, too. What is
+    remembered for that is 4 bytes for each entry of a leaf, one in 1024 of the domain's memory.
     """
 
     live: LiveDomain
@@ -50,9 +51,11 @@ class SavedP2M:
         self.follows = follows
         self.foreign = self.identity = self.total = 0
         self.gone = np.empty(0, np.uint64)
+        self.frames_moved = False
         self.told = 0  # entries that a receiver knows of: it cannot know of fewer again
         self._told = Runs.of(np.empty(0, np.uint64))  # the pfn of each leaf that it knows
         self._remembered = np.empty((0, 0), np.uint32)  # of the leaves of p2m.distinct, in their order
+        self._left = np.empty(0, np.uint32)  # frames that some pfn has lost
         self._moved = np.empty(0, np.int64)  # places whose leaf is another since it was last read
 
     # --- looking -----------------------------------------------------------------------------------------------------
@@ -138,6 +141,8 @@ class SavedP2M:
             self._remembered[row] = now
             new = own & (now != then)
             self.gone = np.union1d(self.gone, leaves.pfns[(then != _NOTHING) & ~own])
+            self.frames_moved |= bool(np.isin(now[new], self._left).any())
+            self._leave(then[(then != _NOTHING) & (then != now)])
             yield leaves.pfns[new], leaves.mfns[new]
         self._moved = self._moved[:0]
 
@@ -178,11 +183,25 @@ class SavedP2M:
         row = np.minimum(np.searchsorted(now, before), len(now) - 1)
         kept = now[row] == before
         table[row[kept]] = self._remembered[kept]
-        place, at = np.nonzero(self._remembered[~kept] != _NOTHING)  # what only leaves named that are no more
+        dropped = self._remembered[~kept]  # what leaves named that are no more
+        self._leave(dropped[dropped != _NOTHING])
+        place, at = np.nonzero(dropped != _NOTHING)
         self.gone = np.union1d(self.gone, (before[~kept][place] * p2m.per_leaf + at).astype(np.uint64))
         self._remembered = table
-        moved = now[p2m.leaves.frame_of(now) != self.p2m.leaves.frame_of(now)]
-        self._moved = np.intersect1d(np.union1d(self._moved, moved), now)
+        moved = p2m.leaves.frame_of(now) != self.p2m.leaves.frame_of(now)
+        moved |= p2m.distinct.count > 1  # few do, and what holds pages may not
+        self._moved = np.intersect1d(np.union1d(self._moved, now[moved]), now)
+
+    def _leave(self, frames: npt.NDArray[np.uint32]) -> None:
+        """Some pfns have lost these frames. Where the domain has one still, or will again, it is another pfn's."""
+        if not len(frames):
+            return
+        self._left = np.union1d(self._left, frames)
+        if self.host.max_mfn() >= int(_NOTHING) - 1:  # nobody knows which they were
+            self.frames_moved = True
+        elif not self.frames_moved:
+            mfns = frames.astype(np.uint64)
+            self.frames_moved = bool((self.p2m.lookup(self.host.m2p(mfns)) == mfns).any())
 
     def _to_be_read(self, dirty: U64) -> I64:
         order = np.argsort(self._leaf_pfns)

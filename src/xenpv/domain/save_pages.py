@@ -33,7 +33,8 @@ class SavedPages:
     """Makes batches of pages, and counts them (see save.Summary for what is counted).
 
     ``running``: the guest runs on meanwhile. A page that cannot be sent as it is then, because it is being changed, is
-    ``deferred`` to when the guest stands still; without, it is refused.
+    ``deferred`` to when the guest stands still; without, it is refused. ``tables_sent``: pfns of page tables that went
+    out while it ran, some of them more than once, or of pages that are none any more.
     """
 
     p2m: SavedP2M
@@ -43,6 +44,7 @@ class SavedPages:
     lost: int = 0
     empty: int = 0
     deferred: list[U64] = field(default_factory=list)
+    tables_sent: list[U64] = field(default_factory=list)
 
     def batches(self, named: Iterable[Named]) -> Iterator[Batch]:
         """Some pages, in their order: BATCH pages with content at a time, or ENTRIES_MAX without any.
@@ -73,7 +75,12 @@ class SavedPages:
     def take_deferred(self) -> U64:
         """The pfns that were deferred, and defer none of them any longer."""
         pfns, self.deferred = self.deferred, []
-        return np.unique(np.concatenate(pfns)) if pfns else np.empty(0, np.uint64)
+        return _distinct(pfns)
+
+    def all_tables(self) -> U64:
+        """The pfns of all page tables that were sent."""
+        self.tables_sent = [_distinct(self.tables_sent)]
+        return self.tables_sent[0]
 
     def _defer(self, pfns: U64) -> None:
         if len(pfns):
@@ -101,6 +108,8 @@ class SavedPages:
         plain = there & ~table
         # Tables first: to translate them reads the p2m, and the mapping of the others must outlive that.
         tables, sound = self._tables(pfns[table], mfns[table], kinds[table])
+        if self.running and table.any():
+            self.tables_sent.append(pfns[table])
         content, mapped = self._mapped(pfns[plain], mfns[plain])
         contents = _interleaved(table[there], tables, content)
         if not (sound.all() and mapped.all()):
@@ -166,6 +175,10 @@ class SavedPages:
         others = f"; its p2m has {count} of other domains' pages mapped" if count else ""
         what = f"{self.p2m.live.name}: Bad entry {where} of pfn {pfn:#x}: {why}{others}"
         return Fault(what, space="pfn", address=pfn, level=level, entry=slot)
+
+
+def _distinct(pfns: list[U64]) -> U64:
+    return np.unique(np.concatenate(pfns)) if pfns else np.empty(0, np.uint64)
 
 
 def _entries(kinds: U8, pfns: U64) -> bytes:

@@ -1,0 +1,69 @@
+"""A guest that does what it likes while it is copied: what arrives is what it was when it stopped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.domain.copying import attend, copied, meddling
+from tests.host.kernel_guest import SOME, Guest
+from tests.host.model_guest import pfns
+from xenpv.abi.declare import Width
+from xenpv.domain.precopy import Precopy
+from xenpv.errors import RequestError
+
+_STEP = st.one_of(
+    st.just(None),
+    st.tuples(st.just("write"), st.integers(0, 1100), st.integers(1, 700)),
+    st.tuples(st.just("out"), st.integers(0, 1100), st.integers(1, 90)),
+    st.tuples(st.just("in"), st.integers(2400, 60_000), st.integers(1, 40)),
+    st.tuples(st.just("move"), st.integers(0, 1100), st.integers(2400, 60_000)),
+    st.tuples(st.just("again"), st.integers(0, 1100), st.integers(1, 30)),
+)
+
+
+def _step(guest: Guest, said: tuple[str, int, int] | None, n: int) -> Any:
+    def step() -> None:
+        if said is None:
+            return
+        what, a, b = said
+        free = guest.do("free")
+        some = free[a % max(len(free) - 100, 1) :]
+        try:
+            match what:
+                case "write":
+                    guest.do("write_pattern", some[:b], n)
+                case "out":
+                    guest.do("balloon_out", some[:b])
+                case "in":
+                    guest.do("balloon_in", pfns(b, a))
+                case "move":
+                    guest.do("move", some[:25], pfns(25, b))
+                case "again":
+                    guest.do("balloon_out", some[:b])
+                    guest.do("balloon_in", some[:b])
+        except RequestError:  # those pfns are taken, or it has no pages left for tables
+            pass
+
+    return step
+
+
+@settings(max_examples=settings().max_examples // 4)  # each takes a quarter of a second
+@given(
+    st.sampled_from(SOME),
+    st.lists(_STEP, max_size=8),
+    st.lists(st.one_of(st.just(None), st.just(None), _STEP), max_size=60),
+    st.integers(1, 6),
+)
+def test_what_arrives_is_the_guest_as_it_stopped(
+    kind: tuple[Width, str], between: list[Any], amid: list[Any], most: int
+) -> None:
+    """Whatever it does between passes, and between any two reads of its memory."""
+    width, form = kind
+    guest = Guest.boot(form, width, pages=2400)
+    guest.do("write_pattern", guest.do("free")[::3], 1)
+    attend(guest, [_step(guest, said, n) for n, said in enumerate(between, 10)])
+    host = meddling(guest, [_step(guest, said, n) for n, said in enumerate(amid, 100)])
+    copied(guest, host, live=Precopy(max_iterations=most, target_dirty=1))
