@@ -92,8 +92,7 @@ class SavedP2M:
         p2m = self._up_to_its_end(live)
         _check(live, p2m)
         leaf_pfns = _leaf_pfns(live, p2m)
-        now = live.look()
-        if anchors.p2m_cr3 and now.p2m_generation != anchors.p2m_generation:
+        if live.look() != anchors:
             raise _Unsettled(f"{name}: its p2m was changed while it was walked, and does not settle")
         if self.follows:
             self._remember_for(p2m)
@@ -190,6 +189,7 @@ class SavedP2M:
         self._remembered = table
         moved = p2m.leaves.frame_of(now) != self.p2m.leaves.frame_of(now)
         moved |= p2m.distinct.count > 1  # few do, and what holds pages may not
+        moved |= now >= min(self.p2m.entries, p2m.entries) // p2m.per_leaf  # what was, or is, beyond its end
         self._moved = np.intersect1d(np.union1d(self._moved, now[moved]), now)
 
     def _leave(self, frames: npt.NDArray[np.uint32]) -> None:
