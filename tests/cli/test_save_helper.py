@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -227,6 +228,13 @@ def test_xen_says_no(guest: Guest, stream: BinaryIO) -> None:
 
     libxl = save(guest, stream.fileno(), Twisted(guest, info=info))
     assert (libxl.completed, libxl.errors) == ((-1, errno.ESRCH), ["there is no dom9"])
+
+
+def test_a_domain_of_another_kind(guest: Guest, stream: BinaryIO) -> None:
+    other = replace(guest.host.info(guest.domid), hvm=True)
+    libxl = save(guest, stream.fileno(), Twisted(guest, info=lambda _: other))
+    assert libxl.kinds == [Message.COMPLETE]
+    assert "is an HVM domain; PV domains are saved" in libxl.errors[0]
 
 
 def test_debug_is_not_done_and_that_is_said(guest: Guest, stream: BinaryIO) -> None:
