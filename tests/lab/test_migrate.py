@@ -21,7 +21,7 @@ from lab import guests
 from tests.lab.conftest import Hosts
 from xenpv.domain.verify import verify
 
-LISTENING = 60.0  # seconds that a receiver has to start, under emulation
+LISTENING = 240.0  # seconds that a receiver has to start, under emulation
 
 
 def boot(host: lab.Host, name: str, options: str) -> int:
@@ -120,7 +120,8 @@ class Pair:
         return job
 
     def migrate(self, name: str, options: str = "") -> lab.Result:
-        return self.here.run(f"xenpv migrate {options} --json {name} tcp:10.0.2.2:{self.port}")
+        command = f"xenpv migrate {options} --json {name} tcp:10.0.2.2:{self.port}"
+        return self.here.run(command, timeout=600, env={"PYTHONFAULTHANDLER": "1"})
 
 
 @contextmanager
