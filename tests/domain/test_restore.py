@@ -206,6 +206,28 @@ def test_without_a_configuration_a_file_shows_what_is_needed() -> None:
     assert (info.max_vcpu, info.max_pages, info.name) == (2, len(domain.types) - 1 + 256, None)
 
 
+class Watched(ModelHost):
+    """A host that keeps what memory it was asked for, has only so many extents, and maps no frame twice at once."""
+
+    extents = 1 << 30
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+        super().__init__(1 << 30, seed=4)
+
+    def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
+        if domid:
+            self.asked.append((order, len(pfns)))
+            if order:
+                pfns = pfns[: self.extents]
+                self.extents -= len(pfns)
+        return super().populate_physmap(domid, pfns, order)
+
+    def map_writable(self, domid: DomId, mfns: U64) -> Any:
+        assert len(np.unique(mfns)) == len(mfns)
+        return super().map_writable(domid, mfns)
+
+
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
@@ -224,6 +246,20 @@ def test_a_page_that_comes_again_is_written_over() -> None:
     now = memory(host, restored.domid)
     assert (now[first], now[second]) == (b"c" * PAGE, b"b" * PAGE)
     assert restored.pages == len(domain.types) - 1
+
+
+def test_pages_may_come_in_any_order_and_twice_in_a_record() -> None:
+    """Each gets one frame, and no frame is mapped twice at once, which real Xen does and the protocol does not."""
+    domain = pv_domain()
+    low, high = domain.places.data[0], domain.places.data[-1]
+    stream = domain.to_stream("xl", batch=16).drop("PAGE_DATA")
+    entries = [(high, NOTAB), (low, NOTAB), (high, NOTAB)]
+    stream.before("X86_TSC_INFO", WIRE.page_data(entries, [b"a" * PAGE, b"b" * PAGE, b"c" * PAGE]))
+    stream.before("X86_TSC_INFO", *domain.page_data(WIRE, 16, sorted(set(domain.types) - {low, high})))
+    host, restored = made(stream, Watched())
+    now = memory(host, restored.domid)
+    assert (now[low], now[high]) == (b"b" * PAGE, b"c" * PAGE)
+    assert restored.pages == host.info(restored.domid).pages == len(domain.types) - 1
 
 
 def test_types_are_those_that_came_last() -> None:
@@ -271,6 +307,16 @@ def test_pages_without_content_are_given_and_named(width: Width) -> None:
     assert p2m_entry(host, restored, domain, 1500) == 256**width - 1
 
 
+@BOTH
+def test_what_is_behind_the_end_of_the_p2m_is_not_written_to(width: Width) -> None:
+    domain = pv_domain(width=width)
+    leaf = int(domain.p2m_pfns[-1])
+    domain.pages[leaf][-8:] = b"behind!!"
+    host, restored = made(domain.to_stream("xl"))
+    assert memory(host, restored.domid)[leaf].endswith(b"behind!!")
+    assert p2m_entry(host, restored, domain, domain.entries - 1) == 256**width - 1
+
+
 def test_a_pfn_that_only_a_page_table_names_gets_a_frame() -> None:
     domain = pv_domain()
     hidden = domain.places.data[0]
@@ -289,24 +335,6 @@ def test_a_verified_page_that_is_another_is_counted_and_written() -> None:
     assert restored.differing == 1
     assert memory(host, restored.domid)[two].startswith(b"new")
     check(host)
-
-
-class Watched(ModelHost):
-    """A host that keeps what memory it was asked for, and has only so many extents."""
-
-    extents = 1 << 30
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int]] = []
-        super().__init__(1 << 30, seed=4)
-
-    def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
-        if domid:
-            self.asked.append((order, len(pfns)))
-            if order:
-                pfns = pfns[: self.extents]
-                self.extents -= len(pfns)
-        return super().populate_physmap(domid, pfns, order)
 
 
 @pytest.mark.parametrize("extents", [1 << 30, 1, 0])

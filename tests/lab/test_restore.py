@@ -140,9 +140,7 @@ def test_a_restore_that_fails_leaves_nothing(host: lab.Host) -> None:
     script = host.write("break.py", BREAK)
     guest = Guest("broken-off", host)
     guest.boot(guests.litmus_config(guest.name, memory=32, options="p2m=both"), "litmus: up ")
-    command = (
-        f"xl save {guest.name} $TMPDIR/x && PYTHONPATH=/xenpv python3 {script} $TMPDIR/x; status=$?; rm $TMPDIR/x*"
-    )
+    command = f"xl save {guest.name} $TMPDIR/x && python3 {script} $TMPDIR/x; status=$?; rm $TMPDIR/x*"
     result = host.run(f"{command}; exit $status", timeout=300).check()
     told = json.loads(result.text.splitlines()[-1])
     print(told["said"])
