@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from xenpv.errors import HostError, RequestError
-from xenpv.frames import HAS_DATA, IS_POPULATED, NO_FRAME, PAGE_SIZE, U64, DomId, PageType
+from xenpv.frames import HAS_DATA, IS_POPULATED, NO_FRAME, PAGE_SIZE, U64, DomId
 from xenpv.host import Toolstack
 from xenpv.memory.physmap import CHUNK, ORDER, Physmap
 from xenpv.stream.pagedata import PageData
@@ -57,7 +57,7 @@ class PagesIn:
             # the guest, whose p2m is made of what has a frame. It is no table any more, which is all that matters.
             there = mfns != NO_FRAME
             if there.any():
-                self.physmap.put_types(some[there], np.where(given, of, np.uint8(PageType.NOTAB))[there])
+                self.physmap.put_types(some[there], of[there])
             with_content = mfns[HAS_DATA[of]]
             ascending = _ascending(some)
             for j in range(0, len(with_content), _PAGES_AT_ONCE):
