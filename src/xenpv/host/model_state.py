@@ -65,7 +65,7 @@ def _extended(data: bytes, width: Width) -> bytes:
     if not EXT_VCPUCONTEXT.offset(8, "vmce") <= len(data) <= EXT_VCPUCONTEXT_MAX:
         raise Refused(errno.EINVAL, f"an extended context of {len(data)} bytes")
     context = np.frombuffer(bytearray(data.ljust(EXT_VCPUCONTEXT_MAX, b"\0")), EXT_VCPUCONTEXT[8], 1)
-    if int(context["size"][0]) < EXT_VCPUCONTEXT.offset(8, "vmce"):
+    if not EXT_VCPUCONTEXT.offset(8, "vmce") <= int(context["size"][0]) <= len(data):
         raise Refused(errno.EINVAL, f"an extended context that says it has {int(context['size'][0])} bytes")
     for name in ("syscall32_callback", "sysenter_callback"):
         eip = int(context[f"{name}_eip"][0])

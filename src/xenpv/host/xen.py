@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import uuid
+from struct import unpack_from
 from types import TracebackType
 from typing import Self
 
@@ -23,11 +24,16 @@ _DOMAINS_AT_ONCE = 256
 _CHUNK_SHIFT = 18  # Xen hands out its m2p in pieces of 2 MiB: 2^18 entries, 1 GiB worth of frames
 _CHUNK_BYTES = 8 << _CHUNK_SHIFT
 _CHUNK_PAGES = _CHUNK_BYTES // PAGE_SIZE
+_FIRST_MIB = (1 << 20) // PAGE_SIZE
 _UNKNOWN, _MAPPED, _HOLE = 0, 1, 2
 
 
 class XenHost:
-    """The Xen below us. Opening it needs root in dom0 and changes nothing; HostError says what is missing."""
+    """The Xen below us. Opening it needs root in dom0 and changes nothing; HostError says what is missing.
+
+    Several threads may use one at once: Xen's libraries lock what they share, ctypes lets go of the GIL in each call,
+    and a call keeps nothing that another would see. Only close() must come after all of them.
+    """
 
     def __init__(self) -> None:
         xenctrl.check_privcmd()
@@ -47,6 +53,7 @@ class XenHost:
                 xenctrl_domctl.MEMORY_OP, xenctrl_domctl.XENMEM_MAXIMUM_RAM_PAGE, 0, "maximum_ram_page"
             )
             self._max_mfn = frames - 1  # Xen answers with its max_page, which is one above
+            self._ram = self._ask_ram()
         except BaseException:
             self.close()
             raise
@@ -183,24 +190,43 @@ class XenHost:
     def max_mfn(self) -> int:
         return self._max_mfn
 
+    def _ask_ram(self) -> U64:
+        """First mfns of what is memory, and of what is not, in turn."""
+        with self._calls.buffer(xenctrl_domctl.E820_MAX * xenctrl_domctl.E820_ENTRY) as entries:
+            with self._calls.buffer(xenctrl_domctl.MEMORY_MAP.size(8)) as argument:
+                given = argument.array.view(xenctrl_domctl.MEMORY_MAP[8])
+                given["nr_entries"], given["buffer"] = xenctrl_domctl.E820_MAX, entries.address
+                command, op = xenctrl_domctl.XENMEM_MACHINE_MEMORY_MAP, "machine_memory_map"
+                self._calls.two(xenctrl_domctl.MEMORY_OP, command, argument.address, op)
+                count = min(int(given["nr_entries"][0]), xenctrl_domctl.E820_MAX)
+            told = entries.array[: count * xenctrl_domctl.E820_ENTRY].tobytes()
+        return ram_bounds(told)
+
+    def is_ram(self, mfns: U64) -> Mask:
+        """Which of these are memory, and thus no device's registers. Not all that is: none below 1 MiB is."""
+        passed = np.searchsorted(self._ram, mfns, side="right")
+        return (passed & 1).astype(np.bool_)
+
     def map_frames(self, domid: DomId, mfns: U64) -> tuple[U8, U8]:
         """See Host. The mapping lives as long as anything refers to the array.
 
-        Only what getpageframeinfo3 calls the domain's is mapped, and its shared info: Xen would also map a device's
-        registers for whoever may use them, and reading those can change them.
+        Xen would also map a device's registers for whoever may use them, and reading those can change them. So of what
+        is not memory for certain only what getpageframeinfo3 calls the domain's is mapped, and its shared info.
         """
-        wanted = np.asarray(mfns, dtype=np.uint64)
-        types = self.page_types(domid, wanted)
-        good = (types != PageType.XTAB) & (types != PageType.BROKEN)
-        if not good.all():
-            good |= wanted == np.uint64(self._raw(domid)["shared_info_frame"])
         assert self._memory
-        if good.all():
+        wanted = np.asarray(mfns, dtype=np.uint64)
+        good = self.is_ram(wanted)
+        if good.all() and len(wanted):
             pages, mapped = self._memory.view(domid, wanted)
             return pages, mapped.astype(np.uint8)
+        types = self.page_types(domid, wanted[~good])
+        good[~good] = (types != PageType.XTAB) & (types != PageType.BROKEN)
+        if not good.all():
+            good |= wanted == np.uint64(self._raw(domid)["shared_info_frame"])
         out = np.zeros((len(wanted), PAGE_SIZE), np.uint8)
         which = np.flatnonzero(good)
-        out[which], good[which] = self._memory.view(domid, wanted[which])
+        if len(which):
+            out[which], good[which] = self._memory.view(domid, wanted[which])
         return out, good.astype(np.uint8)
 
     def page_types(self, domid: DomId, mfns: U64) -> U8:
@@ -290,6 +316,20 @@ class _M2P:
         if errors.any():
             raise xenctrl.failed(f"map the m2p's chunk {chunk:#x}", -int(errors[errors != 0][0]))
         self._state[chunk] = _MAPPED
+
+
+def ram_bounds(e820: bytes) -> U64:
+    """First mfns of what is memory and of what is not, in turn, ascending, by the host's memory map.
+
+    The first MiB is left out: Xen gives it to whoever may do I/O, memory or not. Pages that are memory in part, too.
+    """
+    entries = [unpack_from("<QQI", e820, at) for at in range(0, len(e820), xenctrl_domctl.E820_ENTRY)]
+    bounds: list[int] = []
+    for base, size, kind in sorted(entries):
+        first, end = max(-(-base // PAGE_SIZE), _FIRST_MIB), (base + size) // PAGE_SIZE
+        if kind == xenctrl_domctl.E820_RAM and max([first, *bounds[-1:]]) < end:
+            bounds += [max([first, *bounds[-1:]]), end]
+    return np.array(bounds, np.uint64)
 
 
 def unknown_version(version: XenVersion) -> HostError:

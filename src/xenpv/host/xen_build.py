@@ -165,13 +165,16 @@ class XenToolstack(XenHost):
     @contextlib.contextmanager
     def map_writable(self, domid: DomId, mfns: U64) -> Iterator[U8]:
         assert self._memory
-        wanted = np.asarray(mfns, dtype=np.uint64)
-        self._own("map_writable", domid, wanted)
+        op, wanted = "map_writable", np.asarray(mfns, dtype=np.uint64)
+        memory = self.is_ram(wanted)
+        if not memory.all() or not len(wanted):
+            self._own(op, domid, wanted[~memory])
         with self._memory.writable(domid, wanted) as (pages, errors):
             if errors.any():
+                self._own(op, domid, wanted)
                 at = int(np.argmax(errors != 0))
                 why = f"mfn {int(wanted[at]):#x} cannot be mapped writable: is it a page table?"
-                raise refused("map_writable", domid, -int(errors[at]), why)
+                raise refused(op, domid, -int(errors[at]), why)
             yield pages
 
     def write_frames(self, domid: DomId, mfns: U64, pages: U8) -> None:

@@ -14,15 +14,15 @@ from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT, EXT_VCPUCONTEXT_MAX, M
 from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SHIFT, PAGE_SIZE, U64, DomId
-from xenpv.host import CpuPolicy, TscInfo, VcpuState, xen_nodes, xenctrl_domctl
+from xenpv.host import DOM0, CpuPolicy, TscInfo, VcpuState, xen_nodes, xenctrl_domctl
 from xenpv.host.xen_build import XenToolstack
 from xenpv.host.xenctrl import Buffer, failed, refused
 
 _BLOB_MAX = 1 << 20  # bytes; nothing that a vcpu or a policy has is near it
 _CONTROL = "control/shutdown"
 _NONE = 0xFFFF_FFFF  # no leaf, subleaf or MSR is to blame
-_NODE_PFNS = 8 * PAGE_SIZE  # what one page of Xen's own dirty bitmap is for
-_NODES_MAX = 1 << 14  # 64 MiB
+_LEAF_PFNS = 8 * PAGE_SIZE  # what one page of Xen's own bitmap is for
+_LEAVES_MAX = 1 << 14  # 64 MiB
 _WORDS_AT_ONCE = 1 << 16  # half a MiB of bitmap, 4 Mi pfns
 
 
@@ -84,6 +84,9 @@ class XenMover(XenToolstack):
         if len(data) > EXT_VCPUCONTEXT_MAX:
             raise refused(op, domid, errno.EINVAL, f"an extended context of {len(data)} bytes is not one")
         given = EXT_VCPUCONTEXT.read(data.ljust(EXT_VCPUCONTEXT_MAX, b"\0"), 8)
+        if int(given["size"]) > len(data):  # which Xen cannot know
+            why = f"an extended context of {len(data)} bytes says that it has {int(given['size'])}"
+            raise refused(op, domid, errno.EINVAL, why)
         arguments = {name: given[name] for name, _ in EXT_VCPUCONTEXT.members(8) if name != "vcpu"}
         self._of_vcpu(command, op, domid, vcpu, EXT_VCPUCONTEXT, **arguments)
 
@@ -97,11 +100,11 @@ class XenMover(XenToolstack):
         count = _count(op, domid, data, VCPU_MSR)
         with self._given(op, domid, data) as buffer:
             arguments = {"msr_count": count, "msrs": buffer.address}
-            number, left = self._of_vcpu(command, op, domid, vcpu, struct, errno.EINVAL, **arguments)
+            number, left = self._of_vcpu(command, op, domid, vcpu, struct, errno.EINVAL, errno.ENXIO, **arguments)
         if number:
             at = int(left["msr_count"])
             which = f"MSR {_index(data, VCPU_MSR, at):#x}" if at < count else f"{count} MSRs"
-            raise refused(op, domid, number, f"{which} cannot be set on this host")
+            raise refused(op, domid, errno.EINVAL, f"{which} cannot be set on this host")
 
     def _of_vcpu(
         self, command: int, op: str, domid: DomId, vcpu: int, struct: Struct, *expected: int, **arguments: Any
@@ -110,6 +113,8 @@ class XenMover(XenToolstack):
         if not 0 <= vcpu <= self._last_vcpu(domid):
             raise refused(op, domid, errno.EINVAL, f"it has no vcpu {vcpu}")
         number, left = self._calls.answered(command, op, domid, struct, vcpu=vcpu, **arguments)
+        if number == errno.ESRCH and domid == DOM0:
+            raise refused(op, domid, errno.EINVAL, f"vcpu {vcpu} is the one that asks")
         if number and number not in expected:
             raise failed(op, number, domid)
         return number, left
@@ -172,6 +177,8 @@ class XenMover(XenToolstack):
             return
         if number == errno.EEXIST:
             raise refused(op, domid, number, "the domain runs, or has run")
+        if number == errno.E2BIG:
+            raise refused(op, domid, number, f"{leaves} leaves and {msrs} MSRs are more than this Xen knows")
         leaf, subleaf, msr = (int(left[f"err_{name}"]) for name in ("leaf", "subleaf", "msr"))
         why = [f"leaf {leaf:#x}" + (f", subleaf {subleaf:#x}" if subleaf != _NONE else "")] if leaf != _NONE else []
         why += [f"MSR {msr:#x}"] if msr != _NONE else []
@@ -184,40 +191,44 @@ class XenMover(XenToolstack):
     def log_dirty(self, domid: DomId, *, on: bool) -> None:
         """See Mover. Xen keeps the log in memory of its own, beside the domain's (see _grow_shadow)."""
         if not on:
-            self._logging(domid)
+            self._check_logging(domid)
             self._shadow(domid, xenctrl_domctl.SHADOW_OP_OFF)
+            self._free_shadow(domid)  # the pages of the log itself go to a pool that nobody has any more
             return
         self._grow_shadow(domid)
         try:
             self._shadow(domid, xenctrl_domctl.SHADOW_OP_ENABLE_LOGDIRTY)
         except HostError as error:
-            if error.errno != errno.EINVAL:
-                with contextlib.suppress(HostError):
-                    self._shadow(domid, xenctrl_domctl.SHADOW_OP_SET_ALLOCATION, mb=0)
-                raise
-            raise refused(error.op, domid, errno.EINVAL, "log-dirty is on already") from None
+            in_use = self._free_shadow(domid)
+            if error.errno == errno.EINVAL and in_use:
+                raise refused(error.op, domid, errno.EINVAL, "log-dirty is on already") from None
+            raise
 
     def _grow_shadow(self, domid: DomId) -> None:
-        """Give a domain whose pfns lie far apart the memory that its log will take.
+        """Give a domain that is tiny, or whose pfns lie far apart, the memory that its log will take.
 
-        Xen gives the log a page for each 256 pages that the domain has, and uses one for each 32768 pfns in which any
-        was written, and for each table above: too little only where nearly all of a p2m is holes. A page of log that
-        could not be had is an error when the log is read (xen.git:xen/arch/x86/mm/shadow/common.c: sh_min_allocation).
+        Xen itself gives the log a page for each 256 pages that the domain has, and uses one for each 32768 pfns in
+        which any was written, and for each table above: too little below 4 MiB, and where nearly all of a p2m is holes.
+        A page that could not be had is an error when the log is read.
+        xen.git:xen/arch/x86/mm/shadow/common.c: sh_min_allocation(), shadow_alloc_p2m_page()
         """
+        self._shadow(domid, xenctrl_domctl.SHADOW_OP_GET_ALLOCATION)  # no Xen without shadow paging gets beyond
         info = self.info(domid)
         max_pfn = int(SHARED_INFO.read(self.shared_info(domid), info.width)["arch"]["max_pfn"])
-        nodes = min(-(-max_pfn // _NODE_PFNS), info.pages, _NODES_MAX)
-        if nodes * 3 <= info.pages >> 8:
+        leaves = max(min(-(-max_pfn // _LEAF_PFNS), info.pages, _LEAVES_MAX), 1)
+        nodes = 3 * leaves + 1  # of both levels above as many at most, and the top
+        if nodes <= info.pages >> 8:
             return
-        pages = 128 * (info.max_vcpu + 1) + 3 * nodes  # as many tables of both levels above at most
+        pages = 128 * (info.max_vcpu + 1) + nodes
         self._shadow(domid, xenctrl_domctl.SHADOW_OP_SET_ALLOCATION, mb=-(-pages >> (20 - PAGE_SHIFT)))
 
     def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
         """See Mover. Takes a bit for each of ``pages`` while it runs: 512 MiB for 2^32."""
-        self._logging(domid)
+        self._check_logging(domid)
         which = xenctrl_domctl.SHADOW_OP_CLEAN if clean else xenctrl_domctl.SHADOW_OP_PEEK
         size = -(-pages // 64) * 8
-        with self._calls.buffer(size) as bitmap:
+        with self._calls.buffer(size, zeroed=False) as bitmap:
+            bitmap.array[size - 8 : size] = 0  # Xen writes whole bytes
             try:
                 done = self._shadow(domid, which, dirty_bitmap=bitmap.address, pages=pages)
             except HostError as error:
@@ -228,18 +239,33 @@ class XenMover(XenToolstack):
             pfns = bits_set(bitmap.array[:size].view("<u8"))
             return pfns[: int(np.searchsorted(pfns, np.uint64(min(pages, int(done["pages"])))))]
 
-    def _logging(self, domid: DomId) -> None:
-        """Xen itself gives an empty log where none is kept. A PV domain has shadow memory only while there is one."""
+    def _check_logging(self, domid: DomId) -> None:
+        """Raises HostError where no log is kept: Xen itself would give an empty one.
+
+        Xen does not say whether there is one; but a domain that has no shadow tables may give up the memory for them.
+        Only on a host with the L1TF flaw may a PV domain have such tables without a log.
+        """
         told = self._shadow(domid, xenctrl_domctl.SHADOW_OP_GET_ALLOCATION)
-        if not int(told["mb"]):
+        if not int(told["mb"]) or not self._free_shadow(domid):
             raise refused("shadow_op", domid, errno.EINVAL, "log-dirty is off")
+
+    def _free_shadow(self, domid: DomId) -> bool:
+        """Give back the memory for shadow tables. Whether it cannot be, for it is in use."""
+        try:
+            self._shadow(domid, xenctrl_domctl.SHADOW_OP_SET_ALLOCATION, mb=0)
+        except HostError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return True
+        return False
 
     def _shadow(self, domid: DomId, which: int, **arguments: int) -> np.void:
         op = "shadow_op"
         try:
             return self._calls.domctl(xenctrl_domctl.SHADOW_OP, op, domid, xenctrl_domctl.SHADOW, op=which, **arguments)
         except HostError as error:
-            if error.errno not in {errno.EOPNOTSUPP, errno.ENOSYS}:
+            unknown = error.errno == errno.EINVAL and which == xenctrl_domctl.SHADOW_OP_GET_ALLOCATION
+            if domid == DOM0 or not (unknown or error.errno == errno.EOPNOTSUPP):
                 raise
             why = "this Xen cannot log which pages a PV domain writes (built without CONFIG_SHADOW_PAGING)"
             raise refused(op, domid, errno.EOPNOTSUPP, why) from None

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import mmap
 import os
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -141,14 +142,15 @@ class Calls:
             self._handle = None
 
     @contextlib.contextmanager
-    def buffer(self, size: int) -> Iterator[Buffer]:
-        """Zeroed memory; gone when the block ends."""
+    def buffer(self, size: int, *, zeroed: bool = True) -> Iterator[Buffer]:
+        """Memory; gone when the block ends."""
         self._opened()
         address = self._alloc(self._handle, max(size, 1))
         if not address:
             raise failed("xencall_alloc_buffer", ctypes.get_errno())
         try:
-            ctypes.memset(address, 0, size)
+            if zeroed:
+                ctypes.memset(address, 0, size)
             yield Buffer(address, size)
         finally:
             self._free(self._handle, address)
@@ -262,6 +264,7 @@ class ForeignMemory:
         self._handle = opened
         self._mapped = 0
         self._closing = False
+        self._lock = threading.RLock()  # a view may end in any thread, and while its own has the lock
 
     def map(
         self, domid: DomId, mfns: frames.U64, at: int | None = None, protection: int = mmap.PROT_READ
@@ -291,7 +294,8 @@ class ForeignMemory:
         # Xen knows nobody as foreign to itself: dom0, where we are, maps its own frames under another name.
         address, errors = self.map(domid or DOMID_SELF, mfns)
         memory = (ctypes.c_uint8 * (len(mfns) * PAGE_SIZE)).from_address(address)
-        self._mapped += 1
+        with self._lock:
+            self._mapped += 1
         weakref.finalize(memory, self._forget, address, len(mfns))
         pages = _bytes_of(memory).reshape(-1, PAGE_SIZE)
         pages.flags.writeable = False
@@ -338,14 +342,16 @@ class ForeignMemory:
 
     def _forget(self, address: int, pages: int) -> None:
         self._unmap(self._handle, address, pages)
-        self._mapped -= 1
-        self._close_when_unused()
+        with self._lock:
+            self._mapped -= 1
+            self._close_when_unused()
 
     def close(self) -> None:
         """Maps nothing more; the handle goes with the last view."""
-        if not self._closing:
-            self._closing = True
-            self._close_when_unused()
+        with self._lock:
+            if not self._closing:
+                self._closing = True
+                self._close_when_unused()
 
     def _close_when_unused(self) -> None:
         if self._closing and not self._mapped:

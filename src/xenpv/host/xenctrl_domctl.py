@@ -17,7 +17,7 @@ from xenpv.frames import DomId
 MEMORY_OP, XEN_VERSION, MMUEXT_OP, EVENT_CHANNEL_OP, SYSCTL, DOMCTL = 12, 17, 26, 32, 35, 36
 XENVER_VERSION, XENVER_EXTRAVERSION = 0, 1
 XENMEM_MAXIMUM_RAM_PAGE, XENMEM_MACHPHYS_MFN_LIST, XENMEM_POPULATE_PHYSMAP = 2, 5, 6
-XENMEM_SET_MEMORY_MAP = 13
+XENMEM_MACHINE_MEMORY_MAP, XENMEM_SET_MEMORY_MAP = 10, 13
 RESOURCE_GRANT_TABLE, RESOURCE_GRANT_TABLE_SHARED = 1, 0
 MMUEXT_PIN_L1_TABLE = 0  # and the three levels above it
 EVTCHNOP_ALLOC_UNBOUND = 6
@@ -110,7 +110,9 @@ RESERVATION = Struct(
 )
 MEMORY_MAP = Struct("xen_memory_map", "memory.h", nr_entries=U32, buffer=U64)
 FOREIGN_MEMORY_MAP = Struct("xen_foreign_memory_map", "memory.h", domid=U16, map=MEMORY_MAP)
-E820_RAM = 1  # an e820 entry is a base, a size (bytes, 8 bytes each) and 4 bytes of type, without a gap
+E820_RAM = 1
+E820_MAX = 1024  # entries, the most that any Xen keeps (4.17: xen.git:xen/arch/x86/include/asm/e820.h)
+E820_ENTRY = 20  # bytes: a base and a size (in bytes, of 8 bytes each) and 4 bytes of type, without a gap
 EVTCHN_ALLOC_UNBOUND = Struct("evtchn_alloc_unbound", "event_channel.h", dom=U16, remote_dom=U16, port=U32)
 GRANT_ENTRY_V1 = Struct("grant_entry_v1", "grant_table.h", flags=U16, domid=U16, frame=U32)
 MMUEXT = Struct("mmuext_op", "xen.h", cmd=U32, arg1=U64, arg2=U64)
