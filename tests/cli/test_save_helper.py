@@ -183,6 +183,13 @@ def test_when_libxl_dies_the_guest_runs_on(guest: Guest, stream: BinaryIO, last:
     assert not guest.host.info(guest.domid).shutdown
 
 
+def test_when_libxl_and_the_reader_die_the_guest_runs_on(guest: Guest) -> None:
+    """The save fails of the stream, and then there is nobody to tell."""
+    with open("/dev/full", "wb") as full, pytest.raises(LibxlGone):
+        save(guest, full.fileno(), answers={Message.LOG: None})
+    assert not guest.host.info(guest.domid).shutdown
+
+
 def test_a_stream_that_is_cut_off(guest: Guest, stream: BinaryIO) -> None:
     save(guest, stream.fileno())
     stream.truncate(stream.seek(0, os.SEEK_END) // 2)

@@ -227,9 +227,26 @@ def restore(request: Restore, libxl: Libxl, host: Mover) -> tuple[int, int]:
 
 def serve(request: Save | Restore, libxl: Libxl, find_host: Callable[[], Mover]) -> None:
     """Do what libxl asks for and tell it how that went. LibxlGone if it could not be told."""
-    host: Mover | None = None
+    found: list[Mover] = []
+
+    def host() -> Mover:
+        found.append(find_host())
+        return found[0]
+
+    try:
+        rings, failed = _try(request, libxl, host)
+        if isinstance(request, Restore):
+            libxl.tell(helper.message(Message.RESTORE_RESULTS, *rings))
+        libxl.ask(helper.complete(failed))
+    except LibxlGone:
+        if found and isinstance(request, Save):
+            _let_run(found[0], request.domid)
+        raise
+
+
+def _try(request: Save | Restore, libxl: Libxl, find_host: Callable[[], Mover]) -> tuple[tuple[int, int], int | None]:
+    """The mfns of a restored domain's rings, and an errno if it failed: then libxl has been told why."""
     rings = 0, 0
-    failed: int | None = None
     try:
         host = find_host()
         _check_version(host)
@@ -238,23 +255,14 @@ def serve(request: Save | Restore, libxl: Libxl, find_host: Callable[[], Mover])
         else:
             rings = restore(request, libxl, host)
     except LibxlGone:
-        if host is not None and isinstance(request, Save):
-            _let_run(host, request.domid)
         raise
     except (XenPVError, OSError, MemoryError) as e:
-        failed = _errno(e)
         libxl.log(Level.ERROR, _words(e))
+        return rings, _errno(e)
     except Exception:  # a bug of ours; libxl goes on as after any error
-        failed = errno.EIO
         libxl.log(Level.ERROR, f"{traceback.format_exc()}this is a bug of xenpv's; please report it")
-    try:
-        if isinstance(request, Restore):
-            libxl.tell(helper.message(Message.RESTORE_RESULTS, *rings))
-        libxl.ask(helper.complete(failed))
-    except LibxlGone:
-        if host is not None and isinstance(request, Save):
-            _let_run(host, request.domid)
-        raise
+        return rings, errno.EIO
+    return rings, None
 
 
 def _check_version(host: Mover) -> None:
