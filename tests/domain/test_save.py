@@ -41,7 +41,9 @@ from tests.vectors.make import DEMO, FOR_DEMO, RECIPES
 from xenpv.abi.declare import Width
 from xenpv.abi.domctl import EXT_VCPUCONTEXT
 from xenpv.abi.x86 import PAGE_SIZE, PTE_P, PTE_PSE, VCPU_GUEST_CONTEXT, XEN_PAE_L2_FIRST
+from xenpv.domain.input import Input
 from xenpv.domain.progress import Phase, Status
+from xenpv.domain.restore import restore_domain
 from xenpv.domain.save import BATCH, ENTRIES_MAX, save
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, HostError
@@ -53,6 +55,7 @@ from xenpv.memory.pagetables import as_entries, frames
 from xenpv.memory.publish import words
 from xenpv.stream.envelope import Kind
 from xenpv.stream.pagedata import PageData
+from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 from xenpv.stream.writer import KINDS
 
 
@@ -232,6 +235,53 @@ def test_cost_follows_pages_up_to_16_tib(form: str, width: Width, stretch: int, 
     if stretch <= 1 << 30:  # a verifier looks at every entry of the record
         verdict = judge(path)
         assert not verdict.found, str(verdict)
+
+
+@pytest.mark.parametrize("stretch", [(1 << 32) + 512, 1 << 36])
+def test_beyond_16_tib_by_a_record_of_our_own(stretch: int, tmp_path: Path) -> None:
+    """And back: the guest goes on, on another host."""
+    guest = Guest.boot("linear", pages=3000)
+    guest.do("spread", stretch)
+    free = guest.do("free")
+    guest.do("write_pattern", free, 3)
+    guest.do("suspend")
+    path, host = tmp_path / "x", ModelHost(1 << 30, seed=5)
+    tracemalloc.start()
+    summary = saved(guest, path, stock=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (summary.entries, summary.pages) == (stretch, 3000)
+    assert peak < 24 << 20
+    assert path.stat().st_size < 3000 * 4104 + (1 << 16)
+    verdict = judge(path)
+    assert not verdict.found, str(verdict)
+    with SavedDomain.open(str(path)) as domain:
+        record = domain.contents.p2m_record
+        assert isinstance(record, P2MLeaves)
+        assert record.entries == domain.p2m.entries == stretch
+        np.testing.assert_array_equal(domain.p2m.lookup(free), guest.live.p2m.lookup(free))
+    source = Input.open(str(path))
+    restored = restore_domain(host, source, name="moved")
+    source.close()
+    moved = Guest(host, restored.domid, guest.kernel, guest.day)
+    assert moved.do("resume") is False
+    assert not len(moved.do("check_pattern", free, 3))
+
+
+def test_our_own_record_is_for_who_asks_and_where_it_is_shorter(tmp_path: Path) -> None:
+    guest = Guest.boot("linear")
+    guest.do("spread", 1 << 30)
+    guest.do("suspend")
+    stock, ours = tmp_path / "stock", tmp_path / "ours"
+    saved(guest, stock)
+    saved(guest, ours, stock=False)
+    assert ours.stat().st_size < stock.stat().st_size - (15 << 20)
+    assert not judge(ours).found, str(judge(ours))
+    with SavedDomain.open(str(stock)) as a, SavedDomain.open(str(ours)) as b:
+        assert isinstance(a.contents.p2m_record, X86PVP2MFrames)
+        assert isinstance(b.contents.p2m_record, P2MLeaves)
+        for of_a, of_b in zip(a.contents.p2m_runs, b.contents.p2m_runs, strict=True):
+            np.testing.assert_array_equal(of_a, of_b)
 
 
 @BOTH

@@ -44,7 +44,7 @@ def test_a_domain_of_2_to_the_32_pfns_is_the_largest() -> None:
     e = refused(guest)
     assert isinstance(e, RequestError)
     assert (e.needed, e.available) == ((1 << 32) + 512, 1 << 32)
-    assert "reaches pfn 0x1000001ff; a stream has pfns up to 0xffffffff" in str(e)
+    assert "reaches pfn 0x1000001ff; a stream has pfns up to 0xffffffff (16 TiB): a record of xenpv's own" in str(e)
 
 
 def test_a_p2m_with_a_hole_cannot_be_sent() -> None:

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from xenpv.stream import rules
 from xenpv.stream.order import PLACES, Guest, Order, Type
 
-sequences = st.lists(st.sampled_from(list(Type)), max_size=30)
+SPECIFIED = [record for record in Type if record is not Type.XENPV_P2M_LEAVES]  # which stands instead of another
+
+sequences = st.lists(st.sampled_from(SPECIFIED), max_size=30)
 
 
 @given(st.sampled_from(list(Guest)), st.sampled_from([2, 3]), sequences)
@@ -34,7 +36,7 @@ def test_each_record_is_judged_by_those_before_it(guest: Guest, version: int, re
     assert set(order.missing()) == missing
 
 
-@given(st.sampled_from(list(Guest)), st.permutations(list(Type)))
+@given(st.sampled_from(list(Guest)), st.permutations(SPECIFIED))
 def test_nothing_that_is_in_order_is_refused(guest: Guest, records: list[Type]) -> None:
     """Sort any permutation by what each record comes after: no fault is left but records of the other guest."""
     mine = [record for record in records if guest in PLACES[record].guests]

@@ -90,6 +90,15 @@ def pages(*entries: tuple[int, int], n: int = 0, **lies: int) -> Callable[[Strea
     return lambda s: s.before("X86_TSC_INFO", W.page_data(entries, [PLAIN] * n, **lies))
 
 
+def put_leaves(piece: Piece) -> Callable[[Stream], object]:
+    """A change: our own record takes the place of X86_PV_P2M_FRAMES."""
+    return lambda s: s.replace("X86_PV_P2M_FRAMES", piece)
+
+
+def leaves(entries: int, *runs: tuple[int, int, int]) -> Callable[[Stream], object]:
+    return put_leaves(W.p2m_leaves(entries, *runs))
+
+
 def too_long(piece: Piece) -> Piece:
     return Piece(piece.name, piece.data[:4] + struct.pack("<I", 128 * MIB + 1) + piece.data[8:])
 
@@ -164,6 +173,8 @@ FRAMING = [
     Breach(rules.RECORD_SIZE, "p2m-few", put(W.p2m_frames(0, 36, [])), "X86_PV_P2M_FRAMES"),
     Breach(rules.RECORD_SIZE, "p2m-many", put(W.p2m_frames(0, 36, [1, 2])), "X86_PV_P2M_FRAMES"),
     Breach(rules.RECORD_SIZE, "p2m-short", put(W.record(kind("X86_PV_P2M_FRAMES"), bytes(4))), "X86_PV_P2M_FRAMES"),
+    Breach(rules.RECORD_SIZE, "leaves", put_leaves(W.record(0x7870_0001, bytes(41))), "XENPV_P2M_LEAVES"),
+    Breach(rules.RECORD_SIZE, "no-leaves", leaves(0), "XENPV_P2M_LEAVES"),
     Breach(rules.RECORD_SIZE, "tsc", put(W.record(kind("X86_TSC_INFO"), bytes(16))), "X86_TSC_INFO"),
     Breach(rules.RECORD_SIZE, "shared-info", put(W.shared_info(bytes(PAGE - 1))), "SHARED_INFO"),
     Breach(rules.RECORD_SIZE, "vcpu", put(W.record(kind("X86_PV_VCPU_BASIC"), bytes(7))), "X86_PV_VCPU_BASIC"),
@@ -330,6 +341,16 @@ RECORDS_OF_PV = [
     Breach(rules.PV_INFO, "4-and-4", put(W.pv_info(4, 4)), "X86_PV_INFO"),
     Breach(rules.PV_INFO, "2-and-4", put(W.pv_info(2, 4)), "X86_PV_INFO"),
     Breach(rules.P2M_RANGE, "backwards", put(W.p2m_frames(37, 36, [])), "X86_PV_P2M_FRAMES"),
+    Breach(rules.P2M_RANGE, "no-entries", leaves(0, (0, 1, 1)), "XENPV_P2M_LEAVES"),
+    Breach(rules.P2M_RANGE, "too-many-entries", leaves((1 << 52) + 1, (0, (1 << 43) + 1, 1)), "XENPV_P2M_LEAVES"),
+    Breach(rules.P2M_RANGE, "leaf-missing", leaves(1536, (0, 1, 1), (2, 1, 2)), "XENPV_P2M_LEAVES"),
+    Breach(rules.P2M_RANGE, "leaf-twice", leaves(1536, (0, 2, 1), (1, 2, 2)), "XENPV_P2M_LEAVES"),
+    Breach(rules.P2M_RANGE, "first-missing", leaves(1536, (1, 2, 1)), "XENPV_P2M_LEAVES"),
+    Breach(rules.P2M_RANGE, "last-missing", leaves(1537, (0, 3, 1)), "XENPV_P2M_LEAVES"),
+    Breach(rules.P2M_RANGE, "one-too-many", leaves(1536, (0, 4, 1)), "XENPV_P2M_LEAVES"),
+    Breach(rules.P2M_RANGE, "empty-run", leaves(512, (0, 1, 1), (1, 0, 1)), "XENPV_P2M_LEAVES"),
+    Breach(rules.P2M_RANGE, "pfn", leaves(512, (0, 1, 1 << 52)), "XENPV_P2M_LEAVES"),
+    Breach(rules.P2M_RANGE, "around", leaves(512, (0, (1 << 64) - 1, 1), ((1 << 64) - 1, 2, 1)), "XENPV_P2M_LEAVES"),
     Breach(rules.PAGE_COUNT, "none", pages(), "PAGE_DATA", nth=-1),
     Breach(rules.PAGE_COUNT, "more-than-fit", pages((0, NOTAB), n=1, count=1000), "PAGE_DATA", nth=-1),
     Breach(rules.PAGE_COUNT, "4-billion", pages((0, NOTAB), n=1, count=(1 << 32) - 1), "PAGE_DATA", nth=-1),

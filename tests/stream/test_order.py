@@ -63,8 +63,23 @@ def test_a_typical_save_record() -> None:
 
 def test_every_record_of_the_specification_has_a_place_and_a_parser() -> None:
     """ "type: 0x00000000: END [...] 0x00000012: X86_MSR_POLICY"."""
-    assert set(Type) == set(range(0x13)) == set(PLACES) == {*LIBXC, Type.PAGE_DATA}
+    ours = {Type.XENPV_P2M_LEAVES}
+    assert set(Type) - ours == set(range(0x13)) == set(PLACES) - ours == {*LIBXC, Type.PAGE_DATA} - ours
     assert all(record.title() == Type(kind).name for kind, record in LIBXC.items())
+
+
+def test_our_own_record_is_one_that_others_refuse_and_serves_instead_of_theirs() -> None:
+    """ "0x00000013 - 0x7FFFFFFF: Reserved for future mandatory records"."""
+    ours = Type.XENPV_P2M_LEAVES
+    assert 0x13 <= ours < OPTIONAL
+    instead = [ours if record is Type.X86_PV_P2M_FRAMES else record for record in V3_PV]
+    assert wrong(instead) == []
+    assert wrong([*instead[:-1], ours, Type.END]) == [], "it may come again"
+    assert wrong([*instead[:-1], Type.X86_PV_P2M_FRAMES, Type.END]) == [("record-order", Type.X86_PV_P2M_FRAMES)]
+    assert wrong([*V3_PV[:-1], ours, Type.END]) == [("record-order", ours)]
+    assert wrong([Type.X86_PV_INFO, ours, *instead[3:]])[0] == ("record-order", ours), "before STATIC_DATA_END"
+    assert ("record-misplaced", ours) in wrong([Type.X86_PV_INFO, ours], version=2)
+    assert ("record-misplaced", ours) in wrong([ours], Guest.HVM)
 
 
 def test_optional_records_have_bit_31() -> None:

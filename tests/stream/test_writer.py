@@ -113,6 +113,14 @@ def test_a_domain_comes_out_byte_for_byte(kind: Kind, width: Any) -> None:
     assert again(data) == data
 
 
+def test_so_does_one_whose_leaves_are_named_by_runs() -> None:
+    domain = pv_domain(pfns=range(40))
+    stream = domain.to_stream("libxc").replace(
+        "X86_PV_P2M_FRAMES", W.p2m_leaves(1 << 40, (0, 2, 7), (2, (1 << 31) - 2, 9))
+    )
+    assert again(bytes(stream)) == bytes(stream)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_so_does_an_hvm_domain_with_its_device_model(kind: Kind) -> None:
     data = bytes(hvm_stream(str(kind)))

@@ -42,6 +42,7 @@ RECORDS = (
     "X86_PV_VCPU_XSAVE", "SHARED_INFO", "X86_TSC_INFO", "HVM_CONTEXT", "HVM_PARAMS", "TOOLSTACK", "X86_PV_VCPU_MSRS",
     "VERIFY", "CHECKPOINT", "CHECKPOINT_DIRTY_PFN_LIST", "STATIC_DATA_END", "X86_CPUID_POLICY", "X86_MSR_POLICY",
 )  # fmt: skip
+OURS = {0x7870_0001: "XENPV_P2M_LEAVES"}  # docs/stream.md
 LIBXL_RECORDS = (
     "END", "LIBXC_CONTEXT", "EMULATOR_XENSTORE_DATA", "EMULATOR_CONTEXT", "CHECKPOINT_END", "CHECKPOINT_STATE",
 )  # fmt: skip
@@ -117,7 +118,8 @@ class Wire:
 
     def record(self, kind: int, body: bytes = b"", *, length: int | None = None, padding: bytes = b"") -> Piece:
         """A libxc record of any type. ``length`` lies about the body's, ``padding`` takes the place of zeroes."""
-        name = RECORDS[kind] if kind < len(RECORDS) else f"{'optional ' if kind & OPTIONAL else ''}record {kind:#x}"
+        unknown = f"{'optional ' if kind & OPTIONAL else ''}record {kind:#x}"
+        name = RECORDS[kind] if kind < len(RECORDS) else OURS.get(kind, unknown)
         return Piece(name, self._record(kind, body, length, padding))
 
     def _record(self, kind: int, body: bytes, length: int | None = None, padding: bytes = b"") -> bytes:
@@ -161,6 +163,11 @@ class Wire:
         """``end`` is included."""
         words = np.asarray(pfns, np.uint64).astype(">u8" if self.big_endian else "<u8")
         return self._named("X86_PV_P2M_FRAMES", self.pack("II", start, end) + words.tobytes())
+
+    def p2m_leaves(self, entries: int, *runs: tuple[int, int, int]) -> Piece:
+        """Runs of (first place, places, pfn of the frame in all of them)."""
+        words = [entries, *(word for run in runs for word in run)]
+        return self.record(0x7870_0001, self.pack(f"{len(words)}Q", *words))
 
     def vcpu_basic(self, vcpu: int, context: bytes, *, reserved: int = 0) -> Piece:
         return self._named("X86_PV_VCPU_BASIC", self.pack("II", vcpu, reserved) + context)

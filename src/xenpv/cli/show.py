@@ -93,7 +93,7 @@ def _config(config: Any) -> dict[str, Any]:
 def _pv(saved: SavedDomain) -> dict[str, Any]:
     contents = saved.contents
     anchors = saved.anchors
-    p2m: dict[str, Any] = {"end_pfn": contents.end_pfn, "frames": len(contents.p2m_frames)}
+    p2m: dict[str, Any] = {"end_pfn": contents.end_pfn, "frames": saved.p2m.places}
     if anchors is not None:
         p2m |= {
             "form": anchors.names,

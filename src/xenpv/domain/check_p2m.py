@@ -16,6 +16,8 @@ from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, U64, PageType, type_name
 from xenpv.memory.anchors import Anchors, Way
 from xenpv.memory.p2m import P2M, is_own
+from xenpv.memory.radix import Runs, counting
+from xenpv.stream.records import X86PVP2MFrames
 
 _NO_PLACES = np.empty(0, np.int64)
 _MAXMEM_SLACK = 256  # pages: libxl lets a domain have 1 MiB above its maxmem (LIBXL_MAXMEM_CONSTANT)
@@ -33,46 +35,60 @@ def check_p2m(saved: SavedDomain, findings: Findings, config: Config | None) -> 
 
 def _frames(saved: SavedDomain, findings: Findings) -> I64:
     """What update_guest_p2m() demands of every frame, and that no frame is there twice; gives the places that fail."""
-    frames = saved.contents.p2m_frames
-    record = saved.contents.p2m_record
+    record, p2m = saved.contents.p2m_record, saved.p2m
     if record is None:
         return _NO_PLACES
-    if record.start_pfn % saved.p2m.per_leaf:
+    if isinstance(record, X86PVP2MFrames) and record.start_pfn % p2m.per_leaf:
         what = f"start pfn {record.start_pfn:#x} is within a p2m frame"
         findings.add(rules.P2M_START, what, offset=record.offset, record=record.name)
-    types = saved.frames.types(frames)
-    beyond = frames > np.uint64(saved.contents.end_pfn)
+    holes = _places(saved, p2m.holes)
+    findings.add_each(rules.P2M_FRAME, holes, lambda i: (f"p2m_frame_list[{i}] was never sent", _place(saved, i)))
+    leaves = p2m.leaves
+    types = saved.frames.types(leaves.frame)
+    beyond = leaves.frame > np.uint64(saved.contents.end_pfn)
     wrong = beyond | (types != PageType.NOTAB)
     if not saved.pages_complete:
         wrong &= types != ABSENT
-    first = record.start_pfn // saved.p2m.per_leaf
-
-    def place(i: int) -> dict[str, Any]:
-        at = i - first
-        offset = record.offset + 16 + at * 8 if 0 <= at < len(record.p2m_pfns) else None
-        return {"offset": offset, "record": record.name, "pfn": int(frames[i]), "entry": i}
 
     def describe_bad(at: np.int64) -> tuple[str, dict[str, Any]]:
-        i, pfn = int(at), int(frames[at])
-        if frames[i] == NO_FRAME:
-            return f"p2m_frame_list[{i}] was never sent", place(i)
-        if beyond[i]:
+        i, row = int(at), int(np.searchsorted(leaves.first, at, "right")) - 1
+        pfn = int(leaves.frame[row])
+        if beyond[row]:
             end = saved.contents.end_pfn
-            return f"pfn ({pfn:#x}) for p2m_frame_list[{i}] out of range (last pfn {end:#x})", place(i)
-        if IS_POPULATED[types[i]]:
-            return f"pfn ({pfn:#x}) for p2m_frame_list[{i}] has bad type {type_name(int(types[i]))}", place(i)
-        return f"p2m_frame_list[{i}] (pfn {pfn:#x}) has bad mfn: the stream has no such page", place(i)
+            return f"pfn ({pfn:#x}) for p2m_frame_list[{i}] out of range (last pfn {end:#x})", _place(saved, i)
+        if IS_POPULATED[types[row]]:
+            return f"pfn ({pfn:#x}) for p2m_frame_list[{i}] has bad type {type_name(int(types[row]))}", _place(saved, i)
+        return f"p2m_frame_list[{i}] (pfn {pfn:#x}) has bad mfn: the stream has no such page", _place(saved, i)
 
     def describe_again(two: tuple[np.int64, np.int64]) -> tuple[str, dict[str, Any]]:
         i, other = int(two[0]), int(two[1])
-        what = f"p2m_frame_list[{i}] and [{other}] are both pfn {int(frames[i]):#x}, and hold pages of the domain"
-        return what, place(i)
+        pfn = int(leaves.frame_of(np.array([i]))[0])
+        what = f"p2m_frame_list[{i}] and [{other}] are both pfn {pfn:#x}, and hold pages of the domain"
+        return what, _place(saved, i)
 
-    bad = np.flatnonzero(wrong)
+    bad = _places(saved, leaves[wrong])
     findings.add_each(rules.P2M_FRAME, bad, describe_bad)
     again, first_place = _shared(saved)
     findings.add_each(rules.P2M_REPEATED, np.column_stack([again, first_place]), describe_again)
-    return np.union1d(bad, again)
+    return np.union1d(np.union1d(holes, bad), again)
+
+
+def _places(saved: SavedDomain, runs: Runs) -> I64:
+    """The places of some runs of the p2m: all that X86_PV_P2M_FRAMES named, one by one; else the first of each run."""
+    each = isinstance(saved.contents.p2m_record, X86PVP2MFrames)
+    return counting(runs.first, runs.count) if each else runs.first
+
+
+def _place(saved: SavedDomain, i: np.int64 | int) -> dict[str, Any]:
+    """Where in the last record a place of the p2m is named."""
+    record = saved.contents.p2m_record
+    assert record is not None
+    offset = None
+    if isinstance(record, X86PVP2MFrames):
+        at = int(i) - record.start_pfn // saved.p2m.per_leaf
+        offset = record.offset + 16 + at * 8 if 0 <= at < len(record.p2m_pfns) else None
+    pfn = int(saved.p2m.leaves.frame_of(np.array([i]))[0])
+    return {"offset": offset, "record": record.name, "pfn": pfn, "entry": int(i)}
 
 
 def _shared(saved: SavedDomain) -> tuple[I64, I64]:
@@ -82,33 +98,37 @@ def _shared(saved: SavedDomain) -> tuple[I64, I64]:
     nothing there again and again. Only where a part with pages shares its frame will one overwrite the other. Of
     several such parts with one frame the first is not named.
     """
-    frames = saved.contents.p2m_frames
-    first = saved.p2m.distinct.first
-    if len(first) == np.count_nonzero(frames != NO_FRAME):
+    leaves, shared = saved.p2m.leaves, saved.p2m.distinct
+    shared = shared[shared.count > 1]
+    if not len(shared):
         return _NO_PLACES, _NO_PLACES
-    first = first[np.argsort(frames[first])]
-    at = np.minimum(np.searchsorted(frames[first], frames), len(first) - 1)  # which frame stands in each place
-    last = np.zeros(len(first), np.int64)
-    last[at] = np.arange(len(frames))
+    shared = shared[np.argsort(shared.frame)]
+    last = np.zeros(len(shared), np.int64)
+    row = np.minimum(np.searchsorted(shared.frame, leaves.frame), len(shared) - 1)
+    mine = shared.frame[row] == leaves.frame
+    last[row[mine]] = (leaves.first + leaves.count - 1)[mine]
     parts = _parts_with_pages(saved)
-    parts = parts[(frames[parts] != NO_FRAME) & (np.bincount(at)[at[parts]] > 1)]
-    _, first_part, sharing = np.unique(at[parts], return_index=True, return_counts=True)
+    frames = leaves.frame_of(parts)
+    at = np.minimum(np.searchsorted(shared.frame, frames), len(shared) - 1)
+    parts, at = parts[shared.frame[at] == frames], at[shared.frame[at] == frames]
+    _, first_part, sharing = np.unique(at, return_index=True, return_counts=True)
+    of = np.delete(at, first_part[sharing > 1])
     wrong = np.delete(parts, first_part[sharing > 1])
-    other = first[at[wrong]]
-    return wrong, np.where(other == wrong, last[at[wrong]], other)
+    other = shared.first[of]
+    return wrong, np.where(other == wrong, last[of], other)
 
 
 def _parts_with_pages(saved: SavedDomain) -> I64:
     """The numbers of the p2m frames, ascending, whose part of the domain has populated pages."""
-    per_frame, frames = saved.p2m.per_leaf, len(saved.contents.p2m_frames)
+    per_frame, frames = np.uint64(saved.p2m.per_leaf), saved.p2m.places
     start, pages, kind = saved.contents.index.extents
     mine = IS_POPULATED[kind]
-    first = (start[mine] // np.uint64(per_frame)).astype(np.int64)
-    last = ((start[mine] + pages[mine].astype(np.uint64) - np.uint64(1)) // np.uint64(per_frame)).astype(np.int64)
-    depth = np.zeros(frames + 1, np.int64)
-    np.add.at(depth, np.minimum(first, frames), 1)
-    np.add.at(depth, np.minimum(last + 1, frames), -1)
-    return np.flatnonzero(np.cumsum(depth[:frames]) > 0)
+    first = (start[mine] // per_frame).astype(np.int64)
+    last = ((start[mine] + pages[mine].astype(np.uint64) - np.uint64(1)) // per_frame).astype(np.int64)
+    first, last = first[first < frames], np.minimum(last[first < frames], frames - 1)
+    # Extents ascend, and one may begin in the part that the one before it ends in.
+    first = np.maximum(first, np.append(-1, np.maximum.accumulate(last))[: len(first)] + 1)
+    return counting(first, np.maximum(last - first + 1, 0))
 
 
 def _extent(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
@@ -138,7 +158,7 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
     if not anchors.ways:
         what = f"neither p2m_cr3 nor pfn_to_mfn_frame_list_list ({anchors.frame_list_list:#x}) leads to a p2m"
         findings.add(rules.P2M_ANCHOR, what, **place)
-    frames, reach = saved.contents.p2m_frames, replace(anchors, max_pfn=p2m.entries)
+    reach = replace(anchors, max_pfn=p2m.entries)
     for way in anchors.ways:
         try:
             walked = P2M.walk(reach, way, p2m.read, p2m.pfns_of)
@@ -150,16 +170,22 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
             what = f"{way.name}: its table at pfn {lost.frame:#x} had gone by before it was known to be one"
             findings.add(rules.NOT_CHECKED, what, **place)
             continue
-        found = walked.leaves.frame_of(np.arange(len(frames)))
+        found, named = walked.leaves, p2m.leaves
+        only_named = named.apart(found)
+        only_named = only_named[found.frame_of(only_named.first) == NO_FRAME]
+        differ = np.append(_places(saved, found.apart(named)), _places(saved, only_named))
 
-        def describe(at: np.int64, way: Way = way, found: U64 = found) -> tuple[str, dict[str, Any]]:
-            by_guest = "a hole" if found[at] == NO_FRAME else f"pfn {int(found[at]):#x}"
-            what = f"{way.name}: entry {at} is {by_guest}, the stream's p2m frame is pfn {int(frames[at]):#x}"
+        def describe(
+            at: np.int64, way: Way = way, found: Runs = found, named: Runs = named
+        ) -> tuple[str, dict[str, Any]]:
+            one = np.array([at])
+            guests, ours = int(found.frame_of(one)[0]), int(named.frame_of(one)[0])
+            by_guest = "a hole" if guests == int(NO_FRAME) else f"pfn {guests:#x}"
+            what = f"{way.name}: entry {at} is {by_guest}, the stream's p2m frame is pfn {ours:#x}"
             return what, {**place, "entry": int(at)}
 
-        differ = np.flatnonzero(found != frames)
-        findings.add_each(rules.P2M_ANCHOR, differ, describe)
-        if len(differ) * 2 < len(found):  # else it is the anchor that is to be doubted
+        findings.add_each(rules.P2M_ANCHOR, np.sort(differ), describe)
+        if len(differ) * 2 < len(_places(saved, named)):  # else it is the anchor that is to be doubted
             doubtful = np.union1d(doubtful, differ)
     return doubtful
 
@@ -169,10 +195,9 @@ def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
 
     What stands in ``doubtful`` places of the p2m is not the p2m's, perhaps, and would give a finding for each entry.
     """
-    frames_of_p2m = saved.contents.p2m_frames
     places = np.union1d(saved.p2m.distinct.first, _parts_with_pages(saved))
     places = np.setdiff1d(places, doubtful, assume_unique=True)
-    frames = frames_of_p2m[places]
+    frames = saved.p2m.leaves.frame_of(places)
     gone = ~saved.frames.kept(frames) & HAS_DATA[saved.frames.types(frames)]
     if not saved.source.seekable and saved.pages_complete and np.any(gone):
         what = "frames of the p2m had gone by before a record named them: what they map was not compared"
@@ -211,7 +236,7 @@ def _describe_entry(saved: SavedDomain, rule: Rule, entry: U64) -> tuple[str, di
 def _offset_of_entry(saved: SavedDomain, pfn: int) -> int | None:
     """The byte offset of a pfn's p2m entry."""
     place, entry = divmod(pfn, saved.p2m.per_leaf)
-    frame = int(saved.contents.index.offsets(saved.contents.p2m_frames[place : place + 1])[0])
+    frame = int(saved.contents.index.offsets(saved.p2m.leaves.frame_of(np.array([place])))[0])
     return frame + entry * saved.contents.width if frame >= 0 else None
 
 

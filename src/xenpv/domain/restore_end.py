@@ -166,7 +166,7 @@ class RestoreEnd:
 
     def _leaves(self) -> Runs:
         """The pfns of the p2m's leaves, as the stream has them."""
-        return Runs.of(self.contents.p2m_frames)
+        return Runs(*self.contents.p2m_runs)
 
     def _p2m(self) -> None:
         """Fill the p2m's leaves with what the domain has now; every other pfn has INVALID_MFN.

@@ -83,6 +83,7 @@ def save(
     suspend: Callable[[], None] | None = None,
     live: Precopy | None = None,
     progress: Progress | None = None,
+    stock: bool = True,
 ) -> Summary:
     """Write a domain to ``sink``: one that has suspended, and whatever it is does not run; or, with ``suspend``, one
     that is made to.
@@ -91,7 +92,8 @@ def save(
     of it is written; what it raises ends the save. It returns once the domain has shut down to be saved. Nothing here
     lets it run again: the caller does, who knows what became of the copy. ``envelope``: xl's file with ``config`` in
     it, JSON as libxl_domain_config_to_json() makes it (a file without it restores with xl restore CONFIG FILE), or a
-    bare libxl or libxc stream.
+    bare libxl or libxc stream. ``stock``: that any restorer is to understand it; without, the stream has a record of
+    xenpv's own where that is shorter, and where nothing else will do: for pfns from 2^32 on (docs/stream.md).
 
     Raises, before the sink has anything, RequestError for what cannot be asked for, GuestError for what the guest has
     that cannot be saved, HostError when Xen says no; and, when it has had something, GuestError for a page table that
@@ -105,10 +107,10 @@ def save(
     version = host.version()
     writer = Writer(envelope, xen=(version.major, version.minor), config=config)
     meter = Meter(progress, live.bandwidth if live is not None else None)
-    return _Save(look(host, domid, follows=live is not None), sink, writer, meter, suspend).run(live)
+    return _Save(look(host, domid, follows=live is not None, stock=stock), sink, writer, meter, suspend).run(live)
 
 
-def look(host: Mover, domid: DomId, *, follows: bool = False) -> SavedP2M:
+def look(host: Mover, domid: DomId, *, follows: bool = False, stock: bool = True) -> SavedP2M:
     """What would be saved of a domain, which may run: its p2m, looked at and counted. Raises as save() does if it
     cannot be saved, as far as that is seen without stopping it.
     """
@@ -116,7 +118,7 @@ def look(host: Mover, domid: DomId, *, follows: bool = False) -> SavedP2M:
     for cannot, why in ((info.hvm, "is an HVM domain; PV domains are saved"), (info.dying, "is dying")):
         if cannot:
             raise RequestError(f"dom{domid}" + (f" ({info.name})" if info.name else "") + f" {why}")
-    p2m = SavedP2M(host, domid, follows=follows)
+    p2m = SavedP2M(host, domid, follows=follows, stock=stock)
     p2m.look()
     p2m.count()
     return p2m

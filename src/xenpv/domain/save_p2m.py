@@ -16,7 +16,7 @@ from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, U64, DomId
 from xenpv.host import Mover
 from xenpv.memory.p2m import P2M, Leaves, is_own
 from xenpv.memory.radix import Runs
-from xenpv.stream.records import X86PVP2MFrames
+from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 
 PFNS_MAX = 1 << 32  # X86_PV_P2M_FRAMES counts them in 32 bits
 PFNS_AT_ONCE = 1 << 16
@@ -45,14 +45,17 @@ class SavedP2M:
     live: LiveDomain
     p2m: P2M
 
-    def __init__(self, host: Mover, domid: DomId, *, follows: bool = False) -> None:
+    def __init__(self, host: Mover, domid: DomId, *, follows: bool = False, stock: bool = True) -> None:
+        """``stock``: that any restorer is to understand it, not only ours."""
         self.host = host
         self.domid = domid
         self.follows = follows
+        self.stock = stock
         self.foreign = self.identity = self.total = 0
         self.gone = np.empty(0, np.uint64)
         self.frames_moved = False
         self.told = 0  # entries that a receiver knows of: it cannot know of fewer again
+        self._as_runs = False
         self._told = Runs.of(np.empty(0, np.uint64))  # the pfn of each leaf that it knows
         self._remembered = np.empty((0, 0), np.uint32)  # of the leaves of p2m.distinct, in their order
         self._left = np.empty(0, np.uint32)  # frames that some pfn has lost
@@ -70,8 +73,9 @@ class SavedP2M:
             try:
                 self._take(live)
             except GuestError as e:
-                tries = _TRIES if isinstance(e, _Unsettled) else _TRIES_OTHERWISE
-                if tried >= tries or live.info.paused or live.info.shutdown:
+                if tried == _TRIES or live.info.paused or live.info.shutdown:
+                    raise
+                if tried >= _TRIES_OTHERWISE and not isinstance(e, _Unsettled) and live.look() == live.anchors:
                     raise
                 time.sleep(_NAP)
             else:
@@ -90,7 +94,7 @@ class SavedP2M:
         if not anchors.max_pfn:
             raise GuestError(f"{name}: its p2m has no entries: arch.max_pfn is 0")
         p2m = self._up_to_its_end(live)
-        _check(live, p2m)
+        _check(live, p2m, stock=self.stock or (self.told > 0 and not self._as_runs))
         leaf_pfns = _leaf_pfns(live, p2m)
         if live.look() != anchors:
             raise _Unsettled(f"{name}: its p2m was changed while it was walked, and does not settle")
@@ -211,11 +215,12 @@ class SavedP2M:
 
     # --- where its leaves are ----------------------------------------------------------------------------------------
 
-    def record(self) -> X86PVP2MFrames | None:
+    def record(self) -> X86PVP2MFrames | P2MLeaves | None:
         """The pfns of its leaves from the first to the last that is news to a receiver; None when nothing is.
 
         It may come any number of times: what names a place last counts (xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c
-        handle_x86_pv_p2m_frames(), expand_p2m()).
+        handle_x86_pv_p2m_frames(), expand_p2m()). Where stock restorers need not understand it, it is the record that
+        names leaves by runs, always whole, unless the other is shorter.
         """
         p2m, distinct = self.p2m, self.p2m.distinct
         order = np.argsort(distinct.frame)
@@ -227,7 +232,12 @@ class SavedP2M:
             begin, end = min(begin, p2m.places - 1), p2m.places
         if begin >= end:
             return None
+        runs = None if self.stock else _runs(leaves)
+        if runs is not None and not self.told:  # a stream has the one or the other
+            self._as_runs = p2m.entries > PFNS_MAX or runs.nbytes < 8 * p2m.places
         self._told, self.told = leaves, p2m.entries
+        if runs is not None and self._as_runs:
+            return P2MLeaves(entries=p2m.entries, raw=runs.astype("<u8").reshape(-1).view(np.uint8).data)
         some = leaves.below(end)
         counts = np.minimum(some.count, np.maximum(some.first + some.count - begin, 0))
         raw = np.repeat(some.frame, counts).astype("<u8", copy=False)  # 64 MiB of a domain that reaches 16 TiB
@@ -235,11 +245,12 @@ class SavedP2M:
         return X86PVP2MFrames(start_pfn=begin * p2m.per_leaf, end_pfn=last, raw=raw.view(np.uint8).data)
 
 
-def _check(live: LiveDomain, p2m: P2M) -> None:
+def _check(live: LiveDomain, p2m: P2M, *, stock: bool) -> None:
     name = live.name
-    if p2m.entries > PFNS_MAX:
+    if stock and p2m.entries > PFNS_MAX:
         what = f"{name}: its p2m reaches pfn {p2m.entries - 1:#x}; a stream has pfns up to {PFNS_MAX - 1:#x} (16 TiB)"
-        raise RequestError(what, needed=p2m.entries, available=PFNS_MAX)
+        way = "a record of xenpv's own holds more (stock=False), for xenpv to restore and nobody else"
+        raise RequestError(f"{what}: {way}", needed=p2m.entries, available=PFNS_MAX)
     for table in p2m.unreadable:
         where = f"the table at mfn {table.frame:#x}, {table.level} above the leaves"
         raise GuestError(f"{name}: its p2m cannot be read: {where}")
@@ -257,6 +268,13 @@ def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:
     for bad in np.flatnonzero(pfns == NO_FRAME)[:1].tolist():
         raise bad_mfn(live, f"p2m_frame_list[{int(distinct.first[bad])}]", int(distinct.frame[bad]))
     return pfns
+
+
+def _runs(leaves: Runs) -> U64:
+    """As XENPV_P2M_LEAVES has them."""
+    begins = np.flatnonzero(np.append(True, leaves.frame[1:] != leaves.frame[:-1]))  # a walk ends runs with its tables
+    count = np.add.reduceat(leaves.count, begins).astype(np.uint64)
+    return np.column_stack([leaves.first[begins].astype(np.uint64), count, leaves.frame[begins]])
 
 
 def _folded(mfns: U64) -> npt.NDArray[np.uint32]:

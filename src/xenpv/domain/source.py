@@ -31,7 +31,7 @@ from xenpv.stream.events import Pages
 from xenpv.stream.index import PageIndex
 from xenpv.stream.pagedata import PFN_MASK, PageData
 from xenpv.stream.reader import FaultHandler, Reader
-from xenpv.stream.records import X86PVP2MFrames
+from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 
 _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
 
@@ -95,7 +95,8 @@ class SavedDomain:
         self._kind = kind
         self._spool: int | None = None
         self._kept = self.contents.index
-        self._p2m_pages: tuple[X86PVP2MFrames | None, U64] = None, np.empty(0, np.uint64)
+        self._p2m_pages: tuple[X86PVP2MFrames | P2MLeaves | None, U64] = None, np.empty(0, np.uint64)
+        self._p2m: tuple[X86PVP2MFrames | P2MLeaves | None, P2M] | None = None  # by which record
         self.frames = FilePages(source.fd, self._kept, self.contents.index, source.start)
 
     @classmethod
@@ -178,7 +179,7 @@ class SavedDomain:
         """Which of these pages a P2M_FRAMES record named so far."""
         record, frames = self._p2m_pages
         if record is not self.contents.p2m_record:
-            frames = np.unique(self.contents.p2m_frames)
+            frames = np.unique(self.contents.p2m_runs[2])
             self._p2m_pages = self.contents.p2m_record, frames
         if not len(frames):
             return np.zeros(len(pfns), np.bool_)
@@ -251,9 +252,12 @@ class SavedDomain:
 
     @property
     def p2m(self) -> P2M:
-        """The p2m by the frames that X86_PV_P2M_FRAMES names; its content is the mfns of the host that saved."""
+        """The p2m by the frames that the stream names; its content is the mfns of the host that saved."""
         contents = self.contents
-        return P2M(contents.width, contents.end_pfn + 1, Runs.of(contents.p2m_frames), reading(self.frames))
+        if self._p2m is None or self._p2m[0] is not contents.p2m_record:
+            p2m = P2M(contents.width, contents.end_pfn + 1, Runs(*contents.p2m_runs), reading(self.frames))
+            self._p2m = contents.p2m_record, p2m
+        return self._p2m[1]
 
 
 def _may_be_frame_list(pages: U8, width: Width) -> Mask:

@@ -8,7 +8,7 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
-from xenpv.frames import NO_FRAME, PAGE_SIZE, U64
+from xenpv.frames import I64, NO_FRAME, PAGE_SIZE, U64
 from xenpv.stream import libxl, records
 from xenpv.stream.envelope import Envelope
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
@@ -58,8 +58,8 @@ class Contents:
     image: ImageHeader | None = None
     domain: DomainHeader | None = None
     pv_info: records.X86PVInfo | None = None
-    p2m_record: records.X86PVP2MFrames | None = None  # the last one
-    p2m_frames: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
+    p2m_record: records.X86PVP2MFrames | records.P2MLeaves | None = None  # the last one
+    p2m_frames: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # what X86_PV_P2M_FRAMES named, by place
     end_pfn: int = -1
     index: PageIndex = field(default_factory=PageIndex)
     vcpus: dict[int, Vcpu] = field(default_factory=dict)
@@ -102,6 +102,8 @@ class Contents:
                 self._take_pv_info(event)
             case records.X86PVP2MFrames():
                 self._place_p2m_frames(event)
+            case records.P2MLeaves():
+                self.p2m_record, self.end_pfn = event, event.end_pfn
             case records.VcpuBlob():
                 vcpu = self.vcpus.setdefault(event.vcpu_id, Vcpu())
                 setattr(vcpu, _VCPU_SLOT[type(event)], event)
@@ -125,6 +127,19 @@ class Contents:
                 self.complete = True
         length = event.length if isinstance(event, records.Record | Envelope | SectionHeader) else 0
         self.runs.append(Run(event.offset, event.name, length))
+
+    @property
+    def p2m_runs(self) -> tuple[I64, I64, U64]:
+        """The p2m's leaves, whichever record named them: runs of places that one leaf stands in, ascending: the first
+        place, how many, and the leaf's pfn. Places that no record named are in none.
+        """
+        if isinstance(self.p2m_record, records.P2MLeaves):
+            return self.p2m_record.runs
+        frames = self.p2m_frames
+        starts = np.flatnonzero(np.append(True, frames[1:] != frames[:-1])[: len(frames)])
+        count = np.diff(np.append(starts, len(frames)))
+        there = frames[starts] != NO_FRAME
+        return starts[there], count[there], frames[starts][there]
 
     def _take_pv_info(self, event: records.X86PVInfo) -> None:
         """The first one counts, as for a restorer; contexts that came before it may have been of another width."""

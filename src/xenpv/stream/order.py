@@ -38,6 +38,8 @@ class Type(IntEnum):
     STATIC_DATA_END = 0x10
     X86_CPUID_POLICY = 0x11
     X86_MSR_POLICY = 0x12
+    # Ours: mandatory, so that whoever does not know it refuses the stream, and far above what Xen counts up from 0.
+    XENPV_P2M_LEAVES = 0x7870_0001
 
 
 OPTIONAL = 0x8000_0000  # the bit that lets a receiver pass over a record that it does not know
@@ -70,7 +72,10 @@ PLACES: dict[Type, Place] = {
     Type.X86_CPUID_POLICY: Place(since=3, not_after=_STATIC),
     Type.X86_MSR_POLICY: Place(since=3, not_after=_STATIC),
     Type.STATIC_DATA_END: Place(since=3, once=True, needed=ANY),
-    Type.X86_PV_P2M_FRAMES: Place(PV, after=(Type.X86_PV_INFO, *_STATIC), needed=PV),
+    Type.X86_PV_P2M_FRAMES: Place(
+        PV, after=(Type.X86_PV_INFO, *_STATIC), not_after=(Type.XENPV_P2M_LEAVES,), needed=PV
+    ),
+    Type.XENPV_P2M_LEAVES: Place(PV, since=3, after=(Type.X86_PV_INFO, *_STATIC), not_after=(Type.X86_PV_P2M_FRAMES,)),
     Type.PAGE_DATA: Place(after=(Type.X86_PV_INFO, Type.X86_PV_P2M_FRAMES, *_STATIC), needed=ANY),
     Type.X86_TSC_INFO: Place(),
     Type.SHARED_INFO: Place(PV, after=(Type.X86_PV_INFO, *_STATIC), needed=PV),
@@ -89,6 +94,8 @@ PLACES: dict[Type, Place] = {
 # In a stream of version 2: "infer the position of STATIC_DATA_END based on finding the first X86_PV_P2M_FRAMES record
 # (for PV guests), or PAGE_DATA record (for HVM guests)".
 _ENDS_STATIC_DATA = {Guest.PV: Type.X86_PV_P2M_FRAMES, Guest.HVM: Type.PAGE_DATA}
+
+_INSTEAD = {Type.X86_PV_P2M_FRAMES: Type.XENPV_P2M_LEAVES}  # what serves as well
 
 _WHY_NOWHERE = {
     Type.TOOLSTACK: "TOOLSTACK is deprecated and no restorer takes it",
@@ -124,7 +131,7 @@ class Order:
         if place.once and record in self.seen:
             wrong.append((rules.REPEATED, f"a second {name}"))
         after = [needed for needed in place.after if self.guest in PLACES[needed].guests]
-        missing = [needed.name for needed in after if needed not in self.seen]
+        missing = [needed.name for needed in after if not self._came(needed)]
         if missing and record not in self.seen:  # once said is enough
             wrong.append((rules.ORDER, f"{name} before {' and '.join(missing)}"))
         late = [other.name for other in place.not_after if other in self.seen]
@@ -137,4 +144,8 @@ class Order:
 
     def missing(self) -> list[Type]:
         """The records that a domain of this type needs and that have not come."""
-        return [record for record, place in PLACES.items() if self.guest in place.needed and record not in self.seen]
+        needed = (record for record, place in PLACES.items() if self.guest in place.needed)
+        return [record for record in needed if not self._came(record)]
+
+    def _came(self, record: Type) -> bool:
+        return record in self.seen or _INSTEAD.get(record) in self.seen

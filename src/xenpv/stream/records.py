@@ -18,10 +18,11 @@ from xenpv.stream.fields import Buffer, Context, Fields, swapped_words
 from xenpv.stream.order import Type
 
 if TYPE_CHECKING:
-    from xenpv.frames import U64
+    from xenpv.frames import I64, U64
 
 RECORD_LENGTH_MAX = 128 << 20  # REC_LENGTH_MAX
 BLOB_MAX = 1 << 20  # far above any vcpu or policy blob that Xen makes (an xsave area is some 11 KiB)
+PFN_MAX = (1 << 52) - 1  # that an entry of PAGE_DATA can name
 VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS for PV, 64-bit
 
 
@@ -180,6 +181,64 @@ class X86PVP2MFrames(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class P2MLeaves(Record):
+    """The frames that hold the p2m's ``entries``, in runs: docs/stream.md. A later record replaces all of it.
+
+    ``raw`` is the runs, three words of 64 bits each, little-endian: the first place, how many places, and the pfn of
+    the frame that stands in all of them.
+    """
+
+    TYPE = Type.XENPV_P2M_LEAVES
+    LENGTH = range(8 + 24, RECORD_LENGTH_MAX + 1)
+    FIELDS = Fields(entries=8)
+    BLOB = "raw"
+    entries: int
+    raw: Buffer = field(repr=False)
+
+    @property
+    def end_pfn(self) -> int:
+        return self.entries - 1
+
+    @property
+    def runs(self) -> tuple[I64, I64, U64]:
+        """First place, number of places and pfn of each run."""
+        import numpy as np  # noqa: PLC0415
+
+        first, count, pfn = np.frombuffer(self.raw, "<u8").reshape(-1, 3).T
+        return first.astype(np.int64), count.astype(np.int64), pfn.astype(np.uint64)
+
+    @classmethod
+    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
+        entries, raw = cls.FIELDS.unpack(body, ctx.order)[0], bytes(body[8:])
+        if ctx.order == ">" and len(raw) % 8 == 0:
+            raw = swapped_words(raw)
+        record = cls(offset=offset, length=len(body), entries=entries, raw=raw)
+        return record if record.check(ctx) else None
+
+    def check(self, ctx: Context) -> bool:
+        import numpy as np  # noqa: PLC0415
+
+        if len(self.raw) % 24:
+            ctx.fault(rules.RECORD_SIZE, f"XENPV_P2M_LEAVES: {len(self.raw)} bytes are no runs of 24 each")
+            return False
+        first, count, pfn = np.frombuffer(self.raw, "<u8").reshape(-1, 3).T
+        most = np.uint64(PFN_MAX)
+        sound = (first <= most) & (count > 0) & (count <= most) & (pfn <= most)
+        sound[0] &= first[0] == 0
+        sound[1:] &= first[1:] == first[:-1] + count[:-1]
+        for at in np.flatnonzero(~sound)[:1].tolist():
+            words = ", ".join(f"{int(n):#x}" for n in (first[at], count[at], pfn[at]))
+            ctx.fault(rules.P2M_RANGE, f"XENPV_P2M_LEAVES: run {at} ({words}) does not follow the one before it")
+            return False
+        places, end = -(-self.entries * (ctx.width or 8) // PAGE_SIZE), int(first[-1]) + int(count[-1])
+        if places != end or self.entries > PFN_MAX + 1:
+            what = f"XENPV_P2M_LEAVES: {self.entries:#x} entries take {places:#x} leaves, not {end:#x}"
+            ctx.fault(rules.P2M_RANGE, what)
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VcpuBlob(Record):
     """One vcpu's state as a pair of domctls gives and takes it."""
 
@@ -333,6 +392,7 @@ class CheckpointDirtyPfnList(Opaque):
 _ALL: tuple[type[Record], ...] = (
     End, X86PVInfo, X86PVP2MFrames, VcpuBasic, VcpuExtended, VcpuXsave, SharedInfo, X86TscInfo, HvmContext,
     HvmParams, Toolstack, VcpuMsrs, Verify, Checkpoint, CheckpointDirtyPfnList, StaticDataEnd, CpuidPolicy, MsrPolicy,
+    P2MLeaves,
 )  # fmt: skip
 LIBXC = {cls.TYPE: cls for cls in _ALL}
 
@@ -341,7 +401,7 @@ def learn(ctx: Context, record: Record) -> None:
     """Keep what a record says of those behind it."""
     if isinstance(record, X86PVInfo):
         ctx.width = ctx.width or record.guest_width  # a second one is a fault, and the first counts
-    elif isinstance(record, X86PVP2MFrames):
+    elif isinstance(record, X86PVP2MFrames | P2MLeaves):
         ctx.max_pfn = max(ctx.max_pfn or 0, record.end_pfn)
 
 
