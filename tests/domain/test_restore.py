@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +29,13 @@ from tests.host.restored import restored as restored_without
 from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
 from tests.writers.envelopes import config_json, wrap
-from tests.writers.stream import BROKEN, NOTAB, PAGE, XALLOC, XTAB, Piece, Stream, Wire
+from tests.writers.stream import NOTAB, PAGE, Stream, Wire
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SIF_INITDOMAIN, SIF_MOD_START_PFN, SIF_PRIVILEGED, SIF_VIRT_P2M_4TOOLS
 from xenpv.domain.input import Input
-from xenpv.domain.restore import Restored, restore, restore_domain
+from xenpv.domain.restore import Restored, restore
 from xenpv.domain.save import save
-from xenpv.frames import U64, DomId
 from xenpv.host.model import ModelHost
 from xenpv.memory.p2m import entries_in
 from xenpv.stream.envelope import Kind
@@ -204,186 +201,6 @@ def test_without_a_configuration_a_file_shows_what_is_needed() -> None:
     host, restored = made(domain.to_stream("libxc"))
     info = host.info(restored.domid)
     assert (info.max_vcpu, info.max_pages, info.name) == (2, len(domain.types) - 1 + 256, None)
-
-
-class Watched(ModelHost):
-    """A host that keeps what memory it was asked for, has only so many extents, and maps no frame twice at once."""
-
-    extents = 1 << 30
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int]] = []
-        super().__init__(1 << 30, seed=4)
-
-    def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
-        if domid:
-            self.asked.append((order, len(pfns)))
-            if order:
-                pfns = pfns[: self.extents]
-                self.extents -= len(pfns)
-        return super().populate_physmap(domid, pfns, order)
-
-    def map_writable(self, domid: DomId, mfns: U64) -> Any:
-        assert len(np.unique(mfns)) == len(mfns)
-        return super().map_writable(domid, mfns)
-
-
-# --- pages -----------------------------------------------------------------------------------------------------------
-
-
-def a_stream(domain: Domain, *pages: Piece) -> Stream:
-    """All of a domain, and more pages behind its own."""
-    stream = domain.to_stream("xl")
-    return stream.before("X86_TSC_INFO", *pages)
-
-
-def test_a_page_that_comes_again_is_written_over() -> None:
-    domain = pv_domain()
-    first, second = domain.places.data[:2]
-    again = [(first, NOTAB), (second, NOTAB), (first, NOTAB)]
-    more = WIRE.page_data(again, [b"a" * PAGE, b"b" * PAGE, b"c" * PAGE])
-    host, restored = made(a_stream(domain, more))
-    now = memory(host, restored.domid)
-    assert (now[first], now[second]) == (b"c" * PAGE, b"b" * PAGE)
-    assert restored.pages == len(domain.types) - 1
-
-
-def test_pages_may_come_in_any_order_and_twice_in_a_record() -> None:
-    """Each gets one frame, and no frame is mapped twice at once, which real Xen does and the protocol does not."""
-    domain = pv_domain()
-    low, high = domain.places.data[0], domain.places.data[-1]
-    stream = domain.to_stream("xl", batch=16).drop("PAGE_DATA")
-    entries = [(high, NOTAB), (low, NOTAB), (high, NOTAB)]
-    stream.before("X86_TSC_INFO", WIRE.page_data(entries, [b"a" * PAGE, b"b" * PAGE, b"c" * PAGE]))
-    stream.before("X86_TSC_INFO", *domain.page_data(WIRE, 16, sorted(set(domain.types) - {low, high})))
-    host, restored = made(stream, Watched())
-    now = memory(host, restored.domid)
-    assert (now[low], now[high]) == (b"b" * PAGE, b"c" * PAGE)
-    assert restored.pages == host.info(restored.domid).pages == len(domain.types) - 1
-
-
-def test_types_are_those_that_came_last() -> None:
-    """A page that was sent as a pinned table first, and is none at the end: it can be written, and is not pinned."""
-    domain = pv_domain()
-    page = domain.places.data[0]
-    stream = domain.to_stream("xl")
-    junk = np.full(512, 0xFFFF_F000_0000_0001, np.uint64).tobytes()  # pfns that no domain has
-    stream.before("PAGE_DATA", WIRE.page_data([(page, 4 | 8)], [junk]))
-    host, restored = made(stream)
-    assert host.page_types(restored.domid, np.array([mfn_of(host, restored.domid, page)], np.uint64)).tolist() == [0]
-    assert memory(host, restored.domid)[page] == bytes(domain.pages[page])
-
-
-@pytest.mark.parametrize("kind", [XTAB, BROKEN])
-def test_a_page_that_is_gone_keeps_its_frame_and_is_no_table(kind: int) -> None:
-    domain = pv_domain()
-    page = domain.places.data[0]
-    stream = domain.to_stream("xl")
-    stream.before("PAGE_DATA", WIRE.page_data([(page, 1 | 8)], [bytes(PAGE)]))
-    stream.before("X86_TSC_INFO", WIRE.page_data([(page, kind)], []))
-    host, restored = made(stream)
-    mfn = mfn_of(host, restored.domid, page)
-    assert host.page_types(restored.domid, np.array([mfn], np.uint64)).tolist() == [0]
-    assert p2m_entry(host, restored, domain, page) == mfn
-
-
-def p2m_entry(host: ModelHost, restored: Restored, domain: Domain, pfn: int) -> int:
-    """What stands in the guest's own p2m."""
-    per_leaf = PAGE // domain.width
-    leaf = memory(host, restored.domid)[int(domain.p2m_pfns[pfn // per_leaf])]
-    return int(np.frombuffer(leaf, f"<u{domain.width}")[pfn % per_leaf])
-
-
-@pytest.mark.parametrize("width", [8, 4])
-def test_pages_without_content_are_given_and_named(width: Width) -> None:
-    domain = pv_domain(width=width, pfns=[*range(60), *range(2000, 2010)])
-    page, gone = 2003, 2011
-    stream = domain.to_stream("xl")
-    domain.types[page] = XALLOC
-    stream = domain.to_stream("xl")
-    host, restored = made(stream)
-    assert p2m_entry(host, restored, domain, page) == mfn_of(host, restored.domid, page)
-    assert p2m_entry(host, restored, domain, gone) == 256**width - 1
-    assert p2m_entry(host, restored, domain, 1500) == 256**width - 1
-
-
-@BOTH
-def test_what_is_behind_the_end_of_the_p2m_is_not_written_to(width: Width) -> None:
-    domain = pv_domain(width=width)
-    leaf = int(domain.p2m_pfns[-1])
-    domain.pages[leaf][-8:] = b"behind!!"
-    host, restored = made(domain.to_stream("xl"))
-    assert memory(host, restored.domid)[leaf].endswith(b"behind!!")
-    assert p2m_entry(host, restored, domain, domain.entries - 1) == 256**width - 1
-
-
-def test_a_pfn_that_only_a_page_table_names_gets_a_frame() -> None:
-    domain = pv_domain()
-    hidden = domain.places.data[0]
-    del domain.types[hidden]
-    host, restored = made(domain.to_stream("xl"))
-    assert p2m_entry(host, restored, domain, hidden) == mfn_of(host, restored.domid, hidden)
-    check(host)
-
-
-def test_a_verified_page_that_is_another_is_counted_and_written() -> None:
-    domain = pv_domain()
-    one, two = domain.places.data[:2]
-    sent = [(one, NOTAB), (two, NOTAB), (domain.places.top, 4 | 8)]
-    content = [bytes(domain.pages[one]), b"new" + bytes(PAGE - 3), bytes(domain.pages[domain.places.top])]
-    host, restored = made(a_stream(domain, WIRE.verify(), WIRE.page_data(sent, content)))
-    assert restored.differing == 1
-    assert memory(host, restored.domid)[two].startswith(b"new")
-    check(host)
-
-
-@pytest.mark.parametrize("extents", [1 << 30, 1, 0])
-def test_memory_is_given_in_extents_where_there_are_some(extents: int) -> None:
-    guest, heap = suspended("linear"), Heap()
-    save(guest.host, guest.domid, heap, config=CONFIG)
-    host = Watched()
-    host.extents = extents
-    _, restored = made(bytes(heap.data), host)
-    by_order = {order: sum(n for o, n in host.asked if o == order) for order in (0, 9)}
-    assert by_order[9] >= 4
-    if extents == 1 << 30:
-        assert by_order[0] + by_order[9] * 512 == restored.pages
-        assert len(host.asked) < 12
-    assert_same(guest, moved(guest, host, restored))
-
-
-@pytest.mark.parametrize("way", ["file", "pipe"])
-def test_where_nothing_can_be_read_into_a_domain_it_is_copied(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = bytes(pv_domain().to_stream("xl"))
-    calls = []
-
-    def refusing(call: Callable[..., int]) -> Callable[..., int]:
-        def refuse(fd: int, buffers: Sequence[memoryview], *at: int) -> int:
-            calls.append(len(buffers[0]))
-            if len(calls) % 3:
-                raise OSError(errno.EFAULT, "Bad address")
-            return call(fd, [buffers[0][:5000]], *at)  # and now and then some of it can
-
-        return refuse
-
-    monkeypatch.setattr(os, "readv", refusing(os.readv))
-    monkeypatch.setattr(os, "preadv", refusing(os.preadv))
-    host = ModelHost(1 << 30, seed=3)
-    if way == "file":
-        with opened(data) as source:
-            restored = restore_domain(host, source)
-    else:
-        with piped(data) as fd:
-            source = Input(os.dup(fd), "pipe")
-            restored = restore_domain(host, source)
-            source.close()
-    assert calls
-    monkeypatch.undo()
-    other, expected = made(data)
-    mine, theirs = memory(host, restored.domid), memory(other, expected.domid)
-    domain = pv_domain()
-    for pfn in domain.places.data:
-        assert mine[pfn] == theirs[pfn] == bytes(domain.pages[pfn])
 
 
 # --- what is another on the new host ---------------------------------------------------------------------------------
