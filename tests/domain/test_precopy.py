@@ -71,6 +71,59 @@ def test_a_p2m_that_moves_meanwhile(width: Width, form: str) -> None:
     assert {made.pages[pfn] for pfn in free[100:170].tolist()} == {(XTAB, b"")}, "sent, and then given back"
 
 
+@BOTH
+def test_a_p2m_that_grows_within_its_last_leaf_before_anything_is_logged(width: Width) -> None:
+    guest = Guest.boot("tree3", width, pages=4000)
+    guest.do("write_pattern", guest.do("free"), 9)
+
+    def log_dirty(domid: DomId, *, on: bool) -> None:
+        if on:
+            guest.do("move", guest.do("free")[:10], pfns(10, 4050))
+        guest.host.log_dirty(domid, on=on)
+
+    attend(guest)
+    made, _ = copied(guest, Twisted(guest, log_dirty=log_dirty))
+    assert made.end_pfn == 4059
+
+
+@BOTH
+def test_tables_say_the_new_pfn_of_a_page_that_has_another(width: Width) -> None:
+    """The mfn in them is as it was, and nobody writes them: only what they come to in a stream is another."""
+    guest = Guest.boot("linear", width)
+    guest.do("write_pattern", guest.do("free"), 9)
+    attend(guest, [lambda: guest.do("move", guest.do("free")[1000:1025], pfns(25, 4096))])
+    copied(guest, live=Precopy(max_iterations=1))
+
+
+def test_what_was_looked_up_in_a_leaf_that_is_none_any_more_is_sent_again() -> None:
+    guest = Guest.boot("tree3")
+    host, place = guest.host, 7
+    new = np.array([a_page(guest)], np.uint64)
+    old = guest.live.p2m.leaves.frame_of(np.array([place]))
+    wrote, moved = list[int](), list[int]()
+
+    def write() -> None:
+        guest.do("write_pattern", pfns(60, place * 512), 4)
+        wrote.append(1)
+
+    def map_frames(domid: DomId, mfns: U64) -> tuple[U8, U8]:
+        """The leaf is read for the pages that were written: just before, another has taken its place."""
+        if wrote and not moved and old[0] in mfns:
+            moved.append(1)
+            leaf = host.frames.read(old)
+            host.write_frames(domid, new, leaf)
+            tree_of(guest, {place: int(new[0])}, 4096)
+            leaf.view("<u8")[0, :60] = leaf.view("<u8")[0, :60][::-1].copy()
+            host.write_frames(domid, old, leaf)
+            top = np.array([guest.live.anchors.frame_list_list], np.uint64)
+            host.guest_wrote(domid, np.concatenate([new, old, host.frames.read(top).view("<u8")[0, :1]]))
+        return host.map_frames(domid, mfns)
+
+    attend(guest, [write])
+    copied(guest, Twisted(guest, map_frames=map_frames))
+    assert moved
+
+
 def test_a_guest_that_writes_nothing_is_stopped_at_once() -> None:
     guest = Guest.boot("linear")
     attend(guest)
