@@ -107,6 +107,23 @@ def a_domain_keeps_its_configuration(host: Toolstack, width: Width) -> None:
             assert host.configuration(domid) == b'{"c_info": {}}'
 
 
+def a_domain_becomes_32_bit_while_it_has_no_memory(host: Toolstack, width: Width) -> None:
+    with domain(host, width) as domid:
+        host.set_width(domid, width)
+        if width == 4:
+            fails(lambda: host.set_width(domid, 8), errno.EINVAL, domid)
+        host.populate_physmap(domid, pfns(1))
+        host.set_width(domid, width)
+    if width == 8:
+        return
+    with domain(host, 8) as domid:
+        host.set_width(domid, 4)
+        assert host.info(domid).width == 4
+    with domain(host, 8) as domid:
+        host.populate_physmap(domid, pfns(1))
+        fails(lambda: host.set_width(domid, 4), errno.EACCES, domid)
+
+
 def a_domain_needs_vcpus_and_not_too_many(host: Toolstack, width: Width) -> None:
     before = [d.domid for d in host.domains()]
     for vcpus in (-1, 0, 8193):
@@ -349,6 +366,7 @@ def nothing_is_done_to_a_domain_that_is_not_there(host: Toolstack, width: Width)
     some, ring = array(0), Ring(0, 1)
     for call in (
         lambda: host.destroy(NOBODY),
+        lambda: host.set_width(NOBODY, width),
         lambda: host.max_mem(NOBODY, 1),
         lambda: host.populate_physmap(NOBODY, some),
         lambda: host.populate_physmap(NOBODY, array()),
@@ -378,6 +396,7 @@ BUILDING: tuple[Callable[[Toolstack, Width], None], ...] = (
     a_new_domain_is_paused_and_has_no_memory,
     a_domain_is_renamed,
     a_domain_keeps_its_configuration,
+    a_domain_becomes_32_bit_while_it_has_no_memory,
     a_domain_needs_vcpus_and_not_too_many,
     what_was_destroyed_is_free_again,
     a_builder_that_fails_half_way_can_always_destroy,

@@ -82,9 +82,9 @@ def restore(
     """
 
     def given(_contents: Contents, width: Width) -> tuple[DomainInfo, Ports]:
-        info = host.info(domid)
-        _check_target(info, width)
-        return info, Ports(console_port, xenstore_port)
+        _check_target(host.info(domid))
+        host.set_width(domid, width)  # libxl leaves that to whoever reads the stream
+        return host.info(domid), Ports(console_port, xenstore_port)
 
     return _Restore(host, source, given, static_data_done).run(envelope, progress)
 
@@ -128,7 +128,7 @@ def restore_domain(
     return restored
 
 
-def _check_target(info: DomainInfo, width: Width) -> None:
+def _check_target(info: DomainInfo) -> None:
     who = f"dom{info.domid}"
     if info.hvm:
         raise RequestError(f"{who} is an HVM domain, and the stream has a PV one")
@@ -136,8 +136,6 @@ def _check_target(info: DomainInfo, width: Width) -> None:
         raise RequestError(f"{who} is running: a stream is restored into a domain that is paused")
     if info.pages:
         raise RequestError(f"{who} has {info.pages:#x} pages already: a stream is restored into an empty domain")
-    if info.width != width:
-        raise RequestError(f"the stream has a {width * 8}-bit guest, and {who} was made for a {info.width * 8}-bit one")
 
 
 def _size(config: Config | None, source: Input) -> tuple[int, int]:

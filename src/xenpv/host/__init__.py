@@ -170,6 +170,13 @@ class Toolstack(Host, Protocol):
         runs no 32-bit PV domains, ENOMEM. There is no new domain, then.
         """
 
+    def set_width(self, domid: DomId, width: Width) -> None:
+        """Make a domain that has no memory yet one for 32-bit guests. One that is of that width already stays so.
+
+        HostError: EINVAL for 64 bit where it was made 32, EACCES when it has memory, EOPNOTSUPP where this Xen runs no
+        32-bit PV domains.
+        """
+
     def destroy(self, domid: DomId) -> None:
         """End a domain, free what it has, and remove its nodes from xenstore.
 

@@ -44,6 +44,17 @@ class ModelBuild(ModelCore):
         self._write(xen_nodes.created(domid, name, uuid))
         return domid
 
+    def set_width(self, domid: DomId, width: Width) -> None:
+        """Make a domain without memory one for 32-bit guests."""
+        domain = self._domain("set_address_size", domid)
+        if width == domain.width:
+            return
+        if width == 8:
+            raise self._refusal("set_address_size", domid, errno.EINVAL, "a 32-bit domain stays one")
+        if self.frames.pages[domain.number]:
+            raise self._refusal("set_address_size", domid, errno.EACCES, "it has memory")
+        domain.width = width
+
     def destroy(self, domid: DomId) -> None:
         """End it, and free all that it has."""
         domain = self._domain("destroydomain", domid)

@@ -44,8 +44,7 @@ class XenToolstack(XenHost):
             raise refused("createdomain", None, errno.EINVAL, f"{vcpus} vcpus; a PV domain has from 1 to {most}")
         domid = self._create(vcpus, uuid)
         try:
-            if width == 4:
-                self._become_32_bit(domid)
+            self.set_width(domid, width)
             self._calls.domctl(xenctrl_domctl.MAX_VCPUS, "max_vcpus", domid, xenctrl_domctl.VCPUS, max=vcpus)
             self.max_mem(domid, max_pages)
             self._xenstore().write(domid, xen_nodes.created(domid, name, uuid))
@@ -76,10 +75,10 @@ class XenToolstack(XenHost):
             why = f"{int(physinfo['free_pages']) * _KIB} KiB are free on this host; end a domain, or give dom0 less"
             raise refused("createdomain", None, errno.ENOMEM, why) from None
 
-    def _become_32_bit(self, domid: DomId) -> None:
+    def set_width(self, domid: DomId, width: Width) -> None:
         op, struct = "set_address_size", xenctrl_domctl.ADDRESS_SIZE
         try:
-            self._calls.domctl(xenctrl_domctl.SET_ADDRESS_SIZE, op, domid, struct, size=32)
+            self._calls.domctl(xenctrl_domctl.SET_ADDRESS_SIZE, op, domid, struct, size=8 * width)
         except HostError as error:
             if error.errno != errno.EOPNOTSUPP:
                 raise
