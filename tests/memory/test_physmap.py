@@ -39,9 +39,9 @@ def test_it_says_what_it_was_told(steps: list[tuple[int, bool, list[int], int]])
     expected = [kinds.get(pfn, 0) if pfn in mfns else ABSENT for pfn in asked]
     assert physmap.types(u64(asked)).tolist() == expected
     assert physmap.pages == len(mfns)
-    pfns, types = physmap.tables()
-    assert dict(zip(pfns.tolist(), types.tolist(), strict=True)) == {p: k for p, k in kinds.items() if IS_TABLE[k]}
-    assert (pfns[1:] > pfns[:-1]).all()
+    tables, types = physmap.tables()
+    assert dict(zip(tables.tolist(), types.tolist(), strict=True)) == {p: k for p, k in kinds.items() if IS_TABLE[k]}
+    assert (tables[1:] > tables[:-1]).all()
     whole = physmap.of_chunks(u64([0, 1, 1 << 23]))
     for row, chunk in enumerate((0, 1, 1 << 23)):
         assert whole[row].tolist() == [mfns.get(chunk * CHUNK + i, int(NO_FRAME)) for i in range(CHUNK)]
