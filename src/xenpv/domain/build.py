@@ -14,7 +14,8 @@ import numpy as np
 from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import I64, NO_FRAME, U8, U64, DomId
-from xenpv.host import Ring, Toolstack, xen_nodes
+from xenpv.host import Ring, Toolstack
+from xenpv.host.xen_nodes import SLACK
 from xenpv.image import start
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
@@ -22,7 +23,6 @@ from xenpv.memory.pagetables import cr3_of, localise
 from xenpv.memory.publish import words
 from xenpv.memory.radix import counting
 
-SLACK = xen_nodes.SLACK
 _EXTENT = 512  # pages of 2 MiB
 _ORDER = 9
 _EXTENTS_AT_ONCE = 4096  # 8 GiB

@@ -14,13 +14,13 @@ from xenpv.domain.source import SavedDomain
 from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, U64, PageType, type_name
+from xenpv.host.xen_nodes import SLACK
 from xenpv.memory.anchors import Anchors, Way
 from xenpv.memory.p2m import P2M, is_own
 from xenpv.memory.radix import Runs, counting
 from xenpv.stream.records import X86PVP2MFrames
 
 _NO_PLACES = np.empty(0, np.int64)
-_MAXMEM_SLACK = 256  # pages: libxl lets a domain have 1 MiB above its maxmem (LIBXL_MAXMEM_CONSTANT)
 
 
 def check_p2m(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
@@ -244,7 +244,7 @@ def _limit(saved: SavedDomain, findings: Findings, config: Config | None) -> Non
     if config is None or config.max_memkb is None:
         return
     pages = sum(n for kind, n in saved.contents.index.count().items() if IS_POPULATED[kind])
-    allowed = config.max_memkb // 4 + _MAXMEM_SLACK
+    allowed = config.max_memkb // 4 + SLACK
     if pages > allowed:
         what = f"{pages} pages are populated, the configuration's maxmem of {config.max_memkb} KiB allows {allowed}"
         findings.add(rules.MEMORY_LIMIT, what)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from xenpv.abi.declare import Width
-from xenpv.domain.build import SLACK
 from xenpv.domain.checkpoints import Checkpoints
 from xenpv.domain.config import Config, config_of
 from xenpv.domain.input import Input, Progress
@@ -21,6 +20,7 @@ from xenpv.errors import RequestError, Unsupported
 from xenpv.findings import Rule, Severity
 from xenpv.frames import IS_POPULATED, DomId
 from xenpv.host import CpuPolicy, DomainInfo, Mover, Ring
+from xenpv.host.xen_nodes import SLACK
 from xenpv.stream import rules
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
