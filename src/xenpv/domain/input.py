@@ -77,20 +77,35 @@ class Input:
 
         Truncated when the input ends before, OSError when it cannot be read.
         """
+        self._next += self._take_at(self._next, into)
+
+    def later(self, count: int) -> Callable[[memoryview], None]:
+        """A ``take`` of the next so many bytes that may be called at any time, in any thread: a file's only."""
+        at, self._next = self._next, self._next + count
+
+        def take(into: memoryview) -> None:
+            self._take_at(at, into)
+
+        return take
+
+    def _take_at(self, place: int, into: memoryview) -> int:
+        """Fill a buffer; how many bytes that were."""
+        first = place
         while into:
-            n = self._read_into(into)
+            n = self._read_into(place, into)
             if not n:
-                end = f"{len(into)} more bytes of page content are missing, the input ends at {self._next:#x}"
-                raise rules.breach(rules.TRUNCATED, end, offset=self._next, record="PAGE_DATA")
-            self._next += n
+                end = f"{len(into)} more bytes of page content are missing, the input ends at {place:#x}"
+                raise rules.breach(rules.TRUNCATED, end, offset=place, record="PAGE_DATA")
+            place += n
             if not self.seekable:
                 self._taken += n
             into = into[n:]
+        return place - first
 
-    def _read_into(self, into: memoryview) -> int:
+    def _read_into(self, place: int, into: memoryview) -> int:
         try:
             if self.seekable:
-                return os.preadv(self.fd, [into], self.start + self._next)
+                return os.preadv(self.fd, [into], self.start + place)
             self.wait()
             return os.readv(self.fd, [into])
         except OSError as e:
@@ -98,7 +113,7 @@ class Input:
                 raise
         # The file system reads into no memory of other domains (9p is one), so by way of our own.
         n = min(len(into), _CHUNK)
-        data = os.pread(self.fd, n, self.start + self._next) if self.seekable else os.read(self.fd, n)
+        data = os.pread(self.fd, n, self.start + place) if self.seekable else os.read(self.fd, n)
         into[: len(data)] = data
         return len(data)
 

@@ -156,7 +156,7 @@ class LiveDomain:
         for lost in np.flatnonzero(~mapped)[:1].tolist():
             pfn, mfn = int(pfns[lost]), int(mfns[lost])
             raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn)
-        pages = content.copy()  # a mapping lives only until the next call
+        pages = content.copy()  # what is mapped may change
         for level in range(1, LEVELS[self.info.width] + 1):
             tables = IS_TABLE[kinds] & (kinds & 7 == level)
             if tables.any():

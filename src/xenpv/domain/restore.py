@@ -8,6 +8,7 @@ xg_sr_restore.c.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from xenpv.abi.declare import Width
@@ -15,7 +16,7 @@ from xenpv.domain.checkpoints import Checkpoints
 from xenpv.domain.config import Config, config_of
 from xenpv.domain.input import Input, Progress
 from xenpv.domain.restore_end import Ports, RestoreEnd
-from xenpv.domain.restore_pages import PagesIn, Take
+from xenpv.domain.restore_pages import Later, PagesIn, Take
 from xenpv.errors import RequestError, Unsupported
 from xenpv.findings import Rule, Severity
 from xenpv.frames import IS_POPULATED, DomId
@@ -176,17 +177,16 @@ class _Restore:
         self.static_data_done = static_data_done
         self.contents = Contents()
         self._into: tuple[DomainInfo, Ports, PagesIn] | None = None
+        self._open = ExitStack()
         self._behind: Checkpoints | None = None  # what came behind the last checkpoint
         self._static = True  # data that comes before all pages still comes
 
     def run(self, kind: Kind | None, progress: Progress | None) -> Restored:
         reader = Reader(fault=_pass, kind=kind)
-        try:
+        with self._open:
             for event in self.source.events(reader, progress, taking=True):
                 self._sort(event)
-        finally:
-            if self._behind is not None:
-                self._behind.close()
+            self._pages.settle()
         assert self._into is not None
         info, ports, pages = self._into
         end = RestoreEnd(self.host, info, self.contents, pages, ports)
@@ -216,16 +216,18 @@ class _Restore:
                 raise Unsupported(what, offset=event.offset, record=event.name)
             if self._behind is None:
                 self._behind = Checkpoints()
+                self._open.callback(self._behind.close)
             else:
                 self._behind.release(self._see)
         if self._behind is None or not isinstance(event, Record) or isinstance(event, _NEVER_KEPT):
-            self._see(event, self.source.take)
+            # Of a file the content is read while the next record is looked at; a read of a pipe may never come back.
+            self._see(event, self.source.take, self.source.later if self.source.seekable else None)
         else:
             self._behind.keep(event, self.source.take)
 
-    def _see(self, event: Event, take: Take) -> None:
+    def _see(self, event: Event, take: Take, later: Later | None = None) -> None:
         if isinstance(event, PageData):
-            self._pages.put(event, take)
+            self._pages.put(event, take, later)
             return
         if isinstance(event, ImageHeader) and self.contents.image is not None:
             raise rules.breach(rules.REPEATED, "a second libxc stream", offset=event.offset, record=event.name)
@@ -235,7 +237,7 @@ class _Restore:
                 raise Unsupported("a saved HVM domain; PV domains are restored", offset=event.offset)
             case X86PVInfo():
                 info, ports = self.target(self.contents, event.guest_width)
-                self._into = info, ports, PagesIn(self.host, info.domid)
+                self._into = info, ports, self._open.enter_context(PagesIn(self.host, info.domid))
             case StaticDataEnd():
                 if self._into is None:
                     what = "STATIC_DATA_END before X86_PV_INFO"

@@ -9,9 +9,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 
+from xenpv.domain.behind import Behind
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import HAS_DATA, IS_POPULATED, NO_FRAME, PAGE_SIZE, U64, DomId
 from xenpv.host import Toolstack
@@ -23,6 +28,9 @@ _PAGES_AT_ONCE = 1024
 
 Take = Callable[[memoryview], None]
 """take(into): fill a buffer with the next bytes of a record's page content."""
+
+Later = Callable[[int], Take]
+"""later(count): a take of the next so many bytes that may be called when others were taken, in another thread."""
 
 
 class PagesIn:
@@ -40,11 +48,15 @@ class PagesIn:
         self.compare = False
         self.differing = 0
         self._max_pages = info.max_pages
+        self._behind = Behind()
+        self._mapped = ExitStack()  # what is being read into
 
-    def put(self, record: PageData, take: Take) -> None:
-        """Take one record in.
+    def put(self, record: PageData, take: Take, later: Later | None = None) -> None:
+        """Take one record in. With ``later``, content may still be on its way into the domain's memory when this
+        returns: ``settle`` waits for it.
 
-        RequestError when the domain may not have so many pages, HostError, and whatever ``take`` raises.
+        RequestError when the domain may not have so many pages, HostError, and whatever ``take`` raises, this one's or
+        the last one's.
         """
         pfns, kinds = record.pfns, record.types
         for i in range(0, len(pfns), _ENTRIES_AT_ONCE):
@@ -61,7 +73,12 @@ class PagesIn:
             with_content = mfns[HAS_DATA[of]]
             ascending = _ascending(some)
             for j in range(0, len(with_content), _PAGES_AT_ONCE):
-                self._fill(with_content[j : j + _PAGES_AT_ONCE], take, ascending=ascending)
+                mfns = with_content[j : j + _PAGES_AT_ONCE]
+                if ascending and not self.compare:  # so that no frame stands there twice
+                    self._read_into(mfns, take if later is None else later(mfns.nbytes // 8 * PAGE_SIZE), later)
+                else:
+                    self.settle()
+                    self._overwrite(mfns, take)
 
     def populate(self, pfns: U64) -> None:
         """Frames for those of some pfns that have none. Raises as ``put``."""
@@ -93,21 +110,42 @@ class PagesIn:
                 what = f"dom{self.domid}: the host gave {physmap.pages:#x} pages, and has not the {needed:#x} it takes"
                 raise HostError(what, op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
 
-    def _fill(self, mfns: U64, take: Take, *, ascending: bool) -> None:
-        """Write content to frames; of ``ascending`` pfns none stands there twice."""
-        twice = not ascending and len(np.unique(mfns)) < len(mfns)
-        if not (twice or self.compare):
-            with self.host.map_writable(self.domid, mfns) as pages:
-                take(pages.reshape(-1).data)
-            return
+    def _read_into(self, mfns: U64, take: Take, later: Later | None) -> None:
+        """Read content straight into frames, each of which stands here once: of a file, while the next are mapped."""
+        with ExitStack() as mapped:
+            pages = mapped.enter_context(self.host.map_writable(self.domid, mfns))
+            into = pages.reshape(-1).data
+            self.settle()
+            if later is None:
+                take(into)
+                return
+            self._behind.do(partial(take, into))
+            self._mapped = mapped.pop_all()
+
+    def settle(self) -> None:
+        """Until all content is where it belongs. Raises what reading it came to."""
+        try:
+            self._behind.wait()
+        finally:
+            self._mapped.close()
+
+    def _overwrite(self, mfns: U64, take: Take) -> None:
+        """Write content to frames that may hold the same already, or stand here twice: then the last counts."""
         content = np.empty((len(mfns), PAGE_SIZE), np.uint8)
         take(content.reshape(-1).data)
-        once, back = np.unique(mfns[::-1], return_index=True)  # of a frame that stands here twice the last counts
+        once, back = np.unique(mfns[::-1], return_index=True)
         content = content[::-1][back]
         with self.host.map_writable(self.domid, once) as pages:
             if self.compare:
                 self.differing += int(np.count_nonzero((pages != content).any(axis=1)))
             pages[:] = content
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        with self._mapped:  # which lasts until all is read
+            self._behind.__exit__(kind, e, tb)
 
 
 def _ascending(pfns: U64) -> bool:

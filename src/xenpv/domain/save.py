@@ -19,10 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
 
+from xenpv.domain.behind import Behind
+from xenpv.domain.output import Output
 from xenpv.domain.precopy import Precopy
 from xenpv.domain.progress import Meter, Phase, Progress, Status
 from xenpv.domain.save_p2m import Named, SavedP2M
@@ -265,14 +268,23 @@ class _Save:
         self._write(self.writer.send(record))
 
     def _send_pages(self, batches: Iterator[Batch]) -> None:
-        for batch in batches:
-            if batch.entries:
-                self._write(self.writer.pages(batch.entries, batch.contents), batch.pages)
+        with Behind() as behind:
+            for batch in batches:
+                if not batch.entries:
+                    continue
+                buffers = self.writer.pages(batch.entries, batch.contents)
+                if isinstance(self.sink, Output) and self.sink.regular:
+                    behind.do(partial(self.sink.write, buffers))
+                else:  # where a write may hang, only the main thread is interrupted
+                    self.sink.write(buffers)
+                self._wrote(batch.pages)
 
-    def _write(self, buffers: Sequence[Buffer], pages: int = 0) -> None:
-        before = self.meter.bytes
+    def _write(self, buffers: Sequence[Buffer]) -> None:
         self.sink.write(buffers)
-        self.meter.wrote(self.writer.offset - before, pages)
+        self._wrote()
+
+    def _wrote(self, pages: int = 0) -> None:
+        self.meter.wrote(self.writer.offset - self.meter.bytes, pages)
 
     def _summary(self) -> Summary:
         now, p2m, pages = time.monotonic(), self.p2m, self.pages

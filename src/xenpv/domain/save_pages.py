@@ -49,7 +49,7 @@ class SavedPages:
     def batches(self, named: Iterable[Named]) -> Iterator[Batch]:
         """Some pages, in their order: BATCH pages with content at a time, or ENTRIES_MAX without any.
 
-        Content of pages that are no tables is the host's own mapping, gone when the next is asked for. Raises HostError
+        Content of pages that are no tables is the host's own mapping. Raises HostError
         for a page that cannot be mapped or is of no known type, Fault for an entry of a page table that names no frame
         of the domain.
         """

@@ -71,7 +71,7 @@ class Host(Protocol):
         (0 or 1).
 
         Frames that cannot be mapped (not the domain's, beyond the host) read as zeroes. The array may be a live
-        mapping: it is gone when the next call of map_frames on this host returns, so copy what is to be kept.
+        mapping, which shows what the domain writes, and lasts as long as anything refers to it: copy what to keep.
         """
 
     def m2p(self, mfns: U64) -> U64:
