@@ -103,7 +103,7 @@ def main() -> None:
         else guests.config(name, args.guest)
     )
     room = max(2 * args.guest, 2048 + 1024)
-    with lab.Host(args.lab, mem=f"{room + args.guest * 2 + 1024}M", dom0_mem=f"{room}M") as host:
+    with lab.Host(args.lab, mem=f"{room + args.guest * 2 + 1024}M", dom0_mem=f"{room}M", dom0_vcpus=2) as host:
         host.run(f"xl create {host.write(f'{name}.cfg', config)}").check()
         host.wait_for_guest(name, "litmus: up " if args.sparse else guests.UP)
         said = turns(host, name, ["ours"] if args.ours else ["stock", "ours"], args.runs, 7200)

@@ -1,6 +1,8 @@
 """One booted Xen host per version for all tests of this folder, and never two at once.
 
-A test that takes `host` runs on each supported version; the tests are sorted so that each version is booted once.
+A test that takes `host` runs on each supported version; the tests are sorted so that each version is booted once. What
+is marked `deep`, or `deep_elsewhere` on another Xen than the default one, is left to `make lab-deep`: all of it takes
+more than the half hour that CI has.
 Domains that a test leaves are destroyed after it; a host that a test has lost is booted anew for the next one.
 """
 
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import lab
-from lab import programs, versions
+from lab import DEFAULT, programs, versions
 
 HERE = Path(__file__).parent
 DESTROY_ALL = "xl list | awk 'NR > 2 { print $2 }' | while read -r domid; do xl destroy \"$domid\"; done"
@@ -23,6 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ours = [item for item in items if item.path.is_relative_to(HERE)]
     for item in ours:
         item.add_marker(pytest.mark.lab)
+        if item.get_closest_marker("deep_elsewhere") and _version_rank(item) != versions.names().index(DEFAULT) + 1:
+            item.add_marker(pytest.mark.deep)
     # Stable: only the version moves a test, and lab tests come after all others, which fail sooner.
     items.sort(key=lambda item: _version_rank(item) if item in ours else -1)
 

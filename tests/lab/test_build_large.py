@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import lab
 from lab import guests
 from tests.lab.conftest import Hosts
@@ -17,6 +19,7 @@ REST = 25  # GiB of the host for dom0 and for Xen's tables
 PATIENCE = 900
 
 
+@pytest.mark.deep
 def test_a_domain_of_600_gib_is_built_and_runs(hosts: Hosts) -> None:
     """litmus finds all its pages, and every entry of its p2m agrees with the m2p.
 

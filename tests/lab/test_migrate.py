@@ -55,6 +55,7 @@ def freed(host: lab.Host) -> int:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep_elsewhere
 @pytest.mark.parametrize("options", ["p2m=both", "p2m=rooted levels=4 spread=2G"])
 def test_litmus_is_saved_and_restored(host: lab.Host, options: str) -> None:
     at, free = boot(host, "litmus", options), freed(host)
@@ -76,6 +77,7 @@ def test_litmus_is_saved_and_restored(host: lab.Host, options: str) -> None:
     lives(host, "litmus", "new domain", at)
 
 
+@pytest.mark.deep_elsewhere
 def test_a_debian_guest_is_saved_and_restored(host: lab.Host) -> None:
     name = "debian"
     config = host.write(f"{name}.cfg", guests.config(name))
@@ -88,6 +90,7 @@ def test_a_debian_guest_is_saved_and_restored(host: lab.Host) -> None:
     host.wait_for_guest(name, guests.BEAT, after=at)
 
 
+@pytest.mark.deep_elsewhere
 def test_a_disk_that_is_full_leaves_the_guest_running(host: lab.Host) -> None:
     at = boot(host, "litmus", "p2m=both")
     mounted = "mkdir -p /tmp/small && mount -t tmpfs -o size=4M none /tmp/small"
@@ -141,7 +144,14 @@ def events(result: lab.Result) -> dict[str, Any]:
     return {event["event"]: event for event in map(json.loads, result.text.splitlines())}
 
 
-@pytest.mark.parametrize(("xen", "live"), [("4.14", True), ("4.17", False)])
+@pytest.mark.parametrize(
+    ("xen", "live"),
+    [
+        ("4.17", True),
+        pytest.param("4.14", True, marks=pytest.mark.deep),
+        pytest.param("4.20", False, marks=pytest.mark.deep),
+    ],
+)
 def test_a_domain_goes_to_another_host(hosts: Hosts, xen: str, live: bool, tmp_path: Path) -> None:
     with two(hosts, xen) as pair:
         here, there = pair.here, pair.there

@@ -53,6 +53,7 @@ class Guest:
         self.at = self.host.wait_for_guest(self.name, text, after=self.at)
 
 
+@pytest.mark.deep_elsewhere
 def test_guests_go_on(host: lab.Host) -> None:
     """litmus in each form, which checks its pattern when it resumes, and Debian, whose heart goes on beating."""
     script, free = host.write("restore.py", RESTORE), host.run("xl info free_memory").check().text

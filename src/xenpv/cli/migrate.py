@@ -63,8 +63,8 @@ def migrate(
 
     DOM is an id, a uuid or a name. HOST is reached by ssh, where `xenpv receive` is started; or it is tcp:HOST:PORT or
     unix:PATH, where one listens, or fd:IN,OUT. Its memory is sent, and sent again where it was written meanwhile, until
-    the rest is small; then it stops, the rest is sent, and it runs there. Xen without shadow paging (Debian's from 4.17
-    on) cannot tell what was written: --no-live.
+    the rest is small; then it stops, the rest is sent, and it runs there. Xen without shadow paging (Debian's 4.20)
+    cannot tell what was written: --no-live.
 
     At every moment one side alone may run it (docs/migration.md). If anything goes wrong, or at Ctrl-C, it runs on
     here. Only when the other side falls silent right after it was told to go ahead can nobody here know: then the
