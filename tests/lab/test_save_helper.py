@@ -46,15 +46,6 @@ class Guest:
         assert "BAD" not in printed
 
 
-@pytest.fixture
-def xl(host: lab.Host) -> lab.Host:
-    """A host on which the helper is installed, and nothing runs."""
-    host.run(
-        f"printf '#!/bin/sh\\nexec python3 -m xenpv.cli.save_helper \"$@\"\\n' > {HELPER}; chmod +x {HELPER}"
-    ).check()
-    return host
-
-
 def boot(host: lab.Host, name: str, options: str, *, memory: int = MEMORY, vcpus: int = 1) -> Guest:
     guest = Guest(name, host, len(host.guest_console(name)))
     config = host.write(f"{name}.cfg", guests.litmus_config(name, memory=memory, vcpus=vcpus, options=options))
@@ -86,70 +77,70 @@ def state(host: lab.Host) -> tuple[int, int, list[str]]:
 
 @pytest.mark.deep_elsewhere
 @pytest.mark.parametrize("form", STOCK_FORMS)
-def test_litmus_in_each_form(xl: lab.Host, form: str) -> None:
+def test_litmus_in_each_form(host: lab.Host, form: str) -> None:
     """Saved and restored by ours; by ours, then stock's restore; by stock, then our restore."""
-    guest = boot(xl, "litmus", f"p2m={form}", vcpus=2)
+    guest = boot(host, "litmus", f"p2m={form}", vcpus=2)
     there_and_back(guest)
-    run(xl, f"xl save litmus /tmp/saved && {OURS} xl restore /tmp/saved")
+    run(host, f"xl save litmus /tmp/saved && {OURS} xl restore /tmp/saved")
     guest.lives("new domain")
 
 
 @ONE_VERSION
 @pytest.mark.parametrize("options", FORMS)
-def test_litmus_in_other_forms(xl: lab.Host, options: str) -> None:
+def test_litmus_in_other_forms(host: lab.Host, options: str) -> None:
     """What stock tools do not save, or slowly, they do restore."""
-    there_and_back(boot(xl, "litmus", f"p2m={options}", vcpus=2))
+    there_and_back(boot(host, "litmus", f"p2m={options}", vcpus=2))
 
 
 def there_and_back(guest: Guest) -> None:
     """Saved by ours twice, restored by ours and by stock; its file passes verify."""
-    xl = guest.host
-    result = xl.run(f"{OURS} xl save litmus /tmp/saved && {OURS} xl restore /tmp/saved && mv /tmp/saved .").check()
+    host = guest.host
+    result = host.run(f"{OURS} xl save litmus /tmp/saved && {OURS} xl restore /tmp/saved && mv /tmp/saved .").check()
     guest.lives("new domain")
     report = verify(str(result.outputs / "saved"))
     report.close()
     assert [str(finding) for finding in report.findings] == []
-    run(xl, f"{OURS} xl save litmus /tmp/saved && xl restore /tmp/saved")
+    run(host, f"{OURS} xl save litmus /tmp/saved && xl restore /tmp/saved")
     guest.lives("new domain")
 
 
 @pytest.mark.deep_elsewhere
-def test_what_xl_prints_is_ours(xl: lab.Host) -> None:
-    boot(xl, "litmus", "p2m=both")
-    said = run(xl, f"{OURS} xl save litmus /tmp/saved")
+def test_what_xl_prints_is_ours(host: lab.Host) -> None:
+    boot(host, "litmus", "p2m=both")
+    said = run(host, f"{OURS} xl save litmus /tmp/saved")
     assert re.search(r"xenpv: progress: Pages: \d+/\d+ +100%", said), said
     assert re.search(r"xenpv: info: dom\d+ \(litmus\): 4096 pages, \d+ bytes written", said), said
-    said = run(xl, f"{OURS} xl restore /tmp/saved")
+    said = run(host, f"{OURS} xl restore /tmp/saved")
     assert re.search(r"xenpv: info: dom\d+: 4096 pages, \d+ bytes read", said), said
     assert "xc:" not in said
 
 
-def test_a_debian_guest(xl: lab.Host) -> None:
+def test_a_debian_guest(host: lab.Host) -> None:
     name = "debian"
-    config = xl.write(f"{name}.cfg", guests.config(name))
-    at = len(xl.guest_console(name))
-    run(xl, f"xl create -q {config}")
-    at = xl.wait_for_guest(name, guests.UP, after=at)
+    config = host.write(f"{name}.cfg", guests.config(name))
+    at = len(host.guest_console(name))
+    run(host, f"xl create -q {config}")
+    at = host.wait_for_guest(name, guests.UP, after=at)
     for saver, restorer in ((OURS, OURS), (OURS, STOCK), (STOCK, OURS)):
-        run(xl, f"{saver} xl save {name} /tmp/saved && {restorer} xl restore /tmp/saved && rm /tmp/saved")
-        at = xl.wait_for_guest(name, guests.BEAT, after=len(xl.guest_console(name)))
-        at = xl.wait_for_guest(name, guests.BEAT, after=at)
+        run(host, f"{saver} xl save {name} /tmp/saved && {restorer} xl restore /tmp/saved && rm /tmp/saved")
+        at = host.wait_for_guest(name, guests.BEAT, after=len(host.guest_console(name)))
+        at = host.wait_for_guest(name, guests.BEAT, after=at)
 
 
 @pytest.mark.deep_elsewhere
-def test_save_that_leaves_it_running_or_paused(xl: lab.Host) -> None:
-    guest = boot(xl, "litmus", "p2m=both")
-    run(xl, f"{OURS} xl save -c litmus /tmp/saved")
+def test_save_that_leaves_it_running_or_paused(host: lab.Host) -> None:
+    guest = boot(host, "litmus", "p2m=both")
+    run(host, f"{OURS} xl save -c litmus /tmp/saved")
     guest.wait("pattern ok")
     guest.wait("litmus: heartbeat")
-    run(xl, f"{OURS} xl save -p litmus /tmp/saved")
-    assert re.search(r"^litmus +\d+ +\d+ +1 +--p---", run(xl, "xl list"), re.MULTILINE)
-    run(xl, "xl unpause litmus")
+    run(host, f"{OURS} xl save -p litmus /tmp/saved")
+    assert re.search(r"^litmus +\d+ +\d+ +1 +--p---", run(host, "xl list"), re.MULTILINE)
+    run(host, "xl unpause litmus")
     guest.wait("pattern ok")
     guest.wait("litmus: heartbeat")
-    run(xl, f"xl destroy litmus; {OURS} xl restore -p /tmp/saved")
-    assert re.search(r"^litmus +\d+ +\d+ +1 +--p---", run(xl, "xl list"), re.MULTILINE)
-    run(xl, "xl unpause litmus")
+    run(host, f"xl destroy litmus; {OURS} xl restore -p /tmp/saved")
+    assert re.search(r"^litmus +\d+ +\d+ +1 +--p---", run(host, "xl list"), re.MULTILINE)
+    run(host, "xl unpause litmus")
     guest.lives("new domain")
 
 
@@ -158,22 +149,22 @@ def test_save_that_leaves_it_running_or_paused(xl: lab.Host) -> None:
 _from_older: dict[str, Path] = {}  # by "Xen, whose helper": a file that was written there
 
 
-def test_files_of_an_older_xen(xl: lab.Host, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_files_of_an_older_xen(host: lab.Host, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What 4.14 wrote, with ours and with stock's, is restored by ours on 4.14 and all newer ones."""
-    keep = tmp_path_factory.mktemp(f"helper-{xl.xen}")
+    keep = tmp_path_factory.mktemp(f"helper-{host.xen}")
     for helper, name in ((OURS, "ours"), (STOCK, "stock")):
-        boot(xl, "litmus", "p2m=both")
-        result = xl.run(f"{helper} xl save litmus /tmp/saved && mv /tmp/saved .").check()
-        _from_older[f"{xl.xen}, {name}"] = (result.outputs / "saved").rename(keep / name)
+        boot(host, "litmus", "p2m=both")
+        result = host.run(f"{helper} xl save litmus /tmp/saved && mv /tmp/saved .").check()
+        _from_older[f"{host.xen}, {name}"] = (result.outputs / "saved").rename(keep / name)
     for path in _from_older.values():
-        saved = xl.put(path, "older.save")
-        guest = Guest("litmus", xl, len(xl.guest_console("litmus")))
-        run(xl, f"{OURS} xl restore {saved}")
+        saved = host.put(path, "older.save")
+        guest = Guest("litmus", host, len(host.guest_console("litmus")))
+        run(host, f"{OURS} xl restore {saved}")
         guest.lives("new domain")
-        run(xl, "xl destroy litmus")
-    guest = Guest("litmus", xl, len(xl.guest_console("litmus")))
-    run(xl, f"xl restore {xl.put(_from_older['4.14, ours'], 'older.save')}" if "4.14, ours" in _from_older else "true")
+        run(host, "xl destroy litmus")
+    guest = Guest("litmus", host, len(host.guest_console("litmus")))
     if "4.14, ours" in _from_older:
+        run(host, f"xl restore {host.put(_from_older['4.14, ours'], 'older.save')}")
         guest.lives("new domain")
 
 
@@ -184,11 +175,11 @@ MIGRATE = "xl migrate -s '' litmus '{receiver} xl migrate-receive'"
 
 
 @pytest.mark.parametrize(("sender", "receiver"), [(OURS, OURS), (OURS, STOCK), (STOCK, OURS)])
-def test_migration(xl: lab.Host, sender: str, receiver: str) -> None:
-    guest = boot(xl, "litmus", "p2m=both dirty=200", memory=32)
+def test_migration(host: lab.Host, sender: str, receiver: str) -> None:
+    guest = boot(host, "litmus", "p2m=both dirty=200", memory=32)
     command = f"{sender} {MIGRATE.format(receiver=f'env {receiver}')}"
-    if xl.xen not in LIVE:
-        said = fails(xl, command)
+    if host.xen not in LIVE:
+        said = fails(host, command)
         assert "Migration failed" in said
         guest.wait("litmus: heartbeat")
         if sender == STOCK:
@@ -196,26 +187,26 @@ def test_migration(xl: lab.Host, sender: str, receiver: str) -> None:
         assert "xenpv: error: XENPV_PRECOPY=no sends a domain that stands still meanwhile" in said, said
         assert re.search(r"xenpv: error: .*cannot log which pages a PV domain writes", said), said
         command = f"XENPV_PRECOPY=no {command}"
-    arrived = Guest("litmus--incoming", xl, len(xl.guest_console("litmus--incoming")))  # what its console is called
-    said = run(xl, command)
+    arrived = Guest("litmus--incoming", host, len(host.guest_console("litmus--incoming")))  # what its console is called
+    said = run(host, command)
     assert "Migration successful." in said
     arrived.lives("new domain")
-    assert len(re.findall("^litmus", run(xl, "xl list"), re.MULTILINE)) == 1
+    assert len(re.findall("^litmus", run(host, "xl list"), re.MULTILINE)) == 1
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.deep_elsewhere
-def test_a_guest_that_refuses_to_suspend(xl: lab.Host) -> None:
-    before = state(xl)
-    guest = boot(xl, "refuses", "p2m=both suspend=refuse")
-    said = fails(xl, f"{OURS} xl save refuses /tmp/saved")
+def test_a_guest_that_refuses_to_suspend(host: lab.Host) -> None:
+    before = state(host)
+    guest = boot(host, "refuses", "p2m=both suspend=refuse")
+    said = fails(host, f"{OURS} xl save refuses /tmp/saved")
     assert re.search(r"xenpv: error: dom\d+ \(refuses\) has not suspended: it runs", said), said
     assert "did not respond to suspend request" in said
     guest.wait("litmus: heartbeat")
     guest.wait("litmus: heartbeat")
-    gone(xl, before)
+    gone(host, before)
 
 
 def gone(host: lab.Host, before: tuple[int, int, list[str]]) -> None:
@@ -227,63 +218,65 @@ def gone(host: lab.Host, before: tuple[int, int, list[str]]) -> None:
 
 
 @pytest.mark.deep_elsewhere
-def test_a_full_disk(xl: lab.Host) -> None:
-    before = state(xl)
-    guest = boot(xl, "litmus", "p2m=both")
-    run(xl, "mkdir -p /tmp/small; mountpoint -q /tmp/small || mount -t tmpfs -o size=1m none /tmp/small")
-    said = fails(xl, f"{OURS} xl save litmus /tmp/small/saved")
+def test_a_full_disk(host: lab.Host) -> None:
+    before = state(host)
+    guest = boot(host, "litmus", "p2m=both")
+    run(host, "mkdir -p /tmp/small; mountpoint -q /tmp/small || mount -t tmpfs -o size=1m none /tmp/small")
+    said = fails(host, f"{OURS} xl save litmus /tmp/small/saved")
     assert "xenpv: error: the stream: No space left on device" in said
     guest.wait("pattern ok")
     guest.wait("litmus: heartbeat")
-    run(xl, f"rm /tmp/small/saved; {OURS} xl save litmus /tmp/saved && {OURS} xl restore /tmp/saved")
+    run(host, f"rm /tmp/small/saved; {OURS} xl save litmus /tmp/saved && {OURS} xl restore /tmp/saved")
     guest.lives("new domain")
-    gone(xl, before)
+    gone(host, before)
 
 
 @pytest.mark.deep_elsewhere
-def test_a_file_system_that_takes_no_foreign_pages(xl: lab.Host) -> None:
+def test_a_file_system_that_takes_no_foreign_pages(host: lab.Host) -> None:
     """Stock's save to 9p dies of EFAULT."""
-    guest = boot(xl, "litmus", "p2m=both")
-    run(xl, f"{OURS} xl save litmus /share/direct.save && {OURS} xl restore /share/direct.save; rm /share/direct.save")
+    guest = boot(host, "litmus", "p2m=both")
+    run(
+        host, f"{OURS} xl save litmus /share/direct.save && {OURS} xl restore /share/direct.save; rm /share/direct.save"
+    )
     guest.lives("new domain")
-    assert "Bad address" in fails(xl, "xl save litmus /share/direct.save")
+    assert "Bad address" in fails(host, "xl save litmus /share/direct.save")
     guest.wait("pattern ok")
 
 
 @pytest.mark.deep_elsewhere
-def test_a_stream_that_is_cut_off(xl: lab.Host) -> None:
-    boot(xl, "litmus", "p2m=both")
-    run(xl, f"{OURS} xl save litmus /tmp/saved")
-    before = state(xl)
-    size = int(run(xl, "stat -c %s /tmp/saved"))
+def test_a_stream_that_is_cut_off(host: lab.Host) -> None:
+    boot(host, "litmus", "p2m=both")
+    run(host, f"{OURS} xl save litmus /tmp/saved")
+    before = state(host)
+    size = int(run(host, "stat -c %s /tmp/saved"))
     for at in (2_000, size // 2, size - 10_000):
-        said = fails(xl, f"head -c {at} /tmp/saved > /tmp/cut; {OURS} xl restore /tmp/cut")
+        said = fails(host, f"head -c {at} /tmp/saved > /tmp/cut; {OURS} xl restore /tmp/cut")
         assert re.search(r"xenpv: error: .*the stream ends|xenpv: error: .*(at 0x[0-9a-f]+)", said), said
         assert "cannot (re-)build domain" in said
-    gone(xl, before)
+    gone(host, before)
 
 
 @pytest.mark.deep_elsewhere
-def test_a_bit_flipped_in_the_stream(xl: lab.Host) -> None:
-    boot(xl, "litmus", "p2m=both")
-    run(xl, f"{OURS} xl save litmus /tmp/saved")
-    before = state(xl)
+def test_a_bit_flipped_in_the_stream(host: lab.Host) -> None:
+    boot(host, "litmus", "p2m=both")
+    run(host, f"{OURS} xl save litmus /tmp/saved")
+    before = state(host)
     script = "import sys; f = open('/tmp/bad', 'r+b'); f.seek(int(sys.argv[1])); f.write(b'\\xff' * 8)"
     for at in (4_000, 6_000):
-        said = fails(xl, f'cp /tmp/saved /tmp/bad; python3 -c "{script}" {at}; {OURS} xl restore /tmp/bad')
+        said = fails(host, f'cp /tmp/saved /tmp/bad; python3 -c "{script}" {at}; {OURS} xl restore /tmp/bad')
         assert "xenpv: error: " in said
-    gone(xl, before)
+    gone(host, before)
 
 
 @pytest.mark.deep_elsewhere
-def test_less_memory_than_the_domain_had(xl: lab.Host) -> None:
-    boot(xl, "litmus", "p2m=both", memory=32)
-    run(xl, f"{OURS} xl save litmus /tmp/saved")
-    before = state(xl)
-    config = xl.write("small.cfg", guests.litmus_config("litmus", memory=16))
-    said = fails(xl, f"{OURS} xl restore {config} /tmp/saved")
+def test_less_memory_than_the_domain_had(host: lab.Host) -> None:
+    boot(host, "litmus", "p2m=both", memory=32)
+    run(host, f"{OURS} xl save litmus /tmp/saved")
+    before = state(host)
+    config = host.write("small.cfg", guests.litmus_config("litmus", memory=16))
+    said = fails(host, f"{OURS} xl restore {config} /tmp/saved")
     assert re.search(r"xenpv: error: dom\d+.*memory", said), said
-    gone(xl, before)
+    gone(host, before)
 
 
 # A save that has come to a halt in the middle: nobody reads on. The brackets are for pgrep not to find this shell.
@@ -300,23 +293,23 @@ kill $reader; cat said; ! pgrep -f 'cli.save_helper --[s]ave'
 """
 
 
-def halted(xl: lab.Host, act: str, words: str) -> None:
-    before = state(xl)
-    guest = boot(xl, "litmus", "p2m=both")
-    said = run(xl, HALTED.format(ours=OURS, act=act))
+def halted(host: lab.Host, act: str, words: str) -> None:
+    before = state(host)
+    guest = boot(host, "litmus", "p2m=both")
+    said = run(host, HALTED.format(ours=OURS, act=act))
     assert "status 0" not in said
     assert words in said, said
     guest.wait("litmus: resume")
     guest.wait("pattern ok")
     guest.wait("litmus: heartbeat")
-    gone(xl, before)
+    gone(host, before)
 
 
 @pytest.mark.deep_elsewhere
 @pytest.mark.parametrize("xl_too", [False, True], ids=["helper", "xl"])
-def test_a_save_that_is_killed(xl: lab.Host, xl_too: bool) -> None:
+def test_a_save_that_is_killed(host: lab.Host, xl_too: bool) -> None:
     """xl lets the guest run on when the helper dies, the helper does when xl dies."""
-    halted(xl, "kill -KILL $xl; sleep 1; kill $reader" if xl_too else "kill -KILL $helper",
+    halted(host, "kill -KILL $xl; sleep 1; kill $reader" if xl_too else "kill -KILL $helper",
            "" if xl_too else "save/restore helper")  # fmt: skip
 
 
@@ -330,25 +323,25 @@ def test_a_save_that_is_killed(xl: lab.Host, xl_too: bool) -> None:
     ],
     ids=["helper asked to end", "nobody reads", "interrupted"],
 )
-def test_a_save_that_does_not_come_to_its_end(xl: lab.Host, act: str, words: str) -> None:
-    halted(xl, act, words)
+def test_a_save_that_does_not_come_to_its_end(host: lab.Host, act: str, words: str) -> None:
+    halted(host, act, words)
 
 
 @ONE_VERSION
-def test_a_guest_that_stock_leaves_suspended(xl: lab.Host) -> None:
+def test_a_guest_that_stock_leaves_suspended(host: lab.Host) -> None:
     """When xl is killed, libxl-save-helper ends, and nobody lets the guest run on."""
-    boot(xl, "litmus", "p2m=both")
-    xl.run(HALTED.format(ours="", act="kill -KILL $xl; sleep 1; kill $reader"))
-    assert re.search(r"^litmus +\d+ +\d+ +1 +---ss-", run(xl, "sleep 2; xl list"), re.MULTILINE)
+    boot(host, "litmus", "p2m=both")
+    host.run(HALTED.format(ours="", act="kill -KILL $xl; sleep 1; kill $reader"))
+    assert re.search(r"^litmus +\d+ +\d+ +1 +---ss-", run(host, "sleep 2; xl list"), re.MULTILINE)
 
 
 @pytest.mark.deep_elsewhere
-def test_a_restore_that_is_killed(xl: lab.Host) -> None:
-    boot(xl, "litmus", "p2m=both")
-    run(xl, f"{OURS} xl save litmus /tmp/saved")
-    before = state(xl)
+def test_a_restore_that_is_killed(host: lab.Host) -> None:
+    boot(host, "litmus", "p2m=both")
+    run(host, f"{OURS} xl save litmus /tmp/saved")
+    before = state(host)
     said = run(
-        xl,
+        host,
         f"""
         rm -f /tmp/pipe /tmp/half; mkfifo /tmp/pipe
         (head -c 3000000 /tmp/saved; touch /tmp/half; exec sleep 300) > /tmp/pipe & writer=$!
@@ -360,12 +353,12 @@ def test_a_restore_that_is_killed(xl: lab.Host) -> None:
     )
     assert "status 0" not in said
     assert "save/restore helper" in said
-    gone(xl, before)
+    gone(host, before)
 
 
 @pytest.mark.deep_elsewhere
-def test_what_is_not_supported_is_refused_in_words(xl: lab.Host) -> None:
-    guest = boot(xl, "litmus", "p2m=both")
-    said = fails(xl, f"{OURS} xl remus -Fbnd litmus nowhere", timeout=60)
+def test_what_is_not_supported_is_refused_in_words(host: lab.Host) -> None:
+    guest = boot(host, "litmus", "p2m=both")
+    said = fails(host, f"{OURS} xl remus -Fbnd litmus nowhere", timeout=60)
     assert "xenpv: error: Remus is not supported" in said, said
     guest.wait("litmus: heartbeat")

@@ -19,11 +19,19 @@ TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True),
 @click.argument("file", metavar="FILE", type=click.Path(allow_dash=True), required=False)
 @click.option("-c", "--checkpoint", is_flag=True, help="Let the domain run on once it is saved.")
 @click.option("-p", "--paused", is_flag=True, help="Leave it paused once it is saved (xl unpause lets it run on).")
+@click.option("--xenpv-only", is_flag=True, help="Take a record that only xenpv restores: for pfns beyond 16 TiB.")
 @click.option("--preflight", is_flag=True, help="Say what would be saved, and whether it can be; change nothing.")
 @TIMEOUT
 @JSON
 def save(
-    target: str, file: str | None, checkpoint: bool, paused: bool, preflight: bool, timeout: float, as_json: bool
+    target: str,
+    file: str | None,
+    checkpoint: bool,
+    paused: bool,
+    xenpv_only: bool,
+    preflight: bool,
+    timeout: float,
+    as_json: bool,
 ) -> None:
     """Save a PV domain to FILE, as xl save does; it is gone from this host then.
 
@@ -48,7 +56,7 @@ def save(
     with XenMover() as host:
         domid = find(host, target).domid
         if file is None:
-            seen = look(host, domid)
+            seen = look(host, domid, stock=not xenpv_only)
             if as_json:
                 print_json(asdict(seen))
             else:
@@ -61,7 +69,17 @@ def save(
 
         keep = checkpoint or paused
         with interruptible(), moving() as shown:
-            ended = save_file(host, domid, file, timeout=timeout, keep=keep, paused=paused, say=say, progress=shown)
+            ended = save_file(
+                host,
+                domid,
+                file,
+                timeout=timeout,
+                keep=keep,
+                paused=paused,
+                stock=not xenpv_only,
+                say=say,
+                progress=shown,
+            )
     summary = ended.summary
     if as_json:
         numbers = {"bytes": summary.bytes, "pages": summary.pages, "tables": summary.tables, "lost": summary.lost}

@@ -69,6 +69,7 @@ def give(
             envelope=Kind.XL,
             suspend=None if leaving.stands else leaving.suspend,
             live=None if leaving.stands else live,
+            stock=False,
             progress=progress,
         )
         tell("sent", bytes=summary.bytes, pages=summary.pages)

@@ -43,12 +43,12 @@ class Ended:
     now: str
 
 
-def preflight(host: Mover, domid: DomId) -> Seen:
+def preflight(host: Mover, domid: DomId, *, stock: bool = True) -> Seen:
     """Whether a domain can be saved: all that is seen of that without stopping it. Raises as save() does if it cannot.
 
     Of a domain that runs, what is seen may be different a moment later.
     """
-    seen = look(host, domid)
+    seen = look(host, domid, stock=stock)
     info, p2m = host.info(domid), seen.p2m
     size = seen.total * (8 + PAGE_SIZE) + p2m.places * 8 + (info.max_vcpu + 1) * _VCPU + _RECORDS
     return Seen(seen.live.name, seen.live.anchors.names, p2m.entries, seen.total, seen.foreign, seen.identity, size)
@@ -73,11 +73,12 @@ def save_file(
     timeout: float = 60.0,
     keep: bool = False,
     paused: bool = False,
+    stock: bool = True,
     say: Callable[[str], None],
     progress: Progress | None = None,
 ) -> Ended:
     """Suspend it, save it to ``path`` ("-" is standard output), and destroy it; or, with ``keep``, let it run on then,
-    ``paused`` or not.
+    ``paused`` or not. ``stock`` as save() has it.
 
     Whatever save() and suspend() raise, OSError for the file: it runs on, as ``say`` was told, and there is no file.
     """
@@ -87,7 +88,7 @@ def save_file(
     out = Output.open(path)
     try:
         suspend = None if leaving.stands else leaving.suspend
-        summary = save(host, domid, out, config=config, suspend=suspend, progress=progress)
+        summary = save(host, domid, out, config=config, suspend=suspend, stock=stock, progress=progress)
         with undisturbed():
             out.finish()
     except BaseException:

@@ -249,7 +249,7 @@ def _check(live: LiveDomain, p2m: P2M, *, stock: bool) -> None:
     name = live.name
     if stock and p2m.entries > PFNS_MAX:
         what = f"{name}: its p2m reaches pfn {p2m.entries - 1:#x}; a stream has pfns up to {PFNS_MAX - 1:#x} (16 TiB)"
-        way = "a record of xenpv's own holds more (stock=False), for xenpv to restore and nobody else"
+        way = "a record of xenpv's own holds more, for xenpv to restore and nobody else (xenpv save --xenpv-only)"
         raise RequestError(f"{what}: {way}", needed=p2m.entries, available=PFNS_MAX)
     for table in p2m.unreadable:
         where = f"the table at mfn {table.frame:#x}, {table.level} above the leaves"
