@@ -21,7 +21,7 @@ $(READY): $(RUNS) requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-demo: $(RUNS)    ## the main job: a PV domain of 600 GiB built, saved and verified on a model of Xen
+demo: $(RUNS)    ## the main job: a PV domain of 600 GiB built, saved, verified and live-migrated on a model of Xen
 	$(BIN)/xenpv demo
 
 check: $(READY)  ## style, types, layering
