@@ -105,6 +105,7 @@ def there_and_back(guest: Guest) -> None:
 
 
 @pytest.mark.deep_elsewhere
+@ONE_VERSION
 def test_what_xl_prints_is_ours(host: lab.Host) -> None:
     boot(host, "litmus", "p2m=both")
     said = run(host, f"{OURS} xl save litmus /tmp/saved")
@@ -170,11 +171,12 @@ def test_files_of_an_older_xen(host: lab.Host, tmp_path_factory: pytest.TempPath
 
 # --- migration -------------------------------------------------------------------------------------------------------
 
+BOTH = ["ours to ours", "ours to stock", "stock to ours"]
 # xl's receiving side as a child of the sending one: two helpers, on one Xen.
 MIGRATE = "xl migrate -s '' litmus '{receiver} xl migrate-receive'"
 
 
-@pytest.mark.parametrize(("sender", "receiver"), [(OURS, OURS), (OURS, STOCK), (STOCK, OURS)])
+@pytest.mark.parametrize(("sender", "receiver"), [(OURS, OURS), (OURS, STOCK), (STOCK, OURS)], ids=BOTH)
 def test_migration(host: lab.Host, sender: str, receiver: str) -> None:
     guest = boot(host, "litmus", "p2m=both dirty=200", memory=32)
     command = f"{sender} {MIGRATE.format(receiver=f'env {receiver}')}"
@@ -198,6 +200,7 @@ def test_migration(host: lab.Host, sender: str, receiver: str) -> None:
 
 
 @pytest.mark.deep_elsewhere
+@ONE_VERSION
 def test_a_guest_that_refuses_to_suspend(host: lab.Host) -> None:
     before = state(host)
     guest = boot(host, "refuses", "p2m=both suspend=refuse")
@@ -232,6 +235,7 @@ def test_a_full_disk(host: lab.Host) -> None:
 
 
 @pytest.mark.deep_elsewhere
+@ONE_VERSION
 def test_a_file_system_that_takes_no_foreign_pages(host: lab.Host) -> None:
     """Stock's save to 9p dies of EFAULT."""
     guest = boot(host, "litmus", "p2m=both")
@@ -244,6 +248,7 @@ def test_a_file_system_that_takes_no_foreign_pages(host: lab.Host) -> None:
 
 
 @pytest.mark.deep_elsewhere
+@ONE_VERSION
 def test_a_stream_that_is_cut_off(host: lab.Host) -> None:
     boot(host, "litmus", "p2m=both")
     run(host, f"{OURS} xl save litmus /tmp/saved")
@@ -257,6 +262,7 @@ def test_a_stream_that_is_cut_off(host: lab.Host) -> None:
 
 
 @pytest.mark.deep_elsewhere
+@ONE_VERSION
 def test_a_bit_flipped_in_the_stream(host: lab.Host) -> None:
     boot(host, "litmus", "p2m=both")
     run(host, f"{OURS} xl save litmus /tmp/saved")
@@ -357,6 +363,7 @@ def test_a_restore_that_is_killed(host: lab.Host) -> None:
 
 
 @pytest.mark.deep_elsewhere
+@ONE_VERSION
 def test_what_is_not_supported_is_refused_in_words(host: lab.Host) -> None:
     guest = boot(host, "litmus", "p2m=both")
     said = fails(host, f"{OURS} xl remus -Fbnd litmus nowhere", timeout=60)
