@@ -108,7 +108,8 @@ class _Guest:
     kernel: Kernel
     layout: Layout
     counter: int = 0
-    last: Digest | None = None  # of its own pages, when it suspended
+    leaving: bool = False
+    last: Digest | None = None  # of its own pages, when it suspended in order to leave
 
     def __post_init__(self) -> None:
         top = self.layout.nr_pages
@@ -135,7 +136,7 @@ class _Guest:
             self.kernel.poll(view)
 
         self.host.run(self.domid, do)
-        if self.live.info.shutdown:
+        if self.leaving and self.live.info.shutdown:
             self.last = self.digest()
 
     def digest(self) -> Digest:
@@ -158,6 +159,7 @@ class _Guest:
 
     def moved(self, target: ModelHost) -> bool:
         _title("Live-migrated to another model host while it writes to its memory")
+        self.leaving = True
         one, other = socket.socketpair()
         arrived: list[Taken | None] = []
         with Link.of_socket(one, "there") as here, Link.of_socket(other, "here") as there, moving() as shown:
