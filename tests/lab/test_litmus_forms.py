@@ -98,6 +98,7 @@ def printed_p2m(console: str) -> dict[int, int]:
     return p2m
 
 
+@pytest.mark.deep_elsewhere
 def test_what_stock_tools_refuse_to_save(host: lab.Host) -> None:
     booted = boot(host, "refused", *REFUSED)
     for guest in booted:

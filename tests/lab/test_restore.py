@@ -135,6 +135,7 @@ print(json.dumps({"said": said, "before": before, "after": after}))
 """
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("host", [lab.DEFAULT], indirect=True, ids=[f"xen-{lab.DEFAULT}"])
 def test_a_restore_that_fails_leaves_nothing(host: lab.Host) -> None:
     """Each call refused once, at its first and at its last time, and streams cut off: pages, domains and nodes."""

@@ -86,7 +86,9 @@ def test_litmus_in_each_form(host: lab.Host, form: str) -> None:
 
 
 @ONE_VERSION
-@pytest.mark.parametrize("options", FORMS)
+@pytest.mark.parametrize(
+    "options", [FORMS[0], *(pytest.param(form, marks=pytest.mark.deep) for form in FORMS[1:-1]), FORMS[-1]]
+)
 def test_litmus_in_other_forms(host: lab.Host, options: str) -> None:
     """What stock tools do not save, or slowly, they do restore."""
     there_and_back(boot(host, "litmus", f"p2m={options}", vcpus=2))
@@ -104,7 +106,7 @@ def there_and_back(guest: Guest) -> None:
     guest.lives("new domain")
 
 
-@pytest.mark.deep_elsewhere
+@pytest.mark.deep
 @ONE_VERSION
 def test_what_xl_prints_is_ours(host: lab.Host) -> None:
     boot(host, "litmus", "p2m=both")
@@ -128,7 +130,7 @@ def test_a_debian_guest(host: lab.Host) -> None:
         at = host.wait_for_guest(name, guests.BEAT, after=at)
 
 
-@pytest.mark.deep_elsewhere
+@pytest.mark.deep
 def test_save_that_leaves_it_running_or_paused(host: lab.Host) -> None:
     guest = boot(host, "litmus", "p2m=both")
     run(host, f"{OURS} xl save -c litmus /tmp/saved")
@@ -150,6 +152,7 @@ def test_save_that_leaves_it_running_or_paused(host: lab.Host) -> None:
 _from_older: dict[str, Path] = {}  # by "Xen, whose helper": a file that was written there
 
 
+@pytest.mark.deep
 def test_files_of_an_older_xen(host: lab.Host, tmp_path_factory: pytest.TempPathFactory) -> None:
     """What 4.14 wrote, with ours and with stock's, is restored by ours on 4.14 and all newer ones."""
     keep = tmp_path_factory.mktemp(f"helper-{host.xen}")
@@ -234,7 +237,7 @@ def test_a_full_disk(host: lab.Host) -> None:
     gone(host, before)
 
 
-@pytest.mark.deep_elsewhere
+@pytest.mark.deep
 @ONE_VERSION
 def test_a_file_system_that_takes_no_foreign_pages(host: lab.Host) -> None:
     """Stock's save to 9p dies of EFAULT."""
@@ -274,7 +277,7 @@ def test_a_bit_flipped_in_the_stream(host: lab.Host) -> None:
     gone(host, before)
 
 
-@pytest.mark.deep_elsewhere
+@pytest.mark.deep
 def test_less_memory_than_the_domain_had(host: lab.Host) -> None:
     boot(host, "litmus", "p2m=both", memory=32)
     run(host, f"{OURS} xl save litmus /tmp/saved")
@@ -319,6 +322,7 @@ def test_a_save_that_is_killed(host: lab.Host, xl_too: bool) -> None:
            "" if xl_too else "save/restore helper")  # fmt: skip
 
 
+@pytest.mark.deep
 @ONE_VERSION
 @pytest.mark.parametrize(
     ("act", "words"),
@@ -333,6 +337,7 @@ def test_a_save_that_does_not_come_to_its_end(host: lab.Host, act: str, words: s
     halted(host, act, words)
 
 
+@pytest.mark.deep
 @ONE_VERSION
 def test_a_guest_that_stock_leaves_suspended(host: lab.Host) -> None:
     """When xl is killed, libxl-save-helper ends, and nobody lets the guest run on."""
@@ -362,7 +367,7 @@ def test_a_restore_that_is_killed(host: lab.Host) -> None:
     gone(host, before)
 
 
-@pytest.mark.deep_elsewhere
+@pytest.mark.deep
 @ONE_VERSION
 def test_what_is_not_supported_is_refused_in_words(host: lab.Host) -> None:
     guest = boot(host, "litmus", "p2m=both")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
 import lab
 from lab import guests
 
@@ -14,6 +16,7 @@ CANCELLED = "litmus: resume (cancelled) 1"
 WITHOUT_SHADOW = ("4.20",)  # Debian builds it without CONFIG_SHADOW_PAGING: it cannot log what PV domains write
 
 
+@pytest.mark.deep_elsewhere
 def test_the_contract_of_what_moves_domains(host: lab.Host) -> None:
     before = start(host)
     live = look(host, "")
@@ -30,6 +33,7 @@ def test_the_contract_of_what_moves_domains(host: lab.Host) -> None:
     assert "BAD" not in host.guest_console(NAME)[before:]
 
 
+@pytest.mark.deep_elsewhere
 def test_our_calls_give_what_stock_xl_save_writes(host: lab.Host) -> None:
     """Byte for byte, vcpus and policies, of the very suspend; the TSC has gone on."""
     start(host)
