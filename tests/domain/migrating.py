@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -26,7 +25,7 @@ from xenpv.stream.fields import Buffer
 NAME, PAGES = "litmus", 1100
 MEMORY = 256 << 20  # bytes of a host
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
-CONFIG = json.dumps(as_libxl(NAME, UUID, pages=PAGES, vcpus=1)).encode()
+CONFIG = as_libxl(NAME, UUID, pages=PAGES, vcpus=1)
 
 
 class Cut(Link):

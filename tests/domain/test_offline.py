@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from tests.image.images import GIB, MIB, P2M, UNMAPPED, image
 from tests.writers.kernel import PV64, Kernel, kernel32
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import SIF_MOD_START_PFN, START_INFO
-from xenpv.domain.config import config_of
-from xenpv.domain.offline import build_file, configuration, plan_file
+from xenpv.domain.config import as_libxl, config_of
+from xenpv.domain.offline import build_file, plan_file
 from xenpv.domain.source import SavedDomain
 from xenpv.domain.verify import verify
 from xenpv.frames import PageType
@@ -73,6 +72,6 @@ def test_cost_follows_what_is_used() -> None:
 
 def test_the_configuration_is_one_that_we_read() -> None:
     layout = plan_file(KERNELS["32 bit"], Request(64 * MIB, vcpus=3))
-    text = json.load(io.StringIO(json.dumps(configuration(layout, "n", "u"))))
+    text = json.loads(as_libxl("n", "u", pages=layout.nr_pages, vcpus=layout.vcpus))
     assert text["b_info"]["avail_vcpus"] == [0, 1, 2]
     assert text["b_info"]["max_memkb"] == np.int64(64 << 10)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from uuid import uuid4
 
@@ -76,15 +75,14 @@ def build(
     from xenpv.host.xen_build import XenToolstack  # noqa: PLC0415
 
     uuid = str(uuid4())
-    config = as_libxl(called, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
-    config["b_info"] |= _boots_from(kernel, ramdisk, request)
+    boot = _boots_from(kernel, ramdisk, request)
+    config = as_libxl(called, uuid, pages=layout.nr_pages, vcpus=layout.vcpus, boot=boot)
     with XenToolstack() as host:
         if any(domain.name == called for domain in host.domains()):
             raise RequestError(f"there is a domain {called!r} already; say another --name")
         with steps() as step:
-            text = json.dumps(config, indent=4).encode()
             content = _content(ramdisk, request)
-            built = build_domain(host, image, layout, content, name=called, uuid=uuid, config=text, step=step)
+            built = build_domain(host, image, layout, content, name=called, uuid=uuid, config=config, step=step)
         if start:
             host.unpause(built.domid)
     if as_json:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import lzma
 import socket
 import tempfile
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -21,17 +21,16 @@ from xenpv.cli.verify import summary
 from xenpv.domain.build import build
 from xenpv.domain.check_physmap import PhysmapCheck
 from xenpv.domain.config import as_libxl
+from xenpv.domain.conversation import nobody
 from xenpv.domain.live import LiveDomain
 from xenpv.domain.migrate import give
-from xenpv.domain.output import Output
 from xenpv.domain.precopy import Precopy
-from xenpv.domain.receive import Taken, take
-from xenpv.domain.save import save
-from xenpv.domain.suspend import resume, suspend
+from xenpv.domain.receive import take
+from xenpv.domain.save_file import configuration, save_file
 from xenpv.domain.transport import Link
 from xenpv.domain.verify import verify
 from xenpv.errors import GuestError, RequestError
-from xenpv.findings import Findings
+from xenpv.findings import Finding, Findings
 from xenpv.frames import DomId
 from xenpv.host.model import ModelHost
 from xenpv.host.model_forms import FORMS, parse_form
@@ -47,7 +46,6 @@ SAVED = "demo.save.xz"  # tests/vectors/README.md has the command that made it
 KERNEL = "demo.elf.xz"  # guests/litmus/build/litmus.elf
 _OTHERS = 8 << 30  # bytes of the host that are not the domain's
 _BUSY = 10_000  # pages that its guest works on
-_UUID = str(UUID(int=0x5EED))
 
 
 @click.command()
@@ -80,22 +78,25 @@ def _large(form: str, memory: int, path: str) -> bool:
     _say_layout(layout)
     host = ModelHost(memory + _OTHERS, sparse=True)
     with steps() as step:
-        domid = build(host, image, layout, name="demo", uuid=_UUID, step=step).domid
+        uuid = str(UUID(int=0x5EED))
+        config = as_libxl("demo", uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
+        domid = build(host, image, layout, name="demo", uuid=uuid, config=config, step=step).domid
     host.unpause(domid)
     _title("Built on a model of Xen's memory rules, and started")
-    guest = _Guest(host, domid, Kernel(parse_form(form)), layout)
+    guest = _Guest(host, domid, Kernel(parse_form(form)), layout.nr_pages)
     try:
         guest.start()
     except RequestError as e:
-        click.echo(f"  its kernel cannot show its p2m that way: {e}")
+        _say(f"its kernel cannot show its p2m that way: {e}")
         return False
     try:
-        found = survey(guest.live.p2m, 64 * 8)
-        print_p2m(describe(guest.live, guest.live.p2m, found), found)
+        live = guest.live
+        found = survey(live.p2m, 64 * 8)
+        print_p2m(describe(live, live.p2m, found), found)
         _title("Suspended, saved to a file, and verified; then it goes on")
         return guest.kept(path) and guest.moved(ModelHost(memory + _OTHERS, seed=1, sparse=True))
     except (GuestError, RequestError) as e:
-        click.echo(f"  that cannot be done: {e}")
+        _say(f"that cannot be done: {e}")
         return False
 
 
@@ -106,16 +107,14 @@ class _Guest:
     host: ModelHost
     domid: DomId
     kernel: Kernel
-    layout: Layout
+    nr_pages: int
     counter: int = 0
     leaving: bool = False
     last: Digest | None = None  # of its own pages, when it suspended in order to leave
 
     def __post_init__(self) -> None:
-        top = self.layout.nr_pages
-        self.pages = np.arange(top // 2, top, max(top // 2 // _BUSY, 1), dtype=np.uint64)
-        text = as_libxl("demo", _UUID, pages=top, vcpus=self.layout.vcpus)
-        self.config = json.dumps(text, indent=4).encode()
+        half = self.nr_pages // 2
+        self.pages = np.arange(half, self.nr_pages, max(half // _BUSY, 1), dtype=np.uint64)
 
     @property
     def live(self) -> LiveDomain:
@@ -141,39 +140,36 @@ class _Guest:
 
     def digest(self) -> Digest:
         """Of all pages that are not its kernel's own, whose tables hold mfns."""
-        return digest(self.live, self.live.kinds(self.kernel.pages.end), self.pages[:0])
+        live = self.live
+        return digest(live, live.kinds(self.kernel.pages.end), self.pages[:0])
 
     def kept(self, path: str) -> bool:
-        with Output.open(path) as out, moving() as shown:
-            done = save(self.host, self.domid, out, config=self.config, suspend=self._suspend, progress=shown)
-        resume(self.host, self.domid)
+        with moving() as shown:
+            done = save_file(self.host, self.domid, path, keep=True, say=nobody, progress=shown).summary
         self.host.run(self.domid, self.kernel.resume)
-        click.echo(
-            f"  {done.pages} pages with content, {done.tables} of them page tables, and {done.empty} without: "
+        _say(
+            f"{done.pages} pages with content, {done.tables} of them page tables, and {done.empty} without: "
             f"{size(done.bytes)}"
         )
         return _verified(path, Path(path).name)
-
-    def _suspend(self) -> None:
-        suspend(self.host, self.domid)
 
     def moved(self, target: ModelHost) -> bool:
         _title("Live-migrated to another model host while it writes to its memory")
         self.leaving = True
         one, other = socket.socketpair()
-        arrived: list[Taken | None] = []
+        config = configuration(self.host, self.domid)
         with Link.of_socket(one, "there") as here, Link.of_socket(other, "here") as there, moving() as shown:
-            receiver = threading.Thread(target=lambda: arrived.append(take(target, there)))
+            receiver = threading.Thread(target=take, args=(target, there))
             receiver.start()
-            given = give(self.host, self.domid, here, config=self.config, live=Precopy(), progress=shown)
+            given = give(self.host, self.domid, here, config=config, live=Precopy(), progress=shown)
             receiver.join()
         done = given.summary
-        click.echo(f"  {done.rounds} rounds, {done.pages} pages with content in all, {size(done.bytes)}")
+        _say(f"{done.rounds} rounds, {done.pages} pages with content in all, {size(done.bytes)}")
         self.host, self.domid = target, DomId(given.domid)
         target.run(self.domid, self.kernel.resume)
         same = self.last is not None and self.digest() == self.last
         how = "the same" if same else "NOT the same"
-        click.echo(f"  {self.last.pages if self.last else 0} pages are {how} here as they were there (by digest)")
+        _say(f"{self.last.pages if self.last else 0} pages are {how} here as they were there (by digest)")
         return same and self._right()
 
     def _right(self) -> bool:
@@ -181,10 +177,9 @@ class _Guest:
         live, findings = self.live, Findings(3)
         with progress("checking its p2m") as bar:
             PhysmapCheck(live, findings, owner=False, progress=bar).run()  # the digest is of what Xen says is its own
-        for finding in findings:
-            click.echo(f"  {finding.severity}: {finding}")
+        _say_findings(findings)
         if not findings.errors:
-            click.echo("  every entry of its p2m agrees with the m2p, and every frame of the domain is in it")
+            _say("every entry of its p2m agrees with the m2p, and every frame of the domain is in it")
         return not findings.errors
 
 
@@ -194,9 +189,9 @@ def _say_layout(layout: Layout) -> None:
     tables = sum(span.count for span in layout.tables)
     mapped = layout.mapping_end - layout.virt_base
     where = "outside" if layout.p2m_outside else "inside"
-    click.echo(f"  initial mapping  {layout.virt_base:#x} to {layout.mapping_end:#x} ({size(mapped)})")
-    click.echo(f"  p2m list         {size(p2m.size)} at {p2m.vaddr:#x}, {where} the initial mapping")
-    click.echo(f"  page tables      {tables}")
+    _say(f"initial mapping  {layout.virt_base:#x} to {layout.mapping_end:#x} ({size(mapped)})")
+    _say(f"p2m list         {size(p2m.size)} at {p2m.vaddr:#x}, {where} the initial mapping")
+    _say(f"page tables      {tables}")
 
 
 def _saved() -> bool:
@@ -213,10 +208,18 @@ def _verified(path: str, name: str) -> bool:
     assert report.saved is not None
     with report.saved as saved:
         report.name = saved.name = name
-        for finding in report.findings:
-            click.echo(f"  {finding.severity}: {finding}")
-        click.echo(f"  {summary(report)}")
+        _say_findings(report.findings)
+        _say(summary(report))
     return report.ok
+
+
+def _say(text: str) -> None:
+    click.echo(f"  {text}")
+
+
+def _say_findings(findings: Iterable[Finding]) -> None:
+    for finding in findings:
+        _say(f"{finding.severity}: {finding}")
 
 
 def _title(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree as ET
@@ -50,12 +51,12 @@ def config_of(contents: Contents) -> Config | None:
         return Config(style, text)
 
 
-def as_libxl(name: str, uuid: str, *, pages: int, vcpus: int) -> dict[str, Any]:
-    """What xl makes a PV domain without devices by, as libxl_domain_config_to_json() would have it; what is not said is
-    its default.
+def as_libxl(name: str, uuid: str, *, pages: int, vcpus: int, boot: Mapping[str, str] | None = None) -> bytes:
+    """What xl makes a PV domain without devices by, JSON as libxl_domain_config_to_json() would have it; what is not
+    said is its default. ``boot``: members of b_info that say what it boots from.
     """
     kib = pages * 4
-    return {
+    config = {
         "c_info": {"type": "pv", "name": name, "uuid": uuid, "run_hotplug_scripts": "True"},
         "b_info": {
             "max_vcpus": vcpus,
@@ -64,9 +65,11 @@ def as_libxl(name: str, uuid: str, *, pages: int, vcpus: int) -> dict[str, Any]:
             "target_memkb": kib,
             "video_memkb": 0,
             "type.pv": {},
+            **(boot or {}),
         },
         "on_reboot": "restart",
     }
+    return json.dumps(config, indent=4).encode()
 
 
 def _json(text: str) -> Config:

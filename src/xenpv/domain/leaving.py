@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 
 from xenpv.domain.handover import AWAY
-from xenpv.domain.live import LiveDomain
 from xenpv.domain.suspend import has_suspended, resume, suspend
 from xenpv.errors import RequestError, XenPVError
 from xenpv.frames import DomId
@@ -19,7 +18,7 @@ class Leaving:
         self.host = host
         self.domid = domid
         self.info = host.info(domid)
-        self.label = LiveDomain(host, self.info).name
+        self.label = self.info.label
         self.stood_at: float | None = None
         self._timeout = timeout
         self._suspending = self._renamed = False

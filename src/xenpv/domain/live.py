@@ -29,7 +29,7 @@ class LiveDomain:
     @property
     def name(self) -> str:
         """For people: "dom5 (web)"."""
-        return f"dom{self.info.domid}" + (f" ({self.info.name})" if self.info.name else "")
+        return self.info.label
 
     @contextmanager
     def paused(self) -> Iterator[None]:

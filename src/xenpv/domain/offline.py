@@ -6,9 +6,7 @@ and into the p2m list, fills in start info, and lets vcpu 0 run on where it stan
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -67,15 +65,10 @@ def build_file(
     context = np.frombuffer(data, VCPU_GUEST_CONTEXT[width])
     context["user_regs"]["rdx" if width == 8 else "edx"] = mfn[0]
     host.set_vcpu_context(domid, 0, bytes(data))
-    text = json.dumps(configuration(layout, name, uuid), indent=4).encode()
+    text = as_libxl(name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
 
     def progress(status: Status) -> None:
         if step is not None:
             step("writing the file", status.round_done, status.round_pages)
 
     return save(host, domid, sink, config=text, progress=progress)
-
-
-def configuration(layout: Layout, name: str, uuid: str) -> dict[str, Any]:
-    """What xl makes the domain by."""
-    return as_libxl(name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)

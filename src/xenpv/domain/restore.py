@@ -178,7 +178,7 @@ class _Restore:
         self.contents = Contents()
         self._into: tuple[DomainInfo, Ports, PagesIn] | None = None
         self._open = ExitStack()
-        self._behind: Checkpoints | None = None  # what came behind the last checkpoint
+        self._checkpoints: Checkpoints | None = None  # what came behind the last checkpoint
         self._static = True  # data that comes before all pages still comes
 
     def run(self, kind: Kind | None, progress: Progress | None) -> Restored:
@@ -214,16 +214,16 @@ class _Restore:
             if self.source.exact:
                 what = "a checkpoint, behind which the stream is the toolstack's: Remus and COLO are not received"
                 raise Unsupported(what, offset=event.offset, record=event.name)
-            if self._behind is None:
-                self._behind = Checkpoints()
-                self._open.callback(self._behind.close)
+            if self._checkpoints is None:
+                self._checkpoints = Checkpoints()
+                self._open.callback(self._checkpoints.close)
             else:
-                self._behind.release(self._see)
-        if self._behind is None or not isinstance(event, Record) or isinstance(event, _NEVER_KEPT):
+                self._checkpoints.release(self._see)
+        if self._checkpoints is None or not isinstance(event, Record) or isinstance(event, _NEVER_KEPT):
             # Of a file the content is read while the next record is looked at; a read of a pipe may never come back.
             self._see(event, self.source.take, self.source.later if self.source.seekable else None)
         else:
-            self._behind.keep(event, self.source.take)
+            self._checkpoints.keep(event, self.source.take)
 
     def _see(self, event: Event, take: Take, later: Later | None = None) -> None:
         if isinstance(event, PageData):

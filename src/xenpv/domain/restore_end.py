@@ -60,7 +60,7 @@ class RestoreEnd:
         self.host = host
         self.info = info
         self.domid = info.domid
-        self.name = f"dom{info.domid}" + (f" ({info.name})" if info.name else "")
+        self.name = info.label
         self.width = info.width
         self.contents = contents
         self.pages = pages

@@ -34,7 +34,7 @@ from xenpv.domain.save_vcpus import last_records, static_records
 from xenpv.domain.suspend import has_suspended
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import U64, DomId
-from xenpv.host import DomainInfo, Mover
+from xenpv.host import Mover
 from xenpv.stream.envelope import Kind
 from xenpv.stream.fields import Buffer
 from xenpv.stream.libxl import LibxlEnd
@@ -105,8 +105,8 @@ def save(
     """
     if live is not None and suspend is None:
         raise RequestError("a live save has to be told how the domain is suspended")
-    if suspend is None and not _stands(info := host.info(domid)):
-        raise RequestError(f"dom{domid}" + (f" ({info.name})" if info.name else "") + " is running: suspend it first")
+    if suspend is None and not (info := host.info(domid)).stands:
+        raise RequestError(f"{info.label} is running: suspend it first")
     version = host.version()
     writer = Writer(envelope, xen=(version.major, version.minor), config=config)
     meter = Meter(progress, live.bandwidth if live is not None else None)
@@ -120,7 +120,7 @@ def look(host: Mover, domid: DomId, *, follows: bool = False, stock: bool = True
     info = host.info(domid)
     for cannot, why in ((info.hvm, "is an HVM domain; PV domains are saved"), (info.dying, "is dying")):
         if cannot:
-            raise RequestError(f"dom{domid}" + (f" ({info.name})" if info.name else "") + f" {why}")
+            raise RequestError(f"{info.label} {why}")
     p2m = SavedP2M(host, domid, follows=follows, stock=stock)
     p2m.look()
     p2m.count()
@@ -247,7 +247,7 @@ class _Save:
 
     def _check_stands(self) -> None:
         """HostError if somebody let the domain run meanwhile: what was saved would be of no one moment."""
-        if not _stands(self.host.info(self.domid)):
+        if not self.host.info(self.domid).stands:
             raise HostError(f"{self.p2m.live.name} was let run while it was saved", op="save", domid=self.domid)
 
     # --- writing -----------------------------------------------------------------------------------------------------
@@ -302,15 +302,6 @@ class _Save:
             took=now - self._began,
             downtime=now - self._stopped,
         )
-
-
-def _version(host: Mover) -> tuple[int, int]:
-    version = host.version()
-    return version.major, version.minor
-
-
-def _stands(info: DomainInfo) -> bool:
-    return info.paused or info.shutdown
 
 
 @contextmanager

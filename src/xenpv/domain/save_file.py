@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,7 +61,7 @@ def configuration(host: Mover, domid: DomId) -> bytes:
         return kept
     vcpus = info.max_vcpu + 1
     name, uuid = info.name or f"domain-{domid}", info.uuid or "00000000-0000-0000-0000-000000000000"
-    return json.dumps(as_libxl(name, uuid, pages=info.pages, vcpus=vcpus), indent=4).encode()
+    return as_libxl(name, uuid, pages=info.pages, vcpus=vcpus)
 
 
 def save_file(

@@ -73,7 +73,7 @@ class SavedP2M:
             try:
                 self._take(live)
             except GuestError as e:
-                if tried == _TRIES or live.info.paused or live.info.shutdown:
+                if tried == _TRIES or live.info.stands:
                     raise
                 if tried >= _TRIES_OTHERWISE and not isinstance(e, _Unsettled) and live.look() == live.anchors:
                     raise
@@ -88,8 +88,11 @@ class SavedP2M:
     def _take(self, live: LiveDomain) -> None:
         anchors, name = live.anchors, live.name
         if anchors.p2m_cr3 and anchors.p2m_generation & 1:
-            still = live.info.paused or live.info.shutdown
-            why = "it was stopped while it changed its p2m" if still else "it is changing its p2m, and does not end"
+            why = (
+                "it was stopped while it changed its p2m"
+                if live.info.stands
+                else "it is changing its p2m, and does not end"
+            )
             raise _Unsettled(f"{name}: p2m_generation {anchors.p2m_generation:#x} is odd: {why}")
         if not anchors.max_pfn:
             raise GuestError(f"{name}: its p2m has no entries: arch.max_pfn is 0")

@@ -121,8 +121,7 @@ def _start_info(live: LiveDomain, mfn: int) -> int:
 def why_not(live: LiveDomain) -> str:
     """What explains that a domain which stands still is not ready to be saved, if anything does."""
     info = live.info
-    stands = info.paused or info.shutdown
-    return ": it stands still, but its kernel has not suspended" if stands and not has_suspended(info) else ""
+    return ": it stands still, but its kernel has not suspended" if info.stands and not has_suspended(info) else ""
 
 
 def _pfn(live: LiveDomain, what: str, mfn: int) -> int:

@@ -32,10 +32,10 @@ def suspend(host: Mover, domid: DomId, *, timeout: float = 60.0) -> None:
     if has_suspended(info):
         return
     if info.hvm:
-        raise RequestError(f"{_named(info)} is an HVM domain; PV domains are suspended")
+        raise RequestError(f"{info.label} is an HVM domain; PV domains are suspended")
     _check_runs(info)
     if info.paused:
-        raise RequestError(f"{_named(info)} is paused, and cannot suspend: unpause it first")
+        raise RequestError(f"{info.label} is paused, and cannot suspend: unpause it first")
     host.control(domid, "suspend")
     try:
         _wait(host, domid, timeout)
@@ -57,7 +57,7 @@ def _wait(host: Mover, domid: DomId, timeout: float) -> None:
         _check_runs(info)
         left = until - time.monotonic()
         if left <= 0:
-            raise GuestError(f"{_named(info)} did not suspend in {timeout:g} s: {_why(host, info)}")
+            raise GuestError(f"{info.label} did not suspend in {timeout:g} s: {_why(host, info)}")
         time.sleep(min(nap, left))
         nap = min(2 * nap, _LAST_LOOK)
 
@@ -65,7 +65,7 @@ def _wait(host: Mover, domid: DomId, timeout: float) -> None:
 def _check_runs(info: DomainInfo) -> None:
     if info.shutdown:
         how = _REASONS.get(info.shutdown_reason or 0, f"shut down for reason {info.shutdown_reason}")
-        raise GuestError(f"{_named(info)} {how}, and cannot suspend")
+        raise GuestError(f"{info.label} {how}, and cannot suspend")
 
 
 def _why(host: Mover, info: DomainInfo) -> str:
@@ -83,12 +83,8 @@ def resume(host: Mover, domid: DomId) -> None:
     """
     info = host.info(domid)
     if not has_suspended(info):
-        raise RequestError(f"{_named(info)} has not suspended: there is nothing to resume")
+        raise RequestError(f"{info.label} has not suspended: there is nothing to resume")
     context = np.frombuffer(bytearray(host.vcpu_context(domid, 0)), VCPU_GUEST_CONTEXT[info.width])
     context["user_regs"]["rax" if info.width == 8 else "eax"] = 1
     host.set_vcpu_context(domid, 0, context.tobytes())
     host.resume(domid)
-
-
-def _named(info: DomainInfo) -> str:
-    return f"dom{info.domid}" + (f" ({info.name})" if info.name else "")

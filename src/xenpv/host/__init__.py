@@ -50,6 +50,16 @@ class DomainInfo:
     shutdown_reason: int | None
     dying: bool
 
+    @property
+    def label(self) -> str:
+        """For people: "dom5 (web)"."""
+        return f"dom{self.domid}" + (f" ({self.name})" if self.name else "")
+
+    @property
+    def stands(self) -> bool:
+        """Whether no vcpu of it runs: it is paused, or has shut down."""
+        return self.paused or self.shutdown
+
 
 class Host(Protocol):
     """A hypervisor. Every call raises HostError, with the operation, domain and errno, when Xen says no."""

@@ -22,9 +22,9 @@ from xenpv.host.model_forms import Published, parse_form
 from xenpv.host.model_guest import GuestView
 from xenpv.host.model_kernel_p2m import KernelP2M
 from xenpv.host.model_kernel_pages import LINKED_AT, KernelPages, StartInfo
+from xenpv.host.xen_nodes import CONTROL
 from xenpv.memory.p2m import is_own
 
-CONTROL = "control/shutdown"
 SUSPEND_KEY = "device/suspend/event-channel"
 _AT_ONCE = 1024  # pages of the pattern
 _COUNTER_SHIFT = np.uint64(40)

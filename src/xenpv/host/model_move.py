@@ -8,12 +8,10 @@ from dataclasses import replace
 from struct import pack
 
 from xenpv.frames import U64, DomId
-from xenpv.host import CpuPolicy, TscInfo, VcpuState
+from xenpv.host import CpuPolicy, TscInfo, VcpuState, xen_nodes
 from xenpv.host.model_build import ModelBuild
 from xenpv.host.model_dirty import DirtyLog
 from xenpv.host.model_state import changed_policy, changed_state, changed_time
-
-_CONTROL = "control/shutdown"
 
 
 class ModelMove(ModelBuild):
@@ -71,13 +69,13 @@ class ModelMove(ModelBuild):
         """Ask the guest for something, by control/shutdown."""
         asked = self.controlled(domid)
         if value or asked:
-            self.store.write(f"/local/domain/{domid}/{_CONTROL}", value.encode())
+            self.store.write(f"{xen_nodes.home(domid)}/{xen_nodes.CONTROL}", value.encode())
         self._pass_time(domid)
 
     def controlled(self, domid: DomId) -> str:
         """What is asked of the guest still."""
         self._domain("xenstore", domid)
-        return (self.store.read(f"/local/domain/{domid}/{_CONTROL}") or b"").decode()
+        return (self.store.read(f"{xen_nodes.home(domid)}/{xen_nodes.CONTROL}") or b"").decode()
 
     def resume(self, domid: DomId) -> None:
         """Let a domain that shut down run on, as after a suspend that was cancelled."""

@@ -19,7 +19,6 @@ from xenpv.host.xen_build import XenToolstack
 from xenpv.host.xenctrl import Buffer, failed, refused
 
 _BLOB_MAX = 1 << 20  # bytes; nothing that a vcpu or a policy has is near it
-_CONTROL = "control/shutdown"
 _NONE = 0xFFFF_FFFF  # no leaf, subleaf or MSR is to blame
 _LEAF_PFNS = 8 * PAGE_SIZE  # what one page of Xen's own bitmap is for
 _LEAVES_MAX = 1 << 14  # 64 MiB
@@ -276,7 +275,7 @@ class XenMover(XenToolstack):
         """See Mover. What the guest has seen is not taken back: it has emptied the node itself."""
         self._raw(domid)
         home = xen_nodes.home(domid)
-        path = f"{home}/{_CONTROL}"
+        path = f"{home}/{xen_nodes.CONTROL}"
 
         def wanted(read: Callable[[str], str | None]) -> bool:
             if read(home) is None:
@@ -289,7 +288,7 @@ class XenMover(XenToolstack):
         self._raw(domid)
         store = self._xenstore()
         store.needed("xenstore", domid)
-        return store.read(f"{xen_nodes.home(domid)}/{_CONTROL}") or ""
+        return store.read(f"{xen_nodes.home(domid)}/{xen_nodes.CONTROL}") or ""
 
     def resume(self, domid: DomId) -> None:
         self._calls.domctl(xenctrl_domctl.RESUMEDOMAIN, "resumedomain", domid, xenctrl_domctl.NOTHING)

@@ -13,6 +13,7 @@ from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host import Daemons, DomainInfo, Ring
 
 _CONSOLE_LIMIT = 1 << 20  # bytes that xenconsoled keeps of what nobody reads
+CONTROL = "control/shutdown"  # of a domain's own nodes: what a toolstack asks of it
 SLACK = 256  # pages: libxl lets a domain have 1 MiB more than its memory (LIBXL_MAXMEM_CONSTANT)
 _INITIALISING = 1  # XenbusStateInitialising
 
