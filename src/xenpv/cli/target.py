@@ -11,10 +11,10 @@ import click
 
 from xenpv.cli.terminal import progress
 from xenpv.domain.live import LiveDomain
+from xenpv.domain.opening import open_domain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import HostError, RequestError
 from xenpv.host import find
-from xenpv.stream.order import Guest
 
 Domain: TypeAlias = LiveDomain | SavedDomain
 
@@ -23,8 +23,10 @@ PAUSE = click.option("--pause", is_flag=True, help="Pause a running domain meanw
 
 
 @contextmanager
-def opened(target: str, *, pause: bool = False) -> Iterator[Domain]:
-    """The PV domain that people mean by a file's name or "-", or else by a domain's id, uuid or name."""
+def opened(target: str, *, pause: bool = False, hvm: bool = False) -> Iterator[Domain]:
+    """The domain that people mean by a file's name or "-", or else by a domain's id, uuid or name; RequestError if it
+    is not PV, unless ``hvm``.
+    """
     with ExitStack() as stack:
         if target != "-" and not os.path.exists(target):
             live = _running(target, stack)
@@ -35,9 +37,8 @@ def opened(target: str, *, pause: bool = False) -> Iterator[Domain]:
         if pause:
             raise RequestError(f"{target}: is a file; only a running domain can be paused")
         with progress("reading") as bar:
-            saved = stack.enter_context(SavedDomain.open(target, progress=bar))
-        domain = saved.contents.domain
-        if domain is None or domain.guest is not Guest.PV:
+            saved = stack.enter_context(open_domain(target, progress=bar))
+        if saved.hvm and not hvm:
             what = "an HVM domain; this needs a PV domain, whose page tables and p2m are in the stream"
             raise RequestError(f"{target}: {what}")
         yield saved

@@ -9,14 +9,16 @@ from functools import cached_property
 
 import numpy as np
 
+from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, VCPU_GUEST_CONTEXT
 from xenpv.errors import Fault, GuestError, HostError
 from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, U8, U64, Mask, PageType, Pfn
 from xenpv.host import DomainInfo, Host
 from xenpv.memory.anchors import Anchors, Way
-from xenpv.memory.domain import DomainMemory
+from xenpv.memory.domain import DomainMemory, Extents
 from xenpv.memory.p2m import P2M, is_own
 from xenpv.memory.pagetables import as_entries, cr3_frame, is_xen_slot, normalise
+from xenpv.memory.registers import Registers
 
 
 @dataclass
@@ -30,6 +32,16 @@ class LiveDomain:
     def name(self) -> str:
         """For people: "dom5 (web)"."""
         return self.info.label
+
+    @property
+    def hvm(self) -> bool:
+        """Whether it is HVM or PVH."""
+        return self.info.hvm
+
+    @property
+    def width(self) -> Width:
+        """Bytes of the guest's unsigned long."""
+        return self.info.width
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -102,16 +114,33 @@ class LiveDomain:
         """The numbers of its vcpus; some may never have been started."""
         return list(range(self.info.max_vcpu + 1))
 
-    def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit guests may have.
+    def vcpu_context(self, vcpu: int) -> np.void | None:
+        """The vcpu_guest_context of a vcpu as a NumPy record (abi.x86.VCPU_GUEST_CONTEXT); its frames are mfns.
 
         None for a vcpu that is not there or was never started. Raises HostError when the domain has gone.
         """
-        width = self.info.width
         try:
-            context = VCPU_GUEST_CONTEXT.read(self.host.vcpu_context(self.info.domid, vcpu), width)
+            return VCPU_GUEST_CONTEXT.read(self.host.vcpu_context(self.info.domid, vcpu), self.info.width)
         except HostError:
             self.host.info(self.info.domid)  # ESRCH, too, may be of the vcpu or of the domain
+            return None
+
+    def registers(self, vcpu: int) -> Registers | None:
+        """What a vcpu's registers hold; None and HostError as of ``vcpu_context``."""
+        context = self.vcpu_context(vcpu)
+        return None if context is None else Registers.of_context(context, self.info.width)
+
+    def shared_info(self) -> bytes:
+        """The 4096 bytes of its shared info page, now."""
+        return self.host.shared_info(self.info.domid)
+
+    def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
+        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit guests may have.
+
+        None and HostError as of ``vcpu_context``.
+        """
+        width, context = self.info.width, self.vcpu_context(vcpu)
+        if context is None:
             return None
         value = int(context["ctrlreg"][1 if user else 3])
         if user and (width == 4 or not value):
@@ -175,6 +204,17 @@ class LiveDomain:
             kinds = self.host.page_types(self.info.domid, leaves.mfns[own])
             there = kinds != PageType.XTAB
             yield leaves.pfns[own][there], kinds[there]
+
+    def extents(self) -> Iterator[Extents]:
+        """Which pages it has, as Domain has it."""
+        for pfns, kinds in self.kinds():
+            at = np.flatnonzero(np.append(True, (np.diff(pfns) != 1) | (kinds[1:] != kinds[:-1]))[: len(pfns)])
+            yield Extents(pfns[at], np.diff(np.append(at, len(pfns))), kinds[at])
+
+    @property
+    def frames(self) -> LiveDomain:
+        """Its pages by pfn: itself."""
+        return self
 
     @property
     def memory(self) -> DomainMemory:

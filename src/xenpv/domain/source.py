@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
@@ -21,14 +22,16 @@ from xenpv.domain.input import Input, Progress
 from xenpv.errors import Fault, StreamError
 from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
 from xenpv.memory.anchors import Anchors
-from xenpv.memory.domain import DomainMemory
+from xenpv.memory.domain import DomainMemory, Extents
 from xenpv.memory.p2m import P2M, reading
 from xenpv.memory.pagetables import cr3_frame
 from xenpv.memory.radix import Runs
+from xenpv.memory.registers import Registers
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages
 from xenpv.stream.index import PageIndex
+from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PFN_MASK, PageData
 from xenpv.stream.reader import FaultHandler, Reader
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
@@ -206,6 +209,25 @@ class SavedDomain:
     # --- what is known of the domain ---------------------------------------------------------------------------------
 
     @property
+    def hvm(self) -> bool:
+        """Whether it is HVM or PVH."""
+        return self.contents.domain is not None and self.contents.domain.guest is Guest.HVM
+
+    @property
+    def width(self) -> Width:
+        """Bytes of the guest's unsigned long; 8 as long as nothing else was said."""
+        return self.contents.width
+
+    def extents(self) -> Iterator[Extents]:
+        """Which pages the stream named, by its index: all in one piece."""
+        yield Extents(*self.contents.index.extents)
+
+    def shared_info(self) -> bytes | None:
+        """The 4096 bytes of its shared info page, None if they did not come."""
+        record = self.contents.shared_info
+        return None if record is None else bytes(record.data)
+
+    @property
     def vcpus(self) -> list[int]:
         """The numbers of the vcpus of which something came."""
         return sorted(self.contents.vcpus)
@@ -216,6 +238,11 @@ class SavedDomain:
         if record is None or record.basic is None:
             return None
         return VCPU_GUEST_CONTEXT.read(record.basic.context, self.contents.width)
+
+    def registers(self, vcpu: int) -> Registers | None:
+        """What a vcpu's registers held, None if its context did not come."""
+        context = self.vcpu_context(vcpu)
+        return None if context is None else Registers.of_context(context, self.width)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
         """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit guests may have."""

@@ -1,18 +1,74 @@
-"""DomainMemory: a domain's memory by pfn and by virtual address, over any Frames."""
+"""DomainMemory: a domain's memory by pfn and by virtual address, over any Frames; and Domain: all that is known of one,
+running, saved or dumped.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS
 from xenpv.errors import Fault
-from xenpv.frames import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U64, Frames, Pfn, Vaddr
+from xenpv.frames import I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64, Frames, Pfn, Vaddr
 from xenpv.memory import radix
 from xenpv.memory.p2m import reading
 from xenpv.memory.pagetables import NO_PFN, Walk, canonical, frames_of_tables, place_of, walk
+from xenpv.memory.registers import Registers
+
+
+class Extents(NamedTuple):
+    """Runs of consecutive pfns of one page type, ascending: first pfn, number of pages, type; arrays of one length."""
+
+    start: U64
+    pages: I64
+    type: U8
+
+
+class Domain(Protocol):
+    """A domain, wherever it is: running, in a save file, in a core. What exporters, plug-ins and reports are given.
+
+    pfns are the domain's own frame numbers, and page tables hold them, too; of an HVM domain they are its gfns.
+    """
+
+    @property
+    def name(self) -> str:
+        """For people: "dom5 (web)", "web.save"."""
+
+    @property
+    def hvm(self) -> bool:
+        """Whether it is HVM or PVH: no page types, and page tables of any mode that the processor has."""
+
+    @property
+    def width(self) -> Width:
+        """Bytes of the guest's unsigned long."""
+
+    @property
+    def frames(self) -> Frames:
+        """Its pages by pfn."""
+
+    @property
+    def memory(self) -> DomainMemory:
+        """Memory as vcpu 0 sees it."""
+
+    def extents(self) -> Iterator[Extents]:
+        """Which pages there are, ascending and in pieces. Those whose type is in HAS_DATA have content."""
+
+    @property
+    def vcpus(self) -> list[int]:
+        """The numbers of the vcpus of which something is known."""
+
+    def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
+        """The pfn of a vcpu's top table, None where none is known; ``user``: of its user half, if it has one."""
+
+    def registers(self, vcpu: int) -> Registers | None:
+        """What a vcpu's registers held; None where that is not known."""
+
+    def shared_info(self) -> bytes | None:
+        """The 4096 bytes of its shared info page; None where there is none."""
 
 
 @dataclass
