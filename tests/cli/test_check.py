@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pytest
@@ -16,25 +16,12 @@ from tests.writers.domain import Domain
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.domain.live import LiveDomain
 from xenpv.frames import Pfn
-from xenpv.host.model import ModelHost
-
-
-class Opened:
-    """The model host, opened as XenHost is."""
-
-    def __init__(self, host: ModelHost) -> None:
-        self.host = host
-
-    def __enter__(self) -> ModelHost:
-        return self.host
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None: ...
 
 
 @pytest.fixture
 def guest(monkeypatch: pytest.MonkeyPatch) -> Guest:
     guest = Guest()
-    monkeypatch.setattr("xenpv.host.xen.XenHost", lambda: Opened(guest.host))
+    monkeypatch.setattr("xenpv.host.xen.XenHost", lambda: nullcontext(guest.host))
     return guest
 
 
@@ -151,7 +138,7 @@ def test_tables_that_end_meanwhile_are_looked_for_again(guest: Guest, monkeypatc
         monkeypatch.setattr(LiveDomain, "cr3", cr3)
         assert xenpv(verb, domid, vaddr, *more).code == 0
         monkeypatch.undo()
-        monkeypatch.setattr("xenpv.host.xen.XenHost", lambda: Opened(guest.host))
+        monkeypatch.setattr("xenpv.host.xen.XenHost", lambda: nullcontext(guest.host))
     monkeypatch.setattr(LiveDomain, "cr3", lambda *_, **__: Pfn(7))
     assert "no page table" in xenpv("read", domid, vaddr, 16).err
 

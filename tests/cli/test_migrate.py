@@ -6,12 +6,12 @@ import json
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.cli.command import Ran, xenpv
-from tests.cli.test_save import Opened
 from tests.domain.migrating import CONFIG, NAME, PAGES, Move
 from xenpv.domain.handover import AWAY
 from xenpv.domain.migrate import give
@@ -23,7 +23,7 @@ from xenpv.errors import HostError
 @pytest.fixture
 def move(monkeypatch: pytest.MonkeyPatch) -> Move:
     move = Move.ready()
-    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.source))
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: nullcontext(move.source))
     return move
 
 
@@ -156,7 +156,7 @@ def test_taken_back(move: Move) -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_receive(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
-    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.target))
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: nullcontext(move.target))
     path = tmp_path / "link"
 
     def send() -> object:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import stat
+from contextlib import nullcontext
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pytest
@@ -15,30 +15,17 @@ from tests.cli.command import xenpv
 from tests.domain.migrating import CONFIG, NAME, PAGES, Move
 from tests.domain.saved import judge
 from xenpv.errors import HostError
-from xenpv.host.model import ModelHost
-
-
-class Opened:
-    """The model host, opened as XenMover is."""
-
-    def __init__(self, host: ModelHost) -> None:
-        self.host = host
-
-    def __enter__(self) -> ModelHost:
-        return self.host
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None: ...
 
 
 @pytest.fixture
 def move(monkeypatch: pytest.MonkeyPatch) -> Move:
     move = Move.ready()
-    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.source))
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: nullcontext(move.source))
     return move
 
 
 def on_target(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.target))
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: nullcontext(move.target))
 
 
 def test_a_domain_goes_into_a_file_and_comes_back(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +102,7 @@ def test_preflight_changes_nothing(move: Move, tmp_path: Path, monkeypatch: pyte
     told = xenpv("save", "--preflight", "--json", NAME).json
     assert (told["name"], told["pages"], told["entries"]) == (who, PAGES, PAGES)
     monkeypatch.undo()
-    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: Opened(move.source))
+    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: nullcontext(move.source))
     assert xenpv("save", NAME, tmp_path / "x").code == 0
     assert abs(told["bytes"] - (tmp_path / "x").stat().st_size) < 32 << 10
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ NAME, PAGES = "litmus", 1100
 MEMORY = 256 << 20  # bytes of a host
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
 CONFIG = as_libxl(NAME, UUID, pages=PAGES, vcpus=1)
+
+L = TypeVar("L", bound=Link)
 
 
 class Cut(Link):
@@ -50,6 +53,17 @@ class Cut(Link):
             one.shutdown(socket.SHUT_RDWR)
         if not self.lost:
             super().write([data])  # raises what a socket raises
+
+
+@contextmanager
+def linked(kind: type[L], patience: float) -> Iterator[tuple[L, L]]:
+    """The two ends of one link: that of this host, and that of the other. ``patience`` in seconds."""
+    one, other = socket.socketpair()
+    with (
+        kind.of_socket(one, "there", patience=patience) as here,
+        kind.of_socket(other, "here", patience=patience) as there,
+    ):
+        yield here, there
 
 
 @dataclass
@@ -99,9 +113,8 @@ class Move:
 
     def start(self, *, out: int | None = None, back: int | None = None, lost: bool = False, **how: Any) -> Ended:
         """Migrate it. ``out``, ``back``: after how many bytes the link is cut, that go there and that come back."""
-        one, other = socket.socketpair()
         ended = Ended()
-        with Cut.of_socket(one, "there", patience=20.0) as here, Cut.of_socket(other, "here", patience=20.0) as there:
+        with linked(Cut, 20.0) as (here, there):
             here.limit, there.limit = out, back
             here.lost = there.lost = lost
             ended.sent, ended.answered = here, there

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import errno
-import socket
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from tests.domain.migrating import CONFIG, MEMORY, NAME, PAGES, UUID, Move
+from tests.domain.migrating import CONFIG, MEMORY, NAME, PAGES, UUID, Move, linked
 from tests.host.kernel_guest import SOME
 from xenpv.domain.conversation import Conversation, Undecided
 from xenpv.domain.handover import AWAY, INCOMING, RECEIVER, SENDER, Word, encode
@@ -270,9 +269,8 @@ def undecided(*, arrives: bool) -> Move:
 
 def settled(move: Move) -> tuple[str | BaseException, BaseException | None]:
     """What asking the other host comes to, and how that saw it."""
-    one, other = socket.socketpair()
     failed: list[BaseException] = []
-    with Link.of_socket(one, "there", patience=20.0) as here, Link.of_socket(other, "here", patience=20.0) as there:
+    with linked(Link, 20.0) as (here, there):
 
         def answer() -> None:
             try:
@@ -358,8 +356,7 @@ def _raise(what: object) -> None:
 
 def test_a_receiver_that_speaks_another_protocol() -> None:
     move = Move.ready()
-    one, other = socket.socketpair()
-    with Link.of_socket(one, "there", patience=5.0) as here, Link.of_socket(other, "here") as there:
+    with linked(Link, 5.0) as (here, there):
         Conversation(there, RECEIVER).say(Word.HELLO, protocol=[2, 3], xen="9.0", xenpv="9")
         with pytest.raises(Unsupported, match=r"hands over by protocol \[2, 3\], not 1 to 1"):
             give(move.source, move.guest.domid, here, config=CONFIG)
@@ -368,8 +365,7 @@ def test_a_receiver_that_speaks_another_protocol() -> None:
 
 def test_a_receiver_that_is_none() -> None:
     move = Move.ready()
-    one, other = socket.socketpair()
-    with Link.of_socket(one, "there", patience=5.0) as here, Link.of_socket(other, "here") as there:
+    with linked(Link, 5.0) as (here, there):
         there.write([b"bash: xenpv: command not found\n"])
         with pytest.raises(Unsupported, match="is no xenpv that hands over a domain: it says 'bash: xe'"):
             give(move.source, move.guest.domid, here, config=CONFIG)
@@ -378,8 +374,7 @@ def test_a_receiver_that_is_none() -> None:
 
 def test_a_receiver_that_says_whole_before_it_is() -> None:
     move = Move.ready()
-    one, other = socket.socketpair()
-    with Link.of_socket(one, "there", patience=5.0) as here, Link.of_socket(other, "here") as there:
+    with linked(Link, 5.0) as (here, there):
         talk = Conversation(there, RECEIVER)
         talk.say(Word.HELLO, protocol=[1, 1])
         there.write([encode(Word.ACCEPT, {}), encode(Word.READY, {})])
@@ -390,8 +385,7 @@ def test_a_receiver_that_says_whole_before_it_is() -> None:
 
 def test_a_sender_that_offers_nonsense() -> None:
     target = ModelHost(MEMORY)
-    one, other = socket.socketpair()
-    with Link.of_socket(one, "there", patience=5.0) as here, Link.of_socket(other, "here", patience=5.0) as there:
+    with linked(Link, 5.0) as (here, there):
         talk = Conversation(here, SENDER)
         failed: list[BaseException] = []
 
