@@ -1,0 +1,117 @@
+"""VMCOREINFO: the lines by which a Linux kernel says where its own things are, found in a domain's memory.
+
+A debugger of a crashed kernel gets them as an ELF note. A running kernel keeps them in memory all the time, as text and
+as that note (Linux: kernel/crash_core.c, vmcoreinfo_data and vmcoreinfo_note), in pages that nothing outside of the
+kernel points at. So all pages are looked through for the text, which begins on a multiple of 8 in both of them: in
+Linux from 4.12 on the text has a page for itself, before that they were arrays.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from xenpv.errors import XenPVError
+from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64
+from xenpv.memory.domain import Domain
+
+LONGEST = PAGE_SIZE  # VMCOREINFO_BYTES
+_FIRST = np.frombuffer(b"OSRELEAS", np.uint64)[0]
+_TEXT = re.compile(rb"OSRELEASE=[^\n]+\n(?:[\x20-\x7e]+\n)*\Z")
+_ALWAYS = (b"\nPAGESIZE=", b"\nSYMBOL(swapper_pg_dir)=")
+_MOST = 1024  # places looked at: a guest may fill its memory with what is none
+_BATCH = 1024  # pages
+_NEW_UTSNAME = 6 * 65  # bytes of struct new_utsname: a kernel's release is in there
+
+
+def find_vmcoreinfo(domain: Domain) -> bytes | None:
+    """The text, lines of "KEY=value", or None where no page has it: no Linux, or none that says so.
+
+    Anybody in the guest can write such lines into memory. So a text is taken for the kernel's own when the kernel's
+    uts name, at the virtual address that it tells, has its release; where none does, or virtual memory cannot be read,
+    it is the first that was found.
+    """
+    first = None
+    for text in _texts(domain):
+        if _is_own(domain, text):
+            return text
+        first = first or text
+    return first
+
+
+def value(text: bytes, key: str) -> str | None:
+    """What the text says of a key such as "NUMBER(phys_base)"; None where it says nothing."""
+    for line in text.split(b"\n"):
+        name, equals, what = line.partition(b"=")
+        if equals and name == key.encode():
+            return what.decode("ascii", "replace")
+    return None
+
+
+def _texts(domain: Domain) -> Iterator[bytes]:
+    left = _MOST
+    for pfns in _batches(domain):
+        for here, pages in _readable(domain, pfns):
+            rows, words = np.nonzero(pages.view(np.uint64) == _FIRST)
+            for row, word in zip(rows[:left].tolist(), words[:left].tolist(), strict=True):
+                text = _text(domain, pages[row], int(here[row]), word * 8)
+                if text:
+                    yield text
+            left -= len(rows)
+            if left <= 0:
+                return
+
+
+def _text(domain: Domain, page: U8, pfn: int, offset: int) -> bytes | None:
+    """The text from an offset in a page on, which may go on in the next pfn."""
+    text, ends, _ = page.tobytes()[offset:].partition(b"\0")
+    if not ends:
+        try:
+            more = domain.frames.pages(np.array([pfn + 1], np.uint64)).tobytes()
+        except XenPVError:
+            more = b""
+        text = (text + more)[:LONGEST].partition(b"\0")[0]
+    is_one = _TEXT.match(text) and all(line in text for line in _ALWAYS)
+    return text if is_one else None
+
+
+def _is_own(domain: Domain, text: bytes) -> bool:
+    release = text[len(b"OSRELEASE=") :].partition(b"\n")[0]
+    try:
+        at = int(value(text, "SYMBOL(init_uts_ns)") or "", 16)
+        offset = int(value(text, "OFFSET(uts_namespace.name)") or "0")
+        return release in domain.memory.read_virtual(at + offset, _NEW_UTSNAME).split(b"\0")
+    except (XenPVError, ValueError):
+        return False
+
+
+def _batches(domain: Domain) -> Iterator[U64]:
+    """The pfns of all pages that have content and are no page tables, ascending, so many at a time."""
+    waiting: list[U64] = []
+    count = 0
+    for extents in domain.extents():
+        wanted = HAS_DATA[extents.type] & ~IS_TABLE[extents.type]
+        for start, pages in zip(extents.start[wanted].tolist(), extents.pages[wanted].tolist(), strict=True):
+            for first in range(start, start + pages, _BATCH):
+                waiting.append(np.arange(first, min(first + _BATCH, start + pages), dtype=np.uint64))
+                count += len(waiting[-1])
+                if count >= _BATCH:
+                    yield np.concatenate(waiting)
+                    waiting, count = [], 0
+    if waiting:
+        yield np.concatenate(waiting)
+
+
+def _readable(domain: Domain, pfns: U64) -> Iterator[tuple[U64, U8]]:
+    """Those of some pages that can be read, in pieces: a file may end before the rest, a guest give one back."""
+    try:
+        pages = domain.frames.pages(pfns)
+    except XenPVError:
+        if len(pfns) > 1:
+            half = len(pfns) // 2
+            yield from _readable(domain, pfns[:half])
+            yield from _readable(domain, pfns[half:])
+    else:
+        yield pfns, pages

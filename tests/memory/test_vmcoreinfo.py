@@ -1,0 +1,141 @@
+"""VMCOREINFO found in a domain's memory: where Linux keeps it, and among what only looks like it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.writers.build import pv_domain
+from tests.writers.domain import Domain
+from xenpv.abi.declare import Width
+from xenpv.domain.opening import open_domain
+from xenpv.memory.vmcoreinfo import find_vmcoreinfo, value
+
+PAGE = 4096
+RELEASE = b"6.1.0-50-amd64"
+UTS_OFFSET = 16
+
+
+def text(uts: int, release: bytes = RELEASE, more: bytes = b"") -> bytes:
+    lines = [
+        b"OSRELEASE=" + release,
+        b"BUILD-ID=06f8bde30046985060c60820f7a11515a33afb06",
+        b"PAGESIZE=4096",
+        b"SYMBOL(init_uts_ns)=%x" % uts,
+        b"OFFSET(uts_namespace.name)=%d" % UTS_OFFSET,
+        b"SYMBOL(swapper_pg_dir)=ffffffff82a10000",
+        b"NUMBER(PG_lru)=4",
+    ]
+    return b"\n".join(lines) + b"\n" + more
+
+
+class Guest:
+    """A domain with a kernel's uts name in it, and places for what a test puts there."""
+
+    def __init__(self, width: Width = 8) -> None:
+        self.domain: Domain = pv_domain(width=width)
+        self.data = self.domain.places.data
+        uts = self.data[-1]
+        self.uts = self.domain.vaddrs[uts]
+        fields = (b"Linux", b"(none)", RELEASE, b"#1 SMP", b"x86_64", b"(none)")
+        self.put(uts, UTS_OFFSET, b"".join(field.ljust(65, b"\0") for field in fields))
+
+    def put(self, pfn: int, offset: int, content: bytes) -> None:
+        """Put content into pages that are empty but for it, from an offset in the first on."""
+        content = bytes(offset) + content
+        for at in range(0, len(content), PAGE):
+            self.domain.pages[pfn + at // PAGE][:] = content[at : at + PAGE].ljust(PAGE, b"\0")
+
+    def found(self, tmp_path: Path) -> bytes | None:
+        path = tmp_path / "guest.save"
+        path.write_bytes(self.domain.to_bytes())
+        with open_domain(str(path)) as domain:
+            return find_vmcoreinfo(domain)
+
+
+@pytest.mark.parametrize("width", [8, 4])
+@pytest.mark.parametrize("offset", [0, 24, 4096 - 8, 2048])
+def test_found_where_linux_keeps_it(tmp_path: Path, width: Width, offset: int) -> None:
+    """As text in a page of its own, behind a note's header, and in an array across two pages."""
+    guest = Guest(width)
+    guest.put(guest.data[2], offset, text(guest.uts) + b"\0")
+    assert guest.found(tmp_path) == text(guest.uts)
+
+
+def test_a_guest_without_it(tmp_path: Path) -> None:
+    guest = Guest()
+    assert guest.found(tmp_path) is None
+    guest.put(guest.data[2], 8, b"OSRELEASE=%s\n\0VMCOREINFO\0")  # Linux's own format string
+    assert guest.found(tmp_path) is None
+
+
+def test_the_kernels_own_goes_before_another_that_stands_in_front_of_it(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.put(guest.data[1], 0, text(guest.domain.vaddrs[guest.data[0]], b"6.6.6-forged"))
+    guest.put(guest.data[3], 0, text(guest.uts))
+    assert guest.found(tmp_path) == text(guest.uts)
+
+
+def test_one_that_cannot_be_checked_is_better_than_none(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.put(guest.data[1], 0, text(0xFFFF_8000_0000_0000))
+    assert guest.found(tmp_path) == text(0xFFFF_8000_0000_0000)
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        text(0, more=b"\xff\n"),
+        text(0, more=b"no end of line"),
+        text(0, more=b"A=" + b"x" * 2 * PAGE + b"\n"),
+        text(0).replace(b"PAGESIZE", b"PAGESITE"),
+        text(0).replace(b"OSRELEASE=6", b"OSRELEASE:6"),
+    ],
+)
+def test_what_is_no_such_text(tmp_path: Path, junk: bytes) -> None:
+    guest = Guest()
+    guest.put(guest.data[1], 0, junk)
+    assert guest.found(tmp_path) is None
+
+
+@pytest.mark.parametrize("uts", [b"-1", b"zz", b"9" * 3000, b"ffffffffffffffff", b"7fffffffffff"])
+def test_addresses_that_lead_nowhere(tmp_path: Path, uts: bytes) -> None:
+    guest = Guest()
+    lying = text(0).replace(b"init_uts_ns)=0", b"init_uts_ns)=" + uts)
+    guest.put(guest.data[1], 0, lying)
+    assert guest.found(tmp_path) == lying
+
+
+def test_a_page_full_of_beginnings_hides_nothing_behind_it(tmp_path: Path) -> None:
+    guest = Guest()
+    guest.put(guest.data[1], 0, b"OSRELEAS" * 512)
+    guest.put(guest.data[4], 0, text(guest.uts))
+    assert guest.found(tmp_path) == text(guest.uts)
+
+
+def test_a_guest_full_of_beginnings_is_given_up_soon(tmp_path: Path) -> None:
+    guest = Guest()
+    for pfn in guest.data[:4]:
+        guest.put(pfn, 0, b"OSRELEAS" * 512)
+    guest.put(guest.data[5], 0, text(guest.uts))
+    assert guest.found(tmp_path) is None
+
+
+def test_pages_that_cannot_be_read_hide_no_others(tmp_path: Path) -> None:
+    """The file is cut off among its pages: those before the cut are looked through one by one."""
+    guest = Guest()
+    guest.put(guest.data[1], 0, text(guest.uts))
+    path = tmp_path / "cut.save"
+    whole = guest.domain.to_bytes()
+    path.write_bytes(whole)
+    with open_domain(str(path)) as domain:
+        os.truncate(path, whole.index(text(guest.uts)) + PAGE)
+        assert find_vmcoreinfo(domain) == text(guest.uts)
+
+
+def test_values() -> None:
+    assert value(text(0x1234), "SYMBOL(init_uts_ns)") == "1234"
+    assert value(text(0x1234), "OSRELEASE") == RELEASE.decode()
+    assert value(text(0x1234), "SYMBOL(init_uts") is None
