@@ -6,7 +6,7 @@ import itertools
 import time
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,9 +19,11 @@ from xenpv.abi.declare import Width
 from xenpv.domain.precopy import Precopy
 from xenpv.domain.progress import Phase, Status
 from xenpv.domain.save import save
+from xenpv.domain.save_p2m import SavedP2M
 from xenpv.domain.suspend import suspend
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import U8, U64, DomId
+from xenpv.host import Mover
 from xenpv.stream.envelope import Kind
 
 
@@ -45,6 +47,24 @@ def test_what_a_guest_writes_meanwhile_arrives(width: Width, form: str) -> None:
     assert made.names.count(3) == 1, "nothing happened to its p2m"
     assert summary.rounds == 6
     assert summary.pages < 4096 + 6 * 500, "cost follows what it wrote"
+
+
+@pytest.mark.parametrize(("top", "others"), [(1 << 24, [1]), (1 << 40, [1, 1 << 32, 1 << 32 | 1])])
+def test_a_frame_is_told_from_every_other(top: int, others: list[int]) -> None:
+    """What is remembered of an mfn is all of it, also on a host of 16 TiB and more."""
+    guest = Guest.boot("linear")
+    p2m = SavedP2M(cast(Mover, Twisted(guest, max_mfn=lambda: top)), guest.domid, follows=True)
+    p2m.look()
+    assert sum(len(pfns) for pfns, _ in p2m.changes()) > 4000
+    pfn = int(guest.do("free")[0])
+    leaf = p2m.p2m.leaves.frame_of(np.array([pfn // 512]))
+    for other in others:
+        entries = guest.host.frames.read(leaf).view("<u8")
+        entries[0, pfn % 512] ^= np.uint64(other)
+        guest.host.write_frames(guest.domid, leaf, entries.view(np.uint8))
+        for expected in ([pfn], []):
+            seen = [one for pfns, _ in p2m.changes(guest.host.m2p(leaf)) for one in pfns.tolist()]
+            assert seen == expected, hex(other)
 
 
 @pytest.mark.parametrize(("width", "form"), SOME)

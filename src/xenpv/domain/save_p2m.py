@@ -23,8 +23,8 @@ PFNS_AT_ONCE = 1 << 16
 
 _TRIES, _NAP = 50, 0.002  # looks at a p2m that is being changed, and seconds between them
 _TRIES_OTHERWISE = 3  # at one that is wrong in another way: a tree is changed without a word
-_NOTHING = np.uint32(0xFFFF_FFFF)  # in what is remembered of an entry: that it named no frame
 
+U32or64 = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
 Named = tuple[U64, U64]
 """Pfns, and the mfn that the p2m has for each."""
 
@@ -39,7 +39,8 @@ class SavedP2M:
     ``look`` at it before anything else. ``named``: what it names, all of it. With ``follows``, ``changes``: what it
     names that it did not when its leaves were read last, ``gone`` has the pfns that have lost their frame since, and
     ``frames_moved`` says that a frame has another pfn, which all page tables that name it are to say, too. What is
-    remembered for that is 4 bytes for each entry of a leaf, one in 1024 of the domain's memory.
+    remembered for that is 4 bytes for each entry of a leaf, one in 1024 of the domain's memory; 8 on a host of 16 TiB
+    and more, whose mfns need them.
     """
 
     live: LiveDomain
@@ -57,8 +58,10 @@ class SavedP2M:
         self.told = 0  # entries that a receiver knows of: it cannot know of fewer again
         self._as_runs = False
         self._told = Runs.of(np.empty(0, np.uint64))  # the pfn of each leaf that it knows
-        self._remembered = np.empty((0, 0), np.uint32)  # of the leaves of p2m.distinct, in their order
-        self._left = np.empty(0, np.uint32)  # frames that some pfn has lost
+        wide = np.dtype(np.uint32 if host.max_mfn() < 0xFFFF_FFFF else np.uint64)
+        self._nothing = np.uint64((1 << 8 * wide.itemsize) - 1)  # in what is remembered of an entry: it named no frame
+        self._remembered: U32or64 = np.empty((0, 0), wide)  # of the leaves of p2m.distinct, in their order
+        self._left: U32or64 = np.empty(0, wide)  # frames that some pfn has lost
         self._moved = np.empty(0, np.int64)  # places whose leaf is another since it was last read
 
     # --- looking -----------------------------------------------------------------------------------------------------
@@ -142,13 +145,13 @@ class SavedP2M:
         for leaves in self._read(places):
             row = np.searchsorted(first, leaves.first)
             own = is_own(leaves.mfns)
-            now = np.where(own, _folded(leaves.mfns), _NOTHING)
+            now = np.where(own, leaves.mfns, self._nothing).astype(self._left.dtype)
             then = self._remembered[row]
             self._remembered[row] = now
             new = own & (now != then)
-            self.gone = np.union1d(self.gone, leaves.pfns[(then != _NOTHING) & ~own])
+            self.gone = np.union1d(self.gone, leaves.pfns[(then != self._nothing) & ~own])
             self.frames_moved |= bool(np.isin(now[new], self._left).any())
-            self._leave(then[(then != _NOTHING) & (then != now)])
+            self._leave(then[(then != self._nothing) & (then != now)])
             yield leaves.pfns[new], leaves.mfns[new]
         self._moved = self._moved[:0]
 
@@ -181,7 +184,7 @@ class SavedP2M:
     def _remember_for(self, p2m: P2M) -> None:
         """Put what is remembered in the order of another walk's leaves."""
         now = p2m.distinct.first
-        table = np.full((len(now), p2m.per_leaf), _NOTHING)
+        table = np.full((len(now), p2m.per_leaf), self._nothing, self._left.dtype)
         if not len(self._remembered):
             self._remembered = table
             return
@@ -190,8 +193,8 @@ class SavedP2M:
         kept = now[row] == before
         table[row[kept]] = self._remembered[kept]
         dropped = self._remembered[~kept]  # what leaves named that are no more
-        self._leave(dropped[dropped != _NOTHING])
-        place, at = np.nonzero(dropped != _NOTHING)
+        self._leave(dropped[dropped != self._nothing])
+        place, at = np.nonzero(dropped != self._nothing)
         self.gone = np.union1d(self.gone, (before[~kept][place] * p2m.per_leaf + at).astype(np.uint64))
         self._remembered = table
         moved = p2m.leaves.frame_of(now) != self.p2m.leaves.frame_of(now)
@@ -199,14 +202,12 @@ class SavedP2M:
         moved |= now >= min(self.p2m.entries, p2m.entries) // p2m.per_leaf  # what was, or is, beyond its end
         self._moved = np.intersect1d(np.union1d(self._moved, now[moved]), now)
 
-    def _leave(self, frames: npt.NDArray[np.uint32]) -> None:
+    def _leave(self, frames: U32or64) -> None:
         """Some pfns have lost these frames. Where the domain has one still, or will again, it is another pfn's."""
         if not len(frames):
             return
         self._left = np.union1d(self._left, frames)
-        if self.host.max_mfn() >= int(_NOTHING) - 1:  # nobody knows which they were
-            self.frames_moved = True
-        elif not self.frames_moved:
+        if not self.frames_moved:
             mfns = frames.astype(np.uint64)
             self.frames_moved = bool((self.p2m.lookup(self.host.m2p(mfns)) == mfns).any())
 
@@ -278,9 +279,3 @@ def _runs(leaves: Runs) -> U64:
     begins = np.flatnonzero(np.append(True, leaves.frame[1:] != leaves.frame[:-1]))  # a walk ends runs with its tables
     count = np.add.reduceat(leaves.count, begins).astype(np.uint64)
     return np.column_stack([leaves.first[begins].astype(np.uint64), count, leaves.frame[begins]])
-
-
-def _folded(mfns: U64) -> npt.NDArray[np.uint32]:
-    """32 bits of each mfn, all of those of a host below 16 TiB, and never _NOTHING."""
-    low = (mfns ^ mfns >> np.uint64(32)).astype(np.uint32)
-    return np.minimum(low, _NOTHING - np.uint32(1))
