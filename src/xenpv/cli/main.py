@@ -27,6 +27,7 @@ _VERBS = {
     "check": "xenpv.cli.check",
     "walk": "xenpv.cli.memory",
     "read": "xenpv.cli.memory",
+    "export": "xenpv.cli.export",
     "image": "xenpv.cli.image",
     "layout": "xenpv.cli.layout",
     "build": "xenpv.cli.build",
@@ -65,6 +66,7 @@ def main() -> None:
     xenpv show dom.save                what it is
     xenpv walk dom.save 0xffffffff81000000
     zstd -dc dom.save.zst | xenpv verify -
+    xenpv export dom.save dom.elf      its memory as a core for drgn, gdb, crash, Volatility
     xenpv image vmlinuz                what a kernel is; can it boot, with how much memory
     xenpv layout vmlinuz --memory 640G where everything of a domain would lie when it starts
     xenpv build vmlinuz --memory 4G --start    a PV domain of any size (in dom0)
@@ -78,10 +80,10 @@ def main() -> None:
     """
 
 
-def run() -> NoReturn:
+def run(command: click.Command = main) -> NoReturn:
     """Run the command line and exit."""
     try:
-        sys.exit(main.main(standalone_mode=False) or 0)
+        sys.exit(command.main(standalone_mode=False) or 0)
     except click.UsageError as e:
         e.show()
         sys.exit(EXIT_USAGE)

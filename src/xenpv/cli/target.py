@@ -15,6 +15,7 @@ from xenpv.domain.opening import open_domain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import HostError, RequestError
 from xenpv.host import find
+from xenpv.stream.reader import FaultHandler
 
 Domain: TypeAlias = LiveDomain | SavedDomain
 
@@ -23,9 +24,11 @@ PAUSE = click.option("--pause", is_flag=True, help="Pause a running domain meanw
 
 
 @contextmanager
-def opened(target: str, *, pause: bool = False, hvm: bool = False) -> Iterator[Domain]:
+def opened(
+    target: str, *, pause: bool = False, hvm: bool = False, fault: FaultHandler | None = None
+) -> Iterator[Domain]:
     """The domain that people mean by a file's name or "-", or else by a domain's id, uuid or name; RequestError if it
-    is not PV, unless ``hvm``.
+    is not PV, unless ``hvm``. ``fault`` is told of what is wrong with a file, which is then read as far as it goes.
     """
     with ExitStack() as stack:
         if target != "-" and not os.path.exists(target):
@@ -37,7 +40,7 @@ def opened(target: str, *, pause: bool = False, hvm: bool = False) -> Iterator[D
         if pause:
             raise RequestError(f"{target}: is a file; only a running domain can be paused")
         with progress("reading") as bar:
-            saved = stack.enter_context(open_domain(target, progress=bar))
+            saved = stack.enter_context(open_domain(target, fault=fault, progress=bar))
         if saved.hvm and not hvm:
             what = "an HVM domain; this needs a PV domain, whose page tables and p2m are in the stream"
             raise RequestError(f"{target}: {what}")

@@ -15,6 +15,7 @@ from xenpv.errors import RequestError
 from xenpv.stream.fields import Buffer
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")  # buffers that one writev takes
+_ZEROS = memoryview(bytes(1 << 20))
 _COPIED = 1 << 20  # bytes at a time, where buffers have to be copied first
 
 
@@ -88,6 +89,15 @@ class Output:
             if done:
                 waiting[first] = waiting[first][done:]
 
+    def skip(self, length: int) -> None:
+        """So many zeros: a hole in a file that was made here, written out to anything else. Raises OSError."""
+        if self._temporary is not None:
+            os.lseek(self.fd, length, os.SEEK_CUR)
+            self.written += length
+            return
+        for at in range(0, length, len(_ZEROS)):
+            self.write([_ZEROS[: length - at]])
+
     def wait(self) -> None:
         """Until it takes something again."""
         poll = select.poll()
@@ -107,6 +117,8 @@ class Output:
 
     def _settle(self) -> None:
         if self._temporary is not None and self._becomes is not None:
+            if os.fstat(self.fd).st_size < self.written:  # it ends with a hole
+                os.ftruncate(self.fd, self.written)
             os.fsync(self.fd)
             os.rename(self._temporary, self._becomes)
             self._temporary = None

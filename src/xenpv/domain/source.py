@@ -52,8 +52,10 @@ class FilePages:
         return self._types.types(pfns)
 
     def kept(self, pfns: U64) -> Mask:
-        """Which pages have content here. Of a file all that came with some; of a pipe, what was kept."""
-        return np.asarray(self._where.offsets(pfns) >= 0)
+        """Which pages have content here. Of a file all that came with some before its end; of a pipe, what was kept."""
+        offsets = self._where.offsets(pfns)
+        end = os.fstat(self._fd).st_size - self._base if self._fd >= 0 else 0
+        return np.asarray((offsets >= 0) & (offsets <= end - PAGE_SIZE))
 
     def pages(self, pfns: U64) -> U8:
         offsets = self._where.offsets(pfns)

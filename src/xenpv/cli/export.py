@@ -1,0 +1,82 @@
+"""``xenpv export``: a domain's memory for other tools."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from xenpv.cli.target import PAUSE, opened
+from xenpv.cli.terminal import JSON, print_json, printable, progress, size
+from xenpv.domain.export_file import FORMATS
+from xenpv.domain.export_file import export as export_to
+from xenpv.domain.live import LiveDomain
+from xenpv.domain.source import SavedDomain
+from xenpv.errors import RequestError, StreamError
+from xenpv.findings import Rule
+from xenpv.frames import PAGE_SIZE
+
+
+@click.command()
+@click.argument("source", metavar="DOM|FILE")
+@click.argument("out", metavar="OUT", type=click.Path(allow_dash=True))
+@click.option("-f", "--format", "form", type=click.Choice(FORMATS), default="elf", show_default=True)
+@click.option("--partial", is_flag=True, help="Export what is there of a FILE that was cut off or is damaged.")
+@PAUSE
+@JSON
+def export(source: str, out: str, form: str, partial: bool, pause: bool, as_json: bool) -> None:
+    """Write a domain's memory to OUT as other tools read it; "-" writes to a pipe.
+
+    SOURCE is a saved domain, or a running one (in dom0), which runs on meanwhile unless --pause is said: pages are then
+    of different moments. Page tables of PV domains have pfns in the place of mfns, so that tools which know nothing of
+    Xen can walk them. Of pages that are not there nothing is written; OUT can be read by its owner only, and has its
+    name only when it is whole.
+
+    \b
+    xenpv export web.save web.elf
+    drgn -c web.elf -s vmlinux         gdb vmlinux web.elf, crash vmlinux web.elf, vol -f web.elf
+    xenpv export --pause web - | zstd > web.elf.zst
+    """
+    wrong: list[str] = []
+
+    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:  # noqa: ARG001  as a FaultHandler
+        wrong.append(f"{message} (at {offset:#x}{f' in {record}' if record else ''})")
+
+    try:
+        with opened(source, pause=pause, hvm=True, fault=fault if partial else None) as domain:
+            if partial and not isinstance(domain, SavedDomain):
+                raise RequestError(f"{domain.name}: runs; only a file can be there in part")
+            if isinstance(domain, SavedDomain) and not domain.source.seekable:
+                raise RequestError("a pipe passes by once, and this needs all pages twice: put it into a file first")
+            with progress("exporting") as bar:
+                done = export_to(domain, out, form, progress=bar)
+            if isinstance(domain, LiveDomain) and not pause:
+                done.remarks.append("it ran meanwhile: pages are of different moments (--pause stops it for as long)")
+            done.remarks += _missing(domain, wrong) if isinstance(domain, SavedDomain) else []
+            name = domain.name
+    except StreamError as e:
+        if partial:
+            raise
+        raise RequestError(f"{e}; --partial exports what is there") from e
+    if as_json:
+        print_json({"source": name, "out": out, "format": form, **asdict(done)})
+        return
+    told = f"{done.pages} pages, {size(done.pages * PAGE_SIZE)}, {done.zeros} of them zeros"
+    click.echo(printable(f"{name}: {told}, to {out}"), err=True)
+    for remark in done.remarks:
+        click.echo(printable(f"xenpv: note: {remark}"), err=True)
+
+
+def _missing(domain: SavedDomain, wrong: list[str]) -> list[str]:
+    """What of a saved domain did not come."""
+    contents, out = domain.contents, []
+    if wrong:
+        out.append(wrong[0] + (f", and {len(wrong) - 1} more faults" if len(wrong) > 1 else ""))
+    if not domain.pages_complete:
+        last = contents.index.last_pfn
+        beyond = f"; what the highest pfn, {contents.end_pfn:#x}, has is not known" if contents.end_pfn > last else ""
+        out.append(f"the file ends among the pages: after pfn {last:#x} none came{beyond}")
+    if not contents.complete:
+        gone = [what for what, there in (("vcpus", contents.vcpus), ("shared info", contents.shared_info)) if not there]
+        out += [f"missing: {' and '.join(gone)}"] if gone and not domain.hvm else []
+    return out

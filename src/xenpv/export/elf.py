@@ -1,0 +1,75 @@
+"""An ELF core of a domain's memory by physical address, which is pfn << 12: what debuggers of Linux open.
+
+The headers are those of a Linux vmcore (System V ABI, "Program Header"; Linux, kernel/kexec_file.c
+crash_prepare_elf64_headers()): notes, the domain's memory, and the same bytes again at the kernel's other addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from xenpv.abi.declare import Width
+from xenpv.export.content import Pages, Piece, padded
+from xenpv.export.mapped import Mapped
+from xenpv.frames import PAGE_SHIFT, PAGE_SIZE
+
+EHDR = np.dtype([
+    ("ident", "S16"), ("type", "<u2"), ("machine", "<u2"), ("version", "<u4"), ("entry", "<u8"), ("phoff", "<u8"),
+    ("shoff", "<u8"), ("flags", "<u4"), ("ehsize", "<u2"), ("phentsize", "<u2"), ("phnum", "<u2"), ("shentsize", "<u2"),
+    ("shnum", "<u2"), ("shstrndx", "<u2"),
+])  # fmt: skip
+PHDR = np.dtype([
+    ("type", "<u4"), ("flags", "<u4"), ("offset", "<u8"), ("vaddr", "<u8"), ("paddr", "<u8"), ("filesz", "<u8"),
+    ("memsz", "<u8"), ("align", "<u8"),
+])  # fmt: skip
+SHDR = np.dtype([
+    ("name", "<u4"), ("type", "<u4"), ("flags", "<u8"), ("addr", "<u8"), ("offset", "<u8"), ("size", "<u8"),
+    ("link", "<u4"), ("info", "<u4"), ("addralign", "<u8"), ("entsize", "<u8"),
+])  # fmt: skip
+IDENT = b"\x7fELF\x02\x01\x01"  # 64 bits, little-endian; also of a 32-bit guest, whose memory may go beyond 4 GiB
+ET_CORE = 4
+MACHINE: dict[Width, int] = {8: 62, 4: 3}
+_PT_LOAD, _PT_NOTE = 1, 4
+_RWX = 7
+_PN_XNUM = 0xFFFF  # e_phnum: the number did not fit, and is in sh_info of section header 0
+
+
+def core(pages: Pages, notes: bytes, width: Width, direct: int | None, mapped: Mapped) -> Iterator[Piece]:
+    """The file. ``direct``: the virtual address of pfn 0; without one, segments of memory have virtual address 0.
+
+    Every run of pages is one segment, however many there are: a page that is not there is in none. ``mapped`` must lie
+    within ``pages``.
+    """
+    number = 1 + len(pages.first) + len(mapped.first)
+    many = number >= _PN_XNUM
+    room = EHDR.itemsize + number * PHDR.itemsize + (SHDR.itemsize if many else 0)
+    head = np.zeros((), EHDR)
+    head["ident"], head["type"], head["machine"], head["version"] = IDENT, ET_CORE, MACHINE[width], 1
+    head["ehsize"], head["phoff"], head["phentsize"] = EHDR.itemsize, EHDR.itemsize, PHDR.itemsize
+    head["phnum"] = min(number, _PN_XNUM)
+    section = b""
+    if many:
+        head["shoff"], head["shentsize"], head["shnum"] = room - SHDR.itemsize, SHDR.itemsize, 1
+        zeroth = np.zeros((), SHDR)
+        zeroth["info"] = number
+        section = zeroth.tobytes()
+
+    segments = np.zeros(number, PHDR)
+    content = -(-(room + len(notes)) // PAGE_SIZE) * PAGE_SIZE
+    segments[0]["type"], segments[0]["offset"] = _PT_NOTE, room
+    segments[0]["filesz"] = segments[0]["memsz"] = len(notes)
+    segments[0]["align"] = 4
+    vaddr = np.zeros(len(pages.first), np.uint64)
+    if direct is not None:
+        low = pages.first < np.uint64((1 << 8 * width) - direct >> PAGE_SHIFT)  # what is higher is in no direct map
+        vaddr[low] = (pages.first[low] << np.uint64(PAGE_SHIFT)) + np.uint64(direct)
+    split = 1 + len(pages.first)
+    for some, runs in ((segments[1:split], Mapped(vaddr, *pages)), (segments[split:], mapped)):
+        some["type"], some["flags"], some["align"] = _PT_LOAD, _RWX, PAGE_SIZE
+        some["offset"] = content + pages.places(runs.first) * PAGE_SIZE
+        some["vaddr"], some["paddr"] = runs.vaddr, runs.first << np.uint64(PAGE_SHIFT)
+        some["filesz"] = some["memsz"] = runs.pages * PAGE_SIZE
+    yield padded(head.tobytes() + segments.tobytes() + section + notes)
+    yield pages
