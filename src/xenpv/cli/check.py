@@ -9,7 +9,9 @@ from xenpv.cli.terminal import JSON, print_findings, print_json, progress
 from xenpv.domain.check_p2m import check_p2m
 from xenpv.domain.check_physmap import PhysmapCheck, notes
 from xenpv.domain.config import config_of
+from xenpv.domain.core import CoreDomain
 from xenpv.domain.live import LiveDomain
+from xenpv.errors import RequestError
 from xenpv.findings import Findings
 from xenpv.memory.survey import survey
 
@@ -41,6 +43,9 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
             with progress("checking") as bar:
                 PhysmapCheck(domain, findings, owner=not quick, progress=bar).run()
             against, last = "m2p", max(domain.anchors.max_pfn - 1, 0)
+        elif isinstance(domain, CoreDomain):
+            what = "a core, whose list of frames xl made out of the p2m itself: there is nothing to hold it against"
+            raise RequestError(f"{target}: {what}")
         else:
             check_p2m(domain, findings, config_of(domain.contents))
             notes(survey(domain.p2m), findings)

@@ -1,4 +1,4 @@
-"""What a verb looks into: DOM, a running domain, or FILE, a saved one."""
+"""What a verb looks into: DOM, a running domain, or FILE, a save file or a core."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TypeAlias
 import click
 
 from xenpv.cli.terminal import progress
+from xenpv.domain.core import CoreDomain
 from xenpv.domain.live import LiveDomain
 from xenpv.domain.opening import open_domain
 from xenpv.domain.source import SavedDomain
@@ -17,7 +18,7 @@ from xenpv.errors import HostError, RequestError
 from xenpv.host import find
 from xenpv.stream.reader import FaultHandler
 
-Domain: TypeAlias = LiveDomain | SavedDomain
+Domain: TypeAlias = LiveDomain | SavedDomain | CoreDomain
 
 TARGET = click.argument("target", metavar="DOM|FILE")
 PAUSE = click.option("--pause", is_flag=True, help="Pause a running domain meanwhile; without, it runs on.")
@@ -40,11 +41,12 @@ def opened(
         if pause:
             raise RequestError(f"{target}: is a file; only a running domain can be paused")
         with progress("reading") as bar:
-            saved = stack.enter_context(open_domain(target, fault=fault, progress=bar))
-        if saved.hvm and not hvm:
+            kept = open_domain(target, fault=fault, progress=bar)
+            stack.push(kept)
+        if kept.hvm and not hvm:
             what = "an HVM domain; this needs a PV domain, whose page tables and p2m are in the stream"
             raise RequestError(f"{target}: {what}")
-        yield saved
+        yield kept
 
 
 def _running(target: str, stack: ExitStack) -> LiveDomain:

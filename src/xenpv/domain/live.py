@@ -10,14 +10,14 @@ from functools import cached_property
 import numpy as np
 
 from xenpv.abi.declare import Width
-from xenpv.abi.x86 import LEVELS, VCPU_GUEST_CONTEXT
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import Fault, GuestError, HostError
 from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, U8, U64, Mask, PageType, Pfn
 from xenpv.host import DomainInfo, Host
 from xenpv.memory.anchors import Anchors, Way
 from xenpv.memory.domain import DomainMemory, Extents
 from xenpv.memory.p2m import P2M, is_own
-from xenpv.memory.pagetables import as_entries, cr3_frame, is_xen_slot, normalise
+from xenpv.memory.pagetables import cr3_frame, normalise_pages
 from xenpv.memory.registers import Registers
 
 
@@ -186,15 +186,7 @@ class LiveDomain:
             pfn, mfn = int(pfns[lost]), int(mfns[lost])
             raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn)
         pages = content.copy()  # what is mapped may change
-        for level in range(1, LEVELS[self.info.width] + 1):
-            tables = IS_TABLE[kinds] & (kinds & 7 == level)
-            if tables.any():
-                xens = is_xen_slot(level, self.info.width)
-                normal, no_pfn = normalise(as_entries(pages[tables]), self.pfns_of, xens)
-                if self.info.width == 4 and level == 2:
-                    # One L2 of a 32-bit guest ends with what is Xen's. A guest's own entry names a frame of its own.
-                    normal[no_pfn & is_xen_slot(level, 4, last_pae_l2=True)] = 0
-                pages[tables] = normal.view(np.uint8).reshape(-1, pages.shape[1])
+        normalise_pages(pages, kinds, self.info.width, self.pfns_of)
         return pages, kinds
 
     def kinds(self, first: int = 0) -> Iterator[tuple[U64, U8]]:

@@ -29,7 +29,7 @@ from xenpv.abi.x86 import (
     XEN_VIRT_PAE,
 )
 from xenpv.errors import Fault
-from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
+from xenpv.frames import ENTRIES, IS_TABLE, NO_FRAME, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
 
 BITS_PER_LEVEL = 9
 AVAILABLE = 0x0000_0000_0000_0E00  # software's own bits 9 to 11
@@ -195,6 +195,18 @@ def normalise(tables: U64, pfn_of: Translate, empty: Mask | None = None) -> tupl
     """
     kept = tables if empty is None else np.where(empty, np.uint64(0), tables)
     return _translated(kept, pfn_of)
+
+
+def normalise_pages(pages: U8, kinds: U8, width: Width, pfn_of: Translate) -> None:
+    """Normalise those of some pages, uint8 (n, 4096), in place, that are page tables by their types ``kinds``."""
+    for level in range(1, LEVELS[width] + 1):
+        tables = IS_TABLE[kinds] & (kinds & 7 == level)
+        if tables.any():
+            normal, no_pfn = normalise(as_entries(pages[tables]), pfn_of, is_xen_slot(level, width))
+            if width == 4 and level == 2:
+                # One L2 of a 32-bit guest ends with what is Xen's. A guest's own entry names a frame of its own.
+                normal[no_pfn & is_xen_slot(level, 4, last_pae_l2=True)] = 0
+            pages[tables] = normal.view(np.uint8).reshape(-1, pages.shape[1])
 
 
 def localise(tables: U64, mfn_of: Translate) -> tuple[U64, Mask]:

@@ -5,6 +5,8 @@ Extents, so that 100 GiB of pages are a few thousand rows.
 
 from __future__ import annotations
 
+from typing import Self
+
 import numpy as np
 
 from xenpv.frames import ABSENT, HAS_DATA, I64, PAGE_SIZE, U8, U64, Mask
@@ -34,6 +36,13 @@ class PageIndex:
         self._pages = np.empty(0, np.int64)
         self._type = np.empty(0, np.uint8)
         self._offset = np.empty(0, np.int64)
+
+    @classmethod
+    def of(cls, start: U64, pages: I64, kind: U8, offset: I64) -> Self:
+        """An index of these extents, which ascend and are apart; ``offset`` is -1 where there is no content."""
+        index = cls()
+        index._start, index._pages, index._type, index._offset = start, pages, kind, offset
+        return index
 
     def add(self, record: PageData) -> None:
         """Take in one record. From one that has not as many pages as it names, types are known, and no content is."""

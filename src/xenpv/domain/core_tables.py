@@ -1,0 +1,117 @@
+"""Which pages of a PV core are page tables: a core does not say, so they are those that are reached.
+
+From each vcpu's top tables down, level by level, whole arrays at once. That finds the kernel's tables and those of the
+processes that ran. All others hang from top tables of their own, and Xen gives each of these the same entries for
+itself: in a 64-bit guest's, one that names the table (the linear page table). Only pages that no table maps writable
+are looked at for it, since Xen lets no page table be mapped so (xen.git:xen/arch/x86/mm.c get_page_type()).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import LEVELS, PTE_P, PTE_PSE, PTE_RW
+from xenpv.frames import NO_FRAME, U8, U64, Frames, Mask
+from xenpv.memory.pagetables import Translate, as_entries, frames, is_xen_slot
+
+LINEAR_PT_SLOT = 258  # of an L4: xen.git:xen/arch/x86/include/asm/config.h
+_AT_ONCE = 1024  # pages
+_P, _RW, _PSE = np.uint64(PTE_P), np.uint64(PTE_RW), np.uint64(PTE_PSE)
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Page tables: their pfns, ascending, and the level of each."""
+
+    pfns: U64
+    levels: U8
+
+    def level_of(self, pfns: U64) -> U8:
+        """The level of each page, 0 for one that is none of these; of the same shape."""
+        if not len(self.pfns):
+            return np.zeros(pfns.shape, np.uint8)
+        at = np.minimum(np.searchsorted(self.pfns, pfns), len(self.pfns) - 1)
+        return np.where(self.pfns[at] == pfns, self.levels[at], np.uint8(0))
+
+    def with_others(self, pfns: U64, level: int) -> Tables:
+        """These, and tables of that level, none of which is among them."""
+        joined = np.concatenate([self.pfns, pfns])
+        order = np.argsort(joined)
+        levels = np.concatenate([self.levels, np.full(len(pfns), level, np.uint8)])
+        return Tables(joined[order], levels[order])
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Looks for page tables. ``raw``: pages as they are in the core; ``pfn_of`` and ``mfn_of`` translate."""
+
+    raw: Frames
+    width: Width
+    pfn_of: Translate
+    mfn_of: Translate
+
+    def tables(self, tops: U64, pfns: Iterator[U64]) -> Tables:
+        """All page tables. ``tops``: pfns of the vcpus' top tables; ``pfns``: all that have content, in pieces."""
+        none = Tables(np.empty(0, np.uint64), np.empty(0, np.uint8))
+        found = self._below(tops, none, none.pfns)
+        if self.width == 4 or not len(found.pfns):
+            return found  # 32-bit top tables have no entries of Xen's
+        writable = self._writable(found)
+        return self._below(self._other_tops(found, pfns, writable), found, writable)
+
+    def _below(self, tops: U64, known: Tables, never: U64) -> Tables:
+        """All tables that are reached from some top tables, and those that are known; ``never``: what is none."""
+        found, now = known, tops
+        for level in range(LEVELS[self.width], 0, -1):
+            now = np.unique(now)
+            now = now[(found.level_of(now) == 0) & ~_among(now, never)]
+            found = found.with_others(now, level)
+            if level == 1:
+                break
+            below = [self._named(tables, level) for tables in _some(now)]
+            now = np.unique(np.concatenate([np.empty(0, np.uint64), *below]))
+        return found
+
+    def _named(self, tables: U64, level: int) -> U64:
+        """The pfns of the tables that tables of that level name, each once."""
+        entries = as_entries(self.raw.pages(tables))
+        wanted = (entries & (_P | _PSE) == _P) & ~is_xen_slot(level, self.width)
+        return self._pfns(frames(entries[wanted]))
+
+    def _pfns(self, mfns: U64) -> U64:
+        """Those of the mfns that are pages with content, as pfns, each once."""
+        pfns = self.pfn_of(np.unique(mfns))
+        return np.unique(pfns[pfns != NO_FRAME])
+
+    def _other_tops(self, known: Tables, pfns: Iterator[U64], writable: U64) -> U64:
+        """Top tables that no vcpu runs on, by Xen's entry in each."""
+        found = [np.empty(0, np.uint64)]
+        for piece in pfns:
+            for some in _some(piece[~_among(piece, writable) & (known.level_of(piece) == 0)]):
+                slot = as_entries(self.raw.pages(some))[:, LINEAR_PT_SLOT]
+                found.append(some[(slot & _P != 0) & (frames(slot) == self.mfn_of(some))])
+        return np.concatenate(found)
+
+    def _writable(self, known: Tables) -> U64:
+        """The pfns that the known tables map writable, ascending."""
+        parts = [np.empty(0, np.uint64)]
+        for tables in _some(known.pfns[known.levels == 1]):
+            entries = as_entries(self.raw.pages(tables))
+            parts.append(self._pfns(frames(entries[entries & (_P | _RW) == _P | _RW])))
+        return np.unique(np.concatenate(parts))
+
+
+def _some(pfns: U64) -> Iterator[U64]:
+    for i in range(0, len(pfns), _AT_ONCE):
+        yield pfns[i : i + _AT_ONCE]
+
+
+def _among(pfns: U64, ascending: U64) -> Mask:
+    """Which of the pfns are among those, which ascend."""
+    if not len(ascending):
+        return np.zeros(pfns.shape, np.bool_)
+    return np.asarray(ascending[np.minimum(np.searchsorted(ascending, pfns), len(ascending) - 1)] == pfns)
