@@ -9,26 +9,12 @@ import pytest
 
 from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
+from tests.writers.vmcoreinfo import RELEASE, UTS_OFFSET, text
 from xenpv.abi.declare import Width
 from xenpv.domain.opening import open_domain
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo, value
 
 PAGE = 4096
-RELEASE = b"6.1.0-50-amd64"
-UTS_OFFSET = 16
-
-
-def text(uts: int, release: bytes = RELEASE, more: bytes = b"") -> bytes:
-    lines = [
-        b"OSRELEASE=" + release,
-        b"BUILD-ID=06f8bde30046985060c60820f7a11515a33afb06",
-        b"PAGESIZE=4096",
-        b"SYMBOL(init_uts_ns)=%x" % uts,
-        b"OFFSET(uts_namespace.name)=%d" % UTS_OFFSET,
-        b"SYMBOL(swapper_pg_dir)=ffffffff82a10000",
-        b"NUMBER(PG_lru)=4",
-    ]
-    return b"\n".join(lines) + b"\n" + more
 
 
 class Guest:

@@ -1,0 +1,1 @@
+"""Other people's tools, looking into a domain through xenpv: each module needs the tool that it is named for."""

@@ -1,0 +1,210 @@
+"""drgn over a domain: it reads what we read, by its own walk of our page tables or by ours, and no more.
+
+What it says of a real kernel, with debugging information, is in tests/lab/test_plugins.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import drgn
+import pytest
+from click.testing import CliRunner, Result
+
+from tests.domain.guest import Guest as Running
+from tests.vectors.make import RECIPES
+from tests.vectors.test_vectors import unpacked
+from tests.writers.build import USER_VADDR, pv_domain
+from tests.writers.domain import Domain
+from tests.writers.vmcoreinfo import text
+from xenpv.abi.declare import Width
+from xenpv.domain.opening import KeptDomain, open_domain
+from xenpv.errors import Fault, RequestError
+from xenpv.plugins.drgn import _PT_REGS, main, program, stack_of
+
+PAGE = 4096
+HOLE = 80
+
+
+def made(width: Width, *, linux: bool) -> Domain:
+    domain = pv_domain(width=width, pfns=[*range(HOLE), *range(HOLE + 1, 97)], vcpus=2)
+    if linux:
+        at = domain.places
+        domain.pages[at.data[0]][:] = text(0, top=domain.vaddrs[at.top]).ljust(PAGE, b"\0")
+    return domain
+
+
+@pytest.fixture(params=[(8, True), (8, False), (4, True), (4, False)], ids=lambda p: f"{p[0] * 8}-{p[1]}")
+def domain(request: pytest.FixtureRequest) -> Domain:
+    width, linux = request.param
+    return made(width, linux=linux)
+
+
+@pytest.fixture
+def kept(domain: Domain, tmp_path: Path) -> Iterator[KeptDomain]:
+    path = tmp_path / "made.save"
+    path.write_bytes(domain.to_bytes())
+    with open_domain(str(path)) as kept:
+        yield kept
+
+
+def test_physical_memory_is_the_domains(domain: Domain, kept: KeptDomain) -> None:
+    prog = program(kept)
+    for pfn, content in domain.pages.items():
+        assert prog.read(pfn * PAGE, PAGE, physical=True) == bytes(content)
+    assert prog.read(3 * PAGE + 5, 4 * PAGE, physical=True) == kept.memory.read(3 * PAGE + 5, 4 * PAGE)
+
+
+def test_virtual_memory_is_what_vcpu_0_sees(domain: Domain, kept: KeptDomain) -> None:
+    """drgn walks the page tables by itself for a 64-bit kernel that it knows."""
+    prog = program(kept)
+    for pfn, vaddr in domain.vaddrs.items():
+        assert prog.read(vaddr, PAGE) == bytes(domain.pages[pfn])
+    start = domain.vaddrs[7] + 100
+    assert prog.read(start, 5 * PAGE) == kept.memory.read_virtual(start, 5 * PAGE)
+    assert prog.read(USER_VADDR + 8, 16) == bytes(domain.pages[domain.places.user][8:24])
+
+
+def test_what_is_not_there_is_a_fault_and_no_zeroes(domain: Domain, kept: KeptDomain) -> None:
+    prog = program(kept)
+    gone = HOLE * PAGE
+    for address, count in ((gone, 1), (gone - 1, 2), (200 * PAGE, 8), (1 << 31, 8), (gone - PAGE, 1 << 24)):
+        with pytest.raises(drgn.FaultError):
+            prog.read(address, count, physical=True)
+    with pytest.raises(drgn.FaultError):
+        prog.read(max(domain.vaddrs.values()) + PAGE, 8)
+    with pytest.raises(drgn.FaultError):
+        prog.read(0x1234_5000, 8)
+
+
+def test_it_is_a_kernel_if_it_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "made.save"
+    for linux in (True, False):
+        path.write_bytes(made(8, linux=linux).to_bytes())
+        with open_domain(str(path)) as kept:
+            prog = program(kept)
+            assert bool(prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL) == linux
+            assert not prog.flags & drgn.ProgramFlags.IS_LIVE
+            assert bool(program(kept, live=True).flags & drgn.ProgramFlags.IS_LIVE) == linux
+
+
+@pytest.mark.parametrize("form", ["tree", "linear"])
+def test_a_running_domain(form: str) -> None:
+    """Its page tables hold mfns; drgn sees pfns."""
+    guest = Running(8, form)
+    prog, memory = program(guest.live, live=True), guest.live.memory
+    for pfn in range(0, 64, 7):
+        assert prog.read(pfn * PAGE, PAGE, physical=True) == memory.page(pfn)
+    at = guest.made.vaddr(9)
+    assert prog.read(at, 3 * PAGE) == memory.read_virtual(at, 3 * PAGE)
+
+
+def test_real_guests(tmp_path: Path) -> None:
+    path = tmp_path / "vector.save"
+    for recipe in RECIPES:
+        path.write_bytes(unpacked(recipe))
+        with open_domain(str(path)) as kept:
+            prog = program(kept)
+            registers = kept.registers(0)
+            assert registers is not None
+            stack = kept.memory.read_virtual(registers.sp, 64)
+            assert prog.read(registers.sp, 64) == stack
+            pfn = kept.memory.walk(registers.sp).pfn
+            assert pfn is not None
+            assert prog.read(pfn * PAGE + registers.sp % PAGE, 64, physical=True) == stack
+
+
+# --- what a vcpu was doing -------------------------------------------------------------------------------------------
+
+
+def with_pt_regs(prog: drgn.Program) -> drgn.Program:
+    """As if it had debugging information, of that one structure (Linux: arch/x86/include/asm/ptrace.h)."""
+    word = prog.int_type("unsigned long", 8, False)
+    members = [drgn.TypeMember(word, name, 64 * i) for i, name in enumerate(_PT_REGS)]
+    kind = prog.struct_type("pt_regs", 8 * len(members), members)
+
+    def find(_prog: drgn.Program, _kinds: object, name: str, _filename: str | None) -> drgn.Type | None:
+        return kind if name == "pt_regs" else None
+
+    prog.register_type_finder("test", find, enable_index=0)
+    return prog
+
+
+def test_a_vcpus_trace_begins_with_its_registers(tmp_path: Path) -> None:
+    path = tmp_path / "made.save"
+    path.write_bytes(made(8, linux=True).to_bytes())
+    with open_domain(str(path)) as kept:
+        prog = with_pt_regs(program(kept))
+        for vcpu in kept.vcpus:
+            registers = kept.registers(vcpu)
+            assert registers is not None
+            first = stack_of(prog, kept, vcpu)[0]
+            assert {name: first.register(name) for name in registers.general} == registers.general
+            assert first.pc == registers.ip
+        with pytest.raises(RequestError, match="vcpu 9: its registers are not known"):
+            stack_of(prog, kept, 9)
+
+
+def test_no_trace_without_debugging_information_or_of_32_bit(tmp_path: Path) -> None:
+    path = tmp_path / "made.save"
+    path.write_bytes(made(8, linux=True).to_bytes())
+    with open_domain(str(path)) as kept, pytest.raises(LookupError):
+        stack_of(program(kept), kept, 0)
+    path.write_bytes(made(4, linux=True).to_bytes())
+    with open_domain(str(path)) as kept, pytest.raises(RequestError, match="vcpu 0: drgn unwinds no 32-bit stacks"):
+        stack_of(program(kept), kept, 0)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def said(*arguments: str) -> Result:
+    before = sys.argv
+    try:
+        return CliRunner().invoke(main, arguments)
+    finally:
+        sys.argv = before
+
+
+@pytest.fixture
+def linux(tmp_path: Path) -> Path:
+    path = tmp_path / "linux.save"
+    path.write_bytes(made(8, linux=True).to_bytes())
+    return path
+
+
+def test_a_line_of_python(linux: Path) -> None:
+    found = said(
+        "-e", "print(prog['nothing'] if 0 else domain.name, prog.read(4096, 4, physical=True).hex())", str(linux)
+    )
+    with open_domain(str(linux)) as kept:
+        assert found.stdout == f"{kept.name} {kept.memory.read(4096, 4).hex()}\n"
+    assert "missing" in found.stderr  # of debugging information there is none
+
+
+def test_a_script_with_arguments(linux: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, drgn\nprint(drgn.get_default_prog() is prog, stack_of.args[1] is domain, sys.argv[1:])\n"
+    )
+    found = said("-s", "/nonexistent/vmlinux", str(linux), str(script), "--flag", "one")
+    assert found.stdout == "True True ['--flag', 'one']\n"
+
+
+def test_no_linux_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "made.save"
+    path.write_bytes(made(8, linux=False).to_bytes())
+    found = said("-e", "print(prog.read(0, 1, physical=True))", str(path))
+    assert found.stdout == f"{bytes(made(8, linux=False).pages[0][:1])!r}\n"
+    assert "no VMCOREINFO in its memory" in found.stderr
+
+
+def test_a_fault_names_the_page(linux: Path) -> None:
+    with open_domain(str(linux)) as kept:
+        with pytest.raises(Fault) as ours:
+            kept.memory.read(HOLE * PAGE, 8)
+        with pytest.raises(drgn.FaultError) as drgns:
+            program(kept).read(HOLE * PAGE, 8, physical=True)
+        assert str(ours.value) in str(drgns.value)
