@@ -15,6 +15,7 @@ from xenpv.domain.source import SavedDomain
 from xenpv.errors import RequestError
 from xenpv.export import elf, notes
 from xenpv.export.content import Hole, Pages, Piece
+from xenpv.export.identity import Identity
 from xenpv.export.mapped import direct_map, kernel_maps
 from xenpv.frames import PAGE_SIZE, U8, Mask
 from xenpv.memory.domain import Domain
@@ -73,10 +74,10 @@ def _elf(domain: Domain, pages: Pages, exported: Exported) -> Iterable[Piece]:
     if not any(registers.values()):
         exported.remarks.append("no vcpu's registers are known")
     direct = direct_map(domain, pages)
+    described = notes.of_vcpus(registers, domain.width) + notes.vmcoreinfo(text)
     mapped = kernel_maps(domain, pages, direct)
-    return elf.core(
-        pages, notes.of_vcpus(registers, domain.width) + notes.vmcoreinfo(text), domain.width, direct, mapped
-    )
+    identity = None if domain.hvm or domain.width == 4 else Identity.of(pages)
+    return elf.core(pages, described, domain.width, direct=direct, mapped=mapped, identity=identity)
 
 
 def _registers(domain: Domain) -> dict[int, Registers | None]:

@@ -12,7 +12,8 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.export.content import Pages, Piece, padded
-from xenpv.export.mapped import Mapped
+from xenpv.export.identity import Identity
+from xenpv.export.mapped import NOTHING, Mapped
 from xenpv.frames import PAGE_SHIFT, PAGE_SIZE
 
 EHDR = np.dtype([
@@ -36,13 +37,23 @@ _RWX = 7
 _PN_XNUM = 0xFFFF  # e_phnum: the number did not fit, and is in sh_info of section header 0
 
 
-def core(pages: Pages, notes: bytes, width: Width, direct: int | None, mapped: Mapped) -> Iterator[Piece]:
+def core(
+    pages: Pages,
+    notes: bytes,
+    width: Width,
+    *,
+    direct: int | None = None,
+    mapped: Mapped = NOTHING,
+    identity: Identity | None = None,
+) -> Iterator[Piece]:
     """The file. ``direct``: the virtual address of pfn 0; without one, segments of memory have virtual address 0.
+    ``mapped``, which must lie within ``pages``: where else they are. ``identity``: a tree that is to go along.
 
-    Every run of pages is one segment, however many there are: a page that is not there is in none. ``mapped`` must lie
-    within ``pages``.
+    Every run of pages is one segment, however many there are: a page that is not there is in none.
     """
-    number = 1 + len(pages.first) + len(mapped.first)
+    if identity is not None:
+        notes += identity.note()
+    number = 1 + len(pages.first) + len(mapped.first) + (identity is not None)
     many = number >= _PN_XNUM
     room = EHDR.itemsize + number * PHDR.itemsize + (SHDR.itemsize if many else 0)
     head = np.zeros((), EHDR)
@@ -65,11 +76,16 @@ def core(pages: Pages, notes: bytes, width: Width, direct: int | None, mapped: M
     if direct is not None:
         low = pages.first < np.uint64((1 << 8 * width) - direct >> PAGE_SHIFT)  # what is higher is in no direct map
         vaddr[low] = (pages.first[low] << np.uint64(PAGE_SHIFT)) + np.uint64(direct)
-    split = 1 + len(pages.first)
-    for some, runs in ((segments[1:split], Mapped(vaddr, *pages)), (segments[split:], mapped)):
+    split, end = 1 + len(pages.first), 1 + len(pages.first) + len(mapped.first)
+    for some, runs in ((segments[1:split], Mapped(vaddr, *pages)), (segments[split:end], mapped)):
         some["type"], some["flags"], some["align"] = _PT_LOAD, _RWX, PAGE_SIZE
         some["offset"] = content + pages.places(runs.first) * PAGE_SIZE
         some["vaddr"], some["paddr"] = runs.vaddr, runs.first << np.uint64(PAGE_SHIFT)
         some["filesz"] = some["memsz"] = runs.pages * PAGE_SIZE
+    if identity is not None:
+        segments[-1] = (_PT_LOAD, _RWX, content + pages.total * PAGE_SIZE, 0, identity.first << PAGE_SHIFT,
+                        identity.pages * PAGE_SIZE, identity.pages * PAGE_SIZE, PAGE_SIZE)  # fmt: skip
     yield padded(head.tobytes() + segments.tobytes() + section + notes)
     yield pages
+    if identity is not None:
+        yield from identity.content()
