@@ -6,7 +6,7 @@ xen.git:docs/specs/libxc-migration-stream.pandoc CHECKPOINT, tools/libs/guest/xg
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from xenpv.domain.source import unlinked_file
@@ -48,11 +48,11 @@ class Checkpoints:
                     n = os.pwrite(self._fd, some, self._end)
                     self._end, left, some = self._end + n, left - n, some[n:]
 
-    def release(self, see: Callable[[Event, Take], None]) -> None:
-        """The next checkpoint has come: hand on all events, each with its content."""
+    def release(self) -> Iterator[tuple[Event, Take]]:
+        """The next checkpoint has come: all events, each with its content."""
         for event, at in self._events:
             place = [at]
-            see(event, partial(self._take, place))
+            yield event, partial(self._take, place)
         self._events, self._end, self._kept = [], 0, 0
         os.ftruncate(self._fd, 0)
 

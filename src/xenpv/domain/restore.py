@@ -218,7 +218,8 @@ class _Restore:
                 self._checkpoints = Checkpoints()
                 self._open.callback(self._checkpoints.close)
             else:
-                self._checkpoints.release(self._see)
+                for kept, take in self._checkpoints.release():
+                    self._see(kept, take)
         if self._checkpoints is None or not isinstance(event, Record) or isinstance(event, _NEVER_KEPT):
             # Of a file the content is read while the next record is looked at; a read of a pipe may never come back.
             self._see(event, self.source.take, self.source.later if self.source.seekable else None)

@@ -135,16 +135,16 @@ def _what_else(head: bytes) -> str:
         return "the input is an ELF file (a kernel or a core), not a saved domain"
     if head.startswith(b"XenSavedDomain\n"):
         return "the input is a legacy xenopsd suspend image (before Xen 4.6), which is recognised but not read"
-    if width := _legacy_width(head):
+    if width := legacy_width(head):
         return (
             f"the input looks like a legacy (v1) stream of a {width}-bit toolstack (before Xen 4.6), which is "
-            "recognised but not read; convert-legacy-stream of Xen's tools converts it"
+            "recognised but not read; `xenpv convert` converts it"
         )
     return "the input is not a saved Xen domain: no xl, libvirt, xenopsd, libxl or libxc header"
 
 
-def _legacy_width(head: bytes) -> int | None:
-    """Bits of the toolstack that wrote a legacy stream, or None.
+def legacy_width(head: bytes) -> int | None:
+    """Bits of the toolstack that wrote a legacy stream of a PV domain, or None.
 
     "These shall be distinguished by inspecting octets 4-7 in the image. If these are zero then it is a 64-bit image";
     in a 32-bit one a PV domain's extended-info signature, all ones, stands there (libxc-migration-stream.pandoc,

@@ -81,4 +81,19 @@ class Pages:
         return np.frombuffer(self.raw, np.uint8).reshape(-1, PAGE_SIZE)
 
 
-Event = Envelope | SectionHeader | LibxlHeader | ImageHeader | DomainHeader | Record | Pages
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """Pages of a legacy stream by what has changed in them since they were last sent (delta.py).
+
+    ``entries`` as in PAGE_DATA, little-endian; the first page with content begins at byte 0 of ``data``, each next one
+    where ``ends`` says that the one before it ends.
+    """
+
+    offset: int
+    entries: bytes = field(repr=False)
+    ends: list[int] = field(repr=False)
+    data: bytes = field(repr=False)
+    name = "compressed pages"
+
+
+Event = Envelope | SectionHeader | LibxlHeader | ImageHeader | DomainHeader | Record | Pages | Deltas

@@ -163,6 +163,10 @@ class Reader:
         self._advance(n)
         return data
 
+    def _ahead(self, n: int) -> bytes:
+        """The next n bytes, or all that are there, which stay unread."""
+        return b"".join([self._chunks[0][self._start :], *self._chunks[1:]])[:n] if self._chunks else b""
+
     def _advance(self, n: int) -> None:
         """Step over n bytes that are there."""
         self._have -= n
@@ -190,7 +194,7 @@ class Reader:
             while self._have < envelope.SNIFF and not self._eof:
                 self.need = envelope.SNIFF - self._have
                 yield None
-            kind = envelope.sniff(b"".join(self._chunks)[: envelope.SNIFF])
+            kind = self._sniff(self._ahead(envelope.SNIFF))
         inside = {
             Kind.XL: self._xl,
             Kind.LIBVIRT: self._libvirt,
@@ -198,9 +202,17 @@ class Reader:
             Kind.LIBXL: self._libxl,
             Kind.LIBXC: self._libxc,
         }
-        yield from inside[kind]()
+        yield from self._legacy("a legacy stream") if kind is None else inside[kind]()
         self.done = True
         self.need = 0
+
+    def _sniff(self, head: bytes) -> Kind | None:
+        """What begins so; None for a legacy stream, which LegacyReader alone takes."""
+        return envelope.sniff(head)
+
+    def _legacy(self, what: str, at: int = 0, *, emulator: bool = True) -> Steps:  # noqa: ARG002
+        """A stream of the legacy format, which LegacyReader alone reads. ``emulator``: its state is part of it."""
+        raise Unsupported(f"{what}, which is not read", offset=at)
 
     def _xl(self) -> Steps:
         self._begin("xl header")
@@ -226,8 +238,9 @@ class Reader:
             self._fault(rules.ENVELOPE, f"the flags say that the configuration is {style}, and it is not")
         yield Envelope(Kind.XL, self._at, self.offset - self._at, bytes(config), style)
         if not flags & envelope.XL_FLAG_STREAMV2:
-            raise Unsupported("an xl file of the legacy format (before Xen 4.6), which is not read", offset=self._at)
-        yield from self._libxl()
+            yield from self._legacy("an xl file of the legacy format (before Xen 4.6)", self._at)
+        else:
+            yield from self._libxl()
 
     def _bound_config(self, length: int) -> None:
         if length > envelope.CONFIG_MAX:
@@ -248,8 +261,9 @@ class Reader:
         xml = yield from self._take(length, "the domain configuration")
         yield Envelope(Kind.LIBVIRT, self._at, self.offset - self._at, bytes(xml).rstrip(b"\0"), "xml")
         if version == 1:
-            raise Unsupported("a libvirt file of the legacy stream format, which is not read", offset=self.offset)
-        yield from self._libxl()
+            yield from self._legacy("a libvirt file of the legacy stream format", self.offset)
+        else:
+            yield from self._libxl()
 
     def _xenopsd(self) -> Steps:
         self._begin("xenopsd signature")
@@ -270,14 +284,14 @@ class Reader:
                 self._bound_config(length)
                 config = bytes((yield from self._take(length, "the xenops record")))
             yield SectionHeader(at, section, length, config)
-            found |= section in {Section.LIBXC, Section.LIBXL}
+            found |= section in {Section.LIBXC, Section.LIBXL, Section.LIBXC_LEGACY}
             if section is Section.END:
                 if not found:
                     self._fault(rules.MISSING, "the suspend image ends without a libxc or libxl section")
                 return
             if section is Section.LIBXC_LEGACY:
-                raise Unsupported("a suspend image with a legacy libxc stream, which is not read", offset=at)
-            if section is Section.LIBXC:
+                yield from self._legacy("a suspend image with a legacy libxc stream", at, emulator=False)
+            elif section is Section.LIBXC:
                 yield from self._libxc()
             elif section is Section.LIBXL:
                 yield from self._libxl()
@@ -422,13 +436,15 @@ class Reader:
         raw = yield from self._take(count * 8, "the pfn array of PAGE_DATA")
         record = PageData.read(ctx, raw, offset=at, length=length, pages_offset=self.offset)
         yield record
-        pages = record.pages
         if self._pages and record.sound:
-            for first in range(0, pages, PAGES_AT_ONCE):
-                offset = self.offset
-                data = yield from self._take(min(PAGES_AT_ONCE, pages - first) * PAGE_SIZE, "page content")
-                yield Pages(offset, record, first, data)
+            yield from self._contents(record)
         yield from self._pass_over(body + padded - self.offset, "page content")
+
+    def _contents(self, record: PageData) -> Steps:
+        for first in range(0, record.pages, PAGES_AT_ONCE):
+            offset = self.offset
+            data = yield from self._take(min(PAGES_AT_ONCE, record.pages - first) * PAGE_SIZE, "page content")
+            yield Pages(offset, record, first, data)
 
 
 def _span(lengths: range) -> str:

@@ -22,6 +22,7 @@ IMAGE_HEADER = Rule("image-header", "marker all ones, id XENF, version 2 or 3, l
 DOMAIN_HEADER = Rule(
     "domain-header", "domain type is x86 PV or x86 HVM, page shift 12", f"{SPEC} Domain Header; x86_pv_setup()"
 )
+LEGACY = Rule("legacy", "a legacy stream is made as the savers of before Xen 4.6 made them", "xc_domain_restore.c")
 XEN_VERSION = Rule(
     "xen-version", "the Xen version in the domain header is one that existed", f"{SPEC} Domain Header", WARNING
 )

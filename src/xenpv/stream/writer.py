@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from xenpv.errors import RequestError, StreamError
 from xenpv.findings import Rule
-from xenpv.stream import envelope, libxl, rules
+from xenpv.stream import envelope, libxl, rules, wrapping
 from xenpv.stream.envelope import Kind
 from xenpv.stream.fields import Buffer, Context
 from xenpv.stream.libxl import LibxlOrder, LibxlRecord
@@ -42,7 +42,8 @@ class Writer:
 
     ``kind`` is what wraps it: xl's file header with ``config`` (JSON as libxl has it, or nothing) around libxl's
     records around libxc's, the latter two, or libxc's alone. ``xen`` is the version of Xen on which the domain ran.
-    ``offset`` counts the bytes given so far.
+    ``legacy``: libxl's header says that the stream was converted from the legacy format. ``offset`` counts the bytes
+    given so far.
 
     Every call raises, and gives nothing, for what may not stand there: OutOfOrder, Malformed or Unsupported, with the
     offset at which it would have stood. After that the stream cannot be finished, and each call raises the same again.
@@ -54,7 +55,13 @@ class Writer:
     """
 
     def __init__(
-        self, kind: Kind = Kind.LIBXC, *, guest: Guest = Guest.PV, xen: tuple[int, int] = (4, 17), config: bytes = b""
+        self,
+        kind: Kind = Kind.LIBXC,
+        *,
+        guest: Guest = Guest.PV,
+        xen: tuple[int, int] = (4, 17),
+        config: bytes = b"",
+        legacy: bool = False,
     ) -> None:
         """Raises RequestError for an envelope that is not written, or a configuration that it has no place for."""
         if kind not in KINDS:
@@ -72,6 +79,7 @@ class Writer:
         self.done = False
         self._xen = xen
         self._config = config
+        self._options = libxl.OPTION_LEGACY if legacy else 0
         self._ctx = Context(self._fault, "<", VERSION, guest)
         self._order: Order | None = None  # of the libxc stream, once it has begun
         self._libxl = LibxlOrder()
@@ -86,10 +94,10 @@ class Writer:
         self._order = Order(self.guest, VERSION)
         out: list[Buffer] = []
         if self.kind is Kind.XL:
-            out += self._xl_header()
+            out += wrapping.xl_header(self._config)
         if self.kind is not Kind.LIBXC:
             ident = int.from_bytes(envelope.LIBXL_IDENT, "big")
-            out.append(libxl.HEADER.pack(">", ident=ident, version=libxl.VERSION, options=0))
+            out.append(libxl.HEADER.pack(">", ident=ident, version=libxl.VERSION, options=self._options))
             context = libxl.LibxcContext()
             self._libxl.see(context.TYPE)
             out += _framed(context.TYPE, context.body())
@@ -98,14 +106,6 @@ class Writer:
         check_xen_version(self._ctx, major, minor)
         out.append(DOMAIN_HEADER.pack(type=self.guest, page_shift=_PAGE_SHIFT, xen_major=major, xen_minor=minor))
         return self._give(out)
-
-    def _xl_header(self) -> list[Buffer]:
-        """As xl writes it: without a configuration, too, its size is there."""
-        text = self._config and self._config.rstrip(b"\0") + b"\0"
-        data = envelope.XL_CONFIG.pack(size=len(text)) + text
-        flags = envelope.XL_FLAG_STREAMV2 | (envelope.XL_FLAG_JSON if text else 0)
-        header = envelope.XL_FIELDS.pack(byteorder=envelope.XL_BYTEORDER, mandatory=flags, optional=0, length=len(data))
-        return [envelope.XL_MAGIC, header, data]
 
     def send(self, record: Record) -> list[Buffer]:
         """A record, of libxc's or libxl's. PAGE_DATA has a call of its own.

@@ -1,0 +1,132 @@
+"""``xenpv convert``: a saved domain of any version and envelope into one of today's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from xenpv.cli.terminal import JSON, print_findings, print_json, progress, size
+from xenpv.domain.convert import Converted, Wish
+from xenpv.domain.convert_file import Refused
+from xenpv.domain.convert_file import convert as convert_file
+from xenpv.domain.input import Input
+from xenpv.errors import RequestError
+from xenpv.stream.envelope import CONFIG_MAX, Kind
+from xenpv.stream.legacy import LegacyReader
+from xenpv.stream.order import Guest
+
+_STYLES = {b"{": "json", b"<": "xml", b"(": "sexp"}
+
+
+@click.command()
+@click.argument("source", metavar="IN", type=click.Path(allow_dash=True))
+@click.argument("out", metavar="OUT", type=click.Path(allow_dash=True))
+@click.option("--to", "kind", type=click.Choice([str(kind) for kind in Kind]), help="The envelope; IN's unless said.")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="What OUT carries: JSON or xl's text for xl, XML for libvirt; IN's, if that fits.")  # fmt: skip
+@click.option("--batch", type=int, metavar="N", help="Cut PAGE_DATA anew, N pages to a record; as in IN unless said.")
+@click.option("--drop-zero", is_flag=True, help="Leave out the content of pages that are zero: see above.")
+@click.option(
+    "--drop-emulator", is_flag=True, help="Leave out an HVM domain's device model, if OUT has no place for it."
+)
+@click.option(
+    "--width", type=click.Choice(["32", "64"]), help="Bits of the toolstack of a legacy IN, if not by looking."
+)
+@click.option("--guest", type=click.Choice(["pv", "hvm"]), help="What a legacy IN holds, if not by looking.")
+@click.option("--force", is_flag=True, help="Write OUT even if it would not restore; what is wrong is said.")
+@JSON
+def convert(
+    source: str,
+    out: str,
+    kind: str | None,
+    config: str | None,
+    batch: int | None,
+    drop_zero: bool,
+    drop_emulator: bool,
+    width: str | None,
+    guest: str | None,
+    force: bool,
+    as_json: bool,
+) -> int:
+    """Convert a saved domain to the stream of today (version 3), in any envelope.
+
+    IN is a save file of any age: legacy streams of before Xen 4.6 (of 32- and 64-bit toolstacks, PV and HVM, under
+    Remus with compressed pages too), version 2 and 3; of xl, libvirt, xenopsd, or bare libxl and libxc. "-" is a pipe,
+    on either side. Under Remus the last whole checkpoint counts.
+
+    What comes out passes `xenpv verify`, or it is refused: then there is no OUT, and a pipe has no end.
+
+    --drop-zero makes OUT smaller, and is safe only where Xen was started with scrub-domheap: elsewhere a page without
+    content may come up with what another domain left there.
+
+    \b
+    xenpv convert old.save new.save            what xl restore of today takes
+    xenpv convert --to libxc dom.save dom.libxc
+    xenpv convert --to libvirt --config dom.xml dom.save dom.img
+    zstd -dc old.save.zst | xenpv convert - - | ssh host xl restore /dev/stdin
+    """
+    if (width is None) is not (guest is None):
+        raise click.UsageError("say --width and --guest, or neither")
+    told = None if width is None else (int(width) // 8, Guest.PV if guest == "pv" else Guest.HVM)
+    text, style = _read(config) if config else (None, "json")
+    wish = Wish(Kind(kind) if kind else None, text, style, batch, drop_zero, drop_emulator)
+    taken = Input.open(source)
+    try:
+        with progress("converting") as bar:
+            done = convert_file(taken, out, wish, reader=LegacyReader(told=told), force=force, progress=bar)
+    except Refused as e:
+        print_findings(e.findings[1:], {})
+        raise
+    finally:
+        taken.close()
+    if as_json:
+        if out != "-":
+            print_json(_json(done, out))
+    else:
+        _tell(done, out)
+    return 0
+
+
+def _read(path: str) -> tuple[bytes, str]:
+    with Path(path).open("rb") as file:
+        text = file.read(CONFIG_MAX)
+    if not text.strip():
+        raise RequestError(f"{path}: is empty, not a domain's configuration")
+    return text, _STYLES.get(text.lstrip()[:1], "xl")
+
+
+def _json(done: Converted, out: str) -> dict[str, object]:
+    return {
+        "from": {"file": done.name, "envelope": done.source, "version": done.version, "bytes": done.bytes_in},
+        "to": {"file": out, "envelope": done.kind, "version": 3, "bytes": done.bytes_out},
+        "domain_type": None if done.guest is None else done.guest.name,
+        "pages": done.pages,
+        "dropped": done.dropped,
+        "saved": done.saved,
+        "checkpoints": done.checkpoints,
+        "cut_off": done.cut_off,
+        "left_out": done.left_out,
+        "findings": [finding.to_json() for finding in done.findings],
+    }
+
+
+def _tell(done: Converted, out: str) -> None:
+    """On stderr: standard output may be the stream."""
+    guest = "" if done.guest is None else f" ({done.guest.name})"
+    was = f"{done.source}, version {done.version}{guest}"
+    where = "standard output" if out == "-" else out
+    click.echo(f"{done.name}: {was}, {size(done.bytes_in)}", err=True)
+    click.echo(f"{where}: {done.kind}, version 3, {done.pages} pages, {size(done.bytes_out)}", err=True)
+    if done.dropped:
+        click.echo(f"{done.dropped} pages of zeros came without content: {size(done.saved)} saved", err=True)
+    if done.checkpoints:
+        click.echo(f"{done.checkpoints} checkpoints, of which the last whole one counts", err=True)
+    if done.cut_off:
+        click.echo(f"what follows it was left out: {done.cut_off}", err=True)
+    if done.left_out:
+        click.echo(f"left out: {', '.join(sorted(set(done.left_out)))}", err=True)
+    if done.kind is Kind.XL and not done.config:
+        click.echo("it carries no configuration: xl restore CONFIG FILE, or --config", err=True)
+    for finding in done.findings:
+        click.echo(f"{finding.severity}: {finding}", err=True)
