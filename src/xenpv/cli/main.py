@@ -36,6 +36,7 @@ _VERBS = {
     "migrate": "xenpv.cli.migrate",
     "receive": "xenpv.cli.migrate",
     "list": "xenpv.cli.list",
+    "convert": "xenpv.cli.convert",
     "demo": "xenpv.cli.demo",
 }
 
@@ -67,6 +68,7 @@ def main() -> None:
     xenpv walk dom.save 0xffffffff81000000
     zstd -dc dom.save.zst | xenpv verify -
     xenpv export dom.save dom.elf      its memory as a core for drgn, gdb, crash, Volatility
+    xenpv convert old.save new.save    from before Xen 4.6, or between envelopes, to what restores today
     xenpv image vmlinuz                what a kernel is; can it boot, with how much memory
     xenpv layout vmlinuz --memory 640G where everything of a domain would lie when it starts
     xenpv build vmlinuz --memory 4G --start    a PV domain of any size (in dom0)
