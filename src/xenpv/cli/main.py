@@ -25,6 +25,7 @@ _VERBS = {
     "verify": "xenpv.cli.verify",
     "p2m": "xenpv.cli.p2m",
     "check": "xenpv.cli.check",
+    "report": "xenpv.cli.report",
     "walk": "xenpv.cli.memory",
     "read": "xenpv.cli.memory",
     "export": "xenpv.cli.export",
@@ -65,6 +66,7 @@ def main() -> None:
     \b
     xenpv verify dom.save              will it restore? if not, why, down to the page-table entry
     xenpv show dom.save                what it is
+    xenpv report dom.save -o report.html    all of that as a page to look at
     xenpv walk dom.save 0xffffffff81000000
     zstd -dc dom.save.zst | xenpv verify -
     xenpv export dom.save dom.elf      its memory as a core for drgn, gdb, crash, Volatility

@@ -1,0 +1,108 @@
+"""``xenpv report``: a domain as a page to look at."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from xenpv.cli.target import PAUSE, TARGET, opened
+from xenpv.cli.terminal import JSON, NUMBER, print_json, progress, steps
+from xenpv.domain.check_physmap import PhysmapCheck
+from xenpv.domain.live import LiveDomain
+from xenpv.domain.output import Output
+from xenpv.domain.verify import Report, verify
+from xenpv.errors import Unsupported
+from xenpv.findings import Findings, Rule
+from xenpv.frames import PAGE_SIZE
+from xenpv.memory.domain import Domain
+from xenpv.report.gather import Checked, gather
+from xenpv.report.page import page
+
+
+@click.command()
+@TARGET
+@click.option("-o", "--output", type=click.Path(allow_dash=True), metavar="PAGE",
+              help='Where the page goes; "-" is standard output.')  # fmt: skip
+@click.option("--content", type=NUMBER, default="16G", show_default=True, metavar="SIZE",
+              help="Look for zero and duplicate pages in so much of the memory; 0: in none.")  # fmt: skip
+@click.option("--keep", type=click.IntRange(min=0), default=50, show_default=True, metavar="N",
+              help="Findings to show of each rule; all are counted.")  # fmt: skip
+@PAUSE
+@JSON
+def report(target: str, output: str | None, content: int, keep: int, pause: bool, as_json: bool) -> None:
+    """A domain as a page that people look at: who it is, its map, its p2m, page tables, vcpus, and what is wrong.
+
+    One HTML file that needs nothing else and loads nothing. It holds registers and the configuration, so only its
+    owner can read it. What verify finds is linked with the places on the map. A file that is broken is shown as far
+    as it can be read; a running domain runs on meanwhile, unless --pause is given.
+
+    \b
+    xenpv report dom.save -o report.html
+    xenpv report web -o web.html --pause       a running domain (in dom0)
+    xenpv report 1tib.save -o big.html --content 0
+    xenpv report dom.save --json | jq .page_tables
+    """
+    if output is None and not as_json:
+        raise click.UsageError("say where the page goes: -o report.html")
+    with _looked_at(target, pause=pause, keep=keep) as (domain, checked), steps() as step:
+        facts = gather(domain, checked, content_pages=content // PAGE_SIZE, step=step)
+    if output is not None:
+        whole = page(facts).encode()
+        with Output.open(output) as out:
+            out.write([whole])
+    if as_json:
+        print_json(facts.to_json())
+
+
+@contextmanager
+def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, Checked | None]]:
+    """What people mean by a name, and what a verifier says of it."""
+    if not pause and (target == "-" or os.path.exists(target)):
+        found = _verified(target, keep)
+        if found is not None:
+            assert found.saved is not None
+            try:
+                yield found.saved, Checked(_sentence(found), found.ok, found.findings)
+            finally:
+                found.close()
+            return
+    findings = Findings(keep)
+    with opened(target, pause=pause, hvm=True, fault=_into(findings)) as domain:
+        if isinstance(domain, LiveDomain):
+            with progress("checking") as bar:
+                PhysmapCheck(domain, findings, progress=bar).run()
+            wrong, right = "p2m and m2p do not agree", "p2m and m2p agree"
+        else:
+            wrong, right = "the core is damaged", "the core could be read"
+        yield domain, Checked(wrong if findings.errors else right, not findings.errors, findings)
+
+
+def _verified(target: str, keep: int) -> Report | None:
+    """The saved domain in a file, verified; None for a file that holds no stream."""
+    try:
+        with progress("verifying") as bar:
+            return verify(target, keep=keep, progress=bar)
+    except Unsupported:
+        if target == "-":
+            raise
+        return None
+
+
+def _sentence(found: Report) -> str:
+    if not found.ok:
+        cut = "; nothing was checked behind the first place that cannot be read" if found.fatal else ""
+        return f"would not restore as it was saved{cut}"
+    if found.deep:
+        return "restores, as far as can be told without doing it"
+    return "framing, order and records are sound"
+
+
+def _into(findings: Findings) -> Callable[..., Any]:
+    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
+        findings.add(rule, message, offset=offset, record=record)
+
+    return fault

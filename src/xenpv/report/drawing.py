@@ -1,0 +1,149 @@
+"""The p2m's tables as a picture: where boxes and the lines between them lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xenpv.frames import PAGE_SIZE
+from xenpv.report.p2mform import Level, Node, Shape
+
+_WIDTH, _LEFT, _ROW, _BOX = 1100, 140, 62, 38
+_GAP = 10  # between boxes
+_WIDEST = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box with lines of text; its middle is where edges end. ``first`` to ``last``: the pfns that it stands for."""
+
+    x: float
+    y: float
+    w: float
+    h: float
+    lines: list[str]
+    style: str  # "anchor", "table", "leaf", "list", "more"
+    title: str
+    first: int | None = None
+    last: int | None = None
+
+    @property
+    def middle(self) -> float:
+        return self.x + self.w / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A line from a box down to another."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What stands in front of a level."""
+
+    y: float
+    name: str
+    note: str
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A drawing of so many units."""
+
+    width: float
+    height: float
+    boxes: list[Box]
+    edges: list[Edge]
+    rows: list[Row]
+
+
+def picture_of(shape: Shape) -> Picture:
+    """The drawing of one way: its anchor, a row for each level, and, of a list, how it lies in the address space."""
+    fields = [f"{name} {value}" for name, value in shape.anchors.items()]
+    wide = max(180.0, 7.2 * max(map(len, fields)) + 20)
+    anchor = Box(_LEFT, 0, wide, 10 + 15 * len(fields), fields, "anchor", "shared info")
+    rows, boxes, edges = [Row(0, "shared info", "")], [anchor], []
+    y = anchor.h + _ROW - _BOX
+    above = [anchor]
+    for number, level in enumerate(shape.levels):
+        last = number == len(shape.levels) - 1
+        here = _row(shape, level, y, last)
+        rows.append(Row(y, _many(level, last), _note(shape, level, last)))
+        edges += [Edge(_over(box, above).middle, _foot(above), box.middle, y) for box in here]
+        boxes += here
+        above = here
+        y += _ROW
+    return Picture(_WIDTH, y - _ROW + _BOX + 4 if shape.levels else anchor.h, boxes, edges, rows)
+
+
+def _row(shape: Shape, level: Level, y: float, last: bool) -> list[Box]:
+    style = ("list" if shape.linear else "leaf") if last else "table"
+    gap = 0 if style == "list" else _GAP
+    nodes: list[Node | None] = list(level.nodes)
+    skips = [
+        i for i in range(1, len(level.nodes)) if level.nodes[i].at > level.nodes[i - 1].at + level.nodes[i - 1].times
+    ]
+    for i in reversed(skips[:3]):
+        nodes.insert(i, None)
+    cells = sum(0.4 if node is None else 1 for node in nodes) or 1
+    wide = min((_WIDTH - _LEFT - gap * (len(nodes) - 1)) / cells, _WIDEST)
+    x, out = float(_LEFT), []
+    for node in nodes:
+        if node is None:
+            out.append(Box(x, y, wide * 0.4, _BOX, ["…"], "more", "more"))
+            x += wide * 0.4 + gap
+            continue
+        times = f" ×{node.times:,}" if node.times > 1 else ""
+        line = f"{node.first:x}–{node.last:x}"
+        if style == "list" and shape.vaddr is not None:
+            line = f"…{(shape.vaddr + node.at * PAGE_SIZE) & 0xFFFF_FFFF_FFFF:x}"
+        title = f"{level.name} in frame {node.frame:#x}, pfns {node.first:#x} to {node.last:#x}"
+        out.append(
+            Box(
+                round(x, 1),
+                y,
+                round(wide, 1),
+                _BOX,
+                [f"{node.frame:#x}{times}", line],
+                style,
+                title,
+                node.first,
+                node.last,
+            )
+        )
+        x += wide + gap
+    return out
+
+
+def _over(box: Box, above: list[Box]) -> Box:
+    """The box that a box hangs below: the one whose pfns hold its first."""
+    for one in above:
+        if (
+            one.first is not None
+            and one.last is not None
+            and box.first is not None
+            and one.first <= box.first <= one.last
+        ):
+            return one
+    more = [one for one in above if one.style == "more"]
+    return (more or above)[0]
+
+
+def _foot(above: list[Box]) -> float:
+    return above[0].y + above[0].h
+
+
+def _many(level: Level, last: bool) -> str:
+    if last:
+        return f"{level.frames:,} " + ("leaf" if level.frames == 1 else "leaves")
+    return level.name if level.frames == 1 else f"{level.frames:,} {level.name}s"
+
+
+def _note(shape: Shape, level: Level, last: bool) -> str:
+    if level.places != level.frames:
+        return f"in {level.places:,} places"
+    return f"of {shape.per_leaf:,} entries" if last else ""

@@ -1,0 +1,177 @@
+"""The p2m as the tree or list that it is: each way that a guest exposes, level by level from its anchor down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from xenpv.domain.live import LiveDomain
+from xenpv.domain.source import SavedDomain
+from xenpv.errors import GuestError
+from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SIZE, U8, U64
+from xenpv.memory.anchors import Anchors, Form, Way
+from xenpv.memory.p2m import P2M, entries_in, reading
+from xenpv.memory.pagetables import frames_of_tables
+from xenpv.memory.radix import Read, Runs, walk
+from xenpv.report.parts import Parts
+
+_SHOWN = 7  # nodes of a level that are told one by one
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A table or leaf in the p2m: ``frame`` that it is, in ``times`` places from the entry of pfn ``first`` on; they
+    reach to ``last``. ``at``: its first place in its level.
+    """
+
+    frame: int
+    times: int
+    at: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Tables of one depth: ``frames`` different ones in ``places`` places; ``shared`` of them stand in several.
+
+    ``nodes``: some of them, the first and the last.
+    """
+
+    name: str
+    frames: int
+    places: int
+    shared: int
+    nodes: list[Node]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One way to the p2m. ``anchors``: the fields that lead to it, as text; ``error``: why it leads nowhere.
+
+    ``per_leaf`` entries a leaf; a linear list lies from ``vaddr`` on.
+    """
+
+    form: str
+    linear: bool
+    anchors: dict[str, str]
+    levels: list[Level]
+    entries: int
+    per_leaf: int
+    vaddr: int | None = None
+    error: str | None = None
+
+
+def table_of(domain: object) -> tuple[P2M, Read, Callable[[U64], U64] | None] | None:
+    """A domain's p2m; how its frames are read, and how mfns in its trees become such frames, None where they are.
+
+    Raises GuestError where it cannot be right; None for a domain that has none.
+    """
+    if isinstance(domain, SavedDomain) and domain.contents.p2m_record is not None:
+        return domain.p2m, reading(domain.frames), domain.p2m.pfns_of
+    if isinstance(domain, LiveDomain) and not domain.hvm and domain.anchors.ways:
+        return domain.p2m, domain.read, None
+    return None
+
+
+def shapes_of(anchors: Anchors, read: Read, resolve: Callable[[U64], U64] | None) -> list[Shape]:
+    """Every way that is open, best first."""
+    return [_shape(anchors, way, read, resolve) for way in anchors.ways]
+
+
+def frames_with(p2m: P2M) -> Parts:
+    """The frames that hold the p2m's leaves: pfns of a saved domain."""
+    return Parts.of_pfns(p2m.distinct.frame)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """A way to the p2m, to be walked level by level."""
+
+    anchors: Anchors
+    way: Way
+    read: Read
+    resolve: Callable[[U64], U64] | None
+
+    @property
+    def linear(self) -> bool:
+        return self.way.form is Form.LINEAR
+
+    def levels(self) -> Iterator[Level]:
+        """From the top table down. Raises GuestError."""
+        places, root = self.anchors.places(self.way), self.way.root
+        if self.resolve is not None:
+            root = int(self.resolve(np.array([root], np.uint64))[0])
+            if root == int(NO_FRAME):
+                raise GuestError(f"no pfn has mfn {self.way.root:#x}, which its anchor names")
+        for depth in range(self.way.tables + 1):
+            yield self._level(root, depth, places)
+
+    def _level(self, root: int, depth: int, places: range) -> Level:
+        above = self.way.tables - depth  # how many levels lie below it, leaves included
+        per_table = ENTRIES if self.linear else PAGE_SIZE // self.anchors.width
+        shift = (per_table.bit_length() - 1) * above
+        here = range(places.start >> shift, (max(places.stop, places.start + 1) - 1 >> shift) + 1)
+        if depth:
+            runs, _ = walk(self.read, root, depth, here, partial(self._named, above=above))
+        else:
+            runs = Runs(np.array([here.start]), np.ones(1, np.int64), np.array([root], np.uint64))
+        return Level(_name(self.way, above), *_counts(runs), _nodes(runs, shift, places, self.anchors))
+
+    def _named(self, pages: U8, level: int, above: int) -> U64:
+        if self.linear:
+            return frames_of_tables(pages, level + above)
+        table = entries_in(pages, self.anchors.width)
+        table = np.where(table == 0, NO_FRAME, table)
+        return table if self.resolve is None else self.resolve(table)
+
+
+def _shape(anchors: Anchors, way: Way, read: Read, resolve: Callable[[U64], U64] | None) -> Shape:
+    tree, levels, error = _Tree(anchors, way, read, resolve), [], None
+    try:
+        for level in tree.levels():
+            levels.append(level)  # noqa: PERF402  those above the one that fails are kept
+    except GuestError as e:
+        error = str(e)
+    fields = {"max_pfn": anchors.max_pfn, "frame_list_list": anchors.frame_list_list}
+    if tree.linear:
+        fields = {"p2m_cr3": anchors.p2m_cr3, "p2m_vaddr": anchors.p2m_vaddr, "p2m_generation": anchors.p2m_generation}
+    elif way.form is Form.ROOTED:
+        fields = {"p2m_levels": anchors.p2m_levels, "p2m_root": anchors.p2m_root}
+    told = {name: f"{value:#x}" for name, value in fields.items()}
+    vaddr = anchors.p2m_vaddr if tree.linear else None
+    per_leaf = PAGE_SIZE // anchors.width
+    return Shape(way.name, tree.linear, told, levels, anchors.max_pfn, per_leaf, vaddr, error)
+
+
+def _name(way: Way, above: int) -> str:
+    if above == 0:
+        return "leaf"
+    if way.form is Form.LINEAR:
+        return f"L{above} table"
+    names = ["frame list", "frame list list"]
+    return names[above - 1] if above <= len(names) and way.form is Form.TREE else f"level {above + 1}"
+
+
+def _counts(runs: Runs) -> tuple[int, int, int]:
+    """How many different ones, in how many places, and how many of them in several."""
+    frame, row = np.unique(runs.frame, return_inverse=True)
+    times = np.bincount(row, runs.count, len(frame))
+    return len(frame), int(runs.count.sum()), int(np.count_nonzero(times > 1))
+
+
+def _nodes(runs: Runs, shift: int, places: range, anchors: Anchors) -> list[Node]:
+    rows = list(range(len(runs)))
+    if len(runs) > _SHOWN:
+        rows = [*rows[: _SHOWN - 2], *rows[-2:]]
+    per_leaf, nodes = PAGE_SIZE // anchors.width, []
+    for row in rows:
+        first, count = int(runs.first[row]), int(runs.count[row])
+        begin = max(first << shift, places.start) - places.start
+        stop = min((first + count) << shift, places.stop) - places.start
+        last = min(stop * per_leaf, anchors.max_pfn) - 1
+        nodes.append(Node(int(runs.frame[row]), count, first - (places.start >> shift), begin * per_leaf, last))
+    return nodes

@@ -1,0 +1,222 @@
+"""A report as one HTML page that needs nothing else: styles, script and data are in it, and it may load nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+from xenpv import __version__
+from xenpv.errors import RequestError
+from xenpv.findings import Finding, Rule, Severity
+from xenpv.frames import PAGE_SIZE
+from xenpv.memory.registers import SEGMENTS, Registers
+from xenpv.memory.survey import Kind
+from xenpv.report.drawing import picture_of
+from xenpv.report.gather import Checked, Facts, VcpuState
+from xenpv.report.identity import memory
+from xenpv.report.tables import FLAGS
+
+_CONFIG_MAX = 100_000  # characters of a configuration that are shown
+_PLACES_MAX = 100  # pages with a part to play that are listed
+_OPEN = 12  # findings that are seen at once, at most
+_P2M_KINDS = {
+    Kind.OWN: "a frame of the domain",
+    Kind.INVALID: "INVALID_MFN",
+    Kind.FOREIGN: "foreign",
+    Kind.IDENTITY: "identity",
+    Kind.HOLE: "in no leaf",
+}
+
+
+def page(facts: Facts) -> str:
+    """The whole page. Raises RequestError where jinja2 is not installed."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415  an extra
+        from markupsafe import Markup  # noqa: PLC0415
+    except ImportError as e:
+        raise RequestError("a report needs jinja2, which is not installed: pip install 'xenpv[report]'") from e
+    loader = PackageLoader("xenpv.report")
+    # What a guest or a configuration says is hostile: everything is escaped, and control characters do not get far.
+    env = Environment(
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else _visible(value),
+        loader=loader,
+        lstrip_blocks=True,
+        trim_blocks=True,
+        undefined=StrictUndefined,
+    )
+    env.filters |= {
+        "hex": lambda n: f"{n:#x}",
+        "number": lambda n: f"{n:,}",
+        "pages": lambda n: memory(n * PAGE_SIZE),
+        "registers": _registers,
+        "share": _share,
+    }
+    style, script = (loader.get_source(env, name)[0] for name in ("page.css", "page.js"))
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return env.get_template("page.html").render(
+        facts=facts,
+        checked=facts.checked,
+        style=Markup(style),  # noqa: S704  both are files of ours
+        script=Markup(script),  # noqa: S704
+        policy=policy,
+        version=__version__,
+        data=_data(facts),
+        **_told(facts),
+    )
+
+
+def _told(facts: Facts) -> dict[str, Any]:
+    """What the template needs beside the facts."""
+    p2m, content, config = facts.p2m, facts.content, facts.identity.config or ""
+    return {
+        "sections": list(_sections(facts)),
+        "cards": list(_cards(facts)),
+        "facts_told": [(label, text) for label, text in {**facts.identity.facts, **facts.start}.items() if text],
+        "groups": _groups(facts.checked) if facts.checked else [],
+        "p2m_kinds": list(_P2M_KINDS.items()),
+        "p2m_total": sum(p2m.found.pages.values()) if p2m and p2m.found else 0,
+        "pictures": [(shape, picture_of(shape)) for shape in p2m.shapes] if p2m else [],
+        "flag_names": list(FLAGS),
+        "content_rows": []
+        if content is None
+        else [
+            ("nothing but zeroes", content.zero, "k-zero"),
+            (f"the same as others ({content.contents:,} contents)", content.duplicate, "k-twin"),
+            ("could go, were each content kept once", content.saving, "k-data"),
+        ],
+        "config": config[:_CONFIG_MAX],
+        "config_cut": max(0, len(config) - _CONFIG_MAX),
+        "places_max": _PLACES_MAX,
+    }
+
+
+def _sections(facts: Facts) -> Iterable[tuple[str, str]]:
+    yield "summary", "Summary"
+    yield "map", "Map"
+    if facts.checked:
+        yield "findings", "Findings"
+    if facts.p2m:
+        yield "p2m", "p2m"
+    if facts.tables:
+        yield "tables", "Page tables"
+    if facts.content:
+        yield "content", "Zero and duplicate"
+    if facts.vcpus:
+        yield "vcpus", "vCPUs"
+    yield "more", "More"
+
+
+def _cards(facts: Facts) -> Iterable[dict[str, str]]:
+    def card(to: str, label: str, value: str, note: str = "", tone: str = "") -> dict[str, str]:
+        return {"to": to, "label": label, "value": value, "note": note, "tone": tone}
+
+    pages = sum(layer.pages for layer in facts.map.layers if layer.lane in {"pages", "tables"})
+    yield card("map", "Memory", memory(pages * PAGE_SIZE), f"{pages:,} pages, the last pfn is {facts.map.end - 1:#x}")
+    if facts.checked:
+        found = facts.checked.findings
+        worst = "bad" if found.errors else "warn" if found.warnings else "good"
+        value = (
+            f"{found.errors:,} errors" if found.errors else f"{found.warnings:,} warnings" if found.warnings else "none"
+        )
+        note = f"{found.warnings:,} warnings" if found.errors else f"{found.notes:,} notes" if found.notes else ""
+        yield card("findings", "Findings", value, note, worst)
+    if facts.p2m:
+        forms = " and ".join(shape.form for shape in facts.p2m.shapes) or "not known"
+        yield card("p2m", "p2m", forms if len(forms) < 24 else f"{len(facts.p2m.shapes)} forms", forms)
+    if facts.tables:
+        tables = sum(level.tables for level in facts.tables.levels)
+        pinned = sum(level.pinned for level in facts.tables.levels)
+        yield card("tables", "Page tables", f"{tables:,}", f"{pinned:,} pinned")
+    if facts.content and facts.content.looked_at:
+        saving = _share(facts.content.saving, facts.content.looked_at)
+        yield card(
+            "content", "Could go", saving, f"{facts.content.zero:,} zero pages, {facts.content.duplicate:,} alike"
+        )
+    if facts.vcpus:
+        known = [vcpu.registers for vcpu in facts.vcpus if vcpu.registers]
+        kernel = sum(registers.in_kernel for registers in known)
+        yield card(
+            "vcpus", "vCPUs", f"{len(facts.vcpus):,}", f"{kernel} in the kernel, {len(known) - kernel} in user mode"
+        )
+
+
+def _groups(checked: Checked) -> list[dict[str, Any]]:
+    """The findings by rule, the worst first; a few are open from the start."""
+    by_rule: dict[Rule, list[Finding]] = {}
+    for finding in checked.findings:
+        by_rule.setdefault(finding.rule, []).append(finding)
+    order = list(Severity)
+    rules = sorted(by_rule, key=lambda rule: order.index(rule.severity))
+    more, shown = checked.findings.left_out(), 0
+    out: list[dict[str, Any]] = []
+    for rule in rules:
+        shown += len(by_rule[rule])
+        opened = shown <= _OPEN or not out
+        out.append({"rule": rule, "findings": by_rule[rule], "count": checked.findings.count[rule],
+                    "more": more.get(rule, 0), "open": opened})  # fmt: skip
+    return out
+
+
+def _data(facts: Facts) -> dict[str, Any]:
+    """What the script draws from."""
+    drawn = facts.map
+    findings = list(facts.checked.findings) if facts.checked else []
+    return {
+        "end": drawn.end,
+        "axis": drawn.axis,
+        "layers": [
+            {"lane": layer.lane, "kind": layer.kind, "what": layer.what, "rows": layer.parts.rows()}
+            for layer in drawn.layers
+        ],
+        "findings": [
+            {"pfn": finding.pfn, "severity": str(finding.severity), "message": _visible(finding.message)}
+            for finding in findings
+            if finding.pfn is not None and 0 <= finding.pfn < drawn.end
+        ],
+        "places": [{"pfn": place.pfn, "what": place.what} for place in facts.places if place.pfn < drawn.end],
+    }
+
+
+def _registers(vcpu: VcpuState) -> list[tuple[str, str]]:
+    """Name and value of each register, for people."""
+    registers = vcpu.registers
+    assert isinstance(registers, Registers)
+    digits = registers.width * 2
+    wide = {**registers.general}
+    if registers.width == 8:
+        bases = (
+            ("fs_base", registers.fs_base),
+            ("gs_base", registers.gs_base),
+            ("other gs_base", registers.other_gs_base),
+        )
+        wide |= dict(bases)
+    told = [(name, f"{value:0{digits}x}") for name, value in {**wide, **registers.control}.items()]
+    return told + [(name, f"{registers.segments[name]:04x}") for name in SEGMENTS]
+
+
+def _share(part: int, of: int) -> str:
+    """A part of something, in per cent; what is there at all is never 0."""
+    if not of or not part:
+        return "0 %"
+    share = 100 * part / of
+    if share < 0.1:
+        return "< 0.1 %"
+    if part < of and share > 99.9:
+        return "> 99.9 %"
+    return f"{share:.0f} %" if share >= 10 else f"{share:.1f} %"
+
+
+def _visible(text: str) -> str:
+    """Text out of a file: control characters, and those that turn the reading direction, would hide what it says."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy names what may run."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,0 +1,128 @@
+"""Page tables in numbers: how many of each level, what their entries say, how much of the memory they map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from xenpv.abi.x86 import PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
+from xenpv.frames import IS_POPULATED, IS_TABLE, PINNED, U64, Frames
+from xenpv.memory.domain import Extents
+from xenpv.memory.p2m import reading
+from xenpv.memory.pagetables import GLOBAL, NO_PFN, as_entries, frames
+
+FLAGS = {"RW": PTE_RW, "US": PTE_US, "A": PTE_A, "D": PTE_D, "G": GLOBAL, "PSE": PTE_PSE, "NX": PTE_NX}
+_AT_ONCE = 1024  # tables: 4 MiB
+TABLES_MAX = 1 << 22  # that are read: 16 GiB of them map 8 TiB
+PAGES_MAX = 1 << 28  # of a domain, to say which are mapped: a byte each
+
+
+@dataclass
+class LevelStats:
+    """The tables of one level. ``unread`` of them have no content; ``flags``: how many present entries have each."""
+
+    level: int
+    tables: int = 0
+    pinned: int = 0
+    unread: int = 0
+    empty: int = 0
+    entries: int = 0
+    other: int = 0  # present, and what they name is no frame of the domain: another's, or Xen's
+    flags: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FLAGS, 0))
+
+
+@dataclass
+class TableStats:
+    """``mapped``: pages that some L1 entry names, ``writable`` those that one names writable, ``several`` those that
+    more than one names; None where the domain is too large to say. ``loose``: L1 entries both writable and executable.
+    ``left_out``: tables that were not read, being too many.
+    """
+
+    levels: list[LevelStats]
+    populated: int
+    mapped: int | None = None
+    writable: int | None = None
+    several: int | None = None
+    loose: int = 0
+    left_out: int = 0
+
+
+def table_stats(memory: Frames, extents: Extents, step: Callable[[int, int], None] | None = None) -> TableStats:
+    """Read every page table once. ``extents``: all pages of the domain. ``step``: (tables done, in all)."""
+    is_table = IS_TABLE[extents.type]
+    levels = {n: LevelStats(n) for n in range(1, 5)}
+    for kind, pages in zip(extents.type[is_table].tolist(), extents.pages[is_table].tolist(), strict=True):
+        levels[kind & 7].tables += pages
+        levels[kind & 7].pinned += pages if kind & PINNED else 0
+    populated = IS_POPULATED[extents.type]
+    total = int(extents.pages[is_table].sum())
+    stats = TableStats([levels[n] for n in (4, 3, 2, 1)], int(extents.pages[populated].sum()))
+    stats.left_out = max(0, total - TABLES_MAX)
+    mapping = _Mapped(extents.start[populated], extents.pages[populated]) if stats.populated <= PAGES_MAX else None
+    read, done = reading(memory), 0
+    for level, tables in _batches(extents.start[is_table], extents.pages[is_table], extents.type[is_table] & 7):
+        pages, readable = read(tables)
+        _count(levels[level], as_entries(pages[readable]), stats, mapping)
+        levels[level].unread += int(np.count_nonzero(~readable))
+        done += len(tables)
+        if step is not None:
+            step(done, min(total, TABLES_MAX))
+    if mapping is not None:
+        stats.mapped = int(np.count_nonzero(mapping.times))
+        stats.several = int(np.count_nonzero(mapping.times & 2))
+        stats.writable = int(np.count_nonzero(mapping.times & 4))
+    stats.levels = [level for level in stats.levels if level.tables]
+    return stats
+
+
+def _batches(start: U64, pages: np.ndarray, level: np.ndarray) -> Iterator[tuple[int, U64]]:
+    """The pfns of tables, some of one level at a time, TABLES_MAX of them at most."""
+    room = TABLES_MAX
+    for n in range(4, 0, -1):
+        mine, count = start[level == n], pages[level == n]
+        ends = np.cumsum(count)
+        for first in range(0, min(int(ends[-1]) if len(ends) else 0, room), _AT_ONCE):
+            stop = min(first + _AT_ONCE, int(ends[-1]), room)
+            at = np.arange(first, stop)
+            row = np.searchsorted(ends, at, "right")
+            yield n, mine[row] + (at - (ends - count)[row]).astype(np.uint64)
+        room = max(0, room - (int(ends[-1]) if len(ends) else 0))
+
+
+def _count(level: LevelStats, entries: U64, stats: TableStats, mapping: _Mapped | None) -> None:
+    present = (entries & np.uint64(PTE_P)) != 0
+    level.empty += int(np.count_nonzero(~present.any(axis=1)))
+    ptes = entries[present]
+    level.entries += len(ptes)
+    for name, bit in FLAGS.items():
+        level.flags[name] += int(np.count_nonzero(ptes & np.uint64(bit)))
+    named = frames(ptes)
+    level.other += int(np.count_nonzero(named == np.uint64(NO_PFN)))
+    if level.level == 1:
+        writable = (ptes & np.uint64(PTE_RW)) != 0
+        stats.loose += int(np.count_nonzero(writable & ((ptes & np.uint64(PTE_NX)) == 0)))
+        if mapping is not None:
+            mapping.add(named, writable)
+
+
+class _Mapped:
+    """How often each page of a domain is mapped: bit 0 once or more, bit 1 more than once, bit 2 writable."""
+
+    def __init__(self, start: U64, pages: np.ndarray) -> None:
+        self._start, self._pages = start, pages.astype(np.uint64)
+        self._before = np.cumsum(pages) - pages
+        self.times = np.zeros(int(pages.sum()), np.uint8)
+
+    def add(self, pfns: U64, writable: np.ndarray) -> None:
+        if not len(self._start):
+            return
+        row = np.maximum(np.searchsorted(self._start, pfns, "right") - 1, 0)
+        within = pfns - self._start[row]
+        there = within < self._pages[row]  # what lies below the first page wraps around
+        place = self._before[row[there]] + within[there].astype(np.int64)
+        self.times[place[writable[there]]] |= 4
+        once, count = np.unique(place, return_counts=True)
+        self.times[once[(count > 1) | (self.times[once] & 1 != 0)]] |= 2
+        self.times[once] |= 1
