@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.abi.gcc import NoCompiler, evaluate, header_folders
-from xenpv.abi import declare, domctl, x86, xen
+from xenpv.abi import declare, domctl, hvm_save, x86, xen
 from xenpv.abi.declare import Array, Struct, Width
 from xenpv.abi.domctl import PageType
 from xenpv.memory import pagetables
@@ -21,7 +21,7 @@ HOW = "fetch them with `python -m lab fetch`, or set XENPV_XEN_HEADERS to a fold
 
 STRUCTS = {
     name: value
-    for module in (xen, x86, domctl)
+    for module in (xen, x86, domctl, hvm_save)
     for name, value in vars(module).items()
     if isinstance(value, Struct) and value.name  # those without a C name are checked as members of others
 }
@@ -100,6 +100,9 @@ CONSTANTS: dict[str, Any] = {
     "SIF_VIRT_P2M_4TOOLS": xen.SIF_VIRT_P2M_4TOOLS,
     "XEN_LEGACY_MAX_VCPUS": xen.XEN_LEGACY_MAX_VCPUS,
     "VGCF_in_kernel": x86.VGCF_IN_KERNEL,
+    "HVM_SAVE_CODE(END)": hvm_save.END,
+    "HVM_SAVE_CODE(HEADER)": hvm_save.HEADER,
+    "HVM_SAVE_CODE(CPU)": hvm_save.CPU,
     "VGCF_online": x86.VGCF_ONLINE,
     "FIRST_RESERVED_GDT_ENTRY": x86.FIRST_RESERVED_GDT_ENTRY,
     "FIRST_RESERVED_GDT_PAGE": x86.FIRST_RESERVED_GDT_ENTRY // x86.GDT_ENTRIES_PER_FRAME,
@@ -152,6 +155,7 @@ def test_all_structs_are_asked_about() -> None:
         "domctl.h",
         "arch-x86/xen.h",
         "arch-x86/hvm/save.h",
+        "hvm/save.h",
     }
 
 

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 
 from tests.cli.command import xenpv
-from tests.writers.build import USER_VADDR, pv_domain
+from tests.memory.frames import words
+from tests.writers.build import USER_VADDR, pattern, pv_domain
+from tests.writers.core import core_of
 from tests.writers.domain import Domain
+from tests.writers.hvm import cpu, hvm_context, hvm_stream
 from tests.writers.kernel import Kernel
+from xenpv.abi.declare import Width
 from xenpv.memory.digest import Digest
 
 PAGE = 4096
@@ -242,14 +246,53 @@ def test_a_pipe(good: Path, domain: Domain) -> None:
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [["p2m"], ["walk", 0], ["read", 0, 16]])
-def test_an_hvm_domain_has_none_of_this(hvm: Path, verb: list[object]) -> None:
-    ran = xenpv(verb[0], hvm, *verb[1:])
-    assert ran.code == 1
-    assert ran.raw == b""
-    assert ran.err == (
-        f"xenpv: error: {hvm}: an HVM domain; this needs a PV domain, whose page tables and p2m are in the stream\n"
-    )
+def test_an_hvm_domain_has_no_p2m(hvm: Path) -> None:
+    ran = xenpv("p2m", hvm)
+    assert (ran.code, ran.raw) == (1, b"")
+    assert ran.err == f"xenpv: error: {hvm}: an HVM or PVH domain; Xen keeps its p2m, and the file has none\n"
+
+
+def test_an_hvm_domain_without_vcpus(hvm: Path) -> None:
+    for verb in (["walk", hvm, 0], ["read", hvm, 0, 16]):
+        ran = xenpv(*verb)
+        assert (ran.code, ran.raw) == (1, b"")
+        assert "vcpu 0 is not there, or never ran (has: none)" in ran.err
+    assert xenpv("read", "--physical", "--raw", hvm, 0x1008, 16).raw == bytes(pattern(1))[8:24]
+
+
+def test_into_an_hvm_domain(tmp_path: Path) -> None:
+    """In long mode, through a page of 2 MiB; a second vcpu has not turned paging on."""
+    tables = {5: words({0: 6 << 12 | 0x67}), 6: words({0: 7 << 12 | 0x67}), 7: words({1: 0xE7})}
+    on = cpu(cr0=0x8000_0011, cr4=0x20, cr3=0x5000, msr_efer=0x500)
+    context = hvm_context({0: on, 1: cpu(cr0=0x11)})
+    file = tmp_path / "long.save"
+    file.write_bytes(bytes(hvm_stream(content=tables, context=context)))
+    ran = xenpv("walk", file, 0x20_2010)
+    assert (ran.code, ran.err) == (0, "")
+    assert "0x202010 is pfn 0x2 (NOTAB), offset 0x10" in ran.out
+    assert [line.split()[0] for line in ran.out.splitlines() if line.lstrip().startswith("L")] == ["L4", "L3", "L2"]
+    assert xenpv("read", "--raw", file, 0x20_2010, 8).raw == bytes(pattern(2))[0x10:0x18]
+    assert xenpv("read", "--raw", "--vcpu", 1, file, 0x2010, 8).raw == bytes(pattern(2))[0x10:0x18]
+    ran = xenpv("walk", file, 0x40_0000)
+    assert (ran.code, "L2[2] of pfn 0x7 is not present (0x0)" in ran.out) == (1, True)
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_core_is_a_domain_too(width: Width, tmp_path: Path) -> None:
+    domain = pv_domain(width=width, vcpus=2)
+    file = tmp_path / "made.core"
+    file.write_bytes(bytes(core_of(domain)))
+    vaddr = domain.vaddrs[domain.places.text]
+    assert xenpv("read", "--raw", file, vaddr, 64).raw == bytes(domain.pages[domain.places.text])[:64]
+    way = xenpv("walk", "--json", "--vcpu", 1, file, vaddr).json
+    assert way["pfn"] == domain.places.text
+    assert [step["table_pfn"] for step in way["steps"]] == [step.table for step in domain.walk(vaddr)]
+    looked = xenpv("p2m", "--json", "--lookup", domain.places.text, file).json
+    assert (looked["entries"], looked["lookup"][0]["mfn"]) == (domain.entries, domain.mfns[domain.places.text])
+    ran = xenpv("check", file)
+    assert (ran.code, "there is nothing to hold it against" in ran.err) == (1, True)
+    ran = xenpv("read", "-", 0, 1, stdin=file.read_bytes())
+    assert (ran.code, "an ELF file" in ran.err) == (1, True)
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,13 @@ ENTRIES = PAGE_SIZE // 8  # page-table entries in a page, for both guest widths 
 
 LEVELS = {8: 4, 4: 3}  # page-table levels of a guest of that width
 
+# What says by which tables a processor translates (Intel SDM volume 3 section 2.5).
+CR0_PG = 1 << 31
+CR4_PSE = 1 << 4
+CR4_PAE = 1 << 5
+CR4_LA57 = 1 << 12
+EFER_LMA = 1 << 10
+
 # Page-table entries: the same 64 bits for both widths.
 PTE_P = 1 << 0
 PTE_RW = 1 << 1

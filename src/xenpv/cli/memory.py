@@ -50,12 +50,13 @@ def walk(target: str, vaddr: int, vcpu: int, user: bool, top: int | None, pause:
 
     Entries are shown with pfns in the place of mfns. Exit status 1 when the walk ends before a page.
     """
-    with opened(target, pause=pause) as domain:
-        memory = domain.memory
+    with opened(target, pause=pause, hvm=True) as domain:
+        memory = domain.memory_of(vcpu)
         for _ in range(_tries(domain)):
             way = memory.walk(vaddr, top=_top(domain, vcpu, user, top))
             kinds = [memory.type(step.table) for step in way.steps]
-            if way.fault is None and IS_TABLE[kinds].all():  # still, and so they were when they were walked
+            # What still is a page table was one when it was walked; only PV domains' pages are known to be some.
+            if way.fault is None and (domain.hvm or IS_TABLE[kinds].all()):
                 break
         if as_json:
             steps = [
@@ -107,8 +108,8 @@ def read(
     xenpv read web 0xffffffff81e00000 256           a running domain, by its name, id or uuid
     xenpv read dom.save --physical 0x4a00000 4K --raw > page
     """
-    with opened(target, pause=pause) as domain:
-        memory = domain.memory
+    with opened(target, pause=pause, hvm=True) as domain:
+        memory = domain.memory_of(vcpu)
         if raw and sys.stdout.isatty():
             raise RequestError("raw memory is not for a terminal: send it to a file or a pipe")
         for at in range(address, address + length, _READ_AT_ONCE):

@@ -44,7 +44,7 @@ def opened(
             kept = open_domain(target, fault=fault, progress=bar)
             stack.push(kept)
         if kept.hvm and not hvm:
-            what = "an HVM domain; this needs a PV domain, whose page tables and p2m are in the stream"
+            what = "an HVM or PVH domain; Xen keeps its p2m, and the file has none"
             raise RequestError(f"{target}: {what}")
         yield kept
 

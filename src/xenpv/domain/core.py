@@ -99,8 +99,9 @@ class CoreDomain:
 
     @property
     def width(self) -> Width:
-        """Bytes of the guest's unsigned long."""
-        return self.layout.width
+        """Bytes of the guest's unsigned long. Of HVM: 8 if vcpu 0 looks like long mode (Registers.of_hvm_context)."""
+        registers = self.registers(0) if self.hvm else None
+        return self.layout.width if registers is None else registers.width
 
     @property
     def vcpus(self) -> list[int]:
@@ -117,20 +118,26 @@ class CoreDomain:
         """The vcpu_guest_context of a vcpu (abi.x86.VCPU_GUEST_CONTEXT); its frames are mfns. None if there is none."""
         if vcpu not in range(self.layout.vcpus):
             return None
-        size = VCPU_GUEST_CONTEXT.size(self.width)
+        width = self.layout.width
+        size = VCPU_GUEST_CONTEXT.size(width)
         data = self._read(self.layout.prstatus.offset + vcpu * self.layout.context, size)
-        return VCPU_GUEST_CONTEXT.read(data, self.width) if len(data) == size <= self.layout.context else None
+        return VCPU_GUEST_CONTEXT.read(data, width) if len(data) == size <= self.layout.context else None
 
     def registers(self, vcpu: int) -> Registers | None:
         """What a vcpu's registers held, None where that is not known."""
         context = self.vcpu_context(vcpu)
-        return None if context is None else Registers.of_context(context, self.width)
+        if context is None:
+            return None
+        return Registers.of_hvm_context(context) if self.hvm else Registers.of_context(context, self.width)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit guests may have.
+        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit PV guests may have.
 
         Raises GuestError for a cr3 that names no page of the core.
         """
+        if self.hvm:
+            registers = self.registers(vcpu)
+            return None if user or registers is None else registers.top
         context = self.vcpu_context(vcpu)
         if context is None:
             return None
@@ -169,9 +176,15 @@ class CoreDomain:
     @property
     def memory(self) -> DomainMemory:
         """Memory as vcpu 0 sees it."""
+        return self.memory_of(0)
+
+    def memory_of(self, vcpu: int) -> DomainMemory:
+        """Memory as a vcpu sees it; without tables where its cr3 names no page of the core."""
+        if self.hvm:
+            return DomainMemory.of_hvm(self.frames, self.registers(vcpu))
         tables = _AnyTable(self.pages)
         try:
-            return DomainMemory(self.frames, self.width, self.cr3(0), self.cr3(0, user=True), tables)
+            return DomainMemory(self.frames, self.width, self.cr3(vcpu), self.cr3(vcpu, user=True), tables)
         except GuestError:
             return DomainMemory(self.frames, self.width, tables=tables)
 

@@ -211,7 +211,11 @@ class LiveDomain:
     @property
     def memory(self) -> DomainMemory:
         """Memory as vcpu 0 sees it."""
-        return DomainMemory(self, self.info.width, self.cr3(0), self.cr3(0, user=True), _Tables(self))
+        return self.memory_of(0)
+
+    def memory_of(self, vcpu: int) -> DomainMemory:
+        """Memory as a vcpu sees it."""
+        return DomainMemory(self, self.info.width, self.cr3(vcpu), self.cr3(vcpu, user=True), _Tables(self))
 
 
 class _Tables:

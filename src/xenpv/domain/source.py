@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import cached_property
 from types import TracebackType
 from typing import Self
 
@@ -30,6 +31,7 @@ from xenpv.memory.registers import Registers
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages
+from xenpv.stream.hvm_context import cpus
 from xenpv.stream.index import PageIndex
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PFN_MASK, PageData
@@ -217,8 +219,16 @@ class SavedDomain:
 
     @property
     def width(self) -> Width:
-        """Bytes of the guest's unsigned long; 8 as long as nothing else was said."""
+        """Bytes of the guest's unsigned long, of HVM in vcpu 0's mode; 8 as long as nothing else was said."""
+        if self.hvm and self._cpus:
+            return Registers.of_hvm(self._cpus[min(self._cpus)]).width
         return self.contents.width
+
+    @cached_property
+    def _cpus(self) -> dict[int, np.void]:
+        """Of an HVM domain, its vcpus as HVM_CONTEXT has them. Raises StreamError when that is damaged."""
+        record = self.contents.hvm_context
+        return {} if record is None else cpus(record.data, offset=record.offset)
 
     def extents(self) -> Iterator[Extents]:
         """Which pages the stream named, by its index: all in one piece."""
@@ -231,8 +241,8 @@ class SavedDomain:
 
     @property
     def vcpus(self) -> list[int]:
-        """The numbers of the vcpus of which something came."""
-        return sorted(self.contents.vcpus)
+        """The numbers of the vcpus of which something came; of HVM those that were up."""
+        return sorted(self._cpus if self.hvm else self.contents.vcpus)
 
     def vcpu_context(self, vcpu: int) -> np.void | None:
         """The vcpu_guest_context of a vcpu as a NumPy record (abi.x86.VCPU_GUEST_CONTEXT), None if it did not come."""
@@ -243,11 +253,16 @@ class SavedDomain:
 
     def registers(self, vcpu: int) -> Registers | None:
         """What a vcpu's registers held, None if its context did not come."""
+        if self.hvm:
+            return Registers.of_hvm(self._cpus[vcpu]) if vcpu in self._cpus else None
         context = self.vcpu_context(vcpu)
         return None if context is None else Registers.of_context(context, self.width)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit guests may have."""
+        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit PV guests may have."""
+        if self.hvm:
+            registers = self.registers(vcpu)
+            return None if user or registers is None else registers.top
         context = self.vcpu_context(vcpu)
         if context is None:
             return None
@@ -263,7 +278,13 @@ class SavedDomain:
     @property
     def memory(self) -> DomainMemory:
         """Memory as vcpu 0 sees it."""
-        return DomainMemory(self.frames, self.contents.width, self.cr3(0), self.cr3(0, user=True))
+        return self.memory_of(0)
+
+    def memory_of(self, vcpu: int) -> DomainMemory:
+        """Memory as a vcpu sees it."""
+        if self.hvm:
+            return DomainMemory.of_hvm(self.frames, self.registers(vcpu))
+        return DomainMemory(self.frames, self.contents.width, self.cr3(vcpu), self.cr3(vcpu, user=True))
 
     @property
     def start_info_pfn(self) -> Pfn | None:

@@ -6,17 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
 from xenpv.abi.declare import Width
-from xenpv.abi.x86 import LEVELS
 from xenpv.errors import Fault
 from xenpv.frames import I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64, Frames, Pfn, Vaddr
-from xenpv.memory import radix
 from xenpv.memory.p2m import reading
-from xenpv.memory.pagetables import NO_PFN, Walk, canonical, frames_of_tables, place_of, walk
+from xenpv.memory.pagetables import Walk, translate, walk
+from xenpv.memory.paging import PV, Paging
 from xenpv.memory.registers import Registers
 
 
@@ -77,7 +76,8 @@ class DomainMemory:
     known.
 
     A 64-bit PV guest has two tables a vcpu: the kernel's (cr3), which maps all, and the user half's, ``user_top``.
-    ``tables`` is what page tables are read by, where that is not ``frames``.
+    ``tables`` is what page tables are read by, where that is not ``frames``. ``paging`` is how a vcpu of an HVM domain
+    goes through them; a PV domain's follows from its width.
     """
 
     frames: Frames
@@ -85,6 +85,14 @@ class DomainMemory:
     top: Pfn | None = None
     user_top: Pfn | None = None
     tables: Frames | None = None
+    paging: Paging | None = None
+
+    @classmethod
+    def of_hvm(cls, frames: Frames, registers: Registers | None) -> Self:
+        """Memory of an HVM domain as a vcpu with those registers sees it."""
+        if registers is None:
+            return cls(frames)
+        return cls(frames, registers.width, registers.top, paging=registers.paging)
 
     def page(self, pfn: int) -> bytes:
         """The 4096 bytes of one page. Raises Fault."""
@@ -99,7 +107,7 @@ class DomainMemory:
         table = self.top if top is None else top
         if table is None:
             raise Fault("no vcpu's cr3 is known", space="vaddr", address=vaddr)
-        return walk(self.tables or self.frames, table, Vaddr(vaddr), self.width)
+        return walk(self.tables or self.frames, table, Vaddr(vaddr), self.width, self.paging)
 
     def read(self, address: int, length: int) -> bytes:
         """``length`` bytes from a pseudo-physical address (pfn << 12 | offset) on. Raises Fault."""
@@ -119,26 +127,18 @@ class DomainMemory:
         Cost follows the tables that are there: each is read once.
         """
         table, last = self.top if top is None else top, vaddr + (pages - 1) * PAGE_SIZE
-        if table is None or not _is_range(vaddr, last, self.width):
+        paging = self.paging or PV[self.width]
+        if table is None or paging.refuses(vaddr) or paging.refuses(last) or vaddr >> 63 != last >> 63:
             raise self._fault(vaddr, top) or self._fault(last, top) or _changed(vaddr)
-        place = place_of(vaddr)
-        places = range(place, place + pages)
-        runs, _ = radix.walk(reading(self.tables or self.frames), table, LEVELS[self.width], places, frames_of_tables)
-        found = runs.frame_of(np.arange(place, place + pages))
-        for lost in np.flatnonzero((found == NO_FRAME) | (found == np.uint64(NO_PFN)))[:1].tolist():
+        vaddrs = np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(vaddr)
+        found = translate(reading(self.tables or self.frames), table, vaddrs, paging)
+        for lost in np.flatnonzero(found == NO_FRAME)[:1].tolist():
             at = vaddr if not lost else (vaddr & -PAGE_SIZE) + lost * PAGE_SIZE
             raise self._fault(at, top) or _changed(at)
         return found
 
     def _fault(self, vaddr: int, top: Pfn | None) -> Fault | None:
         return self.walk(vaddr, top=top).fault
-
-
-def _is_range(first: int, last: int, width: Width) -> bool:
-    """Whether both are addresses, and all between them."""
-    if width == 4:
-        return last >> 32 == 0
-    return last >> 64 == 0 and canonical(first) and canonical(last) and first >> 63 == last >> 63
 
 
 def _changed(vaddr: int) -> Fault:

@@ -1,6 +1,7 @@
-"""Page tables of PV guests whose entries hold pfns: entries, walks, and checks over whole arrays of tables.
+"""Page tables whose entries hold pfns: entries, walks, and checks over whole arrays of tables.
 
-In a stream the tables are normalised (mfn to pfn) by the saver; of a running domain they are before a walk.
+PV guests' hold mfns: in a stream they are normalised (mfn to pfn) by the saver, of a running domain and of a core
+before a walk. HVM guests' hold gfns, which are their pfns.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from xenpv.abi.x86 import (
 )
 from xenpv.errors import Fault
 from xenpv.frames import ENTRIES, IS_TABLE, NO_FRAME, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
+from xenpv.memory.paging import PV, Paging
+from xenpv.memory.radix import Read
 
 BITS_PER_LEVEL = 9
 AVAILABLE = 0x0000_0000_0000_0E00  # software's own bits 9 to 11
@@ -146,39 +149,74 @@ class Walk:
     fault: Fault | None = None
 
 
-def walk(memory: Frames, top: Pfn, vaddr: Vaddr, width: Width = 8) -> Walk:
-    """Follow an address from the top table down. A walk that ends early is a result, not an error: see Walk.fault."""
+def walk(memory: Frames, top: Pfn, vaddr: Vaddr, width: Width = 8, paging: Paging | None = None) -> Walk:
+    """Follow an address from the top table down. A walk that ends early is a result, not an error: see Walk.fault.
+
+    ``paging``: how an HVM guest's vcpu does it; without, as a PV guest of that width.
+    """
+    paging = paging or PV[width]
     steps: list[Step] = []
 
     def ends(why: str, level: int) -> Walk:
-        at = entry_index(vaddr, level)
+        at = paging.index(vaddr, level)
         fault = Fault(f"{vaddr:#x}: {why}", space="vaddr", address=vaddr, level=level, entry=at)
         return Walk(vaddr, tuple(steps), None, fault)
 
-    levels = LEVELS[width]
-    if width == 8 and not canonical(vaddr):
-        return ends("not a canonical address", levels)
-    if width == 4 and vaddr >> 32:
-        return ends("beyond 4 GiB, in a 32-bit guest", levels)
+    if why := paging.refuses(vaddr):
+        return ends(why, paging.levels)
+    if not paging.levels:
+        return Walk(vaddr, (), Pfn(vaddr >> PAGE_SHIFT))
     table = top
-    for level in range(levels, 0, -1):
+    for level in range(paging.levels, 0, -1):
         try:
             page = memory.pages(np.array([table], np.uint64))
         except Fault as e:
             return ends(f"L{level} table at pfn {table:#x} has no content: {e}", level)
-        index = entry_index(vaddr, level)
-        pte = int(as_entries(page)[0, index])
+        index = paging.index(vaddr, level)
+        pte = int(paging.entries(page, level)[0, index])
         steps.append(Step(level, table, index, pte))
         if not pte & PTE_P:
-            if is_xen_slot(level, width)[index]:
+            if paging.pv and is_xen_slot(level, width)[index]:
                 return ends(f"L{level}[{index}] is Xen's own slot, which no stream has", level)
             return ends(f"L{level}[{index}] of pfn {table:#x} is not present ({pte:#x})", level)
-        if level > 1 and pte & PTE_PSE:
+        if level in paging.superpages and pte & PTE_PSE:
+            first = paging.superpage_frame(pte, level)
+            return Walk(vaddr, tuple(steps), Pfn(first + paging.within(vaddr, level)))
+        if paging.pv and level > 1 and pte & PTE_PSE:
             return ends(f"L{level}[{index}] of pfn {table:#x} is a superpage ({pte:#x}), which PV has not", level)
         table = frame(pte)
-        if table == NO_PFN:
+        if paging.pv and table == NO_PFN:
             return ends(f"L{level}[{index}] names a frame that is no pfn of the domain: another's, or Xen's", level)
     return Walk(vaddr, tuple(steps), table)
+
+
+def translate(read: Read, top: Pfn, vaddrs: U64, paging: Paging) -> U64:
+    """The pfns behind many virtual addresses that ``paging`` does not refuse, NO_FRAME for one that is not mapped.
+
+    Each table is read once.
+    """
+    if not paging.levels:
+        return vaddrs >> np.uint64(PAGE_SHIFT)
+    out, left, table = np.full(len(vaddrs), NO_FRAME), np.arange(len(vaddrs)), np.full(len(vaddrs), top, np.uint64)
+    for level in range(paging.levels, 0, -1):
+        distinct, back = np.unique(table, return_inverse=True)
+        pages, readable = read(distinct)
+        ptes = paging.entries(pages, level)[back, paging.indices(vaddrs[left], level)]
+        there = readable[back] & (ptes & np.uint64(PTE_P) != 0)
+        big = there & paging.is_superpage(ptes, level)
+        if big.any():
+            of, back = np.unique(ptes[big], return_inverse=True)
+            first = np.array([paging.superpage_frame(pte, level) for pte in of.tolist()], np.uint64)
+            inside = np.uint64((1 << paging.bits * (level - 1)) - 1)
+            out[left[big]] = first[back] + (vaddrs[left[big]] >> np.uint64(PAGE_SHIFT) & inside)
+        if paging.pv:
+            there &= frames(ptes) != np.uint64(NO_PFN)
+            if level > 1:
+                there &= ptes & np.uint64(PTE_PSE) == 0
+        going = there & ~big
+        left, table = left[going], frames(ptes[going])
+    out[left] = table
+    return out
 
 
 Translate = Callable[[U64], U64]

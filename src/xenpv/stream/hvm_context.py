@@ -1,0 +1,52 @@
+"""The body of an HVM_CONTEXT record: records within a record, xen.git:xen/include/public/hvm/save.h."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from xenpv.abi.hvm_save import CPU, END, HVM_HW_CPU
+from xenpv.errors import Malformed
+
+_DESCRIPTOR = struct.Struct("<HHI")  # abi.hvm_save.DESCRIPTOR
+_CPU_MIN = HVM_HW_CPU.offset(8, "msr_efer") + 8  # what a vcpu's record must reach, whatever Xen wrote it
+
+
+class Entry(NamedTuple):
+    """One record: its type, its instance (of a vcpu its number), and its content."""
+
+    typecode: int
+    instance: int
+    data: bytes
+
+
+def entries(context: bytes, *, offset: int) -> Iterator[Entry]:
+    """The records in front of END. ``offset``: of the context, for errors. Raises Malformed where one does not fit."""
+    at = 0
+    while True:
+        if at + _DESCRIPTOR.size > len(context):
+            raise Malformed(f"no END among {len(context)} bytes", offset=offset + at, record="HVM_CONTEXT")
+        typecode, instance, length = _DESCRIPTOR.unpack_from(context, at)
+        if typecode == END:
+            return
+        at += _DESCRIPTOR.size
+        if length > len(context) - at:
+            what = f"a record of type {typecode} and {length} bytes where {len(context) - at} are left"
+            raise Malformed(what, offset=offset + at - _DESCRIPTOR.size, record="HVM_CONTEXT")
+        yield Entry(typecode, instance, context[at : at + length])
+        at += length
+
+
+def cpus(context: bytes, *, offset: int) -> dict[int, np.void]:
+    """The vcpus by number, as abi.hvm_save.HVM_HW_CPU. Raises Malformed."""
+    found = {}
+    for entry in entries(context, offset=offset):
+        if entry.typecode == CPU:
+            if len(entry.data) < _CPU_MIN:
+                what = f"vcpu {entry.instance} has {len(entry.data)} bytes, {_CPU_MIN} or more are needed"
+                raise Malformed(what, offset=offset, record="HVM_CONTEXT")
+            found[entry.instance] = HVM_HW_CPU.read(entry.data.ljust(HVM_HW_CPU.size(8), b"\0"), 8)
+    return found

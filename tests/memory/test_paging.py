@@ -1,0 +1,133 @@
+"""Page tables of HVM guests, in every mode of a processor: laid out by hand, after Intel's SDM volume 3 chapter 4."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+
+from tests.memory.frames import DictFrames, words
+from xenpv.abi.declare import Width
+from xenpv.errors import Fault
+from xenpv.frames import NO_FRAME, Pfn, Vaddr
+from xenpv.memory.domain import DomainMemory
+from xenpv.memory.p2m import reading
+from xenpv.memory.pagetables import translate, walk
+from xenpv.memory.paging import OFF, PV, Paging, paging_of
+
+PG, PSE, PAE, LA57 = 1 << 31, 1 << 4, 1 << 5, 1 << 12
+P, BIG = 0x67, 0xE7
+LONG = paging_of(PG | 1, 0x4000, PAE, long=True)
+LONG5 = paging_of(PG | 1, 0x5000, PAE | LA57, long=True)
+PAE3 = paging_of(PG | 1, 0x3000, PAE, long=False)
+TWO = paging_of(PG | 1, 0x2000, PSE, long=False)
+
+
+def long_tables() -> dict[int, bytes]:
+    return {
+        5: words({511: 4 << 12 | P}),
+        4: words({273: 3 << 12 | P, 1: 7 << 12 | P}),
+        3: words({0: 2 << 12 | P, 5: 0x1_4000_0000 | BIG | 1 << 12}),  # 1 GiB; bit 12 is PAT
+        2: words({0: 1 << 12 | P, 3: 0x4060_0000 | BIG | 1 << 12}),  # 2 MiB
+        1: words({6: 0x999 << 12 | P | 1 << 63, 7: 0x998 << 12 | 0x80 | P}),  # bit 7 of the last level is PAT
+    }
+
+
+BASE = 0xFFFF_8880_0000_0000  # entry 273 of the top
+
+
+@pytest.mark.parametrize(
+    ("vaddr", "pfn", "steps"),
+    [
+        (BASE | 6 << 12 | 5, 0x999, 4),
+        (BASE | 7 << 12, 0x998, 4),
+        (BASE | 3 << 21, 0x40600, 3),
+        (BASE | 3 << 21 | 0x1F_F123, 0x407FF, 3),
+        (BASE | 5 << 30, 0x14_0000, 2),
+        (BASE | 5 << 30 | 0x3FFF_FFFF, 0x17_FFFF, 2),
+    ],
+)
+@pytest.mark.parametrize("mode", [LONG, LONG5])
+def test_long_mode(vaddr: int, pfn: int, steps: int, mode: Paging) -> None:
+    top = Pfn(mode.levels)
+    memory = DomainMemory(DictFrames(long_tables()), 8, top, paging=mode)
+    way = memory.walk(vaddr)
+    assert way.fault is None
+    assert (way.pfn, len(way.steps)) == (pfn, steps + mode.levels - 4)
+    assert memory.translate(vaddr, 1).tolist() == [pfn]
+
+
+def test_five_levels_have_57_bits() -> None:
+    assert LONG.refuses(0xFF10_0000_0000_0000) == "not a canonical address"
+    assert LONG5.refuses(0xFF10_0000_0000_0000) is None
+    assert LONG5.refuses(0xFE10_0000_0000_0000) == "not a canonical address"
+    assert LONG5.refuses(1 << 55) is None
+    assert LONG5.refuses(1 << 56) == "not a canonical address"
+
+
+def test_a_range_over_pages_of_all_sizes() -> None:
+    """From the end of a 2 MiB page to what is not mapped behind it, which is named."""
+    memory = DomainMemory(DictFrames(long_tables()), 8, Pfn(4), paging=LONG)
+    assert memory.translate(BASE | 3 << 21, 512).tolist() == list(range(0x40600, 0x40800))
+    with pytest.raises(Fault, match=r"L2\[4\] of pfn 0x2 is not present") as e:
+        memory.translate(BASE | 3 << 21, 513)
+    assert e.value.address == BASE | 4 << 21
+
+
+def test_pae_has_a_top_table_of_32_bytes() -> None:
+    mode = paging_of(PG | 1, 0x3460, PAE, long=False)
+    assert mode.offset == 0x460
+    top = bytearray(4096)
+    top[0x460:0x480] = b"".join(entry.to_bytes(8, "little") for entry in (0, 0, 0, 2 << 12 | 1))
+    pages = {3: bytes(top), 2: words({511: 1 << 12 | P, 1: 0x20_0000 << 12 | BIG}), 1: words({0: 9 << 12 | P})}
+    memory = DomainMemory(DictFrames(pages), 4, Pfn(3), paging=mode)
+    assert memory.walk(0xFFE0_0000).pfn == 9
+    assert memory.walk(0xC020_3000).pfn == 0x20_0003
+    assert memory.translate(0xC020_0000, 512).tolist() == list(range(0x20_0000, 0x20_0200))
+    assert "L3[0]" in str(memory.walk(0x1000).fault)
+    assert "beyond 4 GiB" in str(memory.walk(1 << 32).fault)
+
+
+def test_two_levels_of_1024_entries() -> None:
+    # A 4 MiB page above 4 GiB: bits 20 to 13 of its entry are bits 39 to 32 of the address (PSE-36).
+    directory = words({0x300: 1 << 12 | P, 0x301: 0x0080_0000 | 3 << 13 | BIG, 2: 0x0040_0000 | BIG}, 4)
+    pages = {2: directory, 1: words({1023: 0xABCDE << 12 | P}, 4)}
+    memory = DomainMemory(DictFrames(pages), 4, Pfn(2), paging=TWO)
+    assert memory.walk(0xC03F_F000).pfn == 0xABCDE
+    assert memory.walk(0xC040_1000).pfn == 0x30_0801
+    assert memory.translate(0xC040_0000, 1024).tolist() == list(range(0x30_0800, 0x30_0C00))
+    # Without CR4.PSE the bit means nothing.
+    plain = DomainMemory(DictFrames(pages), 4, Pfn(2), paging=paging_of(PG, 0, 0, long=False))
+    assert "L1 table at pfn 0x400" in str(plain.walk(0x80_0000).fault)
+
+
+def test_without_paging_addresses_are_physical() -> None:
+    memory = DomainMemory(DictFrames({7: bytes(4096)}), 4, Pfn(0), paging=OFF)
+    assert (memory.walk(0x7123).pfn, memory.walk(0x7123).steps) == (7, ())
+    assert memory.read_virtual(0x7123, 4) == bytes(4)
+    assert paging_of(0, 0x1000, PAE, long=False) == OFF
+
+
+@pytest.mark.parametrize("mode", [LONG, LONG5, PAE3, TWO, PV[8], PV[4]])
+def test_many_at_once_are_what_they_are_one_by_one(mode: Paging) -> None:
+    """Tables of noise that mostly lead to each other, superpages and holes among them."""
+    rng = random.Random(mode.levels * 7 + mode.entry)
+    count = 4096 // mode.entry
+
+    def entry() -> int:
+        flags = rng.choice([0, 1, 1, 1, 1, 1, 0x81])
+        return rng.randrange(12) << 12 | flags
+
+    pages = {pfn: words({i: entry() for i in range(count)}, mode.entry) for pfn in range(8)}
+    pages[1] = words({i: (2 + i) << 12 | 1 for i in range(4)} | {i: entry() for i in range(4, count)}, mode.entry)
+    frames = DictFrames(pages)
+    low = [rng.randrange(1 << min(32, 47)) for _ in range(300)]
+    far = [rng.randrange(1 << 47) for _ in range(300)] if mode.wide else []
+    vaddrs = [*low, *far, *(((1 << 64) - 1 - vaddr) for vaddr in far)]
+    width: Width = 8 if mode.wide else 4
+    one_by_one = [walk(frames, Pfn(1), Vaddr(vaddr), width, mode).pfn for vaddr in vaddrs]
+    found = translate(reading(frames), Pfn(1), np.array(vaddrs, np.uint64), mode)
+    assert [None if pfn == NO_FRAME else int(pfn) for pfn in found] == one_by_one
+    assert len({pfn for pfn in one_by_one if pfn is not None}) > 10
+    assert None in one_by_one
