@@ -155,7 +155,10 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
         return _NO_PLACES
     doubtful = _NO_PLACES
     place = {"offset": shared.offset, "record": shared.name}
-    if not anchors.ways:
+    header = saved.contents.domain
+    # Savers of the legacy format cleared it, and no restorer wants it: the guest writes it again when it resumes.
+    cleared = header is not None and header.xen_major == 0 and anchors.frame_list_list == 0
+    if not anchors.ways and not cleared:
         what = f"neither p2m_cr3 nor pfn_to_mfn_frame_list_list ({anchors.frame_list_list:#x}) leads to a p2m"
         findings.add(rules.P2M_ANCHOR, what, **place)
     reach = replace(anchors, max_pfn=p2m.entries)
