@@ -1,0 +1,296 @@
+"""The layer for Volatility 3: it reads what we read, has no address that has no page, and takes no file that is none.
+
+What Volatility makes of a real kernel is in tests/lab/test_plugins.py.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from volatility3.framework import contexts, exceptions
+from volatility3.framework.layers import intel, physical, scanners
+
+import xenpv.plugins.volatility
+from tests.vectors.make import RECIPES
+from tests.vectors.test_vectors import unpacked
+from tests.writers.build import USER_VADDR, pattern, pv_domain
+from tests.writers.core import core_of, hvm_core
+from tests.writers.domain import Domain
+from tests.writers.hvm import hvm_stream
+from xenpv.domain.opening import open_domain
+from xenpv.plugins.volatility.domain_layer import DomainLayer, DomainStacker
+
+PAGE = 4096
+HOLE = 80
+RUNS = [range(HOLE), range(HOLE + 1, 97), range(0x1_0000, 0x1_0002)]
+
+
+_MADE: list[contexts.Context] = []
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    for context in _MADE:
+        for name in context.layers:
+            context.layers[name].destroy()
+    _MADE.clear()
+
+
+def stacked(path: Path) -> tuple[contexts.Context, DomainLayer | None]:
+    """What Volatility does with a file."""
+    context = contexts.Context()
+    _MADE.append(context)
+    context.config["file.location"] = path.as_uri()
+    context.add_layer(physical.FileLayer(context, "file", "file"))
+    layer = DomainStacker.stack(context, "file")
+    if layer is not None:
+        context.add_layer(layer)
+    return context, layer
+
+
+def opened(path: Path) -> DomainLayer:
+    layer = stacked(path)[1]
+    assert layer is not None
+    return layer
+
+
+@pytest.fixture(scope="module")
+def domain() -> Domain:
+    """Its pages are of many types, and in three runs."""
+    return pv_domain(pfns=[pfn for run in RUNS for pfn in run], vcpus=2)
+
+
+@pytest.fixture(scope="module")
+def save(domain: Domain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("volatility") / "made.save"
+    path.write_bytes(domain.to_bytes(batch=16))
+    return path
+
+
+@pytest.fixture(scope="module", params=["save", "core"])
+def path(request: pytest.FixtureRequest, domain: Domain, save: Path) -> Path:
+    if request.param == "save":
+        return save
+    save.with_suffix(".core").write_bytes(bytes(core_of(domain)))
+    return save.with_suffix(".core")
+
+
+@pytest.fixture
+def layer(path: Path) -> DomainLayer:
+    return opened(path)
+
+
+# --- content and addresses -------------------------------------------------------------------------------------------
+
+
+def test_every_page_is_the_domains(domain: Domain, layer: DomainLayer) -> None:
+    for pfn, content in domain.pages.items():
+        assert layer.read(pfn * PAGE, PAGE) == bytes(content)
+        assert layer.read(pfn * PAGE + 9, 7) == bytes(content[9:16])
+        assert layer.is_valid(pfn * PAGE, PAGE)
+
+
+def test_reads_across_pages(domain: Domain, layer: DomainLayer) -> None:
+    whole = b"".join(bytes(domain.pages[pfn]) for pfn in RUNS[0])
+    for at, length in ((0, len(whole)), (4095, 2), (100, 3 * PAGE), (5, 0), (len(whole) - 1, 1)):
+        assert layer.read(at, length) == layer.read(at, length, pad=True) == whole[at : at + length]
+
+
+def test_runs_are_joined_whatever_the_types_of_their_pages(layer: DomainLayer) -> None:
+    assert list(zip(layer._starts, layer._ends, strict=True)) == [(r.start * PAGE, r.stop * PAGE) for r in RUNS]
+    assert (layer.minimum_address, layer.maximum_address) == (0, RUNS[-1].stop * PAGE - 1)
+
+
+@pytest.mark.parametrize(
+    ("address", "length", "invalid"),
+    [
+        (HOLE * PAGE, 1, HOLE * PAGE),
+        (HOLE * PAGE - 1, 2, HOLE * PAGE),
+        (HOLE * PAGE + 5, 1, HOLE * PAGE + 5),
+        (0, 97 * PAGE, HOLE * PAGE),
+        (1 << 60, 8, 1 << 60),
+        (97 * PAGE, 1 << 50, 97 * PAGE),
+    ],
+)
+def test_what_is_not_there_is_invalid_and_not_zeroes(
+    layer: DomainLayer, address: int, length: int, invalid: int
+) -> None:
+    assert not layer.is_valid(address, length)
+    with pytest.raises(exceptions.InvalidAddressException) as e:
+        layer.read(address, length)
+    assert e.value.invalid_address == invalid
+
+
+def test_padding_is_only_where_nothing_is(domain: Domain, layer: DomainLayer) -> None:
+    around = layer.read((HOLE - 1) * PAGE + 8, 3 * PAGE, pad=True)
+    expected = (
+        bytes(domain.pages[HOLE - 1]) + bytes(PAGE) + bytes(domain.pages[HOLE + 1]) + bytes(domain.pages[HOLE + 2])
+    )
+    assert around == expected[8 : 8 + 3 * PAGE]
+    assert layer.read(1 << 50, 16, pad=True) == bytes(16)
+
+
+def test_volatilitys_own_walk_of_page_tables_is_ours(domain: Domain, path: Path) -> None:
+    context, layer = stacked(path)
+    assert layer is not None
+    context.config["intel.memory_layer"] = layer.name
+    context.config["intel.page_map_offset"] = domain.places.top * PAGE
+    virtual = intel.Intel32e(context, "intel", "virtual")
+    mask = (1 << 48) - 1
+    for pfn, vaddr in domain.vaddrs.items():
+        assert virtual.read(vaddr & mask, PAGE) == bytes(domain.pages[pfn])
+    assert virtual.read(USER_VADDR, 64) == bytes(domain.pages[domain.places.user][:64])
+    assert not virtual.is_valid(max(domain.vaddrs.values()) + PAGE & mask)
+
+
+def test_a_scan_finds_what_is_there_once_and_nothing_across_a_hole(tmp_path: Path) -> None:
+    domain = pv_domain(pfns=[pfn for run in RUNS for pfn in run])
+    needle = b"needle of 16 b.."
+    data = [pfn for pfn in domain.places.data if pfn + 1 in domain.places.data]
+    inside, across = data[0], data[3]
+    domain.pages[inside][100:116] = needle
+    domain.pages[across][-8:], domain.pages[across + 1][:8] = needle[:8], needle[8:]
+    domain.pages[HOLE - 1][-8:], domain.pages[HOLE + 1][:8] = needle[:8], needle[8:]
+    domain.pages[RUNS[-1][-1]][-17:-1] = needle
+    path = tmp_path / "needles.save"
+    path.write_bytes(domain.to_bytes())
+    context, layer = stacked(path)
+    assert layer is not None
+    expected = [inside * PAGE + 100, (across + 1) * PAGE - 8, RUNS[-1].stop * PAGE - 17]
+    for size in (PAGE, 3 * PAGE, 1 << 24):
+        scanner = scanners.BytesScanner(needle)
+        scanner.chunk_size, scanner.overlap = size, 64
+        assert sorted(layer.scan(context, scanner)) == expected
+
+
+def test_a_clone_of_the_context_reads_the_same(domain: Domain, path: Path) -> None:
+    """Volatility clones what it tries, and destroys either."""
+    context, layer = stacked(path)
+    assert layer is not None
+    _MADE.append(context.clone())
+    other = _MADE[-1].layers[layer.name]
+    assert other is not layer
+    layer.destroy()
+    assert other.read(0, PAGE) == bytes(domain.pages[0])
+
+
+def test_it_can_be_made_again_from_what_it_says_of_itself(path: Path, layer: DomainLayer) -> None:
+    context = contexts.Context()
+    for key, value in layer.build_configuration().items():
+        context.config[f"again.{key}"] = value
+    context.add_layer(DomainLayer(context, "again", "again"))
+    _MADE.append(context)
+    assert context.layers["again"].read(5, 5000) == layer.read(5, 5000)
+
+
+def test_nothing_is_written(path: Path, layer: DomainLayer) -> None:
+    before = path.read_bytes()
+    with pytest.raises(exceptions.LayerException, match="is only read"):
+        layer.write(0, b"x")
+    assert path.read_bytes() == before
+
+
+def test_hvm_domains(tmp_path: Path) -> None:
+    pages = {pfn: bytes(pattern(pfn)) for pfn in (*range(16), 0x10_0000)}
+    core, save = tmp_path / "hvm.core", tmp_path / "hvm.save"
+    core.write_bytes(bytes(hvm_core(pages, [])))
+    save.write_bytes(bytes(hvm_stream(pages=17)))
+    for path in (core, save):
+        layer = opened(path)
+        assert layer.read(0, 16 * PAGE) == b"".join(pages[pfn] for pfn in range(16))
+        assert not layer.is_valid(16 * PAGE)
+    assert opened(core).read(0x10_0000 * PAGE, PAGE) == pages[0x10_0000]
+
+
+def test_real_guests(tmp_path: Path) -> None:
+    path = tmp_path / "vector.save"
+    for recipe in RECIPES:
+        path.write_bytes(unpacked(recipe))
+        layer = opened(path)
+        assert sum(end - start for start, end in zip(layer._starts, layer._ends, strict=True)) == recipe.memory << 20
+        with open_domain(str(path)) as kept:
+            for start, end in zip(layer._starts, layer._ends, strict=True):
+                assert layer.read(start, min(end - start, 1 << 20)) == kept.memory.read(
+                    start, min(end - start, 1 << 20)
+                )
+
+
+# --- files that are none, or damaged ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"\x7fELF" + bytes(100), bytes(1 << 16), b"LiME" + bytes(60), b"Xen saved domains\n" * 4]
+)
+def test_other_files_are_left_to_others(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "other"
+    path.write_bytes(content)
+    assert stacked(path)[1] is None
+
+
+def test_only_files_are_stacked_on(path: Path) -> None:
+    context, layer = stacked(path)
+    assert layer is not None
+    assert DomainStacker.stack(context, layer.name) is None
+
+
+def test_of_a_file_that_was_cut_off_what_is_there_is_read(
+    domain: Domain, save: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, cut = save.read_bytes(), tmp_path / "cut.save"
+    at = whole.index(bytes(domain.pages[40])) + PAGE
+    cut.write_bytes(whole[: at + 100])
+    layer = opened(cut)
+    assert layer.read(40 * PAGE, PAGE) == bytes(domain.pages[40])
+    assert "is damaged, and read as far as it goes" in caplog.text
+    last = int(layer._ends[-1]) // PAGE - 1
+    assert layer.read(last * PAGE, PAGE) == bytes(domain.pages[last])
+
+
+def test_without_any_page_it_is_not_taken_and_says_why(
+    save: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cut = tmp_path / "cut.save"
+    cut.write_bytes(save.read_bytes()[:100])
+    assert stacked(cut)[1] is None
+    assert "not opened by xenpv" in caplog.text
+    context = contexts.Context()
+    context.config["direct.location"] = cut.as_uri()
+    with pytest.raises(exceptions.LayerException, match="no page of memory in it"):
+        DomainLayer(context, "direct", "direct")
+    context.config["direct.location"] = (tmp_path / "nowhere").as_uri()
+    with pytest.raises(exceptions.LayerException, match="No such file"):
+        DomainLayer(context, "direct", "direct")
+
+
+def test_whatever_a_file_has_volatility_hears_of_it_in_its_own_words(path: Path, tmp_path: Path) -> None:
+    """Cut anywhere, or with junk anywhere: a layer whose valid addresses can be read, or none."""
+    whole, broken, chance = path.read_bytes(), tmp_path / "broken.save", random.Random(7)
+    for turn in range(60):
+        content = bytearray(whole)
+        if turn % 2:
+            del content[chance.randrange(len(content)) :]
+        else:
+            # Where the headers are: pages are most of the rest.
+            at = chance.randrange(0, 2000 if turn % 4 else len(content) - 8)
+            content[at : at + 8] = chance.randbytes(8)
+        broken.write_bytes(content)
+        layer = stacked(broken)[1]
+        if layer is None:
+            continue
+        for start, end in zip(layer._starts, layer._ends, strict=True):
+            try:
+                assert len(layer.read(start, min(end - start, 1 << 16))) == min(end - start, 1 << 16)
+            except exceptions.InvalidAddressException:
+                assert len(layer.read(start, 64, pad=True)) == 64
+
+
+def test_volatility_imports_nothing_else_from_the_folder() -> None:
+    """It takes every file of a plug-in folder whose name does not begin with two underscores."""
+    [folder] = xenpv.plugins.volatility.__path__
+    modules: list[Any] = [file.name for file in Path(folder).glob("*.py") if not file.name.startswith("__")]
+    assert modules == ["domain_layer.py"]
