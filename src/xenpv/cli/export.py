@@ -13,6 +13,7 @@ from xenpv.domain.export_file import export as export_to
 from xenpv.domain.live import LiveDomain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import RequestError, StreamError
+from xenpv.export.kdump import FLAGS
 from xenpv.findings import Rule
 from xenpv.frames import PAGE_SIZE
 
@@ -20,17 +21,34 @@ from xenpv.frames import PAGE_SIZE
 @click.command()
 @click.argument("source", metavar="DOM|FILE")
 @click.argument("out", metavar="OUT", type=click.Path(allow_dash=True))
-@click.option("-f", "--format", "form", type=click.Choice(FORMATS), default="elf", show_default=True)
+@click.option(
+    "-f",
+    "--format",
+    "form",
+    type=click.Choice(list(FORMATS)),
+    default="elf",
+    show_default=True,
+    help="What is to be written; see below.",
+)
+@click.option("--compression", type=click.Choice(list(FLAGS)), default="zlib", show_default=True,
+              help="Of kdump's pages. All readers know zlib, zstd is faster.")  # fmt: skip
 @click.option("--partial", is_flag=True, help="Export what is there of a FILE that was cut off or is damaged.")
 @PAUSE
 @JSON
-def export(source: str, out: str, form: str, partial: bool, pause: bool, as_json: bool) -> None:
+def export(source: str, out: str, form: str, compression: str, partial: bool, pause: bool, as_json: bool) -> None:
     """Write a domain's memory to OUT as other tools read it; "-" writes to a pipe.
 
     SOURCE is a saved domain, or a running one (in dom0), which runs on meanwhile unless --pause is said: pages are then
     of different moments. Page tables of PV domains have pfns in the place of mfns, so that tools which know nothing of
     Xen can walk them. Of pages that are not there nothing is written; OUT can be read by its owner only, and has its
     name only when it is whole.
+
+    \b
+    elf       a core by physical address, as of a crashed Linux: drgn, gdb, crash, Volatility
+    lime      LiME: each run of pages behind its addresses
+    raw       the bytes as they are, with holes where no page is
+    dumpcore  what `xl dump-core` writes, mfns in page tables
+    kdump     makedumpfile's compressed format: drgn, crash; not to a pipe
 
     \b
     xenpv export web.save web.elf
@@ -49,7 +67,7 @@ def export(source: str, out: str, form: str, partial: bool, pause: bool, as_json
             if isinstance(domain, SavedDomain) and not domain.source.seekable:
                 raise RequestError("a pipe passes by once, and this needs all pages twice: put it into a file first")
             with progress("exporting") as bar:
-                done = export_to(domain, out, form, progress=bar)
+                done = export_to(domain, out, form, compression=compression, progress=bar)
             if isinstance(domain, LiveDomain) and not pause:
                 done.remarks.append("it ran meanwhile: pages are of different moments (--pause stops it for as long)")
             done.remarks += _missing(domain, wrong) if isinstance(domain, SavedDomain) else []

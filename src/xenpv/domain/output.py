@@ -89,14 +89,32 @@ class Output:
             if done:
                 waiting[first] = waiting[first][done:]
 
+    @property
+    def sparse(self) -> bool:
+        """Whether it is a file that was made here: it can have holes, and be written at any place."""
+        return self._temporary is not None
+
     def skip(self, length: int) -> None:
-        """So many zeros: a hole in a file that was made here, written out to anything else. Raises OSError."""
-        if self._temporary is not None:
-            os.lseek(self.fd, length, os.SEEK_CUR)
+        """So many zeros: a hole in a sparse file, written out to anything else. Raises OSError."""
+        if self.sparse:
+            try:
+                os.lseek(self.fd, length, os.SEEK_CUR)
+            except OSError as e:
+                raise self._named(e) from e
             self.written += length
             return
         for at in range(0, length, len(_ZEROS)):
             self.write([_ZEROS[: length - at]])
+
+    def write_at(self, data: Buffer, offset: int) -> None:
+        """All of the data at a place of a sparse file that was skipped. Raises OSError."""
+        left = memoryview(data)
+        while left:
+            try:
+                done = os.pwrite(self.fd, left, offset)
+            except OSError as e:
+                raise self._named(e) from e
+            left, offset = left[done:], offset + done
 
     def wait(self) -> None:
         """Until it takes something again."""

@@ -31,6 +31,10 @@ class Pages(NamedTuple):
         """One more than the last pfn, 0 of none."""
         return int(self.first[-1]) + int(self.pages[-1]) if len(self.first) else 0
 
+    def row(self, row: int) -> Pages:
+        """One of the runs."""
+        return Pages(self.first[row : row + 1], self.pages[row : row + 1])
+
     def places(self, pfns: U64) -> I64:
         """Where each pfn comes among all pages of these runs, -1 for one that does not."""
         if not len(self.first):
