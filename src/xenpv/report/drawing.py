@@ -77,7 +77,7 @@ def picture_of(shape: Shape) -> Picture:
         boxes += here
         above = here
         y += _ROW
-    return Picture(_WIDTH, y - _ROW + _BOX + 4 if shape.levels else anchor.h, boxes, edges, rows)
+    return Picture(_WIDTH + 2, y - _ROW + _BOX + 4 if shape.levels else anchor.h, boxes, edges, rows)
 
 
 def _row(shape: Shape, level: Level, y: float, last: bool) -> list[Box]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from xenpv.domain.core import CoreDomain
 from xenpv.domain.live import LiveDomain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import GuestError, HostError
@@ -19,7 +20,7 @@ from xenpv.memory.registers import Registers
 from xenpv.memory.survey import Survey, survey
 from xenpv.report.content import Content, content_of
 from xenpv.report.identity import Identity, Place, identity_of, places_of
-from xenpv.report.p2mform import Shape, frames_with, shapes_of, table_of
+from xenpv.report.p2mform import Shape, leaves_at, shapes_of, table_of
 from xenpv.report.parts import NOTHING, Parts
 from xenpv.report.pfnmap import Layer, PfnMap, pfn_map, whole
 from xenpv.report.tables import TableStats, table_stats
@@ -109,7 +110,12 @@ def gather(domain: Domain, checked: Checked | None, *, content_pages: int, step:
     places, start = places_of(domain)
     tables = None
     if not domain.hvm:
-        tables = table_stats(domain.frames, extents, lambda done, of: told("page tables", done, of))
+        tables = table_stats(
+            domain.frames,
+            extents,
+            lambda done, of: told("page tables", done, of),
+            pins=not isinstance(domain, CoreDomain),
+        )
     content = None
     if content_pages:
         total = min(content_pages, int(extents.pages.sum()))
@@ -156,7 +162,7 @@ def _look_at_p2m(domain: Domain, told: Step) -> tuple[P2MState | None, Parts | N
     distinct = p2m.distinct
     several = int(np.count_nonzero(distinct.count > 1))
     state = P2MState(shapes, len(distinct), int(distinct.count.sum()), several, found)
-    return state, (None if isinstance(domain, LiveDomain) else frames_with(p2m))
+    return state, leaves_at(p2m, mfns=resolve is None)
 
 
 def _vcpu(domain: Domain, vcpu: int) -> VcpuState:
@@ -171,7 +177,7 @@ def _vcpu(domain: Domain, vcpu: int) -> VcpuState:
         cr3, user = domain.cr3(vcpu), domain.cr3(vcpu, user=True)
     except GuestError as e:
         problem = str(e)
-    if isinstance(domain, SavedDomain | LiveDomain):
+    if isinstance(domain, SavedDomain | LiveDomain | CoreDomain):
         context = domain.vcpu_context(vcpu)
         kernel_sp = None if context is None else int(context["kernel_sp"])
     return VcpuState(vcpu, registers, cr3, user, kernel_sp, problem)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.domain.check_tables import gdt_frames
 from xenpv.domain.config import config_of
+from xenpv.domain.core import CoreDomain
 from xenpv.domain.live import LiveDomain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, GuestError, HostError
@@ -22,7 +23,7 @@ class Identity:
 
     name: str
     source: str
-    kind: str  # "saved", "running"
+    kind: str  # "saved", "running", "dumped"
     domain_type: str  # "PV", "HVM"
     bits: int
     facts: dict[str, str] = field(default_factory=dict)
@@ -46,6 +47,9 @@ def identity_of(domain: Domain) -> Identity:
         _saved(domain, out)
     elif isinstance(domain, LiveDomain):
         _running(domain, out)
+    elif isinstance(domain, CoreDomain):
+        out.name, out.kind = domain.name.rpartition("/")[2], "dumped"
+        out.facts |= {"vCPUs": str(len(domain.vcpus)), "File": f"{domain.name}, {memory(domain.source.size)}"}
     return out
 
 

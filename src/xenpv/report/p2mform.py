@@ -8,11 +8,13 @@ from functools import partial
 
 import numpy as np
 
+from xenpv.domain.core import CoreDomain
 from xenpv.domain.live import LiveDomain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import GuestError
 from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SIZE, U8, U64
 from xenpv.memory.anchors import Anchors, Form, Way
+from xenpv.memory.domain import Domain
 from xenpv.memory.p2m import P2M, entries_in, reading
 from xenpv.memory.pagetables import frames_of_tables
 from xenpv.memory.radix import Read, Runs, walk
@@ -65,14 +67,14 @@ class Shape:
     error: str | None = None
 
 
-def table_of(domain: object) -> tuple[P2M, Read, Callable[[U64], U64] | None] | None:
+def table_of(domain: Domain) -> tuple[P2M, Read, Callable[[U64], U64] | None] | None:
     """A domain's p2m; how its frames are read, and how mfns in its trees become such frames, None where they are.
 
     Raises GuestError where it cannot be right; None for a domain that has none.
     """
     if isinstance(domain, SavedDomain) and domain.contents.p2m_record is not None:
         return domain.p2m, reading(domain.frames), domain.p2m.pfns_of
-    if isinstance(domain, LiveDomain) and not domain.hvm and domain.anchors.ways:
+    if isinstance(domain, LiveDomain | CoreDomain) and domain.anchors is not None and domain.anchors.ways:
         return domain.p2m, domain.read, None
     return None
 
@@ -82,9 +84,12 @@ def shapes_of(anchors: Anchors, read: Read, resolve: Callable[[U64], U64] | None
     return [_shape(anchors, way, read, resolve) for way in anchors.ways]
 
 
-def frames_with(p2m: P2M) -> Parts:
-    """The frames that hold the p2m's leaves: pfns of a saved domain."""
-    return Parts.of_pfns(p2m.distinct.frame)
+def leaves_at(p2m: P2M, *, mfns: bool) -> Parts:
+    """The pfns of the frames that hold the p2m's leaves; ``mfns``: whether its frames are mfns."""
+    frames = p2m.distinct.frame
+    if mfns:
+        frames = p2m.pfns_of(frames)
+    return Parts.of_pfns(frames[frames != NO_FRAME])
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,11 @@ _CONFIG_MAX = 100_000  # characters of a configuration that are shown
 _PLACES_MAX = 100  # pages with a part to play that are listed
 _OPEN = 12  # findings that are seen at once, at most
 _P2M_KINDS = {
-    Kind.OWN: "a frame of the domain",
-    Kind.INVALID: "INVALID_MFN",
-    Kind.FOREIGN: "foreign",
-    Kind.IDENTITY: "identity",
-    Kind.HOLE: "in no leaf",
+    Kind.OWN: ("a frame of the domain", "k-leaf"),
+    Kind.INVALID: ("INVALID_MFN", "k-zero"),
+    Kind.FOREIGN: ("foreign", "k-l2"),
+    Kind.IDENTITY: ("identity", "k-l1"),
+    Kind.HOLE: ("in no leaf", "k-zero"),
 }
 
 
@@ -62,8 +62,8 @@ def page(facts: Facts) -> str:
     return env.get_template("page.html").render(
         facts=facts,
         checked=facts.checked,
-        style=Markup(style),  # noqa: S704  both are files of ours
-        script=Markup(script),  # noqa: S704
+        css=Markup(style),  # noqa: S704  both are files of ours
+        js=Markup(script),  # noqa: S704
         policy=policy,
         version=__version__,
         data=_data(facts),
@@ -79,7 +79,7 @@ def _told(facts: Facts) -> dict[str, Any]:
         "cards": list(_cards(facts)),
         "facts_told": [(label, text) for label, text in {**facts.identity.facts, **facts.start}.items() if text],
         "groups": _groups(facts.checked) if facts.checked else [],
-        "p2m_kinds": list(_P2M_KINDS.items()),
+        "p2m_kinds": [(kind, *told) for kind, told in _P2M_KINDS.items()],
         "p2m_total": sum(p2m.found.pages.values()) if p2m and p2m.found else 0,
         "pictures": [(shape, picture_of(shape)) for shape in p2m.shapes] if p2m else [],
         "flag_names": list(FLAGS),
@@ -131,8 +131,8 @@ def _cards(facts: Facts) -> Iterable[dict[str, str]]:
         yield card("p2m", "p2m", forms if len(forms) < 24 else f"{len(facts.p2m.shapes)} forms", forms)
     if facts.tables:
         tables = sum(level.tables for level in facts.tables.levels)
-        pinned = sum(level.pinned for level in facts.tables.levels)
-        yield card("tables", "Page tables", f"{tables:,}", f"{pinned:,} pinned")
+        pins = [level.pinned for level in facts.tables.levels if level.pinned is not None]
+        yield card("tables", "Page tables", f"{tables:,}", f"{sum(pins):,} pinned" if pins else "")
     if facts.content and facts.content.looked_at:
         saving = _share(facts.content.saving, facts.content.looked_at)
         yield card(

@@ -21,11 +21,13 @@ PAGES_MAX = 1 << 28  # of a domain, to say which are mapped: a byte each
 
 @dataclass
 class LevelStats:
-    """The tables of one level. ``unread`` of them have no content; ``flags``: how many present entries have each."""
+    """The tables of one level. ``pinned`` of them are, None where that is not known; ``unread`` have no content;
+    ``flags``: how many present entries have each.
+    """
 
     level: int
     tables: int = 0
-    pinned: int = 0
+    pinned: int | None = 0
     unread: int = 0
     empty: int = 0
     entries: int = 0
@@ -49,23 +51,29 @@ class TableStats:
     left_out: int = 0
 
 
-def table_stats(memory: Frames, extents: Extents, step: Callable[[int, int], None] | None = None) -> TableStats:
-    """Read every page table once. ``extents``: all pages of the domain. ``step``: (tables done, in all)."""
+def table_stats(
+    memory: Frames, extents: Extents, step: Callable[[int, int], None] | None = None, *, pins: bool = True
+) -> TableStats:
+    """Read every page table once. ``extents``: all pages of the domain. ``step``: (tables done, in all). ``pins``:
+    whether page types say which are pinned.
+    """
     is_table = IS_TABLE[extents.type]
-    levels = {n: LevelStats(n) for n in range(1, 5)}
+    levels = {n: LevelStats(n, pinned=0 if pins else None) for n in range(1, 5)}
     for kind, pages in zip(extents.type[is_table].tolist(), extents.pages[is_table].tolist(), strict=True):
-        levels[kind & 7].tables += pages
-        levels[kind & 7].pinned += pages if kind & PINNED else 0
+        level = levels[kind & 7]
+        level.tables += pages
+        if level.pinned is not None:
+            level.pinned += pages if kind & PINNED else 0
     populated = IS_POPULATED[extents.type]
     total = int(extents.pages[is_table].sum())
     stats = TableStats([levels[n] for n in (4, 3, 2, 1)], int(extents.pages[populated].sum()))
     stats.left_out = max(0, total - TABLES_MAX)
     mapping = _Mapped(extents.start[populated], extents.pages[populated]) if stats.populated <= PAGES_MAX else None
     read, done = reading(memory), 0
-    for level, tables in _batches(extents.start[is_table], extents.pages[is_table], extents.type[is_table] & 7):
+    for number, tables in _batches(extents.start[is_table], extents.pages[is_table], extents.type[is_table] & 7):
         pages, readable = read(tables)
-        _count(levels[level], as_entries(pages[readable]), stats, mapping)
-        levels[level].unread += int(np.count_nonzero(~readable))
+        _count(levels[number], as_entries(pages[readable]), stats, mapping)
+        levels[number].unread += int(np.count_nonzero(~readable))
         done += len(tables)
         if step is not None:
             step(done, min(total, TABLES_MAX))

@@ -48,33 +48,38 @@
     parent.append(element);
     return element;
   }
-  // A layer's rows as one path: a column of pixels each, as high as it is full, never too low to be seen.
-  function path(rows, at, top, height) {
-    let out = "", low = 0, high = rows.length / 3;
-    const first = pfnAt(0), last = at === xOf ? pfnAt(width) : END;
-    while (at === xOf && low < high) {  // the first row that ends within the view
+  // The first row that ends behind a pfn.
+  function rowBehind(rows, pfn) {
+    let low = 0, high = rows.length / 3;
+    while (low < high) {
       const middle = (low + high) >> 1;
-      if (rows[middle * 3] + rows[middle * 3 + 1] <= first) low = middle + 1; else high = middle;
+      if (rows[middle * 3] + rows[middle * 3 + 1] <= pfn) low = middle + 1; else high = middle;
     }
-    let x0 = null, x1 = 0, pages = 0, span = 0;
-    const put = () => {
-      if (x0 === null) return;
-      const tall = Math.max(height * Math.min(1, pages / span), height * .22);
-      out += `M${x0.toFixed(2)} ${(top + height).toFixed(2)}v${(-tall).toFixed(2)}H${x1.toFixed(2)}v${tall.toFixed(2)}z`;
+    return low;
+  }
+  // A layer's rows from first to last as one path: what falls into the same pixels is one bar, as high as it is full,
+  // and never too low or too narrow to be seen.
+  function path(rows, at, [first, last], top, height) {
+    let out = "", bar = null;
+    const put = ({x, to, pages, start, end}) => {
+      const tall = Math.max(Math.min(1, pages / (end - start)), .22) * height;
+      out += `M${x.toFixed(2)} ${(top + height).toFixed(2)}v${(-tall).toFixed(2)}H${to.toFixed(2)}v${tall.toFixed(2)}z`;
     };
-    for (let i = low * 3; i < rows.length && rows[i] <= last; i += 3) {
-      let a = Math.max(at(rows[i]), -2), b = Math.min(at(rows[i] + rows[i + 1]), width + 2);
-      if (b - a < 1.2) b = a + 1.2;
-      if (x0 !== null && a <= x1 - .6 && b <= x1 + .6) {  // in the same column of pixels
-        pages += rows[i + 2]; span = Math.max(span, rows[i] + rows[i + 1] - from); continue;
+    for (let i = rowBehind(rows, first) * 3; i < rows.length && rows[i] <= last; i += 3) {
+      const [start, span, pages] = [rows[i], rows[i + 1], rows[i + 2]];
+      const x = Math.max(at(start), -2), to = Math.max(Math.min(at(start + span), width + 2), x + 1.5);
+      if (bar && x < bar.to - .6 && to < bar.to + .6) {
+        bar.pages += pages;
+        bar.end = start + span;
+        continue;
       }
-      put();
-      x0 = Math.max(a, x0 === null ? a : x1 > a ? x1 : a); x1 = Math.max(b, x0 + .6);
-      var from = rows[i]; pages = rows[i + 2]; span = rows[i + 1];
+      if (bar) put(bar);
+      bar = {x: bar ? Math.max(x, bar.to) : x, to: bar ? Math.max(to, bar.to + .6) : to, pages, start, end: start + span};
     }
-    put();
+    if (bar) put(bar);
     return out;
   }
+  const everywhere = [0, END], seen = () => [pfnAt(0), pfnAt(width)];
   const overall = pfn => placeOf(pfn) * width;
 
   function draw() {
@@ -82,8 +87,7 @@
     if (!width) return;
     const lane = 26, label = 17, over = 22;
     const spots = [["Findings", findingSpots()], ["Parts to play", roleSpots()]].filter(([, all]) => all.length);
-    const gaps = corners.some((c, i) => i && isGap(corners[i - 1][0], c[0]));
-    const top = over + (gaps ? 42 : 30), height = top + spots.length * (label + 18) + lanes.length * (label + lane) + 10;
+    const top = over + (gaps.includes(true) ? 42 : 30), height = top + spots.length * (label + 18) + lanes.length * (label + lane) + 10;
     chart.replaceChildren();
     const svg = make(chart, "svg", {viewBox: `0 0 ${width} ${height}`, height, "aria-hidden": "true"});
     const hatch = make(make(svg, "defs", {}), "pattern", {id: "hatch", width: 6, height: 6, patternUnits: "userSpaceOnUse",
@@ -92,7 +96,7 @@
     // All of it, and which part is seen.
     make(svg, "rect", {class: "base", width, height: over});
     for (const one of lanes.filter(one => one.id === "pages" || one.id === "tables"))
-      for (const layer of one.layers) make(svg, "path", {class: "k-" + layer.kind, d: path(layer.rows, overall, 0, over)});
+      for (const layer of one.layers) make(svg, "path", {class: "k-" + layer.kind, d: path(layer.rows, overall, everywhere, 0, over)});
     make(svg, "rect", {class: "window", x: view[0] * width + .5, width: Math.max((view[1] - view[0]) * width - 1, 2), y: .5, height: over - 1});
     gridAndTicks(svg, over + 17, top, height);
     let y = top;
@@ -105,7 +109,7 @@
       make(svg, "text", {class: "lane", x: 8, y: y + 12}, one.title);
       make(svg, "rect", {class: "base", x: 0, y: y + label, width, height: lane - 4});
       for (const layer of one.layers)
-        make(svg, "path", {class: "k-" + layer.kind, d: path(layer.rows, xOf, y + label, lane - 4)});
+        make(svg, "path", {class: "k-" + layer.kind, d: path(layer.rows, xOf, seen(), y + label, lane - 4)});
       y += label + lane;
     }
     if (chosen) {
@@ -120,11 +124,11 @@
       const [first] = corners[i], [end] = corners[i + 1];
       const a = xOf(first), b = xOf(end);
       if (b < 0 || a > width) continue;
-      if (isGap(first, end)) {
+      if (gaps[i]) {
         make(svg, "rect", {class: "gap", x: a, y: top - 6, width: Math.max(b - a, 1), height});
         const text = size(end - first), half = text.length * 3;
-        const middle = (Math.max(a, 0) + Math.min(b, width)) / 2;
-        if (middle - half > freeBelow && middle + half < width) {
+        const middle = Math.max(half + 2, Math.min((Math.max(a, 0) + Math.min(b, width)) / 2, width - half - 2));
+        if (middle - half > freeBelow) {
           make(svg, "text", {class: "break", x: middle, y: y + 13}, text);
           freeBelow = middle + half + 6;
         }
@@ -145,19 +149,12 @@
       }
     }
   }
-  // A gap is what the axis makes narrower than it is.
-  const density = corners.slice(1).map((b, i) => (b[1] - corners[i][1]) / Math.max(1, b[0] - corners[i][0]));
-  const usual = Math.max(...density);
-  function isGap(first, end) {
-    const covered = lanes.some(one => one.layers.some(layer => {
-      for (let i = 0; i < layer.rows.length; i += 3) {
-        if (layer.rows[i] >= end) return false;
-        if (layer.rows[i] + layer.rows[i + 1] > first) return true;
-      }
-      return false;
-    }));
-    return !covered && !data.findings.some(f => f.pfn >= first && f.pfn < end) && usual > 0;
-  }
+  // What of the axis no page lies in, and no finding names.
+  const gaps = corners.slice(1).map(([end], i) => {
+    const first = corners[i][0];
+    const there = layer => rowBehind(layer.rows, first) * 3 < layer.rows.length && layer.rows[rowBehind(layer.rows, first) * 3] < end;
+    return !data.layers.some(there) && !data.findings.some(f => f.pfn >= first && f.pfn < end);
+  });
 
   // --- marks: findings, and pages with a part to play ----------------------------------------------------------------
   function clustered(all) {  // of those at one place the worst, and how many
@@ -189,13 +186,8 @@
   function kindsAt(pfn) {
     const out = [];
     for (const layer of data.layers) {
-      let low = 0, high = layer.rows.length / 3 - 1;
-      while (low < high) {
-        const middle = (low + high + 1) >> 1;
-        if (layer.rows[middle * 3] <= pfn) low = middle; else high = middle - 1;
-      }
-      const [start, span, pages] = layer.rows.slice(low * 3, low * 3 + 3);
-      if (pfn < start || pfn >= start + span) continue;
+      const i = rowBehind(layer.rows, pfn) * 3, [start, span, pages] = layer.rows.slice(i, i + 3);
+      if (i === layer.rows.length || pfn < start) continue;
       out.push(layer.what + (pages < span ? ` (${Math.round(100 * pages / span)} % of the pfns around)` : ""));
     }
     return out;
@@ -225,16 +217,14 @@
   }
   function bringIntoView() {
     const a = placeOf(chosen[0]), b = placeOf(chosen[1] + 1);
-    const wide = Math.min(1, Math.max((b - a) * (chosen[0] === chosen[1] ? 64 : 1.4), narrowest()));
+    const wide = Math.min(1, Math.max((b - a) * (chosen[0] === chosen[1] ? 64 : 1.4), least(a)));
     if (view[1] - view[0] <= wide * 4 && a >= view[0] && b <= view[1] && b - a >= (view[1] - view[0]) / 200) return;
     const middle = (a + b) / 2;
     look(middle - wide / 2, middle + wide / 2);
   }
 
   // --- moving about -------------------------------------------------------------------------------------------------
-  // No narrower than that a few pfns fill the view, here.
-  const narrowest = () => Math.max(1e-13, Math.min(1, 16 / Math.max(END, 16)));
-  function least(place) {
+  function least(place) {  // the narrowest view: a few pfns
     const i = corner(Math.max(0, Math.min(1, place)), 1), a = corners[i], b = corners[i + 1];
     return Math.min(1, Math.max(1e-13, 12 * (b[1] - a[1]) / Math.max(1, b[0] - a[0])));
   }
