@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.memory.frames import DictFrames
 from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
 from tests.writers.vmcoreinfo import RELEASE, UTS_OFFSET, text
@@ -118,6 +119,19 @@ def test_pages_that_cannot_be_read_hide_no_others(tmp_path: Path) -> None:
     path.write_bytes(whole)
     with open_domain(str(path)) as domain:
         os.truncate(path, whole.index(text(guest.uts)) + PAGE)
+        assert find_vmcoreinfo(domain) == text(guest.uts)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_pages_that_were_given_back_meanwhile_hide_no_others(tmp_path: Path, lost: int) -> None:
+    guest = Guest()
+    here, there = guest.data[1], guest.data[3]
+    guest.put((there, here)[lost], 0, text(guest.uts))
+    path = tmp_path / "guest.save"
+    path.write_bytes(guest.domain.to_bytes())
+    with open_domain(str(path)) as domain:
+        del guest.domain.pages[(here, there)[lost]]
+        domain.__dict__["frames"] = DictFrames.of(guest.domain)
         assert find_vmcoreinfo(domain) == text(guest.uts)
 
 
