@@ -18,7 +18,7 @@ from xenpv.findings import Finding
 from xenpv.frames import PAGE_SIZE
 from xenpv.stream import libxl, records, wrapping
 from xenpv.stream.envelope import Envelope, Kind, Section
-from xenpv.stream.events import Deltas, DomainHeader, Event, ImageHeader, SectionHeader
+from xenpv.stream.events import Deltas, DomainHeader, Event, ImageHeader, LibxlHeader, SectionHeader
 from xenpv.stream.fields import Buffer
 from xenpv.stream.legacy import LegacyReader
 from xenpv.stream.order import Guest
@@ -111,6 +111,7 @@ class Conversion:
         self._progress = progress
         self._writer: Writer | None = None
         self._version = 0  # of the input
+        self._bare = True  # nothing wraps it
         self._static = False  # static data has ended
         self._cutter = Cutter(wish.batch, drop_zero=wish.drop_zero)
         self._earlier = Earlier(source.fd if source.seekable else None, source.start)
@@ -163,7 +164,10 @@ class Conversion:
     def _see(self, event: Event, take: Take) -> Iterator[Buffers]:
         match event:
             case Envelope():
+                self._bare = False
                 self.done.source, self.config, self.style = event.kind, event.config, event.config_format
+            case LibxlHeader() if self._bare:
+                self.done.source = Kind.LIBXL
             case SectionHeader():
                 self._section(event)
             case libxl.EmulatorRecord():

@@ -140,6 +140,8 @@ class LegacyReader(Reader):
             self.need = envelope.SNIFF - self._have
             yield None
         found = recognise(self._ahead(envelope.SNIFF))
+        if found is None and self._have < 12:
+            yield from self._wait(self._have, envelope.SNIFF, "the legacy header")
         if found is None:
             raise self._malformed("no legacy stream begins so: neither a 32-bit toolstack's nor a 64-bit one's")
         return found
@@ -258,6 +260,8 @@ class LegacyReader(Reader):
     def _pages_of(self, count: int, *, compressed: bool) -> Steps:
         import numpy as np  # noqa: PLC0415  as in records.py
 
+        from xenpv.frames import HAS_DATA  # noqa: PLC0415
+
         if count > BATCH_MAX:
             raise self._malformed(f"page batch ({count}) exceeds the most there can be ({BATCH_MAX})")
         raw = yield from self._take(count * self._long, "a batch's pfns")
@@ -269,7 +273,7 @@ class LegacyReader(Reader):
             raise self._malformed("duplicate pfns in a batch")
         types = longs & np.uint64(0xF000_0000)
         entries = (types << np.uint64(32) | longs & np.uint64(0x0FFF_FFFF)).tobytes()
-        pages = int(np.count_nonzero(types < 0xD000_0000))
+        pages = int(np.count_nonzero(HAS_DATA[(types >> np.uint64(28)).astype(np.uint8)]))
         record = self._checked(entries, pages)
         if compressed:
             self._entries += entries

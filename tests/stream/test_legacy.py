@@ -1,0 +1,336 @@
+"""The reader of legacy streams: whole, in pieces, cut off, with junk, and with each thing wrong that it looks at."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tests.stream.drive import at_random, bytewise, plain, whole
+from tests.writers.build import pv_domain
+from tests.writers.envelopes import LIBXC_LEGACY, libvirt_header, xenopsd_section, xenopsd_signature
+from tests.writers.envelopes import XENOPS as XENOPS_SECTION
+from tests.writers.legacy import (
+    ENABLE_COMPRESSION,
+    QEMU_OLD,
+    QEMU_REMUS,
+    UNMAPPED,
+    VERIFY,
+    Legacy,
+    delta,
+    hvm_stream,
+    in_xl,
+    pv_stream,
+    remus_stream,
+)
+from tests.writers.legacy import whole as whole_page
+from tests.writers.stream import NOTAB, PAGE, Piece, Stream
+from xenpv.abi.declare import Width
+from xenpv.errors import StreamError, Truncated, Unsupported
+from xenpv.stream import records
+from xenpv.stream.events import Deltas, DomainHeader, Event, Pages
+from xenpv.stream.legacy import LegacyReader, recognise
+from xenpv.stream.libxl import EmulatorContext, EmulatorXenstoreData
+from xenpv.stream.order import Guest
+from xenpv.stream.pagedata import PageData
+from xenpv.stream.reader import Reader
+
+LONGS = (8, 4)
+DOMAIN = pv_domain(pfns=range(48), vcpus=2)
+SMALL = {
+    **{f"pv-{n * 8}": pv_stream(DOMAIN, Legacy(n), batch=16) for n in LONGS},
+    **{f"pv32-{n * 8}": pv_stream(pv_domain(width=4, pfns=range(48)), Legacy(n), batch=16) for n in LONGS},
+    **{f"hvm-{n * 8}": hvm_stream(Legacy(n), pages=6) for n in LONGS},
+    "xl": in_xl(pv_stream(DOMAIN, batch=16)),
+    "remus": remus_stream(DOMAIN, [[Legacy().pages([(3, NOTAB)], []), Legacy().compressed(whole_page(b"a" * PAGE))]]),
+}
+
+
+@dataclass
+class Read:
+    events: list[Event]
+    error: StreamError | None
+    reader: LegacyReader
+
+    @property
+    def names(self) -> list[str]:
+        return [event.name for event in self.events if not isinstance(event, Pages)]
+
+
+def read(chunks: list[bytes], reader: LegacyReader | None = None) -> Read:
+    """All of it, with page content."""
+    reader = reader or LegacyReader(pages=True)
+    out = Read([], None, reader)
+    try:
+        for chunk in [*chunks, None]:
+            reader.feed_eof() if chunk is None else reader.feed(chunk)
+            while (event := reader.next_event()) is not None:
+                out.events.append(event)
+    except StreamError as e:
+        out.error = e
+    return out
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_reads_the_same_however_it_is_fed(name: str) -> None:
+    data = bytes(SMALL[name])
+    first = read(whole(data))
+    assert first.error is None
+    assert first.reader.done
+    assert first.reader.offset == len(data)
+    for pieces in (at_random(data, 1), at_random(data, 2), [*bytewise(data)] if len(data) < 100_000 else []):
+        if pieces:
+            assert [plain(event) for event in read(pieces).events] == [plain(event) for event in first.events]
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name != "remus"])
+def test_cut_anywhere_it_says_where(name: str) -> None:
+    stream = SMALL[name]
+    data = bytes(stream)
+    edges = {stream.offset_of(i) + n for i in range(1, len(stream)) for n in (-1, 0, 1, 5)}
+    for cut in {*(edge for edge in edges if edge >= 16), *random.Random(1).sample(range(40, len(data)), 30)}:
+        got = read([data[:cut]])
+        assert type(got.error) is Truncated, cut
+        assert f"{cut:#x}" in str(got.error)
+        assert not got.reader.done
+
+
+def test_under_remus_it_may_end_behind_any_tail() -> None:
+    stream = SMALL["remus"]
+    first_tail = stream.offset_of(stream.find("shared info") + 1)
+    got = read([bytes(stream)[:first_tail]])
+    assert got.error is None
+    assert got.reader.done
+    assert got.names[-1] == "END"
+    assert "CHECKPOINT" not in got.names
+    assert read([bytes(stream)]).names.count("CHECKPOINT") == 1
+
+
+@pytest.mark.parametrize("long", LONGS)
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_pv_domain_is_what_was_written(long: int, width: Width) -> None:
+    domain = pv_domain(width=width, pfns=range(48), vcpus=2)
+    got = read([bytes(pv_stream(domain, Legacy(long), batch=16))])
+    assert got.error is None
+    header, info, _, frames = got.events[:4]
+    assert isinstance(header, DomainHeader)
+    assert (header.guest, header.xen_major, header.xen_minor) == (Guest.PV, 0, 1)
+    assert isinstance(info, records.X86PVInfo)
+    assert (info.guest_width, info.pt_levels) == (width, {8: 4, 4: 3}[width])
+    assert isinstance(frames, records.X86PVP2MFrames)
+    assert frames.end_pfn == domain.entries - 1
+    assert frames.p2m_pfns.tolist() == np.asarray(domain.p2m_pfns).tolist()
+    types, contents = {}, {}
+    for event in got.events:
+        if isinstance(event, PageData):
+            types.update(zip(event.pfns.tolist(), event.types.tolist(), strict=True))
+        elif isinstance(event, Pages):
+            named = event.record.pfns[event.record.has_data][event.first :]
+            contents.update(zip(named.tolist(), [page.tobytes() for page in event.data], strict=False))
+    assert types == domain.types
+    assert contents == {pfn: bytes(domain.pages[pfn]) for pfn in contents}
+    assert len(contents) == len(domain.pages)
+    basics = [event for event in got.events if isinstance(event, records.VcpuBasic)]
+    assert {event.vcpu_id: event.context for event in basics} == {n: c.tobytes() for n, c in domain.vcpus.items()}
+    assert got.names[-1] == "END"
+
+
+@pytest.mark.parametrize("long", LONGS)
+def test_an_hvm_domain_is_what_was_written(long: int) -> None:
+    got = read([bytes(hvm_stream(Legacy(long)))])
+    assert got.error is None
+    params = [event.params for event in got.events if isinstance(event, records.HvmParams)]
+    assert params == [{12: 0xFEFFF000, 15: 0xFEFFE000, 17: 0xFEFFF, 19: 1}, {5: 0xFEFFD, 6: 0xFEFFB, 1: 0xFEFFC}]
+    (physmap,) = [event for event in got.events if isinstance(event, EmulatorXenstoreData)]
+    root = "physmap/f0000000"
+    assert physmap.pairs == {f"{root}/start_addr": "f0000000", f"{root}/size": "800000", f"{root}/name": "vga.vram"}
+    (state,) = [event for event in got.events if isinstance(event, EmulatorContext)]
+    assert state.data == b"QEVM" + bytes(60)
+
+
+@pytest.mark.parametrize("signature", [QEMU_REMUS, QEMU_OLD])
+def test_qemu_records_of_other_ages(signature: bytes) -> None:
+    stream = hvm_stream().replace("qemu", Legacy().qemu(b"QEVM" + bytes(9000), signature))
+    for chunks in (whole(bytes(stream)), at_random(bytes(stream), 4)):
+        got = read(chunks)
+        assert got.error is None
+        assert isinstance(got.events[-2], EmulatorContext)
+        assert got.events[-2].data == b"QEVM" + bytes(9000)
+
+
+def test_what_a_stream_is_told_by_looking() -> None:
+    for long in LONGS:
+        assert recognise(bytes(pv_stream(DOMAIN, Legacy(long)))[:32]) == (long, Guest.PV)
+        assert recognise(bytes(hvm_stream(Legacy(long)))[:32]) == (long, Guest.HVM)
+    for other in (b"", bytes(64), b"\x7fELF" + bytes(60), b"#!/bin/sh\necho no domain at all"):
+        assert recognise(other) is None
+        assert type(read([other]).error) in {Unsupported, Truncated}
+    assert read([bytes(SMALL["pv-64"])], LegacyReader(told=(4, Guest.PV))).error is not None
+
+
+def test_streams_of_today_are_read_as_ever() -> None:
+    for envelope in ("xl", "libvirt", "xenopsd", "libxl", "libxc"):
+        data = DOMAIN.to_bytes(envelope)
+        ours, reader = read([data], LegacyReader()), Reader()
+        reader.feed(data)
+        reader.feed_eof()
+        theirs = [plain(event) for event in iter(reader.next_event, None)]
+        assert [plain(event) for event in ours.events] == theirs
+        assert not ours.reader.legacy
+
+
+def test_other_envelopes_of_legacy_streams() -> None:
+    inside = bytes(SMALL["pv-64"])
+    got = read([libvirt_header(version=1).data + inside])
+    assert (got.error, got.names[0], got.names[-1]) == (None, "libvirt envelope", "END")
+    hvm = bytes(hvm_stream(qemu=False))
+    section = xenopsd_section(LIBXC_LEGACY).data
+    head, tail = xenopsd_signature().data + xenopsd_section(XENOPS_SECTION, b"()").data, xenopsd_section(0xFFFF).data
+    for stream in (inside, hvm):
+        got = read([head + section + stream + tail])
+        assert (got.error, got.names[-1]) == (None, "end section")
+
+
+def test_in_verify_mode_pages_come_twice() -> None:
+    wire = Legacy()
+    again = [wire.chunk(VERIFY), wire.pages([(0, NOTAB)], [bytes(PAGE)])]
+    got = read([bytes(pv_stream(DOMAIN).before("chunk -7", *again))])
+    assert got.error is None
+    assert "VERIFY" not in got.names
+
+
+def test_without_a_map_there_is_one_vcpu() -> None:
+    """xc_domain_restore(): vcpumap[0] = 1."""
+    one = pv_domain(pfns=range(36), vcpus=1)
+    got = read([bytes(pv_stream(one).drop("chunk -2"))])
+    assert got.error is None
+    assert got.names.count("X86_PV_VCPU_BASIC") == 1
+
+
+def test_a_batch_of_nothing_but_what_cannot_be_mapped() -> None:
+    """Xen's own converter makes a PAGE_DATA without pfns of it, which no restorer takes."""
+    wire = Legacy()
+    got = read([bytes(pv_stream(DOMAIN).before("chunk -7", wire.chunk(2, wire.longs(UNMAPPED, UNMAPPED))))])
+    assert got.error is None
+    assert all(len(event.raw) for event in got.events if isinstance(event, PageData))
+
+
+# --- compressed pages ------------------------------------------------------------------------------------------------
+
+
+def deltas(*pieces: Piece) -> Read:
+    return read([bytes(remus_stream(DOMAIN, [pieces]))])
+
+
+def test_compressed_pages_come_with_the_pfns_before_them() -> None:
+    wire, a, b = Legacy(), b"a" * PAGE, b"b" * PAGE
+    data = whole_page(a) + delta(a, b"x" * 8 + a[8:])
+    got = deltas(
+        wire.pages([(3, NOTAB), (4, 0xE)], []),
+        wire.pages([(5, NOTAB)], []),
+        wire.compressed(data[:5000]),  # a page may go on in the next chunk
+        wire.pages([(6, NOTAB)], []),
+        wire.compressed(data[5000:] + whole_page(b)),
+    )
+    assert got.error is None
+    found = [event for event in got.events if isinstance(event, Deltas)]
+    entries = [np.frombuffer(event.entries, "<u8") & np.uint64(0xFFFF) for event in found]
+    assert [pfns.tolist() for pfns in entries] == [[3, 4, 5], [6]] or sum(map(len, entries)) == 4
+    assert b"".join(event.data for event in found) == data + whole_page(b)
+
+
+@dataclass(frozen=True)
+class Lie:
+    what: str
+    change: Callable[[Stream], object]
+    says: str
+    base: str = "pv-64"
+
+
+def _pages(longs: list[int], count: int | None = None, long: int = 8) -> Piece:
+    return Legacy(long).chunk(len(longs) if count is None else count, Legacy(long).longs(*longs))
+
+
+def _with(piece: Piece) -> Callable[[Stream], object]:
+    return lambda stream: stream.before("chunk -7", piece)
+
+
+W = Legacy()
+CONTEXT = DOMAIN.vcpus[0].tobytes()
+LIES = [
+    Lie("no p2m", lambda s: s.replace("p2m_size", W.header(1 << 29)), "no xl, libvirt"),
+    Lie("a block that is unknown",
+        lambda s: s.replace("extended info", W.extended((b"what", b""))), "unrecognised extended info"),
+    Lie("a width that is none",
+        lambda s: s.replace("extended info", W.extended((b"vcpu", bytes(99)))), "the guest's width"),
+    Lie("no width at all", lambda s: s.replace("extended info", W.extended((b"extv", b""))), "32 or 64 bits"),
+    Lie("a length that is too short",
+        lambda s: s.replace("extended info", W.extended((b"vcpu", CONTEXT), length=99)), "does not fit"),
+    Lie("an xsave area of 1 GiB",
+        lambda s: s.replace("extended info", W.extended((b"xcnt", struct.pack("<I", 1 << 30)))), "xsave area"),
+    Lie("a batch of 1025", _with(_pages([1], 1025)), "exceeds the most"),
+    Lie("a chunk that is unknown", _with(W.chunk(-21)), "unrecognised chunk -21"),
+    Lie("pfns twice", _with(_pages([1 | 0xE << 28, 1 | 0xE << 28])), "duplicate"),
+    Lie("more than 32 bits", _with(_pages([1 | 0xE << 28 | 1 << 40])), "more than 32 bits"),
+    Lie("a page type that is none", _with(W.pages([(1, 5)], [bytes(PAGE)])), "Unknown type 0x5"),
+    Lie("a pfn beyond the p2m", _with(W.pages([(1 << 20, 0xE)], [])), "outside domain"),
+    Lie("4097 vcpus", lambda s: s.replace("chunk -2", W.chunk(-2, struct.pack("<i", 4096))), "last vcpu is 4096"),
+    Lie("-1 vcpus", lambda s: s.replace("chunk -2", W.chunk(-2, struct.pack("<i", -2))), "last vcpu is -2"),
+    Lie("unmapped pfns of 2 TiB",
+        lambda s: s.replace("unmapped", Piece("unmapped", struct.pack("<I", (1 << 28) + 1))), "unmapped pfns"),
+    Lie("a parameter of HVM", _with(W.param(-3, 1)), "HVM parameter"),
+    Lie("tmem", _with(W.chunk(-5)), "transcendent"),
+    Lie("toolstack data of 2 GiB", _with(W.chunk(-18, struct.pack("<I", 1 << 31))), "toolstack data"),
+    Lie("toolstack data of another version", _with(W.toolstack({}, version=2)), "version 2"),
+    Lie("toolstack data that is cut", _with(W.chunk(-18, struct.pack("<III", 8, 1, 9))), "ends within"),
+    Lie("toolstack data of 7 bytes", _with(W.chunk(-18, struct.pack("<I7x", 7))), "too short"),
+    Lie("a name without an end",
+        _with(W.chunk(-18, struct.pack("<IIIQQQI4s4x", 44, 1, 1, 0, 0, 0, 4, b"abcd"))), "does not end"),
+    Lie("compressed data out of nothing", _with(W.compressed(b"\0")), "no page's"),
+    Lie("compressed data of 1 TiB", _with(W.compressed(b"", 1 << 40)), "compressed data of"),
+    Lie("an HVM context of 0 bytes", lambda s: s.replace("hvm context", W.hvm_context(b"")), "HVM context", "hvm-64"),
+    Lie("a signature that is unknown", lambda s: s.replace("qemu", W.qemu(b"", b"?" * 21)), "signature", "hvm-64"),
+    Lie("a qemu state of 4 GiB",
+        lambda s: s.replace("qemu", Piece("qemu", b"DeviceModelRecord0002" + b"\xff" * 4)), "qemu state", "hvm-64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.what)
+def test_what_is_wrong_is_said(lie: Lie) -> None:
+    stream = Stream(SMALL[lie.base])
+    lie.change(stream)
+    got = read([bytes(stream)])
+    assert got.error is not None
+    assert lie.says in str(got.error)
+    assert not got.reader.done
+
+
+def test_pages_that_never_come() -> None:
+    got = deltas(W.pages([(3, NOTAB), (4, NOTAB)], []), W.compressed(whole_page(bytes(PAGE))))
+    assert "1 pages are named whose content has not come" in str(got.error)
+    got = deltas(W.pages([(3, NOTAB)], []), W.compressed(b"\x81" + b"\x00" + bytes(64)))
+    assert "a run of 0 bytes" in str(got.error)
+
+
+def test_compression_begins_with_the_next_body() -> None:
+    """The chunk that enables it comes in a body whose pages are as ever."""
+    stream = pv_stream(DOMAIN, batch=16)
+    stream.before("pages", W.chunk(ENABLE_COMPRESSION))
+    assert read([bytes(stream)]).error is None
+
+
+def test_junk_is_refused_and_never_anything_else() -> None:
+    rng = random.Random(7)
+    for name, stream in SMALL.items():
+        data = bytearray(bytes(stream))
+        head = min(len(data), stream.offset_of(4))
+        for _ in range(40):
+            broken = bytearray(data)
+            for _ in range(rng.choice((1, 3, 20))):
+                broken[rng.randrange(head) if rng.random() < 0.7 else rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            got = read([bytes(broken)])
+            assert got.error is None or "\n" not in str(got.error), name
