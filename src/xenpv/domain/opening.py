@@ -7,19 +7,28 @@ from typing import TypeAlias
 
 from xenpv.domain.core import CoreDomain
 from xenpv.domain.input import Input, Progress
+from xenpv.domain.kept_index import LARGE, KeptIndex, State, keep
 from xenpv.domain.source import SavedDomain
+from xenpv.errors import StreamError
 from xenpv.stream.dumpcore import is_core
 from xenpv.stream.reader import FaultHandler
 
 KeptDomain: TypeAlias = SavedDomain | CoreDomain
 
 
-def open_domain(path: str, *, fault: FaultHandler | None = None, progress: Progress | None = None) -> KeptDomain:
+def open_domain(
+    path: str,
+    *,
+    fault: FaultHandler | None = None,
+    progress: Progress | None = None,
+    index: bool | None = None,
+) -> KeptDomain:
     """The domain in the file at ``path``, a save file or a core; "-" is standard input. To be closed, or used as a
     context manager.
 
     With ``fault``, breaches of rules go there and what can be read is; without, the first one raises StreamError.
-    Raises RequestError when the path cannot be opened.
+    ``index``: keep the index of a save file beside it (kept_index.py), and use one that is there; if nothing is said,
+    of large files. A file with faults gets none. Raises RequestError when the path cannot be opened.
     """
     source = Input.open(path)
     try:
@@ -29,4 +38,24 @@ def open_domain(path: str, *, fault: FaultHandler | None = None, progress: Progr
         raise
     if core:
         return CoreDomain.of(source, fault=fault)
-    return SavedDomain.of(source, fault=fault, progress=progress)
+    wanted = source.size >= LARGE if index is None else index
+    if not wanted or fault is not None or path == "-" or not source.seekable:
+        return SavedDomain.of(source, fault=fault, progress=progress)
+    return _indexed(path, source, progress)
+
+
+def _indexed(path: str, source: Input, progress: Progress | None) -> SavedDomain:
+    known = KeptIndex.load(path, source)
+    if known is not None:
+        try:
+            return SavedDomain.of(source, progress=progress, known=known)
+        except StreamError:
+            source = Input.open(path)  # the index led astray, or the file is no more what it was
+    try:
+        state = State.of(source)
+    except BaseException:
+        source.close()
+        raise
+    saved = SavedDomain.of(source, progress=progress)
+    keep(path, source, saved.contents, state)
+    return saved

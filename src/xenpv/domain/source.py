@@ -20,6 +20,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.domain.input import Input, Progress
+from xenpv.domain.kept_index import KeptIndex
 from xenpv.errors import Fault, StreamError
 from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
 from xenpv.memory.anchors import Anchors
@@ -133,24 +134,30 @@ class SavedDomain:
         kind: Kind | None = None,
         deep: bool = True,
         progress: Progress | None = None,
+        known: KeptIndex | None = None,
     ) -> Self:
-        """As ``open``, from an Input, which is closed with the domain."""
+        """As ``open``, from an Input, which is closed with the domain. ``known``: the index of its pages, if it is."""
         saved = cls(source, fault=fault, kind=kind)
         try:
-            saved._read(deep, progress)
+            saved._read(deep, progress, known)
         except BaseException:
             saved.close()
             raise
         return saved
 
-    def _read(self, deep: bool, progress: Progress | None) -> None:
+    def _read(self, deep: bool, progress: Progress | None, known: KeptIndex | None = None) -> None:
+        if known is not None:
+            self._kept = self.contents.index = known.index
+            self.frames = FilePages(self.source.fd, known.index, known.index, self.source.start)
+        passing = None if known is None else known.passing
         keep = deep and not self.source.seekable
         if not self.source.seekable:
             self._spool = unlinked_file() if keep else None
             self._kept = PageIndex()
             self.frames = FilePages(-1 if self._spool is None else self._spool, self._kept, self.contents.index)
+        reader = Reader(fault=self._fault, pages=keep, kind=self._kind, passing=passing)
         try:
-            for event in self.source.events(Reader(fault=self._fault, pages=keep, kind=self._kind), progress):
+            for event in self.source.events(reader, progress):
                 if isinstance(event, Pages):
                     self._keep(event)
                     continue

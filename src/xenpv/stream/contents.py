@@ -11,7 +11,7 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.frames import I64, NO_FRAME, PAGE_SIZE, U64
 from xenpv.stream import libxl, records
 from xenpv.stream.envelope import Envelope
-from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
+from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, PagesPassed, SectionHeader
 from xenpv.stream.index import PageIndex
 from xenpv.stream.pagedata import PageData
 
@@ -87,6 +87,9 @@ class Contents:
                 self._run_of_pages(event)
                 return
             case Pages():
+                return
+            case PagesPassed():
+                self.runs.append(Run(event.offset, event.name, event.length, event.count, event.pages))
                 return
             case Envelope():
                 self.envelope = event

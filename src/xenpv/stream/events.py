@@ -82,6 +82,20 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True)
+class PagesPassed:
+    """PAGE_DATA records one behind the other that a caller knows, and has passed over: ``count`` records that take
+    ``size`` bytes of the stream, with bodies of ``length`` bytes and ``pages`` pages in all.
+    """
+
+    offset: int
+    size: int
+    length: int
+    count: int
+    pages: int
+    name = "PAGE_DATA"
+
+
+@dataclass(frozen=True, slots=True)
 class Deltas:
     """Pages of a legacy stream by what has changed in them since they were last sent (delta.py).
 
@@ -96,4 +110,4 @@ class Deltas:
     name = "compressed pages"
 
 
-Event = Envelope | SectionHeader | LibxlHeader | ImageHeader | DomainHeader | Record | Pages | Deltas
+Event = Envelope | SectionHeader | LibxlHeader | ImageHeader | DomainHeader | Record | Pages | PagesPassed | Deltas

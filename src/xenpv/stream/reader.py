@@ -19,7 +19,7 @@ from xenpv.errors import StreamError, Unsupported
 from xenpv.findings import Rule, Severity
 from xenpv.stream import envelope, libxl, rules
 from xenpv.stream.envelope import Envelope, Kind, Section
-from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader
+from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, PagesPassed, SectionHeader
 from xenpv.stream.fields import Context
 from xenpv.stream.libxl import LibxlOrder
 from xenpv.stream.order import OPTIONAL, Guest, Order, Type
@@ -55,11 +55,20 @@ class Reader:
     """Reads one stream. ``feed`` bytes, ``feed_eof`` at their end, and call ``next_event`` until it says None.
 
     ``pages``: give Pages events rather than pass page content over. ``kind``: what the stream is, when it is not to be
-    told by looking. ``done`` is set behind the outermost END; bytes fed beyond it are in ``trailing``.
+    told by looking. ``passing``: PAGE_DATA that is known and passed over, by its offset. ``done``
+    is set behind the outermost END; bytes fed beyond it are in ``trailing``.
     """
 
-    def __init__(self, *, fault: FaultHandler | None = None, pages: bool = False, kind: Kind | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        fault: FaultHandler | None = None,
+        pages: bool = False,
+        kind: Kind | None = None,
+        passing: Mapping[int, PagesPassed] | None = None,
+    ) -> None:
         self._collect = fault
+        self._passing = passing or {}
         self._pages = pages
         self._kind = kind
         self._chunks: list[bytes] = []  # fed and not yet read, joined only when something spans them
@@ -364,7 +373,12 @@ class Reader:
             if kind == Type.CHECKPOINT:
                 self._fault(rules.CHECKPOINT, "Found checkpoint: only a checkpoint-aware receiver takes this stream")
             if kind == Type.PAGE_DATA:
-                yield from self._page_data(ctx, length)
+                passed = self._passing.get(self._at)
+                if passed is None:
+                    yield from self._page_data(ctx, length)
+                else:
+                    yield passed
+                    yield from self._pass_over(passed.size - RECORD_HEADER.size, "PAGE_DATA")
                 continue
             record = yield from self._body(ctx, kind, length, LIBXC)
             if record is not None:
