@@ -32,6 +32,7 @@ from xenpv.domain.live import LiveDomain
 from xenpv.errors import RequestError, XenPVError
 from xenpv.memory.domain import Domain
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo
+from xenpv.plugins.recent import KEPT, RecentPages
 
 _PHYSICAL = {8: 1 << 52, 4: 1 << 32}  # bytes; drgn cuts off an address of a 32-bit program, PAE or not
 _AT_ONCE = 1 << 20
@@ -48,8 +49,9 @@ def program(domain: Domain, *, live: bool = False) -> drgn.Program:
     not there raises drgn.FaultError. It has no debugging information yet: see Program.load_debug_info().
     """
     wide = domain.width == 8
+    pages = RecentPages(domain.memory, kept=0 if live else KEPT)
     prog = drgn.Program(drgn.Platform(drgn.Architecture.X86_64 if wide else drgn.Architecture.I386))
-    prog.add_memory_segment(0, _PHYSICAL[domain.width], _reader(domain.memory.read), physical=True)
+    prog.add_memory_segment(0, _PHYSICAL[domain.width], _reader(pages.read), physical=True)
     text = find_vmcoreinfo(domain)
     if text is not None:
         prog.set_linux_kernel_custom(text, live)

@@ -6,7 +6,6 @@ page by page in Python is done here for runs of pages, so that opening a file do
 
 from __future__ import annotations
 
-import functools
 import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -24,12 +23,12 @@ from xenpv.domain.source import SavedDomain
 from xenpv.errors import GuestError, Unsupported, XenPVError
 from xenpv.export.content import Pages
 from xenpv.findings import Rule, Severity
-from xenpv.frames import PAGE_SHIFT, PAGE_SIZE
+from xenpv.frames import PAGE_SHIFT
+from xenpv.plugins.recent import RecentPages
 from xenpv.stream.dumpcore import is_core
 from xenpv.stream.envelope import SNIFF, sniff
 
 _log = logging.getLogger(__name__)
-_CACHED = 4096  # pages: most reads are of a few bytes
 _AT_ONCE = 1 << 24  # bytes
 _HEAD = max(SNIFF, 64)  # bytes by which a file is told
 
@@ -71,11 +70,11 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         self._ends: list[int] = (runs.first + runs.pages.astype(np.uint64) << np.uint64(PAGE_SHIFT)).tolist()
         if wrong:
             _log.warning("%s is damaged, and read as far as it goes: %s", self._path, "; ".join(wrong))
-        self._page = functools.lru_cache(_CACHED)(self._domain.memory.page)
+        self._recent = RecentPages(self._domain.memory)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which open the file anew: Volatility clones what it tries."""
-        return {key: value for key, value in self.__dict__.items() if key not in {"_domain", "_page"}}
+        return {key: value for key, value in self.__dict__.items() if key not in {"_domain", "_recent"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -139,11 +138,8 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         return bytes(out)
 
     def _content(self, offset: int, length: int) -> bytes:
-        within = offset % PAGE_SIZE
         try:
-            if within + length <= PAGE_SIZE:
-                return self._page(offset >> PAGE_SHIFT)[within : within + length]
-            return self._domain.memory.read(offset, length)
+            return self._recent.read(offset, length)
         except (XenPVError, OSError) as e:
             raise self._invalid(offset, str(e)) from e
 
