@@ -1,0 +1,161 @@
+"""drgn and Volatility 3 over a Debian guest, by our plug-ins: its save file, its core, and the guest while it runs.
+
+What they say is held against what the guest printed. drgn needs the kernel's debugging information for more than
+symbols and memory: give its path as XENPV_VMLINUX (docs/plugins.md has where from); without, that part is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drgn import Program
+from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
+from drgn.helpers.linux.pid import for_each_task
+
+import lab
+import xenpv.plugins.volatility
+from lab import guests
+from tests.lab.isf import symbol_file
+from tests.lab.test_saved_domains import Debian, debian  # noqa: F401  a fixture
+from xenpv.domain.opening import open_domain
+from xenpv.plugins.drgn import program, stack_of
+
+KINDS = ["save", "core"]
+VMLINUX = os.environ.get("XENPV_VMLINUX", "")
+with_debug = pytest.mark.skipif(not VMLINUX, reason="XENPV_VMLINUX is not set")
+ALWAYS = {1: "init", 2: "kthreadd"}
+
+
+def path_of(debian: Debian, kind: str) -> Path:  # noqa: F811
+    return debian.path if kind == "save" else debian.core
+
+
+@pytest.fixture
+def symbols(debian: Debian, tmp_path: Path) -> Path:  # noqa: F811
+    """A folder of symbol files for Volatility, with that of the guest's kernel."""
+    kernel = (guests.folder() / "vmlinux").read_bytes()
+    (tmp_path / "symbols/linux").mkdir(parents=True)
+    file = tmp_path / "symbols/linux/guest.json"
+    file.write_text(symbol_file(kernel, debian.symbols, debian.version.encode() + b"\n\0"))
+    return tmp_path / "symbols"
+
+
+def volatility(symbols: Path, file: Path, plugin: str, *, by_folder: bool = False) -> Any:
+    """What one of Volatility's plug-ins says: by our module, or by its own command and the folder."""
+    [folder] = xenpv.plugins.volatility.__path__
+    ours = ["-m", "xenpv.plugins.volatility"]
+    words = [sys.executable, *(["-c", "from volatility3.cli import main; main()", "-p", folder] if by_folder else ours)]
+    words += ["-q", "--offline", "--cache-path", str(symbols / "cache"), "-s", str(symbols), "-r", "json"]
+    done = subprocess.run([*words, "-f", str(file), plugin], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout[done.stdout.index("[") :])
+
+
+def has_marker(tasks: dict[int, str]) -> None:
+    assert {pid: tasks.get(pid) for pid in ALWAYS} == ALWAYS
+    assert list(tasks.values()).count(guests.MARKER) == 1
+    assert len(tasks) > 30
+
+
+# --- Volatility ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.deep_elsewhere
+@pytest.mark.parametrize("kind", KINDS)
+def test_volatility_lists_the_processes(debian: Debian, symbols: Path, kind: str) -> None:  # noqa: F811
+    tasks = volatility(symbols, path_of(debian, kind), "linux.pslist.PsList", by_folder=kind == "core")
+    has_marker({task["PID"]: task["COMM"] for task in tasks})
+
+
+@pytest.mark.deep_elsewhere
+def test_volatility_finds_the_banner(debian: Debian, symbols: Path) -> None:  # noqa: F811
+    """At its pseudo-physical address."""
+    banners = {b["Offset"]: b["Banner"] for b in volatility(symbols, debian.path, "banners.Banners")}
+    with open_domain(str(debian.path)) as kept:
+        at = debian.symbols["linux_banner"]
+        pfn = kept.memory.walk(at).pfn
+    assert pfn is not None
+    assert banners[pfn << 12 | at & 4095].startswith(debian.version)
+
+
+# --- drgn ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.deep_elsewhere
+@pytest.mark.parametrize("kind", KINDS)
+def test_drgn_knows_the_kernel_and_reads_its_symbols(debian: Debian, kind: str) -> None:  # noqa: F811
+    """Out of the guest's memory, without debugging information: kallsyms as the guest itself has them."""
+    with open_domain(str(path_of(debian, kind))) as kept:
+        prog = program(kept)
+        prog.register_symbol_finder("kallsyms", load_vmlinux_kallsyms(prog), enable_index=0)
+        assert {name: prog.symbol(name).address for name in debian.symbols} == debian.symbols
+        assert prog.read_c_string(debian.symbols["linux_banner"]).decode().strip() == debian.version
+
+
+def debugged(prog: Program) -> Program:
+    prog.load_debug_info([VMLINUX])
+    return prog
+
+
+@with_debug
+@pytest.mark.deep
+@pytest.mark.parametrize("kind", KINDS)
+def test_drgn_lists_the_processes_and_says_what_vcpus_were_doing(debian: Debian, kind: str) -> None:  # noqa: F811
+    with open_domain(str(path_of(debian, kind))) as kept:
+        prog = debugged(program(kept))
+        has_marker({task.pid.value_(): task.comm.string_().decode() for task in for_each_task(prog)})
+        [marker] = [task for task in for_each_task(prog) if task.comm.string_().decode() == guests.MARKER]
+        assert "context_switch" in {frame.name for frame in prog.stack_trace(marker)}
+        names = [frame.name for frame in stack_of(prog, kept, 0)]
+    assert ("xen_suspend" in names) == (kind == "save")  # a saved guest stands in its suspend
+
+
+LIVE = """
+import json, sys
+from drgn.helpers.linux import for_each_task
+said = {"banner": prog.read_c_string(int(sys.argv[1], 16)).decode()}
+if len(sys.argv) > 2:
+    said["tasks"] = {task.pid.value_(): task.comm.string_().decode() for task in for_each_task(prog)}
+    said["stack"] = [frame.name for frame in stack_of(0)]
+json.dump(said, sys.stdout)
+"""
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("how", ["--pause", ""])
+def test_drgn_looks_into_a_running_guest_from_dom0(host: lab.Host, how: str) -> None:
+    if host.xen != lab.DEFAULT or sys.version_info[:2] != (3, 11):
+        pytest.skip("dom0's Python has to be the one that drgn is installed for")
+    name = "debian-drgn"
+    config = host.write("drgn.cfg", guests.config(name))
+    start = len(host.guest_console(name))
+    host.run(f"xl create {config}").check()
+    host.wait_for_guest(name, f"{guests.BEAT} 1", after=start)
+    console = host.guest_console(name)[start:]
+    banner = re.search(r"symbol (\w+) linux_banner", console)
+    version = re.search(r"xenpv-guest: version (.*)", console)
+    assert banner
+    assert version
+    site = Path(sysconfig.get_path("platlib"))
+    for part in [*site.glob("drgn*"), *site.glob("_drgn*")]:
+        if part.is_dir():
+            shutil.copytree(part, host.share / "site" / part.name, dirs_exist_ok=True)
+        else:
+            host.put(part, f"site/{part.name}")
+    script = host.write("live.py", LIVE)
+    symbols = f"-s {host.put(Path(VMLINUX), 'vmlinux')}" if VMLINUX else ""
+    command = f"python3 -m xenpv.plugins.drgn {symbols} {how} {name} {script} {banner[1]} {'all' if VMLINUX else ''}"
+    said = json.loads(host.run(f"PYTHONPATH=/share/site:$PYTHONPATH {command}", timeout=500).check().stdout)
+    assert said["banner"].strip() == version[1]
+    if VMLINUX:
+        has_marker({int(pid): comm for pid, comm in said["tasks"].items()})
+        assert said["stack"] or not how
