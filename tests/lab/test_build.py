@@ -95,17 +95,20 @@ def hold_alike(host: lab.Host, cases: dict[str, tuple[str, str, int, str]]) -> N
     assert said.keys() == cases.keys()
 
 
+@pytest.mark.deep_elsewhere
 def test_what_is_built_is_what_xl_builds(host: lab.Host) -> None:
     (host.share / SYMBOLS).write_bytes(asking_for_symbols((ROOT / "guests/litmus/build/litmus.elf").read_bytes()))
     hold_alike(host, SMALL)
 
 
+@pytest.mark.deep
 def test_so_are_large_domains(hosts: Hosts) -> None:
     hosts.close()
     with lab.Host(lab.DEFAULT, mem="20G", dom0_mem="2G") as host:
         hold_alike(host, LARGE)
 
 
+@pytest.mark.deep_elsewhere
 def test_what_is_built_boots(host: lab.Host) -> None:
     """Debian's kernel to its init, litmus to its pattern; xl lists and destroys them, xenconsoled serves them."""
     free = host.run("xl info free_memory").check().text

@@ -19,7 +19,7 @@ DEFAULT = pytest.mark.parametrize("host", [lab.DEFAULT], indirect=True, ids=[f"x
     ("options", "own", "most"),
     [
         ("p2m=linear spread=600G", "", 24),  # where a tree of three levels ends, and the list goes on
-        ("p2m=rooted levels=4 spread=9T", "", 24 + 36),  # pfns of 43 bits and more
+        pytest.param("p2m=rooted levels=4 spread=9T", "", 24 + 36, marks=pytest.mark.deep),  # pfns of 43 bits and more
         ("p2m=linear spread=17T", "--xenpv-only", 24),  # more pfns than 32 bits count
     ],
     ids=["600G", "9T", "17T"],

@@ -118,6 +118,7 @@ def test_what_xl_prints_is_ours(host: lab.Host) -> None:
     assert "xc:" not in said
 
 
+@pytest.mark.deep_elsewhere
 def test_a_debian_guest(host: lab.Host) -> None:
     name = "debian"
     config = host.write(f"{name}.cfg", guests.config(name))
@@ -179,6 +180,7 @@ BOTH = ["ours to ours", "ours to stock", "stock to ours"]
 MIGRATE = "xl migrate -s '' litmus '{receiver} xl migrate-receive'"
 
 
+@pytest.mark.deep_elsewhere
 @pytest.mark.parametrize(("sender", "receiver"), [(OURS, OURS), (OURS, STOCK), (STOCK, OURS)], ids=BOTH)
 def test_migration(host: lab.Host, sender: str, receiver: str) -> None:
     guest = boot(host, "litmus", "p2m=both dirty=200", memory=32)
@@ -202,7 +204,7 @@ def test_migration(host: lab.Host, sender: str, receiver: str) -> None:
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.deep_elsewhere
+@pytest.mark.deep
 @ONE_VERSION
 def test_a_guest_that_refuses_to_suspend(host: lab.Host) -> None:
     before = state(host)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 import lab
 from lab import guests
 
 MIB = 96
 
 
+@pytest.mark.deep_elsewhere
 def test_xenhost_agrees_with_stock_tools_and_keeps_the_contract(host: lab.Host) -> None:
     config = host.write("looked-at.cfg", guests.config("looked-at", memory=MIB, vcpus=2))
     start = len(host.guest_console("looked-at"))

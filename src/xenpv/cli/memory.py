@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from xenpv.cli.target import PAUSE, TARGET, Domain, opened
+from xenpv.cli.target import INDEX, PAUSE, TARGET, Domain, opened
 from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table
 from xenpv.domain.live import LiveDomain
 from xenpv.errors import Fault, RequestError
@@ -43,6 +43,7 @@ def _top(domain: Domain, vcpu: int, user: bool, top: int | None) -> Pfn:
 @_VCPU
 @_USER
 @_CR3
+@INDEX
 @PAUSE
 @JSON
 def walk(target: str, vaddr: int, vcpu: int, user: bool, top: int | None, pause: bool, as_json: bool) -> int:
@@ -55,8 +56,10 @@ def walk(target: str, vaddr: int, vcpu: int, user: bool, top: int | None, pause:
         for _ in range(_tries(domain)):
             way = memory.walk(vaddr, top=_top(domain, vcpu, user, top))
             kinds = [memory.type(step.table) for step in way.steps]
-            # What still is a page table was one when it was walked; only PV domains' pages are known to be some.
-            if way.fault is None and (domain.hvm or IS_TABLE[kinds].all()):
+            # It ended in an entry, not at a table that is gone. What still is a page table was one when it was walked;
+            # only PV domains' pages are known to be some.
+            last = way.steps[-1].level if way.steps else 0
+            if last == (way.fault.level if way.fault else 1) and (domain.hvm or IS_TABLE[kinds].all()):
                 break
         if as_json:
             steps = [
@@ -89,6 +92,7 @@ def walk(target: str, vaddr: int, vcpu: int, user: bool, top: int | None, pause:
 @_VCPU
 @_USER
 @_CR3
+@INDEX
 @PAUSE
 def read(
     target: str,
