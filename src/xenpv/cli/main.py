@@ -38,6 +38,7 @@ _VERBS = {
     "receive": "xenpv.cli.migrate",
     "list": "xenpv.cli.list",
     "convert": "xenpv.cli.convert",
+    "diff": "xenpv.cli.diff",
     "demo": "xenpv.cli.demo",
 }
 
@@ -70,6 +71,7 @@ def main() -> None:
     xenpv walk dom.save 0xffffffff81000000
     zstd -dc dom.save.zst | xenpv verify -
     xenpv export dom.save dom.elf      its memory as a core for drgn, gdb, crash, Volatility
+    xenpv diff before.save after.save  what is not the same, page by page and field by field
     xenpv convert old.save new.save    from before Xen 4.6, or between envelopes, to what restores today
     xenpv image vmlinuz                what a kernel is; can it boot, with how much memory
     xenpv layout vmlinuz --memory 640G where everything of a domain would lie when it starts
