@@ -124,7 +124,8 @@ def test_a_pv_domain_is_what_was_written(long: int, width: Width) -> None:
     assert isinstance(frames, records.X86PVP2MFrames)
     assert frames.end_pfn == domain.entries - 1
     assert frames.p2m_pfns.tolist() == np.asarray(domain.p2m_pfns).tolist()
-    types, contents = {}, {}
+    types: dict[int, int] = {}
+    contents: dict[int, bytes] = {}
     for event in got.events:
         if isinstance(event, PageData):
             types.update(zip(event.pfns.tolist(), event.types.tolist(), strict=True))
