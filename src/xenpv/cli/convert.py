@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from xenpv.cli.terminal import JSON, print_findings, print_json, progress, size
+from xenpv.cli.terminal import JSON, print_json, progress, size
 from xenpv.domain.convert import Converted, Wish
 from xenpv.domain.convert_file import Refused
 from xenpv.domain.convert_file import convert as convert_file
@@ -76,7 +76,8 @@ def convert(
         with progress("converting") as bar:
             done = convert_file(taken, out, wish, reader=LegacyReader(told=told), force=force, progress=bar)
     except Refused as e:
-        print_findings(e.findings[1:], {})
+        for finding in e.findings[1:]:
+            click.echo(f"{finding.severity}: {finding}", err=True)  # standard output may be the stream
         raise
     finally:
         taken.close()
@@ -112,7 +113,7 @@ def _json(done: Converted, out: str) -> dict[str, object]:
 
 
 def _tell(done: Converted, out: str) -> None:
-    """On stderr: standard output may be the stream."""
+    """On stderr, as above."""
     guest = "" if done.guest is None else f" ({done.guest.name})"
     was = f"{done.source}, version {done.version}{guest}"
     where = "standard output" if out == "-" else out
