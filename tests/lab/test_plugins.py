@@ -44,6 +44,7 @@ def symbols(debian: Debian, tmp_path: Path) -> Path:  # noqa: F811
     """A folder of symbol files for Volatility, with that of the guest's kernel."""
     kernel = (guests.folder() / "vmlinux").read_bytes()
     (tmp_path / "symbols/linux").mkdir(parents=True)
+    (tmp_path / "cache").mkdir()
     file = tmp_path / "symbols/linux/guest.json"
     file.write_text(symbol_file(kernel, debian.symbols, debian.version.encode() + b"\n\0"))
     return tmp_path / "symbols"
@@ -54,7 +55,7 @@ def volatility(symbols: Path, file: Path, plugin: str, *, by_folder: bool = Fals
     [folder] = xenpv.plugins.volatility.__path__
     ours = ["-m", "xenpv.plugins.volatility"]
     words = [sys.executable, *(["-c", "from volatility3.cli import main; main()", "-p", folder] if by_folder else ours)]
-    words += ["-q", "--offline", "--cache-path", str(symbols / "cache"), "-s", str(symbols), "-r", "json"]
+    words += ["-q", "--offline", "--cache-path", str(symbols.parent / "cache"), "-s", str(symbols), "-r", "json"]
     done = subprocess.run([*words, "-f", str(file), plugin], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout[done.stdout.index("[") :])
