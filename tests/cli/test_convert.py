@@ -13,15 +13,22 @@ import pytest
 from tests.cli.command import lines, xenpv
 from tests.domain.saved import judge, piped
 from tests.writers.build import pv_domain
+from tests.writers.domain import Domain
 from tests.writers.envelopes import CONFIG_XML, config_json
 from tests.writers.hvm import hvm_stream
 from tests.writers.legacy import Legacy, in_xl, pv_stream, remus_stream
 from tests.writers.legacy import hvm_stream as legacy_hvm
 from xenpv.cli.convert_legacy_stream import main as shim
 
-DOMAIN = pv_domain(pfns=range(64), vcpus=2)
-for frame in DOMAIN.places.gdt:
-    DOMAIN.pages[frame][:8] = b"segments"
+
+def _domain() -> Domain:
+    domain = pv_domain(pfns=range(64), vcpus=2)
+    for pfn in domain.places.gdt:
+        domain.pages[pfn][:8] = b"segments"
+    return domain
+
+
+DOMAIN = _domain()
 OLD = bytes(in_xl(pv_stream(DOMAIN), config_json(vcpus=2) + b"\0"))
 
 
@@ -134,7 +141,7 @@ def test_nothing_differs(old: Path, tmp_path: Path) -> None:
 
 def test_what_differs_is_told(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
-    other = pv_domain(pfns=range(64), vcpus=2)
+    other = _domain()
     pfn = other.places.data[0]
     other.pages[pfn][16:20] = bytes(x ^ 0xFF for x in other.pages[pfn][16:20])
     other.vcpus[1]["user_regs"]["rax"] ^= 1
