@@ -8,9 +8,12 @@ import pytest
 
 from tests.cli.command import xenpv
 from tests.writers.build import pv_domain
+from tests.writers.core import core_of
 from tests.writers.domain import Domain
 from tests.writers.envelopes import ENVELOPES
+from tests.writers.hvm import cpu, hvm_context, hvm_stream
 from tests.writers.stream import RECORDS
+from xenpv.abi.declare import Width
 
 
 def test_what_it_says(good: Path, domain: Domain) -> None:
@@ -136,3 +139,41 @@ def test_start_info_that_is_none(tmp_path: Path) -> None:
     ran = xenpv("show", file)
     assert ran.code == 0
     assert "pfn 0x1234567 is not in the stream" in ran.out
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_core(width: Width, tmp_path: Path) -> None:
+    domain = pv_domain(width=width, vcpus=2)
+    file = tmp_path / "made.core"
+    core = core_of(domain)
+    file.write_bytes(bytes(core))
+    ran = xenpv("show", file)
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out.startswith(f"PV domain, {width * 8}-bit, a core of xl dump-core on Xen 4.17.5-test, ")
+    assert f"{len(domain.pages)} (384.0 KiB), pfns up to 0x5f\n" in ran.out
+    d = xenpv("show", "--json", file).json
+    assert d["p2m"]["max_pfn"] == domain.entries
+    assert [v["cr3_pfn"] for v in d["vcpus"]] == [domain.places.top] * 2
+    assert d["vcpus"][0]["ip"] == domain.vaddrs[domain.places.text] + 0x3AA
+
+
+def test_vcpus_of_an_hvm_domain(tmp_path: Path) -> None:
+    file = tmp_path / "long.save"
+    context = hvm_context({0: cpu(cr0=0x8000_0011, cr4=0x20, cr3=0x5000, msr_efer=0x500, rip=0x1234), 2: cpu()})
+    file.write_bytes(bytes(hvm_stream(context=context)))
+    d = xenpv("show", "--json", file).json
+    assert [(v["vcpu"], v["ip"], v["cr3_pfn"], v["paging"]) for v in d["hvm"]["vcpus"]] == [
+        (0, 0x1234, 5, "4 levels"),
+        (2, 0, 0, "off"),
+    ]
+    assert "4 levels" in xenpv("show", file).out
+
+
+def test_an_index_is_kept_when_asked_for(good: Path, tmp_path: Path) -> None:
+    file = tmp_path / "made.save"
+    file.write_bytes(good.read_bytes())
+    plain = xenpv("show", "--json", file).json
+    assert list(tmp_path.iterdir()) == [file]
+    assert xenpv("show", "--json", "--index", file).json == plain
+    assert (tmp_path / "made.save.xpvi").exists()
+    assert xenpv("show", "--json", "--index", file).json == plain == xenpv("show", "--json", "--no-index", file).json

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.writers.build import USER_VADDR, pv_domain
-from tests.writers.core import Core, core_of
+from tests.memory.frames import words
+from tests.writers.build import USER_VADDR, pattern, pv_domain
+from tests.writers.core import Core, core_of, hvm_core
 from tests.writers.domain import Domain
 from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.domain.core import CoreDomain
 from xenpv.domain.opening import open_domain
+from xenpv.errors import Fault, GuestError, Malformed, StreamError, Unsupported, XenPVError
+from xenpv.findings import Rule
 from xenpv.frames import ABSENT, HAS_DATA, U64
 from xenpv.stream.reader import FaultHandler
 
@@ -91,3 +96,260 @@ def test_extents_are_runs_of_one_type(width: Width, tmp_path: Path) -> None:
                 last = start + pages - 1
                 found |= dict.fromkeys(range(start, last + 1), kind)
         assert found == {pfn: domain.types[pfn] & 7 for pfn in domain.pages}
+
+
+# --- HVM -------------------------------------------------------------------------------------------------------------
+
+
+def hvm_context(**registers: int) -> bytes:
+    context = np.zeros(1, VCPU_GUEST_CONTEXT[8])
+    control = {"cr0": 0, "cr3": 3, "cr4": 4}
+    for name, value in registers.items():
+        if name in control:
+            context["ctrlreg"][0, control[name]] = value
+        else:
+            context["user_regs"][name] = value
+    return context.tobytes()
+
+
+LONG = hvm_context(cr0=0x8000_0011, cr4=0x20, cr3=0x5000, rip=0xFFFF_FFFF_8100_0000)
+NARROW = hvm_context(cr0=0x8000_0011, cr4=0x10, cr3=0x2000, rip=0xC010_0000, rax=7)
+
+
+def test_an_hvm_core_has_gfns(tmp_path: Path) -> None:
+    tables = {5: words({511: 6 << 12 | 0x67}), 6: words({510: 7 << 12 | 0x67}), 7: words({8: 0xE7})}
+    narrow = words({0x300: 0xE7}, 4)
+    pages = {pfn: bytes(pattern(pfn)) for pfn in [*range(16), 0x10_0000]} | tables | {2: narrow}
+    with opened(hvm_core(pages, [LONG, NARROW]), tmp_path) as core:
+        assert (core.hvm, core.width, core.vcpus, core.shared_info()) == (True, 8, [0, 1], None)
+        for pfn, content in pages.items():
+            assert core.memory.page(pfn) == content
+        assert core.frames.types(array(5, 99, 0x10_0000)).tolist() == [0, ABSENT, 0]
+        assert [(e.start.tolist(), e.pages.tolist()) for e in core.extents()] == [([0, 0x10_0000], [16, 1])]
+        assert core.memory.read_virtual(0xFFFF_FFFF_8100_1000, 64) == pages[1][:64]
+        one = core.registers(1)
+        assert one is not None
+        assert (one.width, one.ip, one.general["eax"], one.paging.name) == (4, 0xC010_0000, 7, "2 levels")
+        assert core.memory_of(1).walk(0xC000_3000).pfn == 3
+        assert core.cr3(0, user=True) is None
+
+
+# --- damaged ---------------------------------------------------------------------------------------------------------
+
+
+class Told(list[tuple[str, str]]):
+    """A fault handler that remembers rule and message."""
+
+    def __call__(self, rule: Rule, message: str, offset: int, record: str | None) -> None:
+        assert offset >= 0
+        assert record is None
+        self.append((rule.name, message))
+
+
+def made() -> tuple[Domain, Core]:
+    domain = pv_domain(pfns=SPREAD, vcpus=2)
+    return domain, core_of(domain)
+
+
+def test_order_does_not_matter_and_is_told(tmp_path: Path) -> None:
+    domain, core = made()
+    order = np.random.default_rng(3).permutation(len(core.pages))
+    core.pages, core.p2m = [core.pages[i] for i in order], core.p2m[order]
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        for pfn, content in domain.pages.items():
+            assert back.frames.pages(array(pfn)).tobytes() == bytes(content)
+    assert [rule for rule, _ in told] == ["core-order"]
+    opened(core, tmp_path).close()  # it is a warning
+
+
+def test_entries_that_name_no_page_may_be_anywhere(tmp_path: Path) -> None:
+    domain, core = made()
+    for at in (0, 5, 5, 40, len(core.pages)):
+        core.pages.insert(at, bytes(4096))
+        core.p2m = np.insert(core.p2m, at, 2**64 - 1, axis=0)
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        for pfn, content in domain.pages.items():
+            assert back.frames.pages(array(pfn)).tobytes() == bytes(content)
+    assert told == []
+
+
+def test_a_page_that_is_listed_twice(tmp_path: Path) -> None:
+    domain, core = made()
+    core.pages.append(bytes(pattern(77)))
+    core.p2m = np.append(core.p2m, [[50, core.p2m[50, 1]]], axis=0)
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        assert back.frames.pages(array(50)).tobytes() == bytes(domain.pages[50])
+        assert back.frames.types(array(49, 50, 51)).tolist() == [domain.types[pfn] & 7 for pfn in (49, 50, 51)]
+    assert [rule for rule, _ in told] == ["core-order", "core-repeated"]
+    assert "pfn 0x32 is listed twice" in told[1][1]
+
+
+def test_numbers_that_no_page_can_have(tmp_path: Path) -> None:
+    _, core = made()
+    core.p2m[7, 0] = 1 << 60
+    core.p2m[9, 1] = (1 << 40) - 1
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        assert back.frames.types(array(6, 7, 8, 9)).tolist() != [0, 0, 0, 0]
+        assert (back.frames.types(array(7, 9)) == ABSENT).all()
+    assert told == [("core-range", f"entry 0x7 names pfn {1 << 60:#x}, mfn {int(core.p2m[7, 1]):#x}")]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"nr_pages": 1 << 62}, "core-counts"),
+        ({"nr_vcpus": 1 << 62}, "core-counts"),
+        ({"sizes": {".xen_p2m": 1 << 63}}, "core-section"),
+        ({"sizes": {".xen_p2m": 160}}, "core-counts"),
+        ({"sizes": {".xen_pages": 1 << 62}}, "core-section"),
+        ({"sizes": {".xen_pages": 8192}}, "core-counts"),
+        ({"offsets": {".xen_pages": 1 << 62}}, "core-section"),
+        ({"left_out": {".xen_p2m"}}, "core-section"),
+        ({"left_out": {".xen_pages"}}, "core-section"),
+        ({"left_out": {".xen_prstatus"}}, "core-counts"),
+    ],
+)
+def test_sections_that_lie(change: dict[str, object], rule: str, tmp_path: Path) -> None:
+    """An error; or, for who collects what is wrong, as much as there is."""
+    _, core = made()
+    for name, value in change.items():
+        setattr(core, name, value)
+    with pytest.raises(Malformed):
+        opened(core, tmp_path)
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        pages = sum(int(extents.pages.sum()) for extents in back.extents())
+        assert pages <= len(core.pages)
+        there = [pfn for pfn in SPREAD if (back.frames.types(array(pfn)) != ABSENT).all()]
+        assert pages == len(there) == len(back.frames.pages(array(*there)))
+    assert rule in [name for name, _ in told]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"magic": 0x1234}, "xch_magic is 0x1234"),
+        ({"page_size": 65536}, "pages of 65536 bytes"),
+        ({"version": 1 << 32}, r"dump-core format 1\.0"),
+        ({"left_out": {".note.Xen"}}, r"an ELF core without \.note\.Xen"),
+    ],
+)
+def test_what_is_not_read(change: dict[str, object], why: str, tmp_path: Path) -> None:
+    _, core = made()
+    for name, value in change.items():
+        setattr(core, name, value)
+    with pytest.raises(Unsupported, match=why):
+        opened(core, tmp_path)
+
+
+def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
+    """Xl writes the list behind the pages: without it nobody knows which page is which."""
+    path, data = tmp_path / "cut.core", bytes(made()[1])
+    for end in (18, 63, 64, 100, 2000, 5000, len(data) // 2, len(data) - 3000):
+        path.write_bytes(data[:end])
+        with pytest.raises(StreamError) as e:
+            open_domain(str(path))
+        assert end < 64 or "cut short" in str(e.value) or "do not lie in the file" in str(e.value)
+
+
+def test_a_cr3_that_leads_nowhere(tmp_path: Path) -> None:
+    domain, core = made()
+    context = np.frombuffer(bytearray(core.contexts[0]), VCPU_GUEST_CONTEXT[8])
+    context["ctrlreg"][0, 3] = 0xDEAD_BEEF_000
+    core.contexts[0] = context.tobytes()
+    with opened(core, tmp_path) as back:
+        with pytest.raises(GuestError, match=r"cr3 of vcpu 0 names mfn 0xdeadbeef, which is no page of the core"):
+            back.cr3(0)
+        with pytest.raises(Fault, match="no vcpu's cr3 is known"):
+            back.memory.read_virtual(domain.vaddrs[0], 1)
+        assert back.cr3(1) == domain.places.top
+        assert back.frames.types(array(domain.places.top)).tolist() == [4], "found by vcpu 1"
+
+
+def test_tables_that_lead_in_circles(tmp_path: Path) -> None:
+    domain, core = made()
+    top = sorted(domain.pages).index(domain.places.top)
+    entries = np.frombuffer(bytearray(core.pages[top]), "<u8")
+    entries[:256] = core.p2m[top, 1] << np.uint64(12) | np.uint64(0x67)
+    core.pages[top] = entries.tobytes()
+    with opened(core, tmp_path) as back:
+        assert back.frames.types(array(domain.places.top)).tolist() == [4]
+        assert back.memory.walk(0).pfn == domain.places.top
+
+
+def test_junk_is_an_error_of_ours_or_none(tmp_path: Path) -> None:
+    """Anything may stand in headers, notes and list; reading all that is then there raises nothing else."""
+    rng, (_, core) = random.Random(11), made()
+    good = bytes(core)
+    path, opened_ = tmp_path / "junk.core", 0
+    places = [*range(64 * 7 + 1500), *range(len(good) - len(core.p2m) * 16 - 80, len(good))]
+    for _ in range(60):
+        data = bytearray(good)
+        for _ in range(rng.choice([1, 1, 2, 4])):
+            data[rng.choice(places)] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        path.write_bytes(data)
+        try:
+            with open_domain(str(path), fault=Told()) as back:
+                for extents in back.extents():
+                    for start, count in zip(extents.start.tolist(), extents.pages.tolist(), strict=True):
+                        back.frames.pages(np.arange(start, start + min(count, 200), dtype=np.uint64))
+                back.memory.walk(0xFFFF_FFFF_8000_0000)
+                back.registers(0)
+                opened_ += 1
+        except XenPVError:
+            pass
+    assert opened_ > 20
+
+
+def test_other_processes_are_found_by_xens_own_entry(tmp_path: Path) -> None:
+    """A top table that no vcpu runs on, with a table below; and a page that once was one, and is mapped writable."""
+    domain = pv_domain(pfns=range(128))
+    top, third, stale = domain.places.data[-3:]
+    mapping = domain.table(domain.places.top).copy()
+    for pfn, table in ((top, mapping), (stale, mapping)):
+        domain.pages[pfn][:] = table.tobytes()
+    domain.types[top] = domain.types[stale] = 4
+    domain.table(top)[0] = third << 12 | 0x67
+    domain.pages[third][:] = bytes(4096)
+    domain.types[third] = 3
+    core = core_of(domain)
+    domain.types[stale] = 0
+    for pfn in (top, third):
+        domain.set_pte(domain.vaddrs[pfn], pfn << 12 | 0x65)
+    again = core_of(domain)
+    for level1 in domain.tables(1):
+        core.pages[level1] = again.pages[level1]
+    with opened(core, tmp_path) as back:
+        assert back.frames.types(array(top, third, stale)).tolist() == [4, 3, 0]
+        assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
+
+
+def test_a_large_core_is_opened_by_its_list(tmp_path: Path) -> None:
+    """Pages are holes; reading the list of a million pages is all that it takes."""
+    domain, core = made()
+    extra = np.arange(0x10_0000, 0x10_0000 + (1 << 20), dtype=np.uint64)
+    mfns = extra + np.uint64(0x4000_0000)
+    data, pages = bytes(core), len(core.pages)
+    core.nr_pages = pages + len(extra)
+    core.sizes = {".xen_pages": core.nr_pages * 4096, ".xen_p2m": core.nr_pages * 16}
+    head = bytes(core)
+    begin = head.index(core.pages[0])
+    table = begin + core.nr_pages * 4096
+    core.offsets = {".xen_p2m": table}
+    strings = data[data.rindex(b"\0.shstrtab") :]
+    path = tmp_path / "large.core"
+    with path.open("wb") as file:
+        file.write(bytes(core)[: begin + pages * 4096])
+        file.seek(table)
+        file.write(core.p2m.astype("<u8").tobytes() + np.stack([extra, mfns], axis=1).tobytes() + strings)
+        file.seek(64 + 64 + 24)
+        file.write((table + core.nr_pages * 16).to_bytes(8, "little"))
+    with CoreDomain.open(str(path)) as back:
+        assert len(back.pages.extents[0]) <= 8
+        assert back.pages.pfns_of(array(0x4010_0007)).tolist() == [0x10_0007]
+        assert not back.frames.pages(array(0x18_0000)).any()
+        assert back.memory.read_virtual(domain.vaddrs[3], 100) == bytes(domain.pages[3])[:100]

@@ -8,7 +8,7 @@ from typing import Any
 import click
 import numpy as np
 
-from xenpv.cli.target import PAUSE, TARGET, Domain, opened
+from xenpv.cli.target import INDEX, PAUSE, TARGET, Domain, opened
 from xenpv.cli.terminal import JSON, NUMBER, print_json, size
 from xenpv.domain.live import LiveDomain
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U64, type_name
@@ -27,6 +27,7 @@ _SHADES = " ░▒▓█"
 @click.option("--mfn", "mfns", type=NUMBER, multiple=True, metavar="MFN", help="The pfn of an mfn; may be repeated.")
 @click.option("--dump", is_flag=True, help="Every entry that is not INVALID_MFN, a line each.")
 @click.option("--frames", is_flag=True, help="Every leaf: the frame that holds it, and the pfns in it.")
+@INDEX
 @PAUSE
 @JSON
 def p2m(

@@ -1,4 +1,4 @@
-"""``xenpv show``: what a saved domain is."""
+"""``xenpv show``: what a saved domain is. Of cores and vcpus of HVM domains show_core.py says it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import click
 
 from xenpv.abi.x86 import VGCF_IN_KERNEL
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
-from xenpv.cli.terminal import FILE, JSON, print_json, print_table, printable, progress, size
+from xenpv.cli.show_core import describe_core, describe_vcpus, print_core, print_vcpus
+from xenpv.cli.target import INDEX, kept
+from xenpv.cli.terminal import FILE, JSON, print_json, print_table, printable, size
 from xenpv.domain.config import config_of
+from xenpv.domain.core import CoreDomain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault
 from xenpv.frames import HAS_DATA, PAGE_SIZE, PageType
@@ -20,20 +23,26 @@ _TSC_MODES = ("default", "always emulated", "never emulated", "PVRDTSCP")
 
 @click.command()
 @FILE
+@INDEX
 @click.option("-v", "--verbose", is_flag=True, help="List all records with their offsets, and the configuration.")
 @JSON
 def show(file: str, verbose: bool, as_json: bool) -> None:
-    """What this file is: which domain, from which Xen, its memory, p2m and vcpus.
+    """What this file is, a save file or a core: which domain, from which Xen, its memory, p2m and vcpus.
 
     Reads the records and passes over page content, so a file of any size takes a moment. Nothing is verified beyond
     what reading needs: see xenpv verify.
     """
-    with progress("reading") as bar, SavedDomain.open(file, progress=bar) as saved:
-        description = describe(saved, records=verbose or as_json)
+    with kept(file) as domain:
+        if isinstance(domain, CoreDomain):
+            description = describe_core(domain)
+        else:
+            description = describe(domain, records=verbose or as_json)
         if as_json:
             print_json(description)
+        elif isinstance(domain, CoreDomain):
+            print_core(description)
         else:
-            print_description(saved, description, verbose=verbose)
+            print_description(domain, description, verbose=verbose)
 
 
 def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
@@ -70,6 +79,7 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
         out["hvm"] = {
             "params": None if contents.hvm_params is None else contents.hvm_params.params,
             "context_bytes": contents.hvm_context.length if contents.hvm_context else 0,
+            "vcpus": describe_vcpus(saved),
         }
     tsc = contents.tsc
     out["tsc"] = tsc and {"mode": tsc.mode, "khz": tsc.khz, "nsec": tsc.nsec, "incarnation": tsc.incarnation}
@@ -191,6 +201,8 @@ def print_description(saved: SavedDomain, d: dict[str, Any], *, verbose: bool) -
         _line("", click.style(f"{d['trailing_bytes']} bytes follow the end of the stream", fg="yellow"))
     if d.get("vcpus"):
         _print_vcpus(d["vcpus"])
+    if d.get("hvm") and d["hvm"]["vcpus"]:
+        print_vcpus(d["hvm"]["vcpus"])
     if verbose:
         rows = [
             [f"{r['offset']:#x}", r["name"], str(r["count"]), str(r["length"]), str(r["pages"] or "")]

@@ -24,6 +24,20 @@ TARGET = click.argument("target", metavar="DOM|FILE")
 PAUSE = click.option("--pause", is_flag=True, help="Pause a running domain meanwhile; without, it runs on.")
 
 
+def _say(ctx: click.Context, _: click.Parameter, index: bool | None) -> None:
+    ctx.meta[__name__] = index
+
+
+INDEX = click.option(
+    "--index/--no-index",
+    default=None,
+    expose_value=False,
+    callback=_say,
+    help="Keep the index of a save file in FILE.xpvi beside it, and use it, or do not. Unasked it is kept of files of "
+    "8 GiB and more, where the folder can be written to.",
+)
+
+
 @contextmanager
 def opened(
     target: str, *, pause: bool = False, hvm: bool = False, fault: FaultHandler | None = None
@@ -40,13 +54,18 @@ def opened(
             return
         if pause:
             raise RequestError(f"{target}: is a file; only a running domain can be paused")
-        with progress("reading") as bar:
-            kept = open_domain(target, fault=fault, progress=bar)
-            stack.push(kept)
-        if kept.hvm and not hvm:
+        domain = stack.push(kept(target, fault))
+        if domain.hvm and not hvm:
             what = "an HVM or PVH domain; Xen keeps its p2m, and the file has none"
             raise RequestError(f"{target}: {what}")
-        yield kept
+        yield domain
+
+
+def kept(path: str, fault: FaultHandler | None = None) -> SavedDomain | CoreDomain:
+    """The domain in a file, with its index as INDEX says. To be closed."""
+    ctx = click.get_current_context(silent=True)
+    with progress("reading") as bar:
+        return open_domain(path, fault=fault, progress=bar, index=None if ctx is None else ctx.meta.get(__name__))
 
 
 def _running(target: str, stack: ExitStack) -> LiveDomain:

@@ -31,7 +31,6 @@ from xenpv.stream import rules
 from xenpv.stream.dumpcore import read_layout
 from xenpv.stream.reader import FaultHandler
 
-_PIECE = 1 << 18  # pfns looked at at once
 _VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS
 
 
@@ -170,8 +169,9 @@ class CoreDomain:
                 except GuestError:
                     continue
                 tops += [] if top is None else [top]
-        search = Search(self.pages.raw, self.width, self.pages.pfns_of, self.pages.mfns_of)
-        return search.tables(np.array(tops, np.uint64), self.pages.pieces(_PIECE))
+        pages = self.pages
+        search = Search(pages.raw, self.width, pages.pfns_of, pages.mfns_of, *pages.extents)
+        return search.tables(np.array(tops, np.uint64))
 
     @property
     def memory(self) -> DomainMemory:

@@ -81,12 +81,3 @@ class CorePages:
     def extents(self) -> tuple[U64, I64]:
         """The pfns that there are, as runs: first, and how many."""
         return self._where.first, self._where.count
-
-    def pieces(self, at_once: int) -> Iterator[U64]:
-        """All pfns, ascending, no more than so many at once."""
-        starts = np.cumsum(self._where.count) - self._where.count
-        total = int(self._where.count.sum())
-        for first in range(0, total, at_once):
-            n = np.arange(first, min(first + at_once, total))
-            row = np.searchsorted(starts, n, "right") - 1
-            yield self._where.first[row] + (n - starts[row]).astype(np.uint64)

@@ -2,8 +2,9 @@
 
 From each vcpu's top tables down, level by level, whole arrays at once. That finds the kernel's tables and those of the
 processes that ran. All others hang from top tables of their own, and Xen gives each of these the same entries for
-itself: in a 64-bit guest's, one that names the table (the linear page table). Only pages that no table maps writable
-are looked at for it, since Xen lets no page table be mapped so (xen.git:xen/arch/x86/mm.c get_page_type()).
+itself: in a 64-bit guest's, one that names the table (the linear page table). Only pages that the tables
+found so far map, and never writable, are looked at for it: Xen lets no page table be mapped otherwise
+(xen.git:xen/arch/x86/mm.c get_page_type()).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_P, PTE_PSE, PTE_RW
-from xenpv.frames import NO_FRAME, U8, U64, Frames, Mask
+from xenpv.frames import I64, NO_FRAME, U8, U64, Frames, Mask
 from xenpv.memory.pagetables import Translate, as_entries, frames, is_xen_slot
 
 LINEAR_PT_SLOT = 258  # of an L4: xen.git:xen/arch/x86/include/asm/config.h
@@ -47,28 +48,35 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Looks for page tables. ``raw``: pages as they are in the core; ``pfn_of`` and ``mfn_of`` translate."""
+    """Looks for page tables. ``raw``: pages as they are in the core; ``pfn_of`` and ``mfn_of`` translate; ``first`` and
+    ``count``: the runs of pfns that the core has.
+    """
 
     raw: Frames
     width: Width
     pfn_of: Translate
     mfn_of: Translate
+    first: U64
+    count: I64
 
-    def tables(self, tops: U64, pfns: Iterator[U64]) -> Tables:
-        """All page tables. ``tops``: pfns of the vcpus' top tables; ``pfns``: all that have content, in pieces."""
+    def tables(self, tops: U64) -> Tables:
+        """All page tables. ``tops``: pfns of the vcpus' top tables."""
         none = Tables(np.empty(0, np.uint64), np.empty(0, np.uint8))
-        found = self._below(tops, none, none.pfns)
+        found = self._below(tops, none, None)
         if self.width == 4 or not len(found.pfns):
             return found  # 32-bit top tables have no entries of Xen's
-        writable = self._writable(found)
-        return self._below(self._other_tops(found, pfns, writable), found, writable)
+        mapped, writable = self._mapped(found)
+        candidates = mapped.pfns(but=writable)
+        return self._below(self._tops(candidates[found.level_of(candidates) == 0]), found, writable)
 
-    def _below(self, tops: U64, known: Tables, never: U64) -> Tables:
+    def _below(self, tops: U64, known: Tables, never: _Marks | None) -> Tables:
         """All tables that are reached from some top tables, and those that are known; ``never``: what is none."""
         found, now = known, tops
         for level in range(LEVELS[self.width], 0, -1):
             now = np.unique(now)
-            now = now[(found.level_of(now) == 0) & ~_among(now, never)]
+            now = now[found.level_of(now) == 0]
+            if never is not None:
+                now = now[~never.has(now)]
             found = found.with_others(now, level)
             if level == 1:
                 break
@@ -83,35 +91,55 @@ class Search:
         return self._pfns(frames(entries[wanted]))
 
     def _pfns(self, mfns: U64) -> U64:
-        """Those of the mfns that are pages with content, as pfns, each once."""
+        """Those of the mfns that are pages of the core, as pfns, each once."""
         pfns = self.pfn_of(np.unique(mfns))
         return np.unique(pfns[pfns != NO_FRAME])
 
-    def _other_tops(self, known: Tables, pfns: Iterator[U64], writable: U64) -> U64:
-        """Top tables that no vcpu runs on, by Xen's entry in each."""
+    def _tops(self, candidates: U64) -> U64:
+        """Which of some pages are top tables, by Xen's entry in each."""
         found = [np.empty(0, np.uint64)]
-        for piece in pfns:
-            for some in _some(piece[~_among(piece, writable) & (known.level_of(piece) == 0)]):
-                slot = as_entries(self.raw.pages(some))[:, LINEAR_PT_SLOT]
-                found.append(some[(slot & _P != 0) & (frames(slot) == self.mfn_of(some))])
+        for some in _some(candidates):
+            slot = as_entries(self.raw.pages(some))[:, LINEAR_PT_SLOT]
+            found.append(some[(slot & _P != 0) & (frames(slot) == self.mfn_of(some))])
         return np.concatenate(found)
 
-    def _writable(self, known: Tables) -> U64:
-        """The pfns that the known tables map writable, ascending."""
-        parts = [np.empty(0, np.uint64)]
+    def _mapped(self, known: Tables) -> tuple[_Marks, _Marks]:
+        """The pages that the known tables map, and those that they map writable."""
+        mapped, writable = _Marks(self.first, self.count), _Marks(self.first, self.count)
         for tables in _some(known.pfns[known.levels == 1]):
             entries = as_entries(self.raw.pages(tables))
-            parts.append(self._pfns(frames(entries[entries & (_P | _RW) == _P | _RW])))
-        return np.unique(np.concatenate(parts))
+            mapped.put(self._pfns(frames(entries[entries & _P != 0])))
+            writable.put(self._pfns(frames(entries[entries & (_P | _RW) == _P | _RW])))
+        return mapped, writable
+
+
+class _Marks:
+    """A mark for each page of the core: a byte, and none for pfns that it has not."""
+
+    def __init__(self, first: U64, count: I64) -> None:
+        self._first = first
+        self._before = np.cumsum(count) - count  # pages in front of each run
+        self._marked = np.zeros(int(count.sum()), np.bool_)
+
+    def _places(self, pfns: U64) -> I64:
+        row = np.searchsorted(self._first, pfns, "right") - 1
+        return self._before[row] + (pfns - self._first[row]).astype(np.int64)
+
+    def put(self, pfns: U64) -> None:
+        """Mark pages of the core."""
+        self._marked[self._places(pfns)] = True
+
+    def has(self, pfns: U64) -> Mask:
+        """Which pages of the core are marked."""
+        return np.asarray(self._marked[self._places(pfns)])
+
+    def pfns(self, *, but: _Marks) -> U64:
+        """The pages that are marked here, and not there: ascending."""
+        place = np.flatnonzero(self._marked & ~but._marked)
+        row = np.searchsorted(self._before, place, "right") - 1
+        return self._first[row] + (place - self._before[row]).astype(np.uint64)
 
 
 def _some(pfns: U64) -> Iterator[U64]:
     for i in range(0, len(pfns), _AT_ONCE):
         yield pfns[i : i + _AT_ONCE]
-
-
-def _among(pfns: U64, ascending: U64) -> Mask:
-    """Which of the pfns are among those, which ascend."""
-    if not len(ascending):
-        return np.zeros(pfns.shape, np.bool_)
-    return np.asarray(ascending[np.minimum(np.searchsorted(ascending, pfns), len(ascending) - 1)] == pfns)

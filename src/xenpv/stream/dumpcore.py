@@ -47,8 +47,9 @@ _NOTHING = Part(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the headers of a core say. ``pages``: how many it lists, as far as the list lies within the file;
-    ``present``: how many of them have their content there, too. ``context``: bytes of one vcpu's context.
+    """What the headers of a core say. ``announced``: how many pages by its header note; ``pages``: how many of them it
+    lists, as far as the list lies within the file; ``present``: of how many of these it has the content, too.
+    ``context``: bytes of one vcpu's context.
     """
 
     width: Width
@@ -56,6 +57,7 @@ class Layout:
     xen: str
     vcpus: int
     context: int
+    announced: int
     pages: int
     present: int
     prstatus: Part
@@ -104,7 +106,7 @@ def read_layout(read: Read, size: int, report: Report) -> Layout:
     if there < vcpus:
         report(COUNTS, f"{vcpus} vcpus are announced, and there is room for {there}", prstatus.offset)
     shared = parts.get(abi.SEC_SHARED_INFO, _NOTHING)
-    return Layout(width, hvm, xen, min(vcpus, there), context, listed, present, prstatus, shared, table, content)
+    return Layout(width, hvm, xen, min(vcpus, there), context, pages, listed, present, prstatus, shared, table, content)
 
 
 def _sections(read: Read, size: int, report: Report) -> tuple[Width, dict[str, Part]]:
