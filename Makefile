@@ -30,8 +30,8 @@ check: $(READY)  ## style, types, layering
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test-fast: $(READY) ## everything that needs no hypervisor
-	$(BIN)/pytest -q -n auto -m 'not lab'
+test-fast: $(READY) ## everything that needs no hypervisor and no browser
+	$(BIN)/pytest -q -n auto -m 'not lab and not browser'
 
 test: check guests ## everything, on real Xen too
 	$(BIN)/python -m lab fetch

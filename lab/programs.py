@@ -13,7 +13,8 @@ from .errors import LabError, MissingPrograms
 # Program, and the Debian package that brings it.
 FETCH = {"apt-get": "apt", "apt-config": "apt", "dpkg-deb": "dpkg", "tar": "tar", "depmod": "kmod"}
 BOOT = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
-TESTS = {"cpio": "cpio", "gcc": "gcc", "make": "make"}  # the tests' oracles, and the litmus guest's compiler
+# The tests' oracles, the litmus guest's compiler, and what a report is looked at with.
+TESTS = {"cpio": "cpio", "gcc": "gcc", "make": "make", "chromium": "chromium"}
 KEYRING = {"debian-archive-keyring.gpg": "debian-archive-keyring"}
 # depmod is in /usr/sbin, which an ordinary user's PATH often lacks.
 SEARCH = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))

@@ -6,6 +6,7 @@ https://chromedevtools.github.io/devtools-protocol/; on the pipes each message i
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -38,13 +39,13 @@ class BrowserError(Exception):
 
 @dataclass
 class Page:
-    """A tab, and all that went wrong in it: errors of scripts, messages of the console, addresses that it asked for."""
+    """A tab, and all that went wrong in it: errors of scripts, messages of the console."""
 
     _reading: int
     _writing: int
     _session: str = ""
     errors: list[str] = field(default_factory=list)
-    asked_for: list[str] = field(default_factory=list)
+    asked: dict[str, str] = field(default_factory=dict)
     _seen: deque[str] = field(default_factory=deque)
     _held: bytearray = field(default_factory=bytearray)
     _last: int = 0
@@ -98,6 +99,16 @@ class Page:
         if "exceptionDetails" in answer:
             raise BrowserError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
+
+    @property
+    def asked_for(self) -> set[str]:
+        """The addresses that it asked for."""
+        return set(self.asked.values())
+
+    def forget(self) -> None:
+        """Begin anew with what went wrong and what was asked for."""
+        self.errors.clear()
+        self.asked.clear()
 
     def click(self, selector: str, *, at: tuple[float, float] = (0.5, 0.5), times: int = 1) -> None:
         """Click as a person does: scroll to it, and press the mouse at a place in its box (0 to 1, each way)."""
@@ -159,7 +170,9 @@ class Page:
             case "Log.entryAdded":
                 self.errors.append(params["entry"]["text"])
             case "Network.requestWillBeSent":
-                self.asked_for.append(params["request"]["url"])
+                self.asked[params["requestId"]] = params["request"]["url"]
+            case "Network.loadingFailed" if params.get("blockedReason") == "csp":
+                self.asked.pop(params["requestId"], None)  # never left the page
             case "Page.javascriptDialogOpening":
                 self.errors.append(f"dialog: {params['message']}")
 
@@ -172,15 +185,16 @@ def opened(folder: Path) -> Iterator[Page]:
     profile = tempfile.mkdtemp(dir=folder)
     ours = ["--no-sandbox"] if os.geteuid() == 0 else []  # which root cannot have
     options = ["--headless", "--remote-debugging-pipe", f"--user-data-dir={profile}", *QUIET, *ours]
-    (from_us, to_it), (from_it, to_us) = os.pipe(), os.pipe()
-    # The protocol's pipes are descriptors 3 and 4.
+    (low_from_us, to_it), (from_it, low_to_us) = os.pipe(), os.pipe()
+    # The protocol's pipes are descriptors 3 and 4; above 9 they cannot be in each other's way.
+    from_us, to_us = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in (low_from_us, low_to_us))
     line = f'exec "$@" 3<&{from_us} 4>&{to_us}'
     with tempfile.TemporaryFile() as said:
-        words = ["sh", "-c", line, "sh", program, *options]
+        words = ["bash", "-c", line, "bash", program, *options]
         browser = subprocess.Popen(words, pass_fds=(from_us, to_us), stdin=subprocess.DEVNULL, stdout=said, stderr=said,
                                    start_new_session=True)  # fmt: skip
-        os.close(from_us)
-        os.close(to_us)
+        for fd in (low_from_us, low_to_us, from_us, to_us):
+            os.close(fd)
         try:
             page = Page(from_it, to_it)
             try:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import click
 
 from xenpv.cli.target import PAUSE, TARGET, opened
 from xenpv.cli.terminal import JSON, NUMBER, print_json, progress, steps
 from xenpv.domain.check_physmap import PhysmapCheck
+from xenpv.domain.core import CoreDomain
 from xenpv.domain.live import LiveDomain
 from xenpv.domain.output import Output
 from xenpv.domain.verify import Report, verify
@@ -61,17 +61,28 @@ def report(target: str, output: str | None, content: int, keep: int, pause: bool
 @contextmanager
 def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, Checked | None]]:
     """What people mean by a name, and what a verifier says of it."""
+    no_stream: Unsupported | None = None
     if not pause and (target == "-" or os.path.exists(target)):
-        found = _verified(target, keep)
-        if found is not None:
+        try:
+            with progress("verifying") as bar:
+                found = verify(target, keep=keep, progress=bar)
+        except Unsupported as e:
+            no_stream = e  # a core, perhaps
+        else:
             assert found.saved is not None
-            try:
+            with closing(found):
                 yield found.saved, Checked(_sentence(found), found.ok, found.findings)
-            finally:
-                found.close()
             return
+    if no_stream is not None and target == "-":
+        raise no_stream
     findings = Findings(keep)
-    with opened(target, pause=pause, hvm=True, fault=_into(findings)) as domain:
+
+    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
+        findings.add(rule, message, offset=offset, record=record)
+
+    with opened(target, pause=pause, hvm=True, fault=fault) as domain:
+        if no_stream is not None and not isinstance(domain, CoreDomain):
+            raise no_stream
         if isinstance(domain, LiveDomain):
             with progress("checking") as bar:
                 PhysmapCheck(domain, findings, progress=bar).run()
@@ -81,17 +92,6 @@ def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain,
         yield domain, Checked(wrong if findings.errors else right, not findings.errors, findings)
 
 
-def _verified(target: str, keep: int) -> Report | None:
-    """The saved domain in a file, verified; None for a file that holds no stream."""
-    try:
-        with progress("verifying") as bar:
-            return verify(target, keep=keep, progress=bar)
-    except Unsupported:
-        if target == "-":
-            raise
-        return None
-
-
 def _sentence(found: Report) -> str:
     if not found.ok:
         cut = "; nothing was checked behind the first place that cannot be read" if found.fatal else ""
@@ -99,10 +99,3 @@ def _sentence(found: Report) -> str:
     if found.deep:
         return "restores, as far as can be told without doing it"
     return "framing, order and records are sound"
-
-
-def _into(findings: Findings) -> Callable[..., Any]:
-    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
-        findings.add(rule, message, offset=offset, record=record)
-
-    return fault

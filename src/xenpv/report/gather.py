@@ -105,7 +105,10 @@ def gather(domain: Domain, checked: Checked | None, *, content_pages: int, step:
     """
     told = step or (lambda _what, _done, _all: None)
     identity = identity_of(domain)
-    extents, by_type = whole(domain.extents())
+    try:
+        extents, by_type = whole(domain.extents())
+    except GuestError:  # what is wrong with its p2m, by which all is found, is said there
+        extents, by_type = whole([])
     p2m, p2m_parts = _look_at_p2m(domain, told)
     places, start = places_of(domain)
     tables = None

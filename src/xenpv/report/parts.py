@@ -51,8 +51,8 @@ class Parts:
         """These in no more than ``limit`` rows: the narrowest gaps are passed over."""
         if len(self) <= limit:
             return self
-        gaps = self.start[1:] - self.end[:-1]
-        cuts = np.sort(np.argpartition(gaps, len(gaps) - (limit - 1))[len(gaps) - (limit - 1) :]) + 1
+        gaps, least = self.start[1:] - self.end[:-1], len(self) - 1 - limit
+        cuts = np.sort(np.argpartition(gaps, least)[least + 1 :]) + 1  # the widest, limit - 1 of them
         return _joined(self.start, self.end, self.pages, np.append(0, cuts))
 
     def and_also(self, other: Parts) -> Parts:

@@ -1,0 +1,93 @@
+"""Zero and duplicate pages, against a dictionary of contents."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.writers.build import pv_domain
+from tests.writers.domain import Domain
+from tests.writers.stream import PAGE
+from xenpv.domain.source import SavedDomain
+from xenpv.report.content import Content, content_of
+from xenpv.report.parts import Parts
+
+
+def content(domain: Domain, tmp_path: Path, limit: int = 1 << 20) -> Content:
+    file = tmp_path / "made.save"
+    file.write_bytes(domain.to_bytes())
+    with SavedDomain.open(str(file)) as saved:
+        return content_of(saved.frames, saved.extents(), limit)
+
+
+def pfns_of(parts: Parts) -> list[int]:
+    flat = parts.rows()
+    return [pfn for start, span in zip(flat[::3], flat[1::3], strict=True) for pfn in range(start, start + span)]
+
+
+@pytest.fixture
+def domain() -> Domain:
+    domain = pv_domain(pfns=[*range(700), 9000])
+    data = domain.places.data
+    for pfn in data[10:40]:
+        domain.pages[pfn][:] = bytes(PAGE)
+    for pfn in [*data[100:140:2], data[-1]]:
+        domain.pages[pfn][:] = b"twin" * (PAGE // 4)
+    for pfn in data[200:203]:
+        domain.pages[pfn][:] = domain.pages[domain.tables(1)[0]]
+    return domain
+
+
+def test_what_is_alike(domain: Domain, tmp_path: Path) -> None:
+    found = content(domain, tmp_path)
+    by_content: dict[bytes, list[int]] = defaultdict(list)
+    for pfn, page in domain.pages.items():
+        by_content[bytes(page)].append(pfn)
+    zero = by_content.pop(bytes(PAGE))
+    alike = [sorted(pfns) for pfns in by_content.values() if len(pfns) > 1]
+    assert found.looked_at == len(domain.pages)
+    assert (found.unread, found.left_out) == (0, 0)
+    assert found.zero == len(zero) >= 30
+    assert pfns_of(found.zero_at) == sorted(zero)
+    assert found.contents == len(alike) >= 2
+    assert found.duplicate == sum(map(len, alike))
+    assert pfns_of(found.duplicate_at) == sorted(pfn for pfns in alike for pfn in pfns)
+    assert found.saving == len(domain.pages) - len(by_content)
+    told = [(group.pages, group.first, group.table) for group in found.groups]
+    largest = sorted(((len(pfns), pfns[0], domain.is_table(pfns[0])) for pfns in alike), key=lambda g: (-g[0], g[1]))
+    assert sorted(told) == sorted(largest[:8])
+    assert told[0] == largest[0]
+
+
+def test_pages_that_differ_in_one_bit_are_not_alike(tmp_path: Path) -> None:
+    domain = pv_domain(pfns=range(2200))
+    for n, pfn in enumerate(domain.places.data[: 2 * 1024]):  # each bit 63 of two words, and the like
+        words = np.zeros(PAGE // 4, "<u4")
+        words[n % 1024] = 1 << 31 if n < 1024 else 1
+        words[(n + 1 + n // 1024) % 1024] ^= np.uint32(1 << 31)
+        words[7] ^= np.uint32(0xABCDEF)
+        domain.pages[pfn][:] = words.tobytes()
+    distinct = len({bytes(domain.pages[pfn]) for pfn in domain.places.data[: 2 * 1024]})
+    found = content(domain, tmp_path)
+    assert len(domain.places.data[: 2 * 1024]) - distinct == found.duplicate - found.contents
+
+
+def test_no_more_is_looked_at_than_asked_for(domain: Domain, tmp_path: Path) -> None:
+    found = content(domain, tmp_path, limit=300)
+    assert (found.looked_at, found.left_out) == (300, len(domain.pages) - 300)
+    assert max(pfns_of(found.zero_at)) < 300
+    assert content(domain, tmp_path, limit=0).looked_at == 0
+
+
+def test_pages_that_cannot_be_read_are_counted(domain: Domain, tmp_path: Path) -> None:
+    file = tmp_path / "cut.save"
+    data = domain.to_bytes()
+    file.write_bytes(data)
+    with SavedDomain.open(str(file)) as saved:
+        file.write_bytes(data[: len(data) // 2])  # the file shrinks under us
+        found = content_of(saved.frames, saved.extents(), 1 << 20)
+    assert 300 < found.unread < 400
+    assert found.looked_at == len(domain.pages)

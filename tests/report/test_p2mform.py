@@ -1,0 +1,103 @@
+"""The p2m level by level: of files by the writer's own places, of running domains by the kernel that made it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.host.kernel_guest import SOME, Guest
+from tests.writers.build import pv_domain
+from xenpv.abi.declare import Width
+from xenpv.domain.source import SavedDomain
+from xenpv.memory.anchors import Form
+from xenpv.memory.p2m import reading
+from xenpv.report.drawing import picture_of
+from xenpv.report.p2mform import Shape, leaves_at, shapes_of, table_of
+
+
+def shapes(saved: SavedDomain) -> list[Shape]:
+    assert saved.anchors is not None
+    return shapes_of(saved.anchors, reading(saved.frames), saved.p2m.pfns_of)
+
+
+def test_a_tree_and_a_list_in_a_file(tmp_path: Path) -> None:
+    domain = pv_domain(pfns=[*range(100), 600, 5000, 300_000], tree=True)
+    file = tmp_path / "made.save"
+    file.write_bytes(domain.to_bytes())
+    with SavedDomain.open(str(file)) as saved:
+        linear, tree = shapes(saved)
+        at = leaves_at(saved.p2m, mfns=False)
+    assert (linear.error, tree.error) == (None, None)
+    assert [level.name for level in linear.levels] == ["L4 table", "L3 table", "L2 table", "L1 table", "leaf"]
+    assert [level.name for level in tree.levels] == ["frame list list", "frame list", "leaf"]
+    top, mid, leaf = tree.levels
+    assert [node.frame for node in top.nodes] == [domain.places.tree_top]
+    assert {node.frame for node in mid.nodes} <= set(domain.places.tree_mid)
+    frames = set(domain.p2m_pfns.tolist())
+    for last in (linear.levels[-1], leaf):
+        assert last.frames == len(frames)
+        assert last.places == len(domain.p2m_pfns)
+        assert {node.frame for node in last.nodes} <= frames
+        for node in last.nodes:
+            assert domain.p2m_pfns[node.at : node.at + node.times].tolist() == [node.frame] * node.times
+            assert node.first == node.at * 512
+    assert linear.levels[-1].nodes[-1].last == domain.entries - 1
+    assert sum(at.pages) == len(frames)
+
+
+@pytest.mark.parametrize(("width", "form"), [each for each in SOME if each[1] != "tree4hidden"])
+def test_a_running_domain(width: Width, form: str) -> None:
+    guest = Guest.boot(form, width)
+    live = guest.live
+    there = table_of(live)
+    assert there is not None
+    p2m, read, resolve = there
+    assert resolve is None
+    best = shapes_of(live.anchors, read, resolve)[0]
+    assert best.linear == (live.anchors.ways[0].form is Form.LINEAR)
+    assert best.error is None
+    leaf = best.levels[-1]
+    assert (leaf.frames, leaf.places) == (len(p2m.distinct), p2m.places)
+    for node in leaf.nodes:
+        assert p2m.leaves.frame_of(np.array([node.at])).tolist() == [node.frame]
+    assert sum(leaves_at(p2m, mfns=True).pages) == len(p2m.distinct)  # its own frames, all of them
+
+
+def test_anchors_that_lead_nowhere_say_why(tmp_path: Path) -> None:
+    domain = pv_domain(pfns=range(100), tree=True)
+    file = tmp_path / "made.save"
+    file.write_bytes(domain.to_bytes())
+    with SavedDomain.open(str(file)) as saved:
+        assert saved.anchors is not None
+        wrong = replace(saved.anchors, p2m_cr3=0x7777 << 12, frame_list_list=0x8888)
+        for shape in shapes_of(wrong, reading(saved.frames), saved.p2m.pfns_of):
+            assert shape.levels == []
+            assert "no pfn has mfn" in str(shape.error)
+            picture_of(shape)
+        high = replace(saved.anchors, max_pfn=1 << 50)
+        for shape in shapes_of(high, reading(saved.frames), saved.p2m.pfns_of):
+            assert shape.levels == []
+            assert shape.error is not None
+
+
+def test_the_drawing_has_every_node_within_its_frame(tmp_path: Path) -> None:
+    domain = pv_domain(pfns=[*range(100), *range(1 << 28, (1 << 28) + 3000, 100)])
+    file = tmp_path / "made.save"
+    file.write_bytes(domain.to_bytes())
+    with SavedDomain.open(str(file)) as saved:
+        shape = shapes(saved)[0]
+    picture = picture_of(shape)
+    assert len(picture.rows) == 1 + len(shape.levels)
+    drawn = [box for box in picture.boxes if box.first is not None]
+    assert len(drawn) == sum(len(level.nodes) for level in shape.levels)
+    for box in picture.boxes:
+        assert 0 <= box.x < box.x + box.w <= picture.width
+        assert box.y + box.h <= picture.height
+    for row in picture.rows[1:]:
+        here = sorted((box.x, box.w) for box in picture.boxes if box.y == row.y)
+        for (x, w), (after, _) in pairwise(here):
+            assert x + w <= after + 0.11

@@ -1,0 +1,164 @@
+"""The page: whole in itself, and nothing that a guest says is taken for a part of it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host.kernel_guest import Guest
+from tests.writers.build import pv_domain
+from tests.writers.envelopes import config_json
+from xenpv.domain.verify import verify
+from xenpv.errors import RequestError
+from xenpv.findings import Findings, Rule, Severity
+from xenpv.report.gather import Checked, Facts, gather
+from xenpv.report.page import page
+
+HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\x1b[2J--></script>"
+_SAID = Rule("report-test", HOSTILE, HOSTILE, Severity.ERROR)
+
+
+class Read(HTMLParser):
+    """What a browser would make of a page: elements with their attributes, and the text of some."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.texts.setdefault(self._open[-1], []).append(data)
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def hostile_facts(tmp_path: Path) -> Facts:
+    """A domain of which every text is hostile."""
+    domain = pv_domain(pfns=range(100), vcpus=2)
+    line = HOSTILE.encode()[:200]
+    domain.start_info["cmd_line"] = line
+    config = json.loads(config_json(vcpus=2, memory_kib=400))
+    config["c_info"] |= {"name": HOSTILE, "uuid": HOSTILE}
+    config[HOSTILE] = HOSTILE
+    file = tmp_path / "<img src=x onerror=alert(3)>.save"
+    stream = domain.to_stream(config=json.dumps(config, ensure_ascii=False).encode() + b"\0")
+    file.write_bytes(bytes(stream))
+    report = verify(str(file))
+    assert report.saved is not None
+    findings = Findings()
+    findings.add(_SAID, HOSTILE, pfn=5, record=HOSTILE, offset=7)
+    try:
+        return gather(report.saved, Checked(HOSTILE, ok=False, findings=findings), content_pages=1000)
+    finally:
+        report.close()
+
+
+def test_hostile_text_stays_text(tmp_path: Path) -> None:
+    text = page(hostile_facts(tmp_path))
+    read = Read(text)
+    assert len(read.all("script")) == 2
+    assert read.all("img") == []
+    assert "49" not in read.texts["h1"][0]
+    for tag, attributes in read.tags:
+        assert not [name for name in attributes if name.startswith("on")], tag
+        assert "style" not in attributes, tag  # which the policy refuses
+    shown = HOSTILE.replace("\u202e", "\ufffd").replace("\x1b", "\ufffd")
+    assert "".join(read.texts["h1"]) == shown
+    assert "".join(read.texts["title"]) == f"{shown} · xenpv report"
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\x7f]", text)
+    data = json.loads(read.texts["script"][0])
+    assert data["findings"] == [{"pfn": 5, "severity": "error", "message": shown}]
+
+
+def test_it_loads_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:
+    read = Read(page(hostile_facts(tmp_path)))
+    for tag, attributes in read.tags:
+        for name in ("href", "src", "srcset", "action", "data", "poster", "background"):
+            value = attributes.get(name)
+            assert value is None or value.startswith("#") or value == "data:,", (tag, value)
+    (policy,) = [meta["content"] for meta in read.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules == {
+        "default-src": "'none'",
+        "script-src": f"'sha256-{_sha256(read.texts['script'][1])}'",
+        "style-src": f"'sha256-{_sha256(read.texts['style'][0])}'",
+        "img-src": "data:",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    ours = "".join(read.texts["style"] + read.texts["script"][1:]).replace("http://www.w3.org/2000/svg", "")
+    assert not re.search(r"@import|url\((?!#hatch)|https?:", ours)
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def test_every_link_within_the_page_leads_somewhere(tmp_path: Path) -> None:
+    read = Read(page(hostile_facts(tmp_path)))
+    ids = [attributes["id"] for _, attributes in read.tags if attributes.get("id")]
+    assert len(ids) == len(set(ids))
+    to = {link["href"] for link in read.all("a")}
+    assert to
+    assert to <= {f"#{name}" for name in ids}
+
+
+def test_text_that_is_no_utf_8_at_all(tmp_path: Path) -> None:
+    facts = hostile_facts(tmp_path)
+    facts.identity.name = facts.identity.config = "a\udcffb"  # as file names come in
+    assert "a\ufffdb" in page(facts).encode().decode()
+    json.dumps(facts.to_json()).encode()
+
+
+def test_a_huge_configuration_is_cut(tmp_path: Path) -> None:
+    facts = hostile_facts(tmp_path)
+    facts.identity.config = "x" * 1_000_000
+    text = page(facts)
+    assert len(text) < 400_000
+    assert "it goes on for 900,000 characters" in text
+
+
+@pytest.mark.parametrize("form", ["both", "none", "invalid"])
+def test_a_running_domain(form: str) -> None:
+    guest = Guest.boot(form)
+    facts = gather(guest.live, None, content_pages=100)
+    told = facts.to_json()
+    assert told["identity"]["kind"] == "running"
+    text = page(facts)
+    if form == "both":
+        pages = sum(layer["pages"] for layer in told["map"]["layers"] if layer["lane"] in {"pages", "tables"})
+        assert pages == guest.host.info(guest.domid).pages
+        assert [shape["error"] for shape in told["p2m"]["shapes"]] == [None, None]
+        assert told["content"]["looked_at"] == 100
+    else:
+        assert told["p2m"]["problem"] in text.replace("&#39;", "'")
+
+
+def test_without_jinja_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = hostile_facts(tmp_path)
+    modules: dict[str, Any] = {"jinja2": None}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(RequestError, match=r"pip install 'xenpv\[report\]'"):
+        page(facts)

@@ -1,0 +1,83 @@
+"""What is counted of page tables, against a plain loop over the writer's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.writers.build import pv_domain
+from tests.writers.domain import FRAME, Domain, P
+from tests.writers.hvm import hvm_stream
+from tests.writers.stream import PIN
+from xenpv.abi.declare import Width
+from xenpv.domain.source import SavedDomain
+from xenpv.report import tables
+from xenpv.report.pfnmap import whole
+from xenpv.report.tables import FLAGS, TableStats, table_stats
+
+
+def stats_of(domain: Domain, tmp_path: Path) -> TableStats:
+    file = tmp_path / "made.save"
+    file.write_bytes(domain.to_bytes())
+    with SavedDomain.open(str(file)) as saved:
+        return table_stats(saved.frames, whole(saved.extents())[0])
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_counts(width: Width, tmp_path: Path) -> None:
+    domain = pv_domain(pfns=[*range(300), 5000, 5001, 1 << 20], width=width)
+    l1 = domain.table(domain.tables(1)[0])
+    l1[300:303] = l1[5]  # one page mapped four times, at least
+    l1[310] = FRAME | P  # somebody else's
+    stats = stats_of(domain, tmp_path)
+    assert [level.level for level in stats.levels] == list(range(domain.levels, 0, -1))
+    for level in stats.levels:
+        pfns = domain.tables(level.level)
+        ptes = [[int(pte) for pte in domain.table(pfn) if int(pte) & P] for pfn in pfns]
+        flat = [pte for table in ptes for pte in table]
+        assert level.tables == len(pfns)
+        assert level.pinned == sum(bool(domain.types[pfn] & PIN) for pfn in pfns)
+        assert level.empty == ptes.count([])
+        assert level.entries == len(flat)
+        assert level.flags == {name: sum(bool(pte & bit) for pte in flat) for name, bit in FLAGS.items()}
+        assert level.other == sum(pte & FRAME == FRAME for pte in flat)
+    leaves = [int(pte) for pfn in domain.tables(1) for pte in domain.table(pfn) if int(pte) & P]
+    named = [pte >> 12 & (FRAME >> 12) for pte in leaves]
+    there = set(named) & set(domain.pages)
+    assert stats.mapped == len(there)
+    assert stats.several == sum(named.count(pfn) > 1 for pfn in there) > 0
+    assert stats.writable == len({pte >> 12 & (FRAME >> 12) for pte in leaves if pte & 2} & there)
+    assert stats.loose == sum(bool(pte & 2) and not pte >> 63 for pte in leaves)
+    assert stats.populated == len(domain.pages)
+
+
+def test_tables_come_to_the_same_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = pv_domain(pfns=range(1200))
+    once = stats_of(domain, tmp_path)
+    monkeypatch.setattr(tables, "_AT_ONCE", 1)
+    assert stats_of(domain, tmp_path) == once
+
+
+def test_no_more_tables_are_read_than_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = pv_domain(pfns=range(1200))
+    monkeypatch.setattr(tables, "TABLES_MAX", 3)
+    stats = stats_of(domain, tmp_path)
+    every = sum(len(domain.tables(level)) for level in (1, 2, 3, 4))
+    assert stats.left_out == every - 3
+    assert sum(level.tables for level in stats.levels) == every
+    assert stats.mapped == 0  # the tables of the upper levels came first
+
+
+def test_a_domain_too_large_to_say_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "PAGES_MAX", 99)
+    stats = stats_of(pv_domain(pfns=range(200)), tmp_path)
+    assert (stats.mapped, stats.several, stats.writable) == (None, None, None)
+
+
+def test_a_domain_without_tables(tmp_path: Path) -> None:
+    file = tmp_path / "hvm.save"
+    file.write_bytes(bytes(hvm_stream(pages=16)))
+    with SavedDomain.open(str(file)) as saved:
+        stats = table_stats(saved.frames, whole(saved.extents())[0])
+    assert (stats.levels, stats.mapped, stats.populated) == ([], 0, 16)
