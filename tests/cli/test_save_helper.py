@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from xenpv.domain.helper import Level, Message, Restore, Save
 from xenpv.domain.precopy import Precopy
 from xenpv.domain.verify import verify
 from xenpv.errors import HostError, RequestError
-from xenpv.frames import DomId
+from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host import XenVersion
 from xenpv.host.model import ModelHost
 from xenpv.stream.envelope import Kind
@@ -244,10 +245,27 @@ def test_a_domain_of_another_kind(guest: Guest, stream: BinaryIO) -> None:
     assert "is an HVM domain; PV domains are saved" in libxl.errors[0]
 
 
-def test_debug_is_not_done_and_that_is_said(guest: Guest, stream: BinaryIO) -> None:
-    libxl = save(guest, stream.fileno(), debug=True)
-    assert [text for level, _, _, text in libxl.values(Message.LOG) if level == Level.WARN] != []
+@pytest.mark.parametrize("live", [False, True])
+def test_debug_sends_all_pages_twice_and_the_receiver_says_what_differs(
+    guest: Guest, stream: BinaryIO, live: bool
+) -> None:
+    libxl = save(guest, stream.fileno(), live=live, debug=True)
     assert libxl.completed == (0, 0)
+    data = bytearray(Path(f"/proc/self/fd/{stream.fileno()}").read_bytes())
+    assert verify_bytes(bytes(data)) == []
+    again = data.index(struct.pack("<II", 0x0D, 0))  # the VERIFY record
+    assert len(data) - again > 2048 * PAGE_SIZE
+    for changed in (False, True):
+        if changed:
+            data[again + 8 + 8 + 8 + 8 * 1024 + 5] ^= 1  # a record of 1024 pages begins there
+        os.pwrite(stream.fileno(), data, 0)
+        os.lseek(stream.fileno(), 0, os.SEEK_SET)
+        libxl, _ = restore(ModelHost(1 << 30, seed=2), stream.fileno())
+        assert libxl.completed == (0, 0)
+        warned = [text for level, _, _, text in libxl.values(Message.LOG) if level == Level.WARN]
+        assert [re.search(r"1 pages, the first is pfn 0x0, were not as", text) is not None for text in warned] == (
+            [True] * changed
+        )
 
 
 def test_a_live_save(guest: Guest, stream: BinaryIO) -> None:

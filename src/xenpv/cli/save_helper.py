@@ -113,8 +113,6 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
         policy = precopy(os.environ.get(_PRECOPY, ""))
         if policy is None:
             libxl.log(Level.WARN, f"the domain stands still while it is sent, as {_PRECOPY}=no asks for")
-    if request.debug:
-        libxl.log(Level.WARN, "pages are sent once: there is no second look at them, as --debug asks for")
     try:
         summary = save_domain(
             host,
@@ -124,6 +122,7 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
             suspend=suspend,
             live=policy,
             progress=_shown(libxl, live=policy is not None),
+            verify=request.debug,
         )
     except HostError as e:
         if policy is not None and e.errno == errno.EOPNOTSUPP:
@@ -159,14 +158,19 @@ def _shown(libxl: Libxl, *, live: bool) -> Callable[[Status], None]:
     """Shows how far a save is: pages, and of a live one each round in a sentence, since xl migrate hides the pages."""
     from xenpv.domain.progress import Phase  # noqa: PLC0415
 
+    ways = {
+        Phase.COPYING: "while it runs",
+        Phase.FINISHING: "while it stands still",
+        Phase.VERIFYING: "again, to be compared",
+    }
     said: Phase | None = None
     last = -1
 
     def show(status: Status) -> None:
         nonlocal said, last
-        if live and (status.round, status.phase) != (last, said) and status.phase in (Phase.COPYING, Phase.FINISHING):
+        if live and (status.round, status.phase) != (last, said) and status.phase in ways:
             last, said = status.round, status.phase
-            how = "while it runs" if status.phase is Phase.COPYING else "while it stands still"
+            how = ways[status.phase]
             libxl.log(Level.INFO, f"round {status.round}: {status.round_pages} pages to be sent {how}")
         libxl.progress(f"Pages, round {status.round}" if live else "Pages", status.round_done, status.round_pages)
 
@@ -215,8 +219,9 @@ def restore(request: Restore, libxl: Libxl, host: Mover) -> tuple[int, int]:
         static_data_done=static_data_done,
         progress=functools.partial(libxl.progress, "Bytes"),
     )
-    if restored.differing:
-        what = f"{restored.differing} pages were not as they were sent before when the sender looked again"
+    if len(restored.differing):
+        which = f"{len(restored.differing)} pages, the first is pfn {int(restored.differing[0]):#x},"
+        what = f"{which} were not as they were sent before when the sender looked again"
         libxl.log(Level.WARN, f"dom{request.domid}: {what}")
     libxl.log(Level.INFO, f"dom{request.domid}: {restored.pages} pages, {restored.bytes} bytes read")
     return restored.xenstore.mfn, restored.console.mfn

@@ -18,6 +18,7 @@ class Phase(StrEnum):
     COPYING = "copying"  # the domain runs, if the save is live
     SUSPENDING = "suspending"  # it is asked to, and is waited for
     FINISHING = "finishing"  # the last pass of a live save: it stands still
+    VERIFYING = "verifying"  # all of it once more, to be compared
     DONE = "done"
 
 

@@ -19,7 +19,7 @@ from xenpv.domain.restore_end import Ports, RestoreEnd
 from xenpv.domain.restore_pages import Later, PagesIn, Take
 from xenpv.errors import RequestError, Unsupported
 from xenpv.findings import Rule, Severity
-from xenpv.frames import IS_POPULATED, DomId
+from xenpv.frames import IS_POPULATED, U64, DomId
 from xenpv.host import CpuPolicy, DomainInfo, Mover, Ring
 from xenpv.host.xen_nodes import SLACK
 from xenpv.stream import rules
@@ -45,7 +45,7 @@ class Restored:
 
     ``entries`` are those of its p2m, ``pages`` what it was given; ``tables`` of them are page tables, ``pinned`` of
     these are pinned. ``checkpoints``: how many there were; what came behind the last one is not in the domain, whose
-    state that checkpoint is. ``differing``: pages that a VERIFY record found to be not as they were sent before.
+    state that checkpoint is. ``differing``: pfns of pages that came again behind a VERIFY record, and were others.
     ``config`` is what the envelope says of it, None where it says nothing; ``bytes`` is the length of the stream.
     """
 
@@ -60,7 +60,7 @@ class Restored:
     tables: int
     pinned: int
     checkpoints: int
-    differing: int
+    differing: U64
     bytes: int
 
 

@@ -37,7 +37,7 @@ class PagesIn:
     """The memory of a domain that is being filled.
 
     ``physmap`` is what it has. ``compare``: what comes now was sent before (a VERIFY record came), and ``differing``
-    counts the pages that were not the same.
+    has the pfns of pages that were not the same.
     """
 
     def __init__(self, host: Toolstack, domid: DomId) -> None:
@@ -46,7 +46,7 @@ class PagesIn:
         self.domid = domid
         self.physmap = Physmap()
         self.compare = False
-        self.differing = 0
+        self.differing = np.empty(0, np.uint64)
         self._max_pages = info.max_pages
         self._behind = Behind()
         self._mapped = ExitStack()  # what is being read into
@@ -70,7 +70,7 @@ class PagesIn:
             there = mfns != NO_FRAME
             if there.any():
                 self.physmap.put_types(some[there], of[there])
-            with_content = mfns[HAS_DATA[of]]
+            some, with_content = some[HAS_DATA[of]], mfns[HAS_DATA[of]]
             ascending = _ascending(some)
             for j in range(0, len(with_content), _PAGES_AT_ONCE):
                 mfns = with_content[j : j + _PAGES_AT_ONCE]
@@ -78,7 +78,7 @@ class PagesIn:
                     self._read_into(mfns, take if later is None else later(mfns.nbytes // 8 * PAGE_SIZE), later)
                 else:
                     self.settle()
-                    self._overwrite(mfns, take)
+                    self._overwrite(some[j : j + _PAGES_AT_ONCE], mfns, take)
 
     def populate(self, pfns: U64) -> None:
         """Frames for those of some pfns that have none. Raises as ``put``."""
@@ -129,7 +129,7 @@ class PagesIn:
         finally:
             self._mapped.close()
 
-    def _overwrite(self, mfns: U64, take: Take) -> None:
+    def _overwrite(self, pfns: U64, mfns: U64, take: Take) -> None:
         """Write content to frames that may hold the same already, or stand here twice: then the last counts."""
         content = np.empty((len(mfns), PAGE_SIZE), np.uint8)
         take(content.reshape(-1).data)
@@ -137,7 +137,7 @@ class PagesIn:
         content = content[::-1][back]
         with self.host.map_writable(self.domid, once) as pages:
             if self.compare:
-                self.differing += int(np.count_nonzero((pages != content).any(axis=1)))
+                self.differing = np.union1d(self.differing, pfns[::-1][back][(pages != content).any(axis=1)])
             pages[:] = content
 
     def __enter__(self) -> Self:

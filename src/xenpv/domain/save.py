@@ -38,7 +38,7 @@ from xenpv.host import Mover
 from xenpv.stream.envelope import Kind
 from xenpv.stream.fields import Buffer
 from xenpv.stream.libxl import LibxlEnd
-from xenpv.stream.records import End, Record
+from xenpv.stream.records import End, Record, Verify
 from xenpv.stream.writer import Writer
 
 _NODE = 1 << 15  # pfns: a page of Xen's bitmap of dirty ones, which is cleaned whole
@@ -87,6 +87,7 @@ def save(
     live: Precopy | None = None,
     progress: Progress | None = None,
     stock: bool = True,
+    verify: bool = False,
 ) -> Summary:
     """Write a domain to ``sink``: one that has suspended, and whatever it is does not run; or, with ``suspend``, one
     that is made to.
@@ -97,6 +98,8 @@ def save(
     it, JSON as libxl_domain_config_to_json() makes it (a file without it restores with xl restore CONFIG FILE), or a
     bare libxl or libxc stream. ``stock``: that any restorer is to understand it; without, the stream has a record of
     xenpv's own where that is shorter, and where nothing else will do: for pfns from 2^32 on (docs/stream.md).
+    ``verify``: when all is sent and the domain stands still, all pages are sent once more behind a VERIFY record, for
+    whoever restores to say which of them are not as they came before.
 
     Raises, before the sink has anything, RequestError for what cannot be asked for, GuestError for what the guest has
     that cannot be saved, HostError when Xen says no; and, when it has had something, GuestError for a page table that
@@ -110,7 +113,8 @@ def save(
     version = host.version()
     writer = Writer(envelope, xen=(version.major, version.minor), config=config)
     meter = Meter(progress, live.bandwidth if live is not None else None)
-    return _Save(look(host, domid, follows=live is not None, stock=stock), sink, writer, meter, suspend).run(live)
+    p2m = look(host, domid, follows=live is not None, stock=stock)
+    return _Save(p2m, sink, writer, meter, suspend, verify=verify).run(live)
 
 
 def look(host: Mover, domid: DomId, *, follows: bool = False, stock: bool = True) -> SavedP2M:
@@ -131,7 +135,14 @@ class _Save:
     """One save of a domain, whose p2m was looked at."""
 
     def __init__(
-        self, p2m: SavedP2M, sink: Sink, writer: Writer, meter: Meter, suspend: Callable[[], None] | None
+        self,
+        p2m: SavedP2M,
+        sink: Sink,
+        writer: Writer,
+        meter: Meter,
+        suspend: Callable[[], None] | None,
+        *,
+        verify: bool,
     ) -> None:
         self.host = p2m.host
         self.domid = p2m.domid
@@ -141,6 +152,7 @@ class _Save:
         self.pages = SavedPages(p2m, running=p2m.follows)
         self.meter = meter
         self._suspend = suspend
+        self._verify = verify
         self._began = self._stopped = time.monotonic()
 
     def run(self, live: Precopy | None) -> Summary:
@@ -164,9 +176,7 @@ class _Save:
         self._begin()
         self.meter.begin(Phase.COPYING, self.p2m.total)
         self._send_pages(self.pages.batches(self.p2m.named()))
-        self._check_stands()
-        for record in last:
-            self._send(record)
+        self._end(last)
 
     # --- a domain that runs ------------------------------------------------------------------------------------------
 
@@ -190,9 +200,7 @@ class _Save:
             gone = self.p2m.gone
             back = [pfns for pfns, _ in self.p2m.lookup(gone)]
             self._send_pages(self.pages.without_frames(np.setdiff1d(gone, np.concatenate([gone[:0], *back]))))
-            self._check_stands()
-        for record in last:
-            self._send(record)
+            self._end(last)
 
     def _passes(self, policy: Precopy) -> U64:
         """Passes over what the guest has written since it was sent. What is left of it when they end."""
@@ -244,6 +252,16 @@ class _Save:
         if not has_suspended(info):
             how = f"shut down for reason {info.shutdown_reason}" if info.shutdown else "runs"
             raise GuestError(f"{self.p2m.live.name} has not suspended: it {how}")
+
+    def _end(self, last: Sequence[Record]) -> None:
+        """All pages are sent, and the domain stands still: what follows them."""
+        if self._verify:
+            self._send(Verify())
+            self.meter.begin(Phase.VERIFYING, self.p2m.total)
+            self._send_pages(self.pages.batches(self.p2m.named()))
+        self._check_stands()
+        for record in last:
+            self._send(record)
 
     def _check_stands(self) -> None:
         """HostError if somebody let the domain run meanwhile: what was saved would be of no one moment."""
