@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.domain.breaking import CALLS, Breaking
+from tests.domain.breaking import BUILDING, Breaking
 from tests.host.model_invariants import check as check_invariants
 from tests.image.images import GIB, MIB, P2M, UNMAPPED, image, layouts
 from tests.writers.kernel import BASE, PV64, Kernel, Load, Section, kernel32, note, quad, text
@@ -170,7 +170,7 @@ def test_the_frames_of_a_range_are_those_of_each_pfn(runs: list[tuple[int, int, 
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", BUILDING)
 def test_a_build_that_fails_leaves_nothing(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each call of the host is refused once at its first time, then at its last, which another try counted."""
     kernel = image(Kernel(notes=[*PV64, P2M, UNMAPPED, note(2, quad(BASE + 0x10_3000))]))  # with a hypercall page

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.domain.breaking import Breaking
+from tests.domain.breaking import RESTORING, Breaking
 from tests.domain.restoring import made, opened, refused, state
 from tests.domain.saved import piped
 from tests.domain.saving import BOTH, CONFIG, Heap, suspended
@@ -37,14 +37,9 @@ from xenpv.host.model import ModelHost
 from xenpv.stream.envelope import Kind
 
 WIRE = Wire()
-CALLS = (
-    "create", "memory_map", "daemons", "alloc_event", "info", "set_cpu_policy", "populate_physmap", "map_writable",
-    "write_shared_info", "set_tsc_info", "set_vcpu_context", "set_vcpu_state", "pin_tables", "seed_grants",
-    "introduce", "configure", "unpause",
-)  # fmt: skip
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", RESTORING)
 def test_each_call_refused_once_leaves_nothing(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = pv_domain(vcpus=2).to_stream("xl", batch=16)
     host = ModelHost(128 << 20, seed=3)

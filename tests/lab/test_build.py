@@ -12,9 +12,9 @@ import pytest
 import lab
 from lab import guests
 from tests.cli.command import xenpv
-from tests.domain.breaking import CALLS
 from tests.image.images import asking_for_symbols
 from tests.lab.conftest import Hosts
+from tests.lab.guest import ONE_VERSION
 
 ROOT = Path(__file__).parents[2]
 LITMUS = guests.LITMUS
@@ -33,52 +33,6 @@ LARGE = {
     "8-gib": (guests.VMLINUX, guests.INITRAMFS, 8192, "console=hvc0"),
     "8-gib-inside": (NO_P2M, guests.INITRAMFS, 8192, ""),
 }
-ONE_VERSION = pytest.mark.parametrize("host", [lab.DEFAULT], indirect=True, ids=[f"xen-{lab.DEFAULT}"])
-
-
-BREAK = """
-import json, subprocess, sys, time
-from pathlib import Path
-from tests.domain.breaking import CALLS, Breaking
-from xenpv.domain.build import build
-from xenpv.errors import HostError
-from xenpv.host.xen_build import XenToolstack
-from xenpv.image.kernel import KernelImage
-from xenpv.image.layout import plan
-from xenpv.image.request import Request
-
-image = KernelImage.parse(Path(sys.argv[1]).read_bytes())
-layout = plan(image, Request(32 << 20))
-
-def state(host):
-    nodes = subprocess.run(["xenstore-ls", "-f"], capture_output=True, text=True, check=True).stdout
-    kept = [path.name for path in Path("/var/lib/xen").iterdir()]
-    names = sorted(line.split(" = ")[0] for line in nodes.splitlines())
-    return len(host.domains()), host.free_pages(), sorted(kept), names
-
-said = {}
-with XenToolstack() as host:
-    host.destroy(build(host, image, layout, name="first").domid)  # what the first domain leaves is libxl's own roots
-    before = state(host)
-    for call in CALLS:
-        original, times = getattr(host, call), 0
-        for nth in (0, -1, "last"):
-            breaking = Breaking(original, times - 1 if nth == "last" else nth)
-            setattr(host, call, breaking)
-            try:
-                domid = build(host, image, layout, name="broken", config=b"{}").domid
-            except HostError as e:
-                said[f"{call} {nth}"] = str(e)
-            else:
-                times = breaking.times
-                host.destroy(domid)
-        setattr(host, call, original)
-    patience = time.monotonic() + 30  # Xen frees the last domain when the daemons have let go of it
-    while before[1] - host.free_pages() >= 16 and time.monotonic() < patience:
-        time.sleep(0.2)
-    after = state(host)
-print(json.dumps({"said": said, "before": before, "after": after}))
-"""
 
 
 def hold_alike(host: lab.Host, cases: dict[str, tuple[str, str, int, str]]) -> None:
@@ -171,17 +125,6 @@ def test_a_file_built_without_a_hypervisor_is_started_by_stock_xl(host: lab.Host
         host.wait_for_guest(name, up, after=start[name])
         host.run(f"xl destroy {name}").check()
         (host.share / f"{name}.save").unlink()
-
-
-@ONE_VERSION
-def test_a_build_that_fails_leaves_nothing_on_real_xen(host: lab.Host) -> None:
-    """Each call of Xen is refused at its first time and at its last; no domain, page or node is left."""
-    ran = host.run(f"python3 {host.write('break.py', BREAK)} {LITMUS}", timeout=300).check()
-    told = json.loads(ran.stdout)
-    assert told["said"] == {f"{call} {nth}": "no" for call in CALLS for nth in (0, "last")}
-    (domains, free, *names), (domains_after, free_after, *names_after) = told["before"], told["after"]
-    assert (domains_after, names_after) == (domains, names)
-    assert free - free_after < 16, "Xen keeps a page or two of its own; a domain would be 8192"
 
 
 @ONE_VERSION

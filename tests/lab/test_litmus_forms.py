@@ -14,6 +14,7 @@ import pytest
 
 import lab
 from lab import guests
+from tests.lab.guest import BEATS, ONE_VERSION, Guest
 from xenpv.cli.show import describe
 from xenpv.domain.source import SavedDomain
 from xenpv.domain.verify import verify
@@ -42,21 +43,13 @@ SAVED = {
     "p2m=linear spread=3G places=2 vaddr=+1G": 3 * GIB,  # a GiB without a page: a shared page table
 }
 BAD = ("twice", "foreign", "stale", "oddgen")
-ONE_VERSION = pytest.mark.parametrize("host", ["4.17"], indirect=True, ids=["xen-4.17"])
 
 
 @dataclass
-class Guest:
-    name: str
-    host: lab.Host
-    options: str
-    at: int  # how far its console was read
+class Published(Guest):
+    """One that was booted with these options."""
 
-    def wait(self, text: str) -> str:
-        """What it printed up to and with the line of that text, since the last wait."""
-        start = self.at
-        self.at = self.host.wait_for_guest(self.name, text, after=start)
-        return self.host.guest_console(self.name)[start : self.at]
+    options: str = ""
 
     def save(self, keep: Path) -> lab.Result:
         """Saves it and restores it."""
@@ -69,18 +62,18 @@ class Guest:
         return result
 
 
-def boot(host: lab.Host, prefix: str, *all_options: str) -> list[Guest]:
+def boot(host: lab.Host, prefix: str, *all_options: str) -> list[Published]:
     """Boots one guest for each of the options, until it is up."""
     booted = []
     for number, options in enumerate(all_options):
         name = f"{prefix}{number}"
         host.write(f"{name}.cfg", guests.litmus_config(name, memory=MEMORY, options=f"{options} print=p2m"))
-        booted.append(Guest(name, host, options, len(host.guest_console(name))))
+        booted.append(Published(name, host, len(host.guest_console(name)), options))
     host.run("".join(f"xl create -q /share/{guest.name}.cfg || exit 1\n" for guest in booted)).check()
     return booted
 
 
-def destroy(booted: list[Guest]) -> None:
+def destroy(booted: list[Published]) -> None:
     booted[0].host.run("".join(f"xl destroy {guest.name}\n" for guest in booted)).check()
 
 
@@ -109,7 +102,7 @@ def test_what_stock_tools_refuse_to_save(host: lab.Host) -> None:
         said = (result.stdout + result.stderr).decode()
         assert re.search(f"xc: error: {REFUSED[guest.options]}: Internal error", said), said
         # It has no part in this, and goes on.
-        assert "suspend" not in guest.wait("litmus: heartbeat")
+        assert "suspend" not in guest.wait(BEATS)
     destroy(booted)
 
 

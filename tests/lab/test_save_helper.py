@@ -7,72 +7,18 @@ libxl-save-helper reads what ours has written, and writes what ours reads.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import lab
 from lab import guests
+from tests.lab.guest import BEATS, LIVE, ONE_VERSION, OURS, STOCK, Guest, State, boot, fails, run, start
 from xenpv.domain.verify import verify
 
-MEMORY = 16
-HELPER = "/usr/local/bin/xenpv-save-helper"
-OURS = f"LIBXL_SAVE_HELPER={HELPER}"
-STOCK = ""
 # By which forms the guest publishes its p2m: those that stock tools save, and others.
 STOCK_FORMS = ("tree", "linear", "both")
 FORMS = ("linear spread=2G", "tree spread=2G", "marked", "rooted levels=4", "rooted levels=6")
-ONE_VERSION = pytest.mark.parametrize("host", [lab.DEFAULT], indirect=True, ids=[f"xen-{lab.DEFAULT}"])
-LIVE = ("4.14", "4.17")  # Debian's 4.20 was built without log-dirty for PV
-
-
-@dataclass
-class Guest:
-    name: str
-    host: lab.Host
-    at: int  # how far its console was read
-
-    def wait(self, text: str, timeout: float = 120) -> str:
-        """What it printed up to and with that text, since the last wait."""
-        start = self.at
-        self.at = self.host.wait_for_guest(self.name, text, after=start, timeout=timeout)
-        return self.host.guest_console(self.name)[start : self.at]
-
-    def lives(self, resumed: str) -> None:
-        """It has resumed in that way, its memory is what it was, and it goes on."""
-        printed = self.wait(f"litmus: resume ({resumed})") + self.wait("litmus: heartbeat")
-        assert "pattern ok" in printed
-        assert "BAD" not in printed
-
-
-def boot(host: lab.Host, name: str, options: str, *, memory: int = MEMORY, vcpus: int = 1) -> Guest:
-    guest = Guest(name, host, len(host.guest_console(name)))
-    config = host.write(f"{name}.cfg", guests.litmus_config(name, memory=memory, vcpus=vcpus, options=options))
-    host.run(f"xl create -q {config}").check()
-    guest.wait("litmus: heartbeat")
-    return guest
-
-
-def run(host: lab.Host, command: str, timeout: float = 180) -> str:
-    """A command that succeeds; what it said."""
-    result = host.run(command, timeout=timeout).check()
-    return (result.stdout + result.stderr).decode()
-
-
-def fails(host: lab.Host, command: str, timeout: float = 180) -> str:
-    """A command that does not; what it said."""
-    result = host.run(command, timeout=timeout)
-    assert result.status not in (0, -1), result.tails()
-    return (result.stdout + result.stderr).decode()
-
-
-def state(host: lab.Host) -> tuple[int, int, list[str]]:
-    """What is left when nothing should be: domains, free pages, nodes of domains in xenstore."""
-    text = run(host, "sleep 1; xl list | wc -l; xl info free_memory; xenstore-ls -f /local/domain | cut -d' ' -f1")
-    lines = text.split()
-    nodes = [line for line in lines[2:] if not line.startswith("/local/domain/0")]
-    return int(lines[0]), int(lines[1]), nodes
 
 
 @pytest.mark.deep_elsewhere
@@ -121,14 +67,10 @@ def test_what_xl_prints_is_ours(host: lab.Host) -> None:
 @pytest.mark.deep_elsewhere
 def test_a_debian_guest(host: lab.Host) -> None:
     name = "debian"
-    config = host.write(f"{name}.cfg", guests.config(name))
-    at = len(host.guest_console(name))
-    run(host, f"xl create -q {config}")
-    at = host.wait_for_guest(name, guests.UP, after=at)
+    start(host, name, guests.config(name), guests.UP)
     for saver, restorer in ((OURS, OURS), (OURS, STOCK), (STOCK, OURS)):
         run(host, f"{saver} xl save {name} /tmp/saved && {restorer} xl restore /tmp/saved && rm /tmp/saved")
-        at = host.wait_for_guest(name, guests.BEAT, after=len(host.guest_console(name)))
-        at = host.wait_for_guest(name, guests.BEAT, after=at)
+        Guest.expected(host, name).beats(guests.BEAT)
 
 
 @pytest.mark.deep
@@ -136,12 +78,12 @@ def test_save_that_leaves_it_running_or_paused(host: lab.Host) -> None:
     guest = boot(host, "litmus", "p2m=both")
     run(host, f"{OURS} xl save -c litmus /tmp/saved")
     guest.wait("pattern ok")
-    guest.wait("litmus: heartbeat")
+    guest.wait(BEATS)
     run(host, f"{OURS} xl save -p litmus /tmp/saved")
     assert re.search(r"^litmus +\d+ +\d+ +1 +--p---", run(host, "xl list"), re.MULTILINE)
     run(host, "xl unpause litmus")
     guest.wait("pattern ok")
-    guest.wait("litmus: heartbeat")
+    guest.wait(BEATS)
     run(host, f"xl destroy litmus; {OURS} xl restore -p /tmp/saved")
     assert re.search(r"^litmus +\d+ +\d+ +1 +--p---", run(host, "xl list"), re.MULTILINE)
     run(host, "xl unpause litmus")
@@ -163,11 +105,11 @@ def test_files_of_an_older_xen(host: lab.Host, tmp_path_factory: pytest.TempPath
         _from_older[f"{host.xen}, {name}"] = (result.outputs / "saved").rename(keep / name)
     for path in _from_older.values():
         saved = host.put(path, "older.save")
-        guest = Guest("litmus", host, len(host.guest_console("litmus")))
+        guest = Guest.expected(host, "litmus")
         run(host, f"{OURS} xl restore {saved}")
         guest.lives("new domain")
         run(host, "xl destroy litmus")
-    guest = Guest("litmus", host, len(host.guest_console("litmus")))
+    guest = Guest.expected(host, "litmus")
     if "4.14, ours" in _from_older:
         run(host, f"xl restore {host.put(_from_older['4.14, ours'], 'older.save')}")
         guest.lives("new domain")
@@ -188,13 +130,13 @@ def test_migration(host: lab.Host, sender: str, receiver: str) -> None:
     if host.xen not in LIVE:
         said = fails(host, command)
         assert "Migration failed" in said
-        guest.wait("litmus: heartbeat")
+        guest.wait(BEATS)
         if sender == STOCK:
             return
         assert "xenpv: error: XENPV_PRECOPY=no sends a domain that stands still meanwhile" in said, said
         assert re.search(r"xenpv: error: .*cannot log which pages a PV domain writes", said), said
         command = f"XENPV_PRECOPY=no {command}"
-    arrived = Guest("litmus--incoming", host, len(host.guest_console("litmus--incoming")))  # what its console is called
+    arrived = Guest.expected(host, "litmus--incoming")  # what its console is called
     said = run(host, command)
     assert "Migration successful." in said
     arrived.lives("new domain")
@@ -207,36 +149,27 @@ def test_migration(host: lab.Host, sender: str, receiver: str) -> None:
 @pytest.mark.deep
 @ONE_VERSION
 def test_a_guest_that_refuses_to_suspend(host: lab.Host) -> None:
-    before = state(host)
+    before = State.of(host)
     guest = boot(host, "refuses", "p2m=both suspend=refuse")
     said = fails(host, f"{OURS} xl save refuses /tmp/saved")
     assert re.search(r"xenpv: error: dom\d+ \(refuses\) has not suspended: it runs", said), said
     assert "did not respond to suspend request" in said
-    guest.wait("litmus: heartbeat")
-    guest.wait("litmus: heartbeat")
-    gone(host, before)
-
-
-def gone(host: lab.Host, before: tuple[int, int, list[str]]) -> None:
-    """Nothing is left of what was there since."""
-    host.run("xl list | awk 'NR > 2 { print $2 }' | while read -r domid; do xl destroy $domid; done").check()
-    domains, free, nodes = state(host)
-    assert (domains, nodes) == (before[0], before[2])
-    assert before[1] - free <= 1, "MiB that are not free again"
+    guest.beats()
+    before.is_again(host)
 
 
 @pytest.mark.deep_elsewhere
 def test_a_full_disk(host: lab.Host) -> None:
-    before = state(host)
+    before = State.of(host)
     guest = boot(host, "litmus", "p2m=both")
     run(host, "mkdir -p /tmp/small; mountpoint -q /tmp/small || mount -t tmpfs -o size=1m none /tmp/small")
     said = fails(host, f"{OURS} xl save litmus /tmp/small/saved")
     assert "xenpv: error: the stream: No space left on device" in said
     guest.wait("pattern ok")
-    guest.wait("litmus: heartbeat")
+    guest.wait(BEATS)
     run(host, f"rm /tmp/small/saved; {OURS} xl save litmus /tmp/saved && {OURS} xl restore /tmp/saved")
     guest.lives("new domain")
-    gone(host, before)
+    before.is_again(host)
 
 
 @pytest.mark.deep
@@ -257,13 +190,13 @@ def test_a_file_system_that_takes_no_foreign_pages(host: lab.Host) -> None:
 def test_a_stream_that_is_cut_off(host: lab.Host) -> None:
     boot(host, "litmus", "p2m=both")
     run(host, f"{OURS} xl save litmus /tmp/saved")
-    before = state(host)
+    before = State.of(host)
     size = int(run(host, "stat -c %s /tmp/saved"))
     for at in (2_000, size // 2, size - 10_000):
         said = fails(host, f"head -c {at} /tmp/saved > /tmp/cut; {OURS} xl restore /tmp/cut")
         assert re.search(r"xenpv: error: .*the stream ends|xenpv: error: .*(at 0x[0-9a-f]+)", said), said
         assert "cannot (re-)build domain" in said
-    gone(host, before)
+    before.is_again(host)
 
 
 @pytest.mark.deep_elsewhere
@@ -271,23 +204,23 @@ def test_a_stream_that_is_cut_off(host: lab.Host) -> None:
 def test_a_bit_flipped_in_the_stream(host: lab.Host) -> None:
     boot(host, "litmus", "p2m=both")
     run(host, f"{OURS} xl save litmus /tmp/saved")
-    before = state(host)
+    before = State.of(host)
     script = "import sys; f = open('/tmp/bad', 'r+b'); f.seek(int(sys.argv[1])); f.write(b'\\xff' * 8)"
     for at in (4_000, 6_000):
         said = fails(host, f'cp /tmp/saved /tmp/bad; python3 -c "{script}" {at}; {OURS} xl restore /tmp/bad')
         assert "xenpv: error: " in said
-    gone(host, before)
+    before.is_again(host)
 
 
 @pytest.mark.deep
 def test_less_memory_than_the_domain_had(host: lab.Host) -> None:
     boot(host, "litmus", "p2m=both", memory=32)
     run(host, f"{OURS} xl save litmus /tmp/saved")
-    before = state(host)
+    before = State.of(host)
     config = host.write("small.cfg", guests.litmus_config("litmus", memory=16))
     said = fails(host, f"{OURS} xl restore {config} /tmp/saved")
     assert re.search(r"xenpv: error: dom\d+.*memory", said), said
-    gone(host, before)
+    before.is_again(host)
 
 
 # A save that has come to a halt in the middle: nobody reads on. The brackets are for pgrep not to find this shell.
@@ -305,15 +238,15 @@ kill $reader; cat said; ! pgrep -f 'cli.save_helper --[s]ave'
 
 
 def halted(host: lab.Host, act: str, words: str) -> None:
-    before = state(host)
+    before = State.of(host)
     guest = boot(host, "litmus", "p2m=both")
     said = run(host, HALTED.format(ours=OURS, act=act))
     assert "status 0" not in said
     assert words in said, said
     guest.wait("litmus: resume")
     guest.wait("pattern ok")
-    guest.wait("litmus: heartbeat")
-    gone(host, before)
+    guest.wait(BEATS)
+    before.is_again(host)
 
 
 @pytest.mark.deep_elsewhere
@@ -352,7 +285,7 @@ def test_a_guest_that_stock_leaves_suspended(host: lab.Host) -> None:
 def test_a_restore_that_is_killed(host: lab.Host) -> None:
     boot(host, "litmus", "p2m=both")
     run(host, f"{OURS} xl save litmus /tmp/saved")
-    before = state(host)
+    before = State.of(host)
     said = run(
         host,
         f"""
@@ -366,7 +299,7 @@ def test_a_restore_that_is_killed(host: lab.Host) -> None:
     )
     assert "status 0" not in said
     assert "save/restore helper" in said
-    gone(host, before)
+    before.is_again(host)
 
 
 @pytest.mark.deep
@@ -375,4 +308,4 @@ def test_what_is_not_supported_is_refused_in_words(host: lab.Host) -> None:
     guest = boot(host, "litmus", "p2m=both")
     said = fails(host, f"{OURS} xl remus -Fbnd litmus nowhere", timeout=60)
     assert "xenpv: error: Remus is not supported" in said, said
-    guest.wait("litmus: heartbeat")
+    guest.wait(BEATS)

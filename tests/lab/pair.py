@@ -1,0 +1,50 @@
+"""Two hosts; domains go from one to the other over this machine's loopback."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import lab
+from tests.lab.conftest import Hosts
+
+LISTENING = 240.0  # seconds that a receiver has to start, under emulation
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Who is reached at 10.0.2.2:``port`` from ``here`` is who listens at that port ``there``."""
+
+    here: lab.Host
+    there: lab.Host
+    port: int
+
+    @property
+    def address(self) -> str:
+        return f"10.0.2.2:{self.port}"
+
+    def listener(self, command: str) -> lab.Job:
+        """Start a command there, and wait until it says that it listens."""
+        job = self.there.start(command)
+        deadline = time.monotonic() + LISTENING
+        while b"listening" not in (job.stdout.read_bytes() if job.stdout.exists() else b""):
+            assert time.monotonic() < deadline, "it does not listen"
+            assert not job.done(), job.wait().tails()
+            time.sleep(0.1)
+        return job
+
+
+@contextmanager
+def two(hosts: Hosts, here: str, there: str = "") -> Iterator[Pair]:
+    """Hosts of those versions of Xen, of one if ``there`` is not said."""
+    hosts.close()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+    with (
+        lab.Host(there or here, mem="2G", dom0_mem="1G", listen=(port,)) as target,
+        lab.Host(here, mem="2G", dom0_mem="1G", network=True) as source,
+    ):
+        yield Pair(source, target, port)

@@ -1,0 +1,108 @@
+"""xl migrate between two hosts, with xenpv-save-helper on both sides and on one; link.py is what ssh would be.
+
+The oracle for what is in a domain's memory is litmus, which checks its pattern when it has arrived.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+import lab
+from tests.lab.conftest import Hosts
+from tests.lab.guest import LIVE, OURS, STOCK, Guest, boot, freed, listed, run
+from tests.lab.pair import LISTENING, Pair, two
+
+LINK = "python3 -m tests.lab.link"
+NAME = "litmus"
+ARRIVING = f"{NAME}--incoming"
+SIDES = {"ours to ours": (OURS, OURS), "ours to stock": (OURS, STOCK), "stock to ours": (STOCK, OURS)}
+SLOWLY = "XENPV_PRECOPY=bandwidth=2000000"
+
+
+def receiver(pair: Pair, environment: str) -> lab.Job:
+    return pair.listener(f"env {environment} {LINK} --listen {pair.port}")
+
+
+def migrate(pair: Pair, environment: str, options: str = "") -> str:
+    return f"env {environment} xl migrate {options} -s '{LINK}' {NAME} {pair.address}"
+
+
+def arrives(pair: Pair, sender: str, receives: str, options: str = "") -> str:
+    """A guest that works goes there and lives; what both sides said."""
+    boot(pair.here, NAME, "p2m=both dirty=2000", memory=32, vcpus=2)
+    there = receiver(pair, receives)
+    arrived = Guest.expected(pair.there, ARRIVING)  # what its console is called
+    said = run(pair.here, migrate(pair, sender, options), timeout=300)
+    assert "Migration successful." in said
+    result = there.wait().check()
+    arrived.lives("new domain")
+    assert listed(pair.here) == []
+    assert [name for name, _ in listed(pair.there)] == [NAME]
+    run(pair.there, f"xl destroy {NAME}")
+    return said + result.stderr.decode()
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("xen", ["4.14", "4.17", "4.20"])
+def test_a_guest_that_works_goes_to_another_host(hosts: Hosts, xen: str) -> None:
+    how = "" if xen in LIVE else "XENPV_PRECOPY=no"
+    with two(hosts, xen) as pair:
+        free = freed(pair.here), freed(pair.there)
+        for sides, (sender, receives) in SIDES.items():
+            if sender == STOCK and xen not in LIVE:
+                continue  # stock's sends no other way
+            began = time.monotonic()
+            said = arrives(pair, f"{sender} {how}", receives)
+            print(f"\nXen {xen}, {sides}: {time.monotonic() - began:.1f} s\n{said}")
+            assert ("xenpv: info: round" in said) == (sender == OURS and xen in LIVE)
+        said = arrives(pair, f"{OURS} {how}", OURS, "--debug")
+        assert "pages, the first is pfn" not in said
+        if xen in LIVE:
+            assert "to be sent again, to be compared" in said
+        assert freed(pair.here) >= free[0]
+        assert freed(pair.there) >= free[1]
+
+
+@pytest.mark.deep
+def test_to_a_newer_xen(hosts: Hosts) -> None:
+    with two(hosts, "4.14", "4.17") as pair:
+        for sender, receives in SIDES.values():
+            arrives(pair, sender, receives)
+
+
+@pytest.mark.deep
+def test_what_ends_on_the_way(hosts: Hosts) -> None:
+    """A helper, here or there, or the link: it runs on here, and nothing of it is there."""
+    with two(hosts, lab.DEFAULT) as pair:
+        guest = boot(pair.here, NAME, "p2m=both dirty=200", memory=32, vcpus=2)
+        free = freed(pair.there)
+        for host, what in (
+            (pair.here, "cli.save_helper --[s]ave"),
+            (pair.there, "cli.save_helper --[r]estore"),
+            (pair.here, "tests.lab.[l]ink 10"),
+            (pair.there, "xl [m]igrate-receive"),
+        ):
+            there = receiver(pair, OURS)
+            sending = pair.here.start(migrate(pair, f"{OURS} {SLOWLY}"))
+            deadline = time.monotonic() + LISTENING
+            while ARRIVING not in pair.there.run("xl list").text:
+                assert time.monotonic() < deadline
+                assert not sending.done(), sending.wait().tails()
+            time.sleep(3)
+            run(host, f"kill -KILL $(pgrep -f '{what}')")
+            result = sending.wait()
+            print(what, result.tails(), there.wait().tails())
+            assert result.status not in (0, -1)
+            assert "Migration failed" in result.stderr.decode()
+            guest.beats()
+            printed = pair.here.guest_console(NAME)
+            assert printed.count("litmus: resume") == printed.count("pattern ok")
+            assert [name for name, _ in listed(pair.here)] == [NAME]
+            run(pair.there, f"xl list {ARRIVING} && xl destroy {ARRIVING}; true")
+            assert freed(pair.there) >= free
+        receiver(pair, OURS)
+        arrived = Guest.expected(pair.there, ARRIVING)
+        run(pair.here, migrate(pair, OURS), timeout=300)  # nobody remembers
+        arrived.lives("new domain")
