@@ -21,7 +21,7 @@ from tests.writers.domain import Domain
 from tests.writers.vmcoreinfo import text
 from xenpv.abi.declare import Width
 from xenpv.domain.opening import KeptDomain, open_domain
-from xenpv.errors import Fault, RequestError
+from xenpv.errors import Fault, RequestError, Truncated
 from xenpv.plugins.drgn import _PT_REGS, main, program, stack_of
 
 PAGE = 4096
@@ -199,6 +199,18 @@ def test_no_linux_is_said(tmp_path: Path) -> None:
     found = said("-e", "print(prog.read(0, 1, physical=True))", str(path))
     assert found.stdout == f"{bytes(made(8, linux=False).pages[0][:1])!r}\n"
     assert "no VMCOREINFO in its memory" in found.stderr
+
+
+def test_what_is_there_of_a_file_that_was_cut_off(linux: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.save"
+    whole = linux.read_bytes()
+    first = bytes(made(8, linux=True).pages[0])
+    cut.write_bytes(whole[: whole.index(first) + 10 * PAGE])
+    line = f"print(prog.read({PAGE - 8}, 4, physical=True).hex())"
+    assert isinstance(said("-e", line, str(cut)).exception, Truncated)
+    found = said("--partial", "-e", line, str(cut))
+    assert found.stdout == f"{first[-8:-4].hex()}\n"
+    assert "the input ends" in found.stderr
 
 
 def test_a_fault_names_the_page(linux: Path) -> None:

@@ -69,6 +69,15 @@ def export(
     return exported
 
 
+def pages_of(domain: Domain) -> Pages:
+    """The pages that have content; of a file that was cut off, those before its end."""
+    pages = Pages.of(domain.extents())
+    if isinstance(domain, SavedDomain) and domain.error is not None:
+        kept = [domain.frames.kept(pfns) for pfns in pages.batches(1 << 20)]
+        pages = pages.where(np.concatenate([*kept, np.empty(0, np.bool_)]))
+    return pages
+
+
 class _Job:
     """One export: the domain, what was found in it, and what becomes of it."""
 
@@ -80,12 +89,8 @@ class _Job:
 
     @cached_property
     def pages(self) -> Pages:
-        """The pages that have content; of a file that was cut off, those before its end."""
-        pages, domain = Pages.of(self.domain.extents()), self.domain
-        if isinstance(domain, SavedDomain) and domain.error is not None:
-            kept = [domain.frames.kept(pfns) for pfns in pages.batches(1 << 20)]
-            pages = pages.where(np.concatenate([*kept, np.empty(0, np.bool_)]))
-        return pages
+        """The pages that have content."""
+        return pages_of(self.domain)
 
     @cached_property
     def registers(self) -> dict[int, Registers | None]:

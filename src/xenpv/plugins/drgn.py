@@ -15,11 +15,11 @@ without VMCOREINFO) virtual memory is what vcpu 0 sees, by our walk.
 
 from __future__ import annotations
 
+import functools
 import runpy
 import struct
 import sys
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import click
@@ -28,8 +28,10 @@ from drgn.cli import default_globals, run_interactive, version_header
 
 from xenpv.cli.main import run
 from xenpv.cli.target import PAUSE, TARGET, opened
+from xenpv.cli.terminal import printable
 from xenpv.domain.live import LiveDomain
 from xenpv.errors import RequestError, XenPVError
+from xenpv.findings import Rule, Severity
 from xenpv.memory.domain import Domain
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo
 from xenpv.plugins.recent import KEPT, RecentPages
@@ -93,9 +95,16 @@ def stack_of(prog: drgn.Program, domain: Domain, vcpu: int) -> drgn.StackTrace:
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option("-s", "--symbols", multiple=True, metavar="PATH", help="A vmlinux or module with debugging information.")
 @click.option("-e", "code", metavar="CODE", help="Run a line of Python instead of a script.")
+@click.option("--partial", is_flag=True, help="Open what is there of a FILE that was cut off or is damaged.")
 @PAUSE
 def main(
-    target: str, script: str | None, arguments: tuple[str, ...], symbols: tuple[str, ...], code: str | None, pause: bool
+    target: str,
+    script: str | None,
+    arguments: tuple[str, ...],
+    symbols: tuple[str, ...],
+    code: str | None,
+    partial: bool,
+    pause: bool,
 ) -> None:
     """Open a domain in drgn: one that runs (DOM), or is in a save file or core (FILE).
 
@@ -107,7 +116,12 @@ def main(
     A script, a line or the prompt finds what drgn's own have, and `domain` and `stack_of(VCPU)`. Without -s, drgn looks
     for the kernel's symbols where it always does.
     """
-    with opened(target, pause=pause, hvm=True) as domain:
+
+    def fault(rule: Rule, message: str, offset: int, _record: str | None) -> None:
+        if rule.severity is Severity.ERROR:
+            click.echo(printable(f"xenpv: {message} (at {offset:#x})"), err=True)
+
+    with opened(target, pause=pause, hvm=True, fault=fault if partial else None) as domain:
         prog = program(domain, live=isinstance(domain, LiveDomain) and not pause)
         if not prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL:
             click.echo("no VMCOREINFO in its memory: memory can be read, but nothing is known of a kernel", err=True)
@@ -116,7 +130,7 @@ def main(
                 prog.load_debug_info(symbols, default=not symbols)
             except drgn.MissingDebugInfoError as e:
                 click.echo(str(e), err=True)
-        ours = {"domain": domain, "stack_of": partial(stack_of, prog, domain)}
+        ours = {"domain": domain, "stack_of": functools.partial(stack_of, prog, domain)}
         if script is None and code is None:
             click.echo(version_header(), err=True)
             run_interactive(prog, globals_func=lambda given: given | ours)

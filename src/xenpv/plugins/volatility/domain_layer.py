@@ -18,10 +18,9 @@ from volatility3.framework import constants, exceptions, interfaces
 from volatility3.framework.configuration import requirements
 from volatility3.framework.layers import physical
 
+from xenpv.domain.export_file import pages_of
 from xenpv.domain.opening import KeptDomain, open_domain
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import GuestError, Unsupported, XenPVError
-from xenpv.export.content import Pages
 from xenpv.findings import Rule, Severity
 from xenpv.frames import PAGE_SHIFT
 from xenpv.plugins.recent import RecentPages
@@ -60,7 +59,7 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         except (XenPVError, OSError) as e:
             raise exceptions.LayerException(self.name, f"{self._path}: {e}") from e
         try:
-            runs = _runs(self._domain, damaged=bool(wrong))
+            runs = pages_of(self._domain)
             if not runs.total:
                 raise GuestError(f"no page of memory in it: {'; '.join(wrong)}")
         except (XenPVError, OSError) as e:
@@ -159,15 +158,6 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
                 for at in range(start, start + count, scanner.chunk_size):
                     size = min(scanner.chunk_size + scanner.overlap, start + count - at)
                     yield [(self.name, at, size)], at + size
-
-
-def _runs(domain: KeptDomain, *, damaged: bool) -> Pages:
-    """Runs of the pages that can be read."""
-    pages = Pages.of(domain.extents())
-    if damaged and isinstance(domain, SavedDomain):  # a stream says which pages come before they come
-        kept = [domain.frames.kept(pfns) for pfns in pages.batches(1 << 20)]
-        return pages.where(np.concatenate(kept)) if kept else pages
-    return pages
 
 
 def _path(location: str) -> str:
