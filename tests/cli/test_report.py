@@ -10,6 +10,7 @@ import pytest
 
 from tests.cli.command import xenpv
 from tests.host.kernel_guest import Guest
+from tests.writers.core import core_of
 from tests.writers.domain import Domain
 
 
@@ -127,7 +128,7 @@ def test_a_running_domain(pause: bool, tmp_path: Path, monkeypatch: pytest.Monke
     guest, out, paused = Guest.boot("both"), tmp_path / "report.html", []
     info = guest.host.info(guest.domid)
     monkeypatch.setattr("xenpv.cli.target._running", lambda _target, _stack: guest.live)
-    monkeypatch.setattr(guest.host, "pause", lambda domid: paused.append(domid))
+    monkeypatch.setattr(guest.host, "pause", paused.append)
     monkeypatch.setattr(guest.host, "unpause", lambda _domid: paused.append(None))
     ran = xenpv("report", "litmus", "-o", out, "--json", *(["--pause"] if pause else []))
     assert (ran.code, ran.err) == (0, "")
@@ -150,3 +151,23 @@ def test_what_is_no_domain(tmp_path: Path) -> None:
     assert not out.exists()
     ran = xenpv("report", file, "-o", out, "--pause")
     assert "only a running domain can be paused" in ran.err
+
+
+def test_a_core_shows_what_the_save_file_shows(domain: Domain, good: Path, tmp_path: Path) -> None:
+    core, out = tmp_path / "made.core", tmp_path / "core.html"
+    core.write_bytes(bytes(core_of(domain)))
+    ran = xenpv("report", core, "-o", out, "--json")
+    assert (ran.code, ran.err) == (0, "")
+    dumped, saved = ran.json, xenpv("report", good, "--json").json
+    assert dumped["identity"]["kind"] == "dumped"
+    assert [vcpu["cr3"] for vcpu in dumped["vcpus"]] == [vcpu["cr3"] for vcpu in saved["vcpus"]]
+    for one, other in zip(dumped["page_tables"]["levels"], saved["page_tables"]["levels"], strict=True):
+        assert one.pop("pinned") is None  # a core does not say
+        other.pop("pinned")
+        assert one == other
+    for part in ("mapped", "writable", "several", "loose"):
+        assert dumped["page_tables"][part] == saved["page_tables"][part]
+    assert dumped["content"] == saved["content"]
+    assert dumped["p2m"]["entries"] == saved["p2m"]["entries"]
+    assert [shape["form"] for shape in dumped["p2m"]["shapes"]] == [shape["form"] for shape in saved["p2m"]["shapes"]]
+    assert out.stat().st_mode & 0o777 == 0o600

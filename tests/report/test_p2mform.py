@@ -12,6 +12,7 @@ import pytest
 from tests.host.kernel_guest import SOME, Guest
 from tests.writers.build import pv_domain
 from xenpv.abi.declare import Width
+from xenpv.abi.x86 import PTE_PSE
 from xenpv.domain.source import SavedDomain
 from xenpv.memory.anchors import Form
 from xenpv.memory.p2m import reading
@@ -101,3 +102,15 @@ def test_the_drawing_has_every_node_within_its_frame(tmp_path: Path) -> None:
         here = sorted((box.x, box.w) for box in picture.boxes if box.y == row.y)
         for (x, w), (after, _) in pairwise(here):
             assert x + w <= after + 0.11
+
+
+def test_a_superpage_on_the_way_to_a_list_leads_nowhere(tmp_path: Path) -> None:
+    domain = pv_domain(pfns=range(100))
+    step = domain.set_pte(domain.p2m_vaddr, 0, level=3)
+    domain.table(step.table)[step.entry] = step.pte | PTE_PSE
+    file = tmp_path / "made.save"
+    file.write_bytes(domain.to_bytes())
+    with SavedDomain.open(str(file)) as saved:
+        shape = shapes(saved)[0]
+    assert [level.frames for level in shape.levels] == [1, 1, 0, 0, 0]
+    picture_of(shape)
