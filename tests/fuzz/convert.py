@@ -1,6 +1,7 @@
 """Fuzz the converter. One invariant: whatever it accepts, deep verify passes; whatever it does not leaves no file.
 
-And what verify finds an error in is refused. Legacy streams of every kind are among the inputs.
+And of streams of today it refuses nothing in which verify finds nothing. Legacy streams of every kind are among the
+inputs.
 
 python -m tests.fuzz.convert [--seconds N] [--seed N] [--only N]
 """
@@ -66,6 +67,8 @@ def target(data: bytes, n: int) -> None:
         except (StreamError, RequestError) as e:
             assert "\n" not in str(e)  # noqa: PT017
             assert [path.name for path in Path(folder).iterdir()] == ["in"]
+            if n % 2 == 0 and not wish.drop_zero and "device model" not in str(e):
+                assert faulty(source), f"refused without a reason: {e}"  # noqa: PT017
             return
         finally:
             taken.close()
@@ -74,6 +77,16 @@ def target(data: bytes, n: int) -> None:
         assert report.ok, [str(finding) for finding in report.findings]
         assert report.pages <= done.pages
         assert done.bytes_out == out.stat().st_size
+
+
+def faulty(path: Path) -> bool:
+    """Whether verify finds an error or a warning in it, or no stream."""
+    try:
+        report = verify(str(path))
+    except StreamError:
+        return True
+    report.close()
+    return len(report.findings) > 0
 
 
 if __name__ == "__main__":

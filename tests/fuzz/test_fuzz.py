@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz import cli, image, p2m, restore, stream, verify
+from tests.fuzz import cli, convert, image, p2m, restore, stream, verify
 from tests.fuzz.mutate import case, corpus
 from tests.fuzz.run import run
 
@@ -28,6 +28,10 @@ def test_any_file_gets_a_report() -> None:
 
 def test_any_stream_becomes_a_domain_or_nothing() -> None:
     assert run(restore.Fuzzed().target, seed=1, cases=80) == 80
+
+
+def test_any_file_is_converted_to_what_restores_or_refused() -> None:
+    assert run(convert.target, seed=1, cases=60) == 60
 
 
 def test_any_file_gets_an_answer_or_a_sentence() -> None:

@@ -310,6 +310,16 @@ def test_what_is_wrong_is_said(lie: Lie) -> None:
     assert not got.reader.done
 
 
+def test_many_pages_of_a_byte_each_come_in_batches() -> None:
+    named = [W.pages([(pfn, NOTAB) for pfn in range(48)], [])] * 100
+    got = deltas(*named, W.compressed(bytes(4800)))
+    found = [event for event in got.events if isinstance(event, Deltas)]
+    assert [len(event.ends) for event in found] == [1024] * 4 + [704]
+    assert [len(event.entries) for event in found] == [8 * 1024] * 4 + [8 * 704]
+    got = deltas(*[W.pages([(pfn, NOTAB) for pfn in range(48)], [])] * 1400)
+    assert "are named before any content comes" in str(got.error)
+
+
 def test_pages_that_never_come() -> None:
     got = deltas(W.pages([(3, NOTAB), (4, NOTAB)], []), W.compressed(whole_page(bytes(PAGE))))
     assert "1 pages are named whose content has not come" in str(got.error)

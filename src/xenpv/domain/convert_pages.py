@@ -19,7 +19,7 @@ from xenpv.stream.records import RECORD_LENGTH_MAX
 BATCH = 1024  # pages of a record, as libxenguest has them
 BATCH_MAX = (RECORD_LENGTH_MAX - 8) // (8 + PAGE_SIZE)
 
-_SEEN_SHIFT = 18  # pfns of one piece of a Seen: 256 KiB
+_SEEN_SHIFT = 12  # pfns of one piece of a Seen: no more bytes than the page that made it
 
 Take = Callable[[memoryview], None]
 Batch = tuple[U64, list[U8]]
@@ -27,22 +27,30 @@ Batch = tuple[U64, list[U8]]
 
 
 class Seen:
-    """Which pfns came. Its memory follows where they lie."""
+    """Some pfns, as they come. Its memory follows where they lie."""
 
     def __init__(self) -> None:
         self._pieces: dict[int, Mask] = {}
 
-    def add(self, pfns: U64) -> Mask:
-        """Note that they come; which of them had come before."""
-        before = np.zeros(len(pfns), np.bool_)
-        numbers = pfns >> np.uint64(_SEEN_SHIFT)
-        for number in np.unique(numbers).tolist():
-            piece = self._pieces.setdefault(number, np.zeros(1 << _SEEN_SHIFT, np.bool_))
-            of = numbers == number
-            within = pfns[of] & np.uint64((1 << _SEEN_SHIFT) - 1)
-            before[of] = piece[within]
-            piece[within] = True
-        return before
+    def add(self, pfns: U64) -> None:
+        """Note some."""
+        for number, of, within in _pieces(pfns):
+            self._pieces.setdefault(number, np.zeros(1 << _SEEN_SHIFT, np.bool_))[within[of]] = True
+
+    def has(self, pfns: U64) -> Mask:
+        """Which of them were noted."""
+        out = np.zeros(len(pfns), np.bool_)
+        for number, of, within in _pieces(pfns):
+            if number in self._pieces:
+                out[of] = self._pieces[number][within[of]]
+        return out
+
+
+def _pieces(pfns: U64) -> Iterator[tuple[int, Mask, U64]]:
+    """The number of each piece that pfns lie in, which of them do, and where within it all would."""
+    numbers, within = pfns >> np.uint64(_SEEN_SHIFT), pfns & np.uint64((1 << _SEEN_SHIFT) - 1)
+    for number in np.unique(numbers).tolist():
+        yield number, numbers == number, within
 
 
 class Cutter:
@@ -50,7 +58,7 @@ class Cutter:
 
     ``batch``: so many pages to a record, whatever they were in before; None leaves records as they are, and cuts those
     that have more than libxenguest's. ``drop_zero``: a page that holds nothing but zeros comes as XALLOC, without
-    content, unless its pfn is one of ``keep`` or came before.
+    content, unless its pfn is one of ``keep`` or came with other content before.
     """
 
     def __init__(self, batch: int | None = None, *, drop_zero: bool = False) -> None:
@@ -59,7 +67,7 @@ class Cutter:
         self.keep = np.empty(0, np.uint64)  # ascending
         self._batch = batch or BATCH
         self._join = batch is not None
-        self._seen = Seen() if drop_zero else None
+        self._filled = Seen() if drop_zero else None
         self._entries = np.empty(0, np.uint64)
         self._contents: list[U8] = []
 
@@ -70,7 +78,7 @@ class Cutter:
             some = entries[first : first + self._batch]
             content = np.empty((int(np.count_nonzero(_has_data(some))), PAGE_SIZE), np.uint8)
             take(content.reshape(-1).data)
-            if self._seen is not None:
+            if self._filled is not None:
                 some, content = self._without_zeros(some, content)
             self.pages += len(content)
             if not self._join:
@@ -100,18 +108,18 @@ class Cutter:
             yield entries, contents
 
     def _without_zeros(self, entries: U64, content: U8) -> tuple[U64, U8]:
-        assert self._seen is not None
-        pfns = entries & np.uint64(PFN_MASK)
-        plain = entries >> np.uint64(TYPE_SHIFT) == PageType.NOTAB
-        plain &= ~self._seen.add(pfns) & ~np.isin(pfns, self.keep)
-        of_content = _has_data(entries)
-        zero = ~content.view(np.uint64).any(axis=1) & plain[of_content]
+        assert self._filled is not None
+        at = np.flatnonzero(_has_data(entries))
+        pfns = entries[at] & np.uint64(PFN_MASK)
+        filled = content.view(np.uint64).any(axis=1)
+        zero = ~filled & (entries[at] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
+        zero &= ~np.isin(pfns, self.keep) & ~self._filled.has(pfns)
+        self._filled.add(pfns[filled])
         if not zero.any():
             return entries, content
         self.dropped += int(np.count_nonzero(zero))
-        at = np.flatnonzero(of_content)[zero]
         entries = entries.copy()
-        entries[at] = pfns[at] | np.uint64(PageType.XALLOC << TYPE_SHIFT)
+        entries[at[zero]] = pfns[zero] | np.uint64(PageType.XALLOC << TYPE_SHIFT)
         return entries, content[~zero]
 
 

@@ -34,7 +34,7 @@ BATCH_MAX = 1024
 _P2M_MAX = 1 << 28  # pfns have 28 bits
 _VCPUS_MAX = 4096  # XC_SR_MAX_VCPUS
 _UNMAPPED = 0xF000_0000  # what stands for a pfn that could not be mapped
-_PENDING_MAX = 1 << 20  # pages named and not yet sent; a sender keeps 8192
+_PENDING_MAX = 1 << 16  # pages named and not yet sent; a sender keeps 8192
 _QEMU_SIGNATURES = (b"DeviceModelRecord0002", b"RemusDeviceModelState")
 _QEMU_UNTIL_END = b"QemuDeviceModelRecord"
 
@@ -252,8 +252,11 @@ class LegacyReader(Reader):
                 raise Unsupported("transcendent memory, which Xen has no more", offset=self._at, record=self._record)
             elif chunk != _VERIFY:  # behind that, pages come once more, to be compared
                 raise self._malformed(f"unrecognised chunk {chunk}")
-        if self._entries or self._rest:
+        if self._pending or self._rest:
             raise self._malformed(f"the body ends, and {self._pending} pages are named whose content has not come")
+        if self._entries:
+            yield self._checked(self._entries, 0)
+            self._entries = b""
         if params:
             yield records.HvmParams(offset=self._at, length=8 + 16 * len(params), params=params)
 
@@ -303,14 +306,16 @@ class LegacyReader(Reader):
             ends = delta.ends(data, self._pending)
         except delta.Damaged as e:
             raise self._malformed(f"compressed data, byte {e.at:#x}: {e}") from None
-        through = ends[-1] if ends else 0
-        self._rest, data = data[through:], data[:through]
-        self._pending -= len(ends)
+        begin = 0
+        for first in range(0, len(ends), BATCH_MAX):  # a byte can stand for a page
+            some = ends[first : first + BATCH_MAX]
+            entries, self._entries = self._split(len(some))
+            self._pending -= len(some)
+            yield Deltas(self._at, entries, [end - begin for end in some], bytes(data[begin : some[-1]]))
+            begin = some[-1]
+        self._rest = bytes(data[begin:])
         if self._rest and not self._pending:
             raise self._malformed(f"{len(self._rest)} bytes of compressed data are no page's")
-        entries, self._entries = self._split(len(ends))
-        if entries:
-            yield Deltas(self._at, entries, ends, bytes(data))
 
     def _split(self, pages: int) -> tuple[bytes, bytes]:
         """The entries up to so many with content, and up to the next one; the others."""
