@@ -127,8 +127,12 @@ def _cards(facts: Facts) -> Iterable[dict[str, str]]:
         note = f"{found.warnings:,} warnings" if found.errors else f"{found.notes:,} notes" if found.notes else ""
         yield card("findings", "Findings", value, note, worst)
     if facts.p2m:
-        forms = " and ".join(shape.form for shape in facts.p2m.shapes) or "not known"
-        yield card("p2m", "p2m", forms if len(forms) < 24 else f"{len(facts.p2m.shapes)} forms", forms)
+        forms = [shape.form for shape in facts.p2m.shapes]
+        value, note = "not known", ""
+        if forms:
+            leaves = f"{facts.p2m.leaves:,} " + ("leaf" if facts.p2m.leaves == 1 else "leaves")
+            value, note = (forms[0], leaves) if len(forms) == 1 else (f"{len(forms)} forms", " and ".join(forms))
+        yield card("p2m", "p2m", value, note)
     if facts.tables:
         tables = sum(level.tables for level in facts.tables.levels)
         pins = [level.pinned for level in facts.tables.levels if level.pinned is not None]
