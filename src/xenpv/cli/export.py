@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from xenpv.cli.target import PAUSE, opened
+from xenpv.cli.target import PAUSE, Domain, opened
 from xenpv.cli.terminal import JSON, print_json, printable, progress, size
 from xenpv.domain.export_file import FORMATS
 from xenpv.domain.export_file import export as export_to
@@ -62,7 +62,7 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
 
     try:
         with opened(source, pause=pause, hvm=True, fault=fault if partial else None) as domain:
-            if partial and not isinstance(domain, SavedDomain):
+            if partial and isinstance(domain, LiveDomain):
                 raise RequestError(f"{domain.name}: runs; only a file can be there in part")
             if isinstance(domain, SavedDomain) and not domain.source.seekable:
                 raise RequestError("a pipe passes by once, and this needs all pages twice: put it into a file first")
@@ -70,7 +70,7 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
                 done = export_to(domain, out, form, compression=compression, progress=bar)
             if isinstance(domain, LiveDomain) and not pause:
                 done.remarks.append("it ran meanwhile: pages are of different moments (--pause stops it for as long)")
-            done.remarks += _missing(domain, wrong) if isinstance(domain, SavedDomain) else []
+            done.remarks += _missing(domain, wrong, done.last_pfn)
             name = domain.name
     except StreamError as e:
         if partial:
@@ -85,16 +85,17 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
         click.echo(printable(f"xenpv: note: {remark}"), err=True)
 
 
-def _missing(domain: SavedDomain, wrong: list[str]) -> list[str]:
-    """What of a saved domain did not come."""
-    contents, out = domain.contents, []
-    if wrong:
-        out.append(wrong[0] + (f", and {len(wrong) - 1} more faults" if len(wrong) > 1 else ""))
+def _missing(domain: Domain, wrong: list[str], last_pfn: int) -> list[str]:
+    """What is wrong with a file, and what of a saved domain did not come."""
+    out = [wrong[0] + (f", and {len(wrong) - 1} more faults" if len(wrong) > 1 else "")] if wrong else []
+    if not isinstance(domain, SavedDomain):
+        return out
+    contents = domain.contents
     if not domain.pages_complete:
-        last = contents.index.last_pfn
-        beyond = f"; what the highest pfn, {contents.end_pfn:#x}, has is not known" if contents.end_pfn > last else ""
-        out.append(f"the file ends among the pages: after pfn {last:#x} none came{beyond}")
-    if not contents.complete:
+        out.append(f"the file ends among the pages: the last that is there is pfn {last_pfn:#x}")
+        if contents.end_pfn > last_pfn:
+            out[-1] += f", and the p2m reaches to {contents.end_pfn:#x}"
+    if not contents.complete and not domain.hvm:
         gone = [what for what, there in (("vcpus", contents.vcpus), ("shared info", contents.shared_info)) if not there]
-        out += [f"missing: {' and '.join(gone)}"] if gone and not domain.hvm else []
+        out += [f"missing: {' and '.join(gone)}"] if gone else []
     return out

@@ -34,11 +34,12 @@ _PIPE_TIMES = 4  # … so many times the content
 
 @dataclass
 class Exported:
-    """What was written: pages, bytes of the file (holes counted), pages of zeros that took no room, pages that could
-    not be read and are zeros; and what a reader should know of it, a sentence each.
+    """What was written: pages, the highest pfn of them, bytes of the file (holes counted), pages of zeros that took no
+    room, pages that could not be read and are zeros; and what a reader should know of it, a sentence each.
     """
 
     pages: int = 0
+    last_pfn: int = -1
     bytes: int = 0
     zeros: int = 0
     lost: int = 0
@@ -63,7 +64,7 @@ def export(
             if progress is not None:
                 progress(min(done, total) * PAGE_SIZE, total * PAGE_SIZE)
     exported = job.exported
-    exported.pages, exported.bytes = total, out.written
+    exported.pages, exported.last_pfn, exported.bytes = total, job.pages.end - 1, out.written
     if exported.lost:
         job.remark(f"{exported.lost} pages could not be read, or were given back meanwhile: they are zeros")
     return exported
@@ -115,7 +116,7 @@ class _Job:
 
     @cached_property
     def uts(self) -> bytes:
-        """The guest's struct new_utsname; where it cannot be read, what machine it is."""
+        """The guest's struct new_utsname; where it cannot be read, one that readers take for sane."""
         text, width = self.text or b"", self.domain.width
         try:
             at = int(value(text, "SYMBOL(init_uts_ns)") or "", 16) + int(
@@ -123,7 +124,9 @@ class _Job:
             )
             return self.domain.memory.read_virtual(at, kdump.UTSNAME)
         except (XenPVError, ValueError):
-            return bytes(4 * 65) + (b"x86_64" if width == 8 else b"i686")
+            release = value(text, "OSRELEASE") or "unknown"
+            names = ["Linux" if text else "unknown", "unknown", release, "unknown", "x86_64" if width == 8 else "i686"]
+            return b"".join(name.encode()[:64].ljust(65, b"\0") for name in names)
 
     def contents(self, change: Callable[[U64, U8], U8] | None = None) -> Callable[[Pages], Iterator[U8]]:
         """Read pages in batches. Those that cannot be read are zeros, and counted."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from xenpv.abi.x86 import GDT_ENTRIES_PER_FRAME, LEVELS, PTE_A, PTE_D, PTE_NX, PTE_P, PTE_RW
+from xenpv.abi.x86 import GDT_ENTRIES_PER_FRAME, LEVELS, PTE_A, PTE_D, PTE_NX, PTE_P, PTE_RW, VCPU_GUEST_CONTEXT
 from xenpv.domain.core import CoreDomain
 from xenpv.domain.core_tables import LINEAR_PT_SLOT
 from xenpv.domain.live import LiveDomain
@@ -55,7 +55,9 @@ class Machine:
         """The fields that a saver normalises (xen.git:tools/libs/guest/xg_sr_save_x86_pv.c write_one_vcpu_basic())."""
         if not isinstance(self._domain, SavedDomain):
             return context.tobytes()
-        mine, width = context.copy(), self._domain.width
+        width = self._domain.width
+        data = bytearray(context.tobytes())  # its padding, too, which a copy of the struct would make anything
+        mine = VCPU_GUEST_CONTEXT.read(data, width)
         if vcpu == 0:  # who suspends names start info
             name = "rdx" if width == 8 else "edx"
             mine["user_regs"][name] = self._mfn(int(mine["user_regs"][name]))
@@ -64,7 +66,7 @@ class Machine:
             mine["ctrlreg"][1] = cr3_of(self._mfn(int(mine["ctrlreg"][1]) >> 12), width)
         for n in range(min(-(-int(mine["gdt_ents"]) // GDT_ENTRIES_PER_FRAME), len(mine["gdt_frames"]))):
             mine["gdt_frames"][n] = self._mfn(int(mine["gdt_frames"][n]))
-        return mine.tobytes()
+        return bytes(data)
 
     def _mfn(self, pfn: int) -> int:
         """Of one pfn; a pfn that has none stays as it is."""

@@ -129,9 +129,11 @@ class Output:
         """
         try:
             self._settle()
-        except OSError as e:
+        except BaseException as e:
             self.abandon()
-            raise self._named(e) from e
+            if isinstance(e, OSError):
+                raise self._named(e) from e
+            raise
 
     def _settle(self) -> None:
         if self._temporary is not None and self._becomes is not None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from xenpv.export import notes
 from xenpv.export.content import Pages
-from xenpv.frames import ENTRIES, NO_FRAME, U64
+from xenpv.frames import ENTRIES, FOREIGN, NO_FRAME, U64
 
 END_MAX = ENTRIES**3  # pfns that such a tree holds
 _XEN_ELFNOTE_CRASH_INFO = 0x100_0001  # xen.git:xen/include/public/elfnote.h
@@ -67,4 +67,6 @@ class Identity:
         yield np.full(ENTRIES, NO_FRAME).tobytes()
         for at in range(0, len(self.leaves), _LEAVES_AT_ONCE):
             some = self.leaves[at : at + _LEAVES_AT_ONCE, None] * np.uint64(ENTRIES)
-            yield (some + np.arange(ENTRIES, dtype=np.uint64)).tobytes()
+            entries = some + np.arange(ENTRIES, dtype=np.uint64)
+            # An entry of 0 is none to libkdumpfile; bit 63 is a mark of Linux's, and falls off the address.
+            yield np.where(entries == 0, FOREIGN, entries).tobytes()

@@ -1,0 +1,83 @@
+"""xenpv export against `cp --sparse=always` of the same save file, whole processes, in one run.
+
+    python -m benchmarks.export dom.save            a save file of your own
+    python -m benchmarks.export --made 1024         a made domain of so many MiB, half of its pages zeros
+    python -m benchmarks.export --made 1024 --in /dev/shm
+
+Wall time and peak memory are the least of some runs, taken in turns; figures are ratios to cp in the same run. What is
+exported is on the disk once it has its name, so there are two of cp: as it is, and with the `sync` that does the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.verify import ROOT, RUNS, in_turns
+from tests.writers.sparse import write_sparse
+from xenpv.domain.source import SavedDomain
+from xenpv.frames import PAGE_SIZE
+
+FORMATS = ["elf", "lime", "raw", "dumpcore", "kdump"]
+_RUN = 16  # pages with content, and as many without
+
+
+def made(path: Path, mib: int) -> None:
+    """A save file of a domain with so much memory, every other run of pages of random bytes."""
+    write_sparse(path, mib << 20)
+    random = np.random.default_rng(1)
+    with SavedDomain.open(str(path)) as domain, path.open("r+b") as file:
+        last = domain.contents.index.last_pfn
+        firsts = np.arange(1 << 12, last - _RUN, 2 * _RUN, dtype=np.uint64)
+        for at in domain.contents.index.offsets(firsts).tolist():
+            os.pwrite(file.fileno(), random.bytes(_RUN * PAGE_SIZE), at)
+
+
+def compare(path: Path, folder: Path) -> None:
+    """Each format, and cp."""
+    src = {"PYTHONPATH": str(ROOT / "src")}
+    copy = ["cp", "--sparse=always", str(path), str(folder / "copy")]
+    commands: dict[str, tuple[list[str], dict[str, str]]] = {
+        "cp --sparse=always": (copy, {}),
+        "cp --sparse=always, sync": (["sh", "-c", '"$@" && sync "$4"', "sh", *copy], {}),
+        "import xenpv.cli.export": ([sys.executable, "-c", "import xenpv.cli.export"], src),
+    }
+    for form in FORMATS:
+        out = str(folder / f"out.{form}")
+        commands[f"xenpv export {form}"] = ([sys.executable, "-m", "xenpv", "export", "-f", form, str(path), out], src)
+    kdump, env = commands["xenpv export kdump"]
+    commands["xenpv export kdump, zstd"] = ([*kdump, "--compression", "zstd"], env)
+    figures = in_turns(commands)
+    print(f"\n{path.name}: {path.stat().st_size / (1 << 20):.1f} MiB, in the page cache, least of {RUNS} runs\n")
+    print(f"{'command':<28}{'seconds':>9}{'of cp':>8}{'of cp+sync':>12}{'peak MiB':>10}")
+    cp, synced = figures["cp --sparse=always"], figures["cp --sparse=always, sync"]
+    for name, f in figures.items():
+        ratios = f"{f.seconds / cp.seconds:8.2f}{f.seconds / synced.seconds:12.2f}"
+        print(f"{name:<28}{f.seconds:9.3f}{ratios}{f.peak / 1024:10.1f}")
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, help="a save file")
+    parser.add_argument("--made", type=int, action="append", default=[], metavar="MIB", help="make such a domain first")
+    parser.add_argument("--in", dest="folder", type=Path, help="the folder to write into, such as one in memory")
+    options = parser.parse_args()
+    if not (options.file or options.made):
+        parser.error("say what to measure: a FILE, or --made MIB")
+    with tempfile.TemporaryDirectory(prefix="xenpv-bench-", dir=options.folder) as folder:
+        if options.file:
+            compare(options.file, Path(folder))
+        for mib in options.made:
+            path = Path(folder) / f"made-{mib}.save"
+            made(path, mib)
+            compare(path, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""``xenpv export``: what it says, what it leaves behind, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import struct
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import xenpv
+from tests.export.made import made
+from tests.export.readers import lime
+from tests.writers.build import pv_domain
+from tests.writers.domain import Domain
+from xenpv.domain.output import Output
+
+PAGE = 4096
+
+
+@pytest.fixture
+def domain() -> Domain:
+    return made()
+
+
+@pytest.fixture
+def file(domain: Domain, tmp_path: Path) -> Path:
+    path = tmp_path / "made.save"
+    path.write_bytes(domain.to_bytes(batch=16))
+    return path
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_becomes_a_core(file: Path, domain: Domain) -> None:
+    ran = xenpv("export", file, file.with_name("out.elf"))
+    assert ran.code == 0
+    assert ran.raw == b""
+    assert f"{len(domain.pages)} pages" in ran.err
+    assert file.with_name("out.elf").read_bytes()[:4] == b"\x7fELF"
+    assert left(file.parent) == ["made.save", "out.elf"]
+    assert file.with_name("out.elf").stat().st_mode & 0o777 == 0o600
+
+
+def test_json(file: Path, domain: Domain) -> None:
+    ran = xenpv("export", "-f", "raw", "--json", file, file.with_name("out"))
+    assert ran.json["pages"] == len(domain.pages)
+    assert ran.json["bytes"] == file.with_name("out").stat().st_size
+    assert ran.json["format"] == "raw"
+    assert "reads" not in ran.err
+
+
+def test_a_file_that_was_cut_off(domain: Domain, tmp_path: Path) -> None:
+    """All pages before the cut, none of those behind; not a byte where the rest would be."""
+    stream = domain.to_stream(batch=16)
+    at = stream.offset("PAGE_DATA", 2) + 16 + 8 * 16 + 5 * PAGE + 100
+    cut = tmp_path / "cut.save"
+    cut.write_bytes(bytes(stream)[:at])
+    out = tmp_path / "out.lime"
+
+    refused = xenpv("export", "-f", "lime", cut, out)
+    assert refused.code == 1
+    assert "--partial exports what is there" in refused.err
+    assert left(tmp_path) == ["cut.save"]
+
+    ran = xenpv("export", "-f", "lime", "--partial", cut, out)
+    assert ran.code == 0
+    pfns = sorted(domain.types)[: 2 * 16 + 5]
+    expected = {pfn: bytes(domain.pages[pfn]) for pfn in pfns if pfn in domain.pages}
+    assert lime(out.read_bytes()) == expected
+    assert f"{len(expected)} pages" in ran.err
+    assert "ends among the pages" in ran.err
+    assert f"the last that is there is pfn {max(expected):#x}" in ran.err
+    assert "missing: vcpus and shared info" in ran.err
+
+
+def test_a_file_that_was_cut_off_behind_its_pages(domain: Domain, tmp_path: Path) -> None:
+    stream = domain.to_stream()
+    cut = tmp_path / "cut.save"
+    cut.write_bytes(bytes(stream)[: stream.offset("SHARED_INFO") + 100])
+    ran = xenpv("export", "--partial", cut, tmp_path / "out")
+    assert ran.code == 0
+    assert f"{len(domain.pages)} pages" in ran.err
+    assert "no vcpu's registers are known" in ran.err
+
+
+def test_each_cut_is_an_error_in_words_and_leaves_nothing(domain: Domain, tmp_path: Path) -> None:
+    data = domain.to_bytes(batch=16)
+    cut, out = tmp_path / "cut.save", tmp_path / "out"
+    for at in range(1, len(data), len(data) // 23):
+        cut.write_bytes(data[:at])
+        assert xenpv("export", cut, out).code == 1, at
+        assert not out.exists()
+        ran = xenpv("export", "--partial", cut, out)
+        assert ran.code in {0, 1}, ran.err
+        assert out.exists() is (ran.code == 0)
+        out.unlink(missing_ok=True)
+    assert left(tmp_path) == ["cut.save"]
+
+
+def test_junk(tmp_path: Path) -> None:
+    junk = tmp_path / "junk"
+    for data in (b"", b"junk" * 5000, struct.pack("<Q", 1 << 63) * 1000):
+        junk.write_bytes(data)
+        for partial in ([], ["--partial"]):
+            assert xenpv("export", *partial, junk, tmp_path / "out").code == 1
+    assert left(tmp_path) == ["junk"]
+
+
+def test_a_pipe_in_is_refused(file: Path, tmp_path: Path) -> None:
+    ran = xenpv("export", "-", tmp_path / "out", stdin=file.read_bytes())
+    assert ran.code == 1
+    assert "put it into a file first" in ran.err
+    assert left(tmp_path) == ["made.save"]
+
+
+def test_a_pipe_out(file: Path) -> None:
+    fifo = file.with_name("fifo")
+    os.mkfifo(fifo)
+    keep = os.open(fifo, os.O_RDWR)  # has a reader, and takes 64 KiB
+    try:
+        kdump = xenpv("export", "-f", "kdump", file, fifo)
+        raw = xenpv("export", "-f", "raw", file, fifo)
+    finally:
+        os.close(keep)
+    assert (kdump.code, raw.code) == (1, 1)
+    assert "needs a file, not a pipe" in kdump.err
+    assert "have no page" in raw.err  # 4.5 GiB of zeros for 100 pages
+    assert "elf or lime" in raw.err
+
+
+@pytest.mark.parametrize("form", ["elf", "lime", "raw", "dumpcore", "kdump"])
+@pytest.mark.parametrize("room", [0, 10_000, 100_000])
+def test_a_full_disk(form: str, room: int, tmp_path: Path) -> None:
+    """A file that may not grow beyond some size is as good as a disk that is full."""
+    save = tmp_path / "made.save"
+    save.write_bytes(pv_domain(pfns=range(96)).to_bytes())
+    (tmp_path / "out").write_bytes(b"as it was")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+        ran = xenpv("export", "-f", form, save, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert ran.code == 1
+    assert f"{tmp_path / 'out'}: {os.strerror(errno.EFBIG)}" in ran.err
+    assert left(tmp_path) == ["made.save", "out"]
+    assert (tmp_path / "out").read_bytes() == b"as it was"
+
+
+@pytest.mark.parametrize(("owner", "call"), [(Output, "write"), (os, "fsync")])
+def test_nothing_is_left_when_it_is_interrupted(
+    owner: object, call: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, call, interrupted)
+    assert xenpv("export", file, file.with_name("out")).code == 130
+    assert left(file.parent) == ["made.save"]
+
+
+@pytest.mark.parametrize("args", [["--pause"], ["-f", "zip"], ["--compression", "lzo"]])
+def test_what_it_does_not_know(args: list[str], file: Path) -> None:
+    assert xenpv("export", *args, file, file.with_name("out")).code in {1, 64}
+    assert left(file.parent) == ["made.save"]

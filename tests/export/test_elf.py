@@ -1,0 +1,244 @@
+"""The ELF core, read by pyelftools and drgn."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import drgn
+import numpy as np
+import pytest
+
+from tests.export.made import FAR, HOLE, PAGE, Sparse, exported, made, opened
+from tests.export.readers import elf_file, identity
+from tests.vectors.make import RECIPES, Recipe
+from tests.vectors.test_vectors import unpacked
+from tests.writers.build import pv_domain
+from tests.writers.domain import Domain
+from xenpv.abi.declare import Width
+from xenpv.domain.export_file import export
+from xenpv.domain.opening import open_domain
+from xenpv.export import elf
+from xenpv.export.content import Pages
+from xenpv.export.mapped import direct_map
+
+NT_PRSTATUS, CRASH_INFO = 1, 0x100_0001
+
+
+@pytest.fixture(params=[8, 4])
+def domain(request: pytest.FixtureRequest) -> Domain:
+    return made(request.param)
+
+
+def loads(core: Path) -> list[tuple[Any, bytes]]:
+    with core.open("rb") as file:
+        return [(s.header, s.data()) for s in elf_file(file).iter_segments("PT_LOAD")]
+
+
+def physical(core: Path) -> dict[int, bytes]:
+    """Page content by physical address; where an address is in several segments, all must say the same."""
+    out: dict[int, bytes] = {}
+    for header, data in loads(core):
+        assert header["p_filesz"] == header["p_memsz"] == len(data)
+        for at in range(0, len(data), PAGE):
+            page = data[at : at + PAGE]
+            assert out.setdefault((header["p_paddr"] + at) // PAGE, page) == page
+    return out
+
+
+def notes(core: Path) -> list[tuple[str, int, bytes]]:
+    with core.open("rb") as file:
+        segment = next(elf_file(file).iter_segments("PT_NOTE"))
+        return list(_notes(segment.data()))
+
+
+def _notes(data: bytes) -> Iterator[tuple[str, int, bytes]]:
+    at = 0
+    while at < len(data):
+        name, desc, kind = struct.unpack_from("<III", data, at)
+        begin = at + 12 + (name + 3 & -4)
+        yield data[at + 12 :][: name - 1].decode(), kind, data[begin : begin + desc]
+        at = begin + (desc + 3 & -4)
+
+
+def test_every_page_is_at_its_address_and_no_other_is(domain: Domain, tmp_path: Path) -> None:
+    core, done = exported(domain, tmp_path, "elf")
+    found = physical(core)
+    there = {pfn: bytes(page) for pfn, page in domain.pages.items()}
+    assert {pfn: page for pfn, page in found.items() if pfn <= FAR + 1} == there
+    assert (done.pages, done.lost) == (len(there), 0)
+    assert done.zeros == sum(not any(page) for page in there.values()) >= 1
+    assert done.bytes == core.stat().st_size
+    assert core.stat().st_mode & 0o777 == 0o600
+    with core.open("rb") as file:
+        header = elf_file(file).header
+    assert (header["e_type"], header["e_machine"]) == ("ET_CORE", "EM_X86_64" if domain.width == 8 else "EM_386")
+
+
+def test_the_kernels_own_addresses_lead_to_the_same_pages(domain: Domain, tmp_path: Path) -> None:
+    core, _ = exported(domain, tmp_path, "elf")
+    seen = {}
+    for header, data in loads(core):
+        for at in range(0, len(data), PAGE):
+            seen[header["p_vaddr"] + at] = data[at : at + PAGE]
+    missing = [pfn for pfn, vaddr in domain.vaddrs.items() if seen.get(vaddr) != bytes(domain.pages[pfn])]
+    assert not missing
+
+
+def test_registers_are_in_a_note_for_each_vcpu(domain: Domain, tmp_path: Path) -> None:
+    for n, context in domain.vcpus.items():
+        context["user_regs"]["rip" if domain.width == 8 else "eip"] = 0x1000 + n
+        context["user_regs"]["rbx" if domain.width == 8 else "ebx"] = 0x2000 + n
+        context["user_regs"]["ss"] = 0x30 + n
+    core, _ = exported(domain, tmp_path, "elf")
+    status = [desc for name, kind, desc in notes(core) if (name, kind) == ("CORE", NT_PRSTATUS)]
+    assert len(status) == 2
+    for n, desc in enumerate(status):
+        if domain.width == 8:  # struct elf_prstatus of x86-64: 336 bytes, the registers at 112
+            assert len(desc) == 336
+            regs = struct.unpack_from("<27Q", desc, 112)
+            ip, bx, ss, pid = regs[16], regs[5], regs[20], struct.unpack_from("<i", desc, 32)[0]
+        else:
+            assert len(desc) == 144
+            regs = struct.unpack_from("<17I", desc, 72)
+            ip, bx, ss, pid = regs[12], regs[0], regs[16], struct.unpack_from("<i", desc, 24)[0]
+        assert (ip, bx, ss, pid) == (0x1000 + n, 0x2000 + n, 0x30 + n, n + 1)
+
+
+def test_a_vcpu_that_is_not_known_keeps_its_place(tmp_path: Path) -> None:
+    domain = made()
+    domain.vcpus = {0: domain.vcpus[0], 2: domain.vcpus[1]}
+    core, _ = exported(domain, tmp_path, "elf")
+    status = [desc for name, kind, desc in notes(core) if kind == NT_PRSTATUS]  # rip is the 17th register
+    assert [any(desc[240:248]) for desc in status] == [True, False, True]
+
+
+def test_vmcoreinfo_is_a_note(domain: Domain, tmp_path: Path) -> None:
+    core, done = exported(domain, tmp_path, "elf")
+    text = bytes(domain.pages[domain.places.data[0]]).rstrip(b"\0")
+    assert [desc for name, _, desc in notes(core) if name == "VMCOREINFO"] == [text]
+    assert done.remarks == []
+
+
+def test_without_vmcoreinfo_that_is_said(tmp_path: Path) -> None:
+    domain = made()
+    domain.pages[domain.places.data[0]][:] = bytes(PAGE)
+    core, done = exported(domain, tmp_path, "elf")
+    assert not [name for name, _, _ in notes(core) if name == "VMCOREINFO"]
+    assert "VMCOREINFO" in done.remarks[0]
+
+
+def test_its_own_p2m_names_each_pfn_by_itself(tmp_path: Path) -> None:
+    """As crash asks it: the root's frame is the last word of Xen's note."""
+    domain = made()
+    core, _ = exported(domain, tmp_path, "elf")
+    (root,) = [
+        struct.unpack("<10Q", desc)[-1] for name, kind, desc in notes(core) if (name, kind) == ("Xen", CRASH_INFO)
+    ]
+    assert root == FAR + 2  # behind the domain's last page
+    page = physical(core)
+    for pfn in domain.pages:
+        assert identity(page, root, pfn) == pfn
+    assert identity(page, root, HOLE * 512) == (1 << 64) - 1
+    first = struct.unpack("<512Q", page[root])
+    assert 0 in first  # the list of lists ends there
+    assert all(entry for lists in first[: first.index(0)] for entry in struct.unpack("<512Q", page[lists])[:1])
+
+
+def test_more_segments_than_the_header_can_count(tmp_path: Path) -> None:
+    """65535 and more: the number is in section header 0, and each page that is not there is in no segment."""
+    frames = Sparse(70_000)
+    pages = Pages.of(frames.extents())
+    pieces = elf.core(pages, b"", 8, direct=0xFFFF_8880_0000_0000)
+    head = next(pieces)
+    assert isinstance(head, bytes)
+    core = tmp_path / "head"
+    core.write_bytes(head)
+    with core.open("r+b") as file:
+        file.truncate(len(head) + 70_000 * PAGE)
+        found = elf_file(file)
+        assert found.header["e_phnum"] == 0xFFFF
+        assert found.num_segments() == 70_001
+        last = found.get_segment(70_000).header
+    assert (last["p_paddr"], last["p_vaddr"]) == (2 * 69_999 * PAGE, 0xFFFF_8880_0000_0000 + 2 * 69_999 * PAGE)
+    assert last["p_offset"] == len(head) + 69_999 * PAGE
+    assert next(pieces) == pages
+
+
+@pytest.mark.parametrize("number", [65_533, 65_534])
+def test_the_number_of_segments_at_its_limit(number: int, tmp_path: Path) -> None:
+    head = next(elf.core(Pages.of(Sparse(number).extents()), b"", 8))
+    assert isinstance(head, bytes)
+    (tmp_path / "head").write_bytes(head)
+    with (tmp_path / "head").open("rb") as file:
+        assert elf_file(file).num_segments() == number + 1
+
+
+def test_the_direct_map_is_found_where_it_is(tmp_path: Path) -> None:
+    """At an entry of the top table of its own, which is not where Linux has it."""
+    domain, slot = pv_domain(), 300
+    l4, l3 = (step.table for step in domain.walk(domain.vaddrs[0])[:2])
+    domain.table(l4)[slot], domain.table(l3)[0] = domain.table(l4)[511], domain.table(l3)[510]
+    with opened(domain, tmp_path) as kept:
+        base = direct_map(kept, Pages.of(kept.extents()))
+        assert base == 0xFFFF << 48 | slot << 39
+        out = tmp_path / "core"
+        export(kept, str(out), "elf")
+    headers = [header for header, _ in loads(out)]
+    assert headers[0]["p_vaddr"] == base + headers[0]["p_paddr"]
+
+
+def test_without_a_direct_map_memory_has_no_virtual_address(tmp_path: Path) -> None:
+    core, _ = exported(made(), tmp_path, "elf")
+    assert [header["p_vaddr"] for header, _ in loads(core)[:3]] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("width", [8])
+def test_drgn_opens_it(width: Width, tmp_path: Path) -> None:
+    domain = made(width)
+    core, _ = exported(domain, tmp_path, "elf")
+    prog = drgn.Program()
+    prog.set_core_dump(core)
+    for pfn, content in domain.pages.items():
+        assert prog.read(pfn * PAGE, PAGE, physical=True) == bytes(content)
+    for pfn, vaddr in domain.vaddrs.items():  # by its own walk of the page tables
+        assert prog.read(vaddr, PAGE) == bytes(domain.pages[pfn])
+    with pytest.raises(drgn.FaultError):
+        prog.read(HOLE * PAGE, 1, physical=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_real_xens_saved(recipe: Recipe, tmp_path: Path) -> None:
+    data = tmp_path / "vector.save"
+    data.write_bytes(unpacked(recipe))
+    core = tmp_path / "vector.elf"
+    with open_domain(str(data)) as kept:
+        export(kept, str(core), "elf")
+        pages = Pages.of(kept.extents())
+        found = physical(core)
+        for pfns in pages.batches(256):
+            there = kept.frames.pages(pfns)
+            for pfn, page in zip(pfns.tolist(), there, strict=True):
+                assert found[pfn] == page.tobytes()
+        assert len([n for n in notes(core) if n[1] == NT_PRSTATUS]) == len(kept.vcpus)
+
+
+def test_places_and_batches_are_those_of_a_list_of_pfns() -> None:
+    first, count = np.array([3, 10, 4096, 1 << 40], np.uint64), np.array([2, 1, 100, 3], np.int64)
+    pages = Pages(first, count)
+    listed = [pfn for a, n in zip(first.tolist(), count.tolist(), strict=True) for pfn in range(a, a + n)]
+    for size in (1, 2, 7, 64, 1000):
+        got = [batch.tolist() for batch in pages.batches(size)]
+        assert [pfn for batch in got for pfn in batch] == listed
+        assert all(len(batch) == size for batch in got[:-1])
+    asked = np.array([0, 2, 3, 4, 5, 10, 11, 4195, 4196, (1 << 40) + 2, (1 << 64) - 1], np.uint64)
+    assert pages.places(asked).tolist() == [listed.index(p) if p in listed else -1 for p in asked.tolist()]
+    none = Pages(first[:0], count[:0])
+    assert list(none.batches(5)) == []
+    assert none.places(asked).tolist() == [-1] * len(asked)
+    kept = np.arange(len(listed)) % 3 != 0
+    assert [p for b in pages.where(kept).batches(9) for p in b.tolist()] == [
+        p for p, k in zip(listed, kept, strict=True) if k
+    ]

@@ -1,0 +1,241 @@
+"""LiME, raw, kdump and xl's own cores: each by a reader that knows nothing of ours."""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from pathlib import Path
+
+import drgn
+import numpy as np
+import pytest
+
+from tests.export.made import FAR, HOLE, PAGE, exported, made, opened
+from tests.export.readers import Kdump, elf_file, identity, lime
+from tests.writers.build import pv_domain
+from tests.writers.core import core_of
+from tests.writers.domain import Domain
+from tests.writers.hvm import hvm_stream
+from tests.writers.vmcoreinfo import text
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.domain.export_file import FORMATS, export
+from xenpv.domain.opening import open_domain
+from xenpv.errors import RequestError
+from xenpv.export.content import Pages
+
+
+@pytest.fixture(params=[8, 4])
+def domain(request: pytest.FixtureRequest) -> Domain:
+    return made(request.param)
+
+
+def there(domain: Domain) -> dict[int, bytes]:
+    return {pfn: bytes(page) for pfn, page in domain.pages.items()}
+
+
+# --- LiME and raw ----------------------------------------------------------------------------------------------------
+
+
+def test_lime(domain: Domain, tmp_path: Path) -> None:
+    out, _ = exported(domain, tmp_path, "lime")
+    assert lime(out.read_bytes()) == there(domain)
+
+
+def test_raw_is_memory_with_holes(domain: Domain, tmp_path: Path) -> None:
+    out, done = exported(domain, tmp_path, "raw")
+    assert done.bytes == out.stat().st_size == (FAR + 2) * PAGE
+    assert out.stat().st_blocks * 512 < 2 << 20
+    with out.open("rb") as file:
+        for pfn in [*range(HOLE + 20), FAR, FAR + 1]:
+            file.seek(pfn * PAGE)
+            assert file.read(PAGE) == domain.pages.get(pfn, bytes(PAGE)), hex(pfn)
+    absent = FAR + 2 - len(domain.pages)
+    assert f"{absent} pfns" in " ".join(done.remarks)
+
+
+def test_a_file_that_ends_with_zeros_is_as_long_as_it_should_be(tmp_path: Path) -> None:
+    domain = pv_domain(pfns=range(64))
+    last = max(domain.places.data)
+    assert last == 63
+    domain.pages[last][:] = bytes(PAGE)
+    for form, size in (("raw", 64 * PAGE), ("lime", 64 * PAGE + 32)):
+        out, done = exported(domain, tmp_path, form)
+        assert out.stat().st_size == done.bytes == size
+
+
+# --- xl's own cores --------------------------------------------------------------------------------------------------
+
+
+def sections(path: Path) -> dict[str, tuple[dict[str, int], bytes]]:
+    with path.open("rb") as file:
+        return {s.name: (dict(s.header), s.data()) for s in elf_file(file).iter_sections()}
+
+
+def test_a_core_is_what_xl_would_write(domain: Domain, tmp_path: Path) -> None:
+    out, _ = exported(domain, tmp_path, "dumpcore")
+    reference = tmp_path / "reference.core"
+    reference.write_bytes(bytes(core_of(domain)))
+    ours, theirs = sections(out), sections(reference)
+    assert list(ours) == list(theirs)
+    for name, (header, _) in theirs.items():
+        assert ours[name][0] == header, name
+    assert out.stat().st_size == reference.stat().st_size
+    for name in (".xen_p2m", ".xen_shared_info", ".shstrtab"):
+        assert ours[name][1] == theirs[name][1], name
+    pages = [np.frombuffer(of[".xen_pages"][1], np.uint64).reshape(-1, 512) for of in (ours, theirs)]
+    own = np.ones(512, np.bool_)
+    own[256:272] = False  # Xen's, in a top table
+    for row, pfn in enumerate(sorted(domain.pages)):
+        top = domain.is_table(pfn) and domain.types[pfn] & 7 == 4
+        kept = own if top else np.ones(512, np.bool_)
+        assert (pages[0][row] == pages[1][row])[kept].all(), hex(pfn)
+        if top:
+            frame = np.uint64(0xF_FFFF_FFFF_F000)
+            assert pages[0][row, 258] & frame == pages[1][row, 258] & frame == domain.mfns[pfn] << 12
+            assert not pages[0][row, 256:258].any()
+
+
+def test_a_core_has_the_vcpus_with_mfns(domain: Domain, tmp_path: Path) -> None:
+    """As the host had them: cr3, the user half's, start info in the third argument, the GDT's frames."""
+    out, _ = exported(domain, tmp_path, "dumpcore")
+    data = sections(out)[".xen_prstatus"][1]
+    for n, was in domain.vcpus.items():
+        now = VCPU_GUEST_CONTEXT.read(data, domain.width, n * 5168)
+        assert now["ctrlreg"][3] == domain.cr3(domain.mfns[domain.places.top])
+        if domain.places.user_top >= 0:
+            assert now["ctrlreg"][1] == domain.mfns[domain.places.user_top] << 12
+        frames = -(-int(was["gdt_ents"]) // 512)
+        assert [int(f) for f in now["gdt_frames"][:frames]] == [domain.mfns[int(f)] for f in was["gdt_frames"][:frames]]
+        for name in was["user_regs"].dtype.names:
+            expected = was["user_regs"][name]
+            if n == 0 and name == ("rdx" if domain.width == 8 else "edx"):
+                expected = domain.mfns[domain.places.start_info]
+            assert np.array_equal(now["user_regs"][name], expected), name
+
+
+def test_a_core_of_ours_is_opened_as_the_same_domain(domain: Domain, tmp_path: Path) -> None:
+    out, _ = exported(domain, tmp_path, "dumpcore")
+    pfns = np.array(sorted(domain.pages), np.uint64)
+    with open_domain(str(out)) as core:
+        assert [page.tobytes() for page in core.frames.pages(pfns)] == [bytes(domain.pages[p]) for p in pfns.tolist()]
+
+
+def test_a_core_of_an_hvm_domain_has_pfns(tmp_path: Path) -> None:
+    path, out = tmp_path / "hvm.save", tmp_path / "hvm.core"
+    path.write_bytes(bytes(hvm_stream(pages=16)))
+    with open_domain(str(path)) as kept:
+        export(kept, str(out), "dumpcore")
+        (pfns,) = Pages.of(kept.extents()).batches(100)
+    found = sections(out)
+    assert found[".xen_pfn"][1] == pfns.astype("<u8").tobytes()
+    assert ".xen_p2m" not in found
+    assert struct.unpack_from("<Q", found[".note.Xen"][1], 32)[0] == 0xF00F_EBEE
+
+
+@pytest.mark.parametrize("form", [form for form in FORMATS if form != "dumpcore"])
+def test_an_hvm_domain_goes_into_each_format(form: str, tmp_path: Path) -> None:
+    path, out = tmp_path / "hvm.save", tmp_path / "hvm.out"
+    path.write_bytes(bytes(hvm_stream(pages=16)))
+    with open_domain(str(path)) as kept:
+        pages = Pages.of(kept.extents()).total
+        assert export(kept, str(out), form).pages == pages > 10
+
+
+def test_without_a_p2m_there_is_no_core_of_xls(tmp_path: Path) -> None:
+    domain = made()
+    path = tmp_path / "none.save"
+    path.write_bytes(bytes(domain.to_stream().drop("X86_PV_P2M_FRAMES")))
+    with open_domain(str(path), fault=lambda *_: None) as kept, pytest.raises(RequestError, match="names no p2m"):
+        export(kept, str(tmp_path / "out"), "dumpcore")
+    assert not (tmp_path / "out").exists()
+
+
+# --- kdump -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+def test_kdump(compression: str, domain: Domain, tmp_path: Path) -> None:
+    out, done = exported(domain, tmp_path, "kdump", compression=compression)
+    read = Kdump(out.read_bytes())
+    found = dict(read.pages())
+    assert {pfn: page for pfn, page in found.items() if pfn <= FAR + 1} == there(domain)
+    assert read.bitmap(0) == read.bitmap(1) == sorted(found)
+    assert (read.version, read.status) == (6, {"zlib": 1, "zstd": 0x20}[compression])
+    assert read.end == read.max_mapnr == max(found) + 1
+    assert read.vcpus == 2
+    assert read.uts[4] == ("x86_64" if domain.width == 8 else "i686")
+    assert read.text == bytes(domain.pages[domain.places.data[0]]).rstrip(b"\0")
+    assert read.text in read.notes
+    assert done.bytes == out.stat().st_size
+    if domain.width == 8:
+        assert identity(found, FAR + 2, 5) == 5
+
+
+def test_a_kdump_has_the_guests_own_uts_name(tmp_path: Path) -> None:
+    domain = made()
+    names = b"".join(name.ljust(65, b"\0") for name in (b"Linux", b"made", b"6.1.0-50-amd64", b"#1", b"x86_64", b""))
+    pfn = domain.places.data[2]
+    domain.pages[pfn][16 : 16 + len(names)] = names
+    domain.pages[domain.places.data[0]][:] = text(domain.vaddrs[pfn], top=domain.vaddrs[domain.places.top]).ljust(
+        PAGE, b"\0"
+    )
+    out, _ = exported(domain, tmp_path, "kdump")
+    assert Kdump(out.read_bytes()).uts == ["Linux", "made", "6.1.0-50-amd64", "#1", "x86_64", ""]
+
+
+def test_a_kdump_of_a_domain_that_is_larger_than_a_batch(tmp_path: Path) -> None:
+    """Pages in the order of their pfns, though several threads pack them; those of zeros are there once."""
+    domain = pv_domain(pfns=range(3000))
+    for pfn in domain.places.data[100:1500]:
+        domain.pages[pfn][:] = bytes(PAGE)
+    out, _ = exported(domain, tmp_path, "kdump")
+    read = Kdump(out.read_bytes())
+    assert {pfn: page for pfn, page in read.pages() if pfn < 3000} == there(domain)
+    assert out.stat().st_size < 1700 * PAGE + (1 << 20)
+
+
+def test_drgn_opens_a_kdump(tmp_path: Path) -> None:
+    domain = made()
+    out, _ = exported(domain, tmp_path, "kdump")
+    prog = drgn.Program()
+    prog.set_core_dump(out)
+    for pfn, content in domain.pages.items():
+        assert prog.read(pfn * PAGE, PAGE, physical=True) == bytes(content)
+    assert prog.read(domain.vaddrs[7], 16) == bytes(domain.pages[7][:16])
+
+
+def test_the_bitmaps_of_a_far_pfn_are_holes(tmp_path: Path) -> None:
+    far = 1 << 26
+    domain = pv_domain(pfns=[*range(64), far], linear=False, tree=True)
+    out, done = exported(domain, tmp_path, "kdump")
+    assert done.bytes > 2 * far // 8
+    assert out.stat().st_blocks * 512 < done.bytes // 8
+
+
+# --- what cannot be written ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_no_pages_no_file(form: str, tmp_path: Path) -> None:
+    path = tmp_path / "none.save"
+    path.write_bytes(bytes(made().to_stream().drop("PAGE_DATA")))
+    with open_domain(str(path), fault=lambda *_: None) as kept, pytest.raises(RequestError, match="no pages"):
+        export(kept, str(tmp_path / "out"), form)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["elf", "lime", "raw", "dumpcore"])
+def test_a_device_gets_the_bytes_that_a_file_has(form: str, tmp_path: Path) -> None:
+    """What has no holes gets zeros."""
+    domain = pv_domain(pfns=[*range(64), 70])
+    out, _ = exported(domain, tmp_path, form)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    got = bytearray()
+    reading = threading.Thread(target=lambda: got.extend(fifo.read_bytes()))
+    reading.start()
+    with opened(domain, tmp_path) as kept:
+        export(kept, str(fifo), form)
+    reading.join(10)
+    assert bytes(got) == out.read_bytes()
