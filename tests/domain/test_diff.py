@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from tests.domain.saved import piped
+from tests.domain.saving import saved, suspended
 from tests.writers.build import pv_domain
+from tests.writers.core import core_of
 from tests.writers.domain import Domain
 from tests.writers.envelopes import config_json
 from tests.writers.hvm import hvm_stream
@@ -17,6 +19,8 @@ from tests.writers.stream import XALLOC
 from xenpv.domain.diff import Difference, diff
 from xenpv.domain.diff_fields import ranges
 from xenpv.domain.input import Input
+from xenpv.domain.live import LiveDomain
+from xenpv.domain.opening import open_domain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import RequestError
 
@@ -143,6 +147,45 @@ def test_the_configuration(two: tuple[Domain, Domain], tmp_path: Path) -> None:
     config = config_json(name="else") + b"\0"
     found = compared(tmp_path, two[0].to_bytes(), bytes(two[1].to_stream(config=config)))
     assert {f.where for f in found.fields} == {"configuration"}
+
+
+def test_every_record_is_looked_at(two: tuple[Domain, Domain], tmp_path: Path) -> None:
+    other = two[1]
+    for kind in (other.extended, other.xsave, other.msrs):
+        kind[0] = bytes(32)
+        two[0].__dict__[next(name for name, value in vars(other).items() if value is kind)][0] = bytes(31) + b"!"
+    stream = other.to_stream().patch("X86_TSC_INFO", 8 + 8, b"\1\2\3")
+    found = compared(tmp_path, two[0].to_bytes(), bytes(stream))
+    assert {f"{f.where} {f.name}" for f in found.fields} == {
+        "X86_TSC_INFO nsec",
+        *(f"vcpu0 {kind} bytes 0x1f to 0x1f" for kind in ("extended", "xsave", "msrs")),
+    }
+
+
+def test_a_running_domain_and_its_file(tmp_path: Path) -> None:
+    """The domain has suspended: rdx has its start info's mfn, and in the file the pfn."""
+    guest = suspended("linear")
+    saved(guest, tmp_path / "saved")
+    live = LiveDomain(guest.host, guest.host.info(guest.domid))
+    with SavedDomain.open(str(tmp_path / "saved")) as file:
+        found = diff(live, file)
+        assert [(f.where, f.name) for f in found.fields] == [("vcpu0", "rdx")]
+        assert (found.differ, found.types) == (0, [])
+        assert found.compared == guest.host.info(guest.domid).pages
+    assert diff(live, live).same
+
+
+def test_a_core_and_a_save_file(two: tuple[Domain, Domain], tmp_path: Path) -> None:
+    core, file = tmp_path / "core", tmp_path / "file"
+    core.write_bytes(bytes(core_of(two[0])))
+    pfn = two[1].places.data[0]
+    two[1].pages[pfn][0] ^= 1
+    two[1].vcpus[0]["user_regs"]["rbx"] ^= 1
+    file.write_bytes(two[1].to_bytes())
+    with open_domain(str(core)) as one, open_domain(str(file)) as other:
+        found = diff(one, other)
+    assert pfn in [page.pfn for page in found.first]
+    assert ("vcpu0", "rbx") in [(f.where, f.name) for f in found.fields]
 
 
 def test_a_pipe_is_refused(two: tuple[Domain, Domain], tmp_path: Path) -> None:

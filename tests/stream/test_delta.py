@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.writers import legacy
@@ -19,6 +19,7 @@ def made(data: bytes, old: bytes = OLD) -> bytes:
     return bytes(page)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, PAGE - 1), st.binary(min_size=1, max_size=1200)), max_size=6))
 def test_what_was_made_is_found_again(changes: list[tuple[int, bytes]]) -> None:
     new = bytearray(OLD)
@@ -67,6 +68,7 @@ def test_what_no_sender_makes(data: bytes, at: int) -> None:
     assert e.value.at == at
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_pages_or_damaged(data: bytes) -> None:
     try:

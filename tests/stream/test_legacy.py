@@ -28,7 +28,7 @@ from tests.writers.legacy import (
     remus_stream,
 )
 from tests.writers.legacy import whole as whole_page
-from tests.writers.stream import NOTAB, PAGE, Piece, Stream
+from tests.writers.stream import NOTAB, PAGE, XALLOC, XTAB, Piece, Stream
 from xenpv.abi.declare import Width
 from xenpv.errors import StreamError, Truncated, Unsupported
 from xenpv.stream import records
@@ -212,6 +212,14 @@ def test_without_a_map_there_is_one_vcpu() -> None:
     assert got.names.count("X86_PV_VCPU_BASIC") == 1
 
 
+def test_vcpus_beyond_the_last_are_none() -> None:
+    """xc_domain_restore() counts up to max_vcpu_id, whatever the map has above it."""
+    stream = pv_stream(DOMAIN).replace("chunk -2", Legacy().chunk(-2, struct.pack("<iQ", 1, 0xFF)))
+    got = read([bytes(stream)])
+    assert got.error is None
+    assert [event.vcpu_id for event in got.events if isinstance(event, records.VcpuBasic)] == [0, 1]
+
+
 def test_a_batch_of_nothing_but_what_cannot_be_mapped() -> None:
     """Xen's own converter makes a PAGE_DATA without pfns of it, which no restorer takes."""
     wire = Legacy()
@@ -308,6 +316,15 @@ def test_what_is_wrong_is_said(lie: Lie) -> None:
     assert got.error is not None
     assert lie.says in str(got.error)
     assert not got.reader.done
+
+
+def test_what_has_no_content_needs_none() -> None:
+    got = deltas(
+        W.pages([(3, NOTAB)], []), W.compressed(whole_page(bytes(PAGE))), W.pages([(7, XTAB), (9, XALLOC)], [])
+    )
+    assert got.error is None
+    last = [event for event in got.events if isinstance(event, PageData)][-1]
+    assert (last.pfns.tolist(), last.types.tolist(), last.pages) == ([7, 9], [XTAB, XALLOC], 0)
 
 
 def test_many_pages_of_a_byte_each_come_in_batches() -> None:

@@ -64,7 +64,7 @@ def convert(
     xenpv convert old.save new.save            what xl restore of today takes
     xenpv convert --to libxc dom.save dom.libxc
     xenpv convert --to libvirt --config dom.xml dom.save dom.img
-    zstd -dc old.save.zst | xenpv convert - - | ssh host xl restore /dev/stdin
+    zstd -dc old.save.zst | xenpv convert - new.save
     """
     if (width is None) is not (guest is None):
         raise click.UsageError("say --width and --guest, or neither")

@@ -103,13 +103,16 @@ def diff(a: Domain, b: Domain, *, keep: int = 20, progress: Progress | None = No
 def _registers(a: Domain, b: Domain) -> Iterator[Field]:
     """What any domain tells of its vcpus."""
     for vcpu in sorted({*a.vcpus, *b.vcpus}):
-        found = [None if one is None else vars_of(one) for one in (a.registers(vcpu), b.registers(vcpu))]
-        yield from differing(f"vcpu{vcpu}", *found)
+        yield from differing(f"vcpu{vcpu}", *(_of_vcpu(one, vcpu) for one in (a, b)))
 
 
-def vars_of(registers: Any) -> dict[str, Any]:
-    """Registers by name, flat."""
-    return {**registers.general, **registers.segments, **registers.control}
+def _of_vcpu(domain: Domain, vcpu: int) -> dict[str, int | None] | None:
+    """Registers by name, flat; of cr3 the table's pfn, since a running domain's register has an mfn."""
+    registers = domain.registers(vcpu)
+    if registers is None:
+        return None
+    named = {**registers.general, **registers.segments, **registers.control}
+    return {**named, "fs_base": registers.fs_base, "gs_base": registers.gs_base, "cr3": domain.cr3(vcpu)}
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
