@@ -54,7 +54,10 @@ def _texts(domain: Domain) -> Iterator[bytes]:
     left = _MOST
     for pfns in _batches(domain):
         for here, pages in _readable(domain, pfns):
-            rows, words = np.nonzero(pages.view(np.uint64) == _FIRST)
+            places = pages.view(np.uint64) == _FIRST
+            if not places.any():  # which is told ten times as fast as that there are no places
+                continue
+            rows, words = np.nonzero(places)
             for row, word in zip(rows[:left].tolist(), words[:left].tolist(), strict=True):
                 text = _text(domain, pages[row], int(here[row]), word * 8)
                 if text:
