@@ -159,12 +159,19 @@ def test_a_core(width: Width, tmp_path: Path) -> None:
 
 def test_vcpus_of_an_hvm_domain(tmp_path: Path) -> None:
     file = tmp_path / "long.save"
-    context = hvm_context({0: cpu(cr0=0x8000_0011, cr4=0x20, cr3=0x5000, msr_efer=0x500, rip=0x1234), 2: cpu()})
+    context = hvm_context(
+        {
+            0: cpu(cr0=0x8000_0011, cr4=0x20, cr3=0x5000, msr_efer=0x500, rip=0x1234),
+            2: cpu(),
+            3: cpu(cr0=0x8000_0011, cr4=0x20),
+        }
+    )
     file.write_bytes(bytes(hvm_stream(context=context)))
     d = xenpv("show", "--json", file).json
     assert [(v["vcpu"], v["ip"], v["cr3_pfn"], v["paging"]) for v in d["hvm"]["vcpus"]] == [
         (0, 0x1234, 5, "4 levels"),
         (2, 0, 0, "off"),
+        (3, 0, 0, "PAE"),
     ]
     assert "4 levels" in xenpv("show", file).out
 

@@ -229,6 +229,13 @@ def test_sections_that_lie(change: dict[str, object], rule: str, tmp_path: Path)
     assert rule in [name for name, _ in told]
 
 
+def test_no_more_pages_are_there_than_announced(tmp_path: Path) -> None:
+    _, core = made()
+    core.nr_pages = 10
+    with opened(core, tmp_path) as back:
+        assert [extents.pages.sum() for extents in back.extents()] == [10]
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
@@ -278,6 +285,7 @@ def test_tables_that_lead_in_circles(tmp_path: Path) -> None:
     core.pages[top] = entries.tobytes()
     with opened(core, tmp_path) as back:
         assert back.frames.types(array(domain.places.top)).tolist() == [4]
+        assert len(back.frames.tables.pfns) == len(set(back.frames.tables.pfns.tolist()))
         assert back.memory.walk(0).pfn == domain.places.top
 
 
@@ -306,25 +314,31 @@ def test_junk_is_an_error_of_ours_or_none(tmp_path: Path) -> None:
 
 
 def test_other_processes_are_found_by_xens_own_entry(tmp_path: Path) -> None:
-    """A top table that no vcpu runs on, with a table below; and a page that once was one, and is mapped writable."""
+    """A top table that no vcpu runs on, with a table below; a page that once was one, and is mapped writable; and one
+    that cannot be written and is none. What the top table names and is mapped writable is no table either.
+    """
     domain = pv_domain(pfns=range(128))
-    top, third, stale = domain.places.data[-3:]
+    top, third, stale, data = domain.places.data[-4:]
     mapping = domain.table(domain.places.top).copy()
     for pfn, table in ((top, mapping), (stale, mapping)):
         domain.pages[pfn][:] = table.tobytes()
     domain.types[top] = domain.types[stale] = 4
     domain.table(top)[0] = third << 12 | 0x67
+    domain.table(top)[1] = data << 12 | 0x67
+    text = domain.table(domain.places.text)
+    text[258] = top << 12 | 0x63
     domain.pages[third][:] = bytes(4096)
     domain.types[third] = 3
     core = core_of(domain)
     domain.types[stale] = 0
-    for pfn in (top, third):
+    for pfn in (top, third, domain.places.text):
         domain.set_pte(domain.vaddrs[pfn], pfn << 12 | 0x65)
     again = core_of(domain)
     for level1 in domain.tables(1):
         core.pages[level1] = again.pages[level1]
     with opened(core, tmp_path) as back:
-        assert back.frames.types(array(top, third, stale)).tolist() == [4, 3, 0]
+        kinds = back.frames.types(array(top, third, stale, data, domain.places.text))
+        assert kinds.tolist() == [4, 3, 0, 0, 0]
         assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
 
 

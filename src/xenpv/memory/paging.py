@@ -48,17 +48,12 @@ class Paging:
 
     def index(self, vaddr: int, level: int) -> int:
         """Which entry of a table of that level translates the address."""
-        return vaddr >> PAGE_SHIFT + self.bits * (level - 1) & self._last(level)
+        return vaddr >> PAGE_SHIFT + self.bits * (level - 1) & (1 << self.bits) - 1
 
     def indices(self, vaddrs: U64, level: int) -> I64:
         """The same of many addresses."""
-        shift, last = np.uint64(PAGE_SHIFT + self.bits * (level - 1)), np.uint64(self._last(level))
+        shift, last = np.uint64(PAGE_SHIFT + self.bits * (level - 1)), np.uint64((1 << self.bits) - 1)
         return (vaddrs >> shift & last).astype(np.int64)
-
-    def _last(self, level: int) -> int:
-        if self.levels == 3 and level == 3:
-            return 3  # PAE's top table has 4 entries
-        return (1 << self.bits) - 1
 
     def entries(self, pages: U8, level: int) -> U64:
         """Pages of tables of that level, uint8 (n, 4096), as entries, uint64 (n, entries)."""
