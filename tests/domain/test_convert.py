@@ -190,6 +190,14 @@ def test_a_page_that_comes_again_stays_the_later_one(out: Path) -> None:
         assert memory(out) == of_domain(DOMAIN)
 
 
+def test_reserved_bits_do_not_go_along(out: Path) -> None:
+    """ "Reserved fields [...] must be ignored during restore": a warning of the input, and none of the result."""
+    stream = DOMAIN.to_stream("libxc")
+    stream.patch("PAGE_DATA", 8 + 8 + 6, b"\xf0")
+    assert converted(bytes(stream), out).findings == []
+    assert out.read_bytes() == DOMAIN.to_bytes("libxc")
+
+
 def test_pages_of_zeros_go_without_content_where_that_means_the_same(out: Path) -> None:
     """Not those of the p2m, not tables, and not what an earlier sending gave other content."""
     domain = pv_domain(pfns=range(64))
@@ -287,6 +295,16 @@ def test_a_checkpointed_stream_of_today_becomes_a_plain_one(out: Path) -> None:
     assert memory(out) == of_domain(DOMAIN)
     with SavedDomain.open(str(out)) as saved:
         assert saved.contents.checkpoints == 0
+
+
+def test_of_a_device_model_the_last_state_counts(out: Path) -> None:
+    """Each checkpoint has all of it."""
+    begin = legacy_hvm()
+    begin.drop("chunk -9")
+    again = Stream(legacy_hvm()[begin.find("chunk -7") :]).replace("qemu", W.qemu(b"last"))
+    converted(bytes(begin.replace("qemu", W.qemu(b"first"))) + bytes(again), out, kind=Kind.XL)
+    with SavedDomain.open(str(out)) as saved:
+        assert [event.data for event in saved.contents.emulators[1:]] == [b"last"]
 
 
 # --- files, pipes, and what goes wrong --------------------------------------------------------------------------------
