@@ -25,9 +25,10 @@ from tests.domain.flips import KINDS, as_table, flip_survey
 from xenpv.abi.x86 import PTE_P, PTE_RW
 from xenpv.cli.show import describe
 from xenpv.domain.input import Input
+from xenpv.domain.opening import open_domain
 from xenpv.domain.source import SavedDomain
 from xenpv.domain.verify import Report, verify
-from xenpv.frames import IS_TABLE, PAGE_SIZE, PageType
+from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PageType
 from xenpv.memory.pagetables import as_entries, frames
 
 DEBIAN_MIB = 96
@@ -150,6 +151,22 @@ def test_pages_in_the_stream_are_those_of_the_running_guest(debian: Debian) -> N
             assert np.mean(core[row] != saved.frames.pages(pfns)) <= patched
         # The p2m in the stream's frames is the one that the core lists: mfn for mfn.
         assert saved.p2m.lookup(p2m[:, 0].copy()).tolist() == p2m[:, 1].tolist()
+
+
+def test_the_core_is_read_as_the_domain(debian: Debian) -> None:
+    """Its page tables hold mfns, and nothing says which pages they are; the stream says so of the same guest later."""
+    with open_domain(str(debian.core)) as core, SavedDomain.open(str(debian.path)) as saved:
+        banner = core.memory.read_virtual(debian.symbols["linux_banner"], 200)
+        assert banner.split(b"\0")[0].decode().strip() == debian.version
+        pfns = saved.contents.index.pfns(HAS_DATA)
+        there, here = saved.frames.types(pfns) & 7, core.frames.types(pfns)
+        assert np.mean(there != here) < 0.005  # processes that came and went between
+        assert np.array_equal(np.unique(here), np.arange(5))
+        start, end = debian.symbols["__start_rodata"], debian.symbols["__end_rodata"]
+        pages = (end - start) // PAGE_SIZE
+        found = core.memory.translate(start, pages)
+        assert np.array_equal(found, saved.memory.translate(start, pages))
+        assert np.array_equal(core.frames.pages(found), saved.frames.pages(found))
 
 
 def _core(file: BinaryIO) -> tuple[np.ndarray, bytes]:

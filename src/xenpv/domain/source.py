@@ -43,9 +43,10 @@ _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-"
 
 
 class FilePages:
-    """Frames whose content lies in a file, at the offsets of an index counted from byte ``base``."""
+    """Frames whose content lies in a file (``what``), at the offsets of an index counted from byte ``base``."""
 
-    def __init__(self, fd: int, where: PageIndex, types: PageIndex, base: int = 0) -> None:
+    def __init__(self, fd: int, where: PageIndex, types: PageIndex, base: int = 0, *, what: str = "the stream") -> None:
+        self._what = what
         self._fd = fd
         self._base = base
         self._where = where
@@ -84,7 +85,7 @@ class FilePages:
     def _no_content(self, pfns: U64, offsets: I64) -> Fault:
         pfn = int(pfns[np.argmax(offsets < 0)])
         kind = int(self._types.types(np.array([pfn], np.uint64))[0])
-        why = "is not in the stream" if kind == ABSENT else f"is of type {type_name(kind)}, or was not kept"
+        why = f"is not in {self._what}" if kind == ABSENT else f"is of type {type_name(kind)}, or was not kept"
         return Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
 
 
