@@ -48,7 +48,7 @@ def outputs(host: XenMover, name: str, seed: int, count: int) -> dict[str, Any]:
     for live in ways:
         went = _saved(host, domid, str(SMALL / "whole"), live)
         assert went == "", went
-        at, size = Parts.of(str(SMALL / "whole")).begins, (SMALL / "whole").stat().st_size
+        at, size = Parts.of(str(SMALL / "whole")).some_begins(count, chance), (SMALL / "whole").stat().st_size
         (SMALL / "whole").unlink()
         resumed += 1
         left = Left(host)

@@ -16,7 +16,7 @@ from tests.domain.breaking import BUILDING
 from tests.lab.guest import ONE_VERSION, Guest, boot, run
 
 SEED = 6
-SAMPLE, ALL = 3, 120  # random points of each kind
+SAMPLE, ALL = 3, 30  # points of each kind; records are fewer than 30
 
 
 def faults(host: lab.Host, *arguments: object, program: str = "faults") -> dict[str, Any]:
@@ -31,7 +31,7 @@ def faults(host: lab.Host, *arguments: object, program: str = "faults") -> dict[
 
 def saved(host: lab.Host, name: str) -> str:
     """A litmus that stock xl has saved."""
-    boot(host, name, "p2m=both", vcpus=2)
+    boot(host, name, "p2m=both", memory=8, vcpus=2)
     run(host, f"xl save {name} $TMPDIR/{name}.save")
     return f"$TMPDIR/{name}.save"
 
@@ -62,7 +62,8 @@ def test_streams_that_end_or_lie(host: lab.Host, points: int) -> None:
     told = faults(host, "streams", saved(host, "broken-off"), SEED, points)
     counts = told["counts"]
     assert counts["cut where a record begins"].keys() <= {"Truncated", "Unsupported"}
-    assert sum(counts["cut where a record begins"].values()) == told["begins"] > 15
+    assert told["begins"] > 15
+    assert sum(counts["cut where a record begins"].values()) == min(points, told["begins"])
     assert counts["cut anywhere"] == {"Truncated": points}
     assert sum(counts["bit flipped in a record"].values()) == points
 
@@ -71,7 +72,7 @@ def test_streams_that_end_or_lie(host: lab.Host, points: int) -> None:
 @POINTS
 def test_saves_whose_output_ends(host: lab.Host, points: int) -> None:
     """It runs on each time, and its memory is what it was."""
-    guest = boot(host, "goes-on", "p2m=both dirty=200", vcpus=2)
+    guest = boot(host, "goes-on", "p2m=both dirty=200", memory=8, vcpus=2)
     told = faults(host, "outputs", guest.name, SEED, points, program="faults_of_saves")
     suspended(guest)
     for kind, outcomes in told["counts"].items():
@@ -91,7 +92,7 @@ def suspended(guest: Guest) -> None:
 @pytest.mark.deep
 @ONE_VERSION
 def test_helpers_that_are_killed(host: lab.Host) -> None:
-    guest = boot(host, "outlives", "p2m=both", vcpus=2)
+    guest = boot(host, "outlives", "p2m=both", memory=8, vcpus=2)
     told = faults(host, "killed", guest.name, SEED, 12, program="faults_of_saves")
     assert told["counts"]["save"]["failed"] > 3
     assert told["counts"]["restore"]["failed"] > 3

@@ -31,7 +31,7 @@ def migrate(pair: Pair, environment: str, options: str = "") -> str:
 
 def arrives(pair: Pair, sender: str, receives: str, options: str = "") -> str:
     """A guest that works goes there and lives; what both sides said."""
-    boot(pair.here, NAME, "p2m=both dirty=2000", memory=32, vcpus=2)
+    boot(pair.here, NAME, "p2m=both dirty=300", vcpus=2)
     there = receiver(pair, receives)
     arrived = Guest.expected(pair.there, ARRIVING)  # what its console is called
     said = run(pair.here, migrate(pair, sender, options), timeout=300)
@@ -76,7 +76,7 @@ def test_to_a_newer_xen(hosts: Hosts) -> None:
 def test_what_ends_on_the_way(hosts: Hosts) -> None:
     """A helper, here or there, or the link: it runs on here, and nothing of it is there."""
     with two(hosts, lab.DEFAULT) as pair:
-        guest = boot(pair.here, NAME, "p2m=both dirty=200", memory=32, vcpus=2)
+        guest = boot(pair.here, NAME, "p2m=both dirty=200", vcpus=2)
         free = freed(pair.there)
         for host, what in (
             (pair.here, "cli.save_helper --[s]ave"),
