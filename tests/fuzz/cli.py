@@ -26,6 +26,7 @@ VERBS = (
     ("read", "FILE", "0xc0000ff8", "5000"),
     ("verify", "FILE"),
     ("verify", "--json", "FILE"),
+    ("report", "FILE", "-o", "/dev/null", "--json"),
 )
 
 
