@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tests.writers.stream import NOTAB, OPTIONAL, PAGE, XALLOC, XTAB, Piece, Str
 from xenpv.abi.declare import Width
 from xenpv.domain.convert import Conversion, Converted, Wish
 from xenpv.domain.convert_file import Refused, convert, write
-from xenpv.domain.convert_pages import BATCH_MAX
+from xenpv.domain.convert_pages import BATCH_MAX, Cutter
 from xenpv.domain.input import Input
 from xenpv.domain.source import SavedDomain
 from xenpv.domain.verify import verify
@@ -30,6 +31,7 @@ from xenpv.errors import RequestError, StreamError, Truncated, Unsupported
 from xenpv.frames import HAS_DATA
 from xenpv.stream.envelope import Kind
 from xenpv.stream.legacy import LegacyReader
+from xenpv.stream.pagedata import PageData
 
 W = Legacy()
 DOMAIN = pv_domain(pfns=range(64), vcpus=2, tree=True)
@@ -186,8 +188,9 @@ def test_a_page_that_comes_again_stays_the_later_one(out: Path) -> None:
     pfn = DOMAIN.places.data[0]
     again = [wire.page_data([(pfn, NOTAB)], [old]), wire.page_data([(pfn, NOTAB)], [bytes(DOMAIN.pages[pfn])])]
     for batch in (None, 3, 1000):
-        converted(bytes(DOMAIN.to_stream("libxc").before("X86_TSC_INFO", *again)), out, batch=batch)
+        done = converted(bytes(DOMAIN.to_stream("libxc").before("X86_TSC_INFO", *again)), out, batch=batch)
         assert memory(out) == of_domain(DOMAIN)
+        assert done.findings == []  # not twice in one record, which is worth a warning
 
 
 def test_reserved_bits_do_not_go_along(out: Path) -> None:
@@ -219,6 +222,22 @@ def test_pages_of_zeros_go_without_content_where_that_means_the_same(out: Path) 
     }
     assert done.dropped == sum(kind == XALLOC for kind, _ in found.values())
     assert done.saved == done.dropped * PAGE == whole.bytes_out - done.bytes_out
+
+
+def test_zeros_of_the_p2m_are_content() -> None:
+    """A restorer writes to all of its frames, and wants them to have come as pages."""
+    cutter = Cutter(drop_zero=True)
+    cutter.keep = np.array([5], np.uint64)
+    raw = struct.pack("<4Q", 4, 5, 6 | 1 << 60, 7)
+    record = PageData(raw=raw, pages=4, pages_offset=0)
+
+    def take(into: memoryview) -> None:
+        into[:] = bytes(4 * PAGE - 1) + b"!"
+
+    ((entries, (content,)),) = cutter.put(record, take)
+    assert entries.tolist() == [4 | XALLOC << 60, 5, 6 | 1 << 60, 7]
+    assert content.shape == (3, PAGE)
+    assert cutter.dropped == 1
 
 
 # --- Remus ------------------------------------------------------------------------------------------------------------
