@@ -16,6 +16,7 @@ without VMCOREINFO) virtual memory is what vcpu 0 sees, by our walk.
 from __future__ import annotations
 
 import functools
+import math
 import runpy
 import struct
 import sys
@@ -34,10 +35,11 @@ from xenpv.errors import RequestError, XenPVError
 from xenpv.findings import Rule, Severity
 from xenpv.memory.domain import Domain
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo
-from xenpv.plugins.recent import KEPT, RecentPages
+from xenpv.plugins.recent import RecentPages
 
 _PHYSICAL = {8: 1 << 52, 4: 1 << 32}  # bytes; drgn cuts off an address of a 32-bit program, PAE or not
 _AT_ONCE = 1 << 20
+_FRESH = 1.0  # seconds: each page of a running domain costs hypercalls, and drgn walks page tables at every step
 _PT_REGS = (
     *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
     *("orig_ax", "rip", "cs", "rflags", "rsp", "ss"),
@@ -45,13 +47,14 @@ _PT_REGS = (
 
 
 def program(domain: Domain, *, live: bool = False) -> drgn.Program:
-    """A drgn Program whose memory is the domain's. ``live``: it runs on meanwhile.
+    """A drgn Program whose memory is the domain's. ``live``: it runs on meanwhile; what is read is then as it was not
+    more than a second ago.
 
     Only what is read of memory is, so the domain must stay open for as long as the Program is used. A read of what is
     not there raises drgn.FaultError. It has no debugging information yet: see Program.load_debug_info().
     """
     wide = domain.width == 8
-    pages = RecentPages(domain.memory, kept=0 if live else KEPT)
+    pages = RecentPages(domain.memory, seconds=_FRESH if live else math.inf)
     prog = drgn.Program(drgn.Platform(drgn.Architecture.X86_64 if wide else drgn.Architecture.I386))
     prog.add_memory_segment(0, _PHYSICAL[domain.width], _reader(pages.read), physical=True)
     text = find_vmcoreinfo(domain)

@@ -1,0 +1,54 @@
+"""Pages that were read last: the same bytes, and no older than was asked for."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import pytest
+
+from tests.memory.frames import DictFrames
+from xenpv.errors import Fault
+from xenpv.memory.domain import DomainMemory
+from xenpv.plugins.recent import RecentPages
+
+PAGE = 4096
+
+
+def frames() -> DictFrames:
+    return DictFrames({pfn: bytearray([pfn] * PAGE) for pfn in range(4)})
+
+
+def test_bytes_of_a_page_and_across_pages() -> None:
+    memory = DomainMemory(frames())
+    recent = RecentPages(memory)
+    for at, length in ((0, 8), (PAGE - 8, 8), (PAGE - 4, 8), (5, 0), (100, 3 * PAGE), (2 * PAGE, PAGE)):
+        assert recent.read(at, length) == memory.read(at, length)
+    with pytest.raises(Fault):
+        recent.read(4 * PAGE, 1)
+
+
+def test_a_page_is_read_once_for_as_long_as_it_may_be_kept() -> None:
+    content = frames()
+    recent = RecentPages(DomainMemory(content), seconds=math.inf)
+    for at in range(0, PAGE, 8):
+        recent.read(PAGE + at, 8)
+    assert content.reads == {1: 1}
+
+
+def test_what_changes_is_seen_when_its_time_is_over() -> None:
+    content = frames()
+    recent = RecentPages(DomainMemory(content), seconds=0.05)
+    start = time.monotonic()
+    recent.read(PAGE, 1)
+    content.content[1][:] = b"x" * PAGE  # type: ignore[index]
+    while time.monotonic() - start <= 0.06:
+        assert recent.read(PAGE, 1) in {b"\1", b"x"}
+    assert recent.read(PAGE, 1) == b"x"
+
+
+def test_nothing_is_kept_for_no_time() -> None:
+    content = frames()
+    recent = RecentPages(DomainMemory(content), seconds=-1)
+    assert [recent.read(PAGE, 1), recent.read(PAGE, 1)] == [b"\1"] * 2
+    assert content.reads == {1: 2}
