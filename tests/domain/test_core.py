@@ -342,6 +342,29 @@ def test_other_processes_are_found_by_xens_own_entry(tmp_path: Path) -> None:
         assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
 
 
+def test_other_processes_of_a_32_bit_guest_are_found(tmp_path: Path) -> None:
+    """By the end of the L2 below the last entry. One that has more than four entries, or leads elsewhere, is none."""
+    domain = pv_domain(width=4, pfns=range(128))
+    top, below, more, elsewhere = domain.places.data[-4:]
+    mapping = domain.table(domain.places.top)
+    for pfn in (top, more, elsewhere):
+        domain.pages[pfn][:] = mapping.tobytes()
+        domain.types[pfn] = 3
+    domain.table(top)[0] = below << 12 | 1
+    domain.table(more)[4] = below << 12 | 1
+    domain.table(elsewhere)[3] = domain.places.text << 12 | 1
+    domain.pages[below][:] = bytes(4096)
+    domain.types[below] = 2
+    for pfn in (top, below, more, elsewhere):
+        domain.set_pte(domain.vaddrs[pfn], pfn << 12 | 0x65)
+    core = core_of(domain)
+    text = sorted(domain.pages).index(domain.places.text)
+    core.pages[text] = bytes(domain.pages[domain.places.text])
+    with opened(core, tmp_path) as back:
+        assert back.frames.types(array(top, below, more, elsewhere)).tolist() == [3, 2, 0, 0]
+        assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
+
+
 def test_a_large_core_is_opened_by_its_list(tmp_path: Path) -> None:
     """Pages are holes; reading the list of a million pages is all that it takes."""
     domain, core = made()

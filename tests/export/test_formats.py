@@ -89,6 +89,8 @@ def test_a_core_is_what_xl_would_write(domain: Domain, tmp_path: Path) -> None:
     for row, pfn in enumerate(sorted(domain.pages)):
         top = domain.is_table(pfn) and domain.types[pfn] & 7 == 4
         kept = own if top else np.ones(512, np.bool_)
+        if domain.width == 4 and domain.types[pfn] & 7 == 2:
+            kept[0x1AC:] = False  # Xen's, in the L2 below a last entry
         assert (pages[0][row] == pages[1][row])[kept].all(), hex(pfn)
         if top:
             frame = np.uint64(0xF_FFFF_FFFF_F000)

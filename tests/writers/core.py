@@ -119,6 +119,8 @@ def _as_on_the_host(domain: Domain, pfn: int) -> bytes:
     if domain.types[pfn] & 7 == 4:
         entries[256:272] = 0xFEDC_B000 << 12 | 0x63  # Xen's own frames
         entries[258] = domain.mfns[pfn] << 12 | 0x63  # the linear page table
+    if domain.width == 4 and pfn in {int(domain.table(top)[3]) >> 12 for top in domain.tables(3)}:
+        entries[0x1AC:] = 0xFEDC_B000 << 12 | 0xE1
     return entries.tobytes()
 
 

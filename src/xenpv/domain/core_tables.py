@@ -2,9 +2,9 @@
 
 From each vcpu's top tables down, level by level, whole arrays at once. That finds the kernel's tables and those of the
 processes that ran. All others hang from top tables of their own, and Xen gives each of these the same entries for
-itself: in a 64-bit guest's, one that names the table (the linear page table). Only pages that the tables
-found so far map, and never writable, are looked at for it: Xen lets no page table be mapped otherwise
-(xen.git:xen/arch/x86/mm.c get_page_type()).
+itself: in a 64-bit guest's, one that names the table (the linear page table); in a 32-bit guest's, those at the end of
+the last L2. Only pages that the tables found so far map, and never writable, are looked at for it: Xen lets no page
+table be mapped otherwise (xen.git:xen/arch/x86/mm.c get_page_type(), init_xen_l4_slots(), init_xen_pae_l2_slots()).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from xenpv.abi.declare import Width
-from xenpv.abi.x86 import LEVELS, PTE_P, PTE_PSE, PTE_RW
+from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW, XEN_PAE_L2_FIRST
 from xenpv.frames import I64, NO_FRAME, U8, U64, Frames, Mask
-from xenpv.memory.pagetables import Translate, as_entries, frames, is_xen_slot
+from xenpv.memory.pagetables import Translate, allowed_flags, as_entries, frames, is_xen_slot
 
 LINEAR_PT_SLOT = 258  # of an L4: xen.git:xen/arch/x86/include/asm/config.h
 _AT_ONCE = 1024  # pages
+_NOT_IN_L3 = ~np.uint64(PTE_FRAME_MASK | allowed_flags(3, 4) & ~PTE_P)
 _P, _RW, _PSE = np.uint64(PTE_P), np.uint64(PTE_RW), np.uint64(PTE_PSE)
 
 
@@ -63,11 +64,11 @@ class Search:
         """All page tables. ``tops``: pfns of the vcpus' top tables."""
         none = Tables(np.empty(0, np.uint64), np.empty(0, np.uint8))
         found = self._below(tops, none, None)
-        if self.width == 4 or not len(found.pfns):
-            return found  # 32-bit top tables have no entries of Xen's
         mapped, writable = self._mapped(found)
         candidates = mapped.pfns(but=writable)
-        return self._below(self._tops(candidates[found.level_of(candidates) == 0]), found, writable)
+        candidates = candidates[found.level_of(candidates) == 0]
+        others = self._tops(candidates) if self.width == 8 else self._tops_32(candidates, found)
+        return self._below(others, found, writable)
 
     def _below(self, tops: U64, known: Tables, never: _Marks | None) -> Tables:
         """All tables that are reached from some top tables, and those that are known; ``never``: what is none."""
@@ -96,11 +97,30 @@ class Search:
         return np.unique(pfns[pfns != NO_FRAME])
 
     def _tops(self, candidates: U64) -> U64:
-        """Which of some pages are top tables, by Xen's entry in each."""
+        """Which of some pages are top tables of a 64-bit guest, by Xen's entry in each."""
         found = [np.empty(0, np.uint64)]
         for some in _some(candidates):
             slot = as_entries(self.raw.pages(some))[:, LINEAR_PT_SLOT]
             found.append(some[(slot & _P != 0) & (frames(slot) == self.mfn_of(some))])
+        return np.concatenate(found)
+
+    def _tops_32(self, candidates: U64, known: Tables) -> U64:
+        """Which of some pages are top tables of a 32-bit guest.
+
+        Xen clears all behind their four entries, and demands a last one, whose L2 ends with Xen's own entries, the same
+        for all (promote_l3_table()).
+        """
+        found, own = [np.empty(0, np.uint64)], None
+        for some in (*_some(known.pfns[known.levels == 3]), *_some(candidates)):
+            entries = as_entries(self.raw.pages(some))
+            last = entries[:, PAE_L3_ENTRIES - 1]
+            fits = (entries[:, PAE_L3_ENTRIES:] == 0).all(axis=1) & (last & _NOT_IN_L3 == _P)
+            l2s = self.pfn_of(frames(last))
+            at = np.flatnonzero(fits & (l2s != NO_FRAME))
+            ends = as_entries(self.raw.pages(l2s[at]))[:, XEN_PAE_L2_FIRST:]
+            if own is None:
+                own = ends[:1]
+            found.append(some[at[(ends == own).all(axis=1)]] if len(own) else some[:0])
         return np.concatenate(found)
 
     def _mapped(self, known: Tables) -> tuple[_Marks, _Marks]:
