@@ -161,11 +161,11 @@ def test_no_trace_without_debugging_information_or_of_32_bit(tmp_path: Path) -> 
 
 
 def said(*arguments: str) -> Result:
-    before = sys.argv
+    argv, path = sys.argv, list(sys.path)
     try:
         return CliRunner().invoke(main, arguments)
     finally:
-        sys.argv = before
+        sys.argv, sys.path[:] = argv, path
 
 
 @pytest.fixture
@@ -191,6 +191,24 @@ def test_a_script_with_arguments(linux: Path, tmp_path: Path) -> None:
     )
     found = said("-s", "/nonexistent/vmlinux", str(linux), str(script), "--flag", "one")
     assert found.stdout == "True True ['--flag', 'one']\n"
+
+
+def test_a_scripts_own_error_is_no_bug_of_ours(linux: Path, tmp_path: Path) -> None:
+    (tmp_path / "beside.py").write_text("def wrong():\n    raise ZeroDivisionError\n")
+    script = tmp_path / "script.py"
+    script.write_text("import beside\nbeside.wrong()\n")
+    for words in (["-e", "1 / 0", str(linux)], [str(linux), str(script)]):
+        found = said(*words)
+        assert found.exit_code == 1
+        assert isinstance(found.exception, SystemExit)
+        assert "ZeroDivisionError" in found.stderr
+    assert isinstance(said("-e", "stack_of(9)", str(linux)).exception, RequestError)
+
+
+def test_a_pipe_is_refused() -> None:
+    found = said("-e", "1", "-")
+    assert isinstance(found.exception, RequestError)
+    assert "put it into a file first" in str(found.exception)
 
 
 def test_no_linux_is_said(tmp_path: Path) -> None:

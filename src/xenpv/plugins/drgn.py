@@ -17,17 +17,18 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import runpy
 import struct
 import sys
+import traceback
 from collections.abc import Callable
-from typing import Any
 
 import click
 import drgn
 from drgn.cli import default_globals, run_interactive, version_header
 
-from xenpv.cli.main import run
+from xenpv.cli.main import EXIT_FAILED, run
 from xenpv.cli.target import PAUSE, TARGET, opened
 from xenpv.cli.terminal import printable
 from xenpv.domain.live import LiveDomain
@@ -124,6 +125,8 @@ def main(
         if rule.severity is Severity.ERROR:
             click.echo(printable(f"xenpv: {message} (at {offset:#x})"), err=True)
 
+    if target == "-":
+        raise RequestError("drgn reads here and there, and a pipe passes by once: put it into a file first")
     with opened(target, pause=pause, hvm=True, fault=fault if partial else None) as domain:
         prog = program(domain, live=isinstance(domain, LiveDomain) and not pause)
         if not prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL:
@@ -139,14 +142,20 @@ def main(
             run_interactive(prog, globals_func=lambda given: given | ours)
             return
         drgn.set_default_prog(prog)
-        if code is not None:
-            words: dict[str, Any] = default_globals(prog) | ours
-            sys.argv = ["-e", *([script] if script else []), *arguments]
-            exec(code, words)  # noqa: S102
-        else:
-            assert script is not None
-            sys.argv = [script, *arguments]
-            runpy.run_path(script, ours | {"prog": prog}, "__main__")
+        try:
+            if code is not None:
+                sys.argv = ["-e", *([script] if script else []), *arguments]
+                exec(code, default_globals(prog) | ours)  # noqa: S102
+            else:
+                assert script is not None
+                sys.argv = [script, *arguments]
+                sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
+                runpy.run_path(script, ours | {"prog": prog}, "__main__")
+        except (XenPVError, OSError):
+            raise
+        except Exception:  # of the script's, and no bug of ours
+            traceback.print_exc()
+            sys.exit(EXIT_FAILED)
 
 
 if __name__ == "__main__":
