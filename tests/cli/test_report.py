@@ -125,7 +125,8 @@ def test_content_can_be_left_out_or_bounded(good: Path, domain: Domain) -> None:
 
 @pytest.mark.parametrize("pause", [False, True])
 def test_a_running_domain(pause: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    guest, out, paused = Guest.boot("both"), tmp_path / "report.html", []
+    guest, out = Guest.boot("both"), tmp_path / "report.html"
+    paused: list[int | None] = []
     info = guest.host.info(guest.domid)
     monkeypatch.setattr("xenpv.cli.target._running", lambda _target, _stack: guest.live)
     monkeypatch.setattr(guest.host, "pause", paused.append)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +13,17 @@ from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
 from tests.writers.stream import PAGE
 from xenpv.domain.source import SavedDomain
+from xenpv.frames import U8, U64, Frames
 from xenpv.report.content import Content, content_of
 from xenpv.report.parts import Parts
+from xenpv.report.pfnmap import whole
 
 
 def content(domain: Domain, tmp_path: Path, limit: int = 1 << 20) -> Content:
     file = tmp_path / "made.save"
     file.write_bytes(domain.to_bytes())
     with SavedDomain.open(str(file)) as saved:
-        return content_of(saved.frames, saved.extents(), limit)
+        return content_of(saved.frames, whole(saved.extents())[0], limit)
 
 
 def pfns_of(parts: Parts) -> list[int]:
@@ -88,6 +91,45 @@ def test_pages_that_cannot_be_read_are_counted(domain: Domain, tmp_path: Path) -
     file.write_bytes(data)
     with SavedDomain.open(str(file)) as saved:
         file.write_bytes(data[: len(data) // 2])  # the file shrinks under us
-        found = content_of(saved.frames, saved.extents(), 1 << 20)
+        found = content_of(saved.frames, whole(saved.extents())[0], 1 << 20)
     assert 300 < found.unread < 400
     assert found.looked_at == len(domain.pages)
+
+
+def test_pages_that_stand_apart_are_read_together(tmp_path: Path) -> None:
+    file = tmp_path / "made.save"
+    file.write_bytes(pv_domain(pfns=range(0, 4000, 2)).to_bytes())
+    with SavedDomain.open(str(file)) as saved:
+        frames = Counting(saved.frames)
+        extents = whole(saved.extents())[0]
+        found = content_of(frames, extents, 1 << 20)
+        assert len(extents.start) > 1900
+        assert found.looked_at == 2000
+        assert frames.calls <= 2000 // 256 + 1
+
+
+@dataclass
+class Counting:
+    """Frames, and how often they were read."""
+
+    frames: Frames
+    calls: int = 0
+
+    def types(self, pfns: U64) -> U8:
+        return self.frames.types(pfns)
+
+    def pages(self, pfns: U64) -> U8:
+        self.calls += 1
+        return self.frames.pages(pfns)
+
+
+def test_what_is_known_to_be_gone_is_not_asked_for(domain: Domain, tmp_path: Path) -> None:
+    file = tmp_path / "made.save"
+    file.write_bytes(domain.to_bytes())
+    with SavedDomain.open(str(file)) as saved:
+        frames = Counting(saved.frames)
+        extents = whole(saved.extents())[0]
+        found = content_of(frames, extents, 1 << 20, kept=lambda pfns: pfns % np.uint64(2) == 0)
+        assert found.unread == sum(pfn % 2 for pfn in domain.pages)
+        assert all(pfn % 2 == 0 for pfn in pfns_of(found.zero_at))
+        assert frames.calls <= len(domain.pages) // 256 + 1

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames
+from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask
 from xenpv.memory.domain import Extents
 from xenpv.memory.p2m import reading
-from xenpv.report.parts import NOTHING, Collector, Parts
+from xenpv.report.parts import NOTHING, Collector, Parts, batches
 
 _AT_ONCE = 256  # pages: 1 MiB, which stays in the processor's cache
 _TABLE = np.uint64(1 << 63)  # beside a pfn: the page is a page table
@@ -50,37 +50,40 @@ class Content:
 
 
 def content_of(
-    memory: Frames, pieces: Iterable[Extents], limit: int, step: Callable[[int], None] | None = None
+    memory: Frames,
+    extents: Extents,
+    limit: int,
+    step: Callable[[int], None] | None = None,
+    *,
+    kept: Callable[[U64], Mask] | None = None,
 ) -> Content:
     """Read pages, ``limit`` of them at most, from the lowest pfn on; 24 bytes of memory each. ``step``: (pages done).
+    ``kept``: which pages can be read, where that is known.
 
     Pages are told apart by a hash under keys of this moment, so that no guest can have two of its pages taken for one.
     """
     keys, read = _Hash(), reading(memory)
-    zero_at, looked_at, left_out, unread = Collector(), 0, 0, 0
+    zero_at, looked_at, unread = Collector(), 0, 0
     seen: list[tuple[U64, U64]] = []  # pfns, bit 63: a table; and hashes
-    for piece in pieces:
-        for start, pages, kind in zip(*(column.tolist() for column in piece), strict=True):
-            if not HAS_DATA[kind]:
-                continue
-            wanted = min(pages, limit - looked_at)
-            left_out += pages - wanted
-            for first in range(start, start + wanted, _AT_ONCE):
-                pfns = np.arange(first, min(first + _AT_ONCE, start + wanted), dtype=np.uint64)
-                content, readable = read(pfns)
-                unread += int(np.count_nonzero(~readable))
-                held = content.any(axis=1)
-                zero_at.add(Parts.of_pfns(pfns[readable & ~held]))
-                mark = _TABLE if IS_TABLE[kind] else np.uint64(0)
-                seen.append((pfns[readable & held] | mark, keys(content[readable & held])))
-            looked_at += wanted
-            if step is not None and wanted:
-                step(looked_at)
+    wanted = HAS_DATA[extents.type]
+    pages, kinds = extents.pages[wanted], extents.type[wanted]
+    for row, every in batches(extents.start[wanted], pages, _AT_ONCE, limit):
+        marks = np.where(IS_TABLE[kinds[row]], _TABLE, np.uint64(0))
+        there = np.ones(len(every), np.bool_) if kept is None else kept(every)
+        content, readable = read(every[there])
+        pfns, content = every[there][readable], content[readable]
+        held = content.any(axis=1)
+        zero_at.add(Parts.of_pfns(pfns[~held]))
+        seen.append(((every | marks)[there][readable][held], keys(content[held])))
+        unread += len(every) - len(pfns)
+        looked_at += len(every)
+        if step is not None:
+            step(looked_at)
     marked = np.concatenate([np.empty(0, np.uint64), *(some for some, _ in seen)])
     hashes = np.concatenate([np.empty((0, 2), np.uint64), *(some for _, some in seen)])
     found = zero_at.all
     zero = int(found.pages.sum())
-    return _alike(marked, hashes, Content(looked_at, left_out, unread, zero, zero_at=found))
+    return _alike(marked, hashes, Content(looked_at, int(pages.sum()) - looked_at, unread, zero, zero_at=found))
 
 
 def _alike(marked: U64, hashes: U64, so_far: Content) -> Content:

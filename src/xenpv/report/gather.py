@@ -122,7 +122,10 @@ def gather(domain: Domain, checked: Checked | None, *, content_pages: int, step:
     content = None
     if content_pages:
         total = min(content_pages, int(extents.pages.sum()))
-        content = content_of(domain.frames, [extents], content_pages, lambda done: told("content", done, total))
+        kept = domain.frames.kept if isinstance(domain, SavedDomain) else None
+        content = content_of(
+            domain.frames, extents, content_pages, lambda done: told("content", done, total), kept=kept
+        )
     others = [("p2m", "leaf", "leaves of the p2m", p2m_parts)] if p2m_parts is not None else []
     if content is not None:
         others.append(("content", "zero", "hold nothing but zeroes", content.zero_at))

@@ -12,7 +12,6 @@ from xenpv.memory.domain import Extents
 from xenpv.report.parts import NOTHING, Collector, Parts, axis
 
 _ROWS = 4096  # of each kind
-EXACT_MAX = 1 << 22  # extents that are held one by one: a domain of 16 TiB in pieces of 4 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +35,8 @@ class PfnMap:
 
 
 def whole(pieces: Iterable[Extents]) -> tuple[Extents, dict[int, Parts]]:
-    """All pages of a domain: their extents, and the parts of each page type that there is.
-
-    Of more than EXACT_MAX extents those behind are in the parts only.
-    """
+    """All pages of a domain: their extents, and the parts of each page type that there is."""
     exact: list[Extents] = []
-    held = 0
     by_type: dict[int, Collector] = {}
     for piece in pieces:
         there = IS_POPULATED[piece.type] | (piece.type == PageType.BROKEN)
@@ -49,9 +44,7 @@ def whole(pieces: Iterable[Extents]) -> tuple[Extents, dict[int, Parts]]:
         for kind in np.unique(extents.type).tolist():
             mine = extents.type == kind
             by_type.setdefault(kind, Collector()).add(Parts.of(extents.start[mine], extents.pages[mine]))
-        if held < EXACT_MAX:
-            exact.append(extents)
-            held += len(extents.start)
+        exact.append(extents)
     columns = [np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.uint8)]
     start, pages, kinds = (np.concatenate([empty, *(piece[i] for piece in exact)]) for i, empty in enumerate(columns))
     return Extents(start, pages, kinds), {kind: found.all for kind, found in sorted(by_type.items())}

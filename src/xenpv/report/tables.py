@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
-from xenpv.frames import IS_POPULATED, IS_TABLE, PINNED, U64, Frames
+from xenpv.frames import I64, IS_POPULATED, IS_TABLE, PINNED, U64, Frames, Mask
 from xenpv.memory.domain import Extents
 from xenpv.memory.p2m import reading
 from xenpv.memory.pagetables import GLOBAL, NO_PFN, as_entries, frames
+from xenpv.report.parts import batches
 
 FLAGS = {"RW": PTE_RW, "US": PTE_US, "A": PTE_A, "D": PTE_D, "G": GLOBAL, "PSE": PTE_PSE, "NX": PTE_NX}
 _AT_ONCE = 1024  # tables: 4 MiB
@@ -70,7 +71,9 @@ def table_stats(
     stats.left_out = max(0, total - TABLES_MAX)
     mapping = _Mapped(extents.start[populated], extents.pages[populated]) if stats.populated <= PAGES_MAX else None
     read, done = reading(memory), 0
-    for number, tables in _batches(extents.start[is_table], extents.pages[is_table], extents.type[is_table] & 7):
+    for number, tables in _batches(
+        extents.start[is_table], extents.pages[is_table], extents.type[is_table].astype(np.int64) & 7
+    ):
         pages, readable = read(tables)
         _count(levels[number], as_entries(pages[readable]), stats, mapping)
         levels[number].unread += int(np.count_nonzero(~readable))
@@ -85,18 +88,14 @@ def table_stats(
     return stats
 
 
-def _batches(start: U64, pages: np.ndarray, level: np.ndarray) -> Iterator[tuple[int, U64]]:
+def _batches(start: U64, pages: I64, level: I64) -> Iterator[tuple[int, U64]]:
     """The pfns of tables, some of one level at a time, TABLES_MAX of them at most."""
     room = TABLES_MAX
     for n in range(4, 0, -1):
-        mine, count = start[level == n], pages[level == n]
-        ends = np.cumsum(count)
-        for first in range(0, min(int(ends[-1]) if len(ends) else 0, room), _AT_ONCE):
-            stop = min(first + _AT_ONCE, int(ends[-1]), room)
-            at = np.arange(first, stop)
-            row = np.searchsorted(ends, at, "right")
-            yield n, mine[row] + (at - (ends - count)[row]).astype(np.uint64)
-        room = max(0, room - (int(ends[-1]) if len(ends) else 0))
+        of_level = level == n
+        for _, tables in batches(start[of_level], pages[of_level], _AT_ONCE, room):
+            yield n, tables
+            room -= len(tables)
 
 
 def _count(level: LevelStats, entries: U64, stats: TableStats, mapping: _Mapped | None) -> None:
@@ -118,12 +117,12 @@ def _count(level: LevelStats, entries: U64, stats: TableStats, mapping: _Mapped 
 class _Mapped:
     """How often each page of a domain is mapped: bit 0 once or more, bit 1 more than once, bit 2 writable."""
 
-    def __init__(self, start: U64, pages: np.ndarray) -> None:
+    def __init__(self, start: U64, pages: I64) -> None:
         self._start, self._pages = start, pages.astype(np.uint64)
         self._before = np.cumsum(pages) - pages
         self.times = np.zeros(int(pages.sum()), np.uint8)
 
-    def add(self, pfns: U64, writable: np.ndarray) -> None:
+    def add(self, pfns: U64, writable: Mask) -> None:
         if not len(self._start):
             return
         row = np.maximum(np.searchsorted(self._start, pfns, "right") - 1, 0)
