@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.fuzz import cli, convert, image, p2m, restore, stream, verify
+from tests.fuzz import cli, convert, core, image, p2m, restore, stream, verify
 from tests.fuzz.mutate import case, corpus
 from tests.fuzz.run import run
 
@@ -16,6 +16,10 @@ def test_any_bytes_parse_or_raise_a_stream_error(seed: int) -> None:
 
 def test_any_bytes_are_a_kernel_or_raise_an_image_error() -> None:
     assert run(image.target, seed=1, cases=1000) == 1000
+
+
+def test_any_bytes_are_a_core_or_raise_an_error_of_ours() -> None:
+    assert run(core.target, seed=1, cases=60) == 60
 
 
 def test_any_memory_gets_findings_or_a_guest_error() -> None:

@@ -141,7 +141,7 @@ def _sections(read: Read, size: int, report: Report) -> tuple[Width, dict[str, P
         if inside < length:
             where = f"{name} lies at {offset:#x} and has {length:#x} bytes"
             report(SECTION, f"{where}; the file ends at {size:#x}: is it cut short?", at + i * stride)
-        parts[name] = Part(offset, inside, entry)
+        parts[name] = Part(min(offset, size), inside, entry)
     if abi.SEC_NOTE not in parts:
         raise Unsupported(f"an ELF core without {abi.SEC_NOTE}: no core of xl dump-core", offset=at)
     return widths[machine], parts
