@@ -120,17 +120,15 @@ def _cards(facts: Facts) -> Iterable[dict[str, str]]:
     yield card("map", "Memory", memory(pages * PAGE_SIZE), f"{pages:,} pages, the last pfn is {facts.map.end - 1:#x}")
     if facts.checked:
         found = facts.checked.findings
-        worst = "bad" if found.errors else "warn" if found.warnings else "good"
-        value = (
-            f"{found.errors:,} errors" if found.errors else f"{found.warnings:,} warnings" if found.warnings else "none"
-        )
-        note = f"{found.warnings:,} warnings" if found.errors else f"{found.notes:,} notes" if found.notes else ""
-        yield card("findings", "Findings", value, note, worst)
+        tone = "bad" if found.errors else "warn" if found.warnings else "good"
+        counts = [(found.errors, "error"), (found.warnings, "warning"), (found.notes, "note")]
+        told = [_count(n, what) for n, what in counts if n] or ["none"]
+        yield card("findings", "Findings", told[0], ", ".join(told[1:]), tone)
     if facts.p2m:
         forms = [shape.form for shape in facts.p2m.shapes]
         value, note = "not known", ""
         if forms:
-            leaves = f"{facts.p2m.leaves:,} " + ("leaf" if facts.p2m.leaves == 1 else "leaves")
+            leaves = _count(facts.p2m.leaves, "leaf", "leaves")
             value, note = (forms[0], leaves) if len(forms) == 1 else (f"{len(forms)} forms", " and ".join(forms))
         yield card("p2m", "p2m", value, note)
     if facts.tables:
@@ -202,6 +200,11 @@ def _registers(vcpu: VcpuState) -> list[tuple[str, str]]:
         wide |= dict(bases)
     told = [(name, f"{value:0{digits}x}") for name, value in {**wide, **registers.control}.items()]
     return told + [(name, f"{registers.segments[name]:04x}") for name in SEGMENTS]
+
+
+def _count(n: int, one: str, more: str | None = None) -> str:
+    """So many of something: "1 error", "2 errors"."""
+    return f"{n:,} {one if n == 1 else more or one + 's'}"
 
 
 def _share(part: int, of: int) -> str:
