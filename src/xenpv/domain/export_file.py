@@ -234,9 +234,7 @@ def _written(
 
 def _put(out: Output, content: U8, exported: Exported) -> None:
     """Pages, those of zeros as holes."""
-    words = content.view(np.uint64)
-    full: Mask = np.asarray(words[:, :4].any(axis=1))  # most show at once that they are none of zeros
-    full[~full] = words[~full].any(axis=1)
+    full: Mask = np.asarray(np.bitwise_or.reduce(content.view(np.uint64), axis=1) != 0)  # any() takes twice as long
     exported.zeros += len(full) - int(np.count_nonzero(full))
     cuts = np.flatnonzero(np.append(True, full[1:] != full[:-1])).tolist()
     for first, end in zip(cuts, [*cuts[1:], len(full)], strict=True):

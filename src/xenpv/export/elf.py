@@ -34,6 +34,9 @@ ET_CORE = 4
 MACHINE: dict[Width, int] = {8: 62, 4: 3}
 _PT_LOAD, _PT_NOTE = 1, 4
 _RWX = 7
+# The physical address of segments that show memory once more, as /proc/kcore has it. Volatility wants segments in
+# ascending order, and finds nothing that is behind one which lies within another.
+_NO_PADDR = np.uint64((1 << 64) - 1)
 _PN_XNUM = 0xFFFF  # e_phnum: the number did not fit, and is in sh_info of section header 0
 
 
@@ -76,15 +79,20 @@ def core(
     if direct is not None:
         low = pages.first < np.uint64((1 << 8 * width) - direct >> PAGE_SHIFT)  # what is higher is in no direct map
         vaddr[low] = (pages.first[low] << np.uint64(PAGE_SHIFT)) + np.uint64(direct)
-    split, end = 1 + len(pages.first), 1 + len(pages.first) + len(mapped.first)
-    for some, runs in ((segments[1:split], Mapped(vaddr, *pages)), (segments[split:end], mapped)):
+    split, end = 1 + len(pages.first), number - len(mapped.first)
+    physical = pages.first << np.uint64(PAGE_SHIFT)
+    elsewhere = np.full(len(mapped.first), _NO_PADDR)
+    for some, runs, paddr in (
+        (segments[1:split], Mapped(vaddr, *pages), physical),
+        (segments[end:], mapped, elsewhere),
+    ):
         some["type"], some["flags"], some["align"] = _PT_LOAD, _RWX, PAGE_SIZE
         some["offset"] = content + pages.places(runs.first) * PAGE_SIZE
-        some["vaddr"], some["paddr"] = runs.vaddr, runs.first << np.uint64(PAGE_SHIFT)
+        some["vaddr"], some["paddr"] = runs.vaddr, paddr
         some["filesz"] = some["memsz"] = runs.pages * PAGE_SIZE
     if identity is not None:
-        segments[-1] = (_PT_LOAD, _RWX, content + pages.total * PAGE_SIZE, 0, identity.first << PAGE_SHIFT,
-                        identity.pages * PAGE_SIZE, identity.pages * PAGE_SIZE, PAGE_SIZE)  # fmt: skip
+        segments[split] = (_PT_LOAD, _RWX, content + pages.total * PAGE_SIZE, 0, identity.first << PAGE_SHIFT,
+                           identity.pages * PAGE_SIZE, identity.pages * PAGE_SIZE, PAGE_SIZE)  # fmt: skip
     yield padded(head.tobytes() + segments.tobytes() + section + notes)
     yield pages
     if identity is not None:
