@@ -147,8 +147,11 @@ def test_an_hvm_domain_is_what_was_written(long: int) -> None:
     params = [event.params for event in got.events if isinstance(event, records.HvmParams)]
     assert params == [{12: 0xFEFFF000, 15: 0xFEFFE000, 17: 0xFEFFF, 19: 1}, {5: 0xFEFFD, 6: 0xFEFFB, 1: 0xFEFFC}]
     (physmap,) = [event for event in got.events if isinstance(event, EmulatorXenstoreData)]
-    root = "physmap/f0000000"
-    assert physmap.pairs == {f"{root}/start_addr": "f0000000", f"{root}/size": "800000", f"{root}/name": "vga.vram"}
+    vga, rom = "physmap/f0000000", "physmap/40"
+    assert physmap.pairs == {
+        **{f"{vga}/start_addr": "f0000000", f"{vga}/size": "800000", f"{vga}/name": "vga.vram"},
+        **{f"{rom}/start_addr": "c0000", f"{rom}/size": "20000", f"{rom}/name": "rom"},
+    }
     (state,) = [event for event in got.events if isinstance(event, EmulatorContext)]
     assert state.data == b"QEVM" + bytes(60)
 

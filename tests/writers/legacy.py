@@ -169,7 +169,7 @@ def hvm_stream(wire: Legacy = Legacy(), *, pages: int = 16, toolstack: bool = Tr
     entries = [(pfn, XALLOC if pfn == pages - 1 else NOTAB) for pfn in range(pages)]
     body = [wire.pages(entries, [bytes(pattern(pfn)) for pfn, kind in entries if kind == NOTAB])]
     params = [wire.param(-3, 0xFEFFF000), wire.param(-4, 0xFEFFE000), wire.param(-8, 0xFEFFF), wire.param(-10, 1)]
-    regions = {0xF0000000: (0xF0000000, 0x800000, b"vga.vram")}
+    regions = {0xF0000000: (0xF0000000, 0x800000, b"vga.vram"), 0x40: (0xC0000, 0x20000, b"rom")}
     records = struct.pack("<HHI", 1, 0, 28) + bytes(28) + struct.pack("<HHI", 0, 0, 0)
     return Stream(
         [
