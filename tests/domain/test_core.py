@@ -288,6 +288,15 @@ def test_tables_that_lead_in_circles(tmp_path: Path) -> None:
         assert back.memory.walk(0).pfn == domain.places.top
 
 
+def test_a_list_in_too_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hole in a sparse file is any number of entries for pfn 0: there is an end to what is taken in."""
+    monkeypatch.setattr("xenpv.memory.spans.ROWS_MAX", 50)
+    _, core = made()
+    core.p2m[:] = 0
+    with pytest.raises(Unsupported, match="a list of 0x66 pages has more than 0x32 runs"):
+        opened(core, tmp_path)
+
+
 def test_a_section_beyond_all_files(tmp_path: Path) -> None:
     _, core = made()
     core.offsets, core.sizes = {".xen_pages": (1 << 64) - 8}, {".xen_pages": 0}

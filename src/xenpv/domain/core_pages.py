@@ -11,6 +11,7 @@ import numpy as np
 from xenpv.abi.dumpcore import INVALID
 from xenpv.domain.input import Input
 from xenpv.domain.source import FilePages
+from xenpv.errors import GuestError, Unsupported
 from xenpv.frames import I64, PAGE_SIZE, U64, PageType
 from xenpv.memory.pagetables import NO_PFN
 from xenpv.memory.spans import Spans
@@ -30,7 +31,10 @@ class CorePages:
     def __init__(self, source: Input, layout: Layout, report: Report) -> None:
         self._source = source
         self._layout = layout
-        self._where = Spans.of((pfns, rows) for pfns, _, rows in self._entries(report))
+        try:
+            self._where = Spans.of((pfns, rows) for pfns, _, rows in self._entries(report))
+        except GuestError as e:
+            raise Unsupported(f"a list of {layout.present:#x} pages has {e}", offset=layout.table.offset) from e
         if self._where.repeated:
             what = f"pfn {self._where.again:#x} is listed twice, and {self._where.repeated - 1} others"
             report(dumpcore.REPEATED, what, layout.table.offset)
