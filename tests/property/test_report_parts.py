@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from xenpv.report.parts import NOTHING, Collector, Parts, axis
@@ -29,7 +29,6 @@ def _rows(some: Parts) -> list[tuple[int, int, int]]:
     return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
 
-@settings(max_examples=30, deadline=None)
 @given(PFNS)
 def test_pfns_become_as_few_parts_as_there_are_runs(pfns: set[int]) -> None:
     some = parts(pfns)
@@ -37,7 +36,6 @@ def test_pfns_become_as_few_parts_as_there_are_runs(pfns: set[int]) -> None:
     assert len(some) == sum(pfn - 1 not in pfns for pfn in pfns)
 
 
-@settings(max_examples=30, deadline=None)
 @given(PFNS, st.integers(1, 12))
 def test_coarse_parts_hold_all_pages_and_pass_over_the_narrowest_gaps(pfns: set[int], limit: int) -> None:
     exact, coarse = parts(pfns), parts(pfns).coarse(limit)
@@ -49,7 +47,6 @@ def test_coarse_parts_hold_all_pages_and_pass_over_the_narrowest_gaps(pfns: set[
     assert sorted((coarse.start[1:] - coarse.end[:-1]).tolist(), reverse=True) == gaps[: max(0, len(coarse) - 1)]
 
 
-@settings(max_examples=30, deadline=None)
 @given(PFNS, PFNS)
 def test_two_together(one: set[int], other: set[int]) -> None:
     both = parts(one).and_also(parts(other))
@@ -70,7 +67,6 @@ def test_a_collector_is_exact_until_it_is_full() -> None:
     assert Collector().all is NOTHING
 
 
-@settings(max_examples=30, deadline=None)
 @given(PFNS, st.integers(301, 1 << 52))
 def test_the_axis_ascends_from_0_to_1_over_all_pfns(pfns: set[int], end: int) -> None:
     line = axis(parts(pfns), end)
