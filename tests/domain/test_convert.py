@@ -172,6 +172,14 @@ def test_optional_records_are_left_out_and_told(out: Path) -> None:
     assert out.read_bytes() == DOMAIN.to_bytes("libxc")
 
 
+@pytest.mark.parametrize("envelope", ENVELOPES)
+def test_what_follows_the_stream_is_left_out_and_told(envelope: str, out: Path) -> None:
+    data = DOMAIN.to_bytes(envelope)
+    assert converted(data + b"more", out).left_out == ["4 bytes behind the stream"]
+    assert out.read_bytes() == data
+    assert from_pipe(data + b"more", out).left_out == ["4 bytes behind the stream"]
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 

@@ -252,6 +252,8 @@ class Conversion:
             yield tail
         self.done.pages, self.done.dropped = self._cutter.pages, self._cutter.dropped
         self.done.bytes_in = self._reader.offset
+        if self._source.trailing:
+            self.done.left_out.append(f"{self._source.trailing} bytes behind the stream")
 
     def close(self) -> None:
         """Give temporary files back."""
