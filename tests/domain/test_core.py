@@ -18,7 +18,7 @@ from xenpv.domain.opening import open_domain
 from xenpv.errors import Fault, GuestError, Malformed, StreamError, Unsupported
 from xenpv.findings import Rule
 from xenpv.frames import ABSENT, HAS_DATA, U64
-from xenpv.stream.reader import FaultHandler
+from xenpv.stream.feeding import FaultHandler
 
 SPREAD = [*range(100), 0x1_0000, 0x1_0001]
 

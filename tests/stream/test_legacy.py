@@ -149,8 +149,12 @@ def test_an_hvm_domain_is_what_was_written(long: int) -> None:
     (physmap,) = [event for event in got.events if isinstance(event, EmulatorXenstoreData)]
     vga, rom = "physmap/f0000000", "physmap/40"
     assert physmap.pairs == {
-        **{f"{vga}/start_addr": "f0000000", f"{vga}/size": "800000", f"{vga}/name": "vga.vram"},
-        **{f"{rom}/start_addr": "c0000", f"{rom}/size": "20000", f"{rom}/name": "rom"},
+        f"{vga}/start_addr": "f0000000",
+        f"{vga}/size": "800000",
+        f"{vga}/name": "vga.vram",
+        f"{rom}/start_addr": "c0000",
+        f"{rom}/size": "20000",
+        f"{rom}/name": "rom",
     }
     (state,) = [event for event in got.events if isinstance(event, EmulatorContext)]
     assert state.data == b"QEVM" + bytes(60)

@@ -16,7 +16,7 @@ from xenpv.domain.opening import open_domain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import HostError, RequestError
 from xenpv.host import find
-from xenpv.stream.reader import FaultHandler
+from xenpv.stream.feeding import FaultHandler
 
 Domain: TypeAlias = LiveDomain | SavedDomain | CoreDomain
 

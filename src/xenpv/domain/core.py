@@ -29,7 +29,7 @@ from xenpv.memory.pagetables import as_entries, cr3_frame, normalise, normalise_
 from xenpv.memory.registers import Registers
 from xenpv.stream import rules
 from xenpv.stream.dumpcore import read_layout
-from xenpv.stream.reader import FaultHandler
+from xenpv.stream.feeding import FaultHandler
 
 _VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS
 

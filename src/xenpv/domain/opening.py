@@ -11,7 +11,7 @@ from xenpv.domain.kept_index import LARGE, KeptIndex, State, keep
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import StreamError
 from xenpv.stream.dumpcore import is_core
-from xenpv.stream.reader import FaultHandler
+from xenpv.stream.feeding import FaultHandler
 
 KeptDomain: TypeAlias = SavedDomain | CoreDomain
 

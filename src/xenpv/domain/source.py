@@ -32,11 +32,12 @@ from xenpv.memory.registers import Registers
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages
+from xenpv.stream.feeding import FaultHandler
 from xenpv.stream.hvm_context import cpus
 from xenpv.stream.index import PageIndex
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PFN_MASK, PageData
-from xenpv.stream.reader import FaultHandler, Reader
+from xenpv.stream.reader import Reader
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 
 _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths

@@ -20,11 +20,12 @@ from xenpv.errors import StreamError, Unsupported
 from xenpv.stream import delta, envelope, libxl, records, rules
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Deltas, DomainHeader, Event
+from xenpv.stream.feeding import FaultHandler
 from xenpv.stream.fields import Context
 from xenpv.stream.legacy_physmap import physmap
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData
-from xenpv.stream.reader import FaultHandler, Reader, Steps
+from xenpv.stream.reader import Reader, Steps
 
 if TYPE_CHECKING:
     from xenpv.frames import U64

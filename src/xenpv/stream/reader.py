@@ -12,14 +12,14 @@ still says where the next one begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.errors import StreamError, Unsupported
-from xenpv.findings import Rule, Severity
 from xenpv.stream import envelope, libxl, rules
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, PagesPassed, SectionHeader
+from xenpv.stream.feeding import FaultHandler, Feeding, Taking
 from xenpv.stream.fields import Context
 from xenpv.stream.libxl import LibxlOrder
 from xenpv.stream.order import OPTIONAL, Guest, Order, Type
@@ -39,19 +39,12 @@ from xenpv.stream.records import (
 )
 
 PAGES_AT_ONCE = 256  # pages of one Pages event at most: 1 MiB
-_SMALL = 1024  # bytes; smaller pieces are joined as they come
-
-FaultHandler = Callable[[Rule, str, int, str | None], None]
-"""fault(rule, message, offset, record): called for each breach instead of raising."""
-
-
 Steps = Generator[Event | None, None, None]
-_Taking = Generator[Event | None, None, memoryview]
 
 _NAMES = {int(kind): kind.name for kind in Type}
 
 
-class Reader:
+class Reader(Feeding):
     """Reads one stream. ``feed`` bytes, ``feed_eof`` at their end, and call ``next_event`` until it says None.
 
     ``pages``: give Pages events rather than pass page content over. ``kind``: what the stream is, when it is not to be
@@ -67,55 +60,14 @@ class Reader:
         kind: Kind | None = None,
         passing: Mapping[int, PagesPassed] | None = None,
     ) -> None:
-        self._collect = fault
+        super().__init__(fault)
         self._passing = passing or {}
         self._pages = pages
         self._kind = kind
-        self._chunks: list[bytes] = []  # fed and not yet read, joined only when something spans them
-        self._start = 0  # of what is unread in the first chunk
-        self._have = 0  # bytes unread in all
-        self._skip = 0
-        self._eof = False
         self._failed: StreamError | None = None
-        self.offset = 0  # of the next unread byte, from the start of the input
-        self.need = 0  # bytes beyond what is buffered that the reader waits for
         self.done = False
-        self._record: str | None = None  # what is being read, for errors
-        self._at = 0
         self._ctx = Context(self._fault)
         self._steps = self._stream()
-
-    # --- the caller's side -----------------------------------------------------------------------------------------
-
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """More bytes of the input, in order."""
-        if self._skip:
-            n = min(self._skip, len(data))
-            self._skip -= n
-            self.offset += n
-            data = memoryview(data)[n:]
-        if data:
-            if self._chunks and len(self._chunks[-1]) < _SMALL > len(data):
-                self._chunks[-1] += data  # a slow pipe gives a few bytes at a time, and an object for each is dear
-            else:
-                self._chunks.append(data if isinstance(data, bytes) else bytes(data))
-            self._have += len(data)
-
-    def feed_eof(self) -> None:
-        """The input has ended."""
-        self._eof = True
-
-    @property
-    def skippable(self) -> int:
-        """How many of the bytes to come will be passed over: a caller that can seek may, and says so with ``skip``."""
-        return self._skip
-
-    def skip(self, n: int) -> None:
-        """Take n bytes as gone by; n is at most ``skippable``."""
-        if n > self._skip:
-            raise ValueError(f"cannot skip {n} bytes, only {self._skip}")
-        self._skip -= n
-        self.offset += n
 
     def next_event(self) -> Event | None:
         """The next event, or None: feed more, or the stream is ``done``. Raises StreamError, again at every call."""
@@ -132,70 +84,7 @@ class Reader:
         """Bytes fed behind the end of the stream."""
         return self._have if self.done else 0
 
-    # --- bytes -----------------------------------------------------------------------------------------------------
-
-    def _fault(self, rule: Rule, message: str) -> None:
-        if self._collect is not None:
-            self._collect(rule, message, self._at, self._record)
-        elif rule.severity is Severity.ERROR:
-            raise rules.breach(rule, message, offset=self._at, record=self._record)
-
-    def _fatal(self, rule: Rule, message: str) -> StreamError:
-        """Report, and the error to raise: nothing behind this can be read."""
-        if self._collect is not None:
-            self._collect(rule, message, self._at, self._record)
-        return rules.breach(rule, message, offset=self._at, record=self._record)
-
-    def _wait(self, have: int, want: int, what: str) -> Steps:
-        """Until there are more bytes, or the end: which is an error here."""
-        if self._eof:
-            end = self.offset + self._have
-            raise self._fatal(rules.TRUNCATED, f"{what} needs {want} bytes, the input ends after {have}, at {end:#x}")
-        self.need = want - have
-        yield None
-
-    def _take(self, n: int, what: str) -> _Taking:
-        while self._have < n:
-            yield from self._wait(self._have, n, what)
-        self.need = 0
-        return self._cut(n)
-
-    def _cut(self, n: int) -> memoryview:
-        """The next n bytes, which are there; what is given stays valid, as chunks never change."""
-        if not n:
-            return memoryview(b"")
-        head = self._chunks[0]
-        if len(head) - self._start < n:
-            head = b"".join([head[self._start :], *self._chunks[1:]])
-            self._chunks, self._start = [head], 0
-        data = memoryview(head)[self._start : self._start + n]
-        self._advance(n)
-        return data
-
-    def _ahead(self, n: int) -> bytes:
-        """The next n bytes, or all that are there, which stay unread."""
-        return b"".join([self._chunks[0][self._start :], *self._chunks[1:]])[:n] if self._chunks else b""
-
-    def _advance(self, n: int) -> None:
-        """Step over n bytes that are there."""
-        self._have -= n
-        self.offset += n
-        self._start += n
-        while self._chunks and self._start >= len(self._chunks[0]):
-            self._start -= len(self._chunks.pop(0))
-
-    def _pass_over(self, n: int, what: str) -> Steps:
-        buffered = min(n, self._have)
-        self._advance(buffered)
-        self._skip = n - buffered
-        while self._skip:
-            yield from self._wait(n - self._skip, n, what)
-
     # --- the grammar -----------------------------------------------------------------------------------------------
-
-    def _begin(self, record: str | None) -> None:
-        self._record = record
-        self._at = self.offset
 
     def _stream(self) -> Steps:
         kind = self._kind
@@ -386,7 +275,7 @@ class Reader:
             if kind == Type.END:
                 return
 
-    def _domain_header_bytes(self) -> _Taking:
+    def _domain_header_bytes(self) -> Taking:
         self._begin("domain header")
         return (yield from self._take(DOMAIN_HEADER.size, "the domain header"))
 
