@@ -82,7 +82,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     for tag, attributes in read.tags:
         assert not [name for name in attributes if name.startswith("on")], tag
         assert "style" not in attributes, tag  # which the policy refuses
-    shown = HOSTILE.replace("\u202e", "\ufffd").replace("\x1b", "\ufffd")
+    shown = HOSTILE.replace("\u202e", "?").replace("\x1b", "?")
     assert "".join(read.texts["h1"]) == shown
     assert "".join(read.texts["title"]) == f"{shown} · xenpv report"
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x00-\x08\x0b-\x1f\x7f]", text)
@@ -127,7 +127,7 @@ def test_every_link_within_the_page_leads_somewhere(tmp_path: Path) -> None:
 def test_text_that_is_no_utf_8_at_all(tmp_path: Path) -> None:
     facts = hostile_facts(tmp_path)
     facts.identity.name = facts.identity.config = "a\udcffb"  # as file names come in
-    assert "a\ufffdb" in page(facts).encode().decode()
+    assert "a?b" in page(facts).encode().decode()
     json.dumps(facts.to_json()).encode()
 
 

@@ -9,11 +9,12 @@ import click
 
 from xenpv.cli.image import naming, read_kernel
 from xenpv.cli.layout import ramdisk_size
-from xenpv.cli.terminal import JSON, NUMBER, print_json, size, steps
+from xenpv.cli.terminal import JSON, NUMBER, print_json, steps
 from xenpv.errors import RequestError
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import plan
 from xenpv.image.request import Request
+from xenpv.words import size
 
 _NAME_MAX = 255  # bytes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from xenpv.cli.terminal import JSON, print_json, progress, size
+from xenpv.cli.terminal import JSON, print_json, progress
 from xenpv.domain.convert import Converted, Wish
 from xenpv.domain.convert_file import Refused
 from xenpv.domain.convert_file import convert as convert_file
@@ -15,6 +15,7 @@ from xenpv.errors import RequestError
 from xenpv.stream.envelope import CONFIG_MAX, Kind
 from xenpv.stream.legacy import LegacyReader
 from xenpv.stream.order import Guest
+from xenpv.words import size
 
 _STYLES = {b"{": "json", b"<": "xml", b"(": "sexp"}
 

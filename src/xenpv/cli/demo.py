@@ -16,7 +16,7 @@ import click
 import numpy as np
 
 from xenpv.cli.p2m import describe, print_p2m
-from xenpv.cli.terminal import NUMBER, moving, progress, size, steps
+from xenpv.cli.terminal import NUMBER, moving, progress, steps
 from xenpv.cli.verify import summary
 from xenpv.domain.build import build
 from xenpv.domain.check_physmap import PhysmapCheck
@@ -41,6 +41,7 @@ from xenpv.image.layout import Layout, Part, plan
 from xenpv.image.request import Request
 from xenpv.memory.digest import Digest, digest
 from xenpv.memory.survey import survey
+from xenpv.words import size
 
 SAVED = "demo.save.xz"  # tests/vectors/README.md has the command that made it
 KERNEL = "demo.elf.xz"  # guests/litmus/build/litmus.elf

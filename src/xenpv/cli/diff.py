@@ -7,9 +7,10 @@ import os
 import click
 
 from xenpv.cli.target import INDEX, PAUSE, opened
-from xenpv.cli.terminal import JSON, print_json, print_table, printable, progress
+from xenpv.cli.terminal import JSON, print_json, print_table, progress
 from xenpv.domain.diff import Difference, Page
 from xenpv.domain.diff import diff as compare
+from xenpv.words import printable
 
 _RANGES = 4  # of a page, in a line
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from xenpv.cli.target import PAUSE, Domain, opened
-from xenpv.cli.terminal import JSON, print_json, printable, progress, size
+from xenpv.cli.terminal import JSON, print_json, progress
 from xenpv.domain.export_file import FORMATS
 from xenpv.domain.export_file import export as export_to
 from xenpv.domain.live import LiveDomain
@@ -16,6 +16,7 @@ from xenpv.errors import RequestError, StreamError
 from xenpv.export.kdump import FLAGS
 from xenpv.findings import Rule
 from xenpv.frames import PAGE_SIZE
+from xenpv.words import printable, size
 
 
 @click.command()

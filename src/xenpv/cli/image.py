@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from xenpv.abi.x86 import PAGE_SIZE
-from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table, printable, size
+from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table
 from xenpv.errors import ImageError, RequestError
 from xenpv.image.capacity import Limit, limits
 from xenpv.image.elf import Segment
@@ -18,6 +18,7 @@ from xenpv.image.kernel import FILE_MAX, KernelImage
 from xenpv.image.notes import Note, Source
 from xenpv.image.parameters import feature_names
 from xenpv.image.verdict import guest_type, p2m_obstacle, pv_obstacles, pvh_obstacles, remarks
+from xenpv.words import printable, size
 
 
 @click.command()

@@ -11,12 +11,13 @@ import click
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import SIF_MOD_START_PFN, SIF_VIRT_P2M_4TOOLS
 from xenpv.cli.image import naming, read_kernel
-from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table, printable, size
+from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table
 from xenpv.errors import RequestError
 from xenpv.image.drawing import svg
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, Segment, Span, plan
 from xenpv.image.request import Request
+from xenpv.words import printable, size
 
 _FLAGS = {SIF_MOD_START_PFN: "MOD_START_PFN", SIF_VIRT_P2M_4TOOLS: "VIRT_P2M_4TOOLS"}
 _COLOURS = {

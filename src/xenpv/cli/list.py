@@ -6,10 +6,11 @@ from dataclasses import asdict
 
 import click
 
-from xenpv.cli.terminal import JSON, print_json, print_table, printable, size
+from xenpv.cli.terminal import JSON, print_json, print_table
 from xenpv.frames import PAGE_SIZE
 from xenpv.host import DomainInfo
 from xenpv.host.xen import XenHost
+from xenpv.words import printable, size
 
 _SHUTDOWN_REASONS = ("poweroff", "reboot", "suspend", "crash", "watchdog", "soft reset")
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xenpv.cli.save import TIMEOUT
-from xenpv.cli.terminal import JSON, NUMBER, moving, print_json, printable, progress, size
+from xenpv.cli.terminal import JSON, NUMBER, moving, print_json, progress
 from xenpv.frames import PAGE_SIZE
+from xenpv.words import printable, size
 
 if TYPE_CHECKING:
     from xenpv.domain.progress import Status

@@ -6,9 +6,10 @@ from dataclasses import asdict
 
 import click
 
-from xenpv.cli.terminal import JSON, moving, print_json, printable, progress, size
+from xenpv.cli.terminal import JSON, moving, print_json, progress
 from xenpv.errors import RequestError
 from xenpv.frames import PAGE_SIZE
+from xenpv.words import printable, size
 
 TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, metavar="SECONDS",
                        help="How long the guest may take to suspend; 60 unless said.")  # fmt: skip

@@ -6,11 +6,12 @@ from typing import Any
 
 import click
 
-from xenpv.cli.terminal import print_table, printable, size
+from xenpv.cli.terminal import print_table
 from xenpv.domain.core import CoreDomain
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import GuestError
 from xenpv.frames import PAGE_SIZE
+from xenpv.words import printable, size
 
 
 def describe_core(core: CoreDomain) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import click
 
 from xenpv.domain.input import Progress
 from xenpv.findings import Finding, Rule, Severity
+from xenpv.words import size
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -49,20 +50,6 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def print_json(value: Any) -> None:
     """One JSON document on standard output."""
     click.echo(json.dumps(value, indent=2))
-
-
-def size(n: float) -> str:
-    """Bytes for people: "96.0 MiB"."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.1f} TiB"
-
-
-def printable(text: str) -> str:
-    """Text out of a file, which may be hostile: control characters would let it write all over the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 @contextmanager

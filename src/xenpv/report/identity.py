@@ -13,6 +13,7 @@ from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, GuestError, HostError
 from xenpv.frames import PAGE_SIZE
 from xenpv.memory.domain import Domain
+from xenpv.words import size
 
 _NAMES_MAX = 256  # characters of a name or a command line that are shown as such
 
@@ -49,7 +50,7 @@ def identity_of(domain: Domain) -> Identity:
         _running(domain, out)
     elif isinstance(domain, CoreDomain):
         out.name, out.kind = domain.name.rpartition("/")[2], "dumped"
-        out.facts |= {"vCPUs": str(len(domain.vcpus)), "File": f"{domain.name}, {memory(domain.source.size)}"}
+        out.facts |= {"vCPUs": str(len(domain.vcpus)), "File": f"{domain.name}, {size(domain.source.size)}"}
     return out
 
 
@@ -61,7 +62,7 @@ def _saved(saved: SavedDomain, out: Identity) -> None:
         out.config, out.config_format = config.text, config.format
         out.name = (config.name or out.name)[:_NAMES_MAX]
         facts |= {"UUID": (config.uuid or "")[:_NAMES_MAX]}
-        facts["Memory"] = " of ".join(memory(kib << 10) for kib in (config.target_memkb, config.max_memkb) if kib)
+        facts["Memory"] = " of ".join(size(kib << 10) for kib in (config.target_memkb, config.max_memkb) if kib)
         facts["vCPUs"] = f"{len(saved.vcpus)} saved" + (f", {config.max_vcpus} at most" if config.max_vcpus else "")
     if contents.domain is not None:
         major, minor = contents.domain.xen_major, contents.domain.xen_minor
@@ -69,7 +70,7 @@ def _saved(saved: SavedDomain, out: Identity) -> None:
     envelope = str(contents.envelope.kind) if contents.envelope else ("libxl" if contents.libxl_header else "libxc")
     version = f", libxc stream version {contents.image.version}" if contents.image else ""
     facts["Envelope"] = envelope + version
-    facts["File"] = f"{saved.name}, {memory(saved.source.size)}" if saved.source.size else saved.name
+    facts["File"] = f"{saved.name}, {size(saved.source.size)}" if saved.source.size else saved.name
     facts["Stream"] = "complete" if contents.complete else "cut off"
     if contents.index.repeated:
         facts["Pages sent"] = f"{contents.index.sent:,}, {contents.index.repeated:,} of them again later"
@@ -89,7 +90,7 @@ def _running(live: LiveDomain, out: Identity) -> None:
     state = "shut down" if info.shutdown else "paused" if info.paused else "running"
     out.facts |= {
         "UUID": info.uuid or "",
-        "Memory": f"{memory(info.pages * PAGE_SIZE)} of {memory(info.max_pages * PAGE_SIZE)}",
+        "Memory": f"{size(info.pages * PAGE_SIZE)} of {size(info.max_pages * PAGE_SIZE)}",
         "vCPUs": str(info.max_vcpu + 1),
         "Domain": f"dom{info.domid}, {state}",
         "Xen": f"{version.major}.{version.minor}",
@@ -128,13 +129,3 @@ def _cr3(domain: Domain, vcpu: int, *, user: bool) -> int | None:
         return domain.cr3(vcpu, user=user)
     except (GuestError, HostError):
         return None  # what is wrong with it is a finding
-
-
-def memory(size: int) -> str:
-    """Bytes for people."""
-    value = float(size)
-    for unit in ("bytes", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if value == int(value) else f"{value:.1f} {unit}"

@@ -15,8 +15,8 @@ from xenpv.memory.registers import SEGMENTS, Registers
 from xenpv.memory.survey import Kind
 from xenpv.report.drawing import picture_of
 from xenpv.report.gather import Checked, Facts, VcpuState
-from xenpv.report.identity import memory
 from xenpv.report.tables import FLAGS
+from xenpv.words import printable, size
 
 _CONFIG_MAX = 100_000  # characters of a configuration that are shown
 _PLACES_MAX = 100  # pages with a part to play that are listed
@@ -41,7 +41,7 @@ def page(facts: Facts) -> str:
     # What a guest or a configuration says is hostile: everything is escaped, and control characters do not get far.
     env = Environment(
         autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else _visible(value),
+        finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else printable(value),
         loader=loader,
         lstrip_blocks=True,
         trim_blocks=True,
@@ -50,7 +50,7 @@ def page(facts: Facts) -> str:
     env.filters |= {
         "hex": lambda n: f"{n:#x}",
         "number": lambda n: f"{n:,}",
-        "pages": lambda n: memory(n * PAGE_SIZE),
+        "pages": lambda n: size(n * PAGE_SIZE),
         "registers": _registers,
         "share": _share,
     }
@@ -117,7 +117,7 @@ def _cards(facts: Facts) -> Iterable[dict[str, str]]:
         return {"to": to, "label": label, "value": value, "note": note, "tone": tone}
 
     pages = sum(layer.pages for layer in facts.map.layers if layer.lane in {"pages", "tables"})
-    yield card("map", "Memory", memory(pages * PAGE_SIZE), f"{pages:,} pages, the last pfn is {facts.map.end - 1:#x}")
+    yield card("map", "Memory", size(pages * PAGE_SIZE), f"{pages:,} pages, the last pfn is {facts.map.end - 1:#x}")
     if facts.checked:
         found = facts.checked.findings
         tone = "bad" if found.errors else "warn" if found.warnings else "good"
@@ -177,7 +177,7 @@ def _data(facts: Facts) -> dict[str, Any]:
             for layer in drawn.layers
         ],
         "findings": [
-            {"pfn": finding.pfn, "severity": str(finding.severity), "message": _visible(finding.message)}
+            {"pfn": finding.pfn, "severity": str(finding.severity), "message": printable(finding.message)}
             for finding in findings
             if finding.pfn is not None and 0 <= finding.pfn < drawn.end
         ],
@@ -217,11 +217,6 @@ def _share(part: int, of: int) -> str:
     if part < of and share > 99.9:
         return "> 99.9 %"
     return f"{share:.0f} %" if share >= 10 else f"{share:.1f} %"
-
-
-def _visible(text: str) -> str:
-    """Text out of a file: control characters, and those that turn the reading direction, would hide what it says."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _hash(text: str) -> str:
