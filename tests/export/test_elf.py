@@ -18,6 +18,7 @@ from tests.vectors.test_vectors import unpacked
 from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
 from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VGCF_IN_KERNEL
 from xenpv.domain.export_file import export
 from xenpv.domain.opening import open_domain
 from xenpv.export import elf
@@ -92,11 +93,24 @@ def test_the_kernels_own_addresses_lead_to_the_same_pages(domain: Domain, tmp_pa
     assert not missing
 
 
+def test_what_stands_at_two_addresses_is_shown_where_most_is_in_a_row(tmp_path: Path) -> None:
+    domain = pv_domain()
+    first = domain.walk(domain.vaddrs[0])[-1]
+    domain.table(first.table)[400] = first.pte  # the first page of the kernel's mapping once more, behind it
+    core, _ = exported(domain, tmp_path, "elf")
+    at = [header["p_vaddr"] for header, _ in loads(core)]
+    assert domain.vaddrs[0] in at
+    assert domain.vaddrs[0] + 400 * PAGE not in at
+
+
 def test_registers_are_in_a_note_for_each_vcpu(domain: Domain, tmp_path: Path) -> None:
     for n, context in domain.vcpus.items():
         context["user_regs"]["rip" if domain.width == 8 else "eip"] = 0x1000 + n
         context["user_regs"]["rbx" if domain.width == 8 else "ebx"] = 0x2000 + n
         context["user_regs"]["ss"] = 0x30 + n
+        if domain.width == 8:
+            context["flags"] = VGCF_IN_KERNEL
+            context["fs_base"], context["gs_base_kernel"], context["gs_base_user"] = 0x3000 + n, 0x4000 + n, 0x5000 + n
     core, _ = exported(domain, tmp_path, "elf")
     status = [desc for name, kind, desc in notes(core) if (name, kind) == ("CORE", NT_PRSTATUS)]
     assert len(status) == 2
@@ -105,6 +119,7 @@ def test_registers_are_in_a_note_for_each_vcpu(domain: Domain, tmp_path: Path) -
             assert len(desc) == 336
             regs = struct.unpack_from("<27Q", desc, 112)
             ip, bx, ss, pid = regs[16], regs[5], regs[20], struct.unpack_from("<i", desc, 32)[0]
+            assert regs[21:23] == (0x3000 + n, 0x4000 + n)  # fs and gs as they are in force
         else:
             assert len(desc) == 144
             regs = struct.unpack_from("<17I", desc, 72)
