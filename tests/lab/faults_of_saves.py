@@ -84,7 +84,9 @@ def _saved(host: XenMover, domid: DomId, path: str, live: bool) -> str:
                 save(host, domid, out, config=configuration(host, domid), suspend=leaving.suspend, live=Precopy())
         finally:
             words.append(leaving.take_back())
-    except (OSError, XenPVError) as e:
+    except OSError as e:
+        return f"{e.filename}: {e.strerror}"
+    except XenPVError as e:
         return str(e)
     return ""
 
