@@ -72,7 +72,9 @@ def _save_debian(host: lab.Host, keep: Path) -> Debian:
     version = re.search(r"xenpv-guest: version (.*)", console)
     assert version is not None
     result = host.run(
-        "xl list -l debian-saved > list.json && xl dump-core debian-saved /tmp/core && "
+        "xl list -l debian-saved > list.json && "
+        # It stands still meanwhile: else pages are of different moments, and a process may take its tables along.
+        "xl pause debian-saved && xl dump-core debian-saved /tmp/core && xl unpause debian-saved && "
         "xl save debian-saved /tmp/saved && xenpv verify /tmp/saved && mv /tmp/saved /tmp/core .",
         timeout=240,
     ).check()
