@@ -38,13 +38,13 @@ class Pair:
 
 
 @contextmanager
-def two(hosts: Hosts, here: str, there: str = "") -> Iterator[Pair]:
-    """Hosts of those versions of Xen, of one if ``there`` is not said."""
+def two(hosts: Hosts, xen: str) -> Iterator[Pair]:
+    """Both of that version of Xen."""
     hosts.close()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     with (
-        lab.Host(there or here, mem="2G", dom0_mem="1G", listen=(port,)) as target,
-        lab.Host(here, mem="2G", dom0_mem="1G", network=True) as source,
+        lab.Host(xen, mem="2G", dom0_mem="1G", listen=(port,)) as target,
+        lab.Host(xen, mem="2G", dom0_mem="1G", network=True) as source,
     ):
         yield Pair(source, target, port)

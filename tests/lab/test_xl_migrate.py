@@ -72,13 +72,6 @@ def test_a_guest_that_works_goes_to_another_host(hosts: Hosts, xen: str) -> None
 
 
 @pytest.mark.deep
-def test_to_a_newer_xen(hosts: Hosts) -> None:
-    with two(hosts, "4.14", "4.17") as pair:
-        for sender, receives in SIDES.values():
-            arrives(pair, sender, receives)
-
-
-@pytest.mark.deep
 def test_what_ends_on_the_way(hosts: Hosts) -> None:
     """A helper, here or there, or the link: it runs on here, and nothing of it is there."""
     with two(hosts, lab.DEFAULT) as pair:
