@@ -12,7 +12,7 @@ while read -r module; do $B insmod "/modules/$module" || fail "insmod $module"; 
 mount_9p() { $B mount -t 9p -o "$3,trans=virtio,version=9p2000.L,msize=512000" "$1" "$2" || fail "mount $1"; }
 $B mkdir -p /trees /checkout /upper /root
 mount_9p trees /trees ro,cache=loose
-mount_9p checkout /checkout ro,cache=mmap
+mount_9p checkout /checkout ro,cache=loose
 $B mount -t tmpfs -o size=90% tmpfs /upper
 $B mkdir -p /upper/root /upper/root-work /upper/checkout /upper/checkout-work
 lower=
