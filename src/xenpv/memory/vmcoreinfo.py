@@ -91,14 +91,16 @@ def _is_own(domain: Domain, text: bytes) -> bool:
 
 
 def _batches(domain: Domain) -> Iterator[U64]:
-    """The pfns of all pages that have content and are no page tables, ascending, so many at a time."""
+    """The pfns of all pages that have content and are no page tables, so many at a time, those of the highest first:
+    Linux takes what it asks for as it starts from the end of its memory.
+    """
     waiting: list[U64] = []
     count = 0
-    for extents in domain.extents():
-        wanted = HAS_DATA[extents.type] & ~IS_TABLE[extents.type]
+    for extents in reversed(list(domain.extents())):
+        wanted = np.flatnonzero(HAS_DATA[extents.type] & ~IS_TABLE[extents.type])[::-1]
         for start, pages in zip(extents.start[wanted].tolist(), extents.pages[wanted].tolist(), strict=True):
-            for first in range(start, start + pages, _BATCH):
-                waiting.append(np.arange(first, min(first + _BATCH, start + pages), dtype=np.uint64))
+            for end in range(start + pages, start, -_BATCH):
+                waiting.append(np.arange(max(end - _BATCH, start), end, dtype=np.uint64))
                 count += len(waiting[-1])
                 if count >= _BATCH:
                     yield np.concatenate(waiting)
