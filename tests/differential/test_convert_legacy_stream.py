@@ -5,7 +5,6 @@ The original from Debian's xen-utils, unpacked by the lab.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -20,17 +19,6 @@ from xenpv.cli.convert_legacy_stream import main
 
 FORMATS = ("libxc", "libxl")
 LONGS = (8, 4)
-
-
-@pytest.fixture(scope="module")
-def original() -> lab.PeerTools:
-    """Xen's own tools. Where they cannot be had, CI fails and others are told."""
-    try:
-        return lab.peer_tools("4.17")
-    except lab.LabError as e:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"not run: {e}; see python -m lab deps")
 
 
 class Both:

@@ -6,7 +6,6 @@ The original from Debian's xen-utils, unpacked by the lab.
 from __future__ import annotations
 
 import lzma
-import os
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,6 @@ from xenpv.stream import rules
 
 BAD = 1
 FORMATS = {"libxc": "libxc", "libxl": "libxl", "xl": "xl", "v2": "libxc"}
-
-
-@pytest.fixture(scope="module")
-def original() -> lab.PeerTools:
-    """Xen's own tools. Where they cannot be had, CI fails and others are told."""
-    try:
-        return lab.peer_tools("4.17")
-    except lab.LabError as e:
-        if os.environ.get("CI") == "true":
-            raise
-        pytest.skip(f"not run: {e}; see python -m lab deps")
 
 
 def both(original: lab.PeerTools, path: Path, form: str) -> tuple[int, int]:
