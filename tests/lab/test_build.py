@@ -84,6 +84,7 @@ def test_what_is_built_boots(host: lab.Host) -> None:
     assert not re.findall(r"built|spoken", host.run("xenstore-ls -f; xl list").check().text)
 
 
+@pytest.mark.deep_elsewhere
 def test_xl_treats_what_was_built_as_its_own(host: lab.Host) -> None:
     """Its configuration is kept where libxl looks: xl lists it in full, saves it, restores it, and starts it again."""
     host.run(f"xenpv build {LITMUS} --memory 32M --vcpus 2 --cmdline p2m=both --name kept --start").check()

@@ -24,7 +24,7 @@ from xenpv.domain.verify import verify
 
 
 @pytest.mark.deep_elsewhere
-@pytest.mark.parametrize("options", ["p2m=both", "p2m=rooted levels=4 spread=2G"])
+@pytest.mark.parametrize("options", ["p2m=both", pytest.param("p2m=rooted levels=4 spread=2G", marks=pytest.mark.deep)])
 def test_litmus_is_saved_and_restored(host: lab.Host, options: str) -> None:
     guest, free = boot(host, "litmus", options, vcpus=2), freed(host)
     result = host.run(

@@ -37,7 +37,7 @@ FORMS = {
 }
 
 
-@pytest.mark.deep_elsewhere
+@pytest.mark.deep
 def test_guests_go_on(host: lab.Host) -> None:
     """litmus in each form, which checks its pattern when it resumes, and Debian, whose heart goes on beating."""
     script, free = host.write("restore.py", RESTORE), host.run("xl info free_memory").check().text
