@@ -25,13 +25,12 @@ from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask, PageType, Pfn
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import DomainMemory, Extents
 from xenpv.memory.p2m import P2M, reading
-from xenpv.memory.pagetables import as_entries, cr3_frame, normalise, normalise_pages
+from xenpv.memory.pagetables import as_entries, normalise, normalise_pages, top_frame
 from xenpv.memory.registers import Registers
 from xenpv.stream import rules
 from xenpv.stream.dumpcore import read_layout
 from xenpv.stream.feeding import FaultHandler
-
-_VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS
+from xenpv.stream.records import VCPUS_MAX
 
 
 class CoreDomain:
@@ -46,7 +45,7 @@ class CoreDomain:
                 f"{source.name}: a core is read here and there, which a pipe does not allow: give the file"
             )
         self.layout = read_layout(self._read, source.size, self._report)
-        if self.layout.vcpus > _VCPUS_MAX:
+        if self.layout.vcpus > VCPUS_MAX:
             raise rules.breach(rules.VCPU_ID, f"{self.layout.vcpus} vcpus", offset=0, record=None)
         self.pages = CorePages(source, self.layout, self._report)
 
@@ -138,17 +137,12 @@ class CoreDomain:
             registers = self.registers(vcpu)
             return None if user or registers is None else registers.top
         context = self.vcpu_context(vcpu)
-        if context is None:
+        mfn = None if context is None else top_frame(context, self.width, user=user)
+        if mfn is None:
             return None
-        value = int(context["ctrlreg"][1 if user else 3])
-        if user and (self.width == 4 or not value):
-            return None
-        mfn = np.array([cr3_frame(value, self.width)], np.uint64)
-        pfn = self.pages.pfns_of(mfn)[0]
+        pfn = self.pages.pfns_of(np.array([mfn], np.uint64))[0]
         if pfn == NO_FRAME:
-            raise GuestError(
-                f"{self.name}: cr3 of vcpu {vcpu} names mfn {int(mfn[0]):#x}, which is no page of the core"
-            )
+            raise GuestError(f"{self.name}: cr3 of vcpu {vcpu} names mfn {mfn:#x}, which is no page of the core")
         return Pfn(int(pfn))
 
     # --- memory ------------------------------------------------------------------------------------------------------

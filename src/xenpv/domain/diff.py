@@ -17,8 +17,9 @@ from xenpv.domain.diff_records import records_differ
 from xenpv.domain.input import Progress
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, RequestError
-from xenpv.frames import ABSENT, HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, type_name
+from xenpv.frames import ABSENT, HAS_DATA, I64, IS_TABLE, PAGE_SIZE, U8, U64, Frames, type_name
 from xenpv.memory.domain import Domain
+from xenpv.memory.spans import batches
 
 _AT_ONCE = 1024  # pages
 
@@ -120,10 +121,10 @@ def _of_vcpu(domain: Domain, vcpu: int) -> dict[str, int | None] | None:
 
 @dataclass
 class _Runs:
-    """Where both domains have one type each: first pfn, behind the last, and the types."""
+    """Where both domains have one type each: first pfn, number of pages, and the types."""
 
     start: U64
-    end: U64
+    pages: I64
     a: U8
     b: U8
 
@@ -133,7 +134,7 @@ def _runs(a: Domain, b: Domain) -> _Runs:
     edges = np.unique(np.concatenate([edge for start, end, _ in extents for edge in (start, end)]))
     if not len(edges):
         none = np.empty(0, np.uint64)
-        return _Runs(none, none, np.empty(0, np.uint8), np.empty(0, np.uint8))
+        return _Runs(none, none.astype(np.int64), np.empty(0, np.uint8), np.empty(0, np.uint8))
     start, end = edges[:-1], edges[1:]
     kinds = []
     for first, behind, kind in extents:
@@ -143,7 +144,7 @@ def _runs(a: Domain, b: Domain) -> _Runs:
             np.where(inside, kind[row], np.uint8(ABSENT)) if len(kind) else np.full(len(start), ABSENT, np.uint8)
         )
     there = (kinds[0] != ABSENT) | (kinds[1] != ABSENT)
-    return _Runs(start[there], end[there], kinds[0][there], kinds[1][there])
+    return _Runs(start[there], (end - start)[there].astype(np.int64), kinds[0][there], kinds[1][there])
 
 
 def _extents(domain: Domain) -> tuple[U64, U64, U8]:
@@ -158,9 +159,9 @@ def _compare_pages(a: Domain, b: Domain, out: Difference, keep: int, progress: P
     runs = _runs(a, b)
     _count_types(runs, out, keep)
     both = HAS_DATA[runs.a] & HAS_DATA[runs.b]
-    total = int((runs.end - runs.start)[both].sum())
+    total = int(runs.pages[both].sum())
     p2m = _p2m_pages(a, b)
-    for pfns in _batches(runs.start[both], runs.end[both]):
+    for _, pfns in batches(runs.start[both], runs.pages[both], _AT_ONCE):
         pages = [_pages(one.frames, pfns, one.name) for one in (a, b)]
         apart = np.flatnonzero((pages[0].view(np.uint64) != pages[1].view(np.uint64)).any(axis=1))
         out.compared += len(pfns)
@@ -182,20 +183,9 @@ def _count_types(runs: _Runs, out: Difference, keep: int) -> None:
     pairs = runs.a[apart].astype(np.uint16) << np.uint16(8) | runs.b[apart]
     for pair in np.unique(pairs).tolist():
         of = apart[pairs == pair]
-        start, end = runs.start[of], runs.end[of]
-        first = next(_batches(start[:keep], end[:keep]), start)[:keep].tolist()
-        out.types.append(Types(type_name(pair >> 8), type_name(pair & 0xFF), int((end - start).sum()), first))
-
-
-def _batches(start: U64, end: U64) -> Iterator[U64]:
-    """All pfns of some runs, so many at a time."""
-    count = (end - start).astype(np.int64)
-    before = np.cumsum(count) - count
-    total = int(count.sum())
-    for first in range(0, total, _AT_ONCE):
-        places = np.arange(first, min(first + _AT_ONCE, total))
-        row = np.searchsorted(before, places, "right") - 1
-        yield start[row] + (places - before[row]).astype(np.uint64)
+        start, pages = runs.start[of], runs.pages[of]
+        first = [pfn for _, pfns in batches(start[:keep], pages[:keep], _AT_ONCE, keep) for pfn in pfns.tolist()]
+        out.types.append(Types(type_name(pair >> 8), type_name(pair & 0xFF), int(pages.sum()), first))
 
 
 def _pages(frames: Frames, pfns: U64, name: str) -> U8:

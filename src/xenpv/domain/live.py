@@ -17,7 +17,7 @@ from xenpv.host import DomainInfo, Host
 from xenpv.memory.anchors import Anchors, Way
 from xenpv.memory.domain import DomainMemory, Extents
 from xenpv.memory.p2m import P2M, is_own
-from xenpv.memory.pagetables import cr3_frame, normalise_pages
+from xenpv.memory.pagetables import normalise_pages, top_frame
 from xenpv.memory.registers import Registers
 
 
@@ -139,18 +139,13 @@ class LiveDomain:
 
         None and HostError as of ``vcpu_context``.
         """
-        width, context = self.info.width, self.vcpu_context(vcpu)
-        if context is None:
+        context = self.vcpu_context(vcpu)
+        mfn = None if context is None else top_frame(context, self.info.width, user=user)
+        if mfn is None:
             return None
-        value = int(context["ctrlreg"][1 if user else 3])
-        if user and (width == 4 or not value):
-            return None
-        mfn = np.array([cr3_frame(value, width)], np.uint64)
-        pfn = self.pfns_of(mfn)[0]
+        pfn = self.pfns_of(np.array([mfn], np.uint64))[0]
         if pfn == NO_FRAME:
-            raise GuestError(
-                f"cr3 of vcpu {vcpu} names mfn {int(mfn[0]):#x}, which is in the p2m of {self.name} nowhere"
-            )
+            raise GuestError(f"cr3 of vcpu {vcpu} names mfn {mfn:#x}, which is in the p2m of {self.name} nowhere")
         return Pfn(int(pfn))
 
     def pfns_of(self, mfns: U64) -> U64:

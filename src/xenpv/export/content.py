@@ -9,7 +9,7 @@ import numpy as np
 
 from xenpv.frames import HAS_DATA, I64, PAGE_SIZE, U64, Mask
 from xenpv.memory.domain import Extents
-from xenpv.memory.radix import counting
+from xenpv.memory.spans import batches
 
 
 class Pages(NamedTuple):
@@ -46,18 +46,17 @@ class Pages(NamedTuple):
 
     def batches(self, size: int) -> Iterator[U64]:
         """The pfns, so many at a time: a run may end and another begin in one batch."""
-        ends = np.cumsum(self.pages)
-        for at in range(0, self.total, size):
-            stop = min(at + size, int(ends[-1]))
-            rows = slice(int(np.searchsorted(ends, at, "right")), int(np.searchsorted(ends, stop, "left")) + 1)
-            begin = ends[rows] - self.pages[rows]
-            first = np.maximum(begin, at)
-            count = np.minimum(ends[rows], stop) - first
-            yield counting(self.first[rows].astype(np.int64) + first - begin, count).astype(np.uint64)
+        for _, pfns in batches(self.first, self.pages, size):
+            yield pfns
+
+    @property
+    def pfns(self) -> U64:
+        """All of the pfns."""
+        return np.concatenate([*self.batches(1 << 20), np.empty(0, np.uint64)])
 
     def where(self, kept: Mask) -> Pages:
         """Those pages only for which the mask, as long as all runs together, is set."""
-        return joined(*_runs(np.concatenate([*self.batches(1 << 20), np.empty(0, np.uint64)])[kept]))
+        return joined(*_runs(self.pfns[kept]))
 
     @classmethod
     def of(cls, extents: Iterable[Extents]) -> Pages:

@@ -40,7 +40,7 @@ class Identity:
             return None
         begin, end = pages.first // np.uint64(ENTRIES), pages.first + pages.pages.astype(np.uint64) - np.uint64(1)
         runs = Pages(begin, (end // np.uint64(ENTRIES) - begin).astype(np.int64) + 1)
-        leaves = np.unique(np.concatenate([*runs.batches(1 << 20), np.empty(0, np.uint64)]))
+        leaves = np.unique(runs.pfns)
         return cls(pages.end, -(-pages.end // ENTRIES**2), leaves)
 
     @property

@@ -61,7 +61,7 @@ def bitmap(pages: Pages) -> Iterator[bytes | Hole]:
     begin = pages.first.astype(np.int64)
     end, at = begin + pages.pages, 0
     runs = Pages((begin // _BITS).astype(np.uint64), (end - 1) // _BITS - begin // _BITS + 1)
-    blocks = np.unique(np.concatenate([*runs.batches(1 << 20), np.empty(0, np.uint64)])).astype(np.int64)
+    blocks = np.unique(runs.pfns).astype(np.int64)
     for some in np.split(
         blocks, np.flatnonzero((np.diff(blocks) != 1) | (np.arange(1, len(blocks)) % _AT_ONCE == 0)) + 1
     ):

@@ -92,6 +92,15 @@ def cr3_frame(cr3: int, width: Width) -> int:
     return (cr3 >> 12 | cr3 << 20) & 0xFFFF_FFFF
 
 
+def top_frame(context: np.void, width: Width, *, user: bool = False) -> int | None:
+    """The machine frame of a vcpu's top table, by its vcpu_guest_context as Xen has it; None where there is none.
+
+    ``user``: of its user half, which 64-bit guests may have.
+    """
+    value = int(context["ctrlreg"][1 if user else 3])
+    return None if user and (width == 4 or not value) else cr3_frame(value, width)
+
+
 def cr3_of(frame: int, width: Width) -> int:
     """The cr3 that names a frame, folded for a 32-bit guest: cr3_frame undoes it."""
     return frame << PAGE_SHIFT if width == 8 else (frame << 12 | frame >> 20) & 0xFFFF_FFFF

@@ -1,8 +1,8 @@
-"""Spans: numbers to numbers, in runs in which both grow by one. Memory that was given in one piece is one row."""
+"""Numbers in runs. Spans: numbers to numbers, where both grow by one; memory that was given in one piece is one row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from xenpv.errors import GuestError
 from xenpv.frames import I64, NO_FRAME, U64
+from xenpv.memory.radix import counting
 
 ROWS_MAX = 1 << 26  # 1.6 GB: 256 GiB of pages in no order at all
 
@@ -63,3 +64,20 @@ class Spans:
         within = numbers - self.first[row]
         inside = (row >= 0) & (within < self.count[row].astype(np.uint64))
         return np.where(inside, self.to[row] + within, NO_FRAME)
+
+
+def batches(first: U64, count: I64, size: int, limit: int | None = None) -> Iterator[tuple[I64, U64]]:
+    """The numbers of some runs, ``size`` of them at a time and ``limit`` at most; and which run each is of.
+
+    ``first`` and ``count`` are those of the runs. One may end and another begin in one batch.
+    """
+    ends = np.cumsum(count)
+    total = int(ends[-1]) if len(ends) else 0
+    total = total if limit is None else min(total, limit)
+    for at in range(0, total, size):
+        stop = min(at + size, total)
+        rows = np.arange(np.searchsorted(ends, at, "right"), np.searchsorted(ends, stop, "left") + 1)
+        begin = ends[rows] - count[rows]
+        low = np.maximum(begin, at)
+        many = np.minimum(ends[rows], stop) - low
+        yield np.repeat(rows, many), counting(first[rows].astype(np.int64) + low - begin, many).astype(np.uint64)

@@ -11,7 +11,8 @@ import numpy as np
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask
 from xenpv.memory.domain import Extents
 from xenpv.memory.p2m import reading
-from xenpv.report.parts import NOTHING, Collector, Parts, batches
+from xenpv.memory.spans import batches
+from xenpv.report.parts import NOTHING, Collector, Parts
 
 _AT_ONCE = 256  # pages: 1 MiB, which stays in the processor's cache
 _TABLE = np.uint64(1 << 63)  # beside a pfn: the page is a page table

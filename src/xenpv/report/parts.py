@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,16 +109,6 @@ class Collector:
             return NOTHING
         whole = (np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "span", "pages"))
         return Parts.of(*whole)
-
-
-def batches(start: U64, pages: I64, at_once: int, limit: int) -> Iterator[tuple[I64, U64]]:
-    """The pfns of some extents, ``at_once`` of them at a time and ``limit`` at most; and which extent each is of."""
-    ends = np.cumsum(pages)
-    total = min(int(ends[-1]) if len(ends) else 0, limit)
-    for first in range(0, total, at_once):
-        at = np.arange(first, min(first + at_once, total))
-        row = np.searchsorted(ends, at, "right")
-        yield row, start[row] + (at - (ends - pages)[row]).astype(np.uint64)
 
 
 def axis(there: Parts, end: int) -> list[tuple[int, float]]:

@@ -12,7 +12,7 @@ from xenpv.frames import I64, IS_POPULATED, IS_TABLE, PINNED, U64, Frames, Mask
 from xenpv.memory.domain import Extents
 from xenpv.memory.p2m import reading
 from xenpv.memory.pagetables import GLOBAL, NO_PFN, as_entries, frames
-from xenpv.report.parts import batches
+from xenpv.memory.spans import batches
 
 FLAGS = {"RW": PTE_RW, "US": PTE_US, "A": PTE_A, "D": PTE_D, "G": GLOBAL, "PSE": PTE_PSE, "NX": PTE_NX}
 _AT_ONCE = 1024  # tables: 4 MiB
