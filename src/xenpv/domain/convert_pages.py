@@ -9,7 +9,7 @@ import numpy as np
 
 from xenpv.domain.source import FilePages, unlinked_file
 from xenpv.errors import Unsupported
-from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64, Mask, PageType
+from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64, Mask, PageType, filled
 from xenpv.stream import delta
 from xenpv.stream.events import Deltas
 from xenpv.stream.index import PageIndex
@@ -111,10 +111,10 @@ class Cutter:
         assert self._filled is not None
         at = np.flatnonzero(_has_data(entries))
         pfns = entries[at] & np.uint64(PFN_MASK)
-        filled = content.view(np.uint64).any(axis=1)
-        zero = ~filled & (entries[at] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
+        full = filled(content)
+        zero = ~full & (entries[at] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
         zero &= ~np.isin(pfns, self.keep) & ~self._filled.has(pfns)
-        self._filled.add(pfns[filled])
+        self._filled.add(pfns[full])
         if not zero.any():
             return entries, content
         self.dropped += int(np.count_nonzero(zero))

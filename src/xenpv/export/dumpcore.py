@@ -17,7 +17,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT, XEN_VIRT_64
 from xenpv.export import notes
 from xenpv.export.content import Pages, Piece, padded
-from xenpv.export.elf import ET_CORE, IDENT, MACHINE
+from xenpv.export.elf import IDENT, MACHINE
 from xenpv.frames import PAGE_SIZE, U64
 
 CONTEXT_SIZE = VCPU_GUEST_CONTEXT.size(8)  # of either width: xl writes a union of both
@@ -78,7 +78,7 @@ def core(pages: Pages, header: Header, mfn_of: Callable[[U64], U64] | None) -> I
         headers.append(part.header(texts, at))
         at += part.size
     headers[:0] = [bytes(abi.SHDR.size), parts[0]._replace(size=len(texts)).header(texts, at)]
-    ehdr = bytearray(abi.EHDR.pack(ET_CORE, MACHINE[header.width], 1, 0, 0, abi.EHDR.size, 0, abi.EHDR.size, 56, 0,
+    ehdr = bytearray(abi.EHDR.pack(abi.ET_CORE, MACHINE[header.width], 1, 0, 0, abi.EHDR.size, 0, abi.EHDR.size, 56, 0,
                                    abi.SHDR.size, len(headers), 1))  # fmt: skip
     ehdr[: len(_IDENT)] = _IDENT
     yield padded(bytes(ehdr) + b"".join(headers) + described + contexts + shared)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from xenpv.abi.declare import Width
+from xenpv.abi.dumpcore import EM_386, EM_X86_64, ET_CORE
 from xenpv.export.content import Pages, Piece, padded
 from xenpv.export.identity import Identity
 from xenpv.export.mapped import NOTHING, Mapped
@@ -30,8 +31,7 @@ SHDR = np.dtype([
     ("link", "<u4"), ("info", "<u4"), ("addralign", "<u8"), ("entsize", "<u8"),
 ])  # fmt: skip
 IDENT = b"\x7fELF\x02\x01\x01"  # 64 bits, little-endian; also of a 32-bit guest, whose memory may go beyond 4 GiB
-ET_CORE = 4
-MACHINE: dict[Width, int] = {8: 62, 4: 3}
+MACHINE: dict[Width, int] = {8: EM_X86_64, 4: EM_386}
 _PT_LOAD, _PT_NOTE = 1, 4
 _RWX = 7
 # The physical address of segments that show memory once more, as /proc/kcore has it. Volatility wants segments in

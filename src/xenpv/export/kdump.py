@@ -17,7 +17,7 @@ import numpy as np
 import zstandard
 
 from xenpv.export.content import Hole, Pages, padded
-from xenpv.frames import PAGE_SIZE, U8, U64, Mask
+from xenpv.frames import PAGE_SIZE, U8, U64, filled
 
 DESCRIPTOR = np.dtype([("offset", "<i8"), ("size", "<u4"), ("flags", "<u4"), ("page_flags", "<u8")])
 FLAGS = {"zlib": 0x1, "zstd": 0x20}  # DUMP_DH_COMPRESSED_*: of the header, and of each page that got smaller
@@ -83,7 +83,7 @@ def _blocks(end: int) -> int:
 def pack(content: U8, compression: str) -> tuple[list[bytes | None], U64]:
     """Pages, uint8 (n, 4096), each as it goes into the file, None for one of zeros; and their flags."""
     shrink = partial(zlib.compress, level=1) if compression == "zlib" else zstandard.ZstdCompressor(level=1).compress
-    full: Mask = np.asarray(content.view(np.uint64).any(axis=1))
+    full = filled(content)
     out: list[bytes | None] = []
     flags = np.zeros(len(content), np.uint64)
     for row, page in enumerate(content):

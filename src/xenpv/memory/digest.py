@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from xenpv.frames import HAS_DATA, IS_TABLE, U8, U64, Frames
+from xenpv.frames import HAS_DATA, IS_TABLE, U8, U64, Frames, filled
 
 _AT_ONCE = 1024  # pages
 
@@ -39,7 +39,7 @@ def digest(frames: Frames, pieces: Iterable[tuple[U64, U8]], aside: U64) -> Dige
         for at in range(0, len(some), _AT_ONCE):
             now = slice(at, at + _AT_ONCE)
             read = frames.pages(some[now])
-            held = read.any(axis=1)
+            held = filled(read)
             written += int(np.count_nonzero(held))
             places.update((some[now][held] << np.uint64(1) | tables[now][held]).astype("<u8").data)
             content.update(read[held].data)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask
+from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask, filled
 from xenpv.memory.domain import Extents
 from xenpv.memory.p2m import reading
 from xenpv.memory.spans import batches
@@ -73,7 +73,7 @@ def content_of(
         there = np.ones(len(every), np.bool_) if kept is None else kept(every)
         content, readable = read(every[there])
         pfns, content = every[there][readable], content[readable]
-        held = content.any(axis=1)
+        held = filled(content)
         zero_at.add(Parts.of_pfns(pfns[~held]))
         seen.append(((every | marks)[there][readable][held], keys(content[held])))
         unread += len(every) - len(pfns)
