@@ -55,6 +55,17 @@ def test_json(file: Path, domain: Domain) -> None:
     assert "reads" not in ran.err
 
 
+def test_with_an_index_it_writes_the_same(file: Path) -> None:
+    """One that is kept, one that is used, none."""
+    out, index = file.with_name("out.elf"), file.with_name("made.save.xpvi")
+    written = set()
+    for way, kept in (("--no-index", False), ("--index", True), ("--index", True), ("--no-index", True)):
+        assert xenpv("export", way, file, out).code == 0
+        assert index.exists() == kept
+        written.add(out.read_bytes())
+    assert len(written) == 1
+
+
 def test_a_file_that_was_cut_off(domain: Domain, tmp_path: Path) -> None:
     """All pages before the cut, none of those behind; not a byte where the rest would be."""
     stream = domain.to_stream(batch=16)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from xenpv.cli.target import PAUSE, Domain, opened
+from xenpv.cli.target import INDEX, PAUSE, Domain, opened
 from xenpv.cli.terminal import JSON, print_json, progress
 from xenpv.domain.export_file import FORMATS
 from xenpv.domain.export_file import export as export_to
@@ -34,6 +34,7 @@ from xenpv.words import printable, size
 @click.option("--compression", type=click.Choice(list(FLAGS)), default="zlib", show_default=True,
               help="Of kdump's pages. All readers know zlib, zstd is faster.")  # fmt: skip
 @click.option("--partial", is_flag=True, help="Export what is there of a FILE that was cut off or is damaged.")
+@INDEX
 @PAUSE
 @JSON
 def export(source: str, out: str, form: str, compression: str, partial: bool, pause: bool, as_json: bool) -> None:

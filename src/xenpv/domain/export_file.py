@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from xenpv.frames import PAGE_SIZE, U8, U64, filled
 from xenpv.memory.domain import Domain
 from xenpv.memory.p2m import reading
 from xenpv.memory.registers import Registers
-from xenpv.memory.vmcoreinfo import find_vmcoreinfo, value
+from xenpv.memory.vmcoreinfo import LONGEST, Search, find_vmcoreinfo, value
 
 _BATCH = 1024  # pages: 4 MiB
 _PIPE_HOLES = 1 << 30  # bytes of zeros that a pipe gets at most, and not more than that, or …
@@ -104,7 +105,10 @@ class _Job:
     @cached_property
     def text(self) -> bytes | None:
         """VMCOREINFO."""
-        text = find_vmcoreinfo(self.domain)
+        return self.told(find_vmcoreinfo(self.domain))
+
+    def told(self, text: bytes | None) -> bytes | None:
+        """The text, and a remark if there is none."""
         if text is None:
             self.remark("no VMCOREINFO was found in its memory: not Linux, or not one that debuggers know")
         return text
@@ -142,12 +146,27 @@ class _Job:
 
 
 def _elf(job: _Job, out: Output) -> Iterator[int]:
-    domain, pages = job.domain, job.pages
-    described = notes.of_vcpus(job.registers, domain.width) + notes.vmcoreinfo(job.text)
+    domain, pages, identity = job.domain, job.pages, job.identity
+
+    def described(text: bytes | None) -> bytes:
+        known = notes.of_vcpus(job.registers, domain.width) + notes.vmcoreinfo(text)
+        return known + (identity.note() if identity is not None else b"")
+
     direct = direct_map(domain, pages)
     mapped = kernel_maps(domain, pages, direct)
-    core = elf.core(pages, described, domain.width, direct=direct, mapped=mapped, identity=job.identity)
-    return _written(out, core, job)
+    headers = elf.Headers(pages, domain.width, len(described(bytes(LONGEST))), direct, mapped, identity)
+    memory: Iterator[Piece] = chain((pages,), identity.content() if identity is not None else ())
+    if not out.sparse:
+        yield from _written(out, chain([headers.packed(described(job.text))], memory), job)
+        return
+    search = Search(domain)
+
+    def looked(pfns: U64, content: U8) -> U8:
+        search.look(pfns, content)
+        return content
+
+    yield from _written(out, chain([Hole(headers.length)], memory), job, looked)
+    out.write_at(headers.packed(described(job.told(search.text))), 0)
 
 
 def _lime(job: _Job, out: Output) -> Iterator[int]:

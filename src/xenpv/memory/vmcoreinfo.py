@@ -26,19 +26,51 @@ _BATCH = 1024  # pages
 _NEW_UTSNAME = 6 * 65  # bytes of struct new_utsname: a kernel's release is in there
 
 
-def find_vmcoreinfo(domain: Domain) -> bytes | None:
-    """The text, lines of "KEY=value", or None where no page has it: no Linux, or none that says so.
+class Search:
+    """Looks for the text in pages as they are shown to it, of whatever order: who reads all of a domain's memory anyway
+    has it looked through on the way.
 
     Anybody in the guest can write such lines into memory. So a text is taken for the kernel's own when the kernel's
     uts name, at the virtual address that it tells, has its release; where none does, or virtual memory cannot be read,
-    it is the first that was found.
+    it is the one in the highest page.
     """
-    first = None
-    for text in _texts(domain):
-        if _is_own(domain, text):
-            return text
-        first = first or text
-    return first
+
+    def __init__(self, domain: Domain) -> None:
+        self._domain = domain
+        self._left = _MOST
+        self._highest = -1
+        self.text: bytes | None = None  # lines of "KEY=value"; None as long as no page had it
+        self.ended = False  # whether more pages would change nothing
+
+    def look(self, pfns: U64, pages: U8) -> None:
+        """Look through some pages, uint8 (n, 4096)."""
+        if self.ended:
+            return
+        places = pages.view(np.uint64) == _FIRST
+        if not places.any():  # which is told ten times as fast as that there are no places
+            return
+        rows, words = np.nonzero(places)
+        for row, word in zip(rows[: self._left].tolist(), words[: self._left].tolist(), strict=True):
+            pfn = int(pfns[row])
+            text = _text(self._domain, pages[row], pfn, word * 8)
+            if text and _is_own(self._domain, text):
+                self.text, self.ended = text, True
+                return
+            if text and pfn > self._highest:
+                self.text, self._highest = text, pfn
+        self._left -= len(rows)
+        self.ended = self._left <= 0
+
+
+def find_vmcoreinfo(domain: Domain) -> bytes | None:
+    """The text, looked for in all pages; None where no page has it: no Linux, or none that says so."""
+    search = Search(domain)
+    for pfns in _batches(domain):
+        for here, pages in _readable(domain, pfns):
+            search.look(here, pages)
+            if search.ended:
+                return search.text
+    return search.text
 
 
 def value(text: bytes, key: str) -> str | None:
@@ -48,23 +80,6 @@ def value(text: bytes, key: str) -> str | None:
         if equals and name == key.encode():
             return what.decode("ascii", "replace")
     return None
-
-
-def _texts(domain: Domain) -> Iterator[bytes]:
-    left = _MOST
-    for pfns in _batches(domain):
-        for here, pages in _readable(domain, pfns):
-            places = pages.view(np.uint64) == _FIRST
-            if not places.any():  # which is told ten times as fast as that there are no places
-                continue
-            rows, words = np.nonzero(places)
-            for row, word in zip(rows[:left].tolist(), words[:left].tolist(), strict=True):
-                text = _text(domain, pages[row], int(here[row]), word * 8)
-                if text:
-                    yield text
-            left -= len(rows)
-            if left <= 0:
-                return
 
 
 def _text(domain: Domain, page: U8, pfn: int, offset: int) -> bytes | None:
