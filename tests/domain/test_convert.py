@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -27,11 +28,10 @@ from xenpv.domain.convert_pages import BATCH_MAX, Cutter
 from xenpv.domain.input import Input
 from xenpv.domain.source import SavedDomain
 from xenpv.domain.verify import verify
-from xenpv.errors import RequestError, StreamError, Truncated, Unsupported
+from xenpv.errors import Malformed, RequestError, StreamError, Truncated, Unsupported
 from xenpv.frames import HAS_DATA
 from xenpv.stream.envelope import Kind
 from xenpv.stream.legacy import LegacyReader
-from xenpv.stream.pagedata import PageData
 
 W = Legacy()
 DOMAIN = pv_domain(pfns=range(64), vcpus=2, tree=True)
@@ -236,13 +236,12 @@ def test_zeros_of_the_p2m_are_content() -> None:
     """A restorer writes to all of its frames, and wants them to have come as pages."""
     cutter = Cutter(drop_zero=True)
     cutter.keep = np.array([5], np.uint64)
-    raw = struct.pack("<4Q", 4, 5, 6 | 1 << 60, 7)
-    record = PageData(raw=raw, pages=4, pages_offset=0)
+    of_record = np.array([4, 5, 6 | 1 << 60, 7], np.uint64)
 
     def take(into: memoryview) -> None:
         into[:] = bytes(4 * PAGE - 1) + b"!"
 
-    ((entries, (content,)),) = cutter.put(record, take)
+    ((entries, (content,)),) = cutter.put(of_record, take)
     assert entries.tolist() == [4 | XALLOC << 60, 5, 6 | 1 << 60, 7]
     assert content.shape == (3, PAGE)
     assert cutter.dropped == 1
@@ -303,6 +302,44 @@ def test_a_checkpoint_that_is_cut_off_does_not_count(out: Path) -> None:
     for cut in (len(first) - 1, len(first) // 2):
         with pytest.raises(Truncated):
             converted(data[:cut], out)
+
+
+def test_few_bytes_never_become_many_pages(out: Path) -> None:
+    """A byte says that a page is the same: written as they came, these would be 12 MiB."""
+    domain = pv_domain(pfns=range(64))
+    few = domain.places.data[:30]
+    same = [W.pages([(pfn, NOTAB) for pfn in few], []), W.compressed(b"\0" * len(few))]
+    done = converted(bytes(remus_stream(domain, [same] * 100)), out, kind=Kind.LIBXC)
+    once = converted(bytes(remus_stream(domain, [same])), out, kind=Kind.LIBXC)
+    assert done.pages == once.pages == len(domain.pages) + len(few)
+    assert memory(out) == of_domain(domain)
+
+
+def test_temporary_files_hold_each_page_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = pv_domain(pfns=range(64))
+    pfn = domain.places.data[0]
+    pages = [bytes([n]) * PAGE for n in range(100)]
+    first = [W.pages([(pfn, NOTAB)], []), W.compressed(whole_page(pages[0]))]
+    rounds = [[W.pages([(pfn, NOTAB)], []), W.compressed(delta(a, b))] for a, b in pairwise(pages)]
+    sizes = []
+
+    def file(**_: str) -> IO[bytes]:
+        made = (tmp_path / "temporary").open("w+b")
+        sizes.append(partial(os.stat, made.name))
+        return made
+
+    monkeypatch.setattr("xenpv.domain.convert_deltas.TemporaryFile", file)
+    converted(bytes(remus_stream(domain, [first, *rounds])), tmp_path / "out", kind=Kind.LIBXC)
+    assert [size().st_size for size in sizes] == [(pfn + 1) * PAGE]
+    assert memory(tmp_path / "out")[pfn] == (NOTAB, pages[-1])
+
+
+def test_a_page_that_changes_twice_in_a_checkpoint_is_refused(out: Path) -> None:
+    domain = pv_domain(pfns=range(64))
+    pfn = domain.places.data[0]
+    named = [W.pages([(pfn, NOTAB)], []) for _ in range(2)]
+    with pytest.raises(Malformed, match=rf"pfn {pfn:#x} comes twice .* \(at 0x.*in compressed pages\)"):
+        converted(bytes(remus_stream(domain, [[*named, W.compressed(b"\0\0")]])), out)
 
 
 def test_deltas_of_what_a_pipe_had_before_are_refused(tmp_path: Path, out: Path) -> None:

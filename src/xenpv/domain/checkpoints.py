@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 from xenpv.domain.source import unlinked_file
 from xenpv.errors import Unsupported
 from xenpv.frames import PAGE_SIZE
-from xenpv.stream.events import Event
+from xenpv.stream.events import Deltas, Event
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.records import Record
 
 _RECORDS_MAX = 1 << 30  # bytes of records, pages aside, that are kept in memory: p2m frames of 16 TiB are 64 MiB
 _AT_ONCE = 1 << 20
+_END = 40  # bytes that a number of Deltas.ends takes
 
 Take = Callable[[memoryview], None]
 
 
 class Checkpoints:
-    """Events behind a checkpoint, in order; page content is in a file without a name, which ``close`` gives back."""
+    """Events behind a checkpoint, in order; page content, and what has changed in pages, is in a file without a name,
+    which ``close`` gives back.
+    """
 
     def __init__(self) -> None:
         self._events: list[tuple[Event, int]] = []
@@ -33,26 +37,40 @@ class Checkpoints:
 
     def keep(self, event: Event, take: Take) -> None:
         """Put one event aside. Unsupported when records take more memory than any checkpoint's would."""
-        self._events.append((event, self._end))
-        if isinstance(event, Record):
-            self._kept += len(event.raw) if isinstance(event, PageData) else event.length
-            if self._kept > _RECORDS_MAX:
-                what = f"more than {_RECORDS_MAX >> 20} MiB of records, pages aside, behind one checkpoint"
-                raise Unsupported(what, offset=event.offset, record=event.name)
-        if isinstance(event, PageData):
-            buffer, left = memoryview(bytearray(_AT_ONCE)), event.pages * PAGE_SIZE
-            while left:
-                some = buffer[: min(left, _AT_ONCE)]
-                take(some)
-                while some:
-                    n = os.pwrite(self._fd, some, self._end)
-                    self._end, left, some = self._end + n, left - n, some[n:]
+        self._events.append((event if not isinstance(event, Deltas) else replace(event, data=b""), self._end))
+        match event:
+            case PageData():
+                self._kept += len(event.raw)
+                buffer, left = memoryview(bytearray(_AT_ONCE)), event.pages * PAGE_SIZE
+                while left:
+                    some = buffer[: min(left, _AT_ONCE)]
+                    take(some)
+                    self._write(some)
+                    left -= len(some)
+            case Deltas():
+                self._kept += len(event.entries) + _END * len(event.ends)
+                self._write(memoryview(event.data))
+            case Record():
+                self._kept += event.length
+        if self._kept > _RECORDS_MAX:
+            what = f"more than {_RECORDS_MAX >> 20} MiB of records, pages aside, behind one checkpoint"
+            raise Unsupported(what, offset=event.offset, record=event.name)
+
+    def _write(self, some: memoryview) -> None:
+        while some:
+            n = os.pwrite(self._fd, some, self._end)
+            self._end, some = self._end + n, some[n:]
 
     def release(self) -> Iterator[tuple[Event, Take]]:
         """The next checkpoint has come: all events, each with its content."""
         for event, at in self._events:
-            place = [at]
-            yield event, partial(self._take, place)
+            take = partial(self._take, [at])
+            if isinstance(event, Deltas):
+                data = bytearray(event.ends[-1])
+                take(memoryview(data))
+                yield replace(event, data=bytes(data)), take
+            else:
+                yield event, take
         self._events, self._end, self._kept = [], 0, 0
         os.ftruncate(self._fd, 0)
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xenpv.domain.checkpoints import Checkpoints
-from xenpv.domain.convert_pages import BATCH_MAX, Cutter, Earlier, Take
+from xenpv.domain.convert_deltas import Changed
+from xenpv.domain.convert_pages import BATCH_MAX, Batch, Cutter, Take
 from xenpv.domain.input import Input, Progress
 from xenpv.errors import RequestError, Truncated, Unsupported
 from xenpv.findings import Finding
@@ -114,7 +115,7 @@ class Conversion:
         self._bare = True  # nothing wraps it
         self._static = False  # static data has ended
         self._cutter = Cutter(wish.batch, drop_zero=wish.drop_zero)
-        self._earlier = Earlier(source.fd if source.seekable else None, source.start)
+        self._changed = Changed(source.fd if source.seekable else None, source.start)
         self._kept: Checkpoints | None = None
 
     def pieces(self) -> Iterator[Buffers]:
@@ -124,18 +125,13 @@ class Conversion:
             for event in self._events():
                 if self._seen is not None:
                     self._seen(event)
-                take: Take = self._source.take
-                if isinstance(event, PageData) and self._reader.legacy:
-                    self._earlier.plain(event)
-                elif isinstance(event, Deltas):
-                    event, take = self._earlier.whole(event)  # noqa: PLW2901
-                elif isinstance(event, records.Checkpoint | records.End):
+                if isinstance(event, records.Checkpoint | records.End):
                     yield from self._checkpoint(event)
                     ended |= isinstance(event, records.End)
                 if self._kept is None or ended:
-                    yield from self._see(event, take)
+                    yield from self._see(event, self._source.take)
                 else:
-                    self._kept.keep(event, take)
+                    self._kept.keep(event, self._source.take)
             yield from self._end()
         finally:
             self.close()
@@ -178,16 +174,24 @@ class Conversion:
                 self._version = event.version
             case DomainHeader():
                 yield self._start(event)
+            case Deltas():
+                self._changed.change(event)
+            case PageData() if self._changed.begun:
+                self._changed.name(event.entries)
             case PageData():
+                if self._reader.legacy:
+                    self._changed.plain(event)
                 yield from self._end_static_data(event)
-                for entries, contents in self._cutter.put(event, take):
-                    yield self._to.pages(entries.tobytes(), [content.reshape(-1).data for content in contents])
+                yield from self._write(self._cutter.put(event.entries, take))
             case records.Unknown():
                 self.done.left_out.append(event.name)
             case records.HvmParams() if not event.params:
                 pass  # a writer of version 2 could leave it so
             case records.Record() if not isinstance(event, _LEFT_OUT):
-                yield from self._flush()
+                if isinstance(event, records.End):
+                    for entries, taken in self._changed.pages():
+                        yield from self._write(self._cutter.put(entries, taken))
+                yield from self._write(self._cutter.flush())
                 yield from self._end_static_data(event)
                 if isinstance(event, records.X86PVP2MFrames | records.P2MLeaves):
                     leaves = event.p2m_pfns if isinstance(event, records.X86PVP2MFrames) else event.runs[2]
@@ -223,8 +227,8 @@ class Conversion:
             self._static = True
             yield self._to.send(records.StaticDataEnd())
 
-    def _flush(self) -> Iterator[Buffers]:
-        for entries, contents in self._cutter.flush():
+    def _write(self, batches: Iterator[Batch]) -> Iterator[Buffers]:
+        for entries, contents in batches:
             yield self._to.pages(entries.tobytes(), [content.reshape(-1).data for content in contents])
 
     def _section(self, event: SectionHeader) -> None:
@@ -257,7 +261,7 @@ class Conversion:
 
     def close(self) -> None:
         """Give temporary files back."""
-        self._earlier.close()
+        self._changed.close()
         if self._kept is not None:
             self._kept.close()
             self._kept = None

@@ -1,54 +1,56 @@
-"""PAGE_DATA on its way from one stream to another: cut anew, page content left out, what changed made whole."""
+"""PAGE_DATA on its way from one stream to another: cut anew, and page content left out."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from xenpv.domain.source import FilePages, unlinked_file
-from xenpv.errors import Unsupported
 from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64, Mask, PageType, filled
-from xenpv.stream import delta
-from xenpv.stream.events import Deltas
-from xenpv.stream.index import PageIndex
-from xenpv.stream.pagedata import PFN_MASK, RESERVED_MASK, TYPE_SHIFT, PageData
+from xenpv.stream.pagedata import PFN_MASK, RESERVED_MASK, TYPE_SHIFT
 from xenpv.stream.records import RECORD_LENGTH_MAX
 
 BATCH = 1024  # pages of a record, as libxenguest has them
 BATCH_MAX = (RECORD_LENGTH_MAX - 8) // (8 + PAGE_SIZE)
 
-_SEEN_SHIFT = 12  # pfns of one piece of a Seen: no more bytes than the page that made it
+_PIECE_SHIFT = 12  # pfns of one piece of Marks: no more bytes than a page that made it
 
-Take = Callable[[memoryview], None]
+Take = Callable[[memoryview], object]
 Batch = tuple[U64, list[U8]]
 """Entries as in PAGE_DATA, and the content of those that have some, in arrays of shape (n, 4096)."""
 
 
-class Seen:
-    """Some pfns, as they come. Its memory follows where they lie."""
+class Marks:
+    """A number from 1 to 255 for some pfns, as they come, and 0 for all others. Its memory follows where they lie."""
 
     def __init__(self) -> None:
-        self._pieces: dict[int, Mask] = {}
+        self._pieces: dict[int, U8] = {}
 
-    def add(self, pfns: U64) -> None:
-        """Note some."""
+    def put(self, pfns: U64, marks: U8 | int) -> None:
+        """Give some their number, each its own or all the same; the last one counts."""
+        marks = np.broadcast_to(np.asarray(marks, np.uint8), pfns.shape)
         for number, of, within in _pieces(pfns):
-            self._pieces.setdefault(number, np.zeros(1 << _SEEN_SHIFT, np.bool_))[within[of]] = True
+            self._pieces.setdefault(number, np.zeros(1 << _PIECE_SHIFT, np.uint8))[within[of]] = marks[of]
 
-    def has(self, pfns: U64) -> Mask:
-        """Which of them were noted."""
-        out = np.zeros(len(pfns), np.bool_)
+    def of(self, pfns: U64) -> U8:
+        """The number of each."""
+        out = np.zeros(len(pfns), np.uint8)
         for number, of, within in _pieces(pfns):
             if number in self._pieces:
                 out[of] = self._pieces[number][within[of]]
         return out
 
+    def __iter__(self) -> Iterator[tuple[U64, U8]]:
+        """The pfns that have one, ascending, and their numbers; some at a time."""
+        for number in sorted(self._pieces):
+            marks = self._pieces[number]
+            within = np.flatnonzero(marks)
+            yield within.astype(np.uint64) + np.uint64(number << _PIECE_SHIFT), marks[within]
+
 
 def _pieces(pfns: U64) -> Iterator[tuple[int, Mask, U64]]:
     """The number of each piece that pfns lie in, which of them do, and where within it all would."""
-    numbers, within = pfns >> np.uint64(_SEEN_SHIFT), pfns & np.uint64((1 << _SEEN_SHIFT) - 1)
+    numbers, within = pfns >> np.uint64(_PIECE_SHIFT), pfns & np.uint64((1 << _PIECE_SHIFT) - 1)
     for number in np.unique(numbers).tolist():
         yield number, numbers == number, within
 
@@ -67,16 +69,16 @@ class Cutter:
         self.keep = np.empty(0, np.uint64)  # ascending
         self._batch = batch or BATCH
         self._join = batch is not None
-        self._filled = Seen() if drop_zero else None
+        self._filled = Marks() if drop_zero else None
         self._entries = np.empty(0, np.uint64)
         self._contents: list[U8] = []
 
-    def put(self, record: PageData, take: Take) -> Iterator[Batch]:
-        """A record, and what its content is taken from; the records that are full now."""
-        entries = record.entries & np.uint64(~RESERVED_MASK & (1 << 64) - 1)
+    def put(self, entries: U64, take: Take) -> Iterator[Batch]:
+        """A record's entries, and what its content is taken from; the records that are full now."""
+        entries = entries & np.uint64(~RESERVED_MASK & (1 << 64) - 1)
         for first in range(0, len(entries), self._batch):
             some = entries[first : first + self._batch]
-            content = np.empty((int(np.count_nonzero(_has_data(some))), PAGE_SIZE), np.uint8)
+            content = np.empty((int(np.count_nonzero(has_data(some))), PAGE_SIZE), np.uint8)
             take(content.reshape(-1).data)
             if self._filled is not None:
                 some, content = self._without_zeros(some, content)
@@ -94,7 +96,7 @@ class Cutter:
     def _full(self) -> Batch:
         entries, self._entries = self._entries[: self._batch], self._entries[self._batch :]
         contents, self._contents = self._contents, []
-        over = int(np.count_nonzero(_has_data(self._entries)))
+        over = int(np.count_nonzero(has_data(self._entries)))
         if over:
             last = contents[-1]
             contents[-1], self._contents = last[:-over], [last[-over:]]
@@ -109,12 +111,12 @@ class Cutter:
 
     def _without_zeros(self, entries: U64, content: U8) -> tuple[U64, U8]:
         assert self._filled is not None
-        at = np.flatnonzero(_has_data(entries))
+        at = np.flatnonzero(has_data(entries))
         pfns = entries[at] & np.uint64(PFN_MASK)
         full = filled(content)
         zero = ~full & (entries[at] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
-        zero &= ~np.isin(pfns, self.keep) & ~self._filled.has(pfns)
-        self._filled.add(pfns[full])
+        zero &= ~np.isin(pfns, self.keep) & (self._filled.of(pfns) == 0)
+        self._filled.put(pfns[full], 1)
         if not zero.any():
             return entries, content
         self.dropped += int(np.count_nonzero(zero))
@@ -123,78 +125,6 @@ class Cutter:
         return entries, content[~zero]
 
 
-def _has_data(entries: U64) -> Mask:
+def has_data(entries: U64) -> Mask:
+    """Which entries have content."""
     return np.asarray(HAS_DATA[(entries >> np.uint64(TYPE_SHIFT)).astype(np.uint8)])
-
-
-class Earlier:
-    """Page content that was sent before: what deltas change. Of a file, all; of a pipe, what itself came as deltas."""
-
-    def __init__(self, fd: int | None, base: int) -> None:
-        self._plain = PageIndex()
-        self._made = PageIndex()
-        self._spool: int | None = None
-        self._source = None if fd is None else FilePages(fd, self._plain, self._plain, base)
-
-    def plain(self, record: PageData) -> None:
-        """A record as it stands in the input."""
-        if self._source is not None:
-            self._plain.add(record)
-
-    def whole(self, deltas: Deltas) -> tuple[PageData, Take]:
-        """The pages that deltas make of what was sent before. Raises Unsupported, where that is not there."""
-        entries = np.frombuffer(deltas.entries, "<u8")
-        pfns = (entries & np.uint64(PFN_MASK))[_has_data(entries)]
-        starts = [0, *deltas.ends][: len(pfns)]
-        need = np.array([not delta.whole(deltas.data, at) for at in starts], np.bool_)
-        content = np.zeros((len(pfns), PAGE_SIZE), np.uint8)
-        content[need] = self._before(pfns[need], deltas.offset)
-        for page, at in zip(content, starts, strict=True):
-            delta.apply(deltas.data, at, page.data)
-        if self._spool is None:
-            self._spool = unlinked_file()
-        end = os.lseek(self._spool, 0, os.SEEK_END)
-        with os.fdopen(os.dup(self._spool), "ab", buffering=0) as file:
-            file.write(content.data)
-        self._made.put(entries, end)
-        record = PageData(
-            offset=deltas.offset,
-            length=8 + len(deltas.entries) + content.nbytes,
-            raw=deltas.entries,
-            pages=len(pfns),
-            pages_offset=0,
-        )
-        return record, _taking(content)
-
-    def _before(self, pfns: U64, at: int) -> U8:
-        content = np.empty((len(pfns), PAGE_SIZE), np.uint8)
-        made = self._made.offsets(pfns) >= 0
-        there = made if self._source is None else made | (self._plain.offsets(pfns) >= 0)
-        if not there.all():
-            pfn = int(pfns[np.argmin(there)])
-            what = f"pfn {pfn:#x} comes as what has changed in it, and what that was is not there"
-            raise Unsupported(f"{what}; convert from a file, not from a pipe", offset=at, record=Deltas.name)
-        if made.any():
-            assert self._spool is not None
-            content[made] = FilePages(self._spool, self._made, self._made).pages(pfns[made])
-        if not made.all():
-            assert self._source is not None
-            content[~made] = self._source.pages(pfns[~made])
-        return content
-
-    def close(self) -> None:
-        """Give the temporary file back."""
-        if self._spool is not None:
-            os.close(self._spool)
-            self._spool = None
-
-
-def _taking(content: U8) -> Take:
-    left = content.reshape(-1).data
-
-    def take(into: memoryview) -> None:
-        nonlocal left
-        into[:] = left[: len(into)]
-        left = left[len(into) :]
-
-    return take
