@@ -30,7 +30,7 @@ from tests.property.streams import (
 from tests.stream.drive import Reading, cut, plain, read, whole
 from tests.writers.stream import BROKEN, PAGE, WITH_DATA, XALLOC, XTAB, Piece, Stream, Wire
 from xenpv.errors import Malformed, Truncated, Unsupported
-from xenpv.stream import libxl, records, rules
+from xenpv.stream import framing, libxl, records, rules
 from xenpv.stream.envelope import Kind
 from xenpv.stream.pagedata import PageData
 
@@ -63,7 +63,7 @@ def test_padding(extra: list[tuple[int, bytes]], data: st.DataObject) -> None:
     reading = raised(stream)
     assert reading.error is None
     assert [event.offset for event in reading.events] == [stream.offset_of(i) for i in range(len(stream))]
-    lengths = [event.length for event in reading.events if isinstance(event, records.Unknown)]
+    lengths = [event.length for event in reading.events if isinstance(event, framing.Unknown)]
     bodies_in_order = [piece for piece in stream if piece.name.startswith("optional")]
     assert [-(-n // 8) * 8 + 8 for n in lengths] == [len(piece.data) for piece in bodies_in_order]
 

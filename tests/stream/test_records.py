@@ -14,7 +14,7 @@ from tests.writers.build import pv_domain
 from tests.writers.domain import CPUID_POLICY, MSR_POLICY, Domain
 from tests.writers.hvm import PARAMS, hvm_context, hvm_stream
 from tests.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Wire
-from xenpv.stream import libxl, records
+from xenpv.stream import framing, libxl, records
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData
@@ -180,7 +180,7 @@ def test_a_checkpointed_stream_goes_back_and_forth_between_the_layers() -> None:
 def test_records_that_may_be_passed_over_are_named_by_number() -> None:
     wire = Wire()
     stream = domain().to_stream("libxl").before("END", wire.record(0x8000_0042, b"12345"))
-    unknown = the(read(whole(bytes(stream))), records.Unknown)
+    unknown = the(read(whole(bytes(stream))), framing.Unknown)
     assert (unknown.type, unknown.length, unknown.name) == (0x8000_0042, 5, "optional record 0x80000042")
     assert unknown.offset == stream.offset("optional record 0x80000042")
 
@@ -190,5 +190,5 @@ def test_offsets_and_lengths_are_those_of_the_pieces() -> None:
     events = read(whole(bytes(stream))).events
     assert [event.offset for event in events] == [stream.offset_of(i) for i in range(len(stream))]
     for event, piece in zip(events, stream, strict=True):
-        if isinstance(event, records.Record):
+        if isinstance(event, framing.Record):
             assert -(-event.length // 8) * 8 == len(piece.data) - 8

@@ -25,13 +25,13 @@ from tests.writers.envelopes import config_json, wrap
 from tests.writers.hvm import hvm_stream
 from tests.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Piece, Stream, Wire
 from xenpv.errors import Malformed, OutOfOrder, RequestError, StreamError, Unsupported
-from xenpv.stream import libxl, records, rules
+from xenpv.stream import framing, libxl, records, rules
 from xenpv.stream.envelope import Envelope, Kind
 from xenpv.stream.events import DomainHeader, Pages
 from xenpv.stream.fields import Buffer, Fields
+from xenpv.stream.framing import Record
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData
-from xenpv.stream.records import Record
 from xenpv.stream.writer import KINDS, Writer
 
 W = Wire()
@@ -393,7 +393,7 @@ REFUSED: list[tuple[str, list[Sent], type[StreamError], str]] = [
     ("vcpu id", [*HEAD, (entry(1, XTAB), []), records.VcpuXsave(vcpu_id=8192, context=bytes(16))], Malformed,
      "exceeds"),
     ("a policy", [HEAD[0], records.MsrPolicy(data=bytes(15))], Malformed, "multiple of 16"),
-    ("an unknown record", [records.Unknown(type=0x80001234)], Unsupported, "no record that can be written"),
+    ("an unknown record", [framing.Unknown(type=0x80001234)], Unsupported, "no record that can be written"),
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import IS_POPULATED, IS_TABLE, PAGE_SIZE, PageType, Pfn, type_name
 from xenpv.memory.pagetables import canonical, in_xen
-from xenpv.stream.records import Record
+from xenpv.stream.framing import Record
 
 _VM_ASSIST = {8: 0x1_0000_003F, 4: 0x3F}  # xen.git:xen/arch/x86/include/asm/domain.h PV64_VM_ASSIST_MASK, PV32_...
 _CANONICAL = ("kernel_sp", "fs_base", "gs_base_kernel", "gs_base_user", "event_callback_eip", "failsafe_callback_eip")

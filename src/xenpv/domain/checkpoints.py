@@ -14,8 +14,8 @@ from xenpv.domain.source import unlinked_file
 from xenpv.errors import Unsupported
 from xenpv.frames import PAGE_SIZE
 from xenpv.stream.events import Deltas, Event
+from xenpv.stream.framing import Record
 from xenpv.stream.pagedata import PageData
-from xenpv.stream.records import Record
 
 _RECORDS_MAX = 1 << 30  # bytes of records, pages aside, that are kept in memory: p2m frames of 16 TiB are 64 MiB
 _AT_ONCE = 1 << 20

@@ -17,7 +17,7 @@ from xenpv.domain.input import Input, Progress
 from xenpv.errors import RequestError, Truncated, Unsupported
 from xenpv.findings import Finding
 from xenpv.frames import PAGE_SIZE
-from xenpv.stream import libxl, records, wrapping
+from xenpv.stream import framing, libxl, records, wrapping
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import Deltas, DomainHeader, Event, ImageHeader, LibxlHeader, SectionHeader
 from xenpv.stream.fields import Buffer
@@ -183,11 +183,11 @@ class Conversion:
                     self._changed.plain(event)
                 yield from self._end_static_data(event)
                 yield from self._write(self._cutter.put(event.entries, take))
-            case records.Unknown():
+            case framing.Unknown():
                 self.done.left_out.append(event.name)
             case records.HvmParams() if not event.params:
                 pass  # a writer of version 2 could leave it so
-            case records.Record() if not isinstance(event, _LEFT_OUT):
+            case framing.Record() if not isinstance(event, _LEFT_OUT):
                 if isinstance(event, records.End):
                     for entries, taken in self._changed.pages():
                         yield from self._write(self._cutter.put(entries, taken))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64, Mask, PageType, filled
+from xenpv.stream.framing import RECORD_LENGTH_MAX
 from xenpv.stream.pagedata import PFN_MASK, RESERVED_MASK, TYPE_SHIFT
-from xenpv.stream.records import RECORD_LENGTH_MAX
 
 BATCH = 1024  # pages of a record, as libxenguest has them
 BATCH_MAX = (RECORD_LENGTH_MAX - 8) // (8 + PAGE_SIZE)

@@ -13,7 +13,7 @@ from xenpv.domain.diff_fields import Field, bytes_differ, differing, structs_dif
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault
 from xenpv.stream.contents import Contents, Vcpu
-from xenpv.stream.records import Record
+from xenpv.stream.framing import Record
 
 
 def records_differ(a: SavedDomain, b: SavedDomain) -> Iterator[Field]:

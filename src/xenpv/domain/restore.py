@@ -26,11 +26,12 @@ from xenpv.stream import rules
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import DomainHeader, Event, ImageHeader
+from xenpv.stream.framing import Record
 from xenpv.stream.libxl import LibxlRecord
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.reader import Reader
-from xenpv.stream.records import Checkpoint, End, Record, StaticDataEnd, Verify, X86PVInfo, X86PVP2MFrames
+from xenpv.stream.records import Checkpoint, End, StaticDataEnd, Verify, X86PVInfo, X86PVP2MFrames
 
 StaticDataDone = Callable[[bool, bool], None]
 """static_data_done(no CPUID policy came, no MSR policy came): called once, before any page."""

@@ -37,8 +37,9 @@ from xenpv.frames import U64, DomId
 from xenpv.host import Mover
 from xenpv.stream.envelope import Kind
 from xenpv.stream.fields import Buffer
+from xenpv.stream.framing import Record
 from xenpv.stream.libxl import LibxlEnd
-from xenpv.stream.records import End, Record, Verify
+from xenpv.stream.records import End, Verify
 from xenpv.stream.writer import Writer
 
 _NODE = 1 << 15  # pfns: a page of Xen's bitmap of dirty ones, which is cleaned whole

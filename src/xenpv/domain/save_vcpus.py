@@ -24,10 +24,10 @@ from xenpv.errors import GuestError, HostError
 from xenpv.frames import NO_FRAME, PAGE_SHIFT
 from xenpv.host import Mover
 from xenpv.memory.pagetables import cr3_frame, cr3_of
+from xenpv.stream.framing import Record
 from xenpv.stream.records import (
     CpuidPolicy,
     MsrPolicy,
-    Record,
     SharedInfo,
     StaticDataEnd,
     VcpuBasic,

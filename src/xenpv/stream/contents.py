@@ -9,7 +9,7 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.frames import I64, NO_FRAME, PAGE_SIZE, U64
-from xenpv.stream import libxl, records
+from xenpv.stream import framing, libxl, records
 from xenpv.stream.envelope import Envelope
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, PagesPassed, SectionHeader
 from xenpv.stream.index import PageIndex
@@ -128,7 +128,7 @@ class Contents:
                 self.checkpoints += 1
             case records.End():
                 self.complete = True
-        length = event.length if isinstance(event, records.Record | Envelope | SectionHeader) else 0
+        length = event.length if isinstance(event, framing.Record | Envelope | SectionHeader) else 0
         self.runs.append(Run(event.offset, event.name, length))
 
     @property

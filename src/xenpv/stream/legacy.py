@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.errors import StreamError, Unsupported
-from xenpv.stream import delta, envelope, libxl, records, rules
+from xenpv.stream import delta, envelope, framing, libxl, records, rules
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Deltas, DomainHeader, Event
 from xenpv.stream.feeding import FaultHandler
@@ -186,7 +186,7 @@ class LegacyReader(Reader):
                 yield from self._pass_over(size, "an extended info block")
             elif ident == b"xcnt" and size >= 4:
                 self._xsave = int.from_bytes((yield from self._take(size, "an extended info block"))[:4], "little")
-                if not 16 <= self._xsave < records.BLOB_MAX:
+                if not 16 <= self._xsave < framing.BLOB_MAX:
                     raise self._malformed(f"an xsave area of {self._xsave} bytes")
             else:
                 raise self._malformed(f"unrecognised extended info block {bytes(ident)!r} of {size} bytes")
@@ -300,7 +300,7 @@ class LegacyReader(Reader):
 
     def _compressed(self) -> Steps:
         (size,) = yield from self._longs(1, "the length of compressed data")
-        if size > records.RECORD_LENGTH_MAX:
+        if size > framing.RECORD_LENGTH_MAX:
             raise self._malformed(f"compressed data of {size:#x} bytes")
         data = self._rest + (yield from self._take(size, "compressed data"))
         try:
@@ -335,7 +335,7 @@ class LegacyReader(Reader):
 
     def _toolstack(self) -> Steps:
         (size,) = yield from self._unpack("I", "the length of the toolstack's data")
-        if size > records.BLOB_MAX:
+        if size > framing.BLOB_MAX:
             raise self._malformed(f"toolstack data of {size:#x} bytes")
         data = yield from self._take(size, "the toolstack's data")
         try:
@@ -378,7 +378,7 @@ class LegacyReader(Reader):
         yield records.HvmParams(offset=self._at, length=56, params=params)
         self._begin("legacy HVM context")
         (size,) = yield from self._unpack("I", "the length of the HVM context")
-        if not 0 < size <= records.RECORD_LENGTH_MAX:
+        if not 0 < size <= framing.RECORD_LENGTH_MAX:
             raise self._malformed(f"an HVM context of {size:#x} bytes")
         context = bytes((yield from self._take(size, "the HVM context")))
         yield records.HvmContext(offset=self._at, length=size, data=context)
@@ -392,7 +392,7 @@ class LegacyReader(Reader):
     def _qemu(self) -> Generator[Event | None, None, bytes]:
         self._begin("legacy qemu record")
         signature = bytes((yield from self._take(21, "qemu's signature")))
-        most = records.RECORD_LENGTH_MAX - 8
+        most = framing.RECORD_LENGTH_MAX - 8
         if signature in _QEMU_SIGNATURES:
             (size,) = yield from self._unpack("I", "the length of qemu's state")
             if size > most:

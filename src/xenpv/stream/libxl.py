@@ -8,7 +8,7 @@ from enum import IntEnum
 from xenpv.findings import Rule
 from xenpv.stream import rules
 from xenpv.stream.fields import Context, Fields
-from xenpv.stream.records import RECORD_LENGTH_MAX, Record
+from xenpv.stream.framing import RECORD_LENGTH_MAX, Record
 
 HEADER = Fields(ident=8, version=4, options=4)  # big-endian, whatever the records are
 VERSION = 2

@@ -10,8 +10,8 @@ from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.stream import rules
 from xenpv.stream.fields import Context, Fields, swapped_words
+from xenpv.stream.framing import RECORD_LENGTH_MAX, Record
 from xenpv.stream.order import Type
-from xenpv.stream.records import RECORD_LENGTH_MAX, Record
 
 if TYPE_CHECKING:
     from xenpv.frames import U8, U64, Mask

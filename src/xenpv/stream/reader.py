@@ -21,22 +21,21 @@ from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, PagesPassed, SectionHeader
 from xenpv.stream.feeding import FaultHandler, Feeding, Taking
 from xenpv.stream.fields import Context
-from xenpv.stream.libxl import LibxlOrder
-from xenpv.stream.order import OPTIONAL, Guest, Order, Type
-from xenpv.stream.pagedata import PageData
-from xenpv.stream.records import (
+from xenpv.stream.framing import (
     DOMAIN_HEADER,
     IMAGE_HEADER,
     IMAGE_ID,
-    LIBXC,
     OPTION_BIG_ENDIAN,
     RECORD_HEADER,
     RECORD_LENGTH_MAX,
     Record,
     Unknown,
     check_xen_version,
-    learn,
 )
+from xenpv.stream.libxl import LibxlOrder
+from xenpv.stream.order import OPTIONAL, Guest, Order, Type
+from xenpv.stream.pagedata import PageData
+from xenpv.stream.records import LIBXC, learn
 
 PAGES_AT_ONCE = 256  # pages of one Pages event at most: 1 MiB
 Steps = Generator[Event | None, None, None]

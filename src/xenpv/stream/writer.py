@@ -15,20 +15,19 @@ from xenpv.findings import Rule
 from xenpv.stream import envelope, libxl, rules, wrapping
 from xenpv.stream.envelope import Kind
 from xenpv.stream.fields import Buffer, Context
-from xenpv.stream.libxl import LibxlOrder, LibxlRecord
-from xenpv.stream.order import Guest, Order, Type
-from xenpv.stream.pagedata import PageData
-from xenpv.stream.records import (
+from xenpv.stream.framing import (
     DOMAIN_HEADER,
     IMAGE_HEADER,
     IMAGE_ID,
-    LIBXC,
     RECORD_HEADER,
     RECORD_LENGTH_MAX,
     Record,
     check_xen_version,
-    learn,
 )
+from xenpv.stream.libxl import LibxlOrder, LibxlRecord
+from xenpv.stream.order import Guest, Order, Type
+from xenpv.stream.pagedata import PageData
+from xenpv.stream.records import LIBXC, learn
 
 VERSION = 3
 KINDS = (Kind.XL, Kind.LIBXL, Kind.LIBXC)
