@@ -86,7 +86,23 @@ def put_in(rng: Random, data: bytes) -> bytes:
     return data[:at] + rng.randbytes(rng.choice((1, 4, 8, 16, 40))) + data[at:]
 
 
-OF_A_PIECE: tuple[Callable[[Random, bytes], bytes], ...] = (
+Change = Callable[[Random, bytes], bytes]
+
+
+def a_few(rng: Random, data: bytes, header_field: Change) -> bytes:
+    """A file with up to four things done to it, most of them to its headers' fields, by ``header_field``."""
+    changes = (header_field, header_field, header_field, flip_bits, write_number, cut_out, put_in)
+    for _ in range(rng.choice((0, 1, 1, 2, 4))):
+        data = rng.choice(changes)(rng, data) or b"\0"
+    return data
+
+
+def cut_short(rng: Random, data: bytes) -> bytes:
+    """One in ten ends early."""
+    return data if rng.random() < 0.9 else data[: rng.randrange(len(data) + 1)]
+
+
+OF_A_PIECE: tuple[Change, ...] = (
     flip_bits, flip_bits, write_number, write_number, write_number, edit_length, edit_length, cut_out, put_in,
 )  # fmt: skip
 

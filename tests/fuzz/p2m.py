@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import errno
 import sys
-import time
-import tracemalloc
 from random import Random
 
 import numpy as np
 
-from tests.fuzz.run import main
+from tests.fuzz.run import MIB, bounded, main
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import INVALID_MFN
@@ -32,9 +30,7 @@ from xenpv.memory.survey import Kind, survey
 
 FRAMES = 32  # of the host; the domain has the first 24, the last is its shared info
 OWN = 24
-MEASURED = 25  # every so many cases memory is measured
-SECONDS = 20.0
-MEMORY = 512 << 20  # what radix.SHARED_MAX runs take, a few times over
+MEMORY = 512 * MIB  # what radix.SHARED_MAX runs take, a few times over
 
 
 class TinyHost:
@@ -153,18 +149,8 @@ def anchors(rng: Random, width: Width, form: Form) -> Anchors:
 def target(data: bytes, n: int) -> None:
     """Try one memory by every way."""
     rng = Random(data)
-    measured = n % MEASURED == 0
-    began = time.monotonic()
-    if measured:
-        tracemalloc.start()
-    try:
+    with bounded(n, len(data), memory=MEMORY, seconds=20):
         judge(rng, 8 if rng.random() < 0.7 else 4)
-        peak = tracemalloc.get_traced_memory()[1] if measured else 0
-    finally:
-        tracemalloc.stop()
-    took = time.monotonic() - began
-    assert took < SECONDS, f"{took:.1f} s"
-    assert peak < MEMORY, f"{peak >> 20} MiB"
 
 
 def judge(rng: Random, width: Width) -> None:

@@ -6,10 +6,15 @@ import argparse
 import sys
 import time
 import traceback
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.fuzz.mutate import case
+
+MEASURED = 25  # every so many cases memory is measured
+MIB = 1 << 20
 
 Target = Callable[[bytes, int], None]
 """target(data, n): returns, or raises whatever shows that the invariant does not hold."""
@@ -31,6 +36,26 @@ def run(target: Target, *, seed: int, cases: int | None = None, seconds: float |
             raise
         n += 1
     return n
+
+
+@contextmanager
+def bounded(n: int, size: int, *, memory: int, seconds: float = 10) -> Iterator[None]:
+    """Holds what is inside to bytes of memory, of each 25th case since measuring takes its time, and to a time.
+
+    ``n``: the case; ``size``: bytes of its input.
+    """
+    measured = n % MEASURED == 0
+    began = time.monotonic()
+    if measured:
+        tracemalloc.start()
+    try:
+        yield
+        held = tracemalloc.get_traced_memory()[1] if measured else 0
+    finally:
+        tracemalloc.stop()
+    took = time.monotonic() - began
+    assert held < memory, f"{held / MIB:.0f} MiB for {size} bytes"
+    assert took < seconds, f"{took:.1f} s for {size} bytes"
 
 
 def main(target: Target, name: str) -> int:
