@@ -83,6 +83,14 @@ def test_help_lists_the_verbs() -> None:
         for verb in VERBS:
             assert verb in ran.out
     assert "Exit status: 0 fine, 1 findings" in ran.out
+    assert "..." not in ran.out.partition("Commands:")[2]  # each says in a line what it is for
+
+
+def test_help_comes_at_once() -> None:
+    """No verb is imported to list them all, nor NumPy."""
+    code = "import sys, xenpv.cli.main as m; m.main(['--help'], standalone_mode=False); print('numpy' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "False"
 
 
 @pytest.mark.parametrize("verb", VERBS)

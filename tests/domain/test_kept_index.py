@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import stat
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -163,10 +162,14 @@ def test_a_file_with_faults_gets_none(file: Path) -> None:
 
 
 def test_a_folder_that_is_not_ours_is_no_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    opens = os.open
 
-    monkeypatch.setattr(tempfile, "mkstemp", refuse)
+    def refuse(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied")
+        return opens(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
     assert told(file)
     assert list(file.parent.iterdir()) == [file]
 

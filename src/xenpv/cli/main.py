@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import traceback
 from typing import NoReturn
 
 import click
@@ -18,28 +17,28 @@ EXIT_USAGE = 64
 EXIT_BUG = 70
 
 
-# Where each verb is. They are imported when called: most need NumPy, which takes longer to import than some take to
-# run.
+# Where each verb is, and what it is for. They are imported when called, and not to be listed: most need NumPy, which
+# takes longer to import than some take to run.
 _VERBS = {
-    "show": "xenpv.cli.show",
-    "verify": "xenpv.cli.verify",
-    "p2m": "xenpv.cli.p2m",
-    "check": "xenpv.cli.check",
-    "report": "xenpv.cli.report",
-    "walk": "xenpv.cli.memory",
-    "read": "xenpv.cli.memory",
-    "export": "xenpv.cli.export",
-    "image": "xenpv.cli.image",
-    "layout": "xenpv.cli.layout",
-    "build": "xenpv.cli.build",
-    "save": "xenpv.cli.save",
-    "restore": "xenpv.cli.save",
-    "migrate": "xenpv.cli.migrate",
-    "receive": "xenpv.cli.migrate",
-    "list": "xenpv.cli.list",
-    "convert": "xenpv.cli.convert",
-    "diff": "xenpv.cli.diff",
-    "demo": "xenpv.cli.demo",
+    "show": ("xenpv.cli.show", "What a save file or a core is: which domain, from where."),
+    "verify": ("xenpv.cli.verify", "Would this saved domain restore, and as what was saved?"),
+    "p2m": ("xenpv.cli.p2m", "A domain's p2m, running or saved: form, anchors, entries."),
+    "check": ("xenpv.cli.check", "Hold a running domain's p2m against Xen's m2p, both ways."),
+    "report": ("xenpv.cli.report", "A domain as a page that people look at."),
+    "walk": ("xenpv.cli.memory", "Walk a virtual address through a domain's page tables."),
+    "read": ("xenpv.cli.memory", "Read memory at a virtual or pseudo-physical address."),
+    "export": ("xenpv.cli.export", "Write a domain's memory as other tools read it."),
+    "image": ("xenpv.cli.image", "What a kernel file is: can it boot as PV or PVH?"),
+    "layout": ("xenpv.cli.layout", "Where everything of a PV domain lies when it starts."),
+    "build": ("xenpv.cli.build", "Build a PV domain of any size from a kernel, in dom0."),
+    "save": ("xenpv.cli.save", "Save a PV domain to a file, as xl save does."),
+    "restore": ("xenpv.cli.save", "Restore a PV domain from a save file."),
+    "migrate": ("xenpv.cli.migrate", "Move a PV domain to another host, while it runs."),
+    "receive": ("xenpv.cli.migrate", "Take one domain that `xenpv migrate` sends."),
+    "list": ("xenpv.cli.list", "The domains that run on this machine."),
+    "convert": ("xenpv.cli.convert", "Convert a saved domain to the stream of today."),
+    "diff": ("xenpv.cli.diff", "What differs between two domains, by page and by record."),
+    "demo": ("xenpv.cli.demo", "A PV domain of 600 GiB built, saved, verified and walked."),
 }
 
 
@@ -52,9 +51,14 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _VERBS:
             return None
-        command = getattr(importlib.import_module(_VERBS[cmd_name]), cmd_name)
+        where, _ = _VERBS[cmd_name]
+        command = getattr(importlib.import_module(where), cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, what) for name, (_, what) in _VERBS.items()])
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -88,6 +92,8 @@ def main() -> None:
 
 def run(command: click.Command = main) -> NoReturn:
     """Run the command line and exit."""
+    # Read when NumPy is imported. Nothing here multiplies matrices, and its threads take time to start.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
     except click.UsageError as e:
@@ -106,6 +112,8 @@ def run(command: click.Command = main) -> NoReturn:
         click.echo(f"xenpv: error: {e.filename or 'input'}: {e.strerror}", err=True)
         sys.exit(EXIT_FAILED)
     except Exception:  # everything else is a bug of ours, and says so
+        import traceback  # noqa: PLC0415
+
         traceback.print_exc()
         click.echo("xenpv: this is a bug of xenpv's; please report it with the lines above", err=True)
         sys.exit(EXIT_BUG)

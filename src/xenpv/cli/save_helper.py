@@ -15,7 +15,6 @@ import functools
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -265,6 +264,8 @@ def _try(request: Save | Restore, libxl: Libxl, find_host: Callable[[], Mover]) 
         libxl.log(Level.ERROR, _words(e))
         return rings, _errno(e)
     except Exception:  # a bug of ours; libxl goes on as after any error
+        import traceback  # noqa: PLC0415
+
         libxl.log(Level.ERROR, f"{traceback.format_exc()}this is a bug of xenpv's; please report it")
         return rings, errno.EIO
     return rings, None

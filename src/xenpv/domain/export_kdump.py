@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,7 +15,10 @@ from xenpv.export.content import Hole, Pages
 from xenpv.export.kdump import DESCRIPTOR, PFNS_MAX, Header, bitmap, pack
 from xenpv.frames import PAGE_SIZE, U8, U64
 
-Packed = Future[tuple[list[bytes | None], U64]]
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    Packed = Future[tuple[list[bytes | None], U64]]
 
 
 def write_kdump(out: Output, header: Header, pages: Pages, contents: Iterable[U8]) -> Iterator[int]:
@@ -51,6 +54,8 @@ def write_kdump(out: Output, header: Header, pages: Pages, contents: Iterable[U8
 
 def _packed(contents: Iterable[U8], compression: str) -> Iterator[tuple[list[bytes | None], U64]]:
     """All pages packed, in order: some batches are at work at a time, one more than there are processors."""
+    from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  no other format needs it, nor what it imports
+
     at_once = (os.cpu_count() or 1) + 1
     waiting: deque[Packed] = deque()
     with ThreadPoolExecutor(at_once - 1) as workers:

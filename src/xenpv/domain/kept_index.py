@@ -28,7 +28,6 @@ from xenpv.stream.events import PagesPassed
 from xenpv.stream.index import PageIndex
 
 SUFFIX = ".xpvi"
-LARGE = 8 << 30  # bytes from which on a file's index is kept unasked: to read such a file takes a tenth of a second
 
 _MAGIC = b"xenpvi\0\1"  # the last byte is the version
 # Magic, size, mtime, start, fingerprint; how many extents, runs, pfns twice; PageIndex.sent, repeated.

@@ -7,13 +7,14 @@ from typing import TypeAlias
 
 from xenpv.domain.core import CoreDomain
 from xenpv.domain.input import Input, Progress
-from xenpv.domain.kept_index import LARGE, KeptIndex, State, keep
 from xenpv.domain.source import SavedDomain
 from xenpv.errors import StreamError
 from xenpv.stream.dumpcore import is_core
 from xenpv.stream.feeding import FaultHandler
 
 KeptDomain: TypeAlias = SavedDomain | CoreDomain
+
+LARGE = 8 << 30  # bytes from which on a file's index is kept unasked: to read such a file takes a tenth of a second
 
 
 def open_domain(
@@ -45,6 +46,8 @@ def open_domain(
 
 
 def _indexed(path: str, source: Input, progress: Progress | None) -> SavedDomain:
+    from xenpv.domain.kept_index import KeptIndex, State, keep  # noqa: PLC0415  few files are as large
+
     known = KeptIndex.load(path, source)
     if known is not None:
         try:

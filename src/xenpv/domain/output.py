@@ -6,7 +6,6 @@ import errno
 import os
 import select
 import stat
-import tempfile
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -47,8 +46,9 @@ class Output:
             target = os.path.realpath(path)
             if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode):
                 return cls(os.open(target, os.O_WRONLY | os.O_CLOEXEC), path)
-            # The same directory, or it could not be renamed; mkstemp makes it of mode 0600.
-            fd, temporary = tempfile.mkstemp(prefix=".xenpv-", suffix=".part", dir=os.path.dirname(target))
+            # The same directory, or it could not be renamed.
+            temporary = os.path.join(os.path.dirname(target), f".xenpv-{os.urandom(8).hex()}.part")
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise RequestError(f"{path}: {e.strerror}") from e
         return cls(fd, path, becomes=target, temporary=temporary)

@@ -8,11 +8,10 @@ the rest is let go, so that memory stays bounded whatever comes.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -20,7 +19,6 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.domain.input import Input, Progress
-from xenpv.domain.kept_index import KeptIndex
 from xenpv.errors import Fault, StreamError
 from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
 from xenpv.memory.anchors import Anchors
@@ -39,6 +37,9 @@ from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PFN_MASK, PageData
 from xenpv.stream.reader import Reader
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
+
+if TYPE_CHECKING:
+    from xenpv.domain.kept_index import KeptIndex
 
 _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
 
@@ -331,6 +332,8 @@ def _may_be_frame_list(pages: U8, width: Width) -> Mask:
 
 def unlinked_file() -> int:
     """A temporary file of mode 0600 without a name: guest memory leaves no trace when we end."""
+    import tempfile  # noqa: PLC0415  for pipes only, and it imports much
+
     fd, path = tempfile.mkstemp(prefix="xenpv-")
     os.unlink(path)
     return fd

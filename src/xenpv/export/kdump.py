@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import zstandard
 
 from xenpv.export.content import Hole, Pages, padded
 from xenpv.frames import PAGE_SIZE, U8, U64, filled
@@ -82,7 +81,11 @@ def _blocks(end: int) -> int:
 
 def pack(content: U8, compression: str) -> tuple[list[bytes | None], U64]:
     """Pages, uint8 (n, 4096), each as it goes into the file, None for one of zeros; and their flags."""
-    shrink = partial(zlib.compress, level=1) if compression == "zlib" else zstandard.ZstdCompressor(level=1).compress
+    shrink: Callable[[memoryview], bytes] = partial(zlib.compress, level=1)
+    if compression == "zstd":
+        import zstandard  # noqa: PLC0415  no other format needs it
+
+        shrink = zstandard.ZstdCompressor(level=1).compress
     full = filled(content)
     out: list[bytes | None] = []
     flags = np.zeros(len(content), np.uint64)

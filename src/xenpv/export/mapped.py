@@ -13,11 +13,12 @@ import numpy as np
 from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES
 from xenpv.errors import XenPVError
 from xenpv.export.content import Pages
-from xenpv.frames import ENTRIES, I64, PAGE_SHIFT, U64
+from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, U64
 from xenpv.memory import radix
-from xenpv.memory.domain import Domain, DomainMemory
+from xenpv.memory.domain import Domain
 from xenpv.memory.p2m import reading
-from xenpv.memory.pagetables import BITS_PER_LEVEL, frames_of_tables, place_of
+from xenpv.memory.pagetables import BITS_PER_LEVEL, frames_of_tables, place_of, translate
+from xenpv.memory.paging import PV
 
 LINUX_DIRECT_MAP = {8: 0xFFFF_8880_0000_0000, 4: 0xC000_0000}  # Linux, arch/x86/include/asm/page_types.h, 4 levels
 _KERNEL_HALF = {8: 1 << 35, 4: 3 << 18}  # the first page of the kernel's addresses, among all
@@ -41,46 +42,43 @@ NOTHING = Mapped(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.
 
 def direct_map(domain: Domain, pages: Pages) -> int | None:
     """The virtual address that pfn 0 has in the kernel's direct map; None where none is found."""
-    memory = domain.memory
-    if memory.top is None or not len(pages.first):
+    if domain.memory.top is None or not len(pages.first):
         return None
     wanted = np.unique(np.linspace(0, pages.total - 1, _TRIED).astype(np.int64))
     before = np.cumsum(pages.pages) - pages.pages
     row = np.searchsorted(before, wanted, "right") - 1
-    sample = (pages.first[row] + (wanted - before[row]).astype(np.uint64)).tolist()
+    sample = pages.first[row] + (wanted - before[row]).astype(np.uint64)
     best, most = None, len(sample) // 2
-    for base in _candidates(memory, domain):
-        found = sum(_maps(memory, base, pfn, domain.width) for pfn in sample)
+    for base in _candidates(domain):
+        here = sample < np.uint64((1 << 8 * domain.width) - base >> PAGE_SHIFT)
+        pfns = sample[here]
+        found = int(np.count_nonzero(_mapped_at(domain, (pfns << np.uint64(PAGE_SHIFT)) + np.uint64(base)) == pfns))
         if found > most:
             best, most = base, found
     return best
 
 
-def _maps(memory: DomainMemory, base: int, pfn: int, width: int) -> bool:
-    vaddr = base + (pfn << PAGE_SHIFT)
-    if vaddr >> 8 * width:
-        return False
-    try:
-        return memory.walk(vaddr).pfn == pfn
-    except XenPVError:
-        return False
+def _mapped_at(domain: Domain, vaddrs: U64) -> U64:
+    """The pfn at each virtual address, NO_FRAME where there is none."""
+    memory = domain.memory
+    paging = memory.paging or PV[domain.width]
+    out = np.full(len(vaddrs), NO_FRAME)
+    top = memory.top
+    good = np.array([not paging.refuses(vaddr) for vaddr in vaddrs.tolist()], np.bool_)
+    if top is not None:
+        out[good] = translate(reading(memory.tables or memory.frames), top, vaddrs[good], paging)
+    return out
 
 
-def _candidates(memory: DomainMemory, domain: Domain) -> list[int]:
+def _candidates(domain: Domain) -> list[int]:
     """Where Linux has it; and for each entry of the kernel's half of the top table, what its first page comes to."""
     width = domain.width
-    out = [LINUX_DIRECT_MAP[width]]
     shift = PAGE_SHIFT + BITS_PER_LEVEL * (LEVELS[width] - 1)
     slots = range(272, ENTRIES) if width == 8 else range(PAE_L3_ENTRIES - 1, PAE_L3_ENTRIES)
-    for slot in slots:
-        top = slot << shift | (0xFFFF << 48 if width == 8 else 0)
-        try:
-            pfn = memory.walk(top).pfn
-        except XenPVError:
-            continue
-        if pfn is not None and top - (pfn << PAGE_SHIFT) not in out and top >= pfn << PAGE_SHIFT:
-            out.append(top - (pfn << PAGE_SHIFT))
-    return out
+    tops = [slot << shift | (0xFFFF << 48 if width == 8 else 0) for slot in slots]
+    pfns = _mapped_at(domain, np.array(tops, np.uint64)).tolist()
+    found = [top - (pfn << PAGE_SHIFT) for top, pfn in zip(tops, pfns, strict=True) if pfn <= top >> PAGE_SHIFT]
+    return list(dict.fromkeys([LINUX_DIRECT_MAP[width], *found]))
 
 
 def kernel_maps(domain: Domain, pages: Pages, direct: int | None) -> Mapped:
