@@ -38,7 +38,7 @@ _VERBS = {
     "list": ("xenpv.cli.list", "The domains that run on this machine."),
     "convert": ("xenpv.cli.convert", "Convert a saved domain to the stream of today."),
     "diff": ("xenpv.cli.diff", "What differs between two domains, by page and by record."),
-    "demo": ("xenpv.cli.demo", "A PV domain of 600 GiB built, saved, verified and walked."),
+    "demo": ("xenpv.cli.demo", "A PV domain of 600 GiB built, saved, verified and migrated."),
 }
 
 
