@@ -71,6 +71,11 @@ class Job:
         """Whether it has ended; LostVM if it cannot end any more."""
         return self._host._answered(self.number, 0.0)
 
+    def said(self) -> str:
+        """What it has written so far, to standard output and then to standard error."""
+        said = (path.read_bytes() for path in (self.stdout, self.stderr) if path.exists())
+        return b"".join(said).decode(errors="replace")
+
     def wait(self) -> Result:
         """The result; JobTimeout if it had to be killed, LostVM if the machine went away under it."""
         if not self._host._answered(self.number, self.timeout + LOST_AFTER):

@@ -26,8 +26,8 @@ RECIPE = 2  # raise it when what is done with the packages changes
 PROGRAMS = (
     *("bash", "coreutils", "util-linux", "mount", "findutils", "grep", "sed", "procps", "busybox-static"),
     *("gzip", "xz-utils", "zstd", "kmod", "iproute2", "libc-bin"),
-    *("python3", "python3-numpy", "python3-click", "python3-rich", "python3-pyelftools"),
-    *("python3-zstandard", "python3-lz4", "python3-pytest"),
+    *("python3", "python3-numpy", "python3-click", "python3-rich", "python3-jinja2"),
+    *("python3-pyelftools", "python3-zstandard", "python3-lz4", "python3-pytest"),
 )
 # Pulled in by dependencies that matter only to an installed system.
 NOT_NEEDED = re.compile(

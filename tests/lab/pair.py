@@ -30,7 +30,7 @@ class Pair:
         """Start a command there, and wait until it says that it listens."""
         job = self.there.start(command)
         deadline = time.monotonic() + LISTENING
-        while b"listening" not in (job.stdout.read_bytes() if job.stdout.exists() else b""):
+        while "listening" not in job.said():
             assert time.monotonic() < deadline, "it does not listen"
             assert not job.done(), job.wait().tails()
             time.sleep(0.1)
@@ -38,13 +38,20 @@ class Pair:
 
 
 @contextmanager
-def two(hosts: Hosts, xen: str) -> Iterator[Pair]:
+def booted(xen: str, mem: str = "2G") -> Iterator[Pair]:
     """Both of that version of Xen."""
-    hosts.close()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
     with (
-        lab.Host(xen, mem="2G", dom0_mem="1G", listen=(port,)) as target,
-        lab.Host(xen, mem="2G", dom0_mem="1G", network=True) as source,
+        lab.Host(xen, mem=mem, dom0_mem="1G", listen=(port,)) as target,
+        lab.Host(xen, mem=mem, dom0_mem="1G", network=True) as source,
     ):
         yield Pair(source, target, port)
+
+
+@contextmanager
+def two(hosts: Hosts, xen: str) -> Iterator[Pair]:
+    """Those, in place of the one that runs."""
+    hosts.close()
+    with booted(xen) as pair:
+        yield pair

@@ -1,4 +1,4 @@
-"""Into a running Debian guest, by the command line in dom0: p2m, check, walk and read, and what --pause does."""
+"""Into a running Debian guest, by the command line in dom0: all verbs that look at one, and what --pause does."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ said["paused"] = xenpv("check", "--pause", "--json", name)
 said["walk"] = xenpv("walk", name, banner)
 said["nowhere"] = xenpv("walk", name, "0xffff800000000000")
 said["read"] = xenpv("read", name, banner, 256)
+said["export"] = xenpv("export", name, "/tmp/it.core", "--format", "dumpcore", "--pause")
+said["exported"] = xenpv("read", "/tmp/it.core", banner, 256)
+said["report"] = xenpv("report", name, "--json", "--output", "report.html")
 json.dump(said, sys.stdout)
 """
 
@@ -46,7 +49,8 @@ def test_the_verbs_look_into_a_running_guest(host: lab.Host) -> None:
     assert banner
     assert version
     script = host.write("verbs.py", VERBS)
-    said = json.loads(host.run(f"python3 {script} running 0x{banner[1]}", timeout=300).check().stdout)
+    ran = host.run(f"python3 {script} running 0x{banner[1]}; rm -f /tmp/it.core", timeout=300).check()
+    said = json.loads(ran.stdout)
     print({name: verb["out"][:2000] for name, verb in said.items()})  # shown when something fails
     assert {name: verb["code"] for name, verb in said.items() if verb["code"]} == {"nowhere": 1}
 
@@ -73,6 +77,12 @@ def test_the_verbs_look_into_a_running_guest(host: lab.Host) -> None:
         int(byte, 16) for line in said["read"]["out"].splitlines() for byte in line[18:66].split() if byte != "|"
     )
     assert text.partition(b"\0")[0].decode().strip() == version[1].strip()
+    assert said["exported"]["out"] == said["read"]["out"]
+    facts, page = json.loads(said["report"]["out"]), (ran.outputs / "report.html").read_text()
+    assert "<h1>running</h1>" in page
+    assert sum(layer["pages"] for layer in facts["map"]["layers"] if layer["lane"] in ("pages", "tables")) == pages
+    assert facts["p2m"]["entries"]["own"] == pages
+    assert facts["verify"]["ok"]
 
     after = len(host.guest_console("running"))
     host.wait_for_guest("running", guests.BEAT, after=after)  # it was paused, and runs on

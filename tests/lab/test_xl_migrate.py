@@ -86,7 +86,7 @@ def test_what_ends_on_the_way(hosts: Hosts) -> None:
             there = receiver(pair, OURS)
             sending = pair.here.start(migrate(pair, f"{OURS} {SLOWLY}"))
             deadline = time.monotonic() + LISTENING
-            while b"round 0" not in sending.stderr.read_bytes():
+            while "round 0" not in sending.said():
                 assert time.monotonic() < deadline
                 assert not sending.done(), sending.wait().tails()
                 time.sleep(0.1)
