@@ -53,6 +53,15 @@ def test_a_file_whose_p2m_is_wrong(tmp_path: Path) -> None:
     assert told["left_out"] == {"page-unmapped": 10}
 
 
+def test_by_an_index_it_says_the_same(good: Path, tmp_path: Path) -> None:
+    file, index = tmp_path / "dom.save", tmp_path / "dom.save.xpvi"
+    file.write_bytes(good.read_bytes())
+    plain = xenpv("check", file).out
+    assert not index.exists()
+    assert [xenpv("check", option, file).out for option in ("--index", "--index", "--no-index")] == [plain] * 3
+    assert index.exists()
+
+
 def test_a_pipe(good: Path) -> None:
     assert xenpv("check", "-", stdin=good.read_bytes()).code == 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from xenpv.cli.target import PAUSE, TARGET, opened
+from xenpv.cli.target import INDEX, PAUSE, TARGET, opened
 from xenpv.cli.terminal import JSON, print_findings, print_json, progress
 from xenpv.domain.check_p2m import check_p2m
 from xenpv.domain.check_physmap import PhysmapCheck, notes
@@ -22,6 +22,7 @@ from xenpv.memory.survey import survey
               help="Findings to show of each rule; all are counted.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="Do not ask Xen who owns each frame: on large hosts, much faster.")
 @PAUSE
+@INDEX
 @JSON
 def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> int:
     """Hold a running domain's p2m against Xen's m2p, both ways; or a saved one's against the pages that came with it.

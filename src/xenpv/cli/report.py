@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 
 import click
 
 from xenpv.cli.target import PAUSE, TARGET, opened
 from xenpv.cli.terminal import JSON, NUMBER, print_json, progress, steps
 from xenpv.domain.check_physmap import PhysmapCheck
-from xenpv.domain.core import CoreDomain
 from xenpv.domain.live import LiveDomain
 from xenpv.domain.output import Output
-from xenpv.domain.verify import Report, verify
-from xenpv.errors import Unsupported
-from xenpv.findings import Findings, Rule
+from xenpv.domain.source import SavedDomain
+from xenpv.domain.verify import Report, judge
+from xenpv.findings import Findings
 from xenpv.frames import PAGE_SIZE
 from xenpv.memory.domain import Domain
 from xenpv.report.gather import Checked, gather
@@ -59,43 +57,19 @@ def report(target: str, output: str | None, content: int, keep: int, pause: bool
 
 
 @contextmanager
-def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, Checked | None]]:
-    """What people mean by a name, and what a verifier says of it."""
-    no_stream: Unsupported | None = None
-    if not pause and (target == "-" or os.path.exists(target)):
-        try:
-            with progress("verifying") as bar:
-                found = verify(target, keep=keep, progress=bar)
-        except Unsupported as e:
-            no_stream = e  # a core, perhaps
-        else:
-            assert found.saved is not None
-            with closing(found):
-                yield found.saved, Checked(_sentence(found), found.ok, found.findings)
-            return
-    if no_stream is not None and target == "-":
-        raise no_stream
+def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, Checked]]:
+    """What people mean by a name, and what is found in it."""
     findings = Findings(keep)
-
-    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
-        findings.add(rule, message, offset=offset, record=record)
-
-    with opened(target, pause=pause, hvm=True, fault=fault) as domain:
-        if no_stream is not None and not isinstance(domain, CoreDomain):
-            raise no_stream
-        if isinstance(domain, LiveDomain):
+    with opened(target, pause=pause, hvm=True, fault=findings.fault) as domain:
+        if isinstance(domain, SavedDomain):
+            found = Report(target, findings)
+            with progress("verifying") as bar:
+                judge(domain, found, bar)
+            verdict = found.verdict
+        elif isinstance(domain, LiveDomain):
             with progress("checking") as bar:
                 PhysmapCheck(domain, findings, progress=bar).run()
-            wrong, right = "p2m and m2p do not agree", "p2m and m2p agree"
+            verdict = "p2m and m2p do not agree" if findings.errors else "p2m and m2p agree"
         else:
-            wrong, right = "the core is damaged", "the core could be read"
-        yield domain, Checked(wrong if findings.errors else right, not findings.errors, findings)
-
-
-def _sentence(found: Report) -> str:
-    if not found.ok:
-        cut = "; nothing was checked behind the first place that cannot be read" if found.fatal else ""
-        return f"would not restore as it was saved{cut}"
-    if found.deep:
-        return "restores, as far as can be told without doing it"
-    return "framing, order and records are sound"
+            verdict = "the core is damaged" if findings.errors else "the core could be read"
+        yield domain, Checked(verdict, not findings.errors, findings)

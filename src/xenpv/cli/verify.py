@@ -10,7 +10,6 @@ from xenpv.cli.terminal import FILE, JSON, print_findings, print_json, print_tab
 from xenpv.domain.verify import Report
 from xenpv.domain.verify import verify as verify_file
 from xenpv.findings import RULES, Finding
-from xenpv.stream.order import Guest
 
 
 def _list_rules(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -80,18 +79,13 @@ def _place(finding: Finding) -> int:
 
 
 def summary(report: Report) -> str:
-    """The answer in a sentence."""
+    """The answer, with its numbers."""
     name = "standard input" if report.name == "-" else report.name
     counts = f"{_number(report.findings.errors, 'error')}, {_number(report.findings.warnings, 'warning')}"
     if not report.ok:
-        cut = "; nothing was checked behind the first place that cannot be read" if report.fatal else ""
-        return click.style(f"{name}: would not restore as it was saved", bold=True) + f" ({counts}{cut})"
-    if report.deep:
-        what = f"restores, as far as can be told without doing it: {report.pages} pages and every page table are sound"
-    else:
-        domain = " of this HVM domain" if report.guest is Guest.HVM else ""
-        what = f"framing, order and records{domain} are sound ({report.pages} pages)"
-    return f"{name}: {what}" + (f" ({counts})" if len(report.findings) else "")
+        return click.style(f"{name}: {report.verdict}", bold=True) + f" ({counts})"
+    pages = f": {report.pages} pages and every page table are sound" if report.deep else f" ({report.pages} pages)"
+    return f"{name}: {report.verdict}{pages}" + (f" ({counts})" if len(report.findings) else "")
 
 
 def _number(n: int, what: str) -> str:

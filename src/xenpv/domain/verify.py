@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from xenpv.domain.input import Input, Progress
 from xenpv.errors import StreamError
-from xenpv.findings import Findings, Rule
+from xenpv.findings import Findings
 from xenpv.stream import rules
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import DomainHeader
@@ -44,6 +44,17 @@ class Report:
     def ok(self) -> bool:
         """No error was found: as far as can be told without restoring it, it restores."""
         return self.findings.errors == 0
+
+    @property
+    def verdict(self) -> str:
+        """The answer in a sentence."""
+        if not self.ok:
+            cut = "; nothing was checked behind the first place that cannot be read" if self.fatal else ""
+            return f"would not restore as it was saved{cut}"
+        if self.deep:
+            return "restores, as far as can be told without doing it"
+        domain = " of this HVM domain" if self.guest is Guest.HVM else ""
+        return f"framing, order and records{domain} are sound"
 
     def close(self) -> None:
         """Close the domain, if it is held open."""
@@ -88,7 +99,7 @@ def verify(
 def _framing(source: Input, report: Report, kind: Kind | None, progress: Progress | None) -> None:
     complete = False
     try:
-        for event in source.events(Reader(fault=_into(report), kind=kind), progress):
+        for event in source.events(Reader(fault=report.findings.fault, kind=kind), progress):
             if isinstance(event, PageData):
                 report.pages += event.pages
             elif isinstance(event, DomainHeader):
@@ -103,27 +114,26 @@ def _framing(source: Input, report: Report, kind: Kind | None, progress: Progres
 
 
 def _deep(source: Input, report: Report, kind: Kind | None, progress: Progress | None) -> None:
-    from xenpv.domain.check import check_domain  # noqa: PLC0415
     from xenpv.domain.source import SavedDomain  # noqa: PLC0415
+
+    saved = SavedDomain.of(source, fault=report.findings.fault, kind=kind, progress=progress)
+    judge(saved, report, progress)
+
+
+def judge(saved: SavedDomain, report: Report, progress: Progress | None = None) -> None:
+    """Check all of a domain that was opened with the report's ``findings.fault``; the report holds it from then on."""
+    from xenpv.domain.check import check_domain  # noqa: PLC0415
     from xenpv.frames import HAS_DATA  # noqa: PLC0415
 
-    saved = report.saved = SavedDomain.of(source, fault=_into(report), kind=kind, progress=progress)
-    contents = saved.contents
+    report.saved, contents = saved, saved.contents
     if saved.error is not None:
         _ends_early(report, saved.error)
-    _trailing(source, report, contents.complete)
+    _trailing(saved.source, report, contents.complete)
     report.pages = sum(n for page_type, n in contents.index.count().items() if HAS_DATA[page_type])
     report.guest = contents.domain.guest if contents.domain else None
     if report.guest is Guest.PV and contents.pv_info is not None:
         check_domain(saved, report.findings, progress)
         report.deep = True
-
-
-def _into(report: Report) -> Any:
-    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
-        report.findings.add(rule, message, offset=offset, record=record)
-
-    return fault
 
 
 def _ends_early(report: Report, error: StreamError) -> None:
