@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 from tests.domain.saved import piped
 from xenpv.cli import main, verify_stream_v2
@@ -53,7 +54,8 @@ def _run(run: Callable[[], NoReturn], program: str, args: tuple[object, ...], st
     sys.argv, sys.stdout, sys.stderr = [program, *map(str, args)], out, err
     code: Any = None
     try:
-        with _standard_input(stdin):
+        # click takes who was started with `python -m PACKAGE` for a part of it, as pytest may have been.
+        with _standard_input(stdin), patch.object(sys.modules["__main__"], "__package__", None):
             run()
     except SystemExit as e:
         code = e.code
