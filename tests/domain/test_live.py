@@ -18,7 +18,7 @@ from xenpv.abi.xen import INVALID_MFN
 from xenpv.cli.target import opened
 from xenpv.domain.live import LiveDomain
 from xenpv.errors import Fault, GuestError, HostError, RequestError
-from xenpv.frames import ABSENT, FOREIGN, IS_TABLE, NO_FRAME, PAGE_SIZE, U64, Pfn
+from xenpv.frames import ABSENT, FOREIGN, IS_TABLE, NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType, Pfn
 from xenpv.host.model import ModelHost
 from xenpv.memory.pagetables import NO_PFN, as_entries, is_xen_slot
 
@@ -106,6 +106,25 @@ def test_what_is_no_page_table_any_more_is_not_walked(guest: Guest) -> None:
     assert f"pfn {WRITTEN.start:#x} is no page table, or is none any more: look again, or pause" in str(fault)
     with pytest.raises(Fault, match="is no page table, or is none any more"):
         memory.read_virtual(guest.made.vaddr(12), 16, top=Pfn(WRITTEN.start))
+
+
+def test_a_table_that_ends_while_it_is_read_is_left_as_it_is(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its type is asked for, then it is freed and written to, then its content is read."""
+    page_types = guest.host.page_types
+    asked: list[int] = []
+
+    def before(domid: DomId, mfns: U64) -> U8:
+        kinds = page_types(domid, mfns).copy()
+        if not asked:
+            kinds[:] = PageType.L1TAB
+        asked.append(len(mfns))
+        return kinds
+
+    monkeypatch.setattr(guest.host, "page_types", before)
+    first = WRITTEN.start
+    content = guest.host.frames.read(guest.made.mfns[first : first + 4]).tobytes()
+    assert guest.live.frames.pages(np.arange(first, first + 4, dtype=np.uint64)).tobytes() == content
+    assert asked == [4, 4]
 
 
 def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:

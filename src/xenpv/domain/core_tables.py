@@ -5,6 +5,10 @@ processes that ran. All others hang from top tables of their own, and Xen gives 
 itself: in a 64-bit guest's, one that names the table (the linear page table); in a 32-bit guest's, those at the end of
 the last L2. Only pages that the tables found so far map, and never writable, are looked at for it: Xen lets no page
 table be mapped otherwise (xen.git:xen/arch/x86/mm.c get_page_type(), init_xen_l4_slots(), init_xen_pae_l2_slots()).
+
+A domain that ran while it was dumped has pages of different moments: an entry may name a table that had ended, and been
+given to somebody else, when its page was written. What is reached is therefore a table only if it looks like one, which
+Xen has seen to of all that are (get_page_from_l1e() to get_page_from_l4e()), and if no table maps it writable.
 """
 
 from __future__ import annotations
@@ -17,20 +21,24 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW, XEN_PAE_L2_FIRST
 from xenpv.frames import I64, NO_FRAME, U8, U64, Frames, Mask
-from xenpv.memory.pagetables import Translate, allowed_flags, as_entries, frames, is_xen_slot
+from xenpv.memory.pagetables import NO_PFN, Translate, allowed_flags, as_entries, frames, is_xen_slot
 
 LINEAR_PT_SLOT = 258  # of an L4: xen.git:xen/arch/x86/include/asm/config.h
 _AT_ONCE = 1024  # pages
+_MFN_END = 1 << 35  # 128 TiB: Xen knows no memory beyond (xen/arch/x86/include/asm/config.h, with CONFIG_BIGMEM)
 _NOT_IN_L3 = ~np.uint64(PTE_FRAME_MASK | allowed_flags(3, 4) & ~PTE_P)
 _P, _RW, _PSE = np.uint64(PTE_P), np.uint64(PTE_RW), np.uint64(PTE_PSE)
 
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """Page tables: their pfns, ascending, and the level of each."""
+    """Page tables: their pfns, ascending, and the level of each. ``ended``: how many pages others name as tables that
+    are none.
+    """
 
     pfns: U64
     levels: U8
+    ended: int = 0
 
     def level_of(self, pfns: U64) -> U8:
         """The level of each page, 0 for one that is none of these; of the same shape."""
@@ -39,12 +47,12 @@ class Tables:
         at = np.minimum(np.searchsorted(self.pfns, pfns), len(self.pfns) - 1)
         return np.where(self.pfns[at] == pfns, self.levels[at], np.uint8(0))
 
-    def with_others(self, pfns: U64, level: int) -> Tables:
-        """These, and tables of that level, none of which is among them."""
+    def with_others(self, pfns: U64, level: int, ended: int) -> Tables:
+        """These, and tables of that level, none of which is among them; and how many more have ended."""
         joined = np.concatenate([self.pfns, pfns])
         order = np.argsort(joined)
         levels = np.concatenate([self.levels, np.full(len(pfns), level, np.uint8)])
-        return Tables(joined[order], levels[order])
+        return Tables(joined[order], levels[order], self.ended + ended)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,11 @@ class Search:
         """All page tables. ``tops``: pfns of the vcpus' top tables."""
         none = Tables(np.empty(0, np.uint64), np.empty(0, np.uint8))
         found = self._below(tops, none, None)
-        mapped, writable = self._mapped(found)
+        mapped, writable = self._mapped(found.pfns[found.levels == 1])
+        doubtful = writable.has(found.pfns)
+        if doubtful.any():  # and so is what they say of others
+            mapped, writable = self._mapped(found.pfns[~doubtful & (found.levels == 1)])
+            found = self._below(tops, none, writable)
         candidates = mapped.pfns(but=writable)
         candidates = candidates[found.level_of(candidates) == 0]
         others = self._tops(candidates) if self.width == 8 else self._tops_32(candidates, found)
@@ -75,15 +87,37 @@ class Search:
         found, now = known, tops
         for level in range(LEVELS[self.width], 0, -1):
             now = np.unique(now)
-            now = now[found.level_of(now) == 0]
-            if never is not None:
-                now = now[~never.has(now)]
-            found = found.with_others(now, level)
+            named = now[found.level_of(now) == 0]
+            now = named if never is None else named[~never.has(named)]
+            now = np.concatenate([now[:0], *(some[self._fit(some, level)] for some in _some(now))])
+            found = found.with_others(now, level, len(named) - len(now))
             if level == 1:
                 break
             below = [self._named(tables, level) for tables in _some(now)]
             now = np.unique(np.concatenate([np.empty(0, np.uint64), *below]))
         return found
+
+    def _fit(self, pfns: U64, level: int) -> Mask:
+        """Which of some pages can be tables of that level.
+
+        Half of what they name must be the domain's. Not all: an L1 may map shared info, grants and devices, and a page
+        may have come while the core was written, which the core's list then has not.
+        """
+        entries = as_entries(self.raw.pages(pfns))
+        own_slots = ~is_xen_slot(level, self.width, last_pae_l2=True)
+        there = (entries & _P != 0) & own_slots
+        named = frames(entries)
+        good = there.copy()
+        good[there] = self.pfn_of(named[there]) != NO_FRAME
+        if level > 1:
+            good &= entries & ~np.uint64(PTE_FRAME_MASK | allowed_flags(level, self.width)) == 0
+        fit = good.sum(axis=1) >= (there & ~good).sum(axis=1)
+        fit &= ~(there & (named >= _MFN_END) & (named != NO_PFN)).any(axis=1)
+        if level == 4:
+            fit &= _is_l4(entries, self.mfn_of(pfns))
+        if level == 3 and self.width == 4:
+            fit &= (entries[:, PAE_L3_ENTRIES:] == 0).all(axis=1)
+        return np.asarray(fit)
 
     def _named(self, tables: U64, level: int) -> U64:
         """The pfns of the tables that tables of that level name, each once."""
@@ -98,11 +132,8 @@ class Search:
 
     def _tops(self, candidates: U64) -> U64:
         """Which of some pages are top tables of a 64-bit guest, by Xen's entry in each."""
-        found = [np.empty(0, np.uint64)]
-        for some in _some(candidates):
-            slot = as_entries(self.raw.pages(some))[:, LINEAR_PT_SLOT]
-            found.append(some[(slot & _P != 0) & (frames(slot) == self.mfn_of(some))])
-        return np.concatenate(found)
+        found = (some[_is_l4(as_entries(self.raw.pages(some)), self.mfn_of(some))] for some in _some(candidates))
+        return np.concatenate([candidates[:0], *found])
 
     def _tops_32(self, candidates: U64, known: Tables) -> U64:
         """Which of some pages are top tables of a 32-bit guest.
@@ -123,10 +154,10 @@ class Search:
             found.append(some[at[(ends == own).all(axis=1)]] if len(own) else some[:0])
         return np.concatenate(found)
 
-    def _mapped(self, known: Tables) -> tuple[_Marks, _Marks]:
-        """The pages that the known tables map, and those that they map writable."""
+    def _mapped(self, l1s: U64) -> tuple[_Marks, _Marks]:
+        """The pages that tables of level 1 map, and those that they map writable."""
         mapped, writable = _Marks(self.first, self.count), _Marks(self.first, self.count)
-        for tables in _some(known.pfns[known.levels == 1]):
+        for tables in _some(l1s):
             entries = as_entries(self.raw.pages(tables))
             mapped.put(self._pfns(frames(entries[entries & _P != 0])))
             writable.put(self._pfns(frames(entries[entries & (_P | _RW) == _P | _RW])))
@@ -158,6 +189,12 @@ class _Marks:
         place = np.flatnonzero(self._marked & ~but._marked)
         row = np.searchsorted(self._before, place, "right") - 1
         return self._first[row] + (place - self._before[row]).astype(np.uint64)
+
+
+def _is_l4(entries: U64, mfns: U64) -> Mask:
+    """Which pages are an L4, by Xen's entry that names the page itself."""
+    slot = entries[:, LINEAR_PT_SLOT]
+    return np.asarray((slot & _P != 0) & (frames(slot) == mfns))
 
 
 def _some(pfns: U64) -> Iterator[U64]:

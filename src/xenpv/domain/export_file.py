@@ -68,6 +68,9 @@ def export(
     exported.pages, exported.last_pfn, exported.bytes = total, job.pages.end - 1, out.written
     if exported.lost:
         job.remark(f"{exported.lost} pages could not be read, or were given back meanwhile: they are zeros")
+    if isinstance(domain, CoreDomain) and domain.frames.tables.ended:
+        what = f"{domain.frames.tables.ended} of the pages that are named as page tables are none"
+        job.remark(f"{what}: the domain ran while it was dumped; they are as the core has them")
     return exported
 
 

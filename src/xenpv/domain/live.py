@@ -169,7 +169,7 @@ class LiveDomain:
         return self.pages_and_types(pfns)[0]
 
     def pages_and_types(self, pfns: U64) -> tuple[U8, U8]:
-        """As ``pages``, and by which types it was: one look at each."""
+        """As ``pages``, and by which types it was."""
         mfns = self.p2m.lookup(pfns)
         kinds = self._types(mfns)
         for absent in np.flatnonzero(kinds == ABSENT)[:1].tolist():
@@ -181,6 +181,9 @@ class LiveDomain:
             pfn, mfn = int(pfns[lost]), int(mfns[lost])
             raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn)
         pages = content.copy()  # what is mapped may change
+        tables = IS_TABLE[kinds]
+        if tables.any():  # one that has ended meanwhile may hold data already, which is to be left alone
+            kinds[tables] = self._types(mfns[tables])
         normalise_pages(pages, kinds, self.info.width, self.pfns_of)
         return pages, kinds
 
