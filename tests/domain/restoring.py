@@ -105,4 +105,4 @@ def assert_same(guest: Guest, other: Guest) -> None:
     np.testing.assert_array_equal(their_kinds, kinds)
     leaves = guest.host.m2p(guest.live.p2m.distinct.frame)
     plain = ~np.isin(at, leaves) & (at != np.uint64(guest.day.start_info))
-    np.testing.assert_array_equal(their_pages[plain], pages[plain])
+    assert at[plain & (their_pages != pages).any(axis=1)].tolist() == []

@@ -99,9 +99,9 @@ def of_host(guest: Guest) -> tuple[U64, U8, U8]:
     for row in np.flatnonzero(IS_TABLE[kinds]).tolist():
         ptes = as_entries(pages[row : row + 1])[0]
         ptes[is_xen_slot(int(kinds[row]) & 7, width, last_pae_l2=int(mfns[row]) == last)] = 0
-        for slot in np.flatnonzero(ptes & np.uint64(PTE_P)).tolist():
-            mfn = frames(ptes[slot : slot + 1])
-            ptes[slot] ^= (host.m2p(mfn)[0] ^ mfn[0]) << np.uint64(12)
+        slots = np.flatnonzero(ptes & np.uint64(PTE_P))
+        named = frames(ptes[slots])
+        ptes[slots] ^= (host.m2p(named) ^ named) << np.uint64(12)
     at = host.m2p(mfns)
     order = np.argsort(at)
     return at[order], kinds[order], pages[order]
