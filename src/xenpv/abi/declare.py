@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 Width = Literal[4, 8]
 
 
-@dataclass(frozen=True)
-class Scalar:
+class Scalar(NamedTuple):
     """A C integer type: its size in bytes at width 4 and at width 8."""
 
     size4: int
@@ -88,8 +87,7 @@ class Chars:
 Member = Scalar | Array | Chars
 
 
-@dataclass(frozen=True)
-class Only:
+class Only(NamedTuple):
     """A member that only one width's header has."""
 
     width: Width

@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -187,7 +186,7 @@ def _print_status() -> Callable[[Status], None]:
         before[1] = 0 if key != before[0] else before[1] + 1
         before[0] = key
         if before[1] % _EVENT_EVERY == 0:
-            print_event("progress", **asdict(status), left=(status.round_pages - status.round_done) * PAGE_SIZE)
+            print_event("progress", **status._asdict(), left=(status.round_pages - status.round_done) * PAGE_SIZE)
 
     return print_status
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,8 +31,7 @@ _NOT_IN_L3 = ~np.uint64(PTE_FRAME_MASK | allowed_flags(3, 4) & ~PTE_P)
 _P, _RW, _PSE = np.uint64(PTE_P), np.uint64(PTE_RW), np.uint64(PTE_PSE)
 
 
-@dataclass(frozen=True, slots=True)
-class Tables:
+class Tables(NamedTuple):
     """Page tables: their pfns, ascending, and the level of each. ``ended``: how many pages others name as tables that
     are none.
     """

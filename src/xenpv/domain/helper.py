@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from xenpv.errors import RequestError
 
@@ -79,8 +79,7 @@ _RESTORES = sum(1 << m for m in (*range(Message.SUSPEND, Message.SWITCH_QEMU_LOG
 _STREAMS = ("plain", "Remus", "COLO")
 
 
-@dataclass(frozen=True, slots=True)
-class Save:
+class Save(NamedTuple):
     """``--save-domain``: write domain ``domid`` to descriptor ``fd``; ``debug`` asks to send a live one twice."""
 
     fd: int
@@ -89,8 +88,7 @@ class Save:
     debug: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Restore:
+class Restore(NamedTuple):
     """``--restore-domain``: read from descriptor ``fd`` into ``domid``, which is there and has no memory.
 
     The ports are its event channels, the domains those at their other ends.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from xenpv.frames import PAGE_SIZE
 
@@ -22,8 +22,7 @@ class Phase(StrEnum):
     DONE = "done"
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """How far a save is. ``round``: the pass over memory, the first is 0. Pages are those with content.
 
     ``pages`` were sent, in all rounds; ``round_done`` of the ``round_pages`` of this one. ``dirty``: how many pages the

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from xenpv.abi.declare import Width
 from xenpv.domain.checkpoints import Checkpoints
@@ -40,8 +40,7 @@ StaticDataDone = Callable[[bool, bool], None]
 _NEVER_KEPT = (Checkpoint, End, LibxlRecord)
 
 
-@dataclass(frozen=True, slots=True)
-class Restored:
+class Restored(NamedTuple):
     """A domain as a restore leaves it, and what the stream had.
 
     ``entries`` are those of its p2m, ``pages`` what it was given; ``tables`` of them are page tables, ``pinned`` of

@@ -8,8 +8,7 @@ how to read it and what its tools can read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -45,8 +44,7 @@ _PAGES_AT_ONCE = 1024
 _KEPT_FLAGS = SIF_VIRT_P2M_4TOOLS | SIF_MOD_START_PFN
 
 
-@dataclass(frozen=True, slots=True)
-class Ports:
+class Ports(NamedTuple):
     """The domain's event channels to its daemons."""
 
     console: int

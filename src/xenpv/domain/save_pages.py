@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,8 +20,7 @@ BATCH = 1024  # pages with content in a record: MAX_BATCH_SIZE of libxenguest
 ENTRIES_MAX = 1 << 16  # entries of a record; a restorer bounds them by the record's length alone
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(NamedTuple):
     """What goes into one PAGE_DATA: entries, and the content of ``pages`` of them."""
 
     entries: bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from uuid import UUID
 
 from xenpv.abi.declare import Width
@@ -19,8 +19,7 @@ from xenpv.frames import U8, U64, DomId
 DOM0 = DomId(0)
 
 
-@dataclass(frozen=True, slots=True)
-class XenVersion:
+class XenVersion(NamedTuple):
     """Which Xen this is: 4 and 17 of "4.17.5", and the rest as Xen says it (".5")."""
 
     major: int
@@ -109,24 +108,21 @@ class Host(Protocol):
         """Take one pause back."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ring:
+class Ring(NamedTuple):
     """A page that a domain shares with a daemon: its mfn, and the domain's event channel that rings the bell."""
 
     mfn: int
     port: int
 
 
-@dataclass(frozen=True, slots=True)
-class Daemons:
+class Daemons(NamedTuple):
     """The domains in which xenconsoled and xenstored run: dom0, unless a host gives them domains of their own."""
 
     console: DomId = DOM0
     xenstore: DomId = DOM0
 
 
-@dataclass(frozen=True, slots=True)
-class VcpuState:
+class VcpuState(NamedTuple):
     """What a vcpu has beyond its vcpu_guest_context, each as the bytes of its stream record; empty where it has none.
 
     ``extended`` is struct xen_domctl_ext_vcpucontext, ``xsave`` what getvcpuextstate gives, ``msrs`` an array of
@@ -138,8 +134,7 @@ class VcpuState:
     msrs: bytes = b""
 
 
-@dataclass(frozen=True, slots=True)
-class TscInfo:
+class TscInfo(NamedTuple):
     """How a domain sees the TSC, as XEN_DOMCTL_gettscinfo has it. ``nsec`` is what has elapsed on its clock."""
 
     mode: int = 0
@@ -148,8 +143,7 @@ class TscInfo:
     incarnation: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CpuPolicy:
+class CpuPolicy(NamedTuple):
     """What a domain is told of its CPU: arrays of struct xen_cpuid_leaf and of struct xen_msr_entry."""
 
     leaves: bytes = b""

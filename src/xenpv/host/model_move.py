@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import replace
 from struct import pack
 
 from xenpv.frames import U64, DomId
@@ -20,7 +19,7 @@ class ModelMove(ModelBuild):
     def vcpu_state(self, domid: DomId, vcpu: int) -> VcpuState:
         """What the vcpu has beyond its context."""
         state = self._vcpu("get_ext_vcpucontext", domid, vcpu)[1].state
-        return replace(state, extended=pack("<I", vcpu) + state.extended[4:])
+        return state._replace(extended=pack("<I", vcpu) + state.extended[4:])
 
     def set_vcpu_state(self, domid: DomId, vcpu: int, state: VcpuState) -> None:
         """Set what is not empty."""

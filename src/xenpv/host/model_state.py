@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from dataclasses import replace
 from struct import pack
 
 import numpy as np
@@ -49,15 +48,15 @@ def bare_policy() -> CpuPolicy:
 def changed_state(old: VcpuState, given: VcpuState, width: Width) -> VcpuState:
     """The state once what is not empty was set, part by part. Raises Refused."""
     if given.extended:
-        old = replace(old, extended=_extended(given.extended, width))
+        old = old._replace(extended=_extended(given.extended, width))
     if given.xsave:
         if not XSAVE_HEADER_SIZE <= len(given.xsave) <= XSAVE_MAX:
             raise Refused(errno.EINVAL, f"an xsave area of {len(given.xsave)} bytes")
-        old = replace(old, xsave=given.xsave)
+        old = old._replace(xsave=given.xsave)
     if given.msrs:
         msrs = _array(given.msrs, VCPU_MSR)
         _known(msrs["index"], VCPU_MSRS, "MSR", errno.EINVAL)
-        old = replace(old, msrs=msrs[msrs["value"] != 0].tobytes())
+        old = old._replace(msrs=msrs[msrs["value"] != 0].tobytes())
     return old
 
 
@@ -82,8 +81,8 @@ def changed_time(given: TscInfo) -> TscInfo:
     """How the domain sees the TSC once that was set. Raises Refused."""
     if given.mode not in {TSC_DEFAULT, TSC_ALWAYS_EMULATE, TSC_NEVER_EMULATE}:
         raise Refused(errno.EINVAL, f"tsc_mode {given.mode}")
-    given = replace(given, khz=given.khz or CPU_KHZ, incarnation=given.incarnation + 1)
-    return replace(given, khz=0, nsec=0) if given.mode == TSC_NEVER_EMULATE else given
+    given = given._replace(khz=given.khz or CPU_KHZ, incarnation=given.incarnation + 1)
+    return given._replace(khz=0, nsec=0) if given.mode == TSC_NEVER_EMULATE else given
 
 
 def changed_policy(old: CpuPolicy, given: CpuPolicy) -> CpuPolicy:

@@ -6,8 +6,8 @@ libxl_dom.c, libxl_console.c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host import Daemons, DomainInfo, Ring
@@ -26,8 +26,7 @@ class Access(Enum):
     WRITE = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """A node and its value."""
 
     path: str

@@ -8,8 +8,7 @@ xen.git:xen/include/public/{version,memory,event_channel,grant_table,sysctl,domc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from xenpv.abi.declare import U8, U16, U32, U64, Struct, array
 from xenpv.frames import DomId
@@ -173,8 +172,7 @@ SYSCTL_U, DOMCTL_U = 8, 16  # where the arguments are in struct xen_sysctl and s
 SYSCTL_SIZE, DOMCTL_SIZE = 136, 144
 
 
-@dataclass(frozen=True, slots=True)
-class Interface:
+class Interface(NamedTuple):
     """The unstable interfaces of one version of Xen."""
 
     sysctl: int  # XEN_SYSCTL_INTERFACE_VERSION

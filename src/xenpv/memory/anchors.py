@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS
@@ -26,8 +27,7 @@ class Form(StrEnum):
     TREE = "three-level tree"
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
+class Way(NamedTuple):
     """One way to the p2m: its form, the frame of its top table, and how many tables lie above the leaves.
 
     ``first`` is the place of the first leaf below that table: 0 in a tree, a page number of the address space in

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +25,7 @@ LEAVES_AT_ONCE = 128  # half a MiB: what is computed on them stays in the proces
 _MARKS = FOREIGN | IDENTITY
 
 
-@dataclass(frozen=True, slots=True)
-class Leaves:
+class Leaves(NamedTuple):
     """Some leaves, each read once: the first place of each, in how many it stands, and its entries.
 
     ``mfns``: uint64 of shape (n, entries a leaf), NO_FRAME for INVALID_MFN and for what lies beyond the table's end. A

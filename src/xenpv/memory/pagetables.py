@@ -7,7 +7,7 @@ before a walk. HVM guests' hold gfns, which are their pfns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -138,8 +138,7 @@ def is_xen_slot(level: int, width: Width, *, last_pae_l2: bool = False) -> Mask:
     return slots
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One entry on the way down: entry ``entry`` of the table at ``table``, a table of that level."""
 
     level: int
@@ -148,8 +147,7 @@ class Step:
     pte: int
 
 
-@dataclass(frozen=True, slots=True)
-class Walk:
+class Walk(NamedTuple):
     """A virtual address's way through the tables. ``pfn`` is None, and ``fault`` says why, when it ends early."""
 
     vaddr: Vaddr
