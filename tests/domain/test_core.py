@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,33 @@ def test_a_list_in_too_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     core.p2m[:] = 0
     with pytest.raises(Unsupported, match="a list of 0x66 pages has more than 0x32 runs"):
         opened(core, tmp_path)
+
+
+def test_a_list_that_is_a_hole_is_refused_at_once(tmp_path: Path) -> None:
+    """A file of 8 TiB that takes no room, with 2^31 pages in it: neither time nor memory is spent on them."""
+    _, core = made()
+    data, pages, number = bytes(core), len(core.pages), 1 << 31
+    core.nr_pages, core.sizes = number, {".xen_pages": number * 4096, ".xen_p2m": number * 16}
+    begin = bytes(core).index(core.pages[0])
+    table = begin + number * 4096
+    core.offsets = {".xen_p2m": table}
+    path = tmp_path / "sparse.core"
+    with path.open("wb") as file:
+        file.write(bytes(core)[: begin + pages * 4096])
+        file.seek(table)
+        file.write(core.p2m.astype("<u8").tobytes())
+        file.seek(table + number * 16)
+        file.write(data[data.rindex(b"\0.shstrtab") :])
+        file.seek(64 + 64 + 24)
+        file.write((table + number * 16).to_bytes(8, "little"))
+    tracemalloc.start()
+    try:
+        for fault in (None, Told()):
+            with pytest.raises(Unsupported, match=f"has a hole: from entry {pages + 1:#x} on it names pfn 0x0 again"):
+                CoreDomain.open(str(path), fault=fault)
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_section_beyond_all_files(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from xenpv.stream.dumpcore import Layout, Report
 from xenpv.stream.index import PageIndex
 
 _AT_ONCE = 1 << 20  # entries of the list
+_AGAIN_MAX = 1 << 16  # of these may name the same pfn as the one before
 
 
 class CorePages:
@@ -55,6 +56,7 @@ class CorePages:
             good = there & (pfns < NO_PFN) & (mfns < NO_PFN)
             rows = np.flatnonzero(good).astype(np.uint64) + np.uint64(first)
             if report is not None:
+                self._refuse_holes(pfns[good], rows)
                 for bad in np.flatnonzero(there & ~good)[:1].tolist():
                     what = f"entry {first + bad:#x} names pfn {int(pfns[bad]):#x}, mfn {int(mfns[bad]):#x}"
                     report(dumpcore.RANGE, what, at + bad * layout.entry)
@@ -64,6 +66,17 @@ class CorePages:
                     report(dumpcore.ORDER, what, at + int(rows[back] - np.uint64(first)) * layout.entry)
                 last = int(pfns[good][-1]) if good.any() else last
             yield pfns[good], mfns[good], rows
+
+    def _refuse_holes(self, pfns: U64, rows: U64) -> None:
+        """A hole in a sparse file costs nothing, and is any number of entries that name pfn 0: no list has so many."""
+        again = np.flatnonzero(pfns[1:] == pfns[:-1])
+        if len(again) > _AGAIN_MAX:
+            first = int(again[0]) + 1
+            offset = self._layout.table.offset + int(rows[first]) * self._layout.entry
+            what = f"from entry {int(rows[first]):#x} on it names pfn {int(pfns[first]):#x} again and again"
+            raise Unsupported(
+                f"the list of pages has a hole: {what}; is the core cut short, or copied in part?", offset=offset
+            )
 
     @cached_property
     def _pfn_of(self) -> Spans:
