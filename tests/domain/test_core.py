@@ -325,6 +325,23 @@ def test_a_list_that_is_a_hole_is_refused_at_once(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
+def test_headers_that_take_all_memory_are_refused(tmp_path: Path) -> None:
+    """65535 section headers of 65535 bytes each, in a file that has holes for them."""
+    path = tmp_path / "headers.core"
+    data = bytearray(bytes(made()[1]))
+    data[58:62] = b"\xff" * 4
+    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.truncate(5 << 30)
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed, match="65535 section headers of 65535 bytes"):
+            CoreDomain.open(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_a_section_beyond_all_files(tmp_path: Path) -> None:
     _, core = made()
     core.offsets, core.sizes = {".xen_pages": (1 << 64) - 8}, {".xen_pages": 0}

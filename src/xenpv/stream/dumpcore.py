@@ -24,6 +24,7 @@ REPEATED = Rule("core-repeated", "no pfn and no mfn is listed twice", FORMAT, Se
 RANGE = Rule("core-range", "pfns and mfns are numbers that a page-table entry can hold", FORMAT, Severity.WARNING)
 
 _NOTES_MAX = 1 << 16
+_HEADERS_MAX = 1 << 22  # bytes of section headers: 65535 of them, of the size that they have
 _STRINGS_MAX = 1 << 16
 
 Report = Callable[[Rule, str, int], None]
@@ -120,7 +121,7 @@ def _sections(read: Read, size: int, report: Report) -> tuple[Width, dict[str, P
     widths: dict[int, Width] = {abi.EM_X86_64: 8, abi.EM_386: 4}
     if kind != abi.ET_CORE or machine not in widths:
         raise Unsupported(f"an ELF file of type {kind} for machine {machine}, not a core of an x86 domain", offset=16)
-    raw = read(at, stride * count)
+    raw = read(at, min(stride * count, _HEADERS_MAX))
     if stride < abi.SHDR.size or len(raw) < stride * count or strings >= count:
         if not count:
             raise Unsupported("an ELF core without sections: no core of xl dump-core", offset=0x3C)
