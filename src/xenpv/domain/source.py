@@ -71,9 +71,11 @@ class FilePages:
         order = np.argsort(offsets, kind="stable")
         joined = np.diff(offsets[order]) == PAGE_SIZE
         joined &= np.diff(order) == 1  # neighbours in the file and in the answer: one read
-        for run in np.split(order, np.flatnonzero(~joined) + 1):
-            if len(run):
-                self._read_into(out[run[0] : run[0] + len(run)], self._base + int(offsets[run[0]]), int(pfns[run[0]]))
+        edges = (np.flatnonzero(~joined) + 1).tolist()
+        for first, end in zip([0, *edges], [*edges, len(order)], strict=True):
+            if first < end:
+                row = int(order[first])
+                self._read_into(out[row : row + end - first], self._base + int(offsets[row]), int(pfns[row]))
         return out
 
     def _read_into(self, into: U8, offset: int, pfn: int) -> None:
