@@ -66,7 +66,7 @@ def test_p2m_dump(good: Path, domain: Domain) -> None:
 
 
 def test_p2m_of_an_mfn(good: Path, domain: Domain) -> None:
-    lines = xenpv("p2m", "--mfn", hex(domain.mfns[600]), "--mfn", 3, good).out.splitlines()[-2:]
+    lines = xenpv("p2m", "--mfn", hex(domain.mfns[600]), "--mfn", 3, good).out.splitlines()[1:]
     assert lines == [f"mfn={domain.mfns[600]:#x} ==> pfn=0x258", "mfn=0x3 ==> no pfn"]
 
 
@@ -78,7 +78,7 @@ def test_a_file_cannot_be_paused(good: Path) -> None:
 def test_p2m_lookup(good: Path, domain: Domain) -> None:
     wanted = [0, 600, 601, domain.entries - 1, 1 << 33]
     args = [arg for pfn in wanted for arg in ("--lookup", hex(pfn))]
-    lines = xenpv("p2m", *args, good).out.splitlines()[-len(wanted) :]
+    lines = xenpv("p2m", *args, good).out.splitlines()[1:]
     assert lines == [
         f"pfn=0x0 ==> mfn={domain.mfns[0]:#x} (type NOTAB)",
         f"pfn=0x258 ==> mfn={domain.mfns[600]:#x} (type NOTAB)",

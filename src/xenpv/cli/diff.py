@@ -74,7 +74,8 @@ def _print(found: Difference) -> None:
     kinds = ", ".join(f"{n} of {name}" for name, n in sorted(found.kinds.items()))
     others = sum(types.pages for types in found.types)
     differ = f"{found.differ} of {found.compared} pages differ" + (f" ({kinds})" if kinds else "")
-    click.echo(f"{differ}; {others} are of another type or in one only; {len(found.fields)} fields of records differ")
+    fields = "1 field of records differs" if len(found.fields) == 1 else f"{len(found.fields)} fields of records differ"
+    click.echo(f"{differ}; {others} are of another type or in one only; {fields}")
 
 
 def _where(page: Page) -> str:

@@ -24,8 +24,10 @@ _SHADES = " ░▒▓█"
 
 @click.command()
 @TARGET
-@click.option("--lookup", type=NUMBER, multiple=True, metavar="PFN", help="The mfn of a pfn; may be repeated.")
-@click.option("--mfn", "mfns", type=NUMBER, multiple=True, metavar="MFN", help="The pfn of an mfn; may be repeated.")
+@click.option("--lookup", type=NUMBER, multiple=True, metavar="PFN", help="Just the mfn of a pfn; again for more.")
+@click.option(
+    "--mfn", "mfns", type=NUMBER, multiple=True, metavar="MFN", help="Just the pfn of an mfn; again for more."
+)
 @click.option("--dump", is_flag=True, help="Every entry that is not INVALID_MFN, a line each.")
 @click.option("--frames", is_flag=True, help="Every leaf: the frame that holds it, and the pfns in it.")
 @INDEX
@@ -57,7 +59,8 @@ def p2m(
             return
         nothing = isinstance(domain, LiveDomain) and not domain.anchors.ways
         table = None if nothing else domain.p2m
-        found = survey(table, _CELLS * _LINES) if table is not None else None
+        answers_only = bool(lookup or mfns) and not (frames or as_json)
+        found = None if table is None or answers_only else survey(table, _CELLS * _LINES)
         described = describe(domain, table, found)
         if table is not None:
             if frames or as_json:
@@ -74,7 +77,7 @@ def p2m(
     if as_json:
         print_json(described)
     else:
-        print_p2m(described, found)
+        print_p2m(described, found, answers_only=answers_only)
 
 
 def _runs(table: P2M) -> tuple[Any, Any, Any]:
@@ -161,7 +164,7 @@ def _entry(mfn: int | None) -> str:
     return f"{mfn:#x}"
 
 
-def print_p2m(d: dict[str, Any], found: Survey | None) -> None:
+def print_p2m(d: dict[str, Any], found: Survey | None, *, answers_only: bool = False) -> None:
     form = d["form"] or "no shared info, so the form is not known"
     click.echo(click.style(f"{d['name']}: {'exposes no p2m' if form == 'none' else form}", bold=True))
     whose = "" if d["running"] else " of the old host"
@@ -173,7 +176,7 @@ def print_p2m(d: dict[str, Any], found: Survey | None) -> None:
         click.echo(f"; {d['shared']} leaves shared by several" if d["shared"] else "")
         kinds = f"{d['invalid']} INVALID_MFN, {d['foreign']} foreign, {d['identity']} identity, {d['hole']} in no leaf"
         click.echo(f"  populated    {d['populated']} pages ({size(d['populated'] * PAGE_SIZE)}); {kinds}")
-    if "max_pfn" in d:
+    if "max_pfn" in d and not answers_only:
         click.echo(f"  max_pfn      {d['max_pfn']:#x} (a count)")
         click.echo(f"  tree         frame list list at mfn {d['frame_list_list_mfn']:#x}{whose}")
         if d["p2m_cr3"]:

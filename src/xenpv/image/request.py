@@ -182,4 +182,4 @@ def _amount(pages: int) -> str:
     """Pages for a message, in the largest unit in which they are a whole number: "0x800 pages (8 MiB)"."""
     shift = next((shift for shift in (28, 18, 8) if pages and not pages % (1 << shift)), 8)
     unit = {28: "TiB", 18: "GiB", 8: "MiB"}[shift]
-    return f"{pages:#x} pages ({pages / (1 << shift):.16g} {unit})"
+    return f"{pages:#x} pages ({round(pages / (1 << shift), 2):.16g} {unit})"

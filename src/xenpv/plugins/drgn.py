@@ -25,8 +25,14 @@ import traceback
 from collections.abc import Callable
 
 import click
-import drgn
-from drgn.cli import default_globals, run_interactive, version_header
+
+try:
+    import drgn
+    from drgn.cli import default_globals, run_interactive, version_header
+except ImportError:
+    if __name__ != "__main__":
+        raise
+    sys.exit("xenpv: error: this needs drgn, which is not installed: pip install 'xenpv[drgn]'")
 
 from xenpv.cli.main import EXIT_FAILED, run
 from xenpv.cli.target import PAUSE, TARGET, opened

@@ -132,7 +132,8 @@ def _what_else(head: bytes) -> str:
         if head.startswith(magic):
             return f"the input is compressed with {name}; unpack it into a pipe: {command} FILE | xenpv … -"
     if head.startswith(b"\x7fELF"):
-        return "the input is an ELF file (a kernel or a core), not a saved domain"
+        what = "the input is an ELF file (a kernel or a core), not a saved domain"
+        return f"{what}; xenpv image reads kernels, show and others cores, by their names"
     if head.startswith(b"XenSavedDomain\n"):
         return "the input is a legacy xenopsd suspend image (before Xen 4.6), which is recognised but not read"
     if width := legacy_width(head):

@@ -1,6 +1,11 @@
 """Volatility's own command line, which knows our layer: ``python -m xenpv.plugins.volatility``."""
 
-from volatility3.cli import main
+import sys
+
+try:
+    from volatility3.cli import main
+except ImportError:
+    sys.exit("xenpv: error: this needs Volatility 3, which is not installed: pip install 'xenpv[volatility]'")
 
 from xenpv.plugins.volatility import domain_layer  # noqa: F401  Volatility finds the classes that have been imported
 
