@@ -9,54 +9,57 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
-from pathlib import Path
 from uuid import UUID
 
 from xenpv.errors import HostError
 from xenpv.frames import DomId
 
-FOLDER = Path("/var/lib/xen")  # XEN_LIB_DIR
+FOLDER = "/var/lib/xen"  # XEN_LIB_DIR
+_Folder = str | os.PathLike[str]
 _CONFIGURATION = "libxl-json"
 _LOCK = "domain-userdata-lock"  # whoever holds it removes it
 
 
-def write(domid: DomId, uuid: str | None, config: bytes, folder: Path = FOLDER) -> None:
+def write(domid: DomId, uuid: str | None, config: bytes, folder: _Folder = FOLDER) -> None:
     """Put a domain's configuration where libxl looks for it; nowhere where there is no libxl. HostError."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return
-    new, kept = (folder / f"{_stem(domid, uuid, kind)}.{_CONFIGURATION}" for kind in "nd")
+    new, kept = (f"{folder}/{_stem(domid, uuid, kind)}.{_CONFIGURATION}" for kind in "nd")
     try:
         with contextlib.suppress(FileNotFoundError):
-            new.unlink()
+            os.unlink(new)
         # Ours and nobody else's: a file that lies there already, or a link, is not written to.
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(fd, "wb") as file:
                 file.write(config)
-            new.replace(kept)
+            os.replace(new, kept)
         except BaseException:
-            new.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(new)
             raise
     except OSError as error:
         raise _failed(domid, error) from error
 
 
-def read(domid: DomId, uuid: str | None, folder: Path = FOLDER) -> bytes | None:
+def read(domid: DomId, uuid: str | None, folder: _Folder = FOLDER) -> bytes | None:
     """A domain's configuration; None where there is none. HostError for one that cannot be read."""
     try:
-        return (folder / f"{_stem(domid, uuid, 'd')}.{_CONFIGURATION}").read_bytes()
+        with open(f"{folder}/{_stem(domid, uuid, 'd')}.{_CONFIGURATION}", "rb") as file:
+            return file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise _failed(domid, error) from error
 
 
-def remove(domid: DomId, uuid: str | None, folder: Path = FOLDER) -> None:
+def remove(domid: DomId, uuid: str | None, folder: _Folder = FOLDER) -> None:
     """Remove all that is kept of a domain. HostError."""
     try:
         for name in glob.iglob(f"{_stem(domid, uuid and glob.escape(uuid), '?')}.*", root_dir=folder):
             if not name.endswith(_LOCK):
-                (folder / name).unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(f"{folder}/{name}")
     except OSError as error:
         raise _failed(domid, error) from error
 
