@@ -39,9 +39,9 @@ class Verdict:
         return "\n".join(str(finding) for finding in self.found) or "nothing"
 
 
-def judge(path: Path | str, **how: Any) -> Verdict:
-    """Verify a file."""
-    report = verify(str(path), **how)
+def judge(source: Path | str | Input, **how: Any) -> Verdict:
+    """Verify a file, or what is open."""
+    report = verify(source if isinstance(source, Input) else str(source), **how)
     report.close()
     return Verdict(report)
 
@@ -49,9 +49,7 @@ def judge(path: Path | str, **how: Any) -> Verdict:
 def judge_pipe(data: bytes, **how: Any) -> Verdict:
     """Verify the same out of a pipe."""
     with piped(data) as fd:
-        report = verify(Input(os.dup(fd), "pipe"), **how)
-        report.close()  # every end that reads, or the writer waits for ever
-    return Verdict(report)
+        return judge(Input(os.dup(fd), "pipe"), **how)  # closed, every end that reads, or the writer waits for ever
 
 
 @contextmanager

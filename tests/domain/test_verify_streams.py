@@ -7,8 +7,6 @@ import resource
 import subprocess
 import tempfile
 import time
-import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 
 from tests.domain.breakage import KEEP, make_table, unmap
 from tests.domain.saved import both_ways, flawed, judge, judge_pipe, page_offsets, piped
+from tests.held import at_most
 from tests.writers.build import pv_domain
 from tests.writers.domain import Domain
 from tests.writers.sparse import write_sparse
@@ -136,34 +135,21 @@ def half_a_gigabyte(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def peak(run: Callable[[], object]) -> int:
-    tracemalloc.start()
-    try:
-        run()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
 @pytest.mark.parametrize("deep", [True, False])
 def test_a_pipe_takes_bounded_memory(half_a_gigabyte: Path, deep: bool) -> None:
     with subprocess.Popen(["head", "-c", str(96 << 20), half_a_gigabyte], stdout=subprocess.PIPE) as cat:
         assert cat.stdout is not None
         fd = os.dup(cat.stdout.fileno())
-        found: list[str] = []
-
-        def run() -> None:
-            report = verify(Input(fd, "pipe"), deep=deep)
-            found.extend(rule.name for rule in report.findings.count)
-            report.close()
-
-        assert peak(run) < 16 << 20
-    assert "truncated" in found
+        with at_most(16 << 20):
+            verdict = judge(Input(fd, "pipe"), deep=deep)
+    assert "truncated" in verdict.rules
 
 
 def test_a_file_takes_memory_for_its_tables_only(half_a_gigabyte: Path) -> None:
-    assert peak(lambda: judge(half_a_gigabyte)) < 24 << 20
-    assert peak(lambda: judge(half_a_gigabyte, deep=False)) < 4 << 20
+    with at_most(24 << 20):
+        judge(half_a_gigabyte)
+    with at_most(4 << 20):
+        judge(half_a_gigabyte, deep=False)
 
 
 def test_pages_beyond_2_to_the_31_cost_what_is_populated(tmp_path: Path) -> None:
@@ -192,7 +178,8 @@ def test_a_length_that_lies_takes_no_memory(tmp_path: Path) -> None:
     stream.patch("X86_PV_P2M_FRAMES", 4, (128 << 20).to_bytes(4, "little"))
     file = tmp_path / "lies.save"
     file.write_bytes(bytes(stream))
-    assert peak(lambda: judge(file)) < 8 << 20
+    with at_most(8 << 20):
+        judge(file)
     assert judge(file).rules == {"truncated"}
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 import struct
-import tracemalloc
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
 
+from tests.held import at_most
 from tests.stream.drive import Reading, read
 from tests.writers.build import pv_domain
 from tests.writers.envelopes import XENOPS, libvirt_header, xenopsd_section, xenopsd_signature, xl_header
@@ -22,20 +21,6 @@ from xenpv.stream.reader import Reader
 W = Wire()
 MIB = 1 << 20
 U32 = (1 << 32) - 1
-
-
-@contextmanager
-def at_most(limit: int) -> Iterator[None]:
-    """No more memory than ``limit`` bytes is held at any moment within."""
-    tracemalloc.start()
-    try:
-        before, _ = tracemalloc.get_traced_memory()
-        tracemalloc.reset_peak()
-        yield
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak - before < limit, f"{(peak - before) / MIB:.1f} MiB were held"
 
 
 def up_to(name: str, *then: Piece) -> bytes:

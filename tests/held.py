@@ -1,0 +1,21 @@
+"""How much memory code may hold."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def at_most(limit: int) -> Iterator[None]:
+    """No more memory than ``limit`` bytes is held at any moment within."""
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        yield
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - before < limit, f"{(peak - before) / (1 << 20):.1f} MiB were held"
