@@ -146,7 +146,7 @@ def test_every_byte_changed(kind: str) -> None:
     data = bytearray(KERNELS[kind])
     for at in range(len(data)):
         kept = data[at]
-        for value in (0, kept ^ 0xFF):
+        for value in {0, kept ^ 0xFF} - {kept}:
             data[at] = value
             try_all(bytes(data))
         data[at] = kept
