@@ -345,8 +345,10 @@ def main(argv: list[str], find_host: Callable[[], Mover] = xen) -> int:
 
 
 def run() -> NoReturn:
-    """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    """The console script. libxl waits for its end, while a migrated guest stands still: nothing is tidied up."""
+    status = main(sys.argv[1:])
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
