@@ -104,6 +104,7 @@ def test_debian_guest_runs_and_survives_save_and_restore(host: lab.Host) -> None
     assert guests.UP not in host.guest_console("debian")[at:]
 
 
+@pytest.mark.deep_elsewhere
 def test_debian_guest_runs_with_two_vcpus_and_more_memory(host: lab.Host) -> None:
     config = host.write("two.cfg", guests.config("two", memory=128, vcpus=2))
     host.run(f"xl create {config}").check()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
+
 import lab
 from lab import guests
 
@@ -38,6 +40,7 @@ json.dump(said, sys.stdout)
 """
 
 
+@pytest.mark.deep_elsewhere
 def test_the_verbs_look_into_a_running_guest(host: lab.Host) -> None:
     config = host.write("running.cfg", guests.config("running"))
     start = len(host.guest_console("running"))

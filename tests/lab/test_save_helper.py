@@ -21,7 +21,7 @@ FORMS = ("linear spread=2G", "tree spread=2G", "marked", "rooted levels=4", "roo
 
 
 @pytest.mark.deep_elsewhere
-@pytest.mark.parametrize("form", [pytest.param("tree", marks=pytest.mark.deep), "linear", "both"])
+@pytest.mark.parametrize("form", [*(pytest.param(form, marks=pytest.mark.deep) for form in ("tree", "linear")), "both"])
 def test_litmus_in_each_form(host: lab.Host, form: str) -> None:
     """Saved and restored by ours; by ours, then stock's restore; by stock, then our restore."""
     guest = boot(host, "litmus", f"p2m={form}", vcpus=2)
