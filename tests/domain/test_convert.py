@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -323,12 +322,12 @@ def test_temporary_files_hold_each_page_once(tmp_path: Path, monkeypatch: pytest
     rounds = [[W.pages([(pfn, NOTAB)], []), W.compressed(delta(a, b))] for a, b in pairwise(pages)]
     sizes = []
 
-    def file(**_: str) -> IO[bytes]:
-        made = (tmp_path / "temporary").open("w+b")
-        sizes.append(partial(os.stat, made.name))
-        return made
+    def file() -> int:
+        path = tmp_path / "temporary"
+        sizes.append(path.stat)
+        return os.open(path, os.O_RDWR | os.O_CREAT)
 
-    monkeypatch.setattr("xenpv.domain.convert_deltas.TemporaryFile", file)
+    monkeypatch.setattr("xenpv.domain.convert_deltas.unlinked_file", file)
     converted(bytes(remus_stream(domain, [first, *rounds])), tmp_path / "out", kind=Kind.LIBXC)
     assert [size().st_size for size in sizes] == [(pfn + 1) * PAGE]
     assert memory(tmp_path / "out")[pfn] == (NOTAB, pages[-1])

@@ -7,16 +7,16 @@ came, pages could come out of a few bytes each, checkpoint by checkpoint, withou
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from io import BytesIO
 from itertools import pairwise
-from tempfile import TemporaryFile
 from typing import IO
 
 import numpy as np
 
 from xenpv.domain.convert_pages import BATCH, Marks, Take, has_data
-from xenpv.domain.source import FilePages
+from xenpv.domain.source import FilePages, unlinked_file
 from xenpv.errors import Malformed, Unsupported
 from xenpv.frames import PAGE_SIZE, U8, U64
 from xenpv.stream import delta
@@ -58,7 +58,7 @@ class Changed:
     def change(self, deltas: Deltas) -> None:
         """Make pages what they are from now on. Unsupported, where what changes is not there."""
         if self._file is None:
-            self._file = TemporaryFile(prefix="xenpv-")  # noqa: SIM115  close() gives it back
+            self._file = os.fdopen(unlinked_file(), "w+b")
         entries = np.frombuffer(deltas.entries, "<u8")
         pfns = (entries & np.uint64(PFN_MASK))[has_data(entries)]
         twice = np.flatnonzero(np.bincount(np.unique(pfns, return_inverse=True)[1]) > 1)[:1].tolist()
