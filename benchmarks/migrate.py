@@ -16,15 +16,14 @@ import statistics
 from typing import Any
 
 from lab import guests
-from tests.lab.guest import BEATS, Guest, start
-from tests.lab.pair import Pair, booted
+from tests.lab.guest import BEATS, OURS, STOCK, Guest, start
+from tests.lab.pair import LINK, Pair, booted
 
 RUNS = 3
-LINK = "python3 -m tests.lab.link"
 # In the sending dom0. What xl says is read as it comes: each line that matters gets the time at which it came.
 _MIGRATION = """
-import json, os, subprocess, sys, time
-name, where, helper, link = sys.argv[1:]
+import json, subprocess, sys, time
+name, where, link = sys.argv[1:]
 SENT = "/sys/class/net/eth0/statistics/tx_bytes"
 
 def sent():
@@ -33,8 +32,7 @@ def sent():
 
 seen = {}
 before, start = sent(), time.monotonic()
-env = os.environ | ({"LIBXL_SAVE_HELPER": helper} if helper else {})
-xl = subprocess.Popen(["xl", "-vvv", "migrate", "-s", link, name, where], env=env, stderr=subprocess.PIPE)
+xl = subprocess.Popen(["xl", "-vvv", "migrate", "-s", link, name, where], stderr=subprocess.PIPE)
 with open("/share/xl.log", "wb") as log:
     for line in xl.stderr:
         log.write(b"%8.2f " % (time.monotonic() - start) + line)
@@ -49,14 +47,13 @@ print(json.dumps({"wall": time.monotonic() - start, "downtime": started - suspen
 UNITS = {"wall": "s", "downtime": "s", "bytes": "bytes"}
 
 
-def migrated(pair: Pair, config: str, name: str, up: str, helper: str) -> dict[str, float]:
+def migrated(pair: Pair, config: str, name: str, up: str, environment: str) -> dict[str, float]:
     """What the migration of a new guest took: it is up before, and lives behind it."""
     start(pair.here, name, config, up)
-    environment = f"env LIBXL_SAVE_HELPER={helper} " if helper else ""
-    there = pair.listener(f"{environment}{LINK} --listen {pair.port}")
+    there = pair.receiver(environment)
     arrived = Guest.expected(pair.there, f"{name}--incoming")
     script = pair.here.write("migration.py", _MIGRATION)
-    ran = pair.here.run(f"python3 {script} {name} {pair.address} '{helper}' '{LINK}'", timeout=1800)
+    ran = pair.here.run(f"env {environment} python3 {script} {name} {pair.address} '{LINK}'", timeout=1800)
     if ran.status:
         log = pair.here.get("/share/xl.log")
         raise SystemExit(f"{ran.stderr.decode()}\n{log.read_text() if log.exists() else ''}")
@@ -83,10 +80,9 @@ def main() -> None:
         config = guests.litmus_config(name, args.guest, options=f"p2m=both dirty={args.dirty}")
     took: list[dict[str, Any]] = []
     with booted(args.lab, mem=f"{2048 + 2 * (args.debian or args.guest)}M") as pair:
-        ours = "/usr/local/bin/xenpv-save-helper"
         for _ in range(args.runs):
-            for by, helper in (("stock", ""), ("ours", ours)):
-                took.append({"by": by} | migrated(pair, config, name, up, helper))
+            for by, environment in (("stock", STOCK), ("ours", OURS)):
+                took.append({"by": by} | migrated(pair, config, name, up, environment))
                 print(json.dumps(took[-1]), flush=True)
     what = f"{args.debian} MiB" if args.debian else f"{args.guest} MiB, {args.dirty} pages written each second"
     print(f"{name} of {what}, between two hosts of Xen {args.lab}, emulated; the median of {args.runs}:")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import lab
 from tests.lab.conftest import Hosts
 
+LINK = "python3 -m tests.lab.link"  # what xl migrate has for ssh
 LISTENING = 240.0  # seconds that a receiver has to start, under emulation
 
 
@@ -35,6 +36,10 @@ class Pair:
             assert not job.done(), job.wait().tails()
             time.sleep(0.1)
         return job
+
+    def receiver(self, environment: str) -> lab.Job:
+        """Have the next xl migrate received there, with a helper by that environment (guest.OURS, guest.STOCK)."""
+        return self.listener(f"env {environment} {LINK} --listen {self.port}")
 
 
 @contextmanager

@@ -13,17 +13,12 @@ import pytest
 import lab
 from tests.lab.conftest import Hosts
 from tests.lab.guest import LIVE, OURS, STOCK, Guest, boot, freed, listed, run
-from tests.lab.pair import LISTENING, Pair, two
+from tests.lab.pair import LINK, LISTENING, Pair, two
 
-LINK = "python3 -m tests.lab.link"
 NAME = "litmus"
 ARRIVING = f"{NAME}--incoming"
 SIDES = {"ours to ours": (OURS, OURS), "ours to stock": (OURS, STOCK), "stock to ours": (STOCK, OURS)}
 SLOWLY = "XENPV_PRECOPY=bandwidth=2000000"
-
-
-def receiver(pair: Pair, environment: str) -> lab.Job:
-    return pair.listener(f"env {environment} {LINK} --listen {pair.port}")
 
 
 def migrate(pair: Pair, environment: str, options: str = "") -> str:
@@ -33,7 +28,7 @@ def migrate(pair: Pair, environment: str, options: str = "") -> str:
 def arrives(pair: Pair, sender: str, receives: str, options: str = "") -> str:
     """A guest that works goes there and lives; what both sides said."""
     boot(pair.here, NAME, "p2m=both dirty=300", vcpus=2)
-    there = receiver(pair, receives)
+    there = pair.receiver(receives)
     arrived = Guest.expected(pair.there, ARRIVING)  # what its console is called
     said = run(pair.here, migrate(pair, sender, options), timeout=300)
     assert "Migration successful." in said
@@ -83,7 +78,7 @@ def test_what_ends_on_the_way(hosts: Hosts) -> None:
             (pair.here, "tests.lab.[l]ink 10"),
             (pair.there, "xl [m]igrate-receive"),
         ):
-            there = receiver(pair, OURS)
+            there = pair.receiver(OURS)
             sending = pair.here.start(migrate(pair, f"{OURS} {SLOWLY}"))
             deadline = time.monotonic() + LISTENING
             while "round 0" not in sending.said():
@@ -102,7 +97,7 @@ def test_what_ends_on_the_way(hosts: Hosts) -> None:
             assert [name for name, _ in listed(pair.here)] == [NAME]
             run(pair.there, f"xl list {ARRIVING} && xl destroy {ARRIVING}; true")
             assert freed(pair.there) >= free
-        receiver(pair, OURS)
+        pair.receiver(OURS)
         arrived = Guest.expected(pair.there, ARRIVING)
         run(pair.here, migrate(pair, OURS), timeout=300)  # nobody remembers
         arrived.lives("new domain")
