@@ -22,6 +22,28 @@ from xenpv.frames import U64, DomId
 from xenpv.host.model import ModelHost
 
 
+class Watched(ModelHost):
+    """A host that keeps what memory it was asked for, has only so many extents, and maps no frame twice at once."""
+
+    extents = 1 << 30
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+        super().__init__(1 << 30, seed=4)
+
+    def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
+        if domid:
+            self.asked.append((order, len(pfns)))
+            if order:
+                pfns = pfns[: self.extents]
+                self.extents -= len(pfns)
+        return super().populate_physmap(domid, pfns, order)
+
+    def map_writable(self, domid: DomId, mfns: U64) -> Any:
+        assert len(np.unique(mfns)) == len(mfns)
+        return super().map_writable(domid, mfns)
+
+
 @contextmanager
 def opened(data: bytes, **how: Any) -> Iterator[Input]:
     """The data as a file."""

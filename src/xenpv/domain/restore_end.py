@@ -1,9 +1,8 @@
 """What makes a domain of pages, once all of a stream has come: tables, start info, p2m, shared info, vcpus, grants.
 
 xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c x86_pv_stream_complete(), handle_shared_info(). What differs: everything
-that lies in memory is written before the first table is validated; tables are translated here, all at once; shared
-info says of the p2m nothing that was true on another host only; and start info keeps the two flags that tell a kernel
-how to read it and what its tools can read.
+that lies in memory is written before the first table is validated; shared info says of the p2m nothing that was true on
+another host only; and start info keeps the two flags that tell a kernel how to read it and what its tools can read.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from xenpv.abi.x86 import (
     GDT_ENTRIES_PER_FRAME,
     LEVELS,
     PTE_P,
-    PTE_PSE,
     VCPU_GUEST_CONTEXT,
     VGCF_ONLINE,
 )
@@ -30,11 +28,11 @@ from xenpv.abi.xen import (
     START_INFO_MAGIC,
 )
 from xenpv.domain.restore_pages import PagesIn
-from xenpv.errors import Fault, GuestError, RequestError
+from xenpv.errors import GuestError, RequestError
 from xenpv.frames import ABSENT, PAGE_SHIFT, PAGE_SIZE, PINNED, U8, U64, PageType, type_name
 from xenpv.host import DomainInfo, Mover, Ring, TscInfo, VcpuState
 from xenpv.memory.p2m import P2M
-from xenpv.memory.pagetables import as_entries, cr3_frame, cr3_of, frames, localise
+from xenpv.memory.pagetables import cr3_frame, cr3_of
 from xenpv.memory.physmap import CHUNK
 from xenpv.memory.publish import words
 from xenpv.memory.radix import Runs
@@ -69,9 +67,9 @@ class RestoreEnd:
 
     def run(self) -> tuple[Ring, Ring]:
         """All of it; the rings of console and xenstore. GuestError, RequestError, HostError: nothing can start then."""
-        pfns, kinds = self.physmap.tables()
         contexts = self._contexts()
-        self._localise(pfns, kinds)
+        pfns, kinds = self.pages.tables.finish(self.contents.end_pfn, self.pages.populate)
+        self.tables = len(pfns)
         rings = self._start_info(contexts[0])
         self._p2m()
         self._shared_info()
@@ -83,37 +81,6 @@ class RestoreEnd:
         self._pin(pfns, kinds)
         self.host.seed_grants(self.domid, console=rings[0].mfn, xenstore=rings[1].mfn)
         return rings
-
-    # --- page tables -------------------------------------------------------------------------------------------------
-
-    def _localise(self, pfns: U64, kinds: U8) -> None:
-        """Put mfns into the entries of all tables; pfns that only entries name get a frame."""
-        for i in range(0, len(pfns), _PAGES_AT_ONCE):
-            some, levels = pfns[i : i + _PAGES_AT_ONCE], kinds[i : i + _PAGES_AT_ONCE] & np.uint8(7)
-            for row in np.flatnonzero(levels > LEVELS[self.width])[:1].tolist():
-                raise self._bad_entry("a table of that level in a 32-bit guest", int(some[row]), int(levels[row]), None)
-            with self.host.map_writable(self.domid, self.physmap.mfns(some)) as pages:
-                ptes = as_entries(pages)
-                self._check_entries(ptes, some, levels)
-                self.pages.populate(np.unique(frames(ptes[ptes & np.uint64(PTE_P) != 0])))
-                ptes[:] = localise(ptes, self.physmap.mfns)[0]
-            self.tables += len(some)
-
-    def _check_entries(self, ptes: U64, pfns: U64, levels: U8) -> None:
-        present = ptes & np.uint64(PTE_P) != 0
-        large = present & (ptes & np.uint64(PTE_PSE) != 0) & (levels > 1)[:, None]
-        beyond = present & (frames(ptes) > np.uint64(self.contents.end_pfn))
-        for row, slot in np.argwhere(large | beyond)[:1].tolist():
-            named = int(frames(ptes[row, slot : slot + 1])[0])
-            why = f"pfn {named:#x} is beyond the end of its p2m ({self.contents.end_pfn:#x})"
-            if large[row, slot]:
-                why = f"superpage ({int(ptes[row, slot]):#x}), which PV has not"
-            raise self._bad_entry(why, int(pfns[row]), int(levels[row]), slot)
-
-    def _bad_entry(self, why: str, pfn: int, level: int, slot: int | None) -> Fault:
-        where = f"L{level}" + ("" if slot is None else f"[{slot}]")
-        what = f"{self.name}: Bad entry {where} of pfn {pfn:#x}: {why}"
-        return Fault(what, space="pfn", address=pfn, level=level, entry=slot)
 
     def _pin(self, pfns: U64, kinds: U8) -> None:
         pinned = kinds & PINNED != 0

@@ -1,8 +1,7 @@
 """Pages of a stream, into a domain's frames as they come.
 
-Content is read straight into the domain's own memory. Page tables lie there with pfns in their entries until the end of
-the stream, when all pfns have their frames (restore_end.py): so a table that comes ten times is translated once, and no
-pfn needs a frame before its own page has come, alone and not in an extent.
+Content is read straight into the domain's own memory. Page tables lie there with pfns in their entries until what they
+name has come too (restore_tables.py): so no pfn needs a frame before its own page has come, alone and not in an extent.
 """
 
 from __future__ import annotations
@@ -17,9 +16,11 @@ from typing import Self
 import numpy as np
 
 from xenpv.domain.behind import Behind
+from xenpv.domain.restore_tables import TablesIn
 from xenpv.errors import HostError, RequestError
-from xenpv.frames import HAS_DATA, IS_POPULATED, NO_FRAME, PAGE_SIZE, U64, DomId
+from xenpv.frames import HAS_DATA, IS_POPULATED, IS_TABLE, NO_FRAME, PAGE_SIZE, U64, DomId, Mask
 from xenpv.host import Toolstack
+from xenpv.memory.pagetables import as_entries, localise
 from xenpv.memory.physmap import CHUNK, ORDER, Physmap
 from xenpv.stream.pagedata import PageData
 
@@ -36,8 +37,8 @@ Later = Callable[[int], Take]
 class PagesIn:
     """The memory of a domain that is being filled.
 
-    ``physmap`` is what it has. ``compare``: what comes now was sent before (a VERIFY record came), and ``differing``
-    has the pfns of pages that were not the same.
+    ``physmap`` is what it has, ``tables`` sees to those of its page tables. ``compare``: what comes now was sent before
+    (a VERIFY record came), and ``differing`` has the pfns of pages that were not the same.
     """
 
     def __init__(self, host: Toolstack, domid: DomId) -> None:
@@ -47,9 +48,13 @@ class PagesIn:
         self.physmap = Physmap()
         self.compare = False
         self.differing = np.empty(0, np.uint64)
+        self.tables = TablesIn(host, info, self.physmap)
         self._max_pages = info.max_pages
+        self._highest = 0  # pfn that came
         self._behind = Behind()
         self._mapped = ExitStack()  # what is being read into
+        self._coming = np.empty(0, np.uint64)  # tables whose content that is
+        self._came: list[U64] = []  # tables that are there, and were not told of yet
 
     def put(self, record: PageData, take: Take, later: Later | None = None) -> None:
         """Take one record in. With ``later``, content may still be on its way into the domain's memory when this
@@ -58,27 +63,32 @@ class PagesIn:
         RequestError when the domain may not have so many pages, HostError, and whatever ``take`` raises, this one's or
         the last one's.
         """
+        self._translate()  # before any of them is told to be coming anew
         pfns, kinds = record.pfns, record.types
         for i in range(0, len(pfns), _ENTRIES_AT_ONCE):
             some, of = pfns[i : i + _ENTRIES_AT_ONCE], kinds[i : i + _ENTRIES_AT_ONCE]
             given = IS_POPULATED[of]
             if given.any():
                 self.populate(some[given])
+            self._highest = max(self._highest, int(some.max()))
             mfns = self.physmap.mfns(some)
             # A pfn that had a frame, and comes now as one without, keeps it, as in libxenguest: there is no telling
             # the guest, whose p2m is made of what has a frame. It is no table any more, which is all that matters.
             there = mfns != NO_FRAME
             if there.any():
                 self.physmap.put_types(some[there], of[there])
-            some, with_content = some[HAS_DATA[of]], mfns[HAS_DATA[of]]
+            content = HAS_DATA[of]
+            some, of, with_content = some[content], of[content], mfns[content]
             ascending = _ascending(some)
             for j in range(0, len(with_content), _PAGES_AT_ONCE):
-                mfns = with_content[j : j + _PAGES_AT_ONCE]
+                now = slice(j, j + _PAGES_AT_ONCE)
+                mfns, table = with_content[now], IS_TABLE[of[now]]
                 if ascending and not self.compare:  # so that no frame stands there twice
-                    self._read_into(mfns, take if later is None else later(mfns.nbytes // 8 * PAGE_SIZE), later)
+                    from_ = take if later is None else later(len(mfns) * PAGE_SIZE)
+                    self._read_into(mfns, some[now][table], from_, behind=later is not None)
                 else:
-                    self.settle()
-                    self._overwrite(some[j : j + _PAGES_AT_ONCE], mfns, take)
+                    self._wait()
+                    self._overwrite(some[now], mfns, table, take)
 
     def populate(self, pfns: U64) -> None:
         """Frames for those of some pfns that have none. Raises as ``put``."""
@@ -110,35 +120,50 @@ class PagesIn:
                 what = f"dom{self.domid}: the host gave {physmap.pages:#x} pages, and has not the {needed:#x} it takes"
                 raise HostError(what, op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
 
-    def _read_into(self, mfns: U64, take: Take, later: Later | None) -> None:
+    def _read_into(self, mfns: U64, tables: U64, take: Take, *, behind: bool) -> None:
         """Read content straight into frames, each of which stands here once: of a file, while the next are mapped."""
         with ExitStack() as mapped:
             pages = mapped.enter_context(self.host.map_writable(self.domid, mfns))
             into = pages.reshape(-1).data
-            self.settle()
-            if later is None:
+            self._wait()
+            self._coming = tables
+            if behind:
+                self._behind.do(partial(take, into))
+                self._mapped = mapped.pop_all()
+            else:
                 take(into)
-                return
-            self._behind.do(partial(take, into))
-            self._mapped = mapped.pop_all()
 
     def settle(self) -> None:
         """Until all content is where it belongs. Raises what reading it came to."""
+        self._wait()
+        self._translate()
+
+    def _wait(self) -> None:
         try:
             self._behind.wait()
         finally:
             self._mapped.close()
+        self._came.append(self._coming)
+        self._coming = self._coming[:0]
 
-    def _overwrite(self, pfns: U64, mfns: U64, take: Take) -> None:
+    def _translate(self) -> None:
+        came, self._came = np.concatenate([self._coming[:0], *self._came]), []
+        self.tables.came(came, self._highest, self._coming)
+
+    def _overwrite(self, pfns: U64, mfns: U64, table: Mask, take: Take) -> None:
         """Write content to frames that may hold the same already, or stand here twice: then the last counts."""
         content = np.empty((len(mfns), PAGE_SIZE), np.uint8)
         take(content.reshape(-1).data)
         once, back = np.unique(mfns[::-1], return_index=True)
-        content = content[::-1][back]
+        content, pfns, table = content[::-1][back], pfns[::-1][back], table[::-1][back]
         with self.host.map_writable(self.domid, once) as pages:
             if self.compare:
-                self.differing = np.union1d(self.differing, pfns[::-1][back][(pages != content).any(axis=1)])
+                differs = (pages != content).any(axis=1)
+                local, _ = localise(as_entries(content[table]), self.physmap.mfns)
+                differs[table] &= (as_entries(pages[table]) != local).any(axis=1)
+                self.differing = np.union1d(self.differing, pfns[differs])
             pages[:] = content
+        self._came.append(pfns[table])
 
     def __enter__(self) -> Self:
         return self

@@ -11,12 +11,13 @@ import numpy as np
 from xenpv.abi.x86 import LEVELS, PTE_P, PTE_PSE, XEN_PAE_L2_FIRST
 from xenpv.domain.save_p2m import Named, SavedP2M
 from xenpv.errors import Fault, HostError
-from xenpv.frames import HAS_DATA, IS_KNOWN, IS_TABLE, PAGE_SHIFT, U8, U64, Mask, PageType
+from xenpv.frames import HAS_DATA, I64, IS_KNOWN, IS_TABLE, PAGE_SHIFT, U8, U64, Mask, PageType
 from xenpv.memory.pagetables import as_entries, frames, is_xen_slot, normalise
 from xenpv.stream.fields import Buffer
 from xenpv.stream.pagedata import TYPE_SHIFT
 
 BATCH = 1024  # pages with content in a record: MAX_BATCH_SIZE of libxenguest
+_TABLES_AT_ONCE = 128  # half a MiB
 ENTRIES_MAX = 1 << 16  # entries of a record; a restorer bounds them by the record's length alone
 
 
@@ -149,8 +150,7 @@ class SavedPages:
         live = self.p2m.live
         mapping, sound = self._mapped(pfns, mfns)
         pages, width = mapping.copy(), live.info.width
-        for level in np.unique(kinds & 7).tolist():
-            rows = np.flatnonzero(kinds & 7 == level)
+        for level, rows in _some_of_each(kinds & np.uint8(7)):
             if level > LEVELS[width]:
                 raise self._bad_entry(f"an L{level} table in a 32-bit guest", int(pfns[rows[0]]), level, None)
             ptes, bad = normalise(as_entries(pages[rows]), live.pfns_of, is_xen_slot(level, width))
@@ -175,6 +175,14 @@ class SavedPages:
         others = f"; its p2m has {count} of other domains' pages mapped" if count else ""
         what = f"{self.p2m.live.name}: Bad entry {where} of pfn {pfn:#x}: {why}{others}"
         return Fault(what, space="pfn", address=pfn, level=level, entry=slot)
+
+
+def _some_of_each(levels: U8) -> Iterator[tuple[int, I64]]:
+    """Each level with the rows that are of it, so many at a time that what is computed on them stays in the cache."""
+    for level in np.unique(levels).tolist():
+        rows = np.flatnonzero(levels == level)
+        for i in range(0, len(rows), _TABLES_AT_ONCE):
+            yield level, rows[i : i + _TABLES_AT_ONCE]
 
 
 def _distinct(pfns: list[U64]) -> U64:

@@ -40,6 +40,7 @@ AVAILABLE_HIGH = 0x7FF0_0000_0000_0000  # and 52 to 62
 NO_PFN = PTE_FRAME_MASK >> PAGE_SHIFT  # in a normalised entry: it names what is no frame of the domain
 _GNTTAB = 1 << 62  # Xen's own in an L1 entry: a grant mapping
 GLOBAL = 1 << 8
+_NO_FRAME_BITS = ~np.uint64(PTE_FRAME_MASK)
 _TABLE_FLAGS = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_NX | AVAILABLE | AVAILABLE_HIGH
 
 
@@ -263,15 +264,15 @@ def localise(tables: U64, mfn_of: Translate) -> tuple[U64, Mask]:
 
 
 def _translated(tables: U64, translate: Translate) -> tuple[U64, Mask]:
-    present = (tables & np.uint64(PTE_P)) != 0
-    named = frames(tables[present])
-    distinct, back = np.unique(named, return_inverse=True)
-    found = translate(distinct)[back]
-    bad = np.zeros(tables.shape, np.bool_)
-    bad[present] = found >= np.uint64(NO_PFN)
-    out = tables.copy()
-    flags = tables[present] & ~np.uint64(PTE_FRAME_MASK)
-    out[present] = np.minimum(found, np.uint64(NO_PFN)) << np.uint64(PAGE_SHIFT) | flags
+    out, bad = tables.copy(), np.zeros(tables.shape, np.bool_)
+    at = np.flatnonzero(tables & np.uint64(PTE_P))
+    ptes = out.reshape(-1)[at]
+    found = translate(frames(ptes))
+    none = found >= np.uint64(NO_PFN)
+    if none.any():
+        bad.reshape(-1)[at[none]] = True
+        found = np.where(none, np.uint64(NO_PFN), found)
+    out.reshape(-1)[at] = ptes & _NO_FRAME_BITS | found << np.uint64(PAGE_SHIFT)
     return out, bad
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xenpv.frames import ABSENT, I64, IS_TABLE, NO_FRAME, U8, U64, PageType
+from xenpv.frames import ABSENT, I64, IS_TABLE, NO_FRAME, U8, U64, Mask, PageType
 
 ORDER = 9
 CHUNK = 1 << ORDER  # pfns in a chunk
@@ -20,6 +20,7 @@ _SHIFT = np.uint64(ORDER)
 _WITHIN = np.uint64(CHUNK - 1)
 _BLOCK = 1024  # tables that memory is taken for at once
 _AT_ONCE = 1024  # tables that are looked through at once
+_LOCAL = np.uint8(0x80)  # beside a type: the table's entries hold mfns
 
 
 class Physmap:
@@ -107,11 +108,14 @@ class Physmap:
         row = self._rows(pfns)
         if len(self._chunks):
             told = (out != ABSENT) & (self._typed[row] >= 0)
-            out[told] = self._types.get(self._typed[row[told]], pfns[told] & _WITHIN)
+            out[told] = self._types.get(self._typed[row[told]], pfns[told] & _WITHIN) & ~_LOCAL
         return out
 
     def put_types(self, pfns: U64, types: U8) -> None:
-        """Say of which type pages are, all of which have a frame; of a pfn that stands here twice the last counts."""
+        """Say of which type pages are, all of which have a frame; of a pfn that stands here twice the last counts.
+
+        A table's entries hold pfns then.
+        """
         row = self._rows(pfns)
         new = (types != PageType.NOTAB) & (self._typed[row] < 0)
         if new.any():
@@ -122,13 +126,24 @@ class Physmap:
             return
         self._types.put(self._typed[row[told]], pfns[told] & _WITHIN, types[told])
 
+    def put_local(self, tables: U64) -> None:
+        """Say that the entries of page tables hold mfns now."""
+        row, within = self._typed[self._rows(tables)], tables & _WITHIN
+        self._types.put(row, within, self._types.get(row, within) | _LOCAL)
+
+    def is_local(self, tables: U64) -> Mask:
+        """Which page tables' entries hold mfns."""
+        row = self._typed[self._rows(tables)]
+        found: Mask = self._types.get(row, tables & _WITHIN) & _LOCAL != 0
+        return found
+
     def tables(self) -> tuple[U64, U8]:
         """All page tables: their pfns, ascending, and types."""
         rows = self._chunks.rows[self._typed[self._chunks.rows] >= 0]
         pfns, kinds = [np.empty(0, np.uint64)], [np.empty(0, np.uint8)]
         for i in range(0, len(rows), _AT_ONCE):
             some = rows[i : i + _AT_ONCE]
-            types = self._types.rows(self._typed[some])
+            types = self._types.rows(self._typed[some]) & ~_LOCAL
             which, within = np.nonzero(IS_TABLE[types])
             pfns.append(self._chunks.number[some[which]] << _SHIFT | within.astype(np.uint64))
             kinds.append(types[which, within])
