@@ -184,23 +184,32 @@ class SavedP2M:
     def _remember_for(self, p2m: P2M) -> None:
         """Put what is remembered in the order of another walk's leaves."""
         now = p2m.distinct.first
-        table = np.full((len(now), p2m.per_leaf), self._nothing, self._left.dtype)
         if not len(self._remembered):
-            self._remembered = table
+            self._remembered = self._table(len(now), p2m.per_leaf)
             return
         before = self.p2m.distinct.first
+        if not np.array_equal(now, before):
+            self._rearrange(before, now)
+        moved = p2m.leaves.frame_of(now) != self.p2m.leaves.frame_of(now)
+        moved |= p2m.distinct.count > 1  # few do, and what holds pages may not
+        moved |= now >= min(self.p2m.entries, p2m.entries) // p2m.per_leaf  # what was, or is, beyond its end
+        self._moved = np.intersect1d(np.union1d(self._moved, now[moved]), now, assume_unique=True)
+
+    def _table(self, leaves: int, per_leaf: int) -> U32or64:
+        return np.full((leaves, per_leaf), self._nothing, self._left.dtype)
+
+    def _rearrange(self, before: I64, now: I64) -> None:
+        """From leaves at these first places to leaves at those. A GiB for each TiB of the domain: not for nothing."""
+        per_leaf = self._remembered.shape[1]
+        table = self._table(len(now), per_leaf)
         row = np.minimum(np.searchsorted(now, before), len(now) - 1)
         kept = now[row] == before
         table[row[kept]] = self._remembered[kept]
         dropped = self._remembered[~kept]  # what leaves named that are no more
         self._leave(dropped[dropped != self._nothing])
         place, at = np.nonzero(dropped != self._nothing)
-        self.gone = np.union1d(self.gone, (before[~kept][place] * p2m.per_leaf + at).astype(np.uint64))
+        self.gone = np.union1d(self.gone, (before[~kept][place] * per_leaf + at).astype(np.uint64))
         self._remembered = table
-        moved = p2m.leaves.frame_of(now) != self.p2m.leaves.frame_of(now)
-        moved |= p2m.distinct.count > 1  # few do, and what holds pages may not
-        moved |= now >= min(self.p2m.entries, p2m.entries) // p2m.per_leaf  # what was, or is, beyond its end
-        self._moved = np.intersect1d(np.union1d(self._moved, now[moved]), now)
 
     def _leave(self, frames: U32or64) -> None:
         """Some pfns have lost these frames. Where the domain has one still, or will again, it is another pfn's."""
