@@ -21,7 +21,7 @@ from xenpv.errors import HostError, RequestError
 from xenpv.frames import HAS_DATA, IS_POPULATED, IS_TABLE, NO_FRAME, PAGE_SIZE, U64, DomId, Mask
 from xenpv.host import Toolstack
 from xenpv.memory.pagetables import as_entries, localise
-from xenpv.memory.physmap import CHUNK, ORDER, Physmap
+from xenpv.memory.physmap import CHUNK, ORDER, Physmap, chunks_of
 from xenpv.stream.pagedata import PageData
 
 _ENTRIES_AT_ONCE = 1 << 16  # of a record; libxenguest's have 1024
@@ -67,16 +67,13 @@ class PagesIn:
         pfns, kinds = record.pfns, record.types
         for i in range(0, len(pfns), _ENTRIES_AT_ONCE):
             some, of = pfns[i : i + _ENTRIES_AT_ONCE], kinds[i : i + _ENTRIES_AT_ONCE]
-            given = IS_POPULATED[of]
-            if given.any():
-                self.populate(some[given])
+            self.populate(some[IS_POPULATED[of]])
             self._highest = max(self._highest, int(some.max()))
             mfns = self.physmap.mfns(some)
             # A pfn that had a frame, and comes now as one without, keeps it, as in libxenguest: there is no telling
             # the guest, whose p2m is made of what has a frame. It is no table any more, which is all that matters.
             there = mfns != NO_FRAME
-            if there.any():
-                self.physmap.put_types(some[there], of[there])
+            self.physmap.put_types(some[there], of[there])
             content = HAS_DATA[of]
             some, of, with_content = some[content], of[content], mfns[content]
             ascending = _ascending(some)
@@ -102,13 +99,11 @@ class PagesIn:
             needed = physmap.pages + len(new)
             what = f"dom{self.domid} may have {self._max_pages:#x} pages, and the stream has {needed:#x} so far"
             raise RequestError(f"{what}: give it more memory", needed=needed, available=self._max_pages)
-        chunks = new >> np.uint64(ORDER)
-        starts = np.flatnonzero(np.append(True, chunks[1:] != chunks[:-1]))
-        count = np.diff(starts, append=len(new))
+        chunks, count = chunks_of(new)
         whole = np.flatnonzero(count == CHUNK)
         if len(whole):
-            mfns = self.host.populate_physmap(self.domid, new[starts[whole]], ORDER)
-            physmap.put_extents(chunks[starts[whole[: len(mfns)]]], mfns)
+            mfns = self.host.populate_physmap(self.domid, chunks[whole] << np.uint64(ORDER), ORDER)
+            physmap.put_extents(chunks[whole[: len(mfns)]], mfns)
             single = np.ones(len(count), np.bool_)
             single[whole[: len(mfns)]] = False
             new = new[np.repeat(single, count)]

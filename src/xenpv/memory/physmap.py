@@ -37,25 +37,26 @@ class Physmap:
 
     def mfns(self, pfns: U64) -> U64:
         """The mfn of each pfn, NO_FRAME where there is none."""
-        row, within = self._rows(pfns), pfns & _WITHIN
-        there = row >= 0
-        if not there.any():
-            return np.full(pfns.shape, NO_FRAME)
-        first = self._first[row]
-        out = np.where(there & (first != NO_FRAME), first + within, NO_FRAME)
-        single = there & (first == NO_FRAME)
-        if single.any():
-            out[single] = self._mfns.get(self._own[row[single]], within[single])
+        chunks, count = chunks_of(pfns)
+        rows = self._chunks.find(chunks)
+        first = self._first[rows] if len(self._chunks) else np.full(len(rows), NO_FRAME)
+        alike = (rows >= 0) & (first != NO_FRAME)
+        if alike.all():
+            found: U64 = pfns + np.repeat(first - (chunks << _SHIFT), count)
+            return found
+        out = np.full(pfns.shape, NO_FRAME)
+        if not (rows >= 0).any():
+            return out
+        row, within = np.repeat(rows, count), pfns & _WITHIN
+        whole, single = np.repeat(alike, count), np.repeat((rows >= 0) & ~alike, count)
+        out[whole] = self._first[row[whole]] + within[whole]
+        out[single] = self._mfns.get(self._own[row[single]], within[single])
         return out
 
     def _rows(self, pfns: U64) -> I64:
-        """The row of each pfn's chunk, -1 for none. Neighbours mostly come together: each chunk is looked for once."""
-        chunks = pfns >> _SHIFT
-        if not len(chunks):
-            return np.empty(0, np.int64)
-        starts = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
-        starts = np.concatenate([[0], starts])
-        return np.repeat(self._chunks.find(chunks[starts]), np.diff(starts, append=len(chunks)))
+        """The row of each pfn's chunk, -1 for none."""
+        chunks, count = chunks_of(pfns)
+        return np.repeat(self._chunks.find(chunks), count)
 
     def of_chunks(self, chunks: U64) -> U64:
         """The mfns of whole chunks, uint64 (n, 512); pfn ``chunk << 9`` is the first of a chunk."""
@@ -116,14 +117,15 @@ class Physmap:
 
         A table's entries hold pfns then.
         """
-        row = self._rows(pfns)
-        new = (types != PageType.NOTAB) & (self._typed[row] < 0)
-        if new.any():
-            rows = np.flatnonzero(np.bincount(row[new]))
-            self._typed[rows] = self._types.take(len(rows))
-        told = self._typed[row] >= 0
-        if not told.any():
+        chunks, count = chunks_of(pfns)
+        rows = self._chunks.find(chunks)
+        plain = types == PageType.NOTAB
+        if plain.all() and (self._typed[rows] < 0).all():
             return
+        row = np.repeat(rows, count)
+        new = np.flatnonzero(np.bincount(row[~plain & (self._typed[row] < 0)]))
+        self._typed[new] = self._types.take(len(new))
+        told = self._typed[row] >= 0
         self._types.put(self._typed[row[told]], pfns[told] & _WITHIN, types[told])
 
     def put_local(self, tables: U64) -> None:
@@ -148,6 +150,17 @@ class Physmap:
             pfns.append(self._chunks.number[some[which]] << _SHIFT | within.astype(np.uint64))
             kinds.append(types[which, within])
         return np.concatenate(pfns), np.concatenate(kinds)
+
+
+def chunks_of(pfns: U64) -> tuple[U64, I64]:
+    """The chunk of each run of pfns that lie in one, and how many they are. Neighbours mostly come together."""
+    chunks = pfns >> _SHIFT
+    if not len(chunks):
+        return chunks, np.empty(0, np.int64)
+    cuts = np.flatnonzero(chunks[1:] != chunks[:-1])
+    bounds = np.empty(len(cuts) + 2, np.int64)
+    bounds[0], bounds[1:-1], bounds[-1] = 0, cuts + 1, len(chunks)
+    return chunks[bounds[:-1]], bounds[1:] - bounds[:-1]
 
 
 class _Numbers:
