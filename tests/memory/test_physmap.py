@@ -51,6 +51,18 @@ def test_it_says_what_it_was_told(steps: list[tuple[int, bool, list[int], int]])
     assert found == [sum(a <= c < b for c in used) for a, b in zip(first.tolist(), stop.tolist(), strict=True)]
 
 
+def test_what_was_a_table_is_a_page_when_it_comes_as_one() -> None:
+    physmap = Physmap()
+    physmap.put_extents(u64([3]), u64([1 << 20]))
+    pfns = u64([3 * CHUNK, 3 * CHUNK + 1])
+    physmap.put_types(pfns, np.array([1, 12], np.uint8))
+    physmap.put_local(pfns)
+    assert physmap.is_local(pfns).all()
+    physmap.put_types(pfns[:1], np.zeros(1, np.uint8))
+    assert physmap.tables()[0].tolist() == [3 * CHUNK + 1]
+    assert physmap.types(pfns).tolist() == [0, 12]
+
+
 def u64(values: list[int]) -> U64:
     return np.array(values, np.uint64)
 

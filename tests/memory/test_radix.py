@@ -254,4 +254,6 @@ def test_apart_is_where_the_frames_differ(ours: list[int], theirs: list[int]) ->
     mine, other = Runs.of(np.array(ours, np.uint64)), Runs.of(np.array(theirs, np.uint64))
     padded = theirs + [int(NO_FRAME)] * len(ours)
     expected = [frame if frame != padded[at] else int(NO_FRAME) for at, frame in enumerate(ours)]
-    assert mine.apart(other).frame_of(np.arange(len(ours))).tolist() == expected
+    apart = mine.apart(other)
+    assert apart.frame_of(np.arange(len(ours))).tolist() == expected
+    assert (apart.count > 0).all()
