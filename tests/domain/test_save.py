@@ -222,7 +222,7 @@ def test_cost_follows_pages_up_to_16_tib(form: str, width: Width, stretch: int, 
     guest.do("suspend")
     path = tmp_path / "x"
     frames_of_p2m = stretch * width // PAGE_SIZE * 8  # a record has no holes: 64 MiB of it at 16 TiB
-    with at_most((16 << 20) + frames_of_p2m * 6 // 5):
+    with at_most((20 << 20) + frames_of_p2m * 6 // 5):  # the model copies what is mapped: 8 MiB, and 8 that are written
         before = time.process_time()
         summary = saved(guest, path)
         took = time.process_time() - before
