@@ -13,11 +13,10 @@ from collections.abc import Callable
 import numpy as np
 
 from xenpv.abi.declare import Width
-from xenpv.abi.x86 import LEVELS, PTE_P, PTE_PSE
-from xenpv.errors import Fault
-from xenpv.frames import IS_TABLE, U8, U64, DomId, Mask
+from xenpv.abi.x86 import LEVELS, PTE_P
+from xenpv.frames import IS_TABLE, U8, U64, DomId
 from xenpv.host import DomainInfo, Toolstack
-from xenpv.memory.pagetables import as_entries, frames, localise
+from xenpv.memory.pagetables import as_entries, bad_entry, frames, localise, superpages
 from xenpv.memory.physmap import Physmap
 
 _AT_ONCE = 128  # tables: half a MiB, and enough to be worth a mapping
@@ -63,7 +62,7 @@ class TablesIn:
             with self.host.map_writable(self.domid, self.physmap.mfns(some)) as pages:
                 ptes = as_entries(pages)
                 local, lacking = localise(ptes, self.physmap.mfns)
-                wrong = lacking.any(axis=1) | _superpages(ptes, levels).any(axis=1) | (levels > LEVELS[self.width])
+                wrong = lacking.any(axis=1) | superpages(ptes, levels).any(axis=1) | (levels > LEVELS[self.width])
                 ptes[~wrong] = local[~wrong]
                 lacks = np.where(lacking[wrong], frames(ptes[wrong]), np.uint64(0)).max(axis=1, initial=0)
             self.physmap.put_local(some[~wrong])
@@ -91,7 +90,8 @@ class TablesIn:
         for i in range(0, len(todo), _AT_ONCE):
             some, level = todo[i : i + _AT_ONCE], levels[i : i + _AT_ONCE]
             for row in np.flatnonzero(level > LEVELS[self.width])[:1].tolist():
-                raise self._bad_entry("a table of that level in a 32-bit guest", int(some[row]), int(level[row]), None)
+                why = "a table of that level in a 32-bit guest"
+                raise bad_entry(self.name, why, int(some[row]), int(level[row]), None)
             with self.host.map_writable(self.domid, self.physmap.mfns(some)) as pages:
                 ptes = as_entries(pages)
                 self._check_entries(ptes, some, level, end_pfn)
@@ -100,26 +100,14 @@ class TablesIn:
                     populate(np.unique(frames(ptes[lacking])))
                     local, _ = localise(ptes, self.physmap.mfns)
                 ptes[:] = local
-        self.physmap.put_local(todo)
         return pfns, kinds
 
     def _check_entries(self, ptes: U64, pfns: U64, levels: U8, end_pfn: int) -> None:
-        large = _superpages(ptes, levels)
+        large = superpages(ptes, levels)
         beyond = (ptes & np.uint64(PTE_P) != 0) & (frames(ptes) > np.uint64(end_pfn))
         for row, slot in np.argwhere(large | beyond)[:1].tolist():
             named = int(frames(ptes[row, slot : slot + 1])[0])
             why = f"pfn {named:#x} is beyond the end of its p2m ({end_pfn:#x})"
             if large[row, slot]:
                 why = f"superpage ({int(ptes[row, slot]):#x}), which PV has not"
-            raise self._bad_entry(why, int(pfns[row]), int(levels[row]), slot)
-
-    def _bad_entry(self, why: str, pfn: int, level: int, slot: int | None) -> Fault:
-        where = f"L{level}" + ("" if slot is None else f"[{slot}]")
-        what = f"{self.name}: Bad entry {where} of pfn {pfn:#x}: {why}"
-        return Fault(what, space="pfn", address=pfn, level=level, entry=slot)
-
-
-def _superpages(ptes: U64, levels: U8) -> Mask:
-    both = np.uint64(PTE_P | PTE_PSE)
-    large: Mask = (ptes & both == both) & (levels > 1)[:, None]
-    return large
+            raise bad_entry(self.name, why, int(pfns[row]), int(levels[row]), slot)

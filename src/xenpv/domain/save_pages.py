@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xenpv.abi.x86 import LEVELS, PTE_P, PTE_PSE, XEN_PAE_L2_FIRST
+from xenpv.abi.x86 import LEVELS, XEN_PAE_L2_FIRST
 from xenpv.domain.save_p2m import Named, SavedP2M
 from xenpv.errors import Fault, HostError
 from xenpv.frames import HAS_DATA, I64, IS_KNOWN, IS_TABLE, PAGE_SHIFT, U8, U64, Mask, PageType
-from xenpv.memory.pagetables import as_entries, frames, is_xen_slot, normalise
+from xenpv.memory.pagetables import as_entries, bad_entry, frames, is_xen_slot, normalise, superpages
 from xenpv.stream.fields import Buffer
 from xenpv.stream.pagedata import TYPE_SHIFT
 
@@ -160,7 +160,7 @@ class SavedPages:
                 # Xen's own entries are in one L2 of the guest's: that whose first of them is no frame of the guest.
                 xens = bad[:, XEN_PAE_L2_FIRST, None] & is_xen_slot(2, 4, last_pae_l2=True)
                 ptes[xens], bad[xens] = 0, False
-            large = (ptes & np.uint64(PTE_P | PTE_PSE) == np.uint64(PTE_P | PTE_PSE)) if level > 1 else bad & False
+            large = superpages(ptes, level)
             for row, slot in np.argwhere(large | bad)[: 0 if self.running else 1].tolist():
                 pte, pfn = as_entries(pages[rows[row] : rows[row] + 1])[0, slot], int(pfns[rows[row]])
                 if large[row, slot]:
@@ -172,11 +172,9 @@ class SavedPages:
         return pages, sound
 
     def _bad_entry(self, why: str, pfn: int, level: int, slot: int | None) -> Fault:
-        where = f"L{level}" + ("" if slot is None else f"[{slot}]")
         count = self.p2m.foreign
         others = f"; its p2m has {count} of other domains' pages mapped" if count else ""
-        what = f"{self.p2m.live.name}: Bad entry {where} of pfn {pfn:#x}: {why}{others}"
-        return Fault(what, space="pfn", address=pfn, level=level, entry=slot)
+        return bad_entry(self.p2m.live.name, why + others, pfn, level, slot)
 
 
 def _some_of_each(levels: U8) -> Iterator[tuple[int, I64]]:

@@ -86,6 +86,22 @@ def frames_of_tables(pages: U8, level: int) -> U64:
     return np.where(ptes & flags == np.uint64(PTE_P), frames(ptes), NO_FRAME)
 
 
+def superpages(tables: U64, levels: U8 | int) -> Mask:
+    """Which present entries of tables, uint64 (n, 512), claim a superpage, which PV has not; in an L1 that bit says
+    something else. ``levels``: of all of them, or of each.
+    """
+    both = np.uint64(PTE_P | PTE_PSE)
+    large: Mask = (tables & both == both) & (np.reshape(levels, (-1, 1)) > 1)
+    return large
+
+
+def bad_entry(domain: str, why: str, pfn: int, level: int, entry: int | None) -> Fault:
+    """What is wrong with an entry of a domain's page table, or with all of the table, in libxenguest's words."""
+    where = f"L{level}" + ("" if entry is None else f"[{entry}]")
+    what = f"{domain}: Bad entry {where} of pfn {pfn:#x}: {why}"
+    return Fault(what, space="pfn", address=pfn, level=level, entry=entry)
+
+
 def cr3_frame(cr3: int, width: Width) -> int:
     """The frame that a cr3 names; a 32-bit one is folded (xen.git:xen/include/public/arch-x86/xen-x86_32.h)."""
     if width == 8:
