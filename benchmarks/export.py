@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.verify import ROOT, RUNS, in_turns
-from tests.writers.sparse import write_sparse
-from xenpv.domain.source import SavedDomain
+from tests.support.writers.sparse import write_sparse
 from xenpv.frames import PAGE_SIZE
+from xenpv.source.saved import SavedDomain
 
 FORMATS = ["elf", "lime", "raw", "dumpcore", "kdump"]
 _RUN = 16  # pages with content, and as many without

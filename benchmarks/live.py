@@ -63,7 +63,7 @@ UNITS = {"xl": "s", "helper": "s", "start": "s", "cpu": "s", "MiB": "MiB", "byte
 def turns(host: lab.Host, name: str, who: Iterable[str], runs: int, timeout: float) -> list[dict[str, Any]]:
     """What each turn took. The guest has to be up."""
     stock = host.run("ls /usr/lib/xen-*/bin/libxl-save-helper /usr/lib/xen/bin/libxl-save-helper 2>/dev/null | head -1")
-    ours = host.write("xenpv-save-helper", '#!/bin/sh\nexec python3 -m xenpv.cli.save_helper "$@"\n')
+    ours = host.write("xenpv-save-helper", '#!/bin/sh\nexec python3 -m xenpv.save_helper.program "$@"\n')
     programs = {"stock": stock.check().text.strip(), "ours": ours}
     helpers = [host.write(by, _MEASURED.format(program=programs[by])) for by in who]
     host.run(f"chmod +x {ours} {' '.join(helpers)}").check()
@@ -76,7 +76,7 @@ def turns(host: lab.Host, name: str, who: Iterable[str], runs: int, timeout: flo
     for what in ("save", "restore"):
         for _ in range(runs):
             start = host.run(
-                f"time -p python3 -c 'import xenpv.cli.save_helper, xenpv.host.xen_move, xenpv.domain.{what}'"
+                f"time -p python3 -c 'import xenpv.save_helper.program, xenpv.host.xen.mover, xenpv.domain.{what}'"
             )
             seconds = float(start.check().stderr.split()[1])
             said.append({"what": what, "by": "ours", "start": seconds})

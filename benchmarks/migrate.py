@@ -16,8 +16,8 @@ import statistics
 from typing import Any
 
 from lab import guests
-from tests.lab.guest import BEATS, OURS, STOCK, Guest, start
-from tests.lab.pair import LINK, Pair, booted
+from tests.support.lab.guest import BEATS, OURS, STOCK, Guest, start
+from tests.support.lab.pair import LINK, Pair, booted
 
 RUNS = 3
 # In the sending dom0. What xl says is read as it comes: each line that matters gets the time at which it came.

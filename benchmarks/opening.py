@@ -12,9 +12,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.writers.sparse import write_sparse
-from xenpv.domain.kept_index import SUFFIX
-from xenpv.domain.opening import open_domain
+from tests.support.writers.sparse import write_sparse
+from xenpv.source.index_file import SUFFIX
+from xenpv.source.open import open_domain
 
 
 def measured(path: Path, *, index: bool, fresh: bool) -> tuple[float, float]:

@@ -20,8 +20,6 @@ import numpy as np
 
 import lab
 from lab import guests
-from xenpv.domain.check_physmap import PhysmapCheck
-from xenpv.domain.live import LiveDomain
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, Mask
 from xenpv.host import DomainInfo, XenVersion
@@ -30,6 +28,8 @@ from xenpv.memory.p2m import P2M
 from xenpv.memory.publish import put_leaves, tree_anchors
 from xenpv.memory.radix import Runs
 from xenpv.memory.survey import Kind, survey
+from xenpv.source.live import LiveDomain
+from xenpv.verify.physmap import PhysmapCheck
 
 PER_LEAF = 512
 EXTENT = 512  # pages of 2 MiB, as a domain is populated
@@ -170,11 +170,11 @@ def sparse() -> None:
 # Run in dom0: one process, so that importing NumPy under emulation is not what is measured.
 _LIVE = """
 import json, subprocess, sys, time
-from xenpv.domain.check_physmap import PhysmapCheck
-from xenpv.domain.live import LiveDomain
+from xenpv.verify.physmap import PhysmapCheck
+from xenpv.source.live import LiveDomain
 from xenpv.findings import Findings
 from xenpv.host import find
-from xenpv.host.xen import XenHost
+from xenpv.host.xen.host import XenHost
 
 def least(what, runs=3):
     best = float("inf")
@@ -230,11 +230,11 @@ def live(xen: str) -> None:
 
 _LINUX = """
 import json, resource, sys, time
-from xenpv.domain.check_physmap import PhysmapCheck
-from xenpv.domain.live import LiveDomain
+from xenpv.verify.physmap import PhysmapCheck
+from xenpv.source.live import LiveDomain
 from xenpv.findings import Findings
 from xenpv.host import find
-from xenpv.host.xen import XenHost
+from xenpv.host.xen.host import XenHost
 
 with XenHost() as host:
     for owner in (False, True):

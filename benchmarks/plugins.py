@@ -22,8 +22,8 @@ import numpy as np
 from volatility3.framework import contexts, exceptions, interfaces
 from volatility3.framework.layers import physical, scanners, xen
 
-from tests.writers.core import Core
-from tests.writers.sparse import write_sparse
+from tests.support.writers.core import Core
+from tests.support.writers.sparse import write_sparse
 from xenpv.frames import PAGE_SIZE
 from xenpv.plugins.volatility.domain_layer import DomainLayer
 from xenpv.stream.dumpcore import is_core

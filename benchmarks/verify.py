@@ -19,7 +19,7 @@ from pathlib import Path
 
 import lab
 from lab import guests
-from tests.writers.sparse import write_sparse
+from tests.support.writers.sparse import write_sparse
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = 5

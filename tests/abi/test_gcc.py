@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.abi.gcc import NoCompiler, evaluate, header_folders
+from tests.support.gcc import NoCompiler, evaluate, header_folders
 from xenpv.abi import declare, domctl, hvm_save, x86, xen
 from xenpv.abi.declare import Array, Struct, Width
 from xenpv.abi.domctl import PageType

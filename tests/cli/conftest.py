@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.writers.build import pv_domain
-from tests.writers.domain import Domain
-from tests.writers.hvm import hvm_stream
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.hvm import hvm_stream
 
 
 @pytest.fixture(scope="session")

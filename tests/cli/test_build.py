@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Ran, xenpv
-from tests.writers.kernel import PV64, Kernel, note, quad
+from tests.support.command import Ran, xenpv
+from tests.support.writers.kernel import PV64, Kernel, note, quad
 
 P2M = note(15, quad(1 << 39))
 

@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.cli.command import xenpv
-from tests.domain.guest import PAGES, Guest
-from tests.host.model_guest import make
-from tests.writers.build import pv_domain
-from tests.writers.domain import Domain
+from tests.support.command import xenpv
+from tests.support.model_guest import make
+from tests.support.p2m_guest import PAGES, Guest
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
 from xenpv.abi.xen import INVALID_MFN
-from xenpv.domain.live import LiveDomain
 from xenpv.frames import Pfn
+from xenpv.source.live import LiveDomain
 
 
 @pytest.fixture
 def guest(monkeypatch: pytest.MonkeyPatch) -> Guest:
     guest = Guest()
-    monkeypatch.setattr("xenpv.host.xen.XenHost", lambda: nullcontext(guest.host))
+    monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(guest.host))
     return guest
 
 
@@ -120,7 +120,7 @@ def test_its_p2m(guest: Guest) -> None:
 
 
 def test_that_it_changed_meanwhile_is_said(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xenpv.domain.live.LiveDomain.changed", lambda _: "leaves were replaced: look again")
+    monkeypatch.setattr("xenpv.source.live.LiveDomain.changed", lambda _: "leaves were replaced: look again")
     assert xenpv("p2m", guest.made.domid).out.splitlines()[-1] == "warning: leaves were replaced: look again"
 
 
@@ -147,7 +147,7 @@ def test_tables_that_end_meanwhile_are_looked_for_again(guest: Guest, monkeypatc
         monkeypatch.setattr(LiveDomain, "cr3", cr3)
         assert xenpv(verb, domid, vaddr, *more).code == 0
         monkeypatch.undo()
-        monkeypatch.setattr("xenpv.host.xen.XenHost", lambda: nullcontext(guest.host))
+        monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(guest.host))
     monkeypatch.setattr(LiveDomain, "cr3", lambda *_, **__: Pfn(7))
     assert "no page table" in xenpv("read", domid, vaddr, 16).err
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import lines, xenpv
-from tests.domain.saved import judge, piped
-from tests.writers.build import pv_domain
-from tests.writers.domain import Domain
-from tests.writers.envelopes import CONFIG_XML, config_json
-from tests.writers.hvm import hvm_stream
-from tests.writers.legacy import Legacy, in_xl, pv_stream, remus_stream
-from tests.writers.legacy import hvm_stream as legacy_hvm
+from tests.support.command import lines, xenpv
+from tests.support.saved_files import judge, piped
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.envelopes import CONFIG_XML, config_json
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.legacy import Legacy, in_xl, pv_stream, remus_stream
+from tests.support.writers.legacy import hvm_stream as legacy_hvm
 from xenpv.cli.convert_legacy_stream import main as shim
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Ran, xenpv
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import libvirt_header, xenopsd_section, xenopsd_signature
-from tests.writers.stream import PAGE, Stream, Wire
+from tests.support.command import Ran, xenpv
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import libvirt_header, xenopsd_section, xenopsd_signature
+from tests.support.writers.stream import PAGE, Stream, Wire
 
 WIRE = Wire()
 VERBS: list[list[object]] = [["show"], ["verify"], ["verify", "--framing"], ["p2m"], ["walk", 0], ["read", 0, 16]]
@@ -84,7 +84,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def refuse(*args: object, **more: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("xenpv.domain.input.os.open", refuse)
+    monkeypatch.setattr("xenpv.io.stream_input.os.open", refuse)
     assert f"{tmp_path / 'file'}: Permission denied" in fails_in_a_sentence(xenpv("verify", tmp_path / "file"))
 
 
@@ -94,7 +94,7 @@ def test_a_disk_that_fails_while_it_is_read(tmp_path: Path, monkeypatch: pytest.
 
     file = tmp_path / "file"
     file.write_bytes(GOOD.to_bytes())
-    monkeypatch.setattr("xenpv.domain.input.os.pread", fail)
+    monkeypatch.setattr("xenpv.io.stream_input.os.pread", fail)
     assert "Input/output error" in fails_in_a_sentence(xenpv("show", file))
 
 

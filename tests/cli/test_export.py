@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import xenpv
-from tests.export.made import made
-from tests.export.readers import lime
-from tests.writers.build import pv_domain
-from tests.writers.domain import Domain
-from xenpv.domain.output import Output
+from tests.support.command import xenpv
+from tests.support.format_readers import lime
+from tests.support.made_domains import made
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
+from xenpv.io.atomic_output import Output
 
 PAGE = 4096
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import lines, xenpv
-from tests.writers.kernel import BASE, LEGACY, PV64, Kernel, Load, bzimage, kernel32, note, quad, text, word
+from tests.support.command import lines, xenpv
+from tests.support.writers.kernel import BASE, LEGACY, PV64, Kernel, Load, bzimage, kernel32, note, quad, text, word
 
 FULL = Kernel(
     notes=[

@@ -9,8 +9,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from tests.cli.command import Ran, lines, xenpv
-from tests.writers.kernel import BASE, PV64, Kernel, Load, bzimage, kernel32, note, quad, word
+from tests.support.command import Ran, lines, xenpv
+from tests.support.writers.kernel import BASE, PV64, Kernel, Load, bzimage, kernel32, note, quad, word
 
 LINUX = Kernel(notes=[*PV64, note(15, quad(1 << 39)), note(16, word(1))])
 SVG = "{http://www.w3.org/2000/svg}"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import xenpv
-from tests.memory.frames import words
-from tests.writers.build import USER_VADDR, pattern, pv_domain
-from tests.writers.core import core_of
-from tests.writers.domain import Domain
-from tests.writers.hvm import cpu, hvm_context, hvm_stream
-from tests.writers.kernel import Kernel
+from tests.support.command import xenpv
+from tests.support.frames import words
+from tests.support.writers.build import USER_VADDR, pattern, pv_domain
+from tests.support.writers.core import core_of
+from tests.support.writers.domain import Domain
+from tests.support.writers.hvm import cpu, hvm_context, hvm_stream
+from tests.support.writers.kernel import Kernel
 from xenpv.abi.declare import Width
 from xenpv.memory.digest import Digest
 

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import Ran, xenpv
-from tests.domain.migrating import CONFIG, NAME, PAGES, Move
-from xenpv.domain.handover import AWAY
-from xenpv.domain.migrate import give
-from xenpv.domain.receive import take
-from xenpv.domain.transport import accept, connect, listening
+from tests.support.command import Ran, xenpv
+from tests.support.migration import CONFIG, NAME, PAGES, Move
 from xenpv.errors import HostError
+from xenpv.host.domain_names import AWAY
+from xenpv.migrate.receiver import take
+from xenpv.migrate.sender import give
+from xenpv.migrate.transport import accept, connect, listening
 
 
 @pytest.fixture
 def move(monkeypatch: pytest.MonkeyPatch) -> Move:
     move = Move.ready()
-    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: nullcontext(move.source))
+    monkeypatch.setattr("xenpv.host.xen.mover.XenMover", lambda: nullcontext(move.source))
     return move
 
 
@@ -156,7 +156,7 @@ def test_taken_back(move: Move) -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_receive(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
-    monkeypatch.setattr("xenpv.host.xen_move.XenMover", lambda: nullcontext(move.target))
+    monkeypatch.setattr("xenpv.host.xen.mover.XenMover", lambda: nullcontext(move.target))
     path = tmp_path / "link"
 
     def send() -> object:

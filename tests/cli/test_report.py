@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from tests.cli.command import xenpv
-from tests.host.kernel_guest import Guest
-from tests.writers.core import core_of
-from tests.writers.domain import Domain
+from tests.support.command import xenpv
+from tests.support.kernel_guest import Guest
+from tests.support.writers.core import core_of
+from tests.support.writers.domain import Domain
 
 
 def layers(told: dict[str, Any]) -> dict[str, int]:

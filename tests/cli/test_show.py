@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import xenpv
-from tests.writers.build import pv_domain
-from tests.writers.core import core_of
-from tests.writers.domain import Domain
-from tests.writers.envelopes import ENVELOPES
-from tests.writers.hvm import cpu, hvm_context, hvm_stream
-from tests.writers.stream import RECORDS
+from tests.support.command import xenpv
+from tests.support.writers.build import pv_domain
+from tests.support.writers.core import core_of
+from tests.support.writers.domain import Domain
+from tests.support.writers.envelopes import ENVELOPES
+from tests.support.writers.hvm import cpu, hvm_context, hvm_stream
+from tests.support.writers.stream import RECORDS
 from xenpv.abi.declare import Width
 
 

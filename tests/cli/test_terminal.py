@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import xenpv
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import config_json
+from tests.support.command import xenpv
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import config_json
 from xenpv.cli.main import main
-from xenpv.words import printable, size
+from xenpv.text import printable, size
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2Jname\u202egpj\r\x08\x7f\x9b31m"
 COMMAND = [sys.executable, "-c", "from xenpv.cli.main import run; run()"]

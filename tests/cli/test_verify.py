@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import xenpv
-from tests.writers.domain import Domain
-from xenpv.domain import check  # noqa: F401  so that all rules are there
+from tests.support.command import xenpv
+from tests.support.writers.domain import Domain
 from xenpv.findings import RULES
+from xenpv.verify import rules  # noqa: F401  so that all rules are there
 
 
 def test_a_good_file(good: Path, domain: Domain) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import shim
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import wrap
-from tests.writers.hvm import hvm_stream
-from tests.writers.stream import OPTIONAL, RECORDS, Piece, Stream, Wire
+from tests.support.command import shim
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import wrap
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.stream import OPTIONAL, RECORDS, Piece, Stream, Wire
 
 WIRE = Wire()
 FORMATS = ["libxc", "libxl", "xl"]

@@ -24,7 +24,7 @@ from xenpv.abi.domctl import PageType
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE, U8, U64, DomId
 from xenpv.host import find
-from xenpv.host.xen import XenHost
+from xenpv.host.xen.host import XenHost
 
 BATCH = 1024
 

@@ -22,7 +22,7 @@ from tests.contract import tiny
 from tests.contract.building import BUILDING, domain, eventually, gone, pfns
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE
-from xenpv.host.xen_build import XenToolstack
+from xenpv.host.xen.toolstack import XenToolstack
 
 REASON = 5  # SHUTDOWN_soft_reset: no domain gets that by accident
 UUID = "7117e7fe-0000-4000-8000-000000000001"

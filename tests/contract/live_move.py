@@ -20,12 +20,12 @@ import numpy as np
 
 from tests.contract.moving import MOVING
 from tests.contract.running import RUNNING, all_that_changes_is_in_the_log
-from xenpv.domain.live import LiveDomain
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import HostError
 from xenpv.frames import DomId
 from xenpv.host import find
-from xenpv.host.xen_move import XenMover
+from xenpv.host.xen.mover import XenMover
+from xenpv.source.live import LiveDomain
+from xenpv.source.saved import SavedDomain
 
 WHILE = 1.0  # seconds that a guest runs
 

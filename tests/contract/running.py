@@ -15,10 +15,10 @@ from tests.contract.building import eventually
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
-from xenpv.domain.live import LiveDomain
 from xenpv.frames import U8, U64, DomId
 from xenpv.host import Mover
 from xenpv.memory.p2m import is_own
+from xenpv.source.live import LiveDomain
 
 SUSPEND = 2  # SHUTDOWN_suspend
 RAX: dict[Width, str] = {8: "rax", 4: "eax"}

@@ -16,12 +16,12 @@ from tests.contract.running import (
     a_suspend_is_cancelled,
     all_that_changes_is_in_the_log,
 )
-from tests.host.kernel_guest import Guest
-from tests.host.model_guest import make
+from tests.support.kernel_guest import Guest
+from tests.support.model_guest import make
 from xenpv.abi.declare import Width
 from xenpv.frames import DomId
 from xenpv.host import Host, Mover
-from xenpv.host.model import ModelHost
+from xenpv.host.model.host import ModelHost
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

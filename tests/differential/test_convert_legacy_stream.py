@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import lab
-from tests.domain.saved import judge
-from tests.writers.build import pv_domain
-from tests.writers.legacy import UNMAPPED, Legacy, hvm_stream, in_xl, pv_stream, remus_stream
-from tests.writers.stream import Stream
+from tests.support.saved_files import judge
+from tests.support.writers.build import pv_domain
+from tests.support.writers.legacy import UNMAPPED, Legacy, hvm_stream, in_xl, pv_stream, remus_stream
+from tests.support.writers.stream import Stream
 from xenpv.abi.declare import Width
 from xenpv.cli.convert_legacy_stream import main
 

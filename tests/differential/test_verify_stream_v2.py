@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 import lab
-from tests.stream.breaches import BREACHES, sound
+from tests.support.stream_breaches import BREACHES, sound
+from tests.support.writers.stream import OPTIONAL, Wire
 from tests.vectors.make import DEMO
-from tests.writers.stream import OPTIONAL, Wire
 from xenpv.cli.verify_stream_v2 import main
 from xenpv.findings import Severity
 from xenpv.stream import rules

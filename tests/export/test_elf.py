@@ -11,19 +11,19 @@ import drgn
 import numpy as np
 import pytest
 
-from tests.export.made import FAR, HOLE, PAGE, Sparse, exported, made, opened
-from tests.export.readers import elf_file, identity
+from tests.support.format_readers import elf_file, identity
+from tests.support.made_domains import FAR, HOLE, PAGE, Sparse, exported, made, opened
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
 from tests.vectors.make import RECIPES, Recipe
 from tests.vectors.test_vectors import unpacked
-from tests.writers.build import pv_domain
-from tests.writers.domain import Domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VGCF_IN_KERNEL
-from xenpv.domain.export_file import export
-from xenpv.domain.opening import open_domain
-from xenpv.export import elf
-from xenpv.export.content import Pages
-from xenpv.export.mapped import direct_map
+from xenpv.export.export import export
+from xenpv.export.formats import elf
+from xenpv.export.formats.content import Pages
+from xenpv.export.formats.mapped import direct_map
+from xenpv.source.open import open_domain
 
 NT_PRSTATUS, CRASH_INFO = 1, 0x100_0001
 NO_PADDR = (1 << 64) - 1

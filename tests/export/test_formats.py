@@ -11,18 +11,18 @@ import drgn
 import numpy as np
 import pytest
 
-from tests.export.made import FAR, HOLE, PAGE, exported, made, opened
-from tests.export.readers import Kdump, elf_file, identity, lime
-from tests.writers.build import pv_domain
-from tests.writers.core import core_of
-from tests.writers.domain import Domain
-from tests.writers.hvm import hvm_stream
-from tests.writers.vmcoreinfo import text
+from tests.support.format_readers import Kdump, elf_file, identity, lime
+from tests.support.made_domains import FAR, HOLE, PAGE, exported, made, opened
+from tests.support.writers.build import pv_domain
+from tests.support.writers.core import core_of
+from tests.support.writers.domain import Domain
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.vmcoreinfo import text
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
-from xenpv.domain.export_file import FORMATS, export
-from xenpv.domain.opening import open_domain
 from xenpv.errors import RequestError
-from xenpv.export.content import Pages
+from xenpv.export.export import FORMATS, export
+from xenpv.export.formats.content import Pages
+from xenpv.source.open import open_domain
 
 
 @pytest.fixture(params=[8, 4])

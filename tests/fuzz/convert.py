@@ -16,16 +16,16 @@ from random import Random
 
 from tests.fuzz import mutate
 from tests.fuzz.run import main
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import config_json
-from tests.writers.legacy import Legacy, hvm_stream, in_xl, pv_stream, remus_stream, whole
-from tests.writers.stream import NOTAB, PAGE, Stream
-from xenpv.domain.convert import Wish
-from xenpv.domain.convert_file import convert
-from xenpv.domain.input import Input
-from xenpv.domain.verify import verify
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import config_json
+from tests.support.writers.legacy import Legacy, hvm_stream, in_xl, pv_stream, remus_stream, whole
+from tests.support.writers.stream import NOTAB, PAGE, Stream
+from xenpv.convert.convert import Wish
+from xenpv.convert.file import convert
 from xenpv.errors import RequestError, StreamError
+from xenpv.io.stream_input import Input
 from xenpv.stream.envelope import Kind
+from xenpv.verify.stream import verify
 
 
 @cache

@@ -15,16 +15,16 @@ from random import Random
 
 import numpy as np
 
-from tests.domain.test_core import LONG, NARROW
 from tests.fuzz.mutate import a_few, cut_short, number
 from tests.fuzz.run import MIB, bounded, main
-from tests.writers.build import pattern, pv_domain
-from tests.writers.core import core_of, hvm_core
-from xenpv.domain.core import CoreDomain
-from xenpv.domain.opening import open_domain
+from tests.source.test_core import LONG, NARROW
+from tests.support.writers.build import pattern, pv_domain
+from tests.support.writers.core import core_of, hvm_core
 from xenpv.errors import XenPVError
 from xenpv.findings import Rule
 from xenpv.frames import ABSENT
+from xenpv.source.core import CoreDomain
+from xenpv.source.open import open_domain
 
 LOOK_AT = np.array([0, 1, 35, 0x1_0000, 1 << 31, (1 << 40) - 1, (1 << 64) - 1], np.uint64)
 ADDRESSES = (0, 0xC000_0000, 0xFFFF_FFFF_8000_0000, 0xFFFF_8100_0000_0000)

@@ -17,7 +17,18 @@ from random import Random
 
 from tests.fuzz.mutate import a_few, cut_out, cut_short, flip_bits, number, put_in, write_number
 from tests.fuzz.run import MIB, bounded, main
-from tests.writers.kernel import COMPRESSIONS, LEGACY, PV64, Kernel, Load, Section, bzimage, kernel32, note, pack
+from tests.support.writers.kernel import (
+    COMPRESSIONS,
+    LEGACY,
+    PV64,
+    Kernel,
+    Load,
+    Section,
+    bzimage,
+    kernel32,
+    note,
+    pack,
+)
 from xenpv.cli.image import describe
 from xenpv.errors import ImageError
 from xenpv.image.kernel import KernelImage

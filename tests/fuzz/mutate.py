@@ -10,10 +10,10 @@ from collections.abc import Callable
 from functools import cache
 from random import Random
 
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import ENVELOPES
-from tests.writers.hvm import hvm_stream
-from tests.writers.stream import OPTIONAL, Piece, Stream, Wire
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import ENVELOPES
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.stream import OPTIONAL, Piece, Stream, Wire
 
 INTERESTING = (
     0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 24, 127, 128, 255, 256, 4095, 4096, 4097, 1 << 16, 1 << 20, (128 << 20) - 1,

@@ -18,8 +18,6 @@ from tests.fuzz.run import MIB, bounded, main
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import INVALID_MFN
-from xenpv.domain.check_physmap import PhysmapCheck
-from xenpv.domain.live import LiveDomain
 from xenpv.errors import GuestError, HostError, XenPVError
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType
@@ -27,6 +25,8 @@ from xenpv.host import DomainInfo, XenVersion
 from xenpv.memory.anchors import MARK, MARKED_LEVELS, Anchors, Form, capacity
 from xenpv.memory.p2m import P2M
 from xenpv.memory.survey import Kind, survey
+from xenpv.source.live import LiveDomain
+from xenpv.verify.physmap import PhysmapCheck
 
 FRAMES = 32  # of the host; the domain has the first 24, the last is its shared info
 OWN = 24

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import sys
 
-from tests.domain.restoring import opened, state
-from tests.domain.saved import piped
 from tests.fuzz.run import main
-from tests.host.model_invariants import check
-from xenpv.domain.input import Input
-from xenpv.domain.restore import restore_domain
+from tests.support.model_invariants import check
+from tests.support.restoring import opened, state
+from tests.support.saved_files import piped
 from xenpv.errors import GuestError, HostError, RequestError, StreamError
-from xenpv.host.model import ModelHost
+from xenpv.host.model.host import ModelHost
+from xenpv.io.stream_input import Input
+from xenpv.restore.restore import restore_domain
 
 PIPED = 3  # every so many cases come through a pipe
 CHECKED = 20  # and after so many all counts of the host are reckoned anew

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tests.fuzz.mutate import case
-from tests.held import at_most
+from tests.support.memory_limit import at_most
 
 MEASURED = 25  # every so many cases memory is measured
 MIB = 1 << 20

@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 
 from tests.fuzz.run import MIB, bounded, main
-from tests.stream.drive import at_random
+from tests.support.stream_reading import at_random
 from xenpv.errors import StreamError
 from xenpv.findings import Rule
 from xenpv.frames import IS_TABLE

@@ -14,9 +14,9 @@ import tempfile
 import threading
 
 from tests.fuzz.run import main
-from xenpv.domain.input import Input
-from xenpv.domain.verify import Report, verify
 from xenpv.errors import StreamError
+from xenpv.io.stream_input import Input
+from xenpv.verify.stream import Report, verify
 
 PIPED = 4  # every so many cases come through a pipe too, which takes other ways and has to find the same
 

@@ -8,11 +8,10 @@ from random import Random
 
 import pytest
 
-from tests.image.images import P2M, image, sized
+from tests.support.images import P2M, image, sized
+from tests.support.writers.kernel import BASE, PV32, PV64, Kernel, Load, kernel32, note, quad, word
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
-from tests.writers.kernel import BASE, PV32, PV64, Kernel, Load, kernel32, note, quad, word
 from xenpv.abi.xen import START_INFO
-from xenpv.domain.source import SavedDomain
 from xenpv.image.capacity import Limit, limits
 from xenpv.image.mapping import (
     PADDING,
@@ -24,6 +23,7 @@ from xenpv.image.mapping import (
     p2m_tables,
     table_places,
 )
+from xenpv.source.saved import SavedDomain
 
 GIB = 1 << 18  # pages
 MIB = 1 << 8

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from tests.writers.kernel import PV64, Kernel, Load, Section, kernel32, note, quad, text, word
+from tests.support.writers.kernel import PV64, Kernel, Load, Section, kernel32, note, quad, text, word
 from xenpv.errors import ImageError
 from xenpv.image.capacity import limits
 from xenpv.image.kernel import KernelImage

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from tests.writers.kernel import (
+from tests.support.writers.kernel import (
     BASE,
     LEGACY,
     PV32,

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from tests.image.images import GIB, MIB, P2M, TIB, UNMAPPED, image, layouts, sized
+from tests.support.images import GIB, MIB, P2M, TIB, UNMAPPED, image, layouts, sized
+from tests.support.writers.kernel import BASE, LEGACY, PV32, PV64, Kernel, Load, kernel32, note, quad, word
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
-from tests.writers.kernel import BASE, LEGACY, PV32, PV64, Kernel, Load, kernel32, note, quad, word
 from xenpv.abi.x86 import LEVELS, PTE_RW, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO, SIF_MOD_START_PFN, SIF_VIRT_P2M_4TOOLS, START_INFO
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import ImageError, RequestError
 from xenpv.frames import U8, U64, Mask
 from xenpv.image import start
@@ -24,6 +23,7 @@ from xenpv.image.layout import Layout, Part, plan
 from xenpv.image.request import Request
 from xenpv.memory import radix
 from xenpv.memory.pagetables import as_entries, frames, frames_of_tables, tables_needed
+from xenpv.source.saved import SavedDomain
 
 
 def start_of(layout: Layout, part: Part) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.image.images import GIB, MIB, P2M, TIB, UNMAPPED, image, sized
-from tests.writers.kernel import BASE, PV64, Kernel, kernel32, note, quad, text
+from tests.support.images import GIB, MIB, P2M, TIB, UNMAPPED, image, sized
+from tests.support.writers.kernel import BASE, PV64, Kernel, kernel32, note, quad, text
 from xenpv.errors import ImageError, RequestError
 from xenpv.image.capacity import limits
 from xenpv.image.layout import plan

@@ -10,8 +10,8 @@ from contextlib import suppress
 
 import pytest
 
-from tests.held import at_most
-from tests.writers.kernel import COMPRESSIONS, LZ4_LEGACY, Kernel, bzimage, lz4_legacy, pack, word
+from tests.support.memory_limit import at_most
+from tests.support.writers.kernel import COMPRESSIONS, LZ4_LEGACY, Kernel, bzimage, lz4_legacy, pack, word
 from xenpv.errors import ImageError
 from xenpv.image.kernel import KernelImage
 from xenpv.image.payload import UNPACKED_MAX, Layer, unwrap

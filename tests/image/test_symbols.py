@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from tests.image.images import asking_for_symbols
-from tests.writers.kernel import PV32, PV64, Kernel, Load, Section, kernel32, note, text
+from tests.support.images import asking_for_symbols
+from tests.support.writers.kernel import PV32, PV64, Kernel, Load, Section, kernel32, note, text
 from xenpv.errors import ImageError
 from xenpv.image.elf import Elf
 from xenpv.image.kernel import KernelImage

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from tests.writers.kernel import BASE, LEGACY, PV32, PV64, Kernel, Load, Section, kernel32, note, quad, text, word
+from tests.support.writers.kernel import (
+    BASE,
+    LEGACY,
+    PV32,
+    PV64,
+    Kernel,
+    Load,
+    Section,
+    kernel32,
+    note,
+    quad,
+    text,
+    word,
+)
 from xenpv.image.kernel import KernelImage
 from xenpv.image.verdict import guest_type, p2m_obstacle, pv_obstacles, pvh_obstacles, remarks
 

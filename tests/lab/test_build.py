@@ -11,10 +11,10 @@ import pytest
 
 import lab
 from lab import guests
-from tests.cli.command import xenpv
-from tests.image.images import asking_for_symbols
 from tests.lab.conftest import Hosts
-from tests.lab.guest import ONE_VERSION
+from tests.support.command import xenpv
+from tests.support.images import asking_for_symbols
+from tests.support.lab.guest import ONE_VERSION
 
 ROOT = Path(__file__).parents[2]
 LITMUS = guests.LITMUS
@@ -37,7 +37,7 @@ LARGE = {
 
 def hold_alike(host: lab.Host, cases: dict[str, tuple[str, str, int, str]]) -> None:
     """Each case built by `xl create -p` and by us is equal, page for page; ports and machine frames are their own."""
-    command = f"python3 -m tests.lab.alike {host.write('cases.json', json.dumps(cases))}"
+    command = f"python3 -m tests.support.lab.equal_domains {host.write('cases.json', json.dumps(cases))}"
     said = json.loads(host.run(command, timeout=600).check().stdout)
     for name, found in said.items():
         print(host.xen, name, found)

@@ -11,8 +11,8 @@ import pytest
 
 import lab
 from lab import guests
-from tests.writers.legacy import Legacy
-from tests.writers.rewrite import as_v1, as_v2
+from tests.support.writers.legacy import Legacy
+from tests.support.writers.rewrite import as_v1, as_v2
 
 ONLY = pytest.mark.parametrize("host", [lab.DEFAULT], indirect=True, ids=[f"xen-{lab.DEFAULT}"])
 

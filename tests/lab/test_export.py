@@ -20,9 +20,9 @@ from drgn.helpers.linux.pid import for_each_task
 from lab import guests
 from tests.lab.test_plugins import has_marker, symbols, volatility  # noqa: F401  a fixture among them
 from tests.lab.test_saved_domains import Debian, debian  # noqa: F401  a fixture
-from xenpv.domain.export_file import export
-from xenpv.domain.opening import open_domain
+from xenpv.export.export import export
 from xenpv.memory.pagetables import NO_PFN
+from xenpv.source.open import open_domain
 
 PAGE = 4096
 VMLINUX = os.environ.get("XENPV_VMLINUX", "")

@@ -7,7 +7,7 @@ import json
 import pytest
 
 import lab
-from tests.lab.guest import BEATS, ONE_VERSION, OURS, boot, freed
+from tests.support.lab.guest import BEATS, ONE_VERSION, OURS, boot, freed
 
 MIB = 1 << 20
 

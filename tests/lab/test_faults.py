@@ -12,8 +12,8 @@ import pytest
 
 import lab
 from lab import guests
-from tests.domain.breaking import BUILDING
-from tests.lab.guest import ONE_VERSION, Guest, boot, run
+from tests.support.lab.guest import ONE_VERSION, Guest, boot, run
+from tests.support.refused_calls import BUILDING
 
 SEED = 6
 SAMPLE, ALL = 3, 30  # points of each kind; records are fewer than 30

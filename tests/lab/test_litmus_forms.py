@@ -14,10 +14,10 @@ import pytest
 
 import lab
 from lab import guests
-from tests.lab.guest import BEATS, ONE_VERSION, Guest
+from tests.support.lab.guest import BEATS, ONE_VERSION, Guest
 from xenpv.cli.show import describe
-from xenpv.domain.source import SavedDomain
-from xenpv.domain.verify import verify
+from xenpv.source.saved import SavedDomain
+from xenpv.verify.stream import verify
 
 MEMORY = 32
 PAGES = MEMORY << 8

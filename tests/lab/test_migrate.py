@@ -16,9 +16,9 @@ import pytest
 import lab
 from lab import guests
 from tests.lab.conftest import Hosts
-from tests.lab.guest import BEATS, Guest, boot, freed, listed, start
-from tests.lab.pair import LISTENING, Pair, two
-from xenpv.domain.verify import verify
+from tests.support.lab.guest import BEATS, Guest, boot, freed, listed, start
+from tests.support.lab.pair import LISTENING, Pair, two
+from xenpv.verify.stream import verify
 
 # --- files -----------------------------------------------------------------------------------------------------------
 

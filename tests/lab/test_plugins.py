@@ -24,11 +24,11 @@ from drgn.helpers.linux.pid import for_each_task
 import lab
 import xenpv.plugins.volatility
 from lab import guests
-from tests.lab.guest import ONE_VERSION
-from tests.lab.isf import symbol_file
 from tests.lab.test_saved_domains import Debian, debian  # noqa: F401  a fixture
-from xenpv.domain.opening import open_domain
+from tests.support.lab.guest import ONE_VERSION
+from tests.support.lab.isf import symbol_file
 from xenpv.plugins.drgn import program, stack_of
+from xenpv.source.open import open_domain
 
 KINDS = ["save", "core"]
 VMLINUX = os.environ.get("XENPV_VMLINUX", "")

@@ -9,13 +9,13 @@ import pytest
 
 import lab
 from lab import guests
-from tests.lab.guest import start
+from tests.support.lab.guest import start
 
 RESTORE = """
 import json, sys, time
-from xenpv.domain.input import Input
-from xenpv.domain.restore import restore_domain
-from xenpv.host.xen_move import XenMover
+from xenpv.io.stream_input import Input
+from xenpv.restore.restore import restore_domain
+from xenpv.host.xen.mover import XenMover
 
 said = {}
 with XenMover() as host:

@@ -45,12 +45,12 @@ LOOK = """
 import json, sys, time
 import numpy as np
 from xenpv.cli.p2m import describe
-from xenpv.domain.check_physmap import PhysmapCheck
-from xenpv.domain.live import LiveDomain
+from xenpv.verify.physmap import PhysmapCheck
+from xenpv.source.live import LiveDomain
 from xenpv.errors import GuestError
 from xenpv.findings import Findings, Severity
 from xenpv.host import find
-from xenpv.host.xen import XenHost
+from xenpv.host.xen.host import XenHost
 from xenpv.memory.p2m import is_own
 from xenpv.memory.survey import survey
 

@@ -13,8 +13,8 @@ import pytest
 
 import lab
 from lab import guests
-from tests.lab.guest import BEATS, LIVE, ONE_VERSION, OURS, STOCK, Guest, State, boot, fails, run, start
-from xenpv.domain.verify import verify
+from tests.support.lab.guest import BEATS, LIVE, ONE_VERSION, OURS, STOCK, Guest, State, boot, fails, run, start
+from xenpv.verify.stream import verify
 
 # By which forms the guest publishes its p2m: those that stock tools save, and others.
 FORMS = ("linear spread=2G", "tree spread=2G", "marked", "rooted levels=4", "rooted levels=6")

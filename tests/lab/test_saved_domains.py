@@ -21,15 +21,15 @@ from elftools.elf.elffile import ELFFile
 
 import lab
 from lab import guests
-from tests.domain.flips import KINDS, as_table, flip_survey
+from tests.support.bit_flips import KINDS, as_table, flip_survey
 from xenpv.abi.x86 import PTE_P, PTE_RW
 from xenpv.cli.show import describe
-from xenpv.domain.input import Input
-from xenpv.domain.opening import open_domain
-from xenpv.domain.source import SavedDomain
-from xenpv.domain.verify import Report, verify
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PageType
+from xenpv.io.stream_input import Input
 from xenpv.memory.pagetables import as_entries, frames
+from xenpv.source.open import open_domain
+from xenpv.source.saved import SavedDomain
+from xenpv.verify.stream import Report, verify
 
 DEBIAN_MIB = 96
 LITMUS_MIB = 16

@@ -12,8 +12,8 @@ import pytest
 
 import lab
 from tests.lab.conftest import Hosts
-from tests.lab.guest import LIVE, OURS, STOCK, Guest, boot, freed, listed, run
-from tests.lab.pair import LINK, LISTENING, Pair, two
+from tests.support.lab.guest import LIVE, OURS, STOCK, Guest, boot, freed, listed, run
+from tests.support.lab.pair import LINK, LISTENING, Pair, two
 
 NAME = "litmus"
 ARRIVING = f"{NAME}--incoming"

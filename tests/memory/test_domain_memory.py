@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.memory.frames import DictFrames
-from tests.writers.build import USER_VADDR, pv_domain
-from tests.writers.domain import Domain
+from tests.support.frames import DictFrames
+from tests.support.writers.build import USER_VADDR, pv_domain
+from tests.support.writers.domain import Domain
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault
 from xenpv.frames import ABSENT, Pfn

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.memory.frames import DictFrames, array
-from tests.writers.build import P2M_VADDR, pv_domain
-from tests.writers.domain import Domain
+from tests.support.frames import DictFrames, array
+from tests.support.writers.build import P2M_VADDR, pv_domain
+from tests.support.writers.domain import Domain
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import GuestError

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.memory.frames import Machine, array
+from tests.support.frames import Machine, array
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Mask

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.memory.frames import array
+from tests.support.frames import array
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_FRAME_MASK, PTE_P
 from xenpv.frames import NO_FRAME, U64, Vaddr

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.memory.frames import DictFrames, words
+from tests.support.frames import DictFrames, words
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault
 from xenpv.frames import NO_FRAME, Pfn, Vaddr

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from tests.memory.frames import Machine, array
+from tests.support.frames import Machine, array
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_P
 from xenpv.abi.xen import INVALID_MFN

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.memory.frames import DictFrames
-from tests.writers.build import pv_domain
-from tests.writers.domain import Domain
-from tests.writers.vmcoreinfo import RELEASE, UTS_OFFSET, text
+from tests.support.frames import DictFrames
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.vmcoreinfo import RELEASE, UTS_OFFSET, text
 from xenpv.abi.declare import Width
-from xenpv.domain.opening import open_domain
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo, value
+from xenpv.source.open import open_domain
 
 PAGE = 4096
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.memory.frames import DictFrames, words
-from tests.writers.build import USER_VADDR, pv_domain
+from tests.support.frames import DictFrames, words
+from tests.support.writers.build import USER_VADDR, pv_domain
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault
 from xenpv.frames import Pfn, Vaddr

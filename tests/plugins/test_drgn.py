@@ -13,16 +13,16 @@ import drgn
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.domain.guest import Guest as Running
+from tests.support.p2m_guest import Guest as Running
+from tests.support.writers.build import USER_VADDR, pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.vmcoreinfo import text
 from tests.vectors.make import RECIPES
 from tests.vectors.test_vectors import unpacked
-from tests.writers.build import USER_VADDR, pv_domain
-from tests.writers.domain import Domain
-from tests.writers.vmcoreinfo import text
 from xenpv.abi.declare import Width
-from xenpv.domain.opening import KeptDomain, open_domain
 from xenpv.errors import Fault, RequestError, Truncated
 from xenpv.plugins.drgn import _PT_REGS, main, program, stack_of
+from xenpv.source.open import KeptDomain, open_domain
 
 PAGE = 4096
 HOLE = 80

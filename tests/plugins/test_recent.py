@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.memory.frames import DictFrames
+from tests.support.frames import DictFrames
 from xenpv.errors import Fault
 from xenpv.memory.domain import DomainMemory
 from xenpv.plugins.recent import RecentPages

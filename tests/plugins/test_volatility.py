@@ -15,14 +15,14 @@ from volatility3.framework import contexts, exceptions
 from volatility3.framework.layers import intel, physical, scanners
 
 import xenpv.plugins.volatility
+from tests.support.writers.build import USER_VADDR, pattern, pv_domain
+from tests.support.writers.core import core_of, hvm_core
+from tests.support.writers.domain import Domain
+from tests.support.writers.hvm import hvm_stream
 from tests.vectors.make import RECIPES
 from tests.vectors.test_vectors import unpacked
-from tests.writers.build import USER_VADDR, pattern, pv_domain
-from tests.writers.core import core_of, hvm_core
-from tests.writers.domain import Domain
-from tests.writers.hvm import hvm_stream
-from xenpv.domain.opening import open_domain
 from xenpv.plugins.volatility.domain_layer import DomainLayer, DomainStacker
+from xenpv.source.open import open_domain
 
 PAGE = 4096
 HOLE = 80

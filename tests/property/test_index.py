@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.property.streams import KNOWN_TYPES, LAST_PFN
-from tests.writers.stream import PAGE, WITH_DATA
+from tests.support.stream_strategies import KNOWN_TYPES, LAST_PFN
+from tests.support.writers.stream import PAGE, WITH_DATA
 from xenpv.frames import ABSENT, IS_TABLE, U64
 from xenpv.stream import index as index_module
 from xenpv.stream.index import PageIndex

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.verify import from_pipe, judge
-from tests.writers.build import pattern, pv_domain
-from tests.writers.domain import Domain
-from tests.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Wire
+from tests.support.writers.build import pattern, pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Wire
 from xenpv.abi.declare import Width
-from xenpv.domain.verify import Report
+from xenpv.verify.stream import Report
 
 W = Wire()
 WHAT = ["its own", "zeroes", "ones", "pattern", "start_info", "top", "p2m_missing", "tree_top"]

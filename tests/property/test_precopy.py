@@ -7,12 +7,12 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.domain.copying import attend, copied, meddling
-from tests.host.kernel_guest import SOME, Guest
-from tests.host.model_guest import pfns
+from tests.support.kernel_guest import SOME, Guest
+from tests.support.live_guests import attend, copied, meddling
+from tests.support.model_guest import pfns
 from xenpv.abi.declare import Width
-from xenpv.domain.precopy import Precopy
 from xenpv.errors import RequestError
+from xenpv.save.precopy import Precopy
 
 _STEP = st.one_of(
     st.just(None),

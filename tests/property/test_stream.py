@@ -11,7 +11,8 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.property.streams import (
+from tests.support.stream_reading import Reading, cut, plain, read, whole
+from tests.support.stream_strategies import (
     LAST_PFN,
     U32,
     bodies,
@@ -27,8 +28,7 @@ from tests.property.streams import (
     unknown_types,
     widths,
 )
-from tests.stream.drive import Reading, cut, plain, read, whole
-from tests.writers.stream import BROKEN, PAGE, WITH_DATA, XALLOC, XTAB, Piece, Stream, Wire
+from tests.support.writers.stream import BROKEN, PAGE, WITH_DATA, XALLOC, XTAB, Piece, Stream, Wire
 from xenpv.errors import Malformed, Truncated, Unsupported
 from xenpv.stream import framing, libxl, records, rules
 from xenpv.stream.envelope import Kind

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests.report import browser
-from tests.report.browser import Page
 from tests.report.test_page import hostile_facts
-from tests.writers.build import pv_domain
-from tests.writers.domain import Domain
-from xenpv.domain.verify import verify
+from tests.support import browser
+from tests.support.browser import Page
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
 from xenpv.report.gather import Checked, gather
 from xenpv.report.page import page as page_of
+from xenpv.verify.stream import verify
 
 pytestmark = pytest.mark.browser
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.writers.build import pv_domain
-from tests.writers.domain import Domain
-from tests.writers.stream import PAGE
-from xenpv.domain.source import SavedDomain
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.stream import PAGE
 from xenpv.frames import U8, U64, Frames
 from xenpv.report.content import Content, content_of
 from xenpv.report.parts import Parts
 from xenpv.report.pfnmap import whole
+from xenpv.source.saved import SavedDomain
 
 
 def content(domain: Domain, tmp_path: Path, limit: int = 1 << 20) -> Content:

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.host.kernel_guest import SOME, Guest
-from tests.writers.build import pv_domain
+from tests.support.kernel_guest import SOME, Guest
+from tests.support.writers.build import pv_domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_PSE
-from xenpv.domain.source import SavedDomain
 from xenpv.memory.anchors import Form
 from xenpv.memory.p2m import reading
 from xenpv.report.drawing import picture_of
 from xenpv.report.p2mform import Shape, leaves_at, shapes_of, table_of
+from xenpv.source.saved import SavedDomain
 
 
 def shapes(saved: SavedDomain) -> list[Shape]:

@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from tests.host.kernel_guest import Guest
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import config_json
-from xenpv.domain.verify import verify
+from tests.support.kernel_guest import Guest
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import config_json
 from xenpv.errors import RequestError
 from xenpv.findings import Findings, Rule, Severity
 from xenpv.report.gather import Checked, Facts, gather
 from xenpv.report.page import page
+from xenpv.verify.stream import verify
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\x1b[2J--></script>"
 _SAID = Rule("report-test", HOSTILE, HOSTILE, Severity.ERROR)

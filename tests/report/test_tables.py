@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.writers.build import pv_domain
-from tests.writers.domain import FRAME, Domain, P
-from tests.writers.hvm import hvm_stream
-from tests.writers.stream import PIN
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import FRAME, Domain, P
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.stream import PIN
 from xenpv.abi.declare import Width
-from xenpv.domain.source import SavedDomain
 from xenpv.report import tables
 from xenpv.report.pfnmap import whole
 from xenpv.report.tables import FLAGS, TableStats, table_stats
+from xenpv.source.saved import SavedDomain
 
 
 def stats_of(domain: Domain, tmp_path: Path) -> TableStats:

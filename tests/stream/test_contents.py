@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.stream.breaches import BREACHES, Breach
-from tests.stream.drive import read, whole
-from tests.writers.build import pv_domain
-from tests.writers.hvm import PARAMS, hvm_stream
-from tests.writers.stream import NOTAB, PAGE, XTAB, Stream, Wire
+from tests.support.stream_breaches import BREACHES, Breach
+from tests.support.stream_reading import read, whole
+from tests.support.writers.build import pv_domain
+from tests.support.writers.hvm import PARAMS, hvm_stream
+from tests.support.writers.stream import NOTAB, PAGE, XTAB, Stream, Wire
 from xenpv.frames import NO_FRAME
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind, Section

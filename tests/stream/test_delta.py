@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.writers import legacy
-from tests.writers.stream import PAGE
+from tests.support.writers import legacy
+from tests.support.writers.stream import PAGE
 from xenpv.stream import delta
 
 OLD = bytes(range(256)) * 16

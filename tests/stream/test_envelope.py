@@ -9,9 +9,9 @@ import struct
 
 import pytest
 
-from tests.stream.drive import bytewise, read, whole
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import (
+from tests.support.stream_reading import bytewise, read, whole
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import (
     CONFIG_SEXP,
     CONFIG_XML,
     LIBXC_LEGACY,
@@ -21,8 +21,8 @@ from tests.writers.envelopes import (
     xenopsd_section,
     xl_header,
 )
-from tests.writers.hvm import hvm_stream
-from tests.writers.stream import Stream
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.stream import Stream
 from xenpv.errors import Malformed, Truncated, Unsupported
 from xenpv.stream import rules
 from xenpv.stream.envelope import SNIFF, Envelope, Kind, Section, sniff

@@ -6,11 +6,11 @@ from functools import cache
 
 import pytest
 
-from tests.stream.drive import at_random, bytewise, cut, read, read_seeking, whole
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import ENVELOPES
-from tests.writers.hvm import hvm_stream
-from tests.writers.stream import WITH_DATA, Stream, Wire
+from tests.support.stream_reading import at_random, bytewise, cut, read, read_seeking, whole
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import ENVELOPES
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.stream import WITH_DATA, Stream, Wire
 from xenpv.errors import Truncated, Unsupported
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages

@@ -7,7 +7,7 @@ import struct
 
 import pytest
 
-from tests.writers.hvm import cpu, hvm_context
+from tests.support.writers.hvm import cpu, hvm_context
 from xenpv.abi.hvm_save import DESCRIPTOR, HVM_HW_CPU
 from xenpv.errors import Malformed
 from xenpv.stream.hvm_context import cpus, entries

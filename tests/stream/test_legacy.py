@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tests.stream.drive import at_random, bytewise, plain, whole
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import LIBXC_LEGACY, libvirt_header, xenopsd_section, xenopsd_signature
-from tests.writers.envelopes import XENOPS as XENOPS_SECTION
-from tests.writers.legacy import (
+from tests.support.stream_reading import at_random, bytewise, plain, whole
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import LIBXC_LEGACY, libvirt_header, xenopsd_section, xenopsd_signature
+from tests.support.writers.envelopes import XENOPS as XENOPS_SECTION
+from tests.support.writers.legacy import (
     ENABLE_COMPRESSION,
     QEMU_OLD,
     QEMU_REMUS,
@@ -27,8 +27,8 @@ from tests.writers.legacy import (
     pv_stream,
     remus_stream,
 )
-from tests.writers.legacy import whole as whole_page
-from tests.writers.stream import NOTAB, PAGE, XALLOC, XTAB, Piece, Stream
+from tests.support.writers.legacy import whole as whole_page
+from tests.support.writers.stream import NOTAB, PAGE, XALLOC, XTAB, Piece, Stream
 from xenpv.abi.declare import Width
 from xenpv.errors import StreamError, Truncated, Unsupported
 from xenpv.stream import records

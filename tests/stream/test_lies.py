@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pytest
 
-from tests.held import at_most
-from tests.stream.drive import Reading, read
-from tests.writers.build import pv_domain
-from tests.writers.envelopes import XENOPS, libvirt_header, xenopsd_section, xenopsd_signature, xl_header
-from tests.writers.stream import NOTAB, PAGE, RECORDS, Piece, Stream, Wire
+from tests.support.memory_limit import at_most
+from tests.support.stream_reading import Reading, read
+from tests.support.writers.build import pv_domain
+from tests.support.writers.envelopes import XENOPS, libvirt_header, xenopsd_section, xenopsd_signature, xl_header
+from tests.support.writers.stream import NOTAB, PAGE, RECORDS, Piece, Stream, Wire
 from xenpv.errors import Malformed, Truncated
 from xenpv.stream.contents import Contents
 from xenpv.stream.reader import Reader

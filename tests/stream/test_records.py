@@ -9,11 +9,11 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from tests.stream.drive import Reading, read, whole
-from tests.writers.build import pv_domain
-from tests.writers.domain import CPUID_POLICY, MSR_POLICY, Domain
-from tests.writers.hvm import PARAMS, hvm_context, hvm_stream
-from tests.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Wire
+from tests.support.stream_reading import Reading, read, whole
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import CPUID_POLICY, MSR_POLICY, Domain
+from tests.support.writers.hvm import PARAMS, hvm_context, hvm_stream
+from tests.support.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Wire
 from xenpv.stream import framing, libxl, records
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader
 from xenpv.stream.order import Guest

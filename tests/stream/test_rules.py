@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.stream.breaches import BREACHES, Breach, sound
-from tests.stream.drive import at_random, read, whole
+from tests.support.stream_breaches import BREACHES, Breach, sound
+from tests.support.stream_reading import at_random, read, whole
 from xenpv.findings import Rule, Severity
 from xenpv.stream import rules
 

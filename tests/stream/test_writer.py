@@ -16,14 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.property.streams import known_types, u32s, u64s
-from tests.stream.drive import Reading, read, whole
+from tests.support.stream_reading import Reading, read, whole
+from tests.support.stream_strategies import known_types, u32s, u64s
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.envelopes import config_json, wrap
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Piece, Stream, Wire
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
-from tests.writers.build import pv_domain
-from tests.writers.domain import Domain
-from tests.writers.envelopes import config_json, wrap
-from tests.writers.hvm import hvm_stream
-from tests.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Piece, Stream, Wire
 from xenpv.errors import Malformed, OutOfOrder, RequestError, StreamError, Unsupported
 from xenpv.stream import framing, libxl, records, rules
 from xenpv.stream.envelope import Envelope, Kind

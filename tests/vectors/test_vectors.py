@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.stream.drive import plain
+from tests.support.stream_reading import plain
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
 from xenpv.cli.show import describe
-from xenpv.domain.source import SavedDomain
-from xenpv.domain.verify import verify
+from xenpv.source.saved import SavedDomain
 from xenpv.stream.reader import Reader
+from xenpv.verify.stream import verify
 
 FORMS = {
     "tree": "three-level tree",

@@ -14,7 +14,7 @@ from xenpv.errors import RequestError
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import plan
 from xenpv.image.request import Request
-from xenpv.words import size
+from xenpv.text import size
 
 _NAME_MAX = 255  # bytes
 
@@ -71,9 +71,9 @@ def build(
             _build_file(image, request, ramdisk, called, output, as_json=as_json)
             return
         layout = plan(image, request)
-    from xenpv.domain.build import build as build_domain  # noqa: PLC0415  NumPy, and Xen's libraries
-    from xenpv.domain.config import as_libxl  # noqa: PLC0415
-    from xenpv.host.xen_build import XenToolstack  # noqa: PLC0415
+    from xenpv.build.build import build as build_domain  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.host.xen.toolstack import XenToolstack  # noqa: PLC0415
+    from xenpv.source.config import as_libxl  # noqa: PLC0415
 
     uuid = str(uuid4())
     boot = _boots_from(kernel, ramdisk, request)
@@ -123,8 +123,8 @@ def _boots_from(kernel: str, ramdisk: str | None, request: Request) -> dict[str,
 def _build_file(
     image: KernelImage, request: Request, ramdisk: str | None, name: str, output: str, *, as_json: bool
 ) -> None:
-    from xenpv.domain.offline import build_file, plan_file  # noqa: PLC0415  NumPy
-    from xenpv.domain.output import Output  # noqa: PLC0415
+    from xenpv.build.offline import build_file, plan_file  # noqa: PLC0415  NumPy
+    from xenpv.io.atomic_output import Output  # noqa: PLC0415
 
     layout = plan_file(image, request)
     content = _content(ramdisk, request)

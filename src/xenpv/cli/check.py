@@ -6,14 +6,14 @@ import click
 
 from xenpv.cli.target import INDEX, PAUSE, TARGET, opened
 from xenpv.cli.terminal import JSON, print_findings, print_json, progress
-from xenpv.domain.check_p2m import check_p2m
-from xenpv.domain.check_physmap import PhysmapCheck, notes
-from xenpv.domain.config import config_of
-from xenpv.domain.core import CoreDomain
-from xenpv.domain.live import LiveDomain
 from xenpv.errors import RequestError
 from xenpv.findings import Findings
 from xenpv.memory.survey import survey
+from xenpv.source.config import config_of
+from xenpv.source.core import CoreDomain
+from xenpv.source.live import LiveDomain
+from xenpv.verify.p2m import check_p2m
+from xenpv.verify.physmap import PhysmapCheck, notes
 
 
 @click.command()

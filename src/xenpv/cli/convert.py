@@ -7,15 +7,15 @@ from pathlib import Path
 import click
 
 from xenpv.cli.terminal import JSON, print_json, progress
-from xenpv.domain.convert import Converted, Wish
-from xenpv.domain.convert_file import Refused
-from xenpv.domain.convert_file import convert as convert_file
-from xenpv.domain.input import Input
+from xenpv.convert.convert import Converted, Wish
+from xenpv.convert.file import Refused
+from xenpv.convert.file import convert as convert_file
 from xenpv.errors import RequestError
+from xenpv.io.stream_input import Input
 from xenpv.stream.envelope import CONFIG_MAX, Kind
 from xenpv.stream.legacy import LegacyReader
 from xenpv.stream.order import Guest
-from xenpv.words import size
+from xenpv.text import size
 
 _STYLES = {b"{": "json", b"<": "xml", b"(": "sexp"}
 

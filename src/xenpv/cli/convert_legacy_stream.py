@@ -15,11 +15,11 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from xenpv.domain.convert import Buffers, Conversion, Wish
-from xenpv.domain.convert_file import write
-from xenpv.domain.input import Input
-from xenpv.domain.output import Output
+from xenpv.convert.convert import Buffers, Conversion, Wish
+from xenpv.convert.file import write
 from xenpv.errors import XenPVError
+from xenpv.io.atomic_output import Output
+from xenpv.io.stream_input import Input
 from xenpv.stream import wrapping
 from xenpv.stream.envelope import XL_FLAG_STREAMV2, Kind
 from xenpv.stream.events import Event

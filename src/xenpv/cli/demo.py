@@ -15,33 +15,33 @@ from uuid import UUID
 import click
 import numpy as np
 
+from xenpv.build.build import build
 from xenpv.cli.p2m import describe, print_p2m
 from xenpv.cli.terminal import NUMBER, moving, progress, steps
 from xenpv.cli.verify import summary
-from xenpv.domain.build import build
-from xenpv.domain.check_physmap import PhysmapCheck
-from xenpv.domain.config import as_libxl
-from xenpv.domain.conversation import nobody
-from xenpv.domain.live import LiveDomain
-from xenpv.domain.migrate import give
-from xenpv.domain.precopy import Precopy
-from xenpv.domain.receive import take
-from xenpv.domain.save_file import configuration, save_file
-from xenpv.domain.transport import Link
-from xenpv.domain.verify import verify
 from xenpv.errors import GuestError, RequestError
 from xenpv.findings import Finding, Findings
 from xenpv.frames import DomId
-from xenpv.host.model import ModelHost
-from xenpv.host.model_forms import FORMS, parse_form
-from xenpv.host.model_guest import GuestView
-from xenpv.host.model_kernel import Kernel
+from xenpv.guest_model.kernel import Kernel
+from xenpv.guest_model.p2m_forms import FORMS, parse_form
+from xenpv.host.model.guest_view import GuestView
+from xenpv.host.model.host import ModelHost
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, plan
 from xenpv.image.request import Request
 from xenpv.memory.digest import Digest, digest
 from xenpv.memory.survey import survey
-from xenpv.words import size
+from xenpv.migrate.channel import nobody
+from xenpv.migrate.receiver import take
+from xenpv.migrate.sender import give
+from xenpv.migrate.transport import Link
+from xenpv.save.file import configuration, save_file
+from xenpv.save.precopy import Precopy
+from xenpv.source.config import as_libxl
+from xenpv.source.live import LiveDomain
+from xenpv.text import size
+from xenpv.verify.physmap import PhysmapCheck
+from xenpv.verify.stream import verify
 
 SAVED = "demo.save.xz"  # tests/vectors/README.md has the command that made it
 KERNEL = "demo.elf.xz"  # guests/litmus/build/litmus.elf

@@ -8,9 +8,9 @@ import click
 
 from xenpv.cli.target import INDEX, PAUSE, opened
 from xenpv.cli.terminal import JSON, print_json, print_table, progress
-from xenpv.domain.diff import Difference, Page
-from xenpv.domain.diff import diff as compare
-from xenpv.words import printable
+from xenpv.diff.diff import Difference, Page
+from xenpv.diff.diff import diff as compare
+from xenpv.text import printable
 
 _RANGES = 4  # of a page, in a line
 

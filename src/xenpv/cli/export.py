@@ -8,15 +8,15 @@ import click
 
 from xenpv.cli.target import INDEX, PAUSE, Domain, opened
 from xenpv.cli.terminal import JSON, print_json, progress
-from xenpv.domain.export_file import FORMATS
-from xenpv.domain.export_file import export as export_to
-from xenpv.domain.live import LiveDomain
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import RequestError, StreamError
-from xenpv.export.kdump import FLAGS
+from xenpv.export.export import FORMATS
+from xenpv.export.export import export as export_to
+from xenpv.export.formats.kdump import FLAGS
 from xenpv.findings import Rule
 from xenpv.frames import PAGE_SIZE
-from xenpv.words import printable, size
+from xenpv.source.live import LiveDomain
+from xenpv.source.saved import SavedDomain
+from xenpv.text import printable, size
 
 
 @click.command()

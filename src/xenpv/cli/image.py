@@ -18,7 +18,7 @@ from xenpv.image.kernel import FILE_MAX, KernelImage
 from xenpv.image.notes import Note, Source
 from xenpv.image.parameters import feature_names
 from xenpv.image.verdict import guest_type, p2m_obstacle, pv_obstacles, pvh_obstacles, remarks
-from xenpv.words import printable, size
+from xenpv.text import printable, size
 
 
 @click.command()

@@ -17,7 +17,7 @@ from xenpv.image.drawing import svg
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, Segment, Span, plan
 from xenpv.image.request import Request
-from xenpv.words import printable, size
+from xenpv.text import printable, size
 
 _FLAGS = {SIF_MOD_START_PFN: "MOD_START_PFN", SIF_VIRT_P2M_4TOOLS: "VIRT_P2M_4TOOLS"}
 _COLOURS = {

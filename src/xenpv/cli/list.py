@@ -9,8 +9,8 @@ import click
 from xenpv.cli.terminal import JSON, print_json, print_table
 from xenpv.frames import PAGE_SIZE
 from xenpv.host import DomainInfo
-from xenpv.host.xen import XenHost
-from xenpv.words import printable, size
+from xenpv.host.xen.host import XenHost
+from xenpv.text import printable, size
 
 _SHUTDOWN_REASONS = ("poweroff", "reboot", "suspend", "crash", "watchdog", "soft reset")
 

@@ -8,10 +8,10 @@ import click
 
 from xenpv.cli.target import INDEX, PAUSE, TARGET, Domain, opened
 from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table
-from xenpv.domain.live import LiveDomain
 from xenpv.errors import Fault, RequestError
 from xenpv.frames import IS_TABLE, PAGE_SIZE, Pfn, type_name
 from xenpv.memory.pagetables import flag_names
+from xenpv.source.live import LiveDomain
 
 _READ_AT_ONCE = 1 << 20
 _VCPU = click.option("--vcpu", default=0, show_default=True, metavar="N", help="Whose page tables to go through.")

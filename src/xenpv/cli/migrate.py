@@ -13,10 +13,10 @@ import click
 from xenpv.cli.save import TIMEOUT
 from xenpv.cli.terminal import JSON, NUMBER, moving, print_json, progress
 from xenpv.frames import PAGE_SIZE
-from xenpv.words import printable, size
+from xenpv.text import printable, size
 
 if TYPE_CHECKING:
-    from xenpv.domain.progress import Status
+    from xenpv.save.progress import Status
 
 PATIENCE = click.option("--patience", type=click.FloatRange(min=0, min_open=True), default=120.0, metavar="SECONDS",
                         help="For how long the other side may be silent; 120 unless said.")  # fmt: skip
@@ -80,13 +80,13 @@ def migrate(
         raise click.UsageError("say DOM and HOST, or --take-back and DOM")
     if settle and take_back:
         raise click.UsageError("--settle asks HOST, --take-back asks nobody: say one of them")
-    from xenpv.domain import migrate as migration  # noqa: PLC0415  NumPy, and Xen's libraries
-    from xenpv.domain.interruption import interruptible  # noqa: PLC0415
-    from xenpv.domain.precopy import Precopy  # noqa: PLC0415
-    from xenpv.domain.save_file import configuration  # noqa: PLC0415
-    from xenpv.domain.transport import connect  # noqa: PLC0415
     from xenpv.host import find  # noqa: PLC0415
-    from xenpv.host.xen_move import XenMover  # noqa: PLC0415
+    from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
+    from xenpv.io.signals import interruptible  # noqa: PLC0415
+    from xenpv.migrate import sender as migration  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.migrate.transport import connect  # noqa: PLC0415
+    from xenpv.save.file import configuration  # noqa: PLC0415
+    from xenpv.save.precopy import Precopy  # noqa: PLC0415
 
     live = None if no_live else Precopy(max_iterations, target_dirty, max_downtime, bandwidth)
     with ExitStack() as stack:
@@ -140,10 +140,10 @@ def receive(where: str | None, anywhere: bool, patience: float, as_json: bool) -
     xenpv receive --listen unix:/run/xenpv.sock
     xenpv receive --listen tcp:127.0.0.1:7000      and ssh -L or -R leads there
     """
-    from xenpv.domain.interruption import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
-    from xenpv.domain.receive import take  # noqa: PLC0415
-    from xenpv.domain.transport import accept, listening, standard  # noqa: PLC0415
-    from xenpv.host.xen_move import XenMover  # noqa: PLC0415
+    from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
+    from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.migrate.receiver import take  # noqa: PLC0415
+    from xenpv.migrate.transport import accept, listening, standard  # noqa: PLC0415
 
     def say(what: str, **numbers: Any) -> None:
         if as_json:

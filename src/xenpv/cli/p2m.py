@@ -10,12 +10,12 @@ import numpy as np
 
 from xenpv.cli.target import INDEX, PAUSE, TARGET, Domain, opened
 from xenpv.cli.terminal import JSON, NUMBER, print_json
-from xenpv.domain.live import LiveDomain
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U64, type_name
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.p2m import P2M
 from xenpv.memory.survey import Kind, Survey, survey
-from xenpv.words import size
+from xenpv.source.live import LiveDomain
+from xenpv.text import size
 
 _CELLS = 64  # in a line of the map
 _LINES = 16  # of the map, at most

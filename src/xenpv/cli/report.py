@@ -9,16 +9,16 @@ import click
 
 from xenpv.cli.target import PAUSE, TARGET, opened
 from xenpv.cli.terminal import JSON, NUMBER, print_json, progress, steps
-from xenpv.domain.check_physmap import PhysmapCheck
-from xenpv.domain.live import LiveDomain
-from xenpv.domain.output import Output
-from xenpv.domain.source import SavedDomain
-from xenpv.domain.verify import Report, judge
 from xenpv.findings import Findings
 from xenpv.frames import PAGE_SIZE
+from xenpv.io.atomic_output import Output
 from xenpv.memory.domain import Domain
 from xenpv.report.gather import Checked, gather
 from xenpv.report.page import page
+from xenpv.source.live import LiveDomain
+from xenpv.source.saved import SavedDomain
+from xenpv.verify.physmap import PhysmapCheck
+from xenpv.verify.stream import Report, judge
 
 
 @click.command()

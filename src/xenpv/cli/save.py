@@ -9,7 +9,7 @@ import click
 from xenpv.cli.terminal import JSON, moving, print_json, progress
 from xenpv.errors import RequestError
 from xenpv.frames import PAGE_SIZE
-from xenpv.words import printable, size
+from xenpv.text import printable, size
 
 TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, metavar="SECONDS",
                        help="How long the guest may take to suspend; 60 unless said.")  # fmt: skip
@@ -48,11 +48,11 @@ def save(
     """
     if (file is None) is not preflight:
         raise click.UsageError("say DOM and FILE, or --preflight and DOM")
-    from xenpv.domain.interruption import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
-    from xenpv.domain.save_file import preflight as look  # noqa: PLC0415
-    from xenpv.domain.save_file import save_file  # noqa: PLC0415
     from xenpv.host import find  # noqa: PLC0415
-    from xenpv.host.xen_move import XenMover  # noqa: PLC0415
+    from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
+    from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.save.file import preflight as look  # noqa: PLC0415
+    from xenpv.save.file import save_file  # noqa: PLC0415
 
     with XenMover() as host:
         domid = find(host, target).domid
@@ -104,10 +104,10 @@ def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
     xenpv restore web.save
     zstd -dc web.save.zst | xenpv restore --name web2 --paused -
     """
-    from xenpv.domain.input import Input  # noqa: PLC0415  NumPy, and Xen's libraries
-    from xenpv.domain.interruption import interruptible  # noqa: PLC0415
-    from xenpv.domain.restore import restore_domain  # noqa: PLC0415
-    from xenpv.host.xen_move import XenMover  # noqa: PLC0415
+    from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
+    from xenpv.io.signals import interruptible  # noqa: PLC0415
+    from xenpv.io.stream_input import Input  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.restore.restore import restore_domain  # noqa: PLC0415
 
     if name is not None and not (name and name.isprintable()):
         raise RequestError(f"{name!r} is no name")

@@ -11,13 +11,13 @@ from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.cli.show_core import describe_core, describe_vcpus, print_core, print_vcpus
 from xenpv.cli.target import INDEX, kept
 from xenpv.cli.terminal import FILE, JSON, print_json, print_table
-from xenpv.domain.config import config_of
-from xenpv.domain.core import CoreDomain
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault
 from xenpv.frames import HAS_DATA, PAGE_SIZE, PageType
+from xenpv.source.config import config_of
+from xenpv.source.core import CoreDomain
+from xenpv.source.saved import SavedDomain
 from xenpv.stream.order import Guest
-from xenpv.words import printable, size
+from xenpv.text import printable, size
 
 _TSC_MODES = ("default", "always emulated", "never emulated", "PVRDTSCP")
 

@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from xenpv.cli.terminal import print_table
-from xenpv.domain.core import CoreDomain
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import GuestError
 from xenpv.frames import PAGE_SIZE
-from xenpv.words import printable, size
+from xenpv.source.core import CoreDomain
+from xenpv.source.saved import SavedDomain
+from xenpv.text import printable, size
 
 
 def describe_core(core: CoreDomain) -> dict[str, Any]:

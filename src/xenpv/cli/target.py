@@ -10,12 +10,12 @@ from typing import TypeAlias
 import click
 
 from xenpv.cli.terminal import progress
-from xenpv.domain.core import CoreDomain
-from xenpv.domain.live import LiveDomain
-from xenpv.domain.opening import open_domain
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import HostError, RequestError
 from xenpv.host import find
+from xenpv.source.core import CoreDomain
+from xenpv.source.live import LiveDomain
+from xenpv.source.open import open_domain
+from xenpv.source.saved import SavedDomain
 from xenpv.stream.feeding import FaultHandler
 
 Domain: TypeAlias = LiveDomain | SavedDomain | CoreDomain
@@ -69,7 +69,7 @@ def kept(path: str, fault: FaultHandler | None = None) -> SavedDomain | CoreDoma
 
 
 def _running(target: str, stack: ExitStack) -> LiveDomain:
-    from xenpv.host.xen import XenHost  # noqa: PLC0415  opens Xen's libraries
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415  opens Xen's libraries
 
     try:
         host = stack.enter_context(XenHost())

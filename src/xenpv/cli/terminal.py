@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from xenpv.domain.input import Progress
 from xenpv.findings import Finding, Rule, Severity
-from xenpv.words import size
+from xenpv.io.stream_input import Progress
+from xenpv.text import size
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from xenpv.domain.progress import Status
+    from xenpv.save.progress import Status
 
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

@@ -7,15 +7,15 @@ import sys
 import click
 
 from xenpv.cli.terminal import FILE, JSON, print_findings, print_json, print_table, progress
-from xenpv.domain.verify import Report
-from xenpv.domain.verify import verify as verify_file
 from xenpv.findings import RULES, Finding
+from xenpv.verify.stream import Report
+from xenpv.verify.stream import verify as verify_file
 
 
 def _list_rules(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     if not value or ctx.resilient_parsing:
         return
-    import xenpv.domain.rules  # noqa: F401, PLC0415  declares the rules that only the deep check imports
+    import xenpv.verify.rules  # noqa: F401, PLC0415  declares the rules that only the deep check imports
 
     if "--json" in sys.argv:
         print_json(

@@ -17,9 +17,9 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from xenpv.domain.input import Input
 from xenpv.errors import RequestError, StreamError
 from xenpv.findings import Findings, Rule
+from xenpv.io.stream_input import Input
 from xenpv.stream import rules
 from xenpv.stream.envelope import Envelope, Kind
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader

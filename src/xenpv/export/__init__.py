@@ -1,1 +1,1 @@
-"""A domain's memory in the formats that other tools read: which bytes go where, sans-IO."""
+"""Writing a domain's memory in a format that other tools read."""

@@ -36,13 +36,13 @@ except ImportError:
 
 from xenpv.cli.main import EXIT_FAILED, run
 from xenpv.cli.target import PAUSE, TARGET, opened
-from xenpv.domain.live import LiveDomain
 from xenpv.errors import RequestError, XenPVError
 from xenpv.findings import Rule, Severity
 from xenpv.memory.domain import Domain
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo
 from xenpv.plugins.recent import RecentPages
-from xenpv.words import printable
+from xenpv.source.live import LiveDomain
+from xenpv.text import printable
 
 _PHYSICAL = {8: 1 << 52, 4: 1 << 32}  # bytes; drgn cuts off an address of a 32-bit program, PAE or not
 _AT_ONCE = 1 << 20

@@ -8,9 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from xenpv.domain.core import CoreDomain
-from xenpv.domain.live import LiveDomain
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import GuestError, HostError
 from xenpv.findings import Findings
 from xenpv.frames import U64
@@ -24,6 +21,9 @@ from xenpv.report.p2mform import Shape, leaves_at, shapes_of, table_of
 from xenpv.report.parts import NOTHING, Parts
 from xenpv.report.pfnmap import Layer, PfnMap, pfn_map, whole
 from xenpv.report.tables import TableStats, table_stats
+from xenpv.source.core import CoreDomain
+from xenpv.source.live import LiveDomain
+from xenpv.source.saved import SavedDomain
 
 Step = Callable[[str, int, int], None]
 """step(what, done, in all)."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
-from xenpv.domain.check_tables import gdt_frames
-from xenpv.domain.config import config_of
-from xenpv.domain.core import CoreDomain
-from xenpv.domain.live import LiveDomain
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import Fault, GuestError, HostError
 from xenpv.frames import PAGE_SIZE
 from xenpv.memory.domain import Domain
-from xenpv.words import size
+from xenpv.source.config import config_of
+from xenpv.source.core import CoreDomain
+from xenpv.source.live import LiveDomain
+from xenpv.source.saved import SavedDomain
+from xenpv.text import size
+from xenpv.verify.page_tables import gdt_frames
 
 _NAMES_MAX = 256  # characters of a name or a command line that are shown as such
 

@@ -8,9 +8,6 @@ from functools import partial
 
 import numpy as np
 
-from xenpv.domain.core import CoreDomain
-from xenpv.domain.live import LiveDomain
-from xenpv.domain.source import SavedDomain
 from xenpv.errors import GuestError
 from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SIZE, U8, U64
 from xenpv.memory.anchors import Anchors, Form, Way
@@ -19,6 +16,9 @@ from xenpv.memory.p2m import P2M, entries_in, reading
 from xenpv.memory.pagetables import frames_of_tables
 from xenpv.memory.radix import Read, Runs, walk
 from xenpv.report.parts import Parts
+from xenpv.source.core import CoreDomain
+from xenpv.source.live import LiveDomain
+from xenpv.source.saved import SavedDomain
 
 _SHOWN = 7  # nodes of a level that are told one by one
 

@@ -16,7 +16,7 @@ from xenpv.memory.survey import Kind
 from xenpv.report.drawing import picture_of
 from xenpv.report.gather import Checked, Facts, VcpuState
 from xenpv.report.tables import FLAGS
-from xenpv.words import printable, size
+from xenpv.text import printable, size
 
 _CONFIG_MAX = 100_000  # characters of a configuration that are shown
 _PLACES_MAX = 100  # pages with a part to play that are listed

@@ -18,12 +18,12 @@ from volatility3.framework import constants, exceptions, interfaces
 from volatility3.framework.configuration import requirements
 from volatility3.framework.layers import physical
 
-from xenpv.domain.export_file import pages_of
-from xenpv.domain.opening import KeptDomain, open_domain
 from xenpv.errors import GuestError, Unsupported, XenPVError
+from xenpv.export.export import pages_of
 from xenpv.findings import Rule, Severity
 from xenpv.frames import PAGE_SHIFT
 from xenpv.plugins.recent import RecentPages
+from xenpv.source.open import KeptDomain, open_domain
 from xenpv.stream.dumpcore import is_core
 from xenpv.stream.envelope import SNIFF, sniff
 

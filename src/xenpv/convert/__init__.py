@@ -1,0 +1,1 @@
+"""Converting save files between versions, widths and toolstacks."""

@@ -1,0 +1,1 @@
+"""Comparing two domains or two streams."""

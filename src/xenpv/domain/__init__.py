@@ -1,1 +1,0 @@
-"""The only place where files, records and memory meet."""

@@ -1,0 +1,1 @@
+"""A model of Xen in process, which keeps Xen's memory rules."""

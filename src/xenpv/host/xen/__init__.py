@@ -1,0 +1,1 @@
+"""Real Xen: its libraries, domctls and xenstore."""

@@ -1,0 +1,1 @@
+"""Files, pipes, signals and threads."""

@@ -1,0 +1,1 @@
+"""Migrating a running domain to another host."""

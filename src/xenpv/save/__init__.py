@@ -1,0 +1,1 @@
+"""Saving a domain to a stream, while it runs or after it has suspended."""

@@ -1,0 +1,139 @@
+"""What a saved domain has besides memory: its vcpus, shared info, TSC and CPU policy, as records.
+
+In the order of xen.git:tools/libs/guest/xg_sr_save_x86_pv.c; what is empty is left out, as there.
+"""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+
+from xenpv.abi.x86 import (
+    FIRST_RESERVED_GDT_ENTRY,
+    GDT_ENTRIES_PER_FRAME,
+    LEVELS,
+    PTE_P,
+    VCPU_GUEST_CONTEXT,
+    VGCF_ONLINE,
+)
+from xenpv.abi.xen import START_INFO_MAGIC
+from xenpv.errors import GuestError, HostError
+from xenpv.frames import NO_FRAME, PAGE_SHIFT
+from xenpv.host import Mover
+from xenpv.memory.pagetables import cr3_frame, cr3_of
+from xenpv.save.suspend import has_suspended
+from xenpv.source.live import LiveDomain
+from xenpv.stream.framing import Record
+from xenpv.stream.records import (
+    CpuidPolicy,
+    MsrPolicy,
+    SharedInfo,
+    StaticDataEnd,
+    VcpuBasic,
+    VcpuExtended,
+    VcpuMsrs,
+    VcpuXsave,
+    X86PVInfo,
+    X86TscInfo,
+)
+
+_NO_SUCH_VCPU = frozenset({errno.ENODATA, errno.ESRCH, errno.EINVAL})  # never started, or not there
+
+
+def static_records(host: Mover, live: LiveDomain) -> list[Record]:
+    """What does not change while a domain lives, to the mark that ends it."""
+    width = live.info.width
+    records: list[Record] = [X86PVInfo(guest_width=width, pt_levels=LEVELS[width])]
+    policy = host.cpu_policy(live.info.domid)
+    if policy.leaves:
+        records.append(CpuidPolicy(data=policy.leaves))
+    if policy.msrs:
+        records.append(MsrPolicy(data=policy.msrs))
+    return [*records, StaticDataEnd()]
+
+
+def last_records(host: Mover, live: LiveDomain) -> list[Record]:
+    """TSC, shared info as it is, and the vcpus that are online; the domain has to stand still.
+
+    GuestError for what a vcpu has that is not the domain's, or cannot be; HostError.
+    """
+    tsc = host.tsc_info(live.info.domid)
+    records: list[Record] = [
+        X86TscInfo(mode=tsc.mode, khz=tsc.khz, nsec=tsc.nsec, incarnation=tsc.incarnation),
+        SharedInfo(data=host.shared_info(live.info.domid)),
+    ]
+    for vcpu in live.vcpus or [0]:
+        context = _context(live, vcpu)
+        if context is None:
+            continue
+        state = host.vcpu_state(live.info.domid, vcpu)
+        records.append(VcpuBasic(vcpu_id=vcpu, context=context))
+        for kind, data in ((VcpuExtended, state.extended), (VcpuXsave, state.xsave), (VcpuMsrs, state.msrs)):
+            if data:
+                records.append(kind(vcpu_id=vcpu, context=data))
+    return records
+
+
+def _context(live: LiveDomain, vcpu: int) -> bytes | None:
+    """A vcpu's context with pfns for mfns; None for one that is not online. GuestError for frames not its own."""
+    width = live.info.width
+    try:
+        data = bytearray(live.host.vcpu_context(live.info.domid, vcpu))
+    except HostError as e:
+        live.host.info(live.info.domid)  # ESRCH may be of the domain, too
+        if vcpu == 0 or e.errno not in _NO_SUCH_VCPU:
+            raise
+        return None
+    context = np.frombuffer(data, VCPU_GUEST_CONTEXT[width])
+    if not int(context["flags"][0]) & VGCF_ONLINE:
+        if vcpu == 0:
+            raise GuestError(f"{live.name}: vcpu 0 is offline, and nothing else can resume it")
+        return None
+    if vcpu == 0:
+        register = "rdx" if width == 8 else "edx"
+        context["user_regs"][register] = _start_info(live, int(context["user_regs"][register][0]))
+    entries = int(context["gdt_ents"][0])
+    if entries > FIRST_RESERVED_GDT_ENTRY:
+        what = f"{live.name}: GDT entry count ({entries}) of vcpu{vcpu} out of range"
+        raise GuestError(f"{what} (max {FIRST_RESERVED_GDT_ENTRY})")
+    gdt = context["gdt_frames"][0]
+    for i in range(-(-entries // GDT_ENTRIES_PER_FRAME)):
+        gdt[i] = _pfn(live, f"frame {i} of vcpu{vcpu}'s GDT", int(gdt[i]))
+    ctrlreg = context["ctrlreg"][0]
+    ctrlreg[3] = cr3_of(_pfn(live, f"vcpu{vcpu}'s cr3", cr3_frame(int(ctrlreg[3]), width)), width)
+    if width == 8 and ctrlreg[1]:
+        user = _pfn(live, f"vcpu{vcpu}'s cr1", int(ctrlreg[1]) >> PAGE_SHIFT)
+        ctrlreg[1] = user << PAGE_SHIFT | PTE_P  # the mark of a pfn
+    return bytes(data)
+
+
+def _start_info(live: LiveDomain, mfn: int) -> int:
+    """The pfn of the suspend record, which a restorer writes to: so a start info page has to be there."""
+    pfn = _pfn(live, "suspend record", mfn)
+    page, _ = live.read(np.array([mfn], np.uint64))
+    if not page.tobytes().startswith(START_INFO_MAGIC[live.info.width]):
+        what = f"{live.name}: pfn {pfn:#x}, its suspend record, is no start info page"
+        raise GuestError(what + why_not(live))
+    return pfn
+
+
+def why_not(live: LiveDomain) -> str:
+    """What explains that a domain which stands still is not ready to be saved, if anything does."""
+    info = live.info
+    return ": it stands still, but its kernel has not suspended" if info.stands and not has_suspended(info) else ""
+
+
+def _pfn(live: LiveDomain, what: str, mfn: int) -> int:
+    pfn = int(live.pfns_of(np.array([mfn], np.uint64))[0])
+    if pfn == int(NO_FRAME):
+        raise bad_mfn(live, what, mfn)
+    return pfn
+
+
+def bad_mfn(live: LiveDomain, what: str, mfn: int) -> GuestError:
+    """As libxenguest has it: what m2p and p2m say."""
+    pfn = live.host.m2p(np.array([mfn], np.uint64))
+    other = int(live.p2m.lookup(pfn)[0])
+    where = f"mfn {mfn:#x}, m2p[{mfn:#x}] = {int(pfn[0]):#x}, p2m[{int(pfn[0]):#x}] = {other:#x}"
+    return GuestError(f"{live.name}: Bad mfn for {what}: {where}{why_not(live)}")

@@ -1,0 +1,1 @@
+"""The save helper that libxl runs for xl save, restore and migrate."""

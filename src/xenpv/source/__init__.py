@@ -1,0 +1,1 @@
+"""Domains to look at: running, saved or dumped."""

@@ -1,0 +1,339 @@
+"""A saved domain out of a file or a pipe.
+
+A file is read by seeking: the stream's records, never page content that nobody asked for. A pipe passes by once: the
+pages that a look at the domain needs (page tables, the p2m's frames, start info) go to an unlinked temporary file,
+the rest is let go, so that memory stays bounded whatever comes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import cached_property
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.abi.xen import START_INFO_MAGIC
+from xenpv.errors import Fault, StreamError
+from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
+from xenpv.io.stream_input import Input, Progress
+from xenpv.io.tempfile import unlinked_file
+from xenpv.memory.anchors import Anchors
+from xenpv.memory.domain import DomainMemory, Extents
+from xenpv.memory.p2m import P2M, reading
+from xenpv.memory.pagetables import cr3_frame
+from xenpv.memory.radix import Runs
+from xenpv.memory.registers import Registers
+from xenpv.stream.contents import Contents
+from xenpv.stream.envelope import Kind
+from xenpv.stream.events import Pages
+from xenpv.stream.feeding import FaultHandler
+from xenpv.stream.hvm_context import cpus
+from xenpv.stream.index import PageIndex
+from xenpv.stream.order import Guest
+from xenpv.stream.pagedata import PFN_MASK, PageData
+from xenpv.stream.reader import Reader
+from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
+
+if TYPE_CHECKING:
+    from xenpv.source.index_file import KeptIndex
+
+_START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
+
+
+class FilePages:
+    """Frames whose content lies in a file (``what``), at the offsets of an index counted from byte ``base``."""
+
+    def __init__(self, fd: int, where: PageIndex, types: PageIndex, base: int = 0, *, what: str = "the stream") -> None:
+        self._what = what
+        self._fd = fd
+        self._base = base
+        self._where = where
+        self._types = types
+
+    def types(self, pfns: U64) -> U8:
+        return self._types.types(pfns)
+
+    def kept(self, pfns: U64) -> Mask:
+        """Which pages have content here. Of a file all that came with some before its end; of a pipe, what was kept."""
+        offsets = self._where.offsets(pfns)
+        end = os.fstat(self._fd).st_size - self._base if self._fd >= 0 else 0
+        return np.asarray((offsets >= 0) & (offsets <= end - PAGE_SIZE))
+
+    def pages(self, pfns: U64) -> U8:
+        offsets = self._where.offsets(pfns)
+        if np.any(offsets < 0):
+            raise self._no_content(pfns, offsets)
+        out = np.empty((len(pfns), PAGE_SIZE), np.uint8)
+        order = np.argsort(offsets, kind="stable")
+        joined = np.diff(offsets[order]) == PAGE_SIZE
+        joined &= np.diff(order) == 1  # neighbours in the file and in the answer: one read
+        edges = (np.flatnonzero(~joined) + 1).tolist()
+        for first, end in zip([0, *edges], [*edges, len(order)], strict=True):
+            if first < end:
+                row = int(order[first])
+                self._read_into(out[row : row + end - first], self._base + int(offsets[row]), int(pfns[row]))
+        return out
+
+    def _read_into(self, into: U8, offset: int, pfn: int) -> None:
+        view = into.reshape(-1).data
+        while view:
+            n = os.preadv(self._fd, [view], offset)
+            if n == 0:
+                raise Fault(f"pfn {pfn:#x}: the file ends before its content", space="pfn", address=pfn)
+            view, offset = view[n:], offset + n
+
+    def _no_content(self, pfns: U64, offsets: I64) -> Fault:
+        pfn = int(pfns[np.argmax(offsets < 0)])
+        kind = int(self._types.types(np.array([pfn], np.uint64))[0])
+        why = f"is not in {self._what}" if kind == ABSENT else f"is of type {type_name(kind)}, or was not kept"
+        return Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
+
+
+class SavedDomain:
+    """A saved domain, opened: ``contents`` of its stream, ``frames`` and ``memory`` of the domain.
+
+    ``error`` is the StreamError at which reading ended early, when faults were collected rather than raised.
+    """
+
+    def __init__(self, source: Input, *, fault: FaultHandler | None = None, kind: Kind | None = None) -> None:
+        self.name = source.name
+        self.source = source
+        self.contents = Contents()
+        self.error: StreamError | None = None
+        self._fault = fault
+        self._kind = kind
+        self._spool: int | None = None
+        self._kept = self.contents.index
+        self._p2m_pages: tuple[X86PVP2MFrames | P2MLeaves | None, U64] = None, np.empty(0, np.uint64)
+        self._p2m: tuple[X86PVP2MFrames | P2MLeaves | None, P2M] | None = None  # by which record
+        self.frames = FilePages(source.fd, self._kept, self.contents.index, source.start)
+
+    @classmethod
+    def open(
+        cls,
+        path: str,
+        *,
+        fault: FaultHandler | None = None,
+        kind: Kind | None = None,
+        deep: bool = True,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Open and read the stream at ``path``; "-" is standard input.
+
+        With ``fault``, breaches of rules go there and reading goes on; without, the first one raises StreamError.
+        ``deep`` says whether guest memory will be asked for, which decides what is kept of a pipe. Raises RequestError
+        when the path cannot be opened.
+        """
+        return cls.of(Input.open(path), fault=fault, kind=kind, deep=deep, progress=progress)
+
+    @classmethod
+    def of(
+        cls,
+        source: Input,
+        *,
+        fault: FaultHandler | None = None,
+        kind: Kind | None = None,
+        deep: bool = True,
+        progress: Progress | None = None,
+        known: KeptIndex | None = None,
+    ) -> Self:
+        """As ``open``, from an Input, which is closed with the domain. ``known``: the index of its pages, if it is."""
+        saved = cls(source, fault=fault, kind=kind)
+        try:
+            saved._read(deep, progress, known)
+        except BaseException:
+            saved.close()
+            raise
+        return saved
+
+    def _read(self, deep: bool, progress: Progress | None, known: KeptIndex | None = None) -> None:
+        if known is not None:
+            self._kept = self.contents.index = known.index
+            self.frames = FilePages(self.source.fd, known.index, known.index, self.source.start)
+        passing = None if known is None else known.passing
+        keep = deep and not self.source.seekable
+        if not self.source.seekable:
+            self._spool = unlinked_file() if keep else None
+            self._kept = PageIndex()
+            self.frames = FilePages(-1 if self._spool is None else self._spool, self._kept, self.contents.index)
+        reader = Reader(fault=self._fault, pages=keep, kind=self._kind, passing=passing)
+        try:
+            for event in self.source.events(reader, progress):
+                if isinstance(event, Pages):
+                    self._keep(event)
+                    continue
+                self.contents.see(event)
+                if keep and isinstance(event, PageData):
+                    self._let_go(event.entries[~event.has_data])
+        except StreamError as e:
+            if self._fault is None:
+                raise
+            self.error = e
+
+    def _keep(self, pages: Pages) -> None:
+        """Spool those of some pages that a look at the domain needs."""
+        assert self._spool is not None
+        here = pages.record.entries[pages.record.has_data][pages.first :][: len(pages.raw) // PAGE_SIZE]
+        words = pages.data.view(np.uint64)
+        wanted: Mask = IS_TABLE[(here >> np.uint64(60)).astype(np.uint8)]
+        wanted |= words[:, 0] == _START_INFO
+        wanted |= self._holds_p2m(here & np.uint64(PFN_MASK))
+        wanted |= _may_be_frame_list(pages.data, self.contents.width)
+        if np.any(wanted):
+            end = os.lseek(self._spool, 0, os.SEEK_END)
+            _write_all(self._spool, pages.data[wanted])
+            self._kept.put(here[wanted], end)
+        self._let_go(here[~wanted])
+
+    def _let_go(self, entries: U64) -> None:
+        """Forget what an earlier sending of these pages had: their content is another now, and not kept."""
+        if len(entries):
+            self._kept.put(entries & np.uint64(PFN_MASK) | np.uint64(PageType.XTAB << 60), 0)
+
+    def _holds_p2m(self, pfns: U64) -> Mask:
+        """Which of these pages a P2M_FRAMES record named so far."""
+        record, frames = self._p2m_pages
+        if record is not self.contents.p2m_record:
+            frames = np.unique(self.contents.p2m_runs[2])
+            self._p2m_pages = self.contents.p2m_record, frames
+        if not len(frames):
+            return np.zeros(len(pfns), np.bool_)
+        return np.asarray(frames[np.minimum(np.searchsorted(frames, pfns), len(frames) - 1)] == pfns)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def pages_complete(self) -> bool:
+        """Whether all pages came that will: what follows them came, too. Else the input was cut off among them."""
+        return self.contents.complete or self.contents.shared_info is not None
+
+    def close(self) -> None:
+        """Close the input; guest memory cannot be read any more."""
+        self.source.close()
+        if self._spool is not None:
+            os.close(self._spool)
+            self._spool = None
+
+    # --- what is known of the domain ---------------------------------------------------------------------------------
+
+    @property
+    def hvm(self) -> bool:
+        """Whether it is HVM or PVH."""
+        return self.contents.domain is not None and self.contents.domain.guest is Guest.HVM
+
+    @property
+    def width(self) -> Width:
+        """Bytes of the guest's unsigned long, of HVM in vcpu 0's mode; 8 as long as nothing else was said."""
+        if self.hvm and self._cpus:
+            return Registers.of_hvm(self._cpus[min(self._cpus)]).width
+        return self.contents.width
+
+    @cached_property
+    def _cpus(self) -> dict[int, np.void]:
+        """Of an HVM domain, its vcpus as HVM_CONTEXT has them. Raises StreamError when that is damaged."""
+        record = self.contents.hvm_context
+        return {} if record is None else cpus(record.data, offset=record.offset)
+
+    def extents(self) -> Iterator[Extents]:
+        """Which pages the stream named, by its index: all in one piece."""
+        yield Extents(*self.contents.index.extents)
+
+    def shared_info(self) -> bytes | None:
+        """The 4096 bytes of its shared info page, None if they did not come."""
+        record = self.contents.shared_info
+        return None if record is None else bytes(record.data)
+
+    @property
+    def vcpus(self) -> list[int]:
+        """The numbers of the vcpus of which something came; of HVM those that were up."""
+        return sorted(self._cpus if self.hvm else self.contents.vcpus)
+
+    def vcpu_context(self, vcpu: int) -> np.void | None:
+        """The vcpu_guest_context of a vcpu as a NumPy record (abi.x86.VCPU_GUEST_CONTEXT), None if it did not come."""
+        record = self.contents.vcpus.get(vcpu)
+        if record is None or record.basic is None:
+            return None
+        return VCPU_GUEST_CONTEXT.read(record.basic.context, self.contents.width)
+
+    def registers(self, vcpu: int) -> Registers | None:
+        """What a vcpu's registers held, None if its context did not come."""
+        if self.hvm:
+            return Registers.of_hvm(self._cpus[vcpu]) if vcpu in self._cpus else None
+        context = self.vcpu_context(vcpu)
+        return None if context is None else Registers.of_context(context, self.width)
+
+    def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
+        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit PV guests may have."""
+        if self.hvm:
+            registers = self.registers(vcpu)
+            return None if user or registers is None else registers.top
+        context = self.vcpu_context(vcpu)
+        if context is None:
+            return None
+        if user:
+            cr1 = int(context["ctrlreg"][1])
+            return Pfn(cr1 >> 12) if self.contents.width == 8 and cr1 & 1 else None
+        return Pfn(cr3_frame(int(context["ctrlreg"][3]), self.contents.width))
+
+    def tops(self, vcpu: int) -> list[Pfn]:
+        """The pfns of a vcpu's top tables: the kernel's, and the user half's where there is one."""
+        return [top for top in (self.cr3(vcpu), self.cr3(vcpu, user=True)) if top is not None]
+
+    @property
+    def memory(self) -> DomainMemory:
+        """Memory as vcpu 0 sees it."""
+        return self.memory_of(0)
+
+    def memory_of(self, vcpu: int) -> DomainMemory:
+        """Memory as a vcpu sees it."""
+        if self.hvm:
+            return DomainMemory.of_hvm(self.frames, self.registers(vcpu))
+        return DomainMemory(self.frames, self.contents.width, self.cr3(vcpu), self.cr3(vcpu, user=True))
+
+    @property
+    def start_info_pfn(self) -> Pfn | None:
+        """The suspend record: vcpu 0's third argument to SCHEDOP_shutdown, in rdx or edx, is the start info frame."""
+        context = self.vcpu_context(0)
+        if context is None:
+            return None
+        return Pfn(int(context["user_regs"]["rdx" if self.contents.width == 8 else "edx"]))
+
+    @property
+    def anchors(self) -> Anchors | None:
+        """What shared info says of the p2m; frames in it are mfns of the host that saved."""
+        shared = self.contents.shared_info
+        return None if shared is None else Anchors.of(shared.data, self.contents.width)
+
+    @property
+    def p2m(self) -> P2M:
+        """The p2m by the frames that the stream names; its content is the mfns of the host that saved."""
+        contents = self.contents
+        if self._p2m is None or self._p2m[0] is not contents.p2m_record:
+            p2m = P2M(contents.width, contents.end_pfn + 1, Runs(*contents.p2m_runs), reading(self.frames))
+            self._p2m = contents.p2m_record, p2m
+        return self._p2m[1]
+
+
+def _may_be_frame_list(pages: U8, width: Width) -> Mask:
+    """Pages that could belong to a p2m tree.
+
+    Nothing but frame numbers. Which do is known only when all have gone by.
+    """
+    words = pages.view(f"<u{width}")
+    frame_max = (1 << 40) - 1 if width == 8 else (1 << 32) - 1
+    return np.asarray((words.min(axis=1) > 0) & (words.max(axis=1) <= frame_max))
+
+
+def _write_all(fd: int, data: U8) -> None:
+    view = np.ascontiguousarray(data).reshape(-1).data
+    while view:
+        view = view[os.write(fd, view) :]

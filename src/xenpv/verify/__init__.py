@@ -1,0 +1,1 @@
+"""Checking whether a saved domain would restore."""

@@ -1,0 +1,22 @@
+"""All checks of what a saved PV domain describes, beyond its framing."""
+
+from __future__ import annotations
+
+from xenpv.findings import Findings
+from xenpv.io.stream_input import Progress
+from xenpv.source.config import config_of
+from xenpv.source.saved import SavedDomain
+from xenpv.verify.heuristics import check_resume
+from xenpv.verify.p2m import check_p2m
+from xenpv.verify.page_tables import TableChecks, gdt_frames
+from xenpv.verify.vcpus import check_start_info, check_vcpus
+
+
+def check_domain(saved: SavedDomain, findings: Findings, progress: Progress | None = None) -> None:
+    """Check vcpus, start info, p2m and every page table of a PV domain; ``findings`` takes what is wrong."""
+    config = config_of(saved.contents)
+    check_vcpus(saved, findings, config)
+    check_start_info(saved, findings)
+    check_resume(saved, findings)
+    check_p2m(saved, findings, config)
+    TableChecks(saved, findings, gdt_frames(saved)).run(progress)

@@ -1,0 +1,77 @@
+"""Domains built into files: they verify, hold what a builder puts there, and cost what is used of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.images import GIB, MIB, P2M, UNMAPPED, image
+from tests.support.saving import Heap
+from tests.support.writers.kernel import PV64, Kernel, kernel32
+from xenpv.abi.x86 import PAGE_SIZE
+from xenpv.abi.xen import SIF_MOD_START_PFN, START_INFO
+from xenpv.build.offline import build_file, plan_file
+from xenpv.frames import PageType
+from xenpv.image.layout import Part
+from xenpv.image.request import Request
+from xenpv.source.config import as_libxl, config_of
+from xenpv.source.saved import SavedDomain
+from xenpv.verify.stream import verify
+
+RAMDISK = bytes(range(256)) * 40 + b"end"
+KERNELS = {
+    "64 bit, p2m outside": image(Kernel(notes=[*PV64, P2M, UNMAPPED])),
+    "64 bit, p2m inside": image(Kernel()),
+    "32 bit": image(kernel32()),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_file_verifies_and_holds_the_start_of_day(kernel: str, tmp_path: Path) -> None:
+    parsed, file = KERNELS[kernel], tmp_path / "made.save"
+    layout = plan_file(parsed, Request(32 * MIB, ramdisk=len(RAMDISK), vcpus=2, cmdline="a=b"))
+    heap = Heap()
+    summary = build_file(parsed, layout, RAMDISK, heap, name="made", uuid="01234567-89ab-cdef-0123-456789abcdef")
+    file.write_bytes(heap.data)
+    report = verify(str(file))
+    assert [str(finding) for finding in report.findings] == []
+    report.close()
+    with SavedDomain.open(str(file)) as saved:
+        config = config_of(saved.contents)
+        assert config is not None
+        assert (config.name, config.max_vcpus, config.max_memkb) == ("made", 2, 32 << 10)
+        index = saved.contents.index
+        assert summary.pages + summary.empty == sum(index.count().values()) == layout.nr_pages
+        assert index.count()[PageType.XALLOC] == summary.empty > layout.nr_pages // 2
+        assert saved.p2m.places == layout.segment(Part.P2M).pages  # type: ignore[union-attr]
+        memory = saved.memory
+        for segment in parsed.segments:
+            content = bytes(parsed.content(segment)).ljust(segment.memsz, b"\0")
+            assert memory.read_virtual(parsed.virtual(segment.paddr), segment.memsz) == content
+        start = START_INFO.read(memory.page(layout.start_info.pfn), layout.width)
+        assert (int(start["store_mfn"]), int(start["flags"]) & SIF_MOD_START_PFN) == (layout.start_info.store_pfn, 0)
+        assert memory.read_virtual(int(start["mod_start"]), int(start["mod_len"])) == RAMDISK
+        context = saved.vcpu_context(0)
+        assert context is not None
+        assert int(context["user_regs"]["rip" if layout.width == 8 else "eip"]) == layout.registers.ip
+        assert saved.start_info_pfn == layout.start_info.pfn
+
+
+def test_cost_follows_what_is_used() -> None:
+    """Of 8 GiB: the p2m list, and 8 bytes for each page that nobody wrote."""
+    kernel = KERNELS["64 bit, p2m outside"]
+    layout = plan_file(kernel, Request(8 * GIB))
+    heap = Heap()
+    summary = build_file(kernel, layout, b"", heap, name="large", uuid="01234567-89ab-cdef-0123-456789abcdef")
+    assert summary.pages < layout.nr_pages // 512 + 100
+    assert len(heap.data) < summary.pages * (PAGE_SIZE + 8) + layout.nr_pages * 9
+
+
+def test_the_configuration_is_one_that_we_read() -> None:
+    layout = plan_file(KERNELS["32 bit"], Request(64 * MIB, vcpus=3))
+    text = json.loads(as_libxl("n", "u", pages=layout.nr_pages, vcpus=layout.vcpus))
+    assert text["b_info"]["avail_vcpus"] == [0, 1, 2]
+    assert text["b_info"]["max_memkb"] == np.int64(64 << 10)

@@ -1,0 +1,466 @@
+"""Conversion: whatever is accepted passes deep verify, and is the domain that went in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.saved_files import piped
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.envelopes import CONFIG_XML, ENVELOPES, config_json
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.legacy import Legacy, delta, in_xl, pv_stream, remus_stream
+from tests.support.writers.legacy import hvm_stream as legacy_hvm
+from tests.support.writers.legacy import whole as whole_page
+from tests.support.writers.stream import NOTAB, OPTIONAL, PAGE, XALLOC, XTAB, Piece, Stream, Wire
+from xenpv.abi.declare import Width
+from xenpv.convert.convert import Conversion, Converted, Wish
+from xenpv.convert.file import Refused, convert, write
+from xenpv.convert.repack import BATCH_MAX, Cutter
+from xenpv.errors import Malformed, RequestError, StreamError, Truncated, Unsupported
+from xenpv.frames import HAS_DATA
+from xenpv.io.stream_input import Input
+from xenpv.source.saved import SavedDomain
+from xenpv.stream.envelope import Kind
+from xenpv.stream.legacy import LegacyReader
+from xenpv.verify.stream import verify
+
+W = Legacy()
+DOMAIN = pv_domain(pfns=range(64), vcpus=2, tree=True)
+CONFIG = config_json(vcpus=2) + b"\0"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def converted(data: bytes, out: Path, **wish: Any) -> Converted:
+    """Out of a file; what came out is verified again, as a file of its own."""
+    source = out.with_name("in")
+    source.write_bytes(data)
+    taken = Input.open(str(source))
+    try:
+        done = convert(taken, str(out), Wish(**wish))
+    finally:
+        taken.close()
+    report = verify(str(out))
+    report.close()
+    assert report.ok, list(map(str, report.findings))
+    assert [str(f) for f in report.findings] == [str(f) for f in done.findings]
+    assert out.stat().st_mode & 0o777 == 0o600
+    assert done.bytes_out == out.stat().st_size
+    return done
+
+
+def memory(path: Path) -> dict[int, tuple[int, bytes]]:
+    """Type and content of each pfn."""
+    with SavedDomain.open(str(path)) as saved:
+        found = {}
+        for start, count, kind in zip(*saved.contents.index.extents, strict=True):
+            pfns = np.arange(count, dtype=np.uint64) + start
+            pages = saved.frames.pages(pfns) if HAS_DATA[kind] else np.empty((len(pfns), 0), np.uint8)
+            found.update({int(pfn): (int(kind), page.tobytes()) for pfn, page in zip(pfns, pages, strict=True)})
+        return found
+
+
+def of_domain(domain: Domain) -> dict[int, tuple[int, bytes]]:
+    return {pfn: (kind, bytes(domain.pages.get(pfn, b""))) for pfn, kind in domain.types.items()}
+
+
+# --- versions ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("long", [8, 4])
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_legacy_stream_is_the_domain_that_it_was(width: Width, long: int, out: Path) -> None:
+    domain = pv_domain(width=width, pfns=range(64), vcpus=2, tree=True, linear=False)
+    done = converted(bytes(in_xl(pv_stream(domain, Legacy(long)), CONFIG)), out)
+    assert (done.version, done.source, done.kind, done.pages) == (1, Kind.XL, Kind.XL, len(domain.pages))
+    assert memory(out) == of_domain(domain)
+    with SavedDomain.open(str(out)) as saved:
+        assert saved.contents.envelope is not None
+        assert saved.contents.envelope.config == CONFIG
+        assert saved.contents.domain is not None
+        assert (saved.contents.domain.xen_major, saved.contents.domain.xen_minor) == (0, 1)
+        assert sorted(saved.contents.vcpus) == [0, 1]
+
+
+@pytest.mark.parametrize("long", [8, 4])
+def test_a_legacy_hvm_domain(long: int, out: Path) -> None:
+    done = converted(bytes(legacy_hvm(Legacy(long))), out, kind=Kind.LIBXL)
+    assert (done.version, done.pages) == (1, 15)
+    with SavedDomain.open(str(out)) as saved:
+        assert [event.name for event in saved.contents.emulators] == [
+            "libxl EMULATOR_XENSTORE_DATA",
+            "libxl EMULATOR_CONTEXT",
+        ]
+        assert saved.contents.libxl_header is not None
+        assert saved.contents.libxl_header.options == 2  # from legacy
+
+
+@pytest.mark.parametrize("envelope", ENVELOPES)
+@pytest.mark.parametrize("version", [2, 3])
+def test_version_2_becomes_3_and_3_stays(envelope: str, version: int, out: Path) -> None:
+    data = DOMAIN.to_bytes(envelope, version=version)
+    done = converted(data, out)
+    assert (done.version, done.source, done.kind) == (version, envelope, envelope)
+    assert memory(out) == of_domain(DOMAIN)
+    if version == 3:
+        assert out.read_bytes() == data
+
+
+def test_version_2_of_an_hvm_domain(out: Path) -> None:
+    converted(bytes(hvm_stream("xl", version=2)), out)
+    again = out.read_bytes()
+    assert converted(again, out).version == 3
+    assert out.read_bytes() == again
+
+
+@pytest.mark.parametrize("to", list(Kind))
+@pytest.mark.parametrize("envelope", ENVELOPES)
+def test_from_any_envelope_to_any(envelope: str, to: Kind, out: Path) -> None:
+    config = {"config": CONFIG_XML, "style": "xml"} if to is Kind.LIBVIRT else {}
+    done = converted(DOMAIN.to_bytes(envelope), out, kind=to, **config)
+    assert done.kind is to
+    assert memory(out) == of_domain(DOMAIN)
+    with SavedDomain.open(str(out)) as saved:
+        found = saved.contents.envelope
+        assert (found.kind if found else to) is to
+    assert done.config == ((to == envelope and to in {Kind.XL, Kind.XENOPSD}) or to is Kind.LIBVIRT)
+
+
+def test_a_device_model_is_not_lost_silently(out: Path) -> None:
+    data = bytes(hvm_stream("xl"))
+    for to in (Kind.LIBXC, Kind.XENOPSD):
+        with pytest.raises(Unsupported, match="device model"):
+            converted(data, out, kind=to)
+        assert not out.exists()
+        assert converted(data, out, kind=to, drop_emulator=True).left_out
+        out.unlink()
+    with pytest.raises(Unsupported, match="device model"):
+        converted(bytes(hvm_stream("xenopsd")), out, kind=Kind.XL)
+    assert len(converted(data, out, kind=Kind.LIBXL).left_out) == 0
+
+
+def test_what_has_no_place_is_said(out: Path) -> None:
+    for wish, says in (
+        ({"kind": Kind.LIBVIRT}, "XML"),
+        ({"kind": Kind.LIBXL, "config": CONFIG}, "no place"),
+        ({"kind": Kind.XL, "config": CONFIG_XML, "style": "xml"}, "no place"),
+        ({"kind": Kind.XL, "config": bytes(17 << 20)}, "configuration of"),
+        ({"batch": 0}, "1 to"),
+        ({"batch": BATCH_MAX + 1}, "1 to"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            converted(DOMAIN.to_bytes("xl"), out, **wish)
+        assert not out.exists()
+
+
+def test_optional_records_are_left_out_and_told(out: Path) -> None:
+    stream = DOMAIN.to_stream("libxc").before("X86_TSC_INFO", Wire().record(OPTIONAL | 0x42, b"later"), Wire().verify())
+    done = converted(bytes(stream), out)
+    assert done.left_out == ["optional record 0x80000042"]
+    assert out.read_bytes() == DOMAIN.to_bytes("libxc")
+
+
+@pytest.mark.parametrize("envelope", ENVELOPES)
+def test_what_follows_the_stream_is_left_out_and_told(envelope: str, out: Path) -> None:
+    data = DOMAIN.to_bytes(envelope)
+    assert converted(data + b"more", out).left_out == ["4 bytes behind the stream"]
+    assert out.read_bytes() == data
+    assert from_pipe(data + b"more", out).left_out == ["4 bytes behind the stream"]
+
+
+# --- pages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 5000])
+def test_records_are_cut_anew(batch: int, out: Path) -> None:
+    converted(DOMAIN.to_bytes("libxc", batch=10), out, batch=batch)
+    assert out.read_bytes() == DOMAIN.to_bytes("libxc", batch=batch)
+    assert converted(DOMAIN.to_bytes("libxc", batch=batch), out, batch=10).pages == len(DOMAIN.pages)
+    assert out.read_bytes() == DOMAIN.to_bytes("libxc", batch=10)
+
+
+def test_a_page_that_comes_again_stays_the_later_one(out: Path) -> None:
+    wire, old = Wire(), b"o" * PAGE
+    pfn = DOMAIN.places.data[0]
+    again = [wire.page_data([(pfn, NOTAB)], [old]), wire.page_data([(pfn, NOTAB)], [bytes(DOMAIN.pages[pfn])])]
+    for batch in (None, 3, 1000):
+        done = converted(bytes(DOMAIN.to_stream("libxc").before("X86_TSC_INFO", *again)), out, batch=batch)
+        assert memory(out) == of_domain(DOMAIN)
+        assert done.findings == []  # not twice in one record, which is worth a warning
+
+
+def test_reserved_bits_do_not_go_along(out: Path) -> None:
+    """ "Reserved fields [...] must be ignored during restore": a warning of the input, and none of the result."""
+    stream = DOMAIN.to_stream("libxc")
+    stream.patch("PAGE_DATA", 8 + 8 + 6, b"\xf0")
+    assert converted(bytes(stream), out).findings == []
+    assert out.read_bytes() == DOMAIN.to_bytes("libxc")
+
+
+def test_pages_of_zeros_go_without_content_where_that_means_the_same(out: Path) -> None:
+    """Not those of the p2m, not tables, and not what an earlier sending gave other content."""
+    domain = pv_domain(pfns=range(64))
+    plain, again, leaf = domain.places.data[0], domain.places.data[1], domain.places.p2m_missing
+    for pfn in (plain, again):
+        domain.pages[pfn][:] = bytes(PAGE)
+    for pfn in domain.places.gdt:
+        domain.pages[pfn][:8] = b"a segment"[:8]
+    stream = domain.to_stream("libxc")
+    stream.before("PAGE_DATA", Wire().page_data([(again, NOTAB)], [b"x" * PAGE]))
+    whole = converted(bytes(stream), out)
+    done = converted(bytes(stream), out, drop_zero=True)
+    found = memory(out)
+    assert found[plain] == (XALLOC, b"")
+    assert found[again] == (NOTAB, bytes(PAGE))
+    assert leaf < 0 or found[leaf][0] == NOTAB
+    assert {pfn: page for pfn, page in found.items() if page[0] != XALLOC} == {
+        pfn: page for pfn, page in of_domain(domain).items() if found[pfn][0] != XALLOC
+    }
+    assert done.dropped == sum(kind == XALLOC for kind, _ in found.values())
+    assert done.saved == done.dropped * PAGE == whole.bytes_out - done.bytes_out
+
+
+def test_zeros_of_the_p2m_are_content() -> None:
+    """A restorer writes to all of its frames, and wants them to have come as pages."""
+    cutter = Cutter(drop_zero=True)
+    cutter.keep = np.array([5], np.uint64)
+    of_record = np.array([4, 5, 6 | 1 << 60, 7], np.uint64)
+
+    def take(into: memoryview) -> None:
+        into[:] = bytes(4 * PAGE - 1) + b"!"
+
+    ((entries, (content,)),) = cutter.put(of_record, take)
+    assert entries.tolist() == [4 | XALLOC << 60, 5, 6 | 1 << 60, 7]
+    assert content.shape == (3, PAGE)
+    assert cutter.dropped == 1
+
+
+# --- Remus ------------------------------------------------------------------------------------------------------------
+
+
+def _without_frame(domain: Domain) -> int:
+    return next(pfn for pfn in range(domain.entries) if pfn not in domain.pages)
+
+
+def remus(domain: Domain) -> tuple[list[list[Piece]], dict[int, bytes]]:
+    """Two rounds of changes to pages of data, and what those hold in the end."""
+    a, b, c = domain.places.data[:3]
+    first = {pfn: bytes([pfn]) * PAGE for pfn in (a, b)}
+    second = bytearray(first[a])
+    second[100:140] = b"z" * 40
+    plain = bytearray(domain.pages[c])
+    plain[:8] = b"in place"
+    return [
+        [W.pages([(a, NOTAB), (b, NOTAB)], []), W.compressed(whole_page(first[a]) + whole_page(first[b]))],
+        [
+            W.pages([(a, NOTAB), (b, NOTAB), (c, NOTAB)], []),
+            W.compressed(delta(first[a], bytes(second)) + b"\0" + delta(bytes(domain.pages[c]), bytes(plain))),
+            W.pages([(_without_frame(domain), XTAB)], []),  # has gone meanwhile: nothing follows for it
+        ],
+    ], {a: bytes(second), b: first[b], c: bytes(plain)}
+
+
+def test_what_remus_compressed_is_whole_again(out: Path) -> None:
+    domain = pv_domain(pfns=range(64), vcpus=2)
+    rounds, changed = remus(domain)
+    done = converted(bytes(remus_stream(domain, rounds)), out, kind=Kind.LIBXC)
+    assert (done.checkpoints, done.cut_off) == (2, None)
+    found, gone = memory(out), _without_frame(domain)
+    assert {pfn: found[pfn][1] for pfn in changed} == changed
+    assert found[gone] == (XTAB, b"")
+    assert {pfn: page for pfn, page in found.items() if pfn not in {gone, *changed}} == {
+        pfn: page for pfn, page in of_domain(domain).items() if pfn not in {gone, *changed}
+    }
+
+
+def test_a_checkpoint_that_is_cut_off_does_not_count(out: Path) -> None:
+    domain = pv_domain(pfns=range(64), vcpus=2)
+    rounds, _ = remus(domain)
+    stream = remus_stream(domain, rounds)
+    one = bytes(remus_stream(domain, rounds[:1]))
+    data = bytes(stream)
+    converted(one, out, kind=Kind.LIBXC)
+    expected = memory(out)
+    for cut in (len(one) + 2, len(one) + 100, len(data) - 1):
+        done = converted(data[:cut], out, kind=Kind.LIBXC)
+        assert done.cut_off is not None
+        assert f"{cut:#x}" in done.cut_off
+        assert memory(out) == expected
+    first = bytes(remus_stream(domain, []))
+    for cut in (len(first) - 1, len(first) // 2):
+        with pytest.raises(Truncated):
+            converted(data[:cut], out)
+
+
+def test_few_bytes_never_become_many_pages(out: Path) -> None:
+    """A byte says that a page is the same: written as they came, these would be 12 MiB."""
+    domain = pv_domain(pfns=range(64))
+    few = domain.places.data[:30]
+    same = [W.pages([(pfn, NOTAB) for pfn in few], []), W.compressed(b"\0" * len(few))]
+    done = converted(bytes(remus_stream(domain, [same] * 100)), out, kind=Kind.LIBXC)
+    once = converted(bytes(remus_stream(domain, [same])), out, kind=Kind.LIBXC)
+    assert done.pages == once.pages == len(domain.pages) + len(few)
+    assert memory(out) == of_domain(domain)
+
+
+def test_temporary_files_hold_each_page_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = pv_domain(pfns=range(64))
+    pfn = domain.places.data[0]
+    pages = [bytes([n]) * PAGE for n in range(100)]
+    first = [W.pages([(pfn, NOTAB)], []), W.compressed(whole_page(pages[0]))]
+    rounds = [[W.pages([(pfn, NOTAB)], []), W.compressed(delta(a, b))] for a, b in pairwise(pages)]
+    sizes = []
+
+    def file() -> int:
+        path = tmp_path / "temporary"
+        sizes.append(path.stat)
+        return os.open(path, os.O_RDWR | os.O_CREAT)
+
+    monkeypatch.setattr("xenpv.convert.remus.unlinked_file", file)
+    converted(bytes(remus_stream(domain, [first, *rounds])), tmp_path / "out", kind=Kind.LIBXC)
+    assert [size().st_size for size in sizes] == [(pfn + 1) * PAGE]
+    assert memory(tmp_path / "out")[pfn] == (NOTAB, pages[-1])
+
+
+def test_a_page_that_changes_twice_in_a_checkpoint_is_refused(out: Path) -> None:
+    domain = pv_domain(pfns=range(64))
+    pfn = domain.places.data[0]
+    named = [W.pages([(pfn, NOTAB)], []) for _ in range(2)]
+    with pytest.raises(Malformed, match=rf"pfn {pfn:#x} comes twice .* \(at 0x.*in compressed pages\)"):
+        converted(bytes(remus_stream(domain, [[*named, W.compressed(b"\0\0")]])), out)
+
+
+def test_deltas_of_what_a_pipe_had_before_are_refused(tmp_path: Path, out: Path) -> None:
+    """A pipe keeps no plain pages; what came compressed it has."""
+    domain = pv_domain(pfns=range(64), vcpus=2)
+    rounds, _ = remus(domain)
+    with pytest.raises(Unsupported, match="convert from a file"):
+        from_pipe(bytes(remus_stream(domain, rounds)), out)
+    assert not out.exists()
+    assert from_pipe(bytes(remus_stream(domain, rounds[:1])), out).checkpoints == 1
+
+
+def test_a_checkpointed_stream_of_today_becomes_a_plain_one(out: Path) -> None:
+    stream = DOMAIN.to_checkpointed(rounds=2)
+    done = converted(bytes(stream), out)
+    assert done.checkpoints == 2
+    assert memory(out) == of_domain(DOMAIN)
+    with SavedDomain.open(str(out)) as saved:
+        assert saved.contents.checkpoints == 0
+
+
+def test_of_a_device_model_the_last_state_counts(out: Path) -> None:
+    """Each checkpoint has all of it."""
+    begin = legacy_hvm()
+    begin.drop("chunk -9")
+    again = Stream(legacy_hvm()[begin.find("chunk -7") :]).replace("qemu", W.qemu(b"last"))
+    converted(bytes(begin.replace("qemu", W.qemu(b"first"))) + bytes(again), out, kind=Kind.XL)
+    with SavedDomain.open(str(out)) as saved:
+        assert [event.data for event in saved.contents.emulators[1:]] == [b"last"]
+
+
+# --- files, pipes, and what goes wrong --------------------------------------------------------------------------------
+
+
+def from_pipe(data: bytes, out: Path, **wish: Any) -> Converted:
+    with piped(data) as fd:
+        source = Input(os.dup(fd), "pipe")
+        try:
+            return convert(source, str(out), Wish(**wish))
+        finally:
+            source.close()
+
+
+SOURCES = {
+    "legacy": bytes(in_xl(pv_stream(DOMAIN), CONFIG)),
+    "legacy-hvm": bytes(in_xl(legacy_hvm())),
+    "v2": DOMAIN.to_bytes("xl", version=2),
+    "v3": DOMAIN.to_bytes("libxc"),
+    "remus": bytes(DOMAIN.to_checkpointed()),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_pipe_gives_what_a_file_gives(name: str, out: Path) -> None:
+    converted(SOURCES[name], out)
+    of_file = out.read_bytes()
+    from_pipe(SOURCES[name], out)
+    assert out.read_bytes() == of_file
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_into_a_pipe_goes_what_a_file_would_have(name: str, out: Path) -> None:
+    converted(SOURCES[name], out)
+    assert b"".join(into_pipe(out.with_name("in"), out.with_name("fifo"))) == out.read_bytes()
+
+
+def into_pipe(source: Path, fifo: Path) -> Iterator[bytes]:
+    os.mkfifo(fifo)
+    reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(reading, True)
+    import fcntl  # noqa: PLC0415
+
+    fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, 1 << 20)
+    taken = Input.open(str(source))
+    try:
+        convert(taken, str(fifo), Wish())
+    finally:
+        taken.close()
+        while data := os.read(reading, 1 << 16):
+            yield data
+        os.close(reading)
+
+
+@pytest.mark.parametrize("name", ["legacy", "v2", "v3"])
+def test_an_input_that_is_cut_leaves_nothing(name: str, out: Path) -> None:
+    data = SOURCES[name]
+    for cut in range(0, len(data), len(data) // 11):
+        with pytest.raises(StreamError):
+            converted(data[:cut], out)
+        assert [path.name for path in out.parent.iterdir()] == ["in"]
+
+
+def broken() -> Stream:
+    """A present entry that leads beyond the domain's end: framing is sound, memory is not."""
+    domain = pv_domain(pfns=range(64))
+    domain.set_pte(domain.vaddrs[domain.places.data[0]], 0x7F_FFFF << 12 | 3)
+    return pv_stream(domain)
+
+
+def test_what_would_not_restore_is_refused(tmp_path: Path, out: Path) -> None:
+    out.with_name("in").write_bytes(bytes(broken()))
+    taken = Input.open(str(out.with_name("in")))
+    with pytest.raises(Refused) as e:
+        convert(taken, str(out), Wish(Kind.LIBXC))
+    assert {finding.rule.name for finding in e.value.findings} == {"pte-range"}
+    assert [path.name for path in out.parent.iterdir()] == ["in"]
+    done = convert(taken, str(out), Wish(Kind.LIBXC), force=True)
+    report = verify(str(out))
+    report.close()
+    assert [str(f) for f in report.findings] == [str(f) for f in done.findings]
+    assert not report.ok
+    taken.close()
+
+
+def test_what_would_not_restore_has_no_end_in_a_pipe(out: Path) -> None:
+    """All of it but the last record, so that nobody starts it."""
+    data = bytes(broken())
+    given = bytearray()
+    out.with_name("in").write_bytes(data)
+    taken = Input.open(str(out.with_name("in")))
+    with pytest.raises(Refused):
+        write(Conversion(taken, LegacyReader(), Wish(Kind.LIBXC)), lambda pieces: given.extend(b"".join(pieces)))
+    assert convert(taken, str(out), Wish(Kind.LIBXC), force=True).bytes_out == len(given) + 8
+    assert out.read_bytes()[:-8] == given
+    taken.close()

@@ -1,0 +1,302 @@
+"""Guests that run on ModelHost: their memory by virtual address, what they dirty, and how they suspend."""
+
+from __future__ import annotations
+
+import errno
+
+import numpy as np
+import pytest
+
+from tests.support.model_guest import BASE, READ_ONLY, array, make, page
+from tests.support.model_invariants import check
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.abi.xen import SHARED_INFO
+from xenpv.errors import Fault, HostError
+from xenpv.frames import DomId
+from xenpv.host.model.guest_view import GuestView
+from xenpv.host.model.host import SHUTDOWN_SUSPEND, ModelHost
+from xenpv.host.model.xenstore import ModelStore
+
+BOTH = pytest.mark.parametrize("width", [8, 4])
+
+
+@BOTH
+def test_a_guest_reads_and_writes_its_memory(width: Width) -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, width, 1200)
+
+    def guest(view: GuestView) -> bytes:
+        view.write(made.vaddr(511) + 4000, b"x" * 5000)
+        return view.read(made.vaddr(511) + 3999, 5002)
+
+    assert host.run(made.domid, guest) == b"\0" + b"x" * 5000 + b"\0"
+    pages, _ = host.map_frames(made.domid, made.mfns[511:514])
+    assert pages.reshape(-1)[4000:9000].tobytes() == b"x" * 5000
+
+
+def test_any_piece_of_memory_is_written_and_no_more() -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, 8, 64)
+    expected = bytearray(8 * 4096)
+
+    def guest(view: GuestView) -> None:
+        for start in (0, 1, 4095, 4096, 5000):
+            for length in (0, 1, 95, 4095, 4096, 4097, 8192, 12000):
+                data = bytes([(start + length) % 255 + 1]) * length
+                view.write(made.vaddr(8) + start, data)
+                expected[start : start + length] = data
+                assert view.read(made.vaddr(8), len(expected)) == expected
+
+    host.run(made.domid, guest)
+
+
+@BOTH
+@pytest.mark.parametrize("write", [False, True])
+def test_what_is_not_mapped_faults(width: Width, write: bool) -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, width, 64)
+    xen = 0xFFFF_8000_0000_0000 if width == 8 else 0xF580_0000
+
+    def guest(view: GuestView) -> None:
+        for vaddr, level in (
+            (made.vaddr(64), 1),
+            (BASE[width] + (4 << 20), 2),
+            (0x1000, width // 2 if width == 8 else 3),
+            (xen, 4 if width == 8 else 3),
+            (1 << 60, 4 if width == 8 else 3),
+        ):
+            with pytest.raises(Fault) as e:
+                view.translate(vaddr, write=write)
+            assert (e.value.space, e.value.address, e.value.level) == ("vaddr", vaddr, level)
+
+    host.run(made.domid, guest)
+
+
+@BOTH
+def test_page_tables_are_read_and_not_written(width: Width) -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, width, 64)
+
+    def guest(view: GuestView) -> None:
+        assert any(view.read(made.vaddr(63), 4096))
+        with pytest.raises(Fault, match="read-only") as e:
+            view.write(made.vaddr(62) + 4095, b"xy")
+        assert e.value.level == 1
+        with pytest.raises(HostError) as no:
+            view.mmu_update([(*made.entry_of(63), int(made.mfns[63]) << 12 | READ_ONLY | 2)])
+        assert no.value.errno == errno.EBUSY
+
+    host.run(made.domid, guest)
+
+
+def test_a_guest_builds_tables_and_moves_pages() -> None:
+    """It takes a page for a new L1, maps itself anew through it, and moves a page to a pfn beyond 2^31."""
+    host = ModelHost(1 << 30)
+    made = make(host, 8, 64)
+    host.max_mem(made.domid, 70)
+    far = 1 << 32
+
+    def guest(view: GuestView) -> bytes:
+        table, moved = view.populate_physmap(array(64, 65)).tolist()
+        view.mmu_update([(table, 5, moved << 12 | READ_ONLY | 2), (made.l2, 9, table << 12 | READ_ONLY)])
+        with pytest.raises(Fault, match=r"L2\[9\] is read-only"):
+            view.write(BASE[8] + (9 << 21) + 0x5000, b"no")
+        view.mmu_update([(made.l2, 9, table << 12 | READ_ONLY | 2)])
+        view.write(BASE[8] + (9 << 21) + 0x5000, b"hello")
+        view.machphys_update(array(moved), array(far))
+        assert view.m2p(array(moved)).tolist() == [far]
+        assert view.decrease_reservation(made.mfns[7:8]) == 1
+        return view.read(BASE[8] + (9 << 21) + 0x5000, 5)
+
+    assert host.run(made.domid, guest) == b"hello"
+    assert host.info(made.domid).pages == 66
+    check(host)
+
+
+@BOTH
+def test_pages_in_any_order(width: Width) -> None:
+    """Across L1 tables, twice, and with one among them that may not be written: then none is."""
+    host = ModelHost(1 << 30)
+    made = make(host, width, 1200)
+    wanted = [1100, 5, 600, 1100, 7]
+
+    def guest(view: GuestView) -> None:
+        vaddrs = array(*map(made.vaddr, wanted))
+        assert view.frames_at(vaddrs).tolist() == made.mfns[wanted].tolist()
+        content = np.arange(len(wanted), dtype=np.uint8)[:, None].repeat(4096, axis=1)
+        view.write_pages(vaddrs, content)
+        assert view.read_pages(vaddrs)[:, 77].tolist() == [3, 1, 2, 3, 4]
+        with pytest.raises(Fault) as e:
+            view.write_pages(array(made.vaddr(5), made.vaddr(1), made.vaddr(1199)), content[:3])
+        assert e.value.address == made.vaddr(1)
+        assert view.read_pages(vaddrs)[:, 77].tolist() == [3, 1, 2, 3, 4]
+        assert view.read_pages(array()).shape == (0, 4096)
+
+    host.run(made.domid, guest)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_many_entries_at_once_are_as_one_after_another(seed: int) -> None:
+    """update_va_mapping against mmu_update, also where Xen refuses one, or a frame is gone before it is mapped anew."""
+    random = np.random.default_rng(seed)
+    width: Width = 8 if seed % 2 else 4
+    hosts, mades = [ModelHost(1 << 28), ModelHost(1 << 28)], []
+    for host in hosts:
+        mades.append(made := make(host, width, 700))
+        if seed % 4 > 1:
+            host.decrease_reservation(made.domid, made.mfns[20:24])  # gone as soon as nothing maps them
+    made = mades[0]
+    others = made.mfns[random.choice([*range(15, 30), *range(100, 110), 99 if seed % 4 else 699], 30)] << np.uint64(12)
+    slots = random.choice(np.append(np.arange(15, 30), 512 + np.arange(15)), 30, replace=seed % 8 == 7)
+    ptes = np.where(
+        random.random(30) < 0.3, np.uint64(0), others | random.choice([READ_ONLY, READ_ONLY | 2], 30).astype(np.uint64)
+    )
+    errors: list[int | None] = []
+    vaddrs = array(*(made.vaddr(slot) for slot in slots.tolist()))
+    order = np.argsort(vaddrs, kind="stable")  # table by table, as one multicall might have them
+    updates = [(*made.entry_of(int(slots[n])), int(ptes[n])) for n in order]
+    try:
+        hosts[0].run(made.domid, lambda view: view.update_va_mapping(vaddrs, ptes))
+        errors.append(None)
+    except HostError as e:
+        errors.append(e.errno)
+    try:
+        hosts[1].mmu_update(made.domid, updates)
+        errors.append(None)
+    except HostError as e:
+        errors.append(e.errno)
+    assert errors[0] == errors[1]
+    for mfn in made.l1:
+        np.testing.assert_array_equal(hosts[0].frames.entries(int(mfn)), hosts[1].frames.entries(int(mfn)))
+    for name in ("owner", "type", "flags", "types", "count"):
+        np.testing.assert_array_equal(getattr(hosts[0].frames.rows, name), getattr(hosts[1].frames.rows, name))
+    check(hosts[0])
+
+
+@BOTH
+def test_a_mapping_without_a_table_is_refused(width: Width) -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, width, 64)
+
+    def guest(view: GuestView) -> None:
+        with pytest.raises(HostError, match="update_va_mapping") as e:
+            view.update_va_mapping(array(BASE[width] + (4 << 20)), array(0))
+        assert (e.value.errno, e.value.domid) == (errno.EINVAL, made.domid)
+
+    host.run(made.domid, guest)
+
+
+@BOTH
+def test_what_the_registers_say(width: Width) -> None:
+    """As the vcpu was set; after a suspend the third argument is in rdx, or edx, and the result in rax."""
+    host = ModelHost(1 << 30)
+    made = make(host, width, 64)
+    data = np.frombuffer(bytearray(host.vcpu_context(made.domid, 0)), VCPU_GUEST_CONTEXT[width])
+    data["user_regs"]["rsi" if width == 8 else "esi"] = 0x1234
+    data["user_regs"]["rax" if width == 8 else "eax"] = 9
+    host.set_vcpu_context(made.domid, 0, data.tobytes())
+
+    def guest(view: GuestView) -> None:
+        assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 9, 0)
+        assert [view.alloc_event(), view.alloc_event()] == [1, 2]
+        view.shutdown(SHUTDOWN_SUSPEND, 0xABC)
+
+    host.run(made.domid, guest)
+    view = GuestView(host, made.domid)
+    assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 0, 0xABC)
+
+
+def test_dom0_has_no_uuid_as_on_real_xen() -> None:
+    assert ModelHost(1 << 30).info(DomId(0)).uuid is None
+
+
+def test_what_is_dirty() -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, 8, 64)
+    with pytest.raises(HostError) as e:
+        host.dirty_pfns(made.domid, 64, clean=True)
+    assert e.value.errno == errno.EINVAL
+    host.run(made.domid, lambda view: view.write(made.vaddr(3), b"before"))
+    host.log_dirty(made.domid, on=True)
+    with pytest.raises(HostError) as e:
+        host.log_dirty(made.domid, on=True)
+    assert e.value.errno == errno.EINVAL
+    host.run(made.domid, lambda view: view.write(made.vaddr(8) + 4090, b"two pages"))
+    host.write_frames(made.domid, made.mfns[20:21], page({}))
+    assert host.dirty_pfns(made.domid, 64, clean=False).tolist() == [8, 9], "and not what a toolstack wrote"
+    assert host.dirty_pfns(made.domid, 9, clean=False).tolist() == [8]
+    assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == [8, 9]
+    host.run(made.domid, lambda view: view.mmu_update([(*made.entry_of(30), 0)]))
+    assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == host.m2p(array(made.entry_of(30)[0])).tolist()
+    host.pin(made.domid, int(made.mfns[30]), 1)
+    host.machphys_update(made.domid, made.mfns[31:32], array(1 << 34))
+    assert host.dirty_pfns(made.domid, 1 << 35, clean=True).tolist() == [30, 1 << 34]
+    host.log_dirty(made.domid, on=False)
+    host.log_dirty(made.domid, on=True)
+    assert not len(host.dirty_pfns(made.domid, 64, clean=True))
+
+
+def test_suspending_by_xenstore_and_resuming() -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, 8, 64)
+    node = f"/local/domain/{made.domid}/control/shutdown"
+    seen: list[str] = []
+    host.store.watch(node, "token", lambda path, _: seen.append(path))
+
+    def guest(view: GuestView) -> str:
+        if view.store_read("control/shutdown") == b"suspend":
+            view.store_write("control/shutdown", b"")
+            view.shutdown(SHUTDOWN_SUSPEND)
+        return "running"
+
+    assert host.run(made.domid, guest) == "running"
+    host.store.write(node, b"suspend")
+    assert host.run(made.domid, guest) is None
+    assert seen == [node] * 3
+    info = host.info(made.domid)
+    assert (info.shutdown, info.shutdown_reason) == (True, SHUTDOWN_SUSPEND)
+    with pytest.raises(HostError, match="has shut down"):
+        host.run(made.domid, guest)
+    host.resume(made.domid)
+    assert host.run(made.domid, guest) == "running"
+    host.pause(made.domid)
+    with pytest.raises(HostError, match="is paused"):
+        host.run(made.domid, guest)
+
+
+def test_events_come_once() -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, 8, 64)
+    host.notify(made.domid, 3)
+    host.notify(made.domid, 3)
+    assert host.run(made.domid, lambda view: [view.take_event(n) for n in (2, 3, 3)]) == [False, True, False]
+
+
+@BOTH
+def test_shared_info_is_the_guests_to_write(width: Width) -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, width, 64)
+    at = SHARED_INFO.offset(width, "arch.p2m_generation")
+    host.run(made.domid, lambda view: view.write_shared_info(b"\x05", at))
+    assert int(SHARED_INFO.read(host.shared_info(made.domid), width)["arch"]["p2m_generation"]) == 5
+    mfn = host.info(made.domid).shared_info_mfn
+    host.mmu_update(made.domid, [(*made.entry_of(9), mfn << 12 | READ_ONLY | 2)])
+    host.run(made.domid, lambda view: view.write(made.vaddr(9) + at, b"\x07"))
+    assert int(SHARED_INFO.read(host.shared_info(made.domid), width)["arch"]["p2m_generation"]) == 7
+    check(host)
+
+
+def test_a_store_keeps_parents_and_loses_children() -> None:
+    store = ModelStore()
+    store.write("/a/b/c", b"1")
+    store.write("/a/d", b"2")
+    assert (store.list("/"), store.list("/a"), store.read("/a/b"), store.read("/x")) == (["a"], ["b", "d"], b"", None)
+    seen: list[str] = []
+    store.watch("/a/b/c", "t", lambda path, _: seen.append(path))
+    assert store.remove("/a/b")
+    assert not store.remove("/a/b")
+    assert store.list("/a") == ["d"]
+    store.unwatch("/a/b/c", "t")
+    store.write("/a/b/c", b"3")
+    assert seen == ["/a/b/c", "/a/b/c"]

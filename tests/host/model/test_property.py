@@ -1,0 +1,104 @@
+"""Whatever guests and toolstacks ask for in whatever order: Xen's counts stay right, and a refusal changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.support.model_guest import READ_ONLY, TABLE, array, make, page, pfns
+from tests.support.model_invariants import check
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import PTE_PSE
+from xenpv.errors import HostError
+from xenpv.host.model.host import ModelHost
+
+FRAMES = 12  # that random things are done to, the first of the domain's
+some = st.integers(0, FRAMES - 1)
+slot = st.sampled_from([0, 1, 3, 255, 256, 300, 511])
+flags = st.sampled_from([0, TABLE, TABLE, READ_ONLY, READ_ONLY, TABLE | PTE_PSE])
+entry = st.tuples(slot, some, flags)
+level = st.integers(1, 4)
+ops = st.one_of(
+    st.tuples(st.just("fill"), some, st.lists(entry, max_size=3)),
+    st.tuples(st.just("pin"), some, level),
+    st.tuples(st.just("unpin"), some),
+    st.tuples(st.just("update"), some, entry),
+    st.tuples(st.just("decrease"), some),
+    st.tuples(st.just("populate"), st.integers(1, 3)),
+    st.tuples(st.just("m2p"), some, some),
+    st.tuples(st.just("load_top"), some, st.booleans()),
+    st.tuples(st.just("foreign"), some, st.sampled_from([0, TABLE, READ_ONLY])),
+)
+
+
+def state(host: ModelHost) -> bytes:
+    rows = host.frames.rows
+    return b"".join(column.tobytes() for column in (rows.owner, rows.count, rows.types, rows.m2p))
+
+
+def do(host: ModelHost, domid: Any, mfns: Any, op: tuple[Any, ...]) -> None:
+    def pte(at: tuple[int, int, int]) -> int:
+        return int(mfns[at[1]]) << 12 | at[2]
+
+    match op:
+        case ("fill", n, entries):
+            host.write_frames(domid, mfns[n : n + 1], page({e[0]: pte(e) for e in entries}))
+        case ("pin", n, kind):
+            host.pin(domid, int(mfns[n]), kind)
+        case ("unpin", n):
+            host.unpin(domid, int(mfns[n]))
+        case ("update", n, at):
+            host.mmu_update(domid, [(int(mfns[n]), at[0], pte(at))])
+        case ("decrease", n):
+            host.decrease_reservation(domid, mfns[n : n + 1])
+        case ("populate", n):
+            host.populate_physmap(domid, pfns(n, 5000))
+        case ("m2p", n, pfn):
+            host.machphys_update(domid, mfns[n : n + 1], array(0x10_0000_0000 + pfn))
+        case ("load_top", n, user):
+            host.load_top(domid, int(mfns[n]), user=user)
+        case ("foreign", n, bits):
+            other = host.info(type(domid)(0)).shared_info_mfn
+            host.mmu_update(domid, [(int(mfns[n]), 7, other << 12 | bits)])
+        case _:
+            raise AssertionError(op)
+
+
+@pytest.mark.parametrize("width", [8, 4])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(steps=st.lists(ops, min_size=15, max_size=60))
+def test_counts_stay_right_and_refusals_change_nothing(width: Width, steps: list[tuple[Any, ...]]) -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, width, 64)
+    unmap(host, made)
+    for op in steps:
+        before = state(host)
+        try:
+            do(host, made.domid, made.mfns, op)
+        except HostError:
+            assert state(host) == before
+        info = host.info(made.domid)
+        assert info.pages <= info.max_pages
+    check(host)
+    host.destroy(made.domid)
+    check(host)
+    assert host.info(type(made.domid)(0)).pages == host.frames.pages.total()
+
+
+def unmap(host: ModelHost, made: Any) -> None:
+    """Take the frames that things are done to out of the domain's own tables, so that they may become any type."""
+    host.mmu_update(made.domid, [(*made.entry_of(n), 0) for n in range(FRAMES) if n != 1])
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_made_domain_has_right_counts(width: Width) -> None:
+    host = ModelHost(1 << 30)
+    made = make(host, width, 600)
+    check(host)
+    host.unpin(made.domid, made.top)
+    check(host)
+    assert np.count_nonzero(host.page_types(made.domid, made.mfns)) > 3, "cr3 still holds them"

@@ -1,0 +1,408 @@
+"""Domains handed over between two model hosts: they arrive and run, or they stay; refusals, and the last word lost."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.kernel_guest import SOME
+from tests.support.migration import CONFIG, MEMORY, NAME, PAGES, UUID, Move, linked
+from xenpv.errors import GuestError, HostError, RequestError, StreamError, Unsupported
+from xenpv.host.domain_names import AWAY, INCOMING
+from xenpv.host.model.host import ModelHost
+from xenpv.migrate.channel import Conversation, Undecided
+from xenpv.migrate.protocol import RECEIVER, SENDER, Word, encode
+from xenpv.migrate.receiver import take
+from xenpv.migrate.sender import give, settle, take_back
+from xenpv.migrate.transport import Link
+from xenpv.save.precopy import Precopy
+
+FORMS = [name for width, name in SOME if width == 8]
+
+
+def refusal(op: str, no: int = errno.EIO) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> None:
+        raise HostError(f"{op}: no", op=op, errno=no)
+
+    return call
+
+
+@pytest.mark.parametrize("live", [None, Precopy()], ids=["suspended", "live"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_domain_arrives_and_runs(form: str, live: Precopy | None) -> None:
+    move = Move.ready(form)
+    ended = move.start(live=live)
+    assert (ended.here, ended.there) == (None, None)
+    assert ended.given is not None
+    assert ended.taken is not None
+    assert (ended.given.domid, ended.taken.running, ended.taken.name) == (ended.taken.domid, True, NAME)
+    assert 0 < ended.given.downtime < 20
+    assert move.is_gone_here()
+    assert move.there() is not None
+    assert [what for what, _ in ended.told] == ["connected", "accepted", "sent", "ready", "running"]
+    assert ended.heard("sent")["pages"] >= PAGES
+
+
+def test_one_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() -> None:
+    move = Move.ready()
+    live = move.live
+
+    def passes() -> None:
+        move.counter += 1
+        some = move.pfns[: len(move.pfns) // 2]
+        move.guest.do("write_pattern", move.pfns if move.counter == 8 else some, move.counter)
+        move.guest.do("write_pattern", move.pfns[len(some) :], move.counter)
+        live()
+
+    move.source.attend(move.guest.domid, passes)
+    ended = move.start(live=Precopy(max_iterations=4))
+    assert ended.here is None
+    assert move.counter > 8
+    assert move.there() is not None
+    assert ended.given is not None
+    assert ended.given.summary.pages > PAGES + 3 * len(move.pfns), "pages were sent more than once"
+
+
+def test_one_that_is_to_stay_paused() -> None:
+    move = Move.ready()
+    ended = move.start(paused=True)
+    assert ended.taken is not None
+    assert not ended.taken.running
+    assert move.is_gone_here()
+    (info,) = [info for info in move.target.domains() if info.domid]
+    assert (info.name, info.paused) == (NAME, True)
+    move.target.unpause(info.domid)
+    assert move.there() is not None
+
+
+def test_one_that_had_suspended_is_moved_as_it_is() -> None:
+    move = Move.ready()
+    move.guest.do("suspend")
+    assert move.start(live=Precopy()).here is None
+    assert move.there() is not None
+
+
+# --- refused before anything is sent ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prepare", "said"),
+    [
+        (
+            lambda move: move.target.create(8, max_pages=1, name=NAME),
+            f"of this name or uuid here already: dom1 ({NAME})",
+        ),
+        (lambda move: move.target.create(8, max_pages=1, name=NAME + INCOMING), "here already: dom1"),
+        (lambda move: move.fill(1200), "it needs 5 MiB, and 4 MiB are free; end a domain, or give dom0 less"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_it_is_sent(prepare: Callable[[Move], Any], said: str) -> None:
+    move = Move.ready()
+    prepare(move)
+    before = len(move.target.domains()), move.target.free_pages()
+    ended = move.start()
+    assert isinstance(ended.here, RequestError)
+    assert said in str(ended.here)
+    assert str(ended.here) == f"there: {ended.there}"
+    assert ended.sent is not None
+    assert ended.sent.written < 1000
+    assert ended.heard("kept")["state"].endswith("runs on here")
+    assert not move.suspended, "it was not even asked"
+    assert move.runs_here()
+    assert before == (len(move.target.domains()), move.target.free_pages())
+
+
+def test_a_domain_whose_uuid_is_there() -> None:
+    move = Move.ready()
+    move.source._domains[move.guest.domid].uuid = UUID
+    move.target.create(8, max_pages=1, name="other", uuid=UUID)
+    assert "here already: dom1 (other)" in str(move.start().here)
+    assert move.runs_here()
+
+
+def test_memory_that_runs_short_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move.ready()
+    hog = move.fill(700)
+    monkeypatch.setattr(move.target, "free_pages", lambda: 1 << 30)
+    ended = move.start()
+    assert isinstance(ended.here, RequestError), "the receiver's own words"
+    assert str(ended.there) in str(ended.here)
+    assert move.runs_here()
+    assert [info.domid for info in move.target.domains()] == [0, hog]
+
+
+# --- guests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("live", [None, Precopy()], ids=["suspended", "live"])
+def test_a_guest_that_does_not_suspend_runs_on(live: Precopy | None) -> None:
+    move = Move.ready()
+    move.source.attend(move.guest.domid, lambda: None)
+    ended = move.start(timeout=0.05, live=live)
+    assert isinstance(ended.here, GuestError)
+    assert move.runs_here()
+    assert move.nothing_there()
+    assert isinstance(ended.there, StreamError | OSError)
+
+
+@pytest.mark.parametrize("live", [None, Precopy()], ids=["suspended", "live"])
+def test_a_guest_that_crashes_meanwhile(live: Precopy | None) -> None:
+    move = Move.ready()
+    move.source.attend(move.guest.domid, lambda: move.source.shutdown(move.guest.domid, 3))
+    ended = move.start(live=live)
+    assert isinstance(ended.here, GuestError)
+    assert "crashed" in str(ended.here)
+    assert ended.heard("kept")["state"].endswith("has shut down by itself")
+    assert move.source.info(move.guest.domid).name == NAME
+    assert move.nothing_there()
+
+
+def test_a_paused_domain_is_not_asked() -> None:
+    move = Move.ready()
+    move.source.pause(move.guest.domid)
+    ended = move.start()
+    assert "is paused, and cannot suspend: unpause it first" in str(ended.here)
+    move.source.unpause(move.guest.domid)
+    assert move.runs_here()
+
+
+# --- hosts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["rename", "unpause", "introduce", "pin_tables", "set_vcpu_context"])
+def test_a_receiver_that_cannot_start_it_gives_it_back(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move.ready()
+    monkeypatch.setattr(move.target, call, refusal(call))
+    ended = move.start()
+    assert isinstance(ended.here, RequestError)
+    assert "no" in str(ended.here)
+    assert isinstance(ended.there, HostError)
+    assert move.runs_here()
+    assert move.nothing_there()
+
+
+def test_a_receiver_that_can_neither_start_nor_destroy_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move.ready()
+    monkeypatch.setattr(move.target, "unpause", refusal("unpause"))
+    monkeypatch.setattr(move.target, "destroy", refusal("destroy"))
+    ended = move.start()
+    assert isinstance(ended.here, Undecided)
+    assert "can be neither started (unpause: no) nor destroyed (destroy: no)" in str(ended.here)
+    assert isinstance(ended.there, Undecided)
+    assert move.waits_here()
+
+
+def test_a_sender_that_cannot_rename_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move.ready()
+    names: list[str] = []
+
+    def rename(_domid: int, name: str) -> None:
+        names.append(name)
+        if name.endswith(AWAY):
+            raise HostError("rename: no", op="rename")
+
+    monkeypatch.setattr(move.source, "rename", rename)
+    assert str(move.start().here) == "rename: no"
+    assert names == [NAME + AWAY, NAME]
+    assert move.runs_here()
+    assert move.nothing_there()
+
+
+def test_a_sender_that_cannot_destroy_its_copy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move.ready()
+    monkeypatch.setattr(move.source, "destroy", refusal("destroy"))
+    ended = move.start()
+    assert isinstance(ended.here, HostError)
+    assert "runs on there, and its copy here could not be destroyed: destroy: no" in str(ended.here)
+    assert move.waits_here(), "and does not run"
+    assert move.there() is not None
+
+
+def test_a_domain_that_cannot_be_resumed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move.ready()
+    monkeypatch.setattr(move.source, "resume", refusal("resume"))
+    monkeypatch.setattr(move.target, "unpause", refusal("unpause"))
+    ended = move.start()
+    assert ended.heard("kept")["state"] == f"dom{move.guest.domid} ({NAME}) could not be resumed: resume: no"
+    assert move.nothing_there()
+
+
+@pytest.mark.parametrize("where", ["before", "suspended"])
+def test_ctrl_c(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move.ready()
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    if where == "before":
+        move.source.attend(move.guest.domid, interrupted)
+    else:
+        monkeypatch.setattr(move.source, "vcpu_state", interrupted)
+    ended = move.start()
+    assert isinstance(ended.here, KeyboardInterrupt)
+    monkeypatch.undo()
+    move.source.attend(move.guest.domid, move.live)
+    assert move.runs_here()
+    assert move.nothing_there()
+
+
+# --- the last word lost ----------------------------------------------------------------------------------------------
+
+
+def undecided(*, arrives: bool) -> Move:
+    """A domain that was given away, and of which the sender has not heard since."""
+    first = Move.ready().start()
+    assert first.sent is not None
+    assert first.answered is not None
+    move = Move.ready()
+    # What comes behind READY does not get out; or YOURS does not, though it counts as sent.
+    behind = first.answered.words[-2], first.sent.words[-2]
+    ended = move.start(back=behind[0]) if arrives else move.start(out=behind[1], lost=True)
+    assert isinstance(ended.here, Undecided)
+    assert f"xenpv migrate --settle {move.guest.domid} there" in str(ended.here)
+    assert move.waits_here()
+    return move
+
+
+def settled(move: Move) -> tuple[str | BaseException, BaseException | None]:
+    """What asking the other host comes to, and how that saw it."""
+    failed: list[BaseException] = []
+    with linked(Link, 20.0) as (here, there):
+
+        def answer() -> None:
+            try:
+                assert take(move.target, there) is None
+            except BaseException as e:  # it is looked at
+                failed.append(e)
+            there.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            said: str | BaseException = settle(move.source, move.guest.domid, here)
+        except Exception as e:  # it is looked at
+            said = e
+        here.close()
+        thread.join(20)
+    return said, failed[0] if failed else None
+
+
+def test_the_receiver_runs_it_and_could_not_say_so() -> None:
+    move = undecided(arrives=True)
+    there = move.there()
+    assert there is not None
+    said, _ = settled(move)
+    assert said == f"dom{move.guest.domid} ({NAME}{AWAY}) is on there, as dom{there.domid}; its copy here is destroyed"
+    assert move.is_gone_here()
+
+
+def test_the_receiver_never_heard_that_it_is_its_own() -> None:
+    move = undecided(arrives=False)
+    assert move.nothing_there()
+    said, _ = settled(move)
+    assert isinstance(said, Undecided)
+    assert "nothing of it is here" in str(said)
+    assert f"xenpv migrate --take-back {move.guest.domid}" in str(said)
+    assert move.waits_here()
+    assert take_back(move.source, move.guest.domid) == f"dom{move.guest.domid} ({NAME}) runs on here"
+    assert move.runs_here()
+
+
+def test_the_receiver_was_killed_while_it_waited() -> None:
+    """Its incoming domain is there, paused, and nobody will start it: asking ends it, and the sender's goes on."""
+    move = undecided(arrives=False)
+    move.target.create(8, max_pages=1, name=NAME + INCOMING)
+    said, _ = settled(move)
+    assert said == f"dom{move.guest.domid} ({NAME}) runs on here"
+    assert move.runs_here()
+    assert move.nothing_there()
+
+
+def test_the_receiver_cannot_end_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = undecided(arrives=False)
+    move.target.create(8, max_pages=1, name=NAME + INCOMING)
+    monkeypatch.setattr(move.target, "destroy", refusal("destroy"))
+    said, there = settled(move)
+    assert isinstance(said, Undecided)
+    assert "cannot be destroyed" in str(said)
+    assert isinstance(there, HostError)
+    assert move.waits_here()
+
+
+def test_one_that_was_given_away_is_not_given_again() -> None:
+    move = undecided(arrives=True)
+    assert f"may run there: xenpv migrate --settle {move.guest.domid}" in str(move.start().here)
+    assert move.waits_here()
+
+
+def test_what_runs_is_not_settled() -> None:
+    move = Move.ready()
+    for call in (lambda: take_back(move.source, move.guest.domid), lambda: _raise(settled(move)[0])):
+        with pytest.raises(RequestError, match="is not suspended: there is nothing to"):
+            call()
+    assert move.runs_here()
+
+
+def _raise(what: object) -> None:
+    assert isinstance(what, BaseException)
+    raise what
+
+
+# --- others than us --------------------------------------------------------------------------------------------------
+
+
+def test_a_receiver_that_speaks_another_protocol() -> None:
+    move = Move.ready()
+    with linked(Link, 5.0) as (here, there):
+        Conversation(there, RECEIVER).say(Word.HELLO, protocol=[2, 3], xen="9.0", xenpv="9")
+        with pytest.raises(Unsupported, match=r"hands over by protocol \[2, 3\], not 1 to 1"):
+            give(move.source, move.guest.domid, here, config=CONFIG)
+    assert move.runs_here()
+
+
+def test_a_receiver_that_is_none() -> None:
+    move = Move.ready()
+    with linked(Link, 5.0) as (here, there):
+        there.write([b"bash: xenpv: command not found\n"])
+        with pytest.raises(Unsupported, match="is no xenpv that hands over a domain: it says 'bash: xe'"):
+            give(move.source, move.guest.domid, here, config=CONFIG)
+    assert move.runs_here()
+
+
+def test_a_receiver_that_says_whole_before_it_is() -> None:
+    move = Move.ready()
+    with linked(Link, 5.0) as (here, there):
+        talk = Conversation(there, RECEIVER)
+        talk.say(Word.HELLO, protocol=[1, 1])
+        there.write([encode(Word.ACCEPT, {}), encode(Word.READY, {})])
+        with pytest.raises(StreamError, match="says it is whole before it is"):
+            give(move.source, move.guest.domid, here, config=CONFIG)
+    assert move.runs_here()
+
+
+def test_a_sender_that_offers_nonsense() -> None:
+    target = ModelHost(MEMORY)
+    with linked(Link, 5.0) as (here, there):
+        talk = Conversation(here, SENDER)
+        failed: list[BaseException] = []
+
+        def receive() -> None:
+            try:
+                take(target, there)
+            except StreamError as e:
+                failed.append(e)
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        talk.hear()
+        talk.say(Word.OFFER, pages=-1)
+        with pytest.raises(RequestError, match="protocol is None"):
+            talk.hear()
+        here.close()
+        thread.join(20)
+    assert failed
+    assert len(target.domains()) == 1

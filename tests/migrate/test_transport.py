@@ -1,0 +1,213 @@
+"""Links to another host: what arrives, what is refused, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from xenpv.errors import RequestError
+from xenpv.migrate import transport
+from xenpv.migrate.transport import Link, accept, connect, listening
+
+ECHO = "import os, sys\nwhile data := os.read(0, 1 << 16): os.write(1, data)"
+
+
+def pair(patience: float = 5.0) -> tuple[Link, Link]:
+    one, other = socket.socketpair()
+    return Link.of_socket(one, "here", patience=patience), Link.of_socket(other, "there", patience=patience)
+
+
+def test_bytes_go_both_ways() -> None:
+    here, there = pair()
+    with here, there:
+        here.write([b"one", b"two"])
+        assert (there.read(4), there.read(2)) == (b"onet", b"wo")
+        there.write([b"three"])
+        assert here.waits(1.0)
+        assert here.read(5) == b"three"
+        assert not here.waits()
+        assert (here.written, there.written) == (6, 5)
+
+
+def test_more_than_fits_a_socket() -> None:
+    here, there = pair()
+    data = os.urandom(8 << 20)
+    with here, there:
+        writer = threading.Thread(target=lambda: here.write([data]))
+        writer.start()
+        assert there.read(len(data)) == data
+        writer.join()
+
+
+def test_one_that_closes_is_named() -> None:
+    here, there = pair()
+    with here:
+        there.close()
+        with pytest.raises(OSError, match="has closed the connection") as e:
+            here.read(1)
+        assert (e.value.errno, e.value.filename) == (errno.ECONNRESET, "here")
+        with pytest.raises(OSError, match="Broken pipe") as e:
+            here.write([b"x"])
+        assert e.value.filename == "here"
+
+
+def test_patience_ends() -> None:
+    here, there = pair(0.05)
+    with here, there:
+        started = time.monotonic()
+        with pytest.raises(OSError, match=r"nothing was heard for 0\.05 s"):
+            here.read(1)
+        with pytest.raises(OSError, match=r"nothing was taken for 0\.05 s"):
+            here.write([bytes(64 << 20)])
+        source = here.input()
+        with pytest.raises(OSError, match=r"nothing was heard for 0\.05 s"):
+            source.take(memoryview(bytearray(1)))
+        source.close()
+        assert time.monotonic() - started < 5
+
+
+def test_what_was_said_last_arrives_though_more_was_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_DRAIN", 2.0)
+    with listening("tcp:127.0.0.1:0") as listener:
+        port = listener.getsockname()[1]
+        here = connect(f"tcp:127.0.0.1:{port}", patience=5.0)
+        there = accept(listener, "tcp")
+    here.write([bytes(100_000)])  # never read: closing would reset the connection, and take the last words along
+    there.write([b"no"])
+
+    def close() -> None:
+        there.drain()
+        there.close()
+
+    closer = threading.Thread(target=close)
+    closer.start()
+    with here:
+        assert here.read(2) == b"no"
+        with pytest.raises(OSError, match="has closed"):
+            here.read(1)
+    closer.join()
+
+
+def test_a_unix_socket_is_its_owners_and_goes_with_the_listener(tmp_path: Path) -> None:
+    path = tmp_path / "link"
+    with listening(f"unix:{path}") as listener:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with connect(f"unix:{path}") as here, accept(listener, str(path)) as there:
+            here.write([b"x"])
+            assert there.read(1) == b"x"
+        with pytest.raises(OSError, match="already in use"), listening(f"unix:{path}"):
+            pass
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("where", ["tcp:127.0.0.1:0", "tcp:[::1]:0", "tcp:localhost:0"])
+def test_loopback_is_listened_at(where: str) -> None:
+    if "::1" in where and not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 on this machine")
+    with listening(where) as listener:
+        port = listener.getsockname()[1]
+        with connect(where.removesuffix("0") + str(port)) as here, accept(listener, where) as there:
+            there.write([b"x"])
+            assert here.read(1) == b"x"
+
+
+@pytest.mark.parametrize("where", ["tcp:0.0.0.0:0", "tcp:[::]:0"])
+def test_others_than_this_machine_only_when_told(where: str) -> None:
+    with pytest.raises(RequestError, match="others than this machine would reach it"), listening(where):
+        pass
+    if where.startswith("tcp:0") or socket.has_dualstack_ipv6():
+        with listening(where, anywhere=True):
+            pass
+
+
+@pytest.mark.parametrize(
+    "where", ["tcp:7000", "tcp:host:", "tcp:host:99999", "tcp::7000", "fd:x", "fd:1,2,3", "fd:987"]
+)
+def test_what_is_no_address_is_said(where: str) -> None:
+    with pytest.raises(RequestError, match=r"say tcp:|say fd:|is not open"):
+        connect(where)
+
+
+@pytest.mark.parametrize("where", ["web", "ssh:web", "tcp:web"])
+def test_listening_needs_an_address(where: str) -> None:
+    with pytest.raises(RequestError, match=r"listen at|say tcp:"), listening(where):
+        pass
+
+
+def test_nobody_there(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"tcp:127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(OSError, match="refused") as e:
+            connect(where)
+    assert e.value.filename == where
+    with pytest.raises(OSError, match="No such file"):
+        connect(f"unix:{tmp_path}/none")
+
+
+def test_given_descriptors() -> None:
+    one, other = socket.socketpair()
+    with connect(f"fd:{one.detach()}") as here, Link.of_socket(other, "there") as there:
+        here.write([b"x"])
+        assert there.read(1) == b"x"
+    reading, out = os.pipe()
+    into, writing = os.pipe()
+    with connect(f"fd:{reading},{writing}") as here:
+        os.write(out, b"y")
+        assert here.read(1) == b"y"
+        here.write([b"z"])
+        assert os.read(into, 1) == b"z"
+    os.close(out)
+    os.close(into)
+
+
+def test_ssh_is_given_words_and_no_shell(tmp_path: Path) -> None:
+    """The host is one word whatever is in it; what runs there is one word to ssh, quoted for the other side's shell."""
+    said = tmp_path / "said"
+    program = tmp_path / "ssh"
+    program.write_text(f"#!{sys.executable}\nimport sys\nopen({str(said)!r}, 'w').write(repr(sys.argv[1:]))\n{ECHO}\n")
+    program.chmod(0o755)
+    words = [str(program), "-o", "A=b c"]
+    with connect("web; touch x", ssh=words, receiver=["xenpv", "receive", "a b;c"]) as link:
+        link.write([b"hello"])
+        assert link.read(5) == b"hello"
+    assert said.read_text() == repr(["-o", "A=b c", "web; touch x", "xenpv receive 'a b;c'"])
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=touch x", ""])
+def test_an_option_is_no_host(host: str) -> None:
+    with pytest.raises(RequestError, match="is no host"):
+        connect(host, ssh=["false"])
+
+
+def test_an_ssh_that_fails() -> None:
+    failing = [sys.executable, "-c", "raise SystemExit(255)"]
+    with connect("web", ssh=failing) as link, pytest.raises(OSError, match="what led to it ended with status 255"):
+        link.read(1)
+    with pytest.raises(RequestError, match="No such file"):
+        connect("web", ssh=["/no/such/ssh"])
+
+
+def test_an_ssh_that_stays_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_DRAIN", 0.1)
+    link = connect("web", ssh=[sys.executable, "-c", "import time; time.sleep(60)"])
+    process = link._process
+    assert process is not None
+    link.close()
+    link.close()
+    assert process.returncode is not None
+
+
+def test_standard_input_and_output_are_kept_from_what_is_printed() -> None:
+    code = "from xenpv.migrate.transport import standard\nlink = standard()\nprint('noise')\nlink.write([link.read(2)])"
+    ran = subprocess.run([sys.executable, "-c", code], input=b"hi", capture_output=True, check=True)
+    assert (ran.stdout, ran.stderr) == (b"hi", b"noise\n")

@@ -1,0 +1,409 @@
+"""Domains copied while they run: what arrives is the guest as it was when it stopped, whatever it did until then."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import suppress
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from tests.support.kernel_guest import SOME, Guest, cancelled
+from tests.support.live_guests import XTAB, attend, copied, is_off, times
+from tests.support.model_guest import pfns
+from tests.support.saving import BOTH, Heap, Twisted, a_page, arch, tree_of
+from xenpv.abi.declare import Width
+from xenpv.errors import GuestError, HostError, RequestError
+from xenpv.frames import U8, U64, DomId
+from xenpv.host import Mover
+from xenpv.save.p2m_tracker import SavedP2M
+from xenpv.save.precopy import Precopy
+from xenpv.save.progress import Phase, Status
+from xenpv.save.save import save
+from xenpv.save.suspend import suspend
+from xenpv.stream.envelope import Kind
+
+
+def writing(guest: Guest, count: int = 40) -> Any:
+    """A step that writes other pages each time, with another pattern."""
+    turn = itertools.count(1)
+
+    def step() -> None:
+        n = next(turn)
+        guest.do("write_pattern", guest.do("free")[n * 7 : n * 7 + count], n)
+
+    return step
+
+
+@pytest.mark.parametrize(("width", "form"), SOME)
+def test_what_a_guest_writes_meanwhile_arrives(width: Width, form: str) -> None:
+    guest = Guest.boot(form, width)
+    guest.do("write_pattern", guest.do("free"), 9)
+    attend(guest, times(9, writing(guest, 200)))
+    made, summary = copied(guest)
+    assert made.names.count(3) == 1, "nothing happened to its p2m"
+    assert summary.rounds == 6
+    assert summary.pages < 4096 + 6 * 500, "cost follows what it wrote"
+
+
+@pytest.mark.parametrize(("top", "others"), [(1 << 24, [1]), (1 << 40, [1, 1 << 32, 1 << 32 | 1])])
+def test_a_frame_is_told_from_every_other(top: int, others: list[int]) -> None:
+    """What is remembered of an mfn is all of it, also on a host of 16 TiB and more."""
+    guest = Guest.boot("linear")
+    p2m = SavedP2M(cast(Mover, Twisted(guest, max_mfn=lambda: top)), guest.domid, follows=True)
+    p2m.look()
+    assert sum(len(pfns) for pfns, _ in p2m.changes()) > 4000
+    pfn = int(guest.do("free")[0])
+    leaf = p2m.p2m.leaves.frame_of(np.array([pfn // 512]))
+    for other in others:
+        entries = guest.host.frames.read(leaf).view("<u8")
+        entries[0, pfn % 512] ^= np.uint64(other)
+        guest.host.write_frames(guest.domid, leaf, entries.view(np.uint8))
+        for expected in ([pfn], []):
+            seen = [one for pfns, _ in p2m.changes(guest.host.m2p(leaf)) for one in pfns.tolist()]
+            assert seen == expected, hex(other)
+
+
+@pytest.mark.parametrize(("width", "form"), SOME)
+def test_a_p2m_that_moves_meanwhile(width: Width, form: str) -> None:
+    """It grows, and with it all that is above its leaves is made anew; pages come, go, and get other pfns."""
+    guest = Guest.boot(form, width)
+    guest.do("write_pattern", guest.do("free"), 9)
+    free = guest.do("free")
+
+    def repopulate() -> None:
+        guest.do("balloon_out", free[50:60])
+        guest.do("balloon_in", free[50:60])
+
+    attend(guest, [
+        lambda: guest.do("move", free[:20], pfns(20, 50_000)),
+        lambda: guest.do("balloon_out", free[100:200]),
+        lambda: guest.do("balloon_in", pfns(30, 90_000)),
+        repopulate,
+        lambda: guest.do("move", pfns(20, 50_000), free[:20][::-1]),
+    ])  # fmt: skip
+    made, _ = copied(guest, live=Precopy(max_iterations=9, target_dirty=0))
+    assert made.end_pfn == 90_029
+    assert made.names.count(3) > 1
+    assert {made.pages[pfn] for pfn in free[100:170].tolist()} == {(XTAB, b"")}, "sent, and then given back"
+
+
+@BOTH
+def test_a_p2m_that_grows_within_its_last_leaf_before_anything_is_logged(width: Width) -> None:
+    guest = Guest.boot("tree3", width, pages=4000)
+    guest.do("write_pattern", guest.do("free"), 9)
+
+    def log_dirty(domid: DomId, *, on: bool) -> None:
+        if on:
+            guest.do("move", guest.do("free")[:10], pfns(10, 4050))
+        guest.host.log_dirty(domid, on=on)
+
+    attend(guest)
+    made, _ = copied(guest, Twisted(guest, log_dirty=log_dirty))
+    assert made.end_pfn == 4059
+
+
+@BOTH
+def test_tables_say_the_new_pfn_of_a_page_that_has_another(width: Width) -> None:
+    """The mfn in them is as it was, and nobody writes them: only what they come to in a stream is another."""
+    guest = Guest.boot("linear", width)
+    guest.do("write_pattern", guest.do("free"), 9)
+    attend(guest, [lambda: guest.do("move", guest.do("free")[1000:1025], pfns(25, 4096))])
+    copied(guest, live=Precopy(max_iterations=1))
+
+
+def test_what_was_looked_up_in_a_leaf_that_is_none_any_more_is_sent_again() -> None:
+    guest = Guest.boot("tree3")
+    host, place = guest.host, 7
+    new = np.array([a_page(guest)], np.uint64)
+    old = guest.live.p2m.leaves.frame_of(np.array([place]))
+    wrote, moved = list[int](), list[int]()
+
+    def write() -> None:
+        guest.do("write_pattern", pfns(60, place * 512), 4)
+        wrote.append(1)
+
+    def map_frames(domid: DomId, mfns: U64) -> tuple[U8, U8]:
+        """The leaf is read for the pages that were written: just before, another has taken its place."""
+        if wrote and not moved and old[0] in mfns:
+            moved.append(1)
+            leaf = host.frames.read(old)
+            host.write_frames(domid, new, leaf)
+            tree_of(guest, {place: int(new[0])}, 4096)
+            leaf.view("<u8")[0, :60] = leaf.view("<u8")[0, :60][::-1].copy()
+            host.write_frames(domid, old, leaf)
+            top = np.array([guest.live.anchors.frame_list_list], np.uint64)
+            host.guest_wrote(domid, np.concatenate([new, old, host.frames.read(top).view("<u8")[0, :1]]))
+        return host.map_frames(domid, mfns)
+
+    attend(guest, [write])
+    copied(guest, Twisted(guest, map_frames=map_frames))
+    assert moved
+
+
+def test_a_guest_that_writes_nothing_is_stopped_at_once() -> None:
+    guest = Guest.boot("linear")
+    attend(guest)
+    _, summary = copied(guest)
+    assert summary.rounds == 2
+    assert summary.pages < 4096 + 10, "once, and what it writes to suspend"
+    assert summary.downtime <= summary.took
+
+
+def test_a_page_table_that_cannot_be_translated_yet_comes_with_the_rest() -> None:
+    """xg_sr_save_x86_pv.c normalise_pagetable(): "Errors during the live part of migration are expected"."""
+    guest = Guest.boot("tree3")
+    foreign = int(guest.host.frames.owned(1)[7])
+
+    def map_frames(domid: DomId, mfns: U64) -> tuple[U8, U8]:
+        pages, mapped = guest.host.map_frames(domid, mfns)
+        if guest.host.info(domid).shutdown_reason is None:
+            tables = guest.host.page_types(domid, mfns) == 1
+            pages[tables, 8:16] = np.frombuffer((foreign << 12 | 1).to_bytes(8, "little"), np.uint8)
+        return pages, mapped
+
+    attend(guest)
+    made, _ = copied(guest, Twisted(guest, map_frames=map_frames))
+    assert 1 in {kind & 7 for kind, _ in made.pages.values()}
+
+
+def test_pages_that_leave_or_cannot_be_mapped_meanwhile() -> None:
+    guest = Guest.boot("tree3")
+    mfn = guest.live.p2m.lookup(np.array([4000, 4001], np.uint64))
+
+    def running() -> bool:
+        return guest.host.info(guest.domid).shutdown_reason is None
+
+    def page_types(domid: DomId, mfns: U64) -> U8:
+        kinds = guest.host.page_types(domid, mfns)
+        kinds[(mfns == mfn[0]) & running()] = XTAB
+        return kinds
+
+    def map_frames(domid: DomId, mfns: U64) -> tuple[U8, U8]:
+        pages, mapped = guest.host.map_frames(domid, mfns)
+        mapped[(mfns == mfn[1]) & running()] = 0
+        return pages, mapped
+
+    attend(guest)
+    made, summary = copied(guest, Twisted(guest, page_types=page_types, map_frames=map_frames))
+    assert (made.pages[4000][0], made.pages[4001][0], summary.lost) == (0, 0, 0)
+
+
+@BOTH
+def test_a_generation_that_is_odd_for_a_moment(width: Width) -> None:
+    guest = Guest.boot("linear", width)
+    generation, looks = guest.live.anchors.p2m_generation, itertools.count()
+
+    def shared_info(domid: DomId) -> bytes:
+        n = next(looks)
+        arch(guest, p2m_generation=generation + (n % 7 < 2))
+        return guest.host.shared_info(domid)
+
+    attend(guest, times(4, writing(guest)))
+    copied(guest, Twisted(guest, shared_info=shared_info), live=Precopy(max_iterations=9))
+
+
+def test_a_generation_that_stays_odd() -> None:
+    """Before a byte is written if it is from the first; else when it has stopped, and its p2m may be anything."""
+    guest = Guest.boot("linear")
+    attend(guest, [lambda: arch(guest, p2m_generation=7)])
+    heap = Heap()
+    with pytest.raises(GuestError, match="p2m_generation 0x7 is odd: it was stopped while it changed its p2m"):
+        save(guest.host, guest.domid, heap, live=Precopy(), suspend=lambda: suspend(guest.host, guest.domid))
+    assert heap.calls
+    is_off(guest)
+    assert cancelled(guest) is True
+    again = Heap()
+    with pytest.raises(GuestError, match="it is changing its p2m, and does not end"):
+        save(guest.host, guest.domid, again, live=Precopy(), suspend=lambda: suspend(guest.host, guest.domid))
+    assert again.calls == []
+    is_off(guest)
+
+
+def test_a_p2m_that_keeps_changing_is_copied_when_it_stands_still() -> None:
+    """No pass of it is of use, and there are max_iterations of them."""
+    guest = Guest.boot("linear")
+    free, n = guest.do("free"), itertools.count(1)
+
+    def grow() -> None:
+        i = next(n)
+        guest.do("write_pattern", free[i * 5 : i * 5 + 60], i)
+        guest.do("balloon_out", free[-i:][:1])
+        guest.do("balloon_in", pfns(1, 20_000 * i))
+
+    attend(guest, times(5, grow))
+    _, summary = copied(guest, live=Precopy(max_iterations=3))
+    assert summary.rounds <= 4
+
+
+def test_a_p2m_that_shrinks_is_refused() -> None:
+    guest = Guest.boot("tree3")
+    attend(guest, [lambda: arch(guest, max_pfn=4096 - 512)])
+    with pytest.raises(GuestError, match="its p2m ends at pfn 0xdff now, and went to 0xfff"):
+        save(guest.host, guest.domid, Heap(), live=Precopy(), suspend=lambda: suspend(guest.host, guest.domid))
+    is_off(guest)
+
+
+def test_a_leaf_that_comes_to_stand_twice_is_refused() -> None:
+    guest = Guest.boot("tree3")
+    end = a_page(guest)
+    leaf = int(guest.live.p2m.leaves.frame[0])
+    attend(guest, [lambda: tree_of(guest, {8: leaf, 9: end}, 10 * 512)])
+    with pytest.raises(GuestError, match="holds 512 pages, and stands in 2 places"):
+        save(guest.host, guest.domid, Heap(), live=Precopy(), suspend=lambda: suspend(guest.host, guest.domid))
+    is_off(guest)
+
+
+# --- off, whatever happens -------------------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, HostError])
+@pytest.mark.parametrize("nth", [1, 4, 9, 14])
+def test_log_dirty_is_off_whatever_the_sink_raises(error: type[BaseException], nth: int) -> None:
+    guest, calls = Guest.boot("linear"), itertools.count(1)
+    attend(guest, times(9, writing(guest)))
+
+    class Sink:
+        def write(self, _buffers: Any) -> None:
+            if next(calls) == nth:
+                raise error("full", op="write") if error is HostError else error
+
+    with pytest.raises(error):
+        save(guest.host, guest.domid, Sink(), live=Precopy(), suspend=lambda: suspend(guest.host, guest.domid))
+    is_off(guest)
+
+
+@pytest.mark.parametrize("call", ["dirty_pfns", "map_frames", "page_types", "shared_info", "vcpu_context", "log_dirty"])
+def test_log_dirty_is_off_whichever_call_fails(call: str) -> None:
+    """And when Xen cannot do it, or somebody interrupts."""
+    for error in (HostError("no", op=call, errno=95), KeyboardInterrupt()):
+        for nth in (1, 3, 12):
+            guest, calls = Guest.boot("tree3"), itertools.count(1)
+            attend(guest, times(9, writing(guest)))
+
+            def failing(*arguments: Any, _g: Guest = guest, _c: Any = calls, _n: int = nth, **how: Any) -> Any:
+                if next(_c) == _n:
+                    raise error  # noqa: B023
+                return getattr(_g.host, call)(*arguments, **how)
+
+            host = Twisted(guest, **{call: failing})
+            with suppress(HostError, KeyboardInterrupt):
+                save(host, guest.domid, Heap(), live=Precopy(), suspend=partial(suspend, guest.host, guest.domid))
+                assert next(calls) <= nth, "there was no nth call"
+            is_off(guest)
+
+
+def test_what_somebody_who_was_killed_left_on() -> None:
+    guest = Guest.boot("linear")
+    guest.host.log_dirty(guest.domid, on=True)
+    attend(guest)
+    copied(guest)
+
+
+def test_a_host_that_cannot_is_found_out_before_a_byte_is_written() -> None:
+    guest, heap = Guest.boot("linear"), Heap()
+
+    def log_dirty(domid: DomId, *, on: bool) -> None:
+        raise HostError("Operation not supported", op="shadow_op", errno=95)
+
+    with pytest.raises(HostError, match="not supported"):
+        save(Twisted(guest, log_dirty=log_dirty), guest.domid, heap, live=Precopy(), suspend=lambda: None)
+    assert heap.calls == []
+
+
+@pytest.mark.parametrize("live", [Precopy(), None])
+def test_a_guest_that_does_not_suspend_though_it_was_said_to(live: Precopy | None) -> None:
+    guest = Guest.boot("linear")
+    for spoil, why in ((lambda: None, "runs"), (lambda: guest.host.shutdown(guest.domid, 3), "shut down for reason 3")):
+        with pytest.raises(GuestError, match=f"dom1 .litmus. has not suspended: it {why}"):
+            save(guest.host, guest.domid, Heap(), live=live, suspend=spoil)
+        is_off(guest)
+
+
+def test_a_live_save_without_a_way_to_suspend_is_no_request() -> None:
+    guest = Guest.boot("linear")
+    with pytest.raises(RequestError, match="how the domain is suspended"):
+        save(guest.host, guest.domid, Heap(), live=Precopy())
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_save_that_suspends_first(width: Width) -> None:
+    guest = Guest.boot("both", width)
+    attend(guest)
+    _, summary = copied(guest, live=None)
+    assert (summary.rounds, summary.pages) == (1, 4096)
+
+
+# --- policy, progress, bandwidth -------------------------------------------------------------------------------------
+
+
+def test_the_policy_is_libxenguests_unless_said_otherwise() -> None:
+    """xg_sr_save.c simple_precopy_policy(): fewer than 50 dirty pages, or 5 passes."""
+    policy = Precopy()
+    assert policy.goes_on(1, 4096, 50, 1e9)
+    assert not policy.goes_on(1, 4096, 49, 1e9)
+    assert policy.goes_on(4, 10_000, 50, 1e9)
+    assert not policy.goes_on(5, 10_000, 50, 1e9)
+    assert not policy.goes_on(2, 8000, 4000, 1e9), "it writes as much as a pass sends"
+    quick = Precopy(max_downtime=0.1, target_dirty=0, max_iterations=99)
+    assert quick.goes_on(1, 1 << 20, 1000, 1000 * 4096 / 0.11)
+    assert not quick.goes_on(1, 1 << 20, 1000, 1000 * 4096 / 0.09)
+    assert quick.goes_on(1, 1 << 20, 1000, 0.0), "nobody knows how fast it goes"
+
+
+@pytest.mark.parametrize(
+    "how", [{"max_iterations": 0}, {"target_dirty": -1}, {"max_downtime": 0.0}, {"bandwidth": 4095}]
+)
+def test_what_a_policy_cannot_be(how: dict[str, Any]) -> None:
+    with pytest.raises(RequestError):
+        Precopy(**how)
+
+
+def test_progress_of_a_live_copy() -> None:
+    guest, seen = Guest.boot("linear"), list[Status]()
+    attend(guest, times(2, writing(guest, 300)))
+    _, summary = copied(guest, progress=seen.append)
+    assert [phase for phase, _ in itertools.groupby(status.phase for status in seen)] == [
+        Phase.COPYING, Phase.SUSPENDING, Phase.FINISHING, Phase.DONE,
+    ]  # fmt: skip
+    assert seen[-1].pages == summary.pages
+    assert seen[-1].bytes == summary.bytes
+    rounds = {status.round: status for status in seen}
+    assert sorted(rounds) == list(range(summary.rounds))
+    assert 300 <= rounds[1].dirty < 400
+    assert rounds[1].round_done <= rounds[1].round_pages
+    assert all(status.rate > 0 and status.downtime is not None for status in seen if status.round_done)
+
+
+def test_a_bandwidth_is_kept_while_it_runs_and_not_when_it_stands_still() -> None:
+    guest, seen = Guest.boot("linear", pages=2048), list[Status]()
+    attend(guest, times(9, writing(guest, 500)))
+    before = time.monotonic()
+    copied(guest, live=Precopy(bandwidth=32 << 20, max_iterations=1), progress=seen.append)
+    took = time.monotonic() - before
+    assert took > 2048 * 4096 / (32 << 20)
+    copying = [status for status in seen if status.phase is Phase.COPYING and status.round_done]
+    assert max(status.rate for status in copying) < (32 << 20) * 1.05
+    stopped = [status for status in seen if status.phase is Phase.SUSPENDING][-1]
+    assert stopped.downtime is not None
+
+
+def test_the_envelope_of_a_live_copy() -> None:
+    guest, heap = Guest.boot("linear"), Heap()
+    attend(guest, times(3, writing(guest)))
+    save(
+        guest.host,
+        guest.domid,
+        heap,
+        live=Precopy(),
+        suspend=lambda: suspend(guest.host, guest.domid),
+        envelope=Kind.XL,
+    )
+    assert bytes(heap.data).startswith(b"Xen saved domain, xl format")

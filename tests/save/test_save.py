@@ -1,0 +1,493 @@
+"""Domains on ModelHost, saved: what is in the file is what the host had, and nothing is found wrong with it."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from struct import pack
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lab
+from tests.stream.test_writer import again
+from tests.support.kernel_guest import SOME, WIDTHS, Guest
+from tests.support.memory_limit import at_most
+from tests.support.model_guest import pfns
+from tests.support.reference_restore import restored_from
+from tests.support.saved_files import judge, judge_pipe
+from tests.support.saving import (
+    BOTH,
+    CONFIG,
+    Heap,
+    Twisted,
+    a_page,
+    arch,
+    failed,
+    of_host,
+    rewriting,
+    saved,
+    second_list,
+    suspended,
+    tree_of,
+    with_context,
+)
+from tests.support.stream_reading import read, whole
+from tests.vectors.make import DEMO, FOR_DEMO, RECIPES
+from xenpv.abi.declare import Width
+from xenpv.abi.domctl import EXT_VCPUCONTEXT
+from xenpv.abi.x86 import PAGE_SIZE, PTE_P, PTE_PSE, VCPU_GUEST_CONTEXT, XEN_PAE_L2_FIRST
+from xenpv.errors import Fault, HostError
+from xenpv.frames import FOREIGN, IDENTITY, IS_POPULATED, IS_TABLE, NO_FRAME, U8, U64, DomId, PageType
+from xenpv.host import DomainInfo, VcpuState
+from xenpv.host.model.host import ModelHost
+from xenpv.io.stream_input import Input
+from xenpv.memory.p2m import is_own
+from xenpv.memory.pagetables import as_entries, frames
+from xenpv.memory.publish import words
+from xenpv.restore.restore import restore_domain
+from xenpv.save.progress import Phase, Status
+from xenpv.save.save import BATCH, ENTRIES_MAX, save
+from xenpv.source.saved import SavedDomain
+from xenpv.stream.envelope import Kind
+from xenpv.stream.pagedata import PageData
+from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
+from xenpv.stream.writer import KINDS
+
+
+@pytest.mark.parametrize(("width", "form"), SOME)
+def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path) -> None:
+    guest = suspended(form, width)
+    path = tmp_path / "x.save"
+    summary = saved(guest, path, config=CONFIG)
+    verdict = judge(path)
+    assert not verdict.found, str(verdict)
+    assert judge_pipe(path.read_bytes()).rules <= {"not-checked"}, "a tree's tables may have gone by"
+    at, kinds, pages = of_host(guest)
+    assert (summary.pages, summary.tables) == (len(at), int(np.count_nonzero(IS_TABLE[kinds])))
+    assert summary.bytes == path.stat().st_size
+    assert (summary.entries, summary.lost, summary.empty) == (70_600, 0, 0)
+    with SavedDomain.open(str(path)) as domain:
+        contents = domain.contents
+        start, count, _ = contents.index.extents
+        assert int(count.sum()) == len(at)
+        assert int(start[-1]) + int(count[-1]) == 70_600
+        np.testing.assert_array_equal(domain.frames.types(at), kinds)
+        np.testing.assert_array_equal(domain.frames.pages(at), pages)
+        assert domain.start_info_pfn == guest.day.start_info
+        assert domain.cr3(0) == guest.day.tables
+        assert contents.shared_info is not None
+        assert contents.shared_info.data == guest.host.shared_info(guest.domid)
+        p2m = guest.live.p2m
+        leaves = p2m.leaves.frame_of(np.arange(p2m.places))
+        np.testing.assert_array_equal(contents.p2m_frames, guest.host.m2p(leaves))
+
+
+@pytest.mark.parametrize(("width", "form"), SOME)
+def test_the_guest_goes_on_from_the_file(width: Width, form: str, tmp_path: Path) -> None:
+    """On another host, where every mfn is another: its pages are as they were, and its p2m says where they are now."""
+    guest = suspended(form, width)
+    saved(guest, tmp_path / "x")
+    free = pfns(600, 70_000)
+    other = ModelHost(1 << 30, seed=9)
+    moved = Guest(other, restored_from(tmp_path / "x", other), guest.kernel, guest.day)
+    assert moved.do("resume") is False
+    assert set(moved.agrees()) <= {"physmap-invalid"}
+    assert not len(moved.do("check_pattern", moved.do("free"), 7))
+    assert np.isin(free, moved.do("free")).all()
+    assert (moved.live.p2m.lookup(free) != guest.live.p2m.lookup(free)).all()
+    moved.do("balloon_in", pfns(100, 200_000))
+    assert set(moved.agrees()) <= {"physmap-invalid"}
+
+
+def test_what_libxenguest_wrote_of_a_domain_is_what_is_written_here(tmp_path: Path) -> None:
+    """A file of real Xen's, given to a host as it was when xl saved it, and saved again: the same pages and records."""
+    recipe = next(recipe for recipe in RECIPES if recipe.form == "linear")
+    theirs, ours, host = tmp_path / "theirs", tmp_path / "ours", ModelHost(1 << 30)
+    theirs.write_bytes(lzma.decompress((DEMO if recipe is FOR_DEMO else recipe.path).read_bytes()))
+    domid = restored_from(theirs, host, suspended=True)
+    heap = Heap()
+    summary = save(host, domid, heap)
+    ours.write_bytes(heap.data)
+    assert not judge(ours).found, str(judge(ours))
+    with SavedDomain.open(str(theirs)) as a, SavedDomain.open(str(ours)) as b:
+        assert a.contents.pv_info == b.contents.pv_info
+        assert a.contents.p2m_record == b.contents.p2m_record
+        assert a.contents.vcpus[0].basic == b.contents.vcpus[0].basic
+        there = a.contents.index.pfns(IS_POPULATED)
+        assert summary.pages == len(there)
+        np.testing.assert_array_equal(b.contents.index.pfns(IS_POPULATED), there)
+        np.testing.assert_array_equal(b.frames.types(there), a.frames.types(there))
+        same = there[~np.isin(there, a.contents.p2m_frames)]  # which are mfns of another host here
+        np.testing.assert_array_equal(b.frames.pages(same), a.frames.pages(same))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@BOTH
+def test_every_envelope_byte_for_byte(kind: Kind, width: Width) -> None:
+    """What was saved and read, and is written again from what was read, is the same."""
+    heap = Heap()
+    save(suspended("both", width).host, DomId(1), heap, envelope=kind, config=CONFIG if kind is Kind.XL else b"")
+    assert again(bytes(heap.data)) == heap.data
+
+
+@BOTH
+def test_records_come_as_in_libxenguest(width: Width) -> None:
+    """xg_sr_save.c: 1024 pfns to a record, ascending; the records of a PV save in their order."""
+    heap = Heap()
+    save(suspended("linear", width).host, DomId(1), heap, envelope=Kind.LIBXC)
+    reading = read(whole(bytes(heap.data)), collect=True)
+    assert reading.faults == []
+    names = [name for i, name in enumerate(reading.names) if name != "PAGE_DATA" or reading.names[i - 1] != name]
+    assert names == [
+        "image header", "domain header", "X86_PV_INFO", "X86_CPUID_POLICY", "X86_MSR_POLICY", "STATIC_DATA_END",
+        "X86_PV_P2M_FRAMES", "PAGE_DATA", "X86_TSC_INFO", "SHARED_INFO", "X86_PV_VCPU_BASIC", "X86_PV_VCPU_EXTENDED",
+        "X86_PV_VCPU_XSAVE", "END",
+    ]  # fmt: skip
+    data = [event for event in reading.events if isinstance(event, PageData)]
+    assert [len(event.entries) for event in data] == [BATCH] * 3 + [4096 - 95 - 3 * BATCH]
+    sent = np.concatenate([event.pfns for event in data])
+    assert (np.diff(sent.astype(np.int64)) > 0).all()
+
+
+def test_pages_without_content_go_in_long_records() -> None:
+    """A restorer bounds a record's entries by its length alone, xg_sr_restore.c handle_page_data()."""
+    guest = Guest.boot("linear", pages=1 << 18, order=9)
+    guest.do("write_pattern", pfns(2000, 100_000), 7)
+    guest.do("suspend")
+
+    def page_types(domid: DomId, mfns: U64) -> U8:
+        kinds = guest.host.page_types(domid, mfns)
+        kinds[(kinds == PageType.NOTAB) & ~guest.host.frames.written(mfns)] = PageType.XALLOC
+        return kinds
+
+    heap = Heap()
+    summary = save(Twisted(guest, page_types=page_types), guest.domid, heap, envelope=Kind.LIBXC)
+    reading = read(whole(bytes(heap.data)), collect=True)
+    assert reading.faults == []
+    data = [event for event in reading.events if isinstance(event, PageData)]
+    np.testing.assert_array_equal(np.concatenate([event.pfns for event in data]), pfns(1 << 18))
+    assert max(len(event.entries) for event in data) == ENTRIES_MAX
+    assert max(event.pages for event in data) == BATCH
+    assert len(data) <= summary.pages // BATCH + (1 << 18) // ENTRIES_MAX + 1
+    assert summary.pages + summary.empty == 1 << 18
+
+
+def test_xens_own_verifier_takes_it(tmp_path: Path) -> None:
+    try:
+        tools = lab.peer_tools("4.17")
+    except lab.LabError as e:
+        if os.environ.get("CI") == "true":
+            raise
+        pytest.skip(f"not run: {e}")
+    for width in WIDTHS:
+        for kind in KINDS:
+            path = tmp_path / f"{width}.{kind}"
+            saved(suspended("linear", width), path, envelope=kind, config=CONFIG if kind is Kind.XL else b"")
+            done = tools.run("verify-stream-v2", "-f", str(kind), "-i", str(path))
+            assert done.returncode == 0, done
+
+
+def test_progress_is_told_to_its_end(tmp_path: Path) -> None:
+    guest, seen = suspended("linear"), list[Status]()
+    summary = saved(guest, tmp_path / "x", progress=seen.append)
+    pages = guest.host.info(guest.domid).pages
+    told = [0, *range(BATCH, pages, BATCH), pages, pages]
+    assert [(status.round, status.round_done, status.pages, status.round_pages) for status in seen] == [
+        (0, n, n, pages) for n in told
+    ]
+    assert [status.phase for status in seen] == [Phase.COPYING] * (len(seen) - 1) + [Phase.DONE]
+    assert seen[-1].bytes == summary.bytes
+
+
+@pytest.mark.parametrize(
+    ("form", "width", "stretch"),
+    [
+        ("linear", 8, 1 << 32),
+        ("rooted4", 8, 1 << 32),
+        ("marked", 8, 1 << 30),
+        ("tree3", 8, 1 << 27),
+        ("linear", 4, 1 << 28),
+        ("tree3", 4, 1 << 28),
+    ],
+)
+def test_cost_follows_pages_up_to_16_tib(form: str, width: Width, stretch: int, tmp_path: Path) -> None:
+    guest = Guest.boot(form, width)
+    guest.do("spread", stretch)
+    guest.do("write_pattern", guest.do("free"), 3)
+    guest.do("suspend")
+    path = tmp_path / "x"
+    frames_of_p2m = stretch * width // PAGE_SIZE * 8  # a record has no holes: 64 MiB of it at 16 TiB
+    with at_most((20 << 20) + frames_of_p2m * 6 // 5):  # the model copies what is mapped: 8 MiB, and 8 that are written
+        before = time.process_time()
+        summary = saved(guest, path)
+        took = time.process_time() - before
+    assert (summary.entries, summary.pages) == (stretch, 4096)
+    assert path.stat().st_size < frames_of_p2m + 4096 * 4104 + (1 << 16)
+    assert took < 3, "milliseconds, on an idle machine"
+    if stretch <= 1 << 30:  # a verifier looks at every entry of the record
+        verdict = judge(path)
+        assert not verdict.found, str(verdict)
+
+
+@pytest.mark.parametrize("stretch", [(1 << 32) + 512, 1 << 36])
+def test_beyond_16_tib_by_a_record_of_our_own(stretch: int, tmp_path: Path) -> None:
+    """And back: the guest goes on, on another host."""
+    guest = Guest.boot("linear", pages=3000)
+    guest.do("spread", stretch)
+    free = guest.do("free")
+    guest.do("write_pattern", free, 3)
+    guest.do("suspend")
+    path, host = tmp_path / "x", ModelHost(1 << 30, seed=5)
+    with at_most(24 << 20):
+        summary = saved(guest, path, stock=False)
+    assert (summary.entries, summary.pages) == (stretch, 3000)
+    assert path.stat().st_size < 3000 * 4104 + (1 << 16)
+    verdict = judge(path)
+    assert not verdict.found, str(verdict)
+    with SavedDomain.open(str(path)) as domain:
+        record = domain.contents.p2m_record
+        assert isinstance(record, P2MLeaves)
+        assert record.entries == domain.p2m.entries == stretch
+        np.testing.assert_array_equal(domain.p2m.lookup(free), guest.live.p2m.lookup(free))
+    source = Input.open(str(path))
+    restored = restore_domain(host, source, name="moved")
+    source.close()
+    moved = Guest(host, restored.domid, guest.kernel, guest.day)
+    assert moved.do("resume") is False
+    assert not len(moved.do("check_pattern", free, 3))
+
+
+def test_our_own_record_is_for_who_asks_and_where_it_is_shorter(tmp_path: Path) -> None:
+    guest = Guest.boot("linear")
+    guest.do("spread", 1 << 30)
+    guest.do("suspend")
+    stock, ours = tmp_path / "stock", tmp_path / "ours"
+    saved(guest, stock)
+    saved(guest, ours, stock=False)
+    assert ours.stat().st_size < stock.stat().st_size - (15 << 20)
+    assert not judge(ours).found, str(judge(ours))
+    with SavedDomain.open(str(stock)) as a, SavedDomain.open(str(ours)) as b:
+        assert isinstance(a.contents.p2m_record, X86PVP2MFrames)
+        assert isinstance(b.contents.p2m_record, P2MLeaves)
+        for of_a, of_b in zip(a.contents.p2m_runs, b.contents.p2m_runs, strict=True):
+            np.testing.assert_array_equal(of_a, of_b)
+
+
+@BOTH
+def test_an_end_that_is_all_one_leaf_is_dropped_but_for_the_first(width: Width, tmp_path: Path) -> None:
+    """map_p2m_tree(): "Check for actual lower max_pfn"; here by leaves."""
+    guest = Guest.boot("tree3", width)
+    per, n = PAGE_SIZE // width, 4096 * width // PAGE_SIZE
+    missing = a_page(guest)
+    guest.do("suspend")
+    tree_of(guest, dict.fromkeys(range(n, n + 100), missing), (n + 100) * per)
+    path = tmp_path / "x"
+    summary = saved(guest, path)
+    assert summary.entries == (n + 1) * per
+    assert not judge(path).found, str(judge(path))
+    with SavedDomain.open(str(path)) as domain:
+        assert len(domain.contents.p2m_frames) == n + 1
+
+
+def test_nor_do_the_tables_matter_that_an_end_is_in(tmp_path: Path) -> None:
+    """The rest of one frame list, and all of the next."""
+    guest = Guest.boot("tree3")
+    missing, mid = a_page(guest), a_page(guest, 2)
+    guest.do("suspend")
+    words_of = np.full((1, 512), missing, np.uint64)
+    guest.host.write_frames(guest.domid, np.array([mid], np.uint64), words_of.view(np.uint8))
+    tree_of(guest, dict.fromkeys(range(8, 512), missing), 2 << 18)
+    second_list(guest, mid)
+    assert saved(guest, tmp_path / "x").entries == 9 * 512
+    assert not judge(tmp_path / "x").found
+
+
+def test_an_end_of_two_leaves_is_not(tmp_path: Path) -> None:
+    guest = Guest.boot("tree3")
+    one, other = a_page(guest), a_page(guest, 2)
+    guest.do("suspend")
+    tree_of(guest, {8: one, 9: other, 10: one}, 11 * 512)
+    assert saved(guest, tmp_path / "x").entries == 11 * 512
+    assert not judge(tmp_path / "x").found
+
+
+def test_a_generation_of_who_has_no_list_means_nothing(tmp_path: Path) -> None:
+    guest = Guest.boot("tree3")
+    guest.do("suspend")
+    arch(guest, p2m_generation=3)
+    saved(guest, tmp_path / "x")
+
+
+@BOTH
+def test_marked_entries_are_counted_and_not_saved(width: Width, tmp_path: Path) -> None:
+    guest = Guest.boot("tree3", width)
+    guest.do("balloon_out", guest.do("free")[-10:])
+    leaf = guest.live.p2m.leaves.frame[-1:]
+    guest.do("suspend")
+    table = guest.host.frames.read(leaf).view(f"<u{width}").copy()
+    shift = np.uint64(0 if width == 8 else 32)
+    table[0, -10:-7] = (FOREIGN >> shift) | np.uint64(0x1234)
+    table[0, -7:-5] = (IDENTITY >> shift) | np.uint64(0x5678)
+    guest.host.write_frames(guest.domid, leaf, table.view(np.uint8))
+    summary = saved(guest, tmp_path / "x")
+    assert (summary.foreign, summary.identity, summary.lost, summary.pages) == (3, 2, 0, 4086)
+    assert not judge(tmp_path / "x").found
+
+
+def test_a_leaf_of_marks_counts_as_often_as_it_stands_there(tmp_path: Path) -> None:
+    """Linux has one leaf for all stretches that are identity, or nothing."""
+    guest = Guest.boot("tree3")
+    leaf, end = a_page(guest), a_page(guest, 2)
+    guest.do("suspend")
+    page = np.full((1, PAGE_SIZE // 8), IDENTITY | np.uint64(5), np.uint64)
+    guest.host.write_frames(guest.domid, np.array([leaf], np.uint64), page.view(np.uint8))
+    tree_of(guest, {8: leaf, 9: leaf, 10: leaf, 11: end}, 12 * 512)
+    assert saved(guest, tmp_path / "x").identity == 3 * 512
+    assert not judge(tmp_path / "x").found
+
+
+def test_entries_that_claim_another_domains_frame_are_sent_as_none(tmp_path: Path) -> None:
+    """write_batch(): getpageframeinfo says XTAB of what is not the domain's, and that is what is sent."""
+    guest = Guest.boot("tree3")
+    guest.do("balloon_out", guest.do("free")[-2:])
+    leaf = guest.live.p2m.leaves.frame[-1:]
+    guest.do("suspend")
+    table = guest.host.frames.read(leaf).view("<u8").copy()
+    table[0, -1] = guest.host.frames.owned(1)[7]
+    guest.host.write_frames(guest.domid, leaf, table.view(np.uint8))
+    summary = saved(guest, tmp_path / "x")
+    assert (summary.lost, summary.pages) == (1, 4094)
+    with SavedDomain.open(str(tmp_path / "x")) as domain:
+        kind = domain.frames.types(np.array([4095], np.uint64))[0]
+    assert kind == PageType.XTAB
+    assert judge(tmp_path / "x").rules == {"page-missing"}
+
+
+def test_pages_without_content_are_sent_by_type(tmp_path: Path) -> None:
+    guest = Guest.boot("linear")
+    guest.do("suspend")
+    mfns = guest.live.p2m.lookup(np.array([4000, 4001], np.uint64))
+
+    def page_types(domid: DomId, wanted: U64) -> U8:
+        kinds = guest.host.page_types(domid, wanted)
+        kinds[wanted == mfns[0]], kinds[wanted == mfns[1]] = PageType.BROKEN, PageType.XALLOC
+        return kinds
+
+    summary = saved(guest, tmp_path / "x", Twisted(guest, page_types=page_types))
+    assert (summary.empty, summary.pages) == (2, 4094)
+    with SavedDomain.open(str(tmp_path / "x")) as domain:
+        assert domain.frames.types(np.array([4000, 4001], np.uint64)).tolist() == [PageType.BROKEN, PageType.XALLOC]
+
+
+def test_xens_own_entries_of_a_pae_guest_are_left_out(tmp_path: Path) -> None:
+    """normalise_pagetable(): the L2 that has Xen's mappings is known by the first of them."""
+    guest = suspended("tree3", 4)
+    top = guest.host.frames.read(guest.live.p2m.lookup(np.array([guest.day.tables], np.uint64)))
+    last = frames(as_entries(top))[0, 3:4]
+    xens = int(guest.host.frames.owned(1)[7])
+    host = rewriting(guest, last, slice(XEN_PAE_L2_FIRST, 512), xens << 12 | PTE_P | PTE_PSE)
+    saved(guest, tmp_path / "x", host)
+    assert not judge(tmp_path / "x").found
+    other = next(m for m in frames(as_entries(top))[0, :3].tolist() if m)
+    host = rewriting(guest, np.array([other], np.uint64), [XEN_PAE_L2_FIRST + 1], xens << 12 | PTE_P)
+    e = failed(guest, host)
+    assert isinstance(e, Fault)
+    assert e.entry == XEN_PAE_L2_FIRST + 1
+
+
+@BOTH
+def test_content_is_not_copied_and_a_mapping_may_go_with_the_next(width: Width, tmp_path: Path) -> None:
+    """Host.map_frames: "it is gone when the next call of map_frames on this host returns"."""
+    guest = suspended("both", width)
+    expected, live = Heap(), list[U8]()
+    save(guest.host, guest.domid, expected)
+
+    def map_frames(domid: DomId, mfns: U64) -> tuple[U8, U8]:
+        pages, mapped = guest.host.map_frames(domid, mfns)
+        for gone in live:
+            gone[:] = 0xDB
+        live[:] = [pages]
+        return pages, mapped
+
+    heap = Heap()
+    save(Twisted(guest, map_frames=map_frames), guest.domid, heap)
+    assert heap.data == expected.data
+    assert max(max(call) for call in heap.calls) > 512 * PAGE_SIZE, "runs of pages are one buffer"
+
+
+@BOTH
+def test_a_vcpus_frames_are_pfns(width: Width, tmp_path: Path) -> None:
+    guest = Guest.boot("tree3", width)  # which has mapped nothing that could be a GDT
+    guest.do("suspend")
+    gdt = guest.live.p2m.lookup(np.array([4000, 4001], np.uint64))
+    top = guest.live.p2m.lookup(np.array([guest.day.tables], np.uint64))[0]
+    fields: dict[str, Any] = {"gdt_ents": 600, "gdt_frames": [*gdt.tolist(), *[99] * 14]}
+    if width == 8:
+        fields["ctrlreg_1"] = int(top) << 12
+    saved(guest, tmp_path / "x", with_context(guest, **fields))
+    assert not judge(tmp_path / "x").found
+    with SavedDomain.open(str(tmp_path / "x")) as domain:
+        context = domain.vcpu_context(0)
+        assert context is not None
+        assert context["gdt_frames"].tolist() == [4000, 4001, *[99] * 14], "what is in use; the rest is as it was"
+        assert domain.cr3(0, user=True) == (guest.day.tables if width == 8 else None)
+
+
+def test_of_more_vcpus_those_that_are_online(tmp_path: Path) -> None:
+    guest = suspended("tree3")
+    offline = np.frombuffer(bytearray(guest.host.vcpu_context(guest.domid, 0)), VCPU_GUEST_CONTEXT[8]).copy()
+    offline["flags"] = 0
+
+    def vcpu_context(domid: DomId, vcpu: int) -> bytes:
+        if vcpu in {0, 3}:
+            return guest.host.vcpu_context(domid, 0)
+        if vcpu == 1:
+            return offline.tobytes()
+        raise HostError("not initialised", op="getvcpucontext", errno=61)
+
+    def info(domid: DomId) -> DomainInfo:
+        return replace(guest.host.info(domid), max_vcpu=3)
+
+    def vcpu_state(domid: DomId, vcpu: int) -> VcpuState:
+        extended = pack("<II", vcpu, EXT_VCPUCONTEXT.size(8)).ljust(EXT_VCPUCONTEXT.size(8), b"\0")
+        return VcpuState(extended=extended, xsave=bytes(16 * vcpu), msrs=bytes(16 * vcpu))
+
+    host = Twisted(guest, vcpu_context=vcpu_context, vcpu_state=vcpu_state, info=info)
+    saved(guest, tmp_path / "x", host)
+    with SavedDomain.open(str(tmp_path / "x")) as domain:
+        assert domain.vcpus == [0, 3]
+        third = domain.vcpu_context(3)
+        assert third is not None
+        record = int(guest.live.p2m.lookup(np.array([guest.day.start_info], np.uint64))[0])
+        assert third["user_regs"]["rdx"] == record, "only vcpu 0's is the suspend record"
+        names = [run.name.removeprefix("X86_PV_VCPU_") for run in domain.contents.runs if "VCPU" in run.name]
+        assert names == ["BASIC", "EXTENDED", "BASIC", "EXTENDED", "XSAVE", "MSRS"], "what is empty is left out"
+
+
+def test_a_suspended_domain_that_is_paused_too(tmp_path: Path) -> None:
+    guest = suspended("linear")
+    guest.host.pause(guest.domid)
+    saved(guest, tmp_path / "x")
+    assert guest.host.info(guest.domid).paused
+
+
+def test_the_domain_is_as_it_was(tmp_path: Path) -> None:
+    """And its own p2m is in the file as it is: mfns of this host."""
+    guest = suspended("both")
+    before = of_host(guest), guest.host.info(guest.domid), guest.host.vcpu_context(guest.domid, 0)
+    saved(guest, tmp_path / "x")
+    after = of_host(guest), guest.host.info(guest.domid), guest.host.vcpu_context(guest.domid, 0)
+    for a, b in zip(before[0], after[0], strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert before[1:] == after[1:]
+    with SavedDomain.open(str(tmp_path / "x")) as domain:
+        for leaves in domain.p2m.content():
+            wanted = leaves.pfns.reshape(-1)
+            np.testing.assert_array_equal(leaves.mfns.reshape(-1), guest.live.p2m.lookup(wanted))
+            assert is_own(leaves.mfns[leaves.mfns != NO_FRAME]).all()
+            assert len(words(leaves.mfns, 8)) == len(leaves.mfns)

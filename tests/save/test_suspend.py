@@ -1,0 +1,103 @@
+"""Guests that are asked to suspend: those that do, and all that can come instead."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from tests.support.kernel_guest import Guest
+from tests.support.live_guests import attend
+from tests.support.saving import BOTH, Twisted
+from xenpv.abi.declare import Width
+from xenpv.errors import GuestError, HostError, RequestError
+from xenpv.frames import DomId
+from xenpv.host import DomainInfo
+from xenpv.save.suspend import has_suspended, resume, suspend
+
+
+@BOTH
+def test_a_guest_suspends_and_goes_on(width: Width) -> None:
+    guest = Guest.boot("both", width)
+    free = guest.do("free")
+    guest.do("write_pattern", free, 5)
+    attend(guest)
+    for _ in range(2):
+        suspend(guest.host, guest.domid)
+        assert has_suspended(guest.host.info(guest.domid))
+        assert guest.host.controlled(guest.domid) == ""
+        suspend(guest.host, guest.domid)  # has already
+        resume(guest.host, guest.domid)
+        assert guest.do("resume") is True, "cancelled, as it sees it"
+        assert not len(guest.do("check_pattern", free, 5))
+        assert set(guest.agrees()) <= {"physmap-invalid"}
+
+
+def test_one_that_does_not_react() -> None:
+    guest = Guest.boot("linear")
+    before = time.monotonic()
+    with pytest.raises(GuestError, match=r"dom1 \(litmus\) did not suspend in 0.05 s: its kernel has not reacted"):
+        suspend(guest.host, guest.domid, timeout=0.05)
+    assert 0.05 <= time.monotonic() - before < 5
+    assert guest.host.controlled(guest.domid) == "", "the request was taken back"
+
+
+def test_one_that_has_seen_it_and_takes_its_time() -> None:
+    guest = Guest.boot("linear")
+    guest.host.attend(guest.domid, lambda: guest.host.store.write("/local/domain/1/control/shutdown", b""))
+    with pytest.raises(GuestError, match="has seen the request, and may still obey it"):
+        suspend(guest.host, guest.domid, timeout=0.02)
+
+
+@pytest.mark.parametrize(("reason", "how"), [(0, "powered off"), (1, "rebooted"), (3, "crashed"), (77, "reason 77")])
+def test_one_that_ends_meanwhile(reason: int, how: str) -> None:
+    guest = Guest.boot("linear")
+    guest.host.attend(guest.domid, lambda: guest.host.shutdown(guest.domid, reason))
+    with pytest.raises(GuestError, match=f"{how}, and cannot suspend"):
+        suspend(guest.host, guest.domid)
+    assert guest.host.controlled(guest.domid) == ""
+    with pytest.raises(GuestError, match=how):
+        suspend(guest.host, guest.domid)
+    with pytest.raises(RequestError, match="nothing to resume"):
+        resume(guest.host, guest.domid)
+
+
+def test_one_that_is_paused() -> None:
+    guest = Guest.boot("linear")
+    guest.host.pause(guest.domid)
+    with pytest.raises(RequestError, match="is paused, and cannot suspend: unpause it first"):
+        suspend(guest.host, guest.domid)
+    guest.host.unpause(guest.domid)
+    guest.host.attend(guest.domid, lambda: guest.host.pause(guest.domid))
+    with pytest.raises(GuestError, match="it was paused meanwhile"):
+        suspend(guest.host, guest.domid, timeout=0.02)
+
+
+def test_one_that_goes_away() -> None:
+    guest = Guest.boot("linear")
+    guest.host.attend(guest.domid, lambda: guest.host.destroy(guest.domid))
+    with pytest.raises(HostError, match="no such domain"):
+        suspend(guest.host, guest.domid)
+
+
+def test_an_hvm_domain() -> None:
+    guest = Guest.boot("linear")
+
+    def info(domid: DomId) -> DomainInfo:
+        return replace(guest.host.info(domid), hvm=True)
+
+    with pytest.raises(RequestError, match="is an HVM domain"):
+        suspend(Twisted(guest, info=info), guest.domid)
+
+
+def test_whoever_interrupts_takes_the_request_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest.boot("linear")
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        suspend(guest.host, guest.domid)
+    assert guest.host.controlled(guest.domid) == ""

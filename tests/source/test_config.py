@@ -1,0 +1,171 @@
+"""The configuration in an envelope: JSON of libxl, XML of libvirt, xl's text; and whatever else is there."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from tests.support.writers.envelopes import CONFIG_SEXP, config_json
+from xenpv.source.config import Config, config_of
+from xenpv.stream.contents import Contents
+from xenpv.stream.envelope import Envelope, Kind, Section
+from xenpv.stream.events import SectionHeader
+
+UUID = "8d1c2f6e-3f0a-4c5b-9a77-0123456789ab"
+
+
+def parse(data: bytes, style: str) -> Config:
+    config = config_of(Contents(envelope=Envelope(Kind.XL, 0, 48, data, style)))
+    assert config is not None
+    assert config.format == style
+    return config
+
+
+def facts(config: Config) -> tuple[str | int | None, ...]:
+    return (config.name, config.uuid, config.type, config.max_memkb, config.target_memkb, config.max_vcpus)
+
+
+NOTHING = (None,) * 6
+
+
+def test_none() -> None:
+    assert config_of(Contents()) is None
+    assert config_of(Contents(envelope=Envelope(Kind.LIBXL, 0, 0))) is None
+    assert config_of(Contents(envelope=Envelope(Kind.XL, 0, 48, b"", "json"))) is None
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def test_json() -> None:
+    config = parse(config_json(name="Gast", vcpus=3, memory_kib=98304) + b"\0", "json")
+    assert facts(config) == ("Gast", UUID, "pv", 98304, 98304, 3)
+    assert json.loads(config.text)["c_info"]["name"] == "Gast"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"{", b"[]", b"null", b"17", b'"text"', b'{"c_info": []}', b'{"c_info": 3, "b_info": "x"}', b"\xff\xfe\0",
+     b"[" * 100_000, b'{"c_info": {"name": 7, "uuid": null, "type": ["pv"]}}',
+     b'{"b_info": {"max_memkb": "1", "max_vcpus": true, "target_memkb": 1.5}}'],
+)  # fmt: skip
+def test_json_that_tells_nothing(data: bytes) -> None:
+    assert facts(parse(data, "json")) == NOTHING
+
+
+def test_json_of_huge_numbers() -> None:
+    assert parse(b'{"b_info": {"max_memkb": %d}}' % (1 << 100), "json").max_memkb == 1 << 100
+    assert facts(parse(b'{"b_info": {"max_memkb": ' + b"9" * 10_000 + b"}}", "json")) == NOTHING
+
+
+# --- XML -------------------------------------------------------------------------------------------------------------
+
+XML = b"""<domain type='xen'>
+  <name>guest</name><uuid>%s</uuid>
+  <memory unit='MiB'>512</memory><currentMemory unit='KiB'>131072</currentMemory>
+  <vcpu placement='static'>4</vcpu>
+</domain>
+""" % UUID.encode()
+
+
+def test_xml() -> None:
+    assert facts(parse(XML, "xml")) == ("guest", UUID, "xen", 512 * 1024, 131072, 4)
+
+
+def test_xml_inside_another_element() -> None:
+    assert parse(b"<status>" + XML + b"</status>", "xml").name == "guest"
+    assert facts(parse(b"<status/>", "xml")) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("unit", "kib"),
+    [("b", 1), ("bytes", 1), ("KB", 1000), ("k", 1024), ("KiB", 1024), ("M", 1 << 20), ("MiB", 1 << 20), ("G", 1 << 30),
+     ("GiB", 1 << 30), ("MB", 10**6), ("GB", 10**9), ("T", 1 << 40), ("TiB", 1 << 40), ("TB", 10**12)],
+)  # fmt: skip
+def test_xml_units(unit: str, kib: int) -> None:
+    """https://libvirt.org/formatdomain.html#memory-allocation"""
+    text = f"<domain><memory unit='{unit}'>8192</memory></domain>"
+    assert parse(text.encode(), "xml").max_memkb == 8192 * kib >> 10
+
+
+def test_xml_without_units_is_in_kib() -> None:
+    assert parse(b"<domain><memory>4096</memory></domain>", "xml").max_memkb == 4096
+
+
+BOMB = (
+    b'<!DOCTYPE a [<!ENTITY x0 "ha">'
+    + b"".join(b'<!ENTITY x%d "%s">' % (i, b"&x%d;" % (i - 1) * 10) for i in range(1, 30))
+    + b"]><domain><name>&x29;</name></domain>"
+)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"<domain>", b"<domain></nonsense>", b"not xml", b"<domain><name>\xff</name>",
+     b"<domain><memory>many</memory></domain>", b"<domain><memory unit='acre'>1</memory></domain>",
+     "<domain><memory>\u00b2</memory></domain>".encode(), b"<domain><vcpu>-1</vcpu></domain>",
+     b'<!DOCTYPE d [<!ENTITY e "harmless">]><domain><name>&e;</name></domain>',
+     b'<!DOCTYPE domain SYSTEM "file:///etc/passwd"><domain/>', BOMB,
+     b'<?xml version="1.0"?><!DOCTYPE d [<!ENTITY e SYSTEM "file:///etc/passwd">]><domain><name>&e;</name></domain>',
+     b"<a>" * 50_000],
+    ids=lambda data: data[:30],
+)  # fmt: skip
+def test_xml_that_tells_nothing(data: bytes) -> None:
+    """Entities could read files or blow up memory: they are refused, and the text stays text."""
+    start = time.process_time()
+    config = parse(data, "xml")
+    assert facts(config) == NOTHING
+    assert config.text == data.decode("utf-8", "replace")
+    assert time.process_time() - start < 1
+
+
+def test_xml_with_a_doctype_in_another_encoding() -> None:
+    """What is refused is looked for in the text that the parser gets, so no encoding hides it."""
+    data = '<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE d [<!ENTITY e "hidden">]><domain><name>&e;</name></domain>'
+    assert parse(data.encode("utf-16"), "xml").name is None
+
+
+# --- xl's own text ---------------------------------------------------------------------------------------------------
+
+
+def test_xl() -> None:
+    text = b"""# a comment
+name = "guest"
+ uuid='%s'
+type = "pv"
+memory = 96
+maxmem=128 # in MiB
+vcpus = 2
+maxvcpus = 4
+disk = [ 'phy:/dev/x,xvda,w' ]
+""" % UUID.encode()
+    assert facts(parse(text, "xl")) == ("guest", UUID, "pv", 128 * 1024, 96 * 1024, 4)
+
+
+def test_xl_without_limits() -> None:
+    config = parse(b"name='a'\nmemory=96\nvcpus=3\n", "xl")
+    assert (config.max_memkb, config.target_memkb, config.max_vcpus) == (96 * 1024, 96 * 1024, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\0", b"name", b"name =", b"memory = lots", b"= 5", b"\xff\xff", b"x" * 1_000_000, b"name" + b" " * 200_000],
+)  # fmt: skip
+def test_xl_that_tells_nothing(data: bytes) -> None:
+    start = time.process_time()
+    assert facts(parse(data, "xl")) == NOTHING
+    assert time.process_time() - start < 2
+
+
+# --- others ----------------------------------------------------------------------------------------------------------
+
+
+def test_xenopsd_keeps_its_record_as_text() -> None:
+    contents = Contents(envelope=Envelope(Kind.XENOPSD, 0, 15))
+    contents.sections.append(SectionHeader(15, Section.XENOPS, len(CONFIG_SEXP), CONFIG_SEXP))
+    config = config_of(contents)
+    assert config is not None
+    assert (config.format, config.text) == ("sexp", CONFIG_SEXP.decode())
+    assert facts(config) == NOTHING

@@ -1,0 +1,347 @@
+"""Files of `xl dump-core`: what is in them, and what becomes of damaged ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.frames import words
+from tests.support.writers.build import USER_VADDR, pattern, pv_domain
+from tests.support.writers.core import Core, core_of, hvm_core
+from tests.support.writers.domain import Domain
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.errors import Fault, GuestError, Malformed, StreamError, Unsupported
+from xenpv.findings import Rule
+from xenpv.frames import ABSENT, HAS_DATA, U64
+from xenpv.source.core import CoreDomain
+from xenpv.source.open import open_domain
+from xenpv.stream.feeding import FaultHandler
+
+SPREAD = [*range(100), 0x1_0000, 0x1_0001]
+
+
+def opened(core: Core, tmp_path: Path, fault: FaultHandler | None = None) -> CoreDomain:
+    path = tmp_path / "made.core"
+    path.write_bytes(bytes(core))
+    domain = open_domain(str(path), fault=fault)
+    assert isinstance(domain, CoreDomain)
+    return domain
+
+
+def array(*pfns: int) -> U64:
+    return np.array(pfns, np.uint64)
+
+
+@pytest.fixture(params=[8, 4])
+def domain(request: pytest.FixtureRequest) -> Domain:
+    return pv_domain(width=request.param, pfns=SPREAD, vcpus=2, tree=True, ballooned=[200])
+
+
+def test_memory_is_that_of_the_domain_with_pfns_in_its_tables(domain: Domain, tmp_path: Path) -> None:
+    with opened(core_of(domain), tmp_path) as core:
+        pfns = array(*sorted(domain.pages))
+        assert (core.hvm, core.width, core.vcpus) == (False, domain.width, [0, 1])
+        for pfn, content in domain.pages.items():
+            assert core.frames.pages(array(pfn)).tobytes() == bytes(content), hex(pfn)
+        kinds = [domain.types[int(pfn)] & 7 for pfn in pfns]
+        assert core.frames.types(pfns).tolist() == kinds
+        assert core.frames.types(array(150, 0xFFFF, 1 << 40)).tolist() == [ABSENT] * 3
+        assert core.shared_info() == bytes(domain.shared_page)
+        assert core.layout.xen == "4.17.5-test"
+
+
+def test_virtual_addresses(domain: Domain, tmp_path: Path) -> None:
+    with opened(core_of(domain), tmp_path) as core:
+        assert core.cr3(0) == core.cr3(1) == domain.places.top
+        for pfn, vaddr in domain.vaddrs.items():
+            way = core.memory.walk(vaddr)
+            assert (way.pfn, [s.table for s in way.steps]) == (pfn, [s.table for s in domain.walk(vaddr)])
+            assert core.memory.read_virtual(vaddr + 1, 100) == bytes(domain.pages[pfn])[1:101]
+        if domain.width == 8:
+            assert core.memory.walk(USER_VADDR, top=core.cr3(0, user=True)).pfn == domain.places.user
+        else:
+            assert core.cr3(0, user=True) is None
+
+
+def test_registers(domain: Domain, tmp_path: Path) -> None:
+    with opened(core_of(domain), tmp_path) as core:
+        registers = core.registers(1)
+        assert registers is not None
+        assert registers.ip == domain.vaddrs[domain.places.text] + 0x3AA
+        assert core.registers(2) is None is core.cr3(2)
+
+
+def test_the_p2m_is_the_guests_own(domain: Domain, tmp_path: Path) -> None:
+    with opened(core_of(domain), tmp_path) as core:
+        pfns = array(*sorted(domain.pages))
+        assert core.anchors is not None
+        assert core.p2m.entries == domain.entries
+        assert core.p2m.lookup(pfns).tolist() == [domain.mfns[int(pfn)] for pfn in pfns]
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_extents_are_runs_of_one_type(width: Width, tmp_path: Path) -> None:
+    domain = pv_domain(width=width, pfns=SPREAD)
+    with opened(core_of(domain), tmp_path) as core:
+        found: dict[int, int] = {}
+        last = -1
+        for extents in core.extents():
+            for start, pages, kind in zip(*(column.tolist() for column in extents), strict=True):
+                assert start > last
+                assert HAS_DATA[kind]
+                last = start + pages - 1
+                found |= dict.fromkeys(range(start, last + 1), kind)
+        assert found == {pfn: domain.types[pfn] & 7 for pfn in domain.pages}
+
+
+# --- HVM -------------------------------------------------------------------------------------------------------------
+
+
+def hvm_context(**registers: int) -> bytes:
+    context = np.zeros(1, VCPU_GUEST_CONTEXT[8])
+    control = {"cr0": 0, "cr3": 3, "cr4": 4}
+    for name, value in registers.items():
+        if name in control:
+            context["ctrlreg"][0, control[name]] = value
+        else:
+            context["user_regs"][name] = value
+    return context.tobytes()
+
+
+LONG = hvm_context(cr0=0x8000_0011, cr4=0x20, cr3=0x5000, rip=0xFFFF_FFFF_8100_0000)
+NARROW = hvm_context(cr0=0x8000_0011, cr4=0x10, cr3=0x2000, rip=0xC010_0000, rax=7)
+
+
+def test_an_hvm_core_has_gfns(tmp_path: Path) -> None:
+    tables = {5: words({511: 6 << 12 | 0x67}), 6: words({510: 7 << 12 | 0x67}), 7: words({8: 0xE7})}
+    narrow = words({0x300: 0xE7}, 4)
+    pages = {pfn: bytes(pattern(pfn)) for pfn in [*range(16), 0x10_0000]} | tables | {2: narrow}
+    with opened(hvm_core(pages, [LONG, NARROW]), tmp_path) as core:
+        assert (core.hvm, core.width, core.vcpus, core.shared_info()) == (True, 8, [0, 1], None)
+        for pfn, content in pages.items():
+            assert core.memory.page(pfn) == content
+        assert core.frames.types(array(5, 99, 0x10_0000)).tolist() == [0, ABSENT, 0]
+        assert [(e.start.tolist(), e.pages.tolist()) for e in core.extents()] == [([0, 0x10_0000], [16, 1])]
+        assert core.memory.read_virtual(0xFFFF_FFFF_8100_1000, 64) == pages[1][:64]
+        one = core.registers(1)
+        assert one is not None
+        assert (one.width, one.ip, one.general["eax"], one.paging.name) == (4, 0xC010_0000, 7, "2 levels")
+        assert core.memory_of(1).walk(0xC000_3000).pfn == 3
+        assert core.cr3(0, user=True) is None
+
+
+# --- damaged ---------------------------------------------------------------------------------------------------------
+
+
+class Told(list[tuple[str, str]]):
+    """A fault handler that remembers rule and message."""
+
+    def __call__(self, rule: Rule, message: str, offset: int, record: str | None) -> None:
+        assert offset >= 0
+        assert record is None
+        self.append((rule.name, message))
+
+
+def made() -> tuple[Domain, Core]:
+    domain = pv_domain(pfns=SPREAD, vcpus=2)
+    return domain, core_of(domain)
+
+
+def test_order_does_not_matter_and_is_told(tmp_path: Path) -> None:
+    domain, core = made()
+    order = np.random.default_rng(3).permutation(len(core.pages))
+    core.pages, core.p2m = [core.pages[i] for i in order], core.p2m[order]
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        for pfn, content in domain.pages.items():
+            assert back.frames.pages(array(pfn)).tobytes() == bytes(content)
+    assert [rule for rule, _ in told] == ["core-order"]
+    opened(core, tmp_path).close()  # it is a warning
+
+
+def test_entries_that_name_no_page_may_be_anywhere(tmp_path: Path) -> None:
+    domain, core = made()
+    for at in (0, 5, 5, 40, len(core.pages)):
+        core.pages.insert(at, bytes(4096))
+        core.p2m = np.insert(core.p2m, at, 2**64 - 1, axis=0)
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        for pfn, content in domain.pages.items():
+            assert back.frames.pages(array(pfn)).tobytes() == bytes(content)
+    assert told == []
+
+
+def test_a_page_that_is_listed_twice(tmp_path: Path) -> None:
+    domain, core = made()
+    core.pages.append(bytes(pattern(77)))
+    core.p2m = np.append(core.p2m, [[50, core.p2m[50, 1]]], axis=0)
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        assert back.frames.pages(array(50)).tobytes() == bytes(domain.pages[50])
+        assert back.frames.types(array(49, 50, 51)).tolist() == [domain.types[pfn] & 7 for pfn in (49, 50, 51)]
+    assert [rule for rule, _ in told] == ["core-order", "core-repeated"]
+    assert "pfn 0x32 is listed twice" in told[1][1]
+
+
+def test_numbers_that_no_page_can_have(tmp_path: Path) -> None:
+    _, core = made()
+    core.p2m[7, 0] = 1 << 60
+    core.p2m[9, 1] = (1 << 40) - 1
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        assert back.frames.types(array(6, 7, 8, 9)).tolist() != [0, 0, 0, 0]
+        assert (back.frames.types(array(7, 9)) == ABSENT).all()
+    assert told == [("core-range", f"entry 0x7 names pfn {1 << 60:#x}, mfn {int(core.p2m[7, 1]):#x}")]
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"nr_pages": 1 << 62}, "core-counts"),
+        ({"nr_vcpus": 1 << 62}, "core-counts"),
+        ({"sizes": {".xen_p2m": 1 << 63}}, "core-section"),
+        ({"sizes": {".xen_p2m": 160}}, "core-counts"),
+        ({"sizes": {".xen_pages": 1 << 62}}, "core-section"),
+        ({"sizes": {".xen_pages": 8192}}, "core-counts"),
+        ({"offsets": {".xen_pages": 1 << 62}}, "core-section"),
+        ({"left_out": {".xen_p2m"}}, "core-section"),
+        ({"left_out": {".xen_pages"}}, "core-section"),
+        ({"left_out": {".xen_prstatus"}}, "core-counts"),
+    ],
+)
+def test_sections_that_lie(change: dict[str, object], rule: str, tmp_path: Path) -> None:
+    """An error; or, for who collects what is wrong, as much as there is."""
+    _, core = made()
+    for name, value in change.items():
+        setattr(core, name, value)
+    with pytest.raises(Malformed):
+        opened(core, tmp_path)
+    told = Told()
+    with opened(core, tmp_path, told) as back:
+        pages = sum(int(extents.pages.sum()) for extents in back.extents())
+        assert pages <= len(core.pages)
+        there = [pfn for pfn in SPREAD if (back.frames.types(array(pfn)) != ABSENT).all()]
+        assert pages == len(there) == len(back.frames.pages(array(*there)))
+    assert rule in [name for name, _ in told]
+
+
+def test_no_more_pages_are_there_than_announced(tmp_path: Path) -> None:
+    _, core = made()
+    core.nr_pages = 10
+    with opened(core, tmp_path) as back:
+        assert [extents.pages.sum() for extents in back.extents()] == [10]
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"magic": 0x1234}, "xch_magic is 0x1234"),
+        ({"page_size": 65536}, "pages of 65536 bytes"),
+        ({"version": 1 << 32}, r"dump-core format 1\.0"),
+        ({"left_out": {".note.Xen"}}, r"an ELF core without \.note\.Xen"),
+    ],
+)
+def test_what_is_not_read(change: dict[str, object], why: str, tmp_path: Path) -> None:
+    _, core = made()
+    for name, value in change.items():
+        setattr(core, name, value)
+    with pytest.raises(Unsupported, match=why):
+        opened(core, tmp_path)
+
+
+def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
+    """Xl writes the list behind the pages: without it nobody knows which page is which."""
+    path, data = tmp_path / "cut.core", bytes(made()[1])
+    for end in (18, 63, 64, 100, 2000, 5000, len(data) // 2, len(data) - 3000):
+        path.write_bytes(data[:end])
+        with pytest.raises(StreamError) as e:
+            open_domain(str(path))
+        assert end < 64 or "cut short" in str(e.value) or "do not lie in the file" in str(e.value)
+
+
+def test_a_cr3_that_leads_nowhere(tmp_path: Path) -> None:
+    domain, core = made()
+    context = np.frombuffer(bytearray(core.contexts[0]), VCPU_GUEST_CONTEXT[8])
+    context["ctrlreg"][0, 3] = 0xDEAD_BEEF_000
+    core.contexts[0] = context.tobytes()
+    with opened(core, tmp_path) as back:
+        with pytest.raises(GuestError, match=r"cr3 of vcpu 0 names mfn 0xdeadbeef, which is no page of the core"):
+            back.cr3(0)
+        with pytest.raises(Fault, match="no vcpu's cr3 is known"):
+            back.memory.read_virtual(domain.vaddrs[0], 1)
+        assert back.cr3(1) == domain.places.top
+        assert back.frames.types(array(domain.places.top)).tolist() == [4], "found by vcpu 1"
+
+
+def test_tables_that_lead_in_circles(tmp_path: Path) -> None:
+    domain, core = made()
+    top = sorted(domain.pages).index(domain.places.top)
+    entries = np.frombuffer(bytearray(core.pages[top]), "<u8")
+    entries[:256] = core.p2m[top, 1] << np.uint64(12) | np.uint64(0x67)
+    core.pages[top] = entries.tobytes()
+    with opened(core, tmp_path) as back:
+        assert back.frames.types(array(domain.places.top)).tolist() == [4]
+        assert len(back.frames.tables.pfns) == len(set(back.frames.tables.pfns.tolist()))
+        assert back.memory.walk(0).pfn == domain.places.top
+
+
+def test_a_section_beyond_all_files(tmp_path: Path) -> None:
+    _, core = made()
+    core.offsets, core.sizes = {".xen_pages": (1 << 64) - 8}, {".xen_pages": 0}
+    with opened(core, tmp_path, Told()) as back:
+        assert not [extents for extents in back.extents() if len(extents.start)]
+
+
+def test_other_processes_are_found_by_xens_own_entry(tmp_path: Path) -> None:
+    """A top table that no vcpu runs on, with a table below; a page that once was one, and is mapped writable; and one
+    that cannot be written and is none. What the top table names and is mapped writable is no table either.
+    """
+    domain = pv_domain(pfns=range(128))
+    top, third, stale, data = domain.places.data[-4:]
+    mapping = domain.table(domain.places.top).copy()
+    for pfn, table in ((top, mapping), (stale, mapping)):
+        domain.pages[pfn][:] = table.tobytes()
+    domain.types[top] = domain.types[stale] = 4
+    domain.table(top)[0] = third << 12 | 0x67
+    domain.table(top)[1] = data << 12 | 0x67
+    text = domain.table(domain.places.text)
+    text[258] = top << 12 | 0x63
+    domain.pages[third][:] = bytes(4096)
+    domain.types[third] = 3
+    core = core_of(domain)
+    domain.types[stale] = 0
+    for pfn in (top, third, domain.places.text):
+        domain.set_pte(domain.vaddrs[pfn], pfn << 12 | 0x65)
+    again = core_of(domain)
+    for level1 in domain.tables(1):
+        core.pages[level1] = again.pages[level1]
+    with opened(core, tmp_path) as back:
+        kinds = back.frames.types(array(top, third, stale, data, domain.places.text))
+        assert kinds.tolist() == [4, 3, 0, 0, 0]
+        assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
+
+
+def test_other_processes_of_a_32_bit_guest_are_found(tmp_path: Path) -> None:
+    """By the end of the L2 below the last entry. One that has more than four entries, or leads elsewhere, is none."""
+    domain = pv_domain(width=4, pfns=range(128))
+    top, below, more, elsewhere = domain.places.data[-4:]
+    mapping = domain.table(domain.places.top)
+    for pfn in (top, more, elsewhere):
+        domain.pages[pfn][:] = mapping.tobytes()
+        domain.types[pfn] = 3
+    domain.table(top)[0] = below << 12 | 1
+    domain.table(more)[4] = below << 12 | 1
+    domain.table(elsewhere)[3] = domain.places.text << 12 | 1
+    domain.pages[below][:] = bytes(4096)
+    domain.types[below] = 2
+    for pfn in (top, below, more, elsewhere):
+        domain.set_pte(domain.vaddrs[pfn], pfn << 12 | 0x65)
+    core = core_of(domain)
+    text = sorted(domain.pages).index(domain.places.text)
+    core.pages[text] = bytes(domain.pages[domain.places.text])
+    with opened(core, tmp_path) as back:
+        assert back.frames.types(array(top, below, more, elsewhere)).tolist() == [3, 2, 0, 0]
+        assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])

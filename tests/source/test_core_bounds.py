@@ -1,0 +1,92 @@
+"""Cores that are large, or claim to be: cost follows what is in the file, and nobody is made to pay for a hole."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.source.test_core import Told, array, made, opened
+from tests.support.writers.core import Core
+from xenpv.errors import Malformed, Unsupported
+from xenpv.source.core import CoreDomain
+
+PAGE = 4096
+MEMORY = 200 << 20  # bytes that opening a core may take
+
+
+@contextmanager
+def bounded() -> Iterator[None]:
+    """No more than MEMORY is taken meanwhile."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < MEMORY
+    finally:
+        tracemalloc.stop()
+
+
+def sparse(core: Core, number: int, more: bytes, path: Path) -> Path:
+    """A core that claims to have so many pages: what follows its own is a hole, ``more`` what follows in its list."""
+    data, pages = bytes(core), len(core.pages)
+    core.nr_pages, core.sizes = number, {".xen_pages": number * PAGE, ".xen_p2m": number * 16}
+    begin = bytes(core).index(core.pages[0])
+    table = begin + number * PAGE
+    core.offsets = {".xen_p2m": table}
+    with path.open("wb") as file:
+        file.write(bytes(core)[: begin + pages * PAGE])
+        file.seek(table)
+        file.write(core.p2m.astype("<u8").tobytes() + more)
+        file.seek(table + number * 16)
+        file.write(data[data.rindex(b"\0.shstrtab") :])
+        file.seek(64 + 64 + 24)  # where the names of the sections are
+        file.write((table + number * 16).to_bytes(8, "little"))
+    return path
+
+
+def test_a_large_core_is_opened_by_its_list(tmp_path: Path) -> None:
+    """Pages are holes; reading the list of a million pages is all that it takes."""
+    domain, core = made()
+    extra = np.arange(0x10_0000, 0x10_0000 + (1 << 20), dtype=np.uint64)
+    more = np.stack([extra, extra + np.uint64(0x4000_0000)], axis=1).tobytes()
+    path = sparse(core, len(core.pages) + len(extra), more, tmp_path / "large.core")
+    with bounded(), CoreDomain.open(str(path)) as back:
+        assert len(back.pages.extents[0]) <= 8
+        assert back.pages.pfns_of(array(0x4010_0007)).tolist() == [0x10_0007]
+        assert not back.frames.pages(array(0x18_0000)).any()
+        assert back.memory.read_virtual(domain.vaddrs[3], 100) == bytes(domain.pages[3])[:100]
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_list_that_is_a_hole_is_refused_at_once(told: bool, tmp_path: Path) -> None:
+    """A file of 8 TiB that takes no room, with 2^31 pages in it."""
+    _, core = made()
+    first = len(core.pages) + 1
+    path = sparse(core, 1 << 31, b"", tmp_path / "sparse.core")
+    with bounded(), pytest.raises(Unsupported, match=f"has a hole: from entry {first:#x} on it names pfn 0x0 again"):
+        CoreDomain.open(str(path), fault=Told() if told else None)
+
+
+def test_a_list_in_too_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is an end to what is taken in, whatever is in the list."""
+    monkeypatch.setattr("xenpv.memory.spans.ROWS_MAX", 50)
+    _, core = made()
+    core.p2m[:] = 0
+    with pytest.raises(Unsupported, match="a list of 0x66 pages has more than 0x32 runs"):
+        opened(core, tmp_path)
+
+
+def test_headers_that_take_all_memory_are_refused(tmp_path: Path) -> None:
+    """65535 section headers of 65535 bytes each, in a file that has holes for them."""
+    path = tmp_path / "headers.core"
+    data = bytearray(bytes(made()[1]))
+    data[58:62] = b"\xff" * 4
+    path.write_bytes(data)
+    with path.open("r+b") as file:
+        file.truncate(5 << 30)
+    with bounded(), pytest.raises(Malformed, match="65535 section headers of 65535 bytes"):
+        CoreDomain.open(str(path))

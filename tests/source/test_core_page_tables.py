@@ -1,0 +1,159 @@
+"""Cores of domains that ran while they were dumped: a page is a table, or it is not changed by a bit."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.writers.build import SHARED_INFO_MFN, pv_domain
+from tests.support.writers.core import Core, core_of
+from tests.support.writers.domain import RW, Domain
+from xenpv.abi.declare import Width
+from xenpv.export.export import export
+from xenpv.frames import U64, PageType
+from xenpv.memory.pagetables import NO_PFN
+from xenpv.source.core import CoreDomain
+
+PAGE = 4096
+ENTRY = 0x67
+L1, L2 = 1, 2
+
+
+class Ran:
+    """A domain and its core, in which one page of data, ``ended``, is still named as a table by entry ``at`` of an L2.
+
+    Until ``dumped`` is called the domain can be changed; from then on the core's pages.
+    """
+
+    def __init__(self, width: Width) -> None:
+        self.domain: Domain = pv_domain(width=width, pfns=range(128))
+        self.ended, self.other = self.domain.places.data[:2]
+        self.l1, self.l2 = (step.table for step in reversed(self.domain.walk(self.domain.vaddrs[0])[-2:]))
+        self.name(self.ended)
+
+    def name(self, pfn: int, flags: int = ENTRY) -> None:
+        """One more entry of the L2."""
+        table = self.domain.table(self.l2)
+        table[int(np.flatnonzero(table == 0)[0])] = pfn << 12 | flags
+
+    def dumped(self, content: bytes | None = None) -> Core:
+        core = core_of(self.domain)
+        if content is not None:
+            core.pages[self.ended] = content
+        return core
+
+    def opened(self, core: Core, folder: Path) -> CoreDomain:
+        path = folder / "ran.core"
+        path.write_bytes(bytes(core))
+        return CoreDomain.open(str(path))
+
+    def unwritable(self, pfn: int) -> None:
+        step = self.domain.walk(self.domain.vaddrs[pfn])[-1]
+        self.domain.table(step.table)[step.entry] &= np.uint64((1 << 64) - 1 - RW)
+
+
+@pytest.fixture(params=[8, 4])
+def ran(request: pytest.FixtureRequest) -> Ran:
+    return Ran(request.param)
+
+
+def one(pfn: int) -> U64:
+    return np.array([pfn], np.uint64)
+
+
+def others_are_tables(ran: Ran, core: CoreDomain) -> None:
+    for pfn, content in ran.domain.pages.items():
+        if pfn not in (ran.ended, ran.other, ran.l2) and ran.domain.is_table(pfn):
+            assert core.frames.types(one(pfn)).tolist() == [ran.domain.types[pfn] & 7]
+            assert core.frames.pages(one(pfn)).tobytes() == bytes(content)
+
+
+# What may be in a page, with words that have the bit of a present entry.
+CONTENT: dict[str, Callable[[Ran], bytes]] = {
+    "text": lambda _: b"init_task\nstart_kernel\nxen_start_info\n".ljust(PAGE, b"1"),
+    "numbers": lambda _: struct.pack("<512Q", *range(512)),
+    "mfns": lambda ran: struct.pack("<512Q", *sorted(ran.domain.mfns.values()), *[1] * (512 - len(ran.domain.mfns))),
+    "the rest of a table": lambda ran: (
+        struct.pack("<64Q", *[m << 12 | ENTRY for m in ran.domain.mfns.values()][:64])
+        + b"spoken in a sentence or two, of which some have an end in 1".ljust(PAGE - 512, b"\0")
+    ),
+    "pattern": lambda ran: bytes(ran.domain.pages[ran.other]),
+}
+
+
+@pytest.mark.parametrize("content", CONTENT)
+@pytest.mark.parametrize("writable", [True, False])
+def test_a_table_that_ended_is_what_it_is_now(content: str, writable: bool, ran: Ran, tmp_path: Path) -> None:
+    """Also where the mapping that Linux made writable again was dumped before it was."""
+    if not writable:
+        ran.unwritable(ran.ended)
+    data = CONTENT[content](ran)
+    with ran.opened(ran.dumped(data), tmp_path) as core:
+        assert core.frames.pages(one(ran.ended)).tobytes() == data
+        assert core.frames.types(one(ran.ended)).tolist() == [PageType.NOTAB]
+        assert core.frames.tables.ended == 1
+        assert core.frames.types(one(ran.l2)).tolist() == [L2]
+        others_are_tables(ran, core)
+
+
+def test_flags_that_no_such_table_has(ran: Ran, tmp_path: Path) -> None:
+    """As an L2 is named what could be an L1, since it has the global bit, and superpages."""
+    ran.unwritable(ran.other)
+    ran.domain.table(ran.domain.walk(ran.domain.vaddrs[0])[-3].table)[0] = ran.other << 12 | 1
+    core = ran.dumped(bytes(PAGE))
+    core.pages[ran.other] = struct.pack("<8Q", *[ran.domain.mfns[n] << 12 | 0x1E7 for n in range(8)]).ljust(PAGE, b"\0")
+    with ran.opened(core, tmp_path) as back:
+        assert back.frames.types(one(ran.other)).tolist() == [PageType.NOTAB]
+        assert back.frames.pages(one(ran.other)).tobytes() == core.pages[ran.other]
+
+
+def test_what_looks_like_a_table_and_is_mapped_writable_is_none(ran: Ran, tmp_path: Path) -> None:
+    """A copy of a real one, as a kernel makes it that forks; and it is not asked what it maps."""
+    before = core_of(ran.domain).pages[ran.l1]
+    with ran.opened(ran.dumped(before), tmp_path) as core:
+        assert core.frames.pages(one(ran.ended)).tobytes() == before
+        assert core.frames.tables.ended == 1
+        others_are_tables(ran, core)
+
+
+def test_what_is_no_table_makes_no_other_page_one_or_none(ran: Ran, tmp_path: Path) -> None:
+    """Two pages like tables: one names another page as a table, and one maps real tables writable."""
+    names, maps = ran.ended, ran.other
+    ran.name(maps)
+    core = ran.dumped()
+    domain, last = ran.domain, ran.domain.places.data[-1]
+    core.pages[names] = struct.pack("<Q", domain.mfns[last] << 12 | ENTRY).ljust(PAGE, b"\0")
+    tables = [domain.mfns[pfn] << 12 | ENTRY for pfn in domain.pages if domain.is_table(pfn) and pfn != ran.l1]
+    core.pages[maps] = struct.pack(f"<{len(tables)}Q", *tables).ljust(PAGE, b"\0")
+    with ran.opened(core, tmp_path) as back:
+        for pfn in (names, maps, last):
+            assert back.frames.types(one(pfn)).tolist() == [PageType.NOTAB]
+            assert back.frames.pages(one(pfn)).tobytes() == core.pages[pfn]
+        assert back.frames.tables.ended == 2
+        others_are_tables(ran, back)
+
+
+def test_a_table_that_is_read_only_is_one_whatever_it_maps_beside_the_domain(ran: Ran, tmp_path: Path) -> None:
+    """Shared info, and a page that came while the core was written: no pfn has either."""
+    ran.unwritable(ran.ended)
+    core = ran.dumped()
+    own = [ran.domain.mfns[pfn] << 12 | ENTRY for pfn in ran.domain.places.data[:2]]
+    foreign = [mfn << 12 | ENTRY for mfn in (SHARED_INFO_MFN, 0x77_7777)]
+    core.pages[ran.ended] = struct.pack("<4Q", *own, *foreign).ljust(PAGE, b"\0")
+    with ran.opened(core, tmp_path) as back:
+        assert back.frames.types(one(ran.ended)).tolist() == [L1]
+        entries = back.frames.pages(one(ran.ended)).view("<u8")[0, :4].tolist()
+        assert [entry >> 12 for entry in entries] == [*ran.domain.places.data[:2], NO_PFN, NO_PFN]
+        assert back.frames.tables.ended == 0
+
+
+def test_who_exports_it_is_told(ran: Ran, tmp_path: Path) -> None:
+    with ran.opened(ran.dumped(), tmp_path) as core:
+        told = export(core, str(tmp_path / "out"), "lime").remarks
+    assert any("1 of the pages that are named as page tables are none" in remark for remark in told)
+    with ran.opened(core_of(pv_domain()), tmp_path) as core:
+        assert not [remark for remark in export(core, str(tmp_path / "out"), "lime").remarks if "are none" in remark]

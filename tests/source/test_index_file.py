@@ -1,0 +1,247 @@
+"""The index beside a save file: that it tells the same, and that nobody has to believe it."""
+
+from __future__ import annotations
+
+import os
+import random
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.hvm import hvm_stream
+from xenpv.cli.show import describe
+from xenpv.errors import Fault
+from xenpv.frames import HAS_DATA
+from xenpv.io.stream_input import Input
+from xenpv.source import index_file
+from xenpv.source.index_file import KeptIndex, keep
+from xenpv.source.open import open_domain
+from xenpv.source.saved import SavedDomain
+
+
+@pytest.fixture(scope="module")
+def domain() -> Domain:
+    return pv_domain(pfns=[*range(200), 0x1_0000], vcpus=2, tree=True, ballooned=[300])
+
+
+@pytest.fixture
+def file(domain: Domain, tmp_path: Path) -> Path:
+    path = tmp_path / "made.save"
+    path.write_bytes(domain.to_bytes(batch=16))
+    return path
+
+
+def beside(file: Path) -> Path:
+    return Path(f"{file}.xpvi")
+
+
+def opened(file: Path, index: bool | None = True) -> SavedDomain:
+    saved = open_domain(str(file), index=index)
+    assert isinstance(saved, SavedDomain)
+    return saved
+
+
+def known(file: Path) -> KeptIndex | None:
+    source = Input.open(str(file))
+    try:
+        return KeptIndex.load(str(file), source)
+    finally:
+        source.close()
+
+
+def told(file: Path, index: bool = True) -> list[object]:
+    """All that is known of a saved domain, its memory included."""
+    with opened(file, index) as saved:
+        pfns = saved.contents.index.pfns(HAS_DATA)
+        tables = [column.tolist() for column in saved.contents.index.extents]
+        twice = saved.contents.index.twice
+        return [describe(saved, records=True), tables, twice, saved.frames.pages(pfns).tobytes(), saved.contents.vcpus]
+
+
+def again(domain: Domain) -> bytes:
+    """Pages sent twice, and some of them twice in one record."""
+    return bytes(domain.to_checkpointed(rounds=2, dirty=20))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda d: d.to_bytes(batch=16), lambda d: d.to_bytes("xenopsd"), again, lambda _: bytes(hvm_stream())]
+)
+def test_an_index_tells_what_the_file_tells(make: Callable[[Domain], bytes], domain: Domain, tmp_path: Path) -> None:
+    file = tmp_path / "made.save"
+    file.write_bytes(make(domain))
+    first = told(file, index=False)
+    assert not beside(file).exists()
+    assert told(file) == first
+    assert known(file) is not None
+    assert told(file) == first
+    assert stat.S_IMODE(beside(file).stat().st_mode) == 0o600
+
+
+def test_with_it_page_data_is_passed_over(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(file).close()
+    reads: list[int] = []
+    original = os.pread
+
+    def pread(fd: int, count: int, offset: int) -> bytes:
+        reads.append(offset)
+        return original(fd, count, offset)
+
+    for index in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr("xenpv.io.stream_input.os.pread", pread)
+            opened(file, index).close()
+        reads.append(-1)
+    without, by_index = reads.index(-1), len(reads) - 2 - reads.index(-1)
+    contents = opened(file).contents
+    records = sum(run.count for run in contents.runs if run.name == "PAGE_DATA")
+    assert records > 10
+    assert by_index > 0
+    with_samples = 66
+    assert by_index - with_samples <= without - records + 1
+
+
+def test_there_is_no_guest_memory_in_it(file: Path, domain: Domain) -> None:
+    opened(file).close()
+    data = beside(file).read_bytes()
+    for pfn in (domain.places.text, domain.places.start_info):
+        assert bytes(domain.pages[pfn])[:32] not in data
+    assert bytes(domain.shared_page)[-64:] not in data or not any(domain.shared_page[-64:])
+
+
+def test_small_files_have_none_unless_asked(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(file, None).close()
+    assert not beside(file).exists()
+    monkeypatch.setattr("xenpv.source.open.LARGE", 1000)
+    opened(file, False).close()
+    assert not beside(file).exists()
+    opened(file, None).close()
+    assert beside(file).exists()
+
+
+# --- stale -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_changed_is_read_anew(file: Path, domain: Domain) -> None:
+    before = told(file)
+    stamp = file.stat()
+    data = bytearray(file.read_bytes())
+    at = data.index(bytes(domain.pages[domain.places.text])[:64])
+    data[at] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    assert known(file) is None, "the same size and the same time, and not the same file"
+    assert told(file) != before
+    assert known(file) is not None
+    os.utime(file, ns=(0, 0))
+    assert known(file) is None
+    file.write_bytes(data + b"\0")
+    assert known(file) is None
+
+
+def test_a_file_that_changes_meanwhile_gets_none(file: Path) -> None:
+    with opened(file, index=False) as saved:
+        state = index_file.State.of(saved.source)
+        os.utime(file, ns=(1, 1))
+        assert not keep(str(file), saved.source, saved.contents, state)
+    assert not beside(file).exists()
+
+
+def test_a_file_with_faults_gets_none(file: Path) -> None:
+    cut = file.read_bytes()[:-2000]
+    file.write_bytes(cut)
+    open_domain(str(file), fault=lambda *_: None, index=True).close()
+    assert not beside(file).exists()
+
+
+# --- where it cannot be written, and what it may not replace ---------------------------------------------------------
+
+
+def test_a_folder_that_is_not_ours_is_no_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opens = os.open
+
+    def refuse(path: str, flags: int, mode: int = 0o777) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(13, "Permission denied")
+        return opens(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert told(file)
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "link"])
+def test_nothing_but_an_index_is_replaced(what: str, file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"somebody's")
+    if what == "file":
+        beside(file).write_bytes(b"somebody's")
+    elif what == "folder":
+        beside(file).mkdir()
+    else:
+        beside(file).symlink_to(other)
+    assert told(file) == told(file, index=False)
+    assert other.read_bytes() == b"somebody's"
+    assert what != "file" or beside(file).read_bytes() == b"somebody's"
+
+
+# --- hostile ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_index_that_others_can_write_is_passed_by(file: Path) -> None:
+    opened(file).close()
+    beside(file).chmod(0o620)
+    assert known(file) is None
+    beside(file).chmod(0o600)
+    assert known(file) is not None
+    if os.geteuid() == 0:
+        os.chown(beside(file), 12345, 12345)
+        assert known(file) is None
+
+
+def test_any_byte_that_is_another_makes_it_void(file: Path) -> None:
+    opened(file).close()
+    good = beside(file).read_bytes()
+    for at in range(0, len(good), len(good) // 60):
+        bad = bytearray(good)
+        bad[at] ^= 0x41
+        beside(file).write_bytes(bad)
+        assert known(file) is None
+    for end in (0, 7, 40, 100, len(good) - 1):
+        beside(file).write_bytes(good[:end])
+        assert known(file) is None
+    beside(file).write_bytes(good + b"\0")
+    assert known(file) is None
+    beside(file).write_bytes(good)
+    assert known(file) is not None
+
+
+def test_one_that_was_made_to_lie(file: Path) -> None:
+    """With a digest that is right: whatever it says, pages come out of the file, or a Fault; never anything else."""
+    first = told(file, index=False)
+    opened(file).close()
+    good = beside(file).read_bytes()
+    rng, accepted = random.Random(7), 0
+    head = index_file._HEADER.size
+    for _ in range(40):
+        bad = bytearray(good[:-16])
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            at = rng.randrange(head, len(bad)) if rng.random() < 0.9 else rng.randrange(56, head)
+            bad[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        bad += index_file._digest(bytes(bad[:head]), bytes(bad[head:]))
+        beside(file).write_bytes(bad)
+        with opened(file) as saved:
+            accepted += saved.contents.index.sent != 0
+            for start, pages, kind in zip(*(c.tolist() for c in saved.contents.index.extents), strict=True):
+                some = np.arange(start, start + min(pages, 64), dtype=np.uint64)
+                try:
+                    saved.frames.pages(some)
+                except Fault:
+                    assert kind >= 0
+    assert accepted
+    beside(file).unlink()
+    assert told(file) == first

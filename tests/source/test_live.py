@@ -1,0 +1,333 @@
+"""A running domain's memory, read through its p2m: what the guest has, its tables in pfns, and every way to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.model_guest import BASE, READ_ONLY, TABLE, make, page
+from tests.support.p2m_guest import PAGES, Guest
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import LEVELS, PTE_FRAME_MASK, PTE_P, XEN_PAE_L2_FIRST
+from xenpv.abi.xen import INVALID_MFN
+from xenpv.cli.target import opened
+from xenpv.errors import Fault, GuestError, HostError, RequestError
+from xenpv.frames import ABSENT, FOREIGN, IS_TABLE, NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType, Pfn
+from xenpv.host.model.host import ModelHost
+from xenpv.memory.pagetables import NO_PFN, as_entries, is_xen_slot
+from xenpv.source.live import LiveDomain
+
+WRITTEN = range(10, 20)
+
+
+@pytest.fixture(params=[(8, "tree"), (8, "linear"), (4, "tree"), (4, "linear")], ids=lambda p: f"{p[1]}-{8 * p[0]}")
+def guest(request: pytest.FixtureRequest) -> Guest:
+    guest = Guest(*request.param)
+    content = np.random.default_rng(1).integers(0, 256, (len(WRITTEN), PAGE_SIZE), np.uint8)
+    guest.host.write_frames(guest.made.domid, guest.made.mfns[WRITTEN.start : WRITTEN.stop], content)
+    return guest
+
+
+def raw(guest: Guest, pfn: int) -> U64:
+    """The 64-bit words of a page as the machine has them."""
+    pages, _ = guest.host.map_frames(guest.made.domid, guest.made.mfns[pfn : pfn + 1])
+    return as_entries(pages.copy()).reshape(-1)
+
+
+def tables(guest: Guest) -> dict[int, int]:
+    """Level by pfn, of all page tables of the guest."""
+    kinds = guest.live.types(np.arange(PAGES, dtype=np.uint64))
+    return {int(pfn): int(kinds[pfn]) & 7 for pfn in np.flatnonzero(IS_TABLE[kinds])}
+
+
+# --- its memory ------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_what_the_guest_has_by_pfn_and_by_virtual_address(guest: Guest) -> None:
+    memory, first = guest.live.memory, WRITTEN.start
+    content = guest.host.frames.read(guest.made.mfns[first : WRITTEN.stop]).tobytes()
+    at = guest.made.vaddr(first) + 100
+    seen = guest.host.run(guest.made.domid, lambda view: view.read(at, 5 * PAGE_SIZE))
+    assert seen == content[100 : 100 + 5 * PAGE_SIZE]
+    assert memory.read_virtual(at, 5 * PAGE_SIZE) == seen
+    assert memory.read(first * PAGE_SIZE + 100, 5 * PAGE_SIZE) == seen
+    assert memory.page(first + 3) == content[3 * PAGE_SIZE :][:PAGE_SIZE]
+
+
+def test_types_are_what_the_host_says_of_the_mfns(guest: Guest) -> None:
+    pfns = np.arange(PAGES, dtype=np.uint64)
+    expected = guest.host.page_types(guest.made.domid, guest.made.mfns)
+    assert guest.live.types(pfns).tolist() == expected.tolist()
+    assert guest.live.types(pfns.reshape(32, 32)).tolist() == expected.reshape(32, 32).tolist()
+    assert sorted(set(tables(guest).values())) == list(range(1, LEVELS[guest.width] + 1))
+    assert guest.live.types(np.array([PAGES, 1 << 63, NO_FRAME], np.uint64)).tolist() == [ABSENT] * 3
+
+
+def test_page_tables_read_as_in_a_stream(guest: Guest) -> None:
+    """Pfns in the place of mfns, flags kept, Xen's slots empty (normalise_pagetable() of libxenguest)."""
+    pfn_of = {int(mfn): pfn for pfn, mfn in enumerate(guest.made.mfns)}
+    found = tables(guest)
+    assert len(found) == PAGES // 512 + LEVELS[guest.width] - 1
+    for pfn, level in found.items():
+        [table] = as_entries(guest.live.pages(np.array([pfn], np.uint64))).tolist()
+        xens = is_xen_slot(level, guest.width, last_pae_l2=level == 2)
+        for slot, (got, had) in enumerate(zip(table, raw(guest, pfn).tolist(), strict=True)):
+            if xens[slot]:
+                assert got == 0
+            elif had & PTE_P:
+                assert got & PTE_FRAME_MASK == pfn_of[(had & PTE_FRAME_MASK) >> 12] << 12
+                assert got & ~PTE_FRAME_MASK == had & ~PTE_FRAME_MASK
+            else:
+                assert got == had
+
+
+def test_a_walk_steps_through_pfns(guest: Guest) -> None:
+    memory, pfn_of = guest.live.memory, {int(mfn): pfn for pfn, mfn in enumerate(guest.made.mfns)}
+    way = memory.walk(guest.made.vaddr(12))
+    assert way.pfn == 12
+    assert [step.level for step in way.steps] == list(range(LEVELS[guest.width], 0, -1))
+    assert way.steps[0].table == memory.top == pfn_of[guest.made.top]
+    assert way.steps[-1].table == pfn_of[int(guest.made.l1[0])]
+    fault = memory.walk(guest.made.vaddr(PAGES)).fault
+    assert fault is not None
+    assert (fault.level, fault.address) == (1 if PAGES % 512 else 2, guest.made.vaddr(PAGES))
+
+
+def test_what_is_no_page_table_any_more_is_not_walked(guest: Guest) -> None:
+    """A process of a running guest ends, and with it its tables: what is in their frames then is no tables'."""
+    memory = guest.live.memory
+    fault = memory.walk(guest.made.vaddr(12), top=Pfn(WRITTEN.start)).fault
+    assert fault is not None
+    assert f"pfn {WRITTEN.start:#x} is no page table, or is none any more: look again, or pause" in str(fault)
+    with pytest.raises(Fault, match="is no page table, or is none any more"):
+        memory.read_virtual(guest.made.vaddr(12), 16, top=Pfn(WRITTEN.start))
+
+
+def test_a_table_that_ends_while_it_is_read_is_left_as_it_is(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its type is asked for, then it is freed and written to, then its content is read."""
+    page_types = guest.host.page_types
+    asked: list[int] = []
+
+    def before(domid: DomId, mfns: U64) -> U8:
+        kinds = page_types(domid, mfns).copy()
+        if not asked:
+            kinds[:] = PageType.L1TAB
+        asked.append(len(mfns))
+        return kinds
+
+    monkeypatch.setattr(guest.host, "page_types", before)
+    first = WRITTEN.start
+    content = guest.host.frames.read(guest.made.mfns[first : first + 4]).tobytes()
+    assert guest.live.frames.pages(np.arange(first, first + 4, dtype=np.uint64)).tobytes() == content
+    assert asked == [4, 4]
+
+
+def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:
+    """A grant, say: normalise gives NO_PFN, and an address through it ends there."""
+    guest = Guest()
+    table, slot = guest.made.entry_of(30)
+    other = make(guest.host, 8, 64)
+    guest.host.frames.entries(table)[slot] = int(other.mfns[5]) << 12 | TABLE
+    live = guest.live
+    [l1] = as_entries(live.pages(live.pfns_of(np.array([table], np.uint64))))
+    assert int(l1[slot]) == NO_PFN << 12 | TABLE
+    with pytest.raises(Fault, match="no pfn of the domain") as e:
+        live.memory.read_virtual(guest.made.vaddr(30), 1)
+    assert (e.value.level, e.value.entry) == (1, 30)
+
+
+def test_the_last_l2_of_a_32_bit_guest_ends_with_what_is_xens() -> None:
+    guest = Guest(4)
+    pfn = int(guest.live.pfns_of(np.array([guest.made.l2], np.uint64))[0])
+    assert int(raw(guest, pfn)[XEN_PAE_L2_FIRST]) & PTE_P, "there Xen has its own entries"
+    [l2] = as_entries(guest.live.pages(np.array([pfn], np.uint64)))
+    assert not l2[XEN_PAE_L2_FIRST:].any()
+    assert l2[:2].all()
+
+
+# --- its vcpus -------------------------------------------------------------------------------------------------------
+
+
+def test_the_top_tables_of_a_vcpu(guest: Guest) -> None:
+    live = guest.live
+    assert live.cr3(0) == int(np.flatnonzero(guest.made.mfns == guest.made.top)[0])
+    assert live.cr3(0, user=True) is None
+    assert (live.cr3(1), live.vcpus) == (None, [0])
+
+
+def test_the_user_half_has_a_table_of_its_own() -> None:
+    guest = Guest()
+    host, domid = guest.host, guest.made.domid
+    table, slot = guest.made.entry_of(40)
+    host.mmu_update(domid, [(table, slot, int(guest.made.mfns[40]) << 12 | READ_ONLY)])
+    host.write_frames(domid, guest.made.mfns[40:41], page({}))
+    host.pin(domid, int(guest.made.mfns[40]), 4)
+    host.load_top(domid, int(guest.made.mfns[40]), user=True)
+    assert guest.live.cr3(0, user=True) == guest.live.memory.user_top == 40
+
+
+def test_a_top_table_that_is_no_pfns_is_named() -> None:
+    guest = Guest()
+    top = int(np.flatnonzero(guest.made.mfns == guest.made.top)[0])
+    guest.put(top, INVALID_MFN[8])
+    with pytest.raises(GuestError, match=f"cr3 of vcpu 0 names mfn {guest.made.top:#x}, which is in the p2m of dom1"):
+        guest.live.cr3(0)
+
+
+# --- what is not there -----------------------------------------------------------------------------------------------
+
+
+def test_a_pfn_without_a_frame_of_the_domains_is_a_fault_with_pfn_and_mfn() -> None:
+    guest = Guest()
+    other = make(guest.host, 8, 64)
+    mfn = int(other.mfns[5])
+    marked = int(FOREIGN) | mfn
+    guest.put(13, INVALID_MFN[8])
+    guest.put(14, mfn)
+    guest.put(15, marked)
+    guest.put(16, 1 << 52)
+    for pfn, words in (
+        (13, "pfn 0xd has no frame"),
+        (14, f"pfn 0xe has mfn {mfn:#x}, which is not the domain's"),
+        (15, f"pfn 0xf has mfn {marked:#x}, which is not the domain's"),
+        (16, "pfn 0x10 has mfn 0x10000000000000, which is not the domain's"),
+        (PAGES, f"pfn {PAGES:#x} has no frame"),
+        (1 << 63, "pfn 0x8000000000000000 has no frame"),
+    ):
+        with pytest.raises(Fault) as e:
+            guest.live.pages(np.array([12, pfn, 13], np.uint64))
+        assert (str(e.value), e.value.space, e.value.address) == (words, "pfn", pfn)
+    for lost in (13, 14):
+        with pytest.raises(Fault, match=f"pfn {lost:#x} "):
+            guest.live.memory.page(lost)
+
+
+def test_a_frame_that_cannot_be_mapped_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was the domain's when we asked, and has gone since."""
+    guest = Guest()
+    live = guest.live
+    assert live.p2m.entries
+    original, gone = guest.host.map_frames, guest.made.mfns[12]
+
+    def map_frames(domid: int, mfns: U64) -> tuple[object, object]:
+        pages, mapped = original(guest.made.domid, mfns)
+        mapped[mfns == gone] = 0
+        return pages, mapped
+
+    monkeypatch.setattr(guest.host, "map_frames", map_frames)
+    with pytest.raises(Fault, match=f"pfn 0xc: mfn {int(gone):#x} cannot be mapped"):
+        live.pages(np.array([11, 12], np.uint64))
+
+
+def test_a_domain_that_goes_meanwhile_is_a_host_error() -> None:
+    guest = Guest()
+    live, late = guest.live, guest.live
+    assert live.p2m.entries == PAGES
+    guest.host.destroy(guest.made.domid)
+    some = np.array([3], np.uint64)
+    for asks in (
+        lambda: late.p2m,
+        live.look,
+        live.changed,
+        lambda: live.cr3(0),
+        lambda: live.types(some),
+        lambda: live.pages(some),
+        lambda: live.memory,
+    ):
+        with pytest.raises(HostError, match="no such domain"):
+            asks()
+
+
+def test_paused_pauses_and_always_unpauses() -> None:
+    guest = Guest()
+
+    def paused() -> bool:
+        return guest.host.info(guest.made.domid).paused
+
+    def fails() -> None:
+        with guest.live.paused():
+            assert paused()
+            raise ZeroDivisionError
+
+    with guest.live.paused():
+        assert paused()
+        with guest.live.paused():
+            assert paused()
+        assert paused()
+    assert not paused()
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    assert not paused()
+
+
+def test_what_leads_nowhere_from_the_first_has_not_changed() -> None:
+    """The list is no list, the tree is sound: one finding for the list, and none of a p2m that is no more."""
+    guest = Guest()
+    guest.arch(p2m_cr3=guest.made.top << 12, p2m_vaddr=BASE[8] + 1)
+    assert guest.live.changed() is None
+    assert guest.findings() == [("physmap-reach", None)]
+
+
+# --- what people say on the command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> ModelHost:
+    """The host that the command line finds itself on."""
+    host = ModelHost(1 << 30)
+
+    @contextmanager
+    def opens() -> Iterator[ModelHost]:
+        yield host
+
+    monkeypatch.setattr("xenpv.host.xen.host.XenHost", opens)
+    return host
+
+
+def test_a_target_is_a_running_domain(here: ModelHost) -> None:
+    made = make(here, name="web")
+    for words in ("web", str(made.domid)):
+        with opened(words, pause=True) as live:
+            assert isinstance(live, LiveDomain)
+            assert (live.name, here.info(made.domid).paused) == (f"dom{made.domid} (web)", True)
+        assert not here.info(made.domid).paused
+
+
+def test_a_target_that_is_nothing_is_said_to_be_none(here: ModelHost, tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="no domain is called 'nobody'"), opened("nobody"):
+        pass
+    with pytest.raises(HostError, match="no such domain"), opened("77"):
+        pass
+    missing = str(tmp_path / "dom.save")
+    with pytest.raises(RequestError, match="No such file or directory; and as a domain: no domain"), opened(missing):
+        pass
+
+
+def test_a_file_is_not_paused(here: ModelHost, tmp_path: Path) -> None:
+    file = tmp_path / "dom.save"
+    file.write_bytes(b"")
+    with pytest.raises(RequestError, match="only a running domain can be paused"), opened(str(file), pause=True):
+        pass
+
+
+def test_an_hvm_domain_has_no_p2m_for_us(here: ModelHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make(here)
+    info = replace(here.info(made.domid), hvm=True)
+    monkeypatch.setattr(here, "info", lambda _domid: info)
+    with pytest.raises(RequestError, match="is HVM or PVH"), opened(str(made.domid)):
+        pass
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_a_new_domain_without_anything(width: Width) -> None:
+    """Made, and not yet built: no anchors, no vcpu, no name."""
+    host = ModelHost(1 << 30)
+    live = LiveDomain(host, host.info(host.create(width)))
+    assert (live.name, live.cr3(0), live.changed()) == ("dom1", None, None)
+    with pytest.raises(GuestError, match="dom1 exposes no p2m: its anchor is 0x0, which is not set up yet"):
+        live.pages(np.array([0], np.uint64))

@@ -1,0 +1,327 @@
+"""A saved domain out of files, pipes and descriptors: its memory, and what is known of it."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.saved_files import piped
+from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import Domain
+from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.stream import BROKEN, PAGE, XTAB, Stream, Wire
+from xenpv.abi.declare import Width
+from xenpv.errors import Fault, OutOfOrder, RequestError, StreamError, Truncated, Unsupported
+from xenpv.frames import ABSENT, U64
+from xenpv.io.stream_input import Input
+from xenpv.source.saved import FilePages, SavedDomain
+from xenpv.stream.index import PageIndex
+
+SPREAD = [*range(100), 0x1_0000, 0x1_0001]
+
+
+def array(*pfns: int) -> U64:
+    return np.array(pfns, np.uint64)
+
+
+@contextmanager
+def from_pipe(data: bytes, *, deep: bool = True) -> Iterator[SavedDomain]:
+    with piped(data) as fd, SavedDomain.of(Input(os.dup(fd), "pipe"), deep=deep) as saved:
+        yield saved
+
+
+@pytest.fixture(scope="module")
+def domain() -> Domain:
+    return pv_domain(pfns=SPREAD, vcpus=2, tree=True, ballooned=[200, 201])
+
+
+@pytest.fixture(scope="module")
+def file(domain: Domain, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("source") / "made.save"
+    path.write_bytes(domain.to_bytes(batch=16))
+    return path
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_what_was_written(domain: Domain, file: Path) -> None:
+    pfns = array(*sorted(domain.types), 150, 0xFFFF, 0x1_0002, 1 << 40)
+    with SavedDomain.open(str(file)) as saved:
+        expected = [domain.types.get(int(pfn), ABSENT) for pfn in pfns]
+        assert saved.frames.types(pfns).tolist() == expected
+        assert saved.frames.types(pfns.reshape(2, -1)).tolist() == np.array(expected).reshape(2, -1).tolist()
+        for pfn, content in domain.pages.items():
+            assert saved.memory.page(pfn) == bytes(content)
+            assert saved.memory.type(pfn) == domain.types[pfn]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(SPREAD), max_size=300))
+def test_pages_in_any_order_with_repeats(pfns: list[int]) -> None:
+    domain, frames = _open()
+    pages = frames.pages(array(*pfns))
+    assert pages.shape == (len(pfns), PAGE)
+    assert pages.tobytes() == b"".join(bytes(domain.pages[pfn]) for pfn in pfns)
+
+
+_CACHE: list[tuple[Domain, SavedDomain]] = []
+
+
+def _open() -> tuple[Domain, FilePages]:
+    """Made and opened once: each example only reads."""
+    if not _CACHE:
+        domain = pv_domain(pfns=SPREAD)
+        stream = domain.to_stream(batch=7)
+        # Later records in reverse, and some again: offsets then do not grow with the pfn.
+        first = stream.find("PAGE_DATA")
+        stream[first : first + 10] = reversed(stream[first : first + 10])
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(bytes(stream))
+            file.flush()
+            _CACHE.append((domain, SavedDomain.open(file.name)))
+    domain, saved = _CACHE[0]
+    return domain, saved.frames
+
+
+def test_neighbours_are_read_at_once(domain: Domain, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    original = os.preadv
+
+    def count(fd: int, into: list[memoryview], offset: int) -> int:
+        reads.append(len(into[0]))
+        return original(fd, into, offset)
+
+    with SavedDomain.open(str(file)) as saved:
+        monkeypatch.setattr(os, "preadv", count)
+        saved.frames.pages(array(*range(16, 32)))
+        assert reads == [16 * PAGE]
+        reads.clear()
+        saved.frames.pages(array(20, 19, 18))
+        assert reads == [PAGE] * 3
+
+
+def test_no_pages_are_no_pages(file: Path) -> None:
+    with SavedDomain.open(str(file)) as saved:
+        assert saved.frames.pages(array()).shape == (0, PAGE)
+        assert saved.frames.types(array()).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("pfn", "why"), [(150, "pfn 0x96 is not in the stream"), (200, "pfn 0xc8 is of type XTAB"), (1 << 50, "not in the")]
+)
+def test_pages_that_are_not_there(file: Path, pfn: int, why: str) -> None:
+    with SavedDomain.open(str(file)) as saved:
+        with pytest.raises(Fault, match=why) as e:
+            saved.frames.pages(array(3, pfn, 4))
+        assert (e.value.space, e.value.address) == ("pfn", pfn)
+
+
+def test_a_file_that_is_cut_while_it_is_open(domain: Domain, tmp_path: Path) -> None:
+    path = tmp_path / "shrinks"
+    path.write_bytes(domain.to_bytes())
+    with SavedDomain.open(str(path)) as saved:
+        os.truncate(path, 8 * PAGE)
+        with pytest.raises(Fault, match=r"pfn 0x63: the file ends before its content"):
+            saved.memory.page(99)
+        with pytest.raises(Fault, match="the file ends before its content"):
+            saved.frames.pages(array(*range(100)))
+
+
+def test_reads_that_come_in_pieces(domain: Domain, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems may give less than was asked for."""
+    original = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, offset: original(fd, [into[0][:1000]], offset))
+    with SavedDomain.open(str(file)) as saved:
+        assert saved.frames.pages(array(17, 18)).tobytes() == bytes(domain.pages[17]) + bytes(domain.pages[18])
+
+
+# --- what is known of the domain -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [8, 4])
+def test_what_is_known(tmp_path: Path, width: Width) -> None:
+    domain = pv_domain(width=width, vcpus=3)
+    path = tmp_path / "made"
+    path.write_bytes(domain.to_bytes())
+    at = domain.places
+    with SavedDomain.open(str(path)) as saved:
+        assert saved.contents.width == width
+        assert saved.contents.complete
+        assert saved.pages_complete
+        for vcpu, context in domain.vcpus.items():
+            found = saved.vcpu_context(vcpu)
+            assert found is not None
+            assert found.tobytes() == context.tobytes()
+            assert saved.cr3(vcpu) == at.top
+            assert saved.cr3(vcpu, user=True) == (at.user_top if width == 8 else None)
+            assert saved.tops(vcpu) == [at.top] + ([at.user_top] if width == 8 else [])
+        assert saved.vcpu_context(3) is None
+        assert saved.cr3(3) is None
+        assert saved.tops(3) == []
+        assert saved.start_info_pfn == at.start_info
+        assert saved.anchors is not None
+        assert saved.anchors.p2m_vaddr == domain.p2m_vaddr
+        assert saved.p2m.leaves.frame_of(np.arange(saved.p2m.places)).tolist() == domain.p2m_pfns.tolist()
+        assert saved.p2m.entries == domain.entries
+        assert saved.p2m.lookup(array(5)).tolist() == [domain.mfns[5]]
+        vaddr = domain.vaddrs[7]
+        assert saved.memory.read_virtual(vaddr, 64) == bytes(domain.pages[7][:64])
+
+
+def test_what_did_not_come_is_not_known(tmp_path: Path) -> None:
+    path = tmp_path / "hvm"
+    path.write_bytes(bytes(hvm_stream()))
+    with SavedDomain.open(str(path)) as saved:
+        assert saved.start_info_pfn is None
+        assert saved.anchors is None
+        assert saved.cr3(0) is None
+        with pytest.raises(Fault, match="no vcpu's cr3 is known"):
+            saved.memory.read_virtual(0, 1)
+
+
+# --- where it comes from ---------------------------------------------------------------------------------------------
+
+
+def test_of_a_pipe_what_a_look_needs_is_kept(domain: Domain) -> None:
+    at = domain.places
+    kept = [*at.p2m, at.p2m_missing, at.start_info, at.tree_top, *at.tree_mid]
+    kept += [pfn for pfn in domain.pages if domain.is_table(pfn)]
+    with from_pipe(domain.to_bytes(batch=16)) as saved:
+        for pfn in kept:
+            assert saved.memory.page(pfn) == bytes(domain.pages[pfn])
+        assert saved.frames.types(array(*SPREAD)).tolist() == [domain.types[pfn] for pfn in SPREAD]
+        with pytest.raises(Fault, match="pfn 0x0 is of type NOTAB, or was not kept"):
+            saved.memory.page(at.text)
+        assert saved.memory.walk(domain.vaddrs[0x1_0001]).pfn == 0x1_0001
+
+
+def test_nothing_is_kept_of_a_pipe_when_nobody_will_ask(domain: Domain) -> None:
+    with from_pipe(domain.to_bytes(), deep=False) as saved:
+        assert saved.contents.complete
+        with pytest.raises(Fault):
+            saved.memory.page(domain.places.top)
+
+
+def test_guest_memory_leaves_no_trace(domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept of a pipe lies in a file without a name, which nobody else may read."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = set(os.listdir("/proc/self/fd"))
+    with from_pipe(domain.to_bytes()) as saved:
+        assert list(tmp_path.iterdir()) == []
+        spools = []
+        for fd in set(os.listdir("/proc/self/fd")) - before:
+            try:
+                target = os.readlink(f"/proc/self/fd/{fd}")
+            except OSError:
+                continue
+            if target.startswith(str(tmp_path)):
+                spools.append(os.fstat(int(fd)))
+        (spool,) = spools
+        assert stat.S_IMODE(spool.st_mode) == 0o600
+        assert spool.st_nlink == 0
+        assert spool.st_size < 40 * PAGE
+        assert saved.memory.page(domain.places.top)
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_a_fifo(domain: Domain, tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    writer = threading.Thread(target=lambda: fifo.write_bytes(domain.to_bytes()), daemon=True)
+    writer.start()
+    with SavedDomain.open(str(fifo)) as saved:
+        assert not saved.source.seekable
+        assert saved.contents.complete
+    writer.join(10)
+
+
+def test_a_descriptor_at_an_offset(domain: Domain, tmp_path: Path) -> None:
+    path = tmp_path / "behind"
+    path.write_bytes(b"x" * 5000 + domain.to_bytes())
+    fd = os.open(path, os.O_RDONLY)
+    os.lseek(fd, 5000, os.SEEK_SET)
+    with SavedDomain.of(Input(fd, "fd")) as saved:
+        assert saved.source.size == len(domain.to_bytes())
+        assert saved.memory.page(42) == bytes(domain.pages[42])
+
+
+@pytest.mark.parametrize("what", ["directory", "missing"])
+def test_what_cannot_be_opened(tmp_path: Path, what: str) -> None:
+    path = tmp_path if what == "directory" else tmp_path / "no"
+    with pytest.raises(RequestError, match=str(path)):
+        SavedDomain.open(str(path))
+
+
+def test_a_device_without_end_is_no_stream() -> None:
+    with pytest.raises(Unsupported):
+        SavedDomain.open("/dev/zero")
+    with pytest.raises(Unsupported, match="the input is empty"):
+        SavedDomain.open("/dev/null")
+
+
+def test_without_a_handler_the_first_fault_raises(tmp_path: Path) -> None:
+    path = tmp_path / "broken"
+    stream = pv_domain().to_stream()
+    path.write_bytes(bytes(Stream(stream).drop("X86_PV_P2M_FRAMES")))
+    with pytest.raises(OutOfOrder, match="PAGE_DATA before X86_PV_P2M_FRAMES"):
+        SavedDomain.open(str(path))
+    path.write_bytes(bytes(stream)[:-1])
+    with pytest.raises(Truncated):
+        SavedDomain.open(str(path))
+
+
+def test_with_a_handler_it_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "broken"
+    stream = pv_domain().to_stream().before("END", Wire().record(0x55))
+    path.write_bytes(bytes(stream)[:-1])
+    faults: list[str] = []
+    with SavedDomain.open(str(path), fault=lambda rule, *_: faults.append(rule.name)) as saved:
+        assert isinstance(saved.error, Truncated)
+        assert saved.contents.shared_info is not None
+    assert faults == ["record-unknown", "truncated"]
+
+
+def test_a_failure_closes_the_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "none"
+    path.write_bytes(b"none")
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with pytest.raises(StreamError):
+            SavedDomain.open(str(path))
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_closing_twice_does_no_harm(file: Path) -> None:
+    saved = SavedDomain.open(str(file))
+    saved.close()
+    saved.close()
+
+
+def test_file_pages_tells_types_and_contents_by_two_indices(tmp_path: Path) -> None:
+    """Of a pipe, types are known of all pages and contents of some."""
+    known, kept = PageIndex(), PageIndex()
+    known.put(array(1, 2, XTAB << 60 | 3, BROKEN << 60 | 4), 0)
+    kept.put(array(2), PAGE)
+    path = tmp_path / "spool"
+    path.write_bytes(b"1" * PAGE + b"2" * PAGE)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        frames = FilePages(fd, kept, known)
+        assert frames.types(array(1, 2, 3, 4, 5)).tolist() == [0, 0, XTAB, BROKEN, ABSENT]
+        assert frames.pages(array(2)).tobytes() == b"2" * PAGE
+        for pfn, why in ((1, "NOTAB, or was not kept"), (3, "XTAB"), (4, "BROKEN"), (5, "not in the stream")):
+            with pytest.raises(Fault, match=why):
+                frames.pages(array(2, pfn))
+    finally:
+        os.close(fd)

@@ -1,0 +1,257 @@
+"""Flips single bits in a saved domain and counts which of them verify finds.
+
+    python -m tests.support.bit_flips FILE [SAMPLES]      of a file of your own; it is copied, never changed
+
+Places are told apart by kind: the entries of page tables, the P2M_FRAMES record, vcpu contexts, headers (of the
+envelope, the image, the domain and every record), and the list of pfns of PAGE_DATA. What was not found is counted by
+reason: what that bit means to whoever restores.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.support.saved_files import Verdict, judge
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.errors import StreamError
+from xenpv.findings import Finding
+from xenpv.frames import ABSENT, IS_TABLE, PAGE_SIZE, type_name
+from xenpv.io.stream_input import Input
+from xenpv.source.saved import SavedDomain
+from xenpv.stream.envelope import XL_HEADER_SIZE
+from xenpv.stream.pagedata import PageData
+from xenpv.stream.reader import Reader
+
+KINDS = ("page tables", "p2m frame list", "vcpu context", "headers", "page list")
+_FRAME = range(12, 52)
+_FLAGS = {0: "present", 1: "writable", 2: "user", 5: "accessed", 6: "dirty", 8: "global", 63: "no-execute"}
+
+
+@dataclass
+class Tally:
+    """Flips of one kind: how many there were, how many gave an error or only a warning, and why the others did not.
+
+    ``placed`` counts those of which a finding names the very place: the entry or the table, the record.
+    """
+
+    total: int = 0
+    errors: int = 0
+    warnings: int = 0
+    placed: int = 0
+    missed: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def found(self) -> int:
+        return self.errors + self.warnings
+
+    @property
+    def share(self) -> float:
+        return self.found / self.total if self.total else 1.0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes of one kind: at which offset, how many, what they are, and what a flipped bit in them means."""
+
+    offset: int
+    length: int
+    name: str
+    why: Callable[[int, int], str]  # of a byte in the span and a bit in the byte
+    framing: bool = False  # the reader itself may find them
+    unit: int = 0  # findings point at a multiple of so many bytes in the span; 0: at its begin
+
+
+def flip_survey(path: Path, kinds: Iterable[str], samples: int, seed: int) -> dict[str, Tally]:
+    """Flip ``samples`` bits of each kind (or all there are) in a copy of the file, one at a time, and verify each."""
+    rng = random.Random(seed)
+    with tempfile.NamedTemporaryFile(suffix=".save") as copy:
+        shutil.copyfile(path, copy.name)
+        if judge(copy.name).found:
+            raise ValueError(f"{path} is not sound to begin with")
+        spans = _spans(Path(copy.name))
+        fd = os.open(copy.name, os.O_RDWR)
+        try:
+            return {kind: _survey(fd, Path(copy.name), spans[kind], samples, rng) for kind in kinds}
+        finally:
+            os.close(fd)
+
+
+def _survey(fd: int, path: Path, spans: list[Span], samples: int, rng: random.Random) -> Tally:
+    tally = Tally()
+    bits = sum(span.length for span in spans) * 8
+    for n in sorted(rng.sample(range(bits), min(samples, bits))):
+        at, bit = divmod(n, 8)
+        for span in spans:
+            if at < span.length:
+                break
+            at -= span.length
+        _flip(fd, span.offset + at, bit)
+        try:
+            _count(tally, path, span, at, bit)
+        finally:
+            _flip(fd, span.offset + at, bit)
+    return tally
+
+
+def _flip(fd: int, offset: int, bit: int) -> None:
+    (byte,) = os.pread(fd, 1, offset)
+    os.pwrite(fd, bytes([byte ^ 1 << bit]), offset)
+
+
+def _count(tally: Tally, path: Path, span: Span, at: int, bit: int) -> None:
+    tally.total += 1
+    try:
+        verdict = _verdict(path, span, at)
+    except StreamError as e:
+        tally.errors += 1
+        tally.placed += span.offset <= e.offset <= span.offset + span.length
+        return
+    if verdict.report.findings.errors:
+        tally.errors += 1
+    elif verdict.found:
+        tally.warnings += 1
+    else:
+        why = span.why(at, bit)
+        tally.missed[why] += 1
+        tally.examples.setdefault(why, f"{span.name} at {span.offset:#x}, byte {at:#x}, bit {bit}")
+        return
+    tally.placed += any(_points_at(finding, span, at) for finding in verdict.found)
+
+
+def _verdict(path: Path, span: Span, at: int) -> Verdict:
+    """What verify finds; only as much of it as the reader does, which takes a tenth of the time, if that is enough."""
+    if span.framing:
+        verdict = judge(path, deep=False)
+        if verdict.report.findings.errors and any(_points_at(finding, span, at) for finding in verdict.found):
+            return verdict
+    return judge(path)
+
+
+def _points_at(finding: Finding, span: Span, at: int) -> bool:
+    if finding.offset is None:
+        return False
+    if not span.unit:
+        return span.offset - 16 <= finding.offset <= span.offset + span.length
+    return finding.offset in {span.offset + at // span.unit * span.unit, span.offset, span.offset - 8}
+
+
+# --- which bytes are what --------------------------------------------------------------------------------------------
+
+
+def _spans(path: Path) -> dict[str, list[Span]]:
+    spans: dict[str, list[Span]] = {kind: [] for kind in KINDS}
+    source = Input.open(str(path))
+    records: dict[str, list[tuple[int, int]]] = {}
+    for event in source.events(Reader()):
+        name, at = event.name, event.offset
+        length = getattr(event, "length", 0)
+        records.setdefault(name, []).append((at, length))
+        if isinstance(event, PageData):
+            spans["headers"].append(Span(at, 16, name, _header_bit(name), framing=True))
+            entries = len(event.raw)
+            spans["page list"].append(Span(at + 16, entries, name, _page_list_bit(event.raw), framing=True))
+        else:
+            size = {"image header": 24, "domain header": 16, "libxl header": 16, "xl envelope": XL_HEADER_SIZE}
+            spans["headers"].append(Span(at, size.get(name, 8), name, _header_bit(name), framing=True))
+    source.close()
+    for at, length in records["X86_PV_P2M_FRAMES"]:
+        spans["p2m frame list"].append(Span(at + 8, length, "X86_PV_P2M_FRAMES", _p2m_bit, unit=8))
+    with SavedDomain.open(str(path)) as saved:
+        for at, length in records["X86_PV_VCPU_BASIC"]:
+            why = _context_bit(saved.contents.width)
+            spans["vcpu context"].append(Span(at + 8, length, "X86_PV_VCPU_BASIC", why))
+        tables = saved.contents.index.pfns(IS_TABLE)
+        offsets = saved.contents.index.offsets(tables).tolist()
+        pages = saved.frames.pages(tables)
+        for pfn, offset, page, kind in zip(tables.tolist(), offsets, pages, saved.frames.types(tables), strict=True):
+            what = _entry_bit(page.tobytes(), int(kind) & 7)
+            spans["page tables"].append(Span(offset, PAGE_SIZE, f"L{int(kind) & 7} at pfn {pfn:#x}", what, unit=8))
+    return spans
+
+
+def _entry_bit(table: bytes, level: int) -> Callable[[int, int], str]:
+    def why(at: int, bit: int) -> str:
+        pte = int.from_bytes(table[at // 8 * 8 : at // 8 * 8 + 8], "little")
+        n = at % 8 * 8 + bit
+        where = "leaf" if level == 1 else "upper entry"
+        if not pte & 1:
+            if n == 0:
+                return f"{where}: becomes present, and names an ordinary page" if level == 1 else "becomes present"
+            return "entry that is not present: nobody reads it"
+        if n in _FRAME:
+            return f"{where}: names another page of the same type"
+        if n in _FLAGS:
+            return f"{where}: {_FLAGS[n]}"
+        return f"{where}: a bit that is software's own"
+
+    return why
+
+
+def _p2m_bit(at: int, bit: int) -> str:
+    del bit
+    return "start or end pfn" if at < 8 else "a frame's pfn"
+
+
+def _context_bit(width: Width) -> Callable[[int, int], str]:
+    layout = {name: VCPU_GUEST_CONTEXT.offset(width, name) for name in VCPU_GUEST_CONTEXT[width].names or ()}
+
+    def why(at: int, bit: int) -> str:
+        del bit
+        if at < 8:
+            return "vcpu id"
+        name = max((offset, name) for name, offset in layout.items() if offset <= at - 8)[1]
+        return "a register" if name == "user_regs" else name
+
+    return why
+
+
+def _header_bit(name: str) -> Callable[[int, int], str]:
+    def why(at: int, bit: int) -> str:
+        if name == "domain header":
+            return "domain header: the version of Xen" if at >= 8 else f"domain header: byte {at}"
+        if name in {"image header", "libxl header", "xl envelope"}:
+            return f"{name}: byte {at}"
+        if at < 4:
+            optional = at == 3 and bit == 7
+            return f"{name} becomes an optional record" if optional else f"{name} becomes another record"
+        return f"{name}: length"
+
+    return why
+
+
+def _page_list_bit(entries: bytes) -> Callable[[int, int], str]:
+    def why(at: int, bit: int) -> str:
+        kind = entries[at // 8 * 8 + 7] >> 4
+        what = type_name(kind) if kind != ABSENT else "?"
+        return f"type of a page ({what})" if at % 8 == 7 and bit >= 4 else f"pfn of a page ({what})"
+
+    return why
+
+
+# --- for people ------------------------------------------------------------------------------------------------------
+
+
+def as_table(result: dict[str, Tally]) -> str:
+    """What was found of each kind, and below it why the rest was not."""
+    lines = [f"{'flipped in':<18}{'bits':>6}{'error':>7}{'warning':>9}{'missed':>8}{'found':>8}{'placed':>8}"]
+    for kind, tally in result.items():
+        missed = tally.total - tally.found
+        counts = f"{tally.total:>6}{tally.errors:>7}{tally.warnings:>9}{missed:>8}{tally.share:>8.1%}"
+        lines.append(f"{kind:<18}{counts}{tally.placed / max(1, tally.found):>8.1%}")
+        lines += [f"    {n:>5}  {why} ({tally.examples[why]})" for why, n in tally.missed.most_common()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    count = int(sys.argv[2]) if len(sys.argv) > 2 else 500
+    print(as_table(flip_survey(Path(sys.argv[1]), KINDS, count, seed=1)))

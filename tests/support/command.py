@@ -1,0 +1,83 @@
+"""Runs xenpv's command line in this process, with standard input out of a pipe, and catches what it says."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+from tests.support.saved_files import piped
+from xenpv.cli import main, verify_stream_v2
+
+
+@dataclass
+class Ran:
+    """How a command ended, and the bytes that it wrote."""
+
+    code: int
+    raw: bytes
+    err: str
+
+    @property
+    def out(self) -> str:
+        return self.raw.decode()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.raw)
+
+
+def lines(ran: Ran) -> str:
+    """What it printed, with runs of blanks as one."""
+    return "\n".join(" ".join(line.split()) for line in ran.out.splitlines())
+
+
+def xenpv(*args: object, stdin: bytes | None = None) -> Ran:
+    """``xenpv ARGS``."""
+    return _run(main.run, "xenpv", args, stdin)
+
+
+def shim(*args: object, stdin: bytes | None = None) -> Ran:
+    """``verify-stream-v2 ARGS``."""
+    return _run(verify_stream_v2.run, "verify-stream-v2", args, stdin)
+
+
+def _run(run: Callable[[], NoReturn], program: str, args: tuple[object, ...], stdin: bytes | None) -> Ran:
+    out, err = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8")
+    before = sys.argv, sys.stdout, sys.stderr
+    sys.argv, sys.stdout, sys.stderr = [program, *map(str, args)], out, err
+    code: Any = None
+    try:
+        # click takes who was started with `python -m PACKAGE` for a part of it, as pytest may have been.
+        with _standard_input(stdin), patch.object(sys.modules["__main__"], "__package__", None):
+            run()
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv, sys.stdout, sys.stderr = before
+    out.flush()
+    err.flush()
+    assert isinstance(out.buffer, io.BytesIO)
+    assert isinstance(err.buffer, io.BytesIO)
+    return Ran(int(code or 0), out.buffer.getvalue(), err.buffer.getvalue().decode())
+
+
+@contextmanager
+def _standard_input(data: bytes | None) -> Iterator[None]:
+    if data is None:
+        yield
+        return
+    kept = os.dup(0)
+    with piped(data) as fd:
+        os.dup2(fd, 0)
+        try:
+            yield
+        finally:  # before the pipe is closed, whose writer else would wait for us
+            os.dup2(kept, 0)
+            os.close(kept)

@@ -1,0 +1,113 @@
+"""A kernel on a ModelHost of its own, and all that agrees when nothing is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tests.support.model_invariants import check
+from tests.support.start_of_day import Day, start
+from xenpv.abi.declare import Width
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.abi.xen import START_INFO
+from xenpv.findings import Findings, Severity
+from xenpv.frames import NO_FRAME, U64, DomId
+from xenpv.guest_model.kernel import Kernel
+from xenpv.guest_model.p2m_forms import FORMS
+from xenpv.host.model.guest_view import GuestView
+from xenpv.host.model.host import ModelHost
+from xenpv.memory.p2m import P2M
+from xenpv.source.live import LiveDomain
+from xenpv.verify.physmap import PhysmapCheck
+
+WIDTHS: list[Width] = [8, 4]
+EACH = [
+    (width, name)
+    for width in WIDTHS
+    for name, form in FORMS.items()
+    if (form.linear or form.tree) and (width, name) != (4, "marked")
+]
+SOME = [(width, name) for width, name in EACH if not name.startswith("rooted") or name == "rooted4"]
+
+
+@dataclass
+class Guest:
+    """A kernel, and where it runs."""
+
+    host: ModelHost
+    domid: DomId
+    kernel: Kernel
+    day: Day
+
+    @classmethod
+    def boot(cls, form: str, width: Width = 8, pages: int = 4096, **how: Any) -> Guest:
+        host, kernel = ModelHost(2 << 30), Kernel(form)
+        day = start(host, width, pages, **how)
+        host.run(day.domid, kernel.boot)
+        return cls(host, day.domid, kernel, day)
+
+    def do(self, name: str, *arguments: Any) -> Any:
+        """One of the kernel's calls, run by the host."""
+        return self.host.run(self.domid, lambda view: getattr(self.kernel, name)(view, *arguments))
+
+    def entries(self, wanted: U64) -> U64:
+        """Entries of the kernel's own list."""
+        found = self.host.run(self.domid, lambda view: self.kernel.p2m.lookup(view, wanted))
+        assert found is not None
+        return found
+
+    @property
+    def live(self) -> LiveDomain:
+        return LiveDomain(self.host, self.host.info(self.domid))
+
+    def findings(self) -> Findings:
+        findings = Findings()
+        PhysmapCheck(self.live, findings).run()
+        return findings
+
+    def agrees(self) -> list[str]:
+        """All ways lead to the kernel's own list, mfn for mfn, nothing is wrong; the names of what is noted."""
+        findings = list(self.findings())
+        assert [str(f) for f in findings if f.severity is not Severity.NOTE] == []
+        live = self.live
+        for way in live.anchors.ways:
+            p2m = live.walk_p2m(way)
+            assert p2m.entries == self.kernel.p2m.entries
+            assert not p2m.unreadable
+            for leaves in p2m.content():
+                np.testing.assert_array_equal(
+                    leaves.mfns, self.entries(leaves.pfns.reshape(-1)).reshape(leaves.mfns.shape)
+                )
+        check(self.host)
+        return [f.rule.name for f in findings]
+
+
+def walked(p2m: P2M) -> dict[int, int]:
+    """What has a frame."""
+    return {
+        pfn: mfn
+        for leaves in p2m.content()
+        for pfn, mfn in zip(leaves.pfns.reshape(-1).tolist(), leaves.mfns.reshape(-1).tolist(), strict=True)
+        if mfn != int(NO_FRAME)
+    }
+
+
+def cancelled(guest: Guest) -> Any:
+    """What the kernel says when it goes on as a toolstack lets it that gave up: the call's result is 1."""
+    context = np.frombuffer(bytearray(guest.host.vcpu_context(guest.domid, 0)), VCPU_GUEST_CONTEXT[guest.day.width])
+    context["user_regs"]["rax" if guest.day.width == 8 else "eax"] = 1
+    guest.host.set_vcpu_context(guest.domid, 0, context.tobytes())
+    guest.host.resume(guest.domid)
+    return guest.do("resume")
+
+
+def rings(guest: Guest) -> tuple[int, int]:
+    page, _ = guest.host.map_frames(guest.domid, guest.day.mfns[guest.day.start_info :][:1])
+    info = START_INFO.read(page.tobytes(), guest.day.width)
+    return int(info["store_mfn"]), int(info["console"]["domU"]["mfn"])
+
+
+def register(guest: Guest, name: str) -> int:
+    return GuestView(guest.host, guest.domid).register(name)

@@ -1,0 +1,69 @@
+"""What holds of a ModelHost whatever happened on it: all counts, reckoned anew from what refers to what."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from xenpv.abi.x86 import PTE_P, PTE_RW
+from xenpv.frames import DomId
+from xenpv.host.model.frame_table import (
+    ALLOCATED,
+    NO_PFN,
+    NOBODY,
+    PAE_XEN_L2,
+    PINNED,
+    SPECIAL,
+    VALIDATED,
+    WRITABLE,
+    XEN,
+)
+from xenpv.host.model.host import ModelHost
+from xenpv.memory.pagetables import frames, is_xen_slot
+
+
+def check(host: ModelHost) -> None:
+    """Each frame's references are those that there are, and no page table can be written."""
+    table, rows = host.frames, host.frames.rows
+    live = np.flatnonzero((rows.owner != NOBODY) & (rows.owner != XEN))
+    count = np.where(rows.flags & ALLOCATED, 1, 0).astype(np.int64)
+    types = np.where(rows.flags & (SPECIAL | PINNED), 1, 0).astype(np.int64)
+    count += (rows.flags & PINNED) != 0
+
+    def refer(mfns: np.ndarray, *, typed: bool) -> None:
+        at = table.row(mfns)
+        np.add.at(count, at, 1)
+        if typed:
+            np.add.at(types, at, 1)
+
+    tables = live[(rows.flags[live] & VALIDATED != 0) & (rows.type[live] <= 4) & (rows.type[live] > 0)]
+    for row, mfn in zip(tables.tolist(), table.mfns(tables).tolist(), strict=True):
+        assert rows.types[row] > 0, f"{mfn:#x} is a validated table that nothing uses"
+        level, width = int(rows.type[row]), host.info(DomId(int(rows.owner[row]) - 1)).width
+        slots = ~is_xen_slot(level, width, last_pae_l2=bool(rows.flags[row] & PAE_XEN_L2))
+        ptes = table.entries(mfn)[slots]
+        ptes = ptes[ptes & np.uint64(PTE_P) != 0]
+        targets = frames(ptes)
+        assert (table.owner(targets) == rows.owner[row]).all(), f"L{level} {mfn:#x} maps what is not its domain's"
+        writable = ptes & np.uint64(PTE_RW) != 0
+        if level == 1:
+            refer(targets[~writable], typed=False)
+            refer(targets[writable], typed=True)
+            assert (rows.type[table.row(targets[writable])] == WRITABLE).all(), f"L1 {mfn:#x} can write a table"
+        else:
+            refer(targets[targets != mfn], typed=True)
+            kinds = rows.type[table.row(targets)]
+            assert ((kinds == level - 1) | ((kinds == level) & ~writable)).all()
+    for info in host.domains():
+        for vcpu in range(info.max_vcpu + 1):
+            held = host.held_by_vcpu(info.domid, vcpu)
+            refer(np.array([mfn for mfn in held if mfn], np.uint64), typed=True)
+    np.testing.assert_array_equal(rows.count[live], count[live])
+    np.testing.assert_array_equal(rows.types[live], types[live])
+    free = np.flatnonzero(rows.owner == NOBODY)
+    for column in (rows.count, rows.types, rows.flags, rows.type, rows.content):
+        assert not column[free].any()
+    for info in host.domains():
+        mine = table.owned(info.domid + 1)
+        assert len(mine) == info.pages + 1, "and its shared info"
+        assert (host.m2p(mine) != mine).all()
+        assert host.m2p(np.array([info.shared_info_mfn], np.uint64))[0] == NO_PFN
