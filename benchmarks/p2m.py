@@ -22,7 +22,7 @@ import lab
 from lab import guests
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, Mask
-from xenpv.host import DomainInfo, XenVersion
+from xenpv.host.protocol import DomainInfo, XenVersion
 from xenpv.memory.anchors import Form
 from xenpv.memory.p2m import P2M
 from xenpv.memory.publish import put_leaves, tree_anchors
@@ -173,7 +173,7 @@ import json, subprocess, sys, time
 from xenpv.verify.physmap import PhysmapCheck
 from xenpv.source.live import LiveDomain
 from xenpv.findings import Findings
-from xenpv.host import find
+from xenpv.host.protocol import find_domain
 from xenpv.host.xen.host import XenHost
 
 def least(what, runs=3):
@@ -187,7 +187,7 @@ def least(what, runs=3):
 out = {}
 with XenHost() as host:
     for name in sys.argv[2:]:
-        live = LiveDomain(host, find(host, name))
+        live = LiveDomain(host, find_domain(host, name))
         way = live.anchors.ways[-1]
 
         def walk():
@@ -233,12 +233,12 @@ import json, resource, sys, time
 from xenpv.verify.physmap import PhysmapCheck
 from xenpv.source.live import LiveDomain
 from xenpv.findings import Findings
-from xenpv.host import find
+from xenpv.host.protocol import find_domain
 from xenpv.host.xen.host import XenHost
 
 with XenHost() as host:
     for owner in (False, True):
-        live = LiveDomain(host, find(host, "large"))
+        live = LiveDomain(host, find_domain(host, "large"))
         findings = Findings()
         start = time.monotonic()
         PhysmapCheck(live, findings, owner=owner).run()

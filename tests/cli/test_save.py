@@ -92,7 +92,7 @@ def test_preflight_changes_nothing(move: Move, tmp_path: Path, monkeypatch: pyte
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("changes something")
 
-    for call in ("control", "pause", "log_dirty", "destroy", "rename", "resume"):
+    for call in ("request_shutdown", "pause", "log_dirty", "destroy", "rename", "resume"):
         monkeypatch.setattr(move.source, call, never)
     ran = xenpv("save", "--preflight", NAME)
     who = f"dom{move.guest.domid} ({NAME})"

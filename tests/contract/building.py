@@ -21,7 +21,7 @@ from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId
-from xenpv.host import Ring, Toolstack, find
+from xenpv.host.protocol import Ring, Toolstack, find_domain
 
 NAME, UUID = "contract", "c0117ac7-0000-4000-8000-0123456789ab"
 SOON = 30.0  # seconds: Xen frees a domain when its last reference has gone, daemons' mappings among them
@@ -87,7 +87,7 @@ def a_new_domain_is_paused_and_has_no_memory(host: Toolstack, width: Width) -> N
         assert (info.name, info.uuid, info.width, info.hvm) == (NAME, UUID, width, False)
         assert (info.pages, info.max_pages, info.max_vcpu) == (0, 77, 2)
         assert (info.paused, info.shutdown, info.dying) == (True, False, False)
-        assert find(host, NAME).domid == find(host, UUID).domid == domid
+        assert find_domain(host, NAME).domid == find_domain(host, UUID).domid == domid
         assert info.shared_info_mfn <= host.max_mfn()
 
 
@@ -95,7 +95,7 @@ def a_domain_is_renamed(host: Toolstack, width: Width) -> None:
     for uuid in (UUID, None):
         with domain(host, width, name=NAME, uuid=uuid) as domid:
             host.rename(domid, f"{NAME}--other")
-            assert (host.info(domid).name, find(host, f"{NAME}--other").domid) == (f"{NAME}--other", domid)
+            assert (host.info(domid).name, find_domain(host, f"{NAME}--other").domid) == (f"{NAME}--other", domid)
     fails(lambda: host.rename(domid, NAME), errno.ESRCH, domid)
 
 
@@ -103,7 +103,7 @@ def a_domain_keeps_its_configuration(host: Toolstack, width: Width) -> None:
     for uuid in (UUID, None):
         with domain(host, width, name=NAME, uuid=uuid) as domid:
             assert host.configuration(domid) is None
-            host.configure(domid, b'{"c_info": {}}')
+            host.set_configuration(domid, b'{"c_info": {}}')
             assert host.configuration(domid) == b'{"c_info": {}}'
 
 
@@ -148,7 +148,7 @@ def a_builder_that_fails_half_way_can_always_destroy(host: Toolstack, width: Wid
             if steps > 1:
                 host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
             if steps > 2:
-                host.alloc_event(domid)
+                host.alloc_event_channel(domid)
                 host.seed_grants(domid, console=int(mfns[tiny.CONSOLE]), xenstore=int(mfns[tiny.STORE]))
 
 
@@ -157,13 +157,13 @@ def populate_gives_as_many_as_max_mem_allows(host: Toolstack, width: Width) -> N
         first = host.populate_physmap(domid, pfns(16))
         assert len(first) == len(set(first.tolist())) == 10
         assert len(host.populate_physmap(domid, pfns(6, 10))) == 0
-        host.max_mem(domid, 12)
+        host.set_max_mem(domid, 12)
         assert host.info(domid).max_pages == 12
         more = host.populate_physmap(domid, pfns(6, 10))
         assert len(more) == 2
         assert len(host.populate_physmap(domid, pfns(0))) == 0
         assert host.info(domid).pages == 12
-        host.max_mem(domid, 3)  # no error, and nothing is taken away
+        host.set_max_mem(domid, 3)  # no error, and nothing is taken away
         assert (host.info(domid).pages, host.info(domid).max_pages) == (12, 3)
         assert not set(first.tolist()) & set(more.tolist())
 
@@ -331,16 +331,16 @@ def shared_info_is_written(host: Toolstack, width: Width) -> None:
 
 def event_channels_are_a_domains_own(host: Toolstack, width: Width) -> None:
     with domain(host, width) as one, domain(host, width) as two:
-        ports = [host.alloc_event(one), host.alloc_event(one), host.alloc_event(one, two)]
+        ports = [host.alloc_event_channel(one), host.alloc_event_channel(one), host.alloc_event_channel(one, two)]
         assert len(set(ports)) == 3
         assert min(ports) > 0
-        assert host.alloc_event(two) == min(ports)
+        assert host.alloc_event_channel(two) == min(ports)
 
 
 def the_hypercall_page_is_filled(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
-        host.hypercall_page(domid, int(mfns[tiny.HYPERCALLS]))
+        host.init_hypercall_page(domid, int(mfns[tiny.HYPERCALLS]))
         entries = content(host, domid, mfns[[tiny.HYPERCALLS]]).reshape(-1, 32)
         for number in (0, 1, 29, 32, 127):
             code = entries[number].tobytes()
@@ -348,8 +348,8 @@ def the_hypercall_page_is_filled(host: Toolstack, width: Width) -> None:
             assert b"\xc3" in code  # ret
         assert entries[23].tobytes().count(b"\xc3") == 0  # iret does not return
         host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
-        fails(lambda: host.hypercall_page(domid, int(mfns[tiny.L1])), errno.EPERM, domid)
-        fails(lambda: host.hypercall_page(domid, host.info(DomId(0)).shared_info_mfn), errno.EINVAL, domid)
+        fails(lambda: host.init_hypercall_page(domid, int(mfns[tiny.L1])), errno.EPERM, domid)
+        fails(lambda: host.init_hypercall_page(domid, host.info(DomId(0)).shared_info_mfn), errno.EINVAL, domid)
 
 
 def a_built_domain_is_one_that_the_read_side_knows(host: Toolstack, width: Width) -> None:
@@ -367,21 +367,21 @@ def nothing_is_done_to_a_domain_that_is_not_there(host: Toolstack, width: Width)
     for call in (
         lambda: host.destroy(NOBODY),
         lambda: host.set_width(NOBODY, width),
-        lambda: host.max_mem(NOBODY, 1),
+        lambda: host.set_max_mem(NOBODY, 1),
         lambda: host.populate_physmap(NOBODY, some),
         lambda: host.populate_physmap(NOBODY, array()),
         lambda: host.map_writable(NOBODY, some).__enter__(),
         lambda: host.map_writable(NOBODY, array()).__enter__(),
         lambda: host.write_frames(NOBODY, some, np.zeros((1, PAGE_SIZE), np.uint8)),
-        lambda: host.hypercall_page(NOBODY, 0),
+        lambda: host.init_hypercall_page(NOBODY, 0),
         lambda: host.pin_tables(NOBODY, some, levels(1)),
         lambda: host.pin_tables(NOBODY, array(), levels()),
         lambda: host.set_vcpu_context(NOBODY, 0, tiny.context(0, width)),
         lambda: host.write_shared_info(NOBODY, b""),
-        lambda: host.alloc_event(NOBODY),
+        lambda: host.alloc_event_channel(NOBODY),
         lambda: host.seed_grants(NOBODY, console=0, xenstore=0),
         lambda: host.introduce(NOBODY, console=ring, xenstore=ring),
-        lambda: host.configure(NOBODY, b"{}"),
+        lambda: host.set_configuration(NOBODY, b"{}"),
         lambda: host.configuration(NOBODY),
     ):
         fails(call, errno.ESRCH, NOBODY)

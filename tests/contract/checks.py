@@ -16,7 +16,7 @@ from xenpv.abi.x86 import PAGE_SIZE, PTE_FRAME_MASK, PTE_P, PTE_PSE, VCPU_GUEST_
 from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId, Mfn
-from xenpv.host import Host, find
+from xenpv.host.protocol import Host, find_domain
 from xenpv.memory.pagetables import cr3_frame
 
 ALL_ONES = (1 << 64) - 1
@@ -86,10 +86,10 @@ def info_is_what_the_list_says(host: Host, domid: DomId) -> None:
 
 def a_domain_is_found_by_id_name_and_uuid(host: Host, domid: DomId) -> None:
     info = host.info(domid)
-    assert find(host, str(domid)).domid == domid
+    assert find_domain(host, str(domid)).domid == domid
     for text in (info.name, info.uuid):
-        assert text is None or find(host, text).domid == domid
-    fails(lambda: find(host, "no such domain"), errno.ESRCH, None)
+        assert text is None or find_domain(host, text).domid == domid
+    fails(lambda: find_domain(host, "no such domain"), errno.ESRCH, None)
 
 
 def gone(host: Host, domid: DomId) -> None:

@@ -23,7 +23,7 @@ from tests.contract import checks
 from xenpv.abi.domctl import PageType
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE, U8, U64, DomId
-from xenpv.host import find
+from xenpv.host.protocol import find_domain
 from xenpv.host.xen.host import XenHost
 
 BATCH = 1024
@@ -141,7 +141,7 @@ def look(name: str, core: str, out: dict[str, Any]) -> None:
         version = host.version()
         out["version"] = f"{version.major}.{version.minor}{version.extra}"
         out["max_mfn"] = host.max_mfn()
-        domid = find(host, name).domid
+        domid = find_domain(host, name).domid
         out["contract"] = contract(host, domid)
         out["core"] = against_core(host, domid, core)
         out["leaks"] = leaks(host, domid)

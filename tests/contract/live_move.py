@@ -22,7 +22,7 @@ from tests.contract.moving import MOVING
 from tests.contract.running import RUNNING, all_that_changes_is_in_the_log
 from xenpv.errors import HostError
 from xenpv.frames import DomId
-from xenpv.host import find
+from xenpv.host.protocol import find_domain
 from xenpv.host.xen.mover import XenMover
 from xenpv.source.live import LiveDomain
 from xenpv.source.saved import SavedDomain
@@ -110,7 +110,7 @@ def timed(call: Callable[[], object]) -> float:
 def look(name: str, stream: str | None, out: dict[str, Any]) -> None:
     """Everything, into ``out``."""
     with XenMover() as host:
-        domid = find(host, name).domid
+        domid = find_domain(host, name).domid
         if stream is not None:
             out["stock"] = compared(host, domid, stream)
             return

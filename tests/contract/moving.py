@@ -21,7 +21,7 @@ from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
 from xenpv.frames import DomId
-from xenpv.host import CpuPolicy, Mover, TscInfo, VcpuState
+from xenpv.host.protocol import CpuPolicy, Mover, TscInfo, VcpuState
 
 LEAST_PRIVILEGE: dict[Width, int] = {8: 3, 4: 1}
 MAX_PFN: dict[Width, int] = {8: SHARED_INFO.offset(8, "arch.max_pfn"), 4: SHARED_INFO.offset(4, "arch.max_pfn")}
@@ -224,7 +224,7 @@ def what_a_toolstack_writes_is_not_in_the_log(host: Mover, width: Width) -> None
         with host.map_writable(domid, some) as pages:
             pages[:] = 2
         host.write_shared_info(domid, b"x")
-        host.hypercall_page(domid, int(mfns[tiny.HYPERCALLS]))
+        host.init_hypercall_page(domid, int(mfns[tiny.HYPERCALLS]))
         host.map_frames(domid, mfns)
         assert len(host.populate_physmap(domid, pfns(2, 20))) == 2
         assert dirty(host, domid, 64) == []
@@ -256,13 +256,13 @@ def pages_far_apart_are_in_the_log(host: Mover, width: Width) -> None:
 
 def what_is_asked_of_a_guest_is_taken_back(host: Mover, width: Width) -> None:
     with domain(host, width, tiny.PAGES) as domid:
-        assert host.controlled(domid) == ""
-        host.control(domid, "")
-        assert host.controlled(domid) == ""
-        host.control(domid, "suspend")
-        assert host.controlled(domid) == "suspend"
-        host.control(domid, "")
-        assert host.controlled(domid) == ""
+        assert host.shutdown_request(domid) == ""
+        host.request_shutdown(domid, "")
+        assert host.shutdown_request(domid) == ""
+        host.request_shutdown(domid, "suspend")
+        assert host.shutdown_request(domid) == "suspend"
+        host.request_shutdown(domid, "")
+        assert host.shutdown_request(domid) == ""
 
 
 def a_domain_that_did_not_shut_down_is_resumed_for_nothing(host: Mover, width: Width) -> None:
@@ -282,9 +282,9 @@ def nobody_is_moved(host: Mover, width: Width) -> None:
         lambda: host.log_dirty(NOBODY, on=True),
         lambda: host.log_dirty(NOBODY, on=False),
         lambda: host.dirty_pfns(NOBODY, 64, clean=True),
-        lambda: host.control(NOBODY, "suspend"),
-        lambda: host.control(NOBODY, ""),
-        lambda: host.controlled(NOBODY),
+        lambda: host.request_shutdown(NOBODY, "suspend"),
+        lambda: host.request_shutdown(NOBODY, ""),
+        lambda: host.shutdown_request(NOBODY),
         lambda: host.resume(NOBODY),
     ):
         fails(call, errno.ESRCH, NOBODY)

@@ -16,7 +16,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.frames import U8, U64, DomId
-from xenpv.host import Mover
+from xenpv.host.protocol import Mover
 from xenpv.memory.p2m import is_own
 from xenpv.source.live import LiveDomain
 
@@ -85,21 +85,21 @@ def all_that_changes_is_in_the_log(host: Mover, domid: DomId, go: Callable[[], N
 
 def a_request_that_was_not_seen_is_taken_back(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
     with paused(host, domid):
-        host.control(domid, "suspend")
-        assert host.controlled(domid) == "suspend"
-        host.control(domid, "")
-        assert host.controlled(domid) == ""
+        host.request_shutdown(domid, "suspend")
+        assert host.shutdown_request(domid) == "suspend"
+        host.request_shutdown(domid, "")
+        assert host.shutdown_request(domid) == ""
     go()
     assert not host.info(domid).shutdown
 
 
 def a_guest_suspends_when_asked(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
     """It takes the request away, and stops."""
-    host.control(domid, "suspend")
+    host.request_shutdown(domid, "suspend")
     assert eventually(lambda: host.info(domid).shutdown)
     assert host.info(domid).shutdown_reason == SUSPEND
-    assert host.controlled(domid) == ""
-    host.control(domid, "")
+    assert host.shutdown_request(domid) == ""
+    host.request_shutdown(domid, "")
     assert host.info(domid).shutdown
 
 

@@ -20,8 +20,8 @@ from tests.support.kernel_guest import Guest
 from tests.support.model_guest import make
 from xenpv.abi.declare import Width
 from xenpv.frames import DomId
-from xenpv.host import Host, Mover
 from xenpv.host.model.host import ModelHost
+from xenpv.host.protocol import Host, Mover
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -25,7 +25,7 @@ from xenpv.abi.x86 import (
 )
 from xenpv.abi.xen import SHARED_INFO, START_INFO, START_INFO_MAGIC
 from xenpv.frames import U8, U64, DomId
-from xenpv.host import Ring, Toolstack
+from xenpv.host.protocol import Ring, Toolstack
 
 CODE, START, STORE, CONSOLE, L1, L2, L3, L4, STACK, HYPERCALLS, PAGES = range(11)
 FIRST: dict[Width, int] = {8: 0xFFFF_FFFF_8000_0000, 4: 0xC000_0000}
@@ -128,8 +128,8 @@ def fill(host: Toolstack, domid: DomId, width: Width = 8, text: bytes = b"", rea
     mfns = host.populate_physmap(domid, np.arange(PAGES, dtype=np.uint64))
     assert len(mfns) == PAGES
     daemons = host.daemons()
-    console = Ring(int(mfns[CONSOLE]), host.alloc_event(domid, daemons.console))
-    xenstore = Ring(int(mfns[STORE]), host.alloc_event(domid, daemons.xenstore))
+    console = Ring(int(mfns[CONSOLE]), host.alloc_event_channel(domid, daemons.console))
+    xenstore = Ring(int(mfns[STORE]), host.alloc_event_channel(domid, daemons.xenstore))
     start = np.zeros(1, START_INFO[width])
     start["magic"], start["nr_pages"] = START_INFO_MAGIC[width], PAGES
     start["shared_info"] = host.info(domid).shared_info_mfn << 12
@@ -141,7 +141,7 @@ def fill(host: Toolstack, domid: DomId, width: Width = 8, text: bytes = b"", rea
         pages[START, : start.nbytes] = np.frombuffer(start.tobytes(), np.uint8)
         for number, content in tables(mfns, width).items():
             pages[number] = content
-    host.hypercall_page(domid, int(mfns[HYPERCALLS]))
+    host.init_hypercall_page(domid, int(mfns[HYPERCALLS]))
     level: U8 = np.array([4 if width == 8 else 3], np.uint8)
     host.pin_tables(domid, mfns[[top(width)]], level)
     shared = np.zeros(1, SHARED_INFO[width])

@@ -21,7 +21,7 @@ from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import GuestError, HostError, XenPVError
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType
-from xenpv.host import DomainInfo, XenVersion
+from xenpv.host.protocol import DomainInfo, XenVersion
 from xenpv.memory.anchors import MARK, MARKED_LEVELS, Anchors, Form, capacity
 from xenpv.memory.p2m import P2M
 from xenpv.memory.survey import Kind, survey

@@ -187,7 +187,7 @@ def test_as_many_pages_come_back_as_there_are() -> None:
     guest = Guest.boot("rooted3")
     free = guest.do("free")
     guest.do("balloon_out", free[:20])
-    guest.host.max_mem(guest.domid, 4096 - 15)
+    guest.host.set_max_mem(guest.domid, 4096 - 15)
     assert guest.do("balloon_in", free[:20]).tolist() == free[:5].tolist()
     assert guest.agrees() == ["physmap-invalid"]
 

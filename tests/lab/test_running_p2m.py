@@ -49,7 +49,7 @@ from xenpv.verify.physmap import PhysmapCheck
 from xenpv.source.live import LiveDomain
 from xenpv.errors import GuestError
 from xenpv.findings import Findings, Severity
-from xenpv.host import find
+from xenpv.host.protocol import find_domain
 from xenpv.host.xen.host import XenHost
 from xenpv.memory.p2m import is_own
 from xenpv.memory.survey import survey
@@ -57,7 +57,7 @@ from xenpv.memory.survey import survey
 out = {}
 with XenHost() as host:
     for name in sys.argv[1:]:
-        live = LiveDomain(host, find(host, name))
+        live = LiveDomain(host, find_domain(host, name))
         said = out[name] = {}
         started = time.monotonic()
         findings = Findings()

@@ -112,7 +112,10 @@ def test_a_domain_that_is_there_is_filled(way: str, width: Width) -> None:
     missing: list[tuple[bool, bool]] = []
 
     def fill(source: Input) -> Restored:
-        ports: dict[str, Any] = {"console_port": host.alloc_event(domid), "xenstore_port": host.alloc_event(domid)}
+        ports: dict[str, Any] = {
+            "console_port": host.alloc_event_channel(domid),
+            "xenstore_port": host.alloc_event_channel(domid),
+        }
 
         def done(cpuid: bool, msrs: bool) -> None:
             missing.append((cpuid, msrs))

@@ -18,7 +18,7 @@ from tests.support.saving import BOTH, Heap, Twisted, a_page, arch, tree_of
 from xenpv.abi.declare import Width
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import U8, U64, DomId
-from xenpv.host import Mover
+from xenpv.host.protocol import Mover
 from xenpv.save.p2m_tracker import SavedP2M
 from xenpv.save.precopy import Precopy
 from xenpv.save.progress import Phase, Status

@@ -43,8 +43,8 @@ from xenpv.abi.domctl import EXT_VCPUCONTEXT
 from xenpv.abi.x86 import PAGE_SIZE, PTE_P, PTE_PSE, VCPU_GUEST_CONTEXT, XEN_PAE_L2_FIRST
 from xenpv.errors import Fault, HostError
 from xenpv.frames import FOREIGN, IDENTITY, IS_POPULATED, IS_TABLE, NO_FRAME, U8, U64, DomId, PageType
-from xenpv.host import DomainInfo, VcpuState
 from xenpv.host.model.host import ModelHost
+from xenpv.host.protocol import DomainInfo, VcpuState
 from xenpv.io.stream_input import Input
 from xenpv.memory.p2m import is_own
 from xenpv.memory.pagetables import as_entries, frames

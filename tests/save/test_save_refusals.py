@@ -32,7 +32,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_P, PTE_PSE
 from xenpv.errors import Fault, GuestError, HostError, RequestError
 from xenpv.frames import FOREIGN, U8, U64, DomId, PageType
-from xenpv.host import DomainInfo
+from xenpv.host.protocol import DomainInfo
 from xenpv.save.save import Status, save
 from xenpv.stream.envelope import Kind
 

@@ -13,7 +13,7 @@ from tests.support.saving import BOTH, Twisted
 from xenpv.abi.declare import Width
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import DomId
-from xenpv.host import DomainInfo
+from xenpv.host.protocol import DomainInfo
 from xenpv.save.suspend import has_suspended, resume, suspend
 
 
@@ -26,7 +26,7 @@ def test_a_guest_suspends_and_goes_on(width: Width) -> None:
     for _ in range(2):
         suspend(guest.host, guest.domid)
         assert has_suspended(guest.host.info(guest.domid))
-        assert guest.host.controlled(guest.domid) == ""
+        assert guest.host.shutdown_request(guest.domid) == ""
         suspend(guest.host, guest.domid)  # has already
         resume(guest.host, guest.domid)
         assert guest.do("resume") is True, "cancelled, as it sees it"
@@ -40,7 +40,7 @@ def test_one_that_does_not_react() -> None:
     with pytest.raises(GuestError, match=r"dom1 \(litmus\) did not suspend in 0.05 s: its kernel has not reacted"):
         suspend(guest.host, guest.domid, timeout=0.05)
     assert 0.05 <= time.monotonic() - before < 5
-    assert guest.host.controlled(guest.domid) == "", "the request was taken back"
+    assert guest.host.shutdown_request(guest.domid) == "", "the request was taken back"
 
 
 def test_one_that_has_seen_it_and_takes_its_time() -> None:
@@ -56,7 +56,7 @@ def test_one_that_ends_meanwhile(reason: int, how: str) -> None:
     guest.host.attend(guest.domid, lambda: guest.host.shutdown(guest.domid, reason))
     with pytest.raises(GuestError, match=f"{how}, and cannot suspend"):
         suspend(guest.host, guest.domid)
-    assert guest.host.controlled(guest.domid) == ""
+    assert guest.host.shutdown_request(guest.domid) == ""
     with pytest.raises(GuestError, match=how):
         suspend(guest.host, guest.domid)
     with pytest.raises(RequestError, match="nothing to resume"):
@@ -100,4 +100,4 @@ def test_whoever_interrupts_takes_the_request_back(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         suspend(guest.host, guest.domid)
-    assert guest.host.controlled(guest.domid) == ""
+    assert guest.host.shutdown_request(guest.domid) == ""

@@ -22,8 +22,8 @@ from tests.support.libxl import Answer, FakeLibxl
 from tests.support.saving import Twisted
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import PAGE_SIZE, DomId
-from xenpv.host import XenVersion
 from xenpv.host.model.host import ModelHost
+from xenpv.host.protocol import XenVersion
 from xenpv.save.precopy import Precopy
 from xenpv.save_helper import program
 from xenpv.save_helper.program import EXIT_GONE, EXIT_REFUSED, EXIT_USAGE, Libxl, LibxlGone, precopy, serve
@@ -73,7 +73,7 @@ def save(
 def restore(host: Any, fd: int, answers: dict[Message, Answer] | None = None, **fields: int) -> tuple[FakeLibxl, DomId]:
     """Restore into a new domain, as libxl makes it; what libxl was told, and the domain."""
     domid: DomId = host.create(8, vcpus=1, max_pages=4096)
-    ports = {"store_port": host.alloc_event(domid), "console_port": host.alloc_event(domid)}
+    ports = {"store_port": host.alloc_event_channel(domid), "console_port": host.alloc_event_channel(domid)}
     request = Restore(fd, domid, **{"store_domid": 0, "console_domid": 0, **ports, **fields})
     with FakeLibxl(answers) as libxl:
         serve(request, Libxl(libxl.helper_hears, libxl.helper_says), lambda: host)

@@ -10,24 +10,24 @@ from xenpv.errors import HostError
 from xenpv.frames import DomId
 
 BUILDING = (
-    "memory_map",
+    "set_memory_map",
     "populate_physmap",
     "map_writable",
     "write_frames",
-    "alloc_event",
-    "hypercall_page",
+    "alloc_event_channel",
+    "init_hypercall_page",
     "info",
     "pin_tables",
     "write_shared_info",
     "set_vcpu_context",
     "seed_grants",
     "introduce",
-    "configure",
+    "set_configuration",
 )
 RESTORING = (
-    "create", "memory_map", "daemons", "alloc_event", "info", "set_cpu_policy", "populate_physmap", "map_writable",
-    "write_shared_info", "set_tsc_info", "set_vcpu_context", "set_vcpu_state", "pin_tables", "seed_grants",
-    "introduce", "configure", "unpause",
+    "create", "set_memory_map", "daemons", "alloc_event_channel", "info", "set_cpu_policy", "populate_physmap",
+    "map_writable", "write_shared_info", "set_tsc_info", "set_vcpu_context", "set_vcpu_state", "pin_tables",
+    "seed_grants", "introduce", "set_configuration", "unpause",
 )  # fmt: skip
 
 

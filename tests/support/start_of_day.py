@@ -81,9 +81,9 @@ def start(
     start_info = np.zeros(1, START_INFO[width])
     start_info["magic"], start_info["nr_pages"] = START_INFO_MAGIC[width], pages
     start_info["shared_info"] = host.info(domid).shared_info_mfn * PAGE_SIZE
-    start_info["store_mfn"], start_info["store_evtchn"] = mfns[info + 1], host.alloc_event(domid)
+    start_info["store_mfn"], start_info["store_evtchn"] = mfns[info + 1], host.alloc_event_channel(domid)
     start_info["console"]["domU"]["mfn"] = mfns[info + 2]
-    start_info["console"]["domU"]["evtchn"] = host.alloc_event(domid)
+    start_info["console"]["domU"]["evtchn"] = host.alloc_event_channel(domid)
     start_info["pt_base"], start_info["nr_pt_frames"] = base + tables * PAGE_SIZE, upper + l1
     start_info["mfn_list"] = day_list
     if outside:

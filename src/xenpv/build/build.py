@@ -14,7 +14,7 @@ import numpy as np
 from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import I64, NO_FRAME, U8, U64, DomId
-from xenpv.host import Ring, Toolstack
+from xenpv.host.protocol import Ring, Toolstack
 from xenpv.host.xenstore_nodes import SLACK
 from xenpv.image import start
 from xenpv.image.kernel import KernelImage
@@ -102,7 +102,7 @@ def build(
     try:
         built = _Builder(host, domid, image, layout, step or (lambda *_: None)).run(ramdisk)
         if config is not None:
-            host.configure(domid, config)
+            host.set_configuration(domid, config)
         return built
     except BaseException:
         host.destroy(domid)
@@ -133,20 +133,20 @@ class _Builder:
 
     def run(self, ramdisk: bytes | memoryview) -> Built:
         host, domid, layout = self.host, self.domid, self.layout
-        host.memory_map(domid, layout.p2m_entries)
+        host.set_memory_map(domid, layout.p2m_entries)
         self._populate()
         self._load(ramdisk)
         self._p2m()
         self._tables()
         info = layout.start_info
         daemons = host.daemons()
-        store = Ring(self._mfn(info.store_pfn), host.alloc_event(domid, daemons.xenstore))
-        console = Ring(self._mfn(info.console_pfn), host.alloc_event(domid, daemons.console))
+        store = Ring(self._mfn(info.store_pfn), host.alloc_event_channel(domid, daemons.xenstore))
+        console = Ring(self._mfn(info.console_pfn), host.alloc_event_channel(domid, daemons.console))
         self._clear(range(info.store_pfn, info.store_pfn + 1))
         self._clear(range(info.console_pfn, info.console_pfn + 1))
         self._start_info(store, console)
         if layout.hypercall_pfn is not None:
-            host.hypercall_page(domid, self._mfn(layout.hypercall_pfn))
+            host.init_hypercall_page(domid, self._mfn(layout.hypercall_pfn))
         top = self._mfn(layout.registers.cr3_pfn)
         host.pin_tables(domid, np.array([top], np.uint64), np.array([4 if layout.width == 8 else 3], np.uint8))
         host.write_shared_info(domid, start.shared_info(layout.width))

@@ -8,7 +8,7 @@ import click
 
 from xenpv.cli.terminal import JSON, print_json, print_table
 from xenpv.frames import PAGE_SIZE
-from xenpv.host import DomainInfo
+from xenpv.host.protocol import DomainInfo
 from xenpv.host.xen.host import XenHost
 from xenpv.text import printable, size
 

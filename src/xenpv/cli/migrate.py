@@ -80,7 +80,7 @@ def migrate(
         raise click.UsageError("say DOM and HOST, or --take-back and DOM")
     if settle and take_back:
         raise click.UsageError("--settle asks HOST, --take-back asks nobody: say one of them")
-    from xenpv.host import find  # noqa: PLC0415
+    from xenpv.host.protocol import find_domain  # noqa: PLC0415
     from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415
     from xenpv.migrate import sender as migration  # noqa: PLC0415  NumPy, and Xen's libraries
@@ -91,7 +91,7 @@ def migrate(
     live = None if no_live else Precopy(max_iterations, target_dirty, max_downtime, bandwidth)
     with ExitStack() as stack:
         host = stack.enter_context(XenMover())
-        domid = find(host, target).domid
+        domid = find_domain(host, target).domid
         if where is None:
             _settled(migration.take_back(host, domid), as_json)
             return

@@ -11,7 +11,7 @@ import click
 
 from xenpv.cli.terminal import progress
 from xenpv.errors import HostError, RequestError
-from xenpv.host import find
+from xenpv.host.protocol import find_domain
 from xenpv.source.core import CoreDomain
 from xenpv.source.live import LiveDomain
 from xenpv.source.open import open_domain
@@ -73,7 +73,7 @@ def _running(target: str, stack: ExitStack) -> LiveDomain:
 
     try:
         host = stack.enter_context(XenHost())
-        info = find(host, target)
+        info = find_domain(host, target)
     except HostError as e:
         if "/" not in target and "." not in target:
             raise

@@ -203,7 +203,7 @@ class Kernel:
         return cancelled
 
     def _offer_suspend(self, view: GuestView) -> None:
-        self.port = view.alloc_event()
+        self.port = view.alloc_event_channel()
         view.store_write(SUSPEND_KEY, str(self.port).encode())
 
     def _mfn(self, view: GuestView, pfn: int) -> int:

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from xenpv.frames import PAGE_SIZE, DomId
-from xenpv.host import Daemons, DomainInfo, Ring
+from xenpv.host.protocol import Daemons, DomainInfo, Ring
 
 _CONSOLE_LIMIT = 1 << 20  # bytes that xenconsoled keeps of what nobody reads
 CONTROL = "control/shutdown"  # of a domain's own nodes: what a toolstack asks of it

@@ -10,8 +10,8 @@ from typing import Any
 from xenpv import __version__
 from xenpv.errors import HostError, RequestError, XenPVError
 from xenpv.frames import PAGE_SIZE, DomId
-from xenpv.host import DomainInfo, Mover
 from xenpv.host.domain_names import INCOMING
+from xenpv.host.protocol import DomainInfo, Mover
 from xenpv.io.signals import undisturbed
 from xenpv.memory.anchors import Form
 from xenpv.migrate.channel import Conversation, Tell, Undecided, nobody

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from xenpv.errors import HostError, RequestError, Unsupported
 from xenpv.frames import DomId
-from xenpv.host import Host, Mover
 from xenpv.host.domain_names import AWAY
+from xenpv.host.protocol import Host, Mover
 from xenpv.io.signals import undisturbed
 from xenpv.migrate.channel import Conversation, Tell, Undecided, nobody
 from xenpv.migrate.protocol import SENDER, VERSIONS, Fate, Offer, Word, common_version

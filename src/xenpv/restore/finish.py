@@ -29,7 +29,7 @@ from xenpv.abi.xen import (
 )
 from xenpv.errors import GuestError, RequestError
 from xenpv.frames import ABSENT, PAGE_SHIFT, PAGE_SIZE, PINNED, U8, U64, PageType, type_name
-from xenpv.host import DomainInfo, Mover, Ring, TscInfo, VcpuState
+from xenpv.host.protocol import DomainInfo, Mover, Ring, TscInfo, VcpuState
 from xenpv.memory.p2m import P2M
 from xenpv.memory.pagetables import cr3_frame, cr3_of
 from xenpv.memory.physmap import CHUNK

@@ -15,7 +15,7 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_P
 from xenpv.frames import IS_TABLE, U8, U64, DomId
-from xenpv.host import DomainInfo, Toolstack
+from xenpv.host.protocol import DomainInfo, Toolstack
 from xenpv.memory.pagetables import as_entries, bad_entry, frames, localise, superpages
 from xenpv.memory.physmap import Physmap
 

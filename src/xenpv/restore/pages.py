@@ -17,7 +17,7 @@ import numpy as np
 
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import HAS_DATA, IS_POPULATED, IS_TABLE, NO_FRAME, PAGE_SIZE, U64, DomId, Mask
-from xenpv.host import Toolstack
+from xenpv.host.protocol import Toolstack
 from xenpv.io.background import Behind
 from xenpv.memory.pagetables import as_entries, localise
 from xenpv.memory.physmap import CHUNK, ORDER, Physmap, chunks_of

@@ -15,7 +15,7 @@ from xenpv.abi.declare import Width
 from xenpv.errors import RequestError, Unsupported
 from xenpv.findings import Rule, Severity
 from xenpv.frames import IS_POPULATED, U64, DomId
-from xenpv.host import CpuPolicy, DomainInfo, Mover, Ring
+from xenpv.host.protocol import CpuPolicy, DomainInfo, Mover, Ring
 from xenpv.host.xenstore_nodes import SLACK
 from xenpv.io.checkpoint_buffer import Checkpoints
 from xenpv.io.stream_input import Input, Progress
@@ -110,16 +110,16 @@ def restore_domain(
         uuid = config.uuid if config else None
         domid = host.create(width, vcpus=vcpus, max_pages=pages + SLACK, name=called, uuid=uuid)
         made.append(domid)
-        host.memory_map(domid, pages)
+        host.set_memory_map(domid, pages)
         daemons = host.daemons()
-        xenstore = host.alloc_event(domid, daemons.xenstore)
-        return host.info(domid), Ports(host.alloc_event(domid, daemons.console), xenstore)
+        xenstore = host.alloc_event_channel(domid, daemons.xenstore)
+        return host.info(domid), Ports(host.alloc_event_channel(domid, daemons.console), xenstore)
 
     try:
         restored = _Restore(host, source, new, None).run(None, progress)
         host.introduce(restored.domid, console=restored.console, xenstore=restored.xenstore)
         if restored.config is not None and restored.config.format == "json":
-            host.configure(restored.domid, restored.config.text.encode())
+            host.set_configuration(restored.domid, restored.config.text.encode())
         if not paused:
             host.unpause(restored.domid)
     except BaseException:

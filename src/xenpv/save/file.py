@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE, DomId
-from xenpv.host import Mover
+from xenpv.host.protocol import Mover
 from xenpv.io.atomic_output import Output
 from xenpv.io.signals import undisturbed
 from xenpv.save.progress import Progress

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from xenpv.errors import GuestError, RequestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, U64, DomId
-from xenpv.host import Mover
+from xenpv.host.protocol import Mover
 from xenpv.memory.p2m import P2M, Leaves, is_own
 from xenpv.memory.radix import Runs
 from xenpv.save.state_records import bad_mfn
@@ -76,7 +76,7 @@ class SavedP2M:
             try:
                 self._take(live)
             except GuestError as e:
-                if tried == _TRIES or live.info.stands:
+                if tried == _TRIES or live.info.is_stopped:
                     raise
                 if tried >= _TRIES_OTHERWISE and not isinstance(e, _Unsettled) and live.look() == live.anchors:
                     raise
@@ -93,7 +93,7 @@ class SavedP2M:
         if anchors.p2m_cr3 and anchors.p2m_generation & 1:
             why = (
                 "it was stopped while it changed its p2m"
-                if live.info.stands
+                if live.info.is_stopped
                 else "it is changing its p2m, and does not end"
             )
             raise _Unsettled(f"{name}: p2m_generation {anchors.p2m_generation:#x} is odd: {why}")

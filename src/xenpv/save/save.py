@@ -26,7 +26,7 @@ import numpy as np
 
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import U64, DomId
-from xenpv.host import Mover
+from xenpv.host.protocol import Mover
 from xenpv.io.atomic_output import Output
 from xenpv.io.background import Behind
 from xenpv.save.p2m_tracker import Named, SavedP2M
@@ -109,7 +109,7 @@ def save(
     """
     if live is not None and suspend is None:
         raise RequestError("a live save has to be told how the domain is suspended")
-    if suspend is None and not (info := host.info(domid)).stands:
+    if suspend is None and not (info := host.info(domid)).is_stopped:
         raise RequestError(f"{info.label} is running: suspend it first")
     version = host.version()
     writer = Writer(envelope, xen=(version.major, version.minor), config=config)
@@ -266,7 +266,7 @@ class _Save:
 
     def _check_stands(self) -> None:
         """HostError if somebody let the domain run meanwhile: what was saved would be of no one moment."""
-        if not self.host.info(self.domid).stands:
+        if not self.host.info(self.domid).is_stopped:
             raise HostError(f"{self.p2m.live.name} was let run while it was saved", op="save", domid=self.domid)
 
     # --- writing -----------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import time
 
 from xenpv.errors import RequestError, XenPVError
 from xenpv.frames import DomId
-from xenpv.host import Mover
 from xenpv.host.domain_names import AWAY
+from xenpv.host.protocol import Mover
 from xenpv.save.suspend import has_suspended, resume, suspend
 
 

@@ -20,7 +20,7 @@ from xenpv.abi.x86 import (
 from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.errors import GuestError, HostError
 from xenpv.frames import NO_FRAME, PAGE_SHIFT
-from xenpv.host import Mover
+from xenpv.host.protocol import Mover
 from xenpv.memory.pagetables import cr3_frame, cr3_of
 from xenpv.save.suspend import has_suspended
 from xenpv.source.live import LiveDomain
@@ -121,7 +121,7 @@ def _start_info(live: LiveDomain, mfn: int) -> int:
 def why_not(live: LiveDomain) -> str:
     """What explains that a domain which stands still is not ready to be saved, if anything does."""
     info = live.info
-    return ": it stands still, but its kernel has not suspended" if info.stands and not has_suspended(info) else ""
+    return ": it stands still, but its kernel has not suspended" if info.is_stopped and not has_suspended(info) else ""
 
 
 def _pfn(live: LiveDomain, what: str, mfn: int) -> int:

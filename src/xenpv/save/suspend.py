@@ -14,7 +14,7 @@ import numpy as np
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import DomId
-from xenpv.host import DomainInfo, Mover
+from xenpv.host.protocol import DomainInfo, Mover
 
 SUSPENDED = 2  # SHUTDOWN_suspend, xen.git:xen/include/public/sched.h
 _REASONS = {0: "powered off", 1: "rebooted", 3: "crashed", 4: "was stopped by its watchdog", 5: "was soft-reset"}
@@ -36,13 +36,13 @@ def suspend(host: Mover, domid: DomId, *, timeout: float = 60.0) -> None:
     _check_runs(info)
     if info.paused:
         raise RequestError(f"{info.label} is paused, and cannot suspend: unpause it first")
-    host.control(domid, "suspend")
+    host.request_shutdown(domid, "suspend")
     try:
         _wait(host, domid, timeout)
     except BaseException:
         with contextlib.suppress(HostError):  # the domain may have gone
-            if host.controlled(domid):
-                host.control(domid, "")
+            if host.shutdown_request(domid):
+                host.request_shutdown(domid, "")
         raise
 
 
@@ -71,7 +71,7 @@ def _check_runs(info: DomainInfo) -> None:
 def _why(host: Mover, info: DomainInfo) -> str:
     if info.paused:
         return "it was paused meanwhile"
-    if host.controlled(info.domid):
+    if host.shutdown_request(info.domid):
         return "its kernel has not reacted to control/shutdown; the request was taken back"
     return "its kernel has seen the request, and may still obey it"
 

@@ -24,7 +24,7 @@ from xenpv.save_helper import protocol
 from xenpv.save_helper.protocol import Level, Message, Restore, Save
 
 if TYPE_CHECKING:
-    from xenpv.host import Mover
+    from xenpv.host.protocol import Mover
     from xenpv.save.precopy import Precopy
     from xenpv.save.progress import Status
 

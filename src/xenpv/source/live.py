@@ -13,7 +13,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import Fault, GuestError, HostError
 from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, U8, U64, Mask, PageType, Pfn
-from xenpv.host import DomainInfo, Host
+from xenpv.host.protocol import DomainInfo, Host
 from xenpv.memory.anchors import Anchors, Way
 from xenpv.memory.domain import DomainMemory, Extents
 from xenpv.memory.p2m import P2M, is_own

@@ -94,7 +94,7 @@ def test_a_guest_builds_tables_and_moves_pages() -> None:
     """It takes a page for a new L1, maps itself anew through it, and moves a page to a pfn beyond 2^31."""
     host = ModelHost(1 << 30)
     made = make(host, 8, 64)
-    host.max_mem(made.domid, 70)
+    host.set_max_mem(made.domid, 70)
     far = 1 << 32
 
     def guest(view: GuestView) -> bytes:
@@ -199,7 +199,7 @@ def test_what_the_registers_say(width: Width) -> None:
 
     def guest(view: GuestView) -> None:
         assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 9, 0)
-        assert [view.alloc_event(), view.alloc_event()] == [1, 2]
+        assert [view.alloc_event_channel(), view.alloc_event_channel()] == [1, 2]
         view.shutdown(SHUTDOWN_SUSPEND, 0xABC)
 
     host.run(made.domid, guest)

@@ -47,7 +47,7 @@ def test_max_mem_bounds_what_is_given_and_takes_nothing_away(order: int) -> None
     host = ModelHost(GIB)
     domid = host.create(max_pages=3 << 9)
     assert len(host.populate_physmap(domid, pfns(5) << np.uint64(order), order)) == (3 if order else 5)
-    host.max_mem(domid, 4)
+    host.set_max_mem(domid, 4)
     assert len(host.populate_physmap(domid, pfns(5), order)) == 0
     assert host.info(domid).pages == (3 << 9 if order else 5)
     assert host.info(domid).max_pages == 4

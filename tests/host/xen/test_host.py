@@ -21,7 +21,7 @@ from xenpv.cli.list import list as list_verb
 from xenpv.cli.list import state
 from xenpv.errors import HostError
 from xenpv.frames import I64, U64, DomId
-from xenpv.host import DomainInfo, find
+from xenpv.host.protocol import DomainInfo, find_domain
 from xenpv.host.xen import domctl, libxen, xenstore
 from xenpv.host.xen import host as xen_host
 from xenpv.host.xen.host import XenHost
@@ -171,7 +171,7 @@ def test_the_m2p_is_mapped_where_it_is_asked_about_and_nowhere_else() -> None:
 
 
 class Host:
-    """A list of domains, as much of a host as find() needs."""
+    """A list of domains, as much of a host as find_domain() needs."""
 
     def __init__(self, *domains: DomainInfo) -> None:
         self._domains = domains
@@ -190,13 +190,13 @@ def test_find() -> None:
     uuid = "01234567-89ab-cdef-0123-456789abcdef"
     host: Any = Host(domain(0), domain(3, "web", uuid), domain(4, "5"), domain(6, "twin"), domain(7, "twin"))
     for text in ("3", "web", uuid, uuid.upper(), uuid.replace("-", "")):
-        assert find(host, text).domid == 3, text
+        assert find_domain(host, text).domid == 3, text
     with pytest.raises(HostError, match=r"dom5: .*no such domain"):
-        find(host, "5")  # an id, as for xl
+        find_domain(host, "5")  # an id, as for xl
     with pytest.raises(HostError, match="no domain is called 'mail'"):
-        find(host, "mail")
+        find_domain(host, "mail")
     with pytest.raises(HostError, match="'twin' may be any of dom6, dom7; say its id"):
-        find(host, "twin")
+        find_domain(host, "twin")
 
 
 def test_list_says_what_each_domain_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,13 +80,13 @@ def asked() -> Xenstore:
 def test_a_request_is_taken_back_where_it_still_stands() -> None:
     calls = asked()
     host = mover(calls)
-    host.control(DOMID, "suspend")
+    host.request_shutdown(DOMID, "suspend")
     assert calls.nodes[NODE] == b"suspend"
     assert calls.permissions.pop(NODE) == [(7, 0)], "the guest must be able to take it away"
-    host.control(DOMID, "")
+    host.request_shutdown(DOMID, "")
     assert calls.nodes[NODE] == b""
     del calls.permissions[NODE]
-    host.control(DOMID, "")
+    host.request_shutdown(DOMID, "")
     assert not calls.permissions, "nothing was written"
 
 
@@ -105,7 +105,7 @@ def test_a_guest_that_sees_a_request_while_it_is_taken_back() -> None:
     writes: list[bytes] = []
     written = calls.write
     calls.write = lambda *a: writes.append(a[2]) or written(*a)  # type: ignore[method-assign,func-returns-value]
-    mover(calls).control(DOMID, "")
+    mover(calls).request_shutdown(DOMID, "")
     assert (calls.begun, calls.ended) == (2, 2)
     assert len(writes) == 1
 
@@ -114,7 +114,7 @@ def test_nothing_is_written_for_a_domain_whose_nodes_have_gone() -> None:
     calls = Xenstore()
     before = dict(calls.nodes)
     with pytest.raises(HostError, match="no such domain") as caught:
-        mover(calls).control(DOMID, "suspend")
+        mover(calls).request_shutdown(DOMID, "suspend")
     assert caught.value.errno == errno.ESRCH
     assert calls.nodes == before
     assert calls.begun == calls.ended

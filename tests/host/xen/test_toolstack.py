@@ -15,7 +15,8 @@ import pytest
 
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE, DomId
-from xenpv.host import Daemons, DomainInfo, Ring, xenstore_nodes
+from xenpv.host import xenstore_nodes
+from xenpv.host.protocol import Daemons, DomainInfo, Ring
 from xenpv.host.xen import libxen, userdata, xenstore
 from xenpv.host.xenstore_nodes import Access, Node
 

@@ -23,7 +23,7 @@ from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.build.build import build
 from xenpv.frames import IS_TABLE, U8, U64, Mask, PageType
-from xenpv.host import DomainInfo, find
+from xenpv.host.protocol import DomainInfo, find_domain
 from xenpv.host.xen.toolstack import XenToolstack
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Part, plan
@@ -152,7 +152,7 @@ def one(host: XenToolstack, name: str, case: tuple[str, str, int, str]) -> dict[
     built = build(host, image, layout, content, name=f"our-{name}")
     ours_took = time.monotonic() - start
     used = [s.pfns for s in layout.segments if s.part not in UNUSED]
-    theirs, ours = (Side(host, find(host, f"{who}-{name}")) for who in ("xl", "our"))
+    theirs, ours = (Side(host, find_domain(host, f"{who}-{name}")) for who in ("xl", "our"))
     found = compare(theirs, ours, used)
     start_info = {
         field: [str(theirs.start[field]), str(ours.start[field])]

@@ -26,7 +26,7 @@ from tests.support.lab.faults import Parts
 from tests.support.lab.leftovers import Left, Tally, said
 from xenpv.errors import HostError, XenPVError
 from xenpv.frames import DomId
-from xenpv.host import find
+from xenpv.host.protocol import find_domain
 from xenpv.host.xen.mover import XenMover
 from xenpv.io.atomic_output import Output
 from xenpv.save.file import configuration, save_file
@@ -40,7 +40,7 @@ SMALL = Path("/tmp/small")  # noqa: S108  a file system of its own
 
 def outputs(host: XenMover, name: str, seed: int, count: int) -> dict[str, Any]:
     """The reader of a pipe goes, or a disk is full, after each record and at random; standing still, and live."""
-    domid, chance, tally = find(host, name).domid, random.Random(seed), Tally()
+    domid, chance, tally = find_domain(host, name).domid, random.Random(seed), Tally()
     SMALL.mkdir(exist_ok=True)
     said("mount", "-t", "tmpfs", "-o", "size=1G", "none", str(SMALL))
     ways: list[bool] = [False, True] if _can_log(host, domid) else [False]
@@ -149,7 +149,7 @@ def _can_log(host: XenMover, domid: DomId) -> bool:
 def killed(host: XenMover, name: str, seed: int, count: int) -> dict[str, Any]:
     """xl save and xl restore whose helper is killed, at a random time or when it has moved so much."""
     chance, tally = random.Random(seed), Tally()
-    domid, path = find(host, name).domid, "/tmp/killed.save"  # noqa: S108
+    domid, path = find_domain(host, name).domid, "/tmp/killed.save"  # noqa: S108
     began = time.monotonic()
     whole, words = _helped(["xl", "save", "-c", name, path], lambda: False)
     assert whole, words
@@ -168,7 +168,7 @@ def killed(host: XenMover, name: str, seed: int, count: int) -> dict[str, Any]:
         # A restore has no file whose growth could be seen: only times.
         went, words = _helped(["xl", "restore", "-p", path], _moment(chance, True, took, size, path))
         if went:
-            host.destroy(find(host, name).domid)
+            host.destroy(find_domain(host, name).domid)
         tally.add("restore", "went well" if went else "failed", words, str(n), left.over())
     said("sh", "-c", f"xl restore {path}")
     return tally.told() | {"tried": resumed, "bytes": size, "seconds": took}

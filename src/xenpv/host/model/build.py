@@ -10,10 +10,11 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.frames import PAGE_SIZE, U8, U64, DomId
-from xenpv.host import DOM0, Daemons, Ring, xenstore_nodes
+from xenpv.host import xenstore_nodes
 from xenpv.host.model.core import ModelCore
 from xenpv.host.model.domain import Domain, Vcpu
 from xenpv.host.model.frame_table import SPECIAL
+from xenpv.host.protocol import DOM0, Daemons, Ring
 
 MAX_VCPUS = 8192  # MAX_VIRT_CPUS of xen.git:xen/arch/x86/include/asm/config.h
 _HYPERCALLS = PAGE_SIZE // 32
@@ -77,7 +78,7 @@ class ModelBuild(ModelCore):
         domain.name = name
         self._write(xenstore_nodes.named(domid, name, domain.uuid))
 
-    def memory_map(self, domid: DomId, pages: int) -> None:
+    def set_memory_map(self, domid: DomId, pages: int) -> None:
         """Keep what the guest is to be told."""
         self._domain("set_memory_map", domid).memory_map = pages
 
@@ -112,7 +113,7 @@ class ModelBuild(ModelCore):
         self._may_write("write_frames", domid, mfns)
         self.frames.write(mfns, pages)
 
-    def hypercall_page(self, domid: DomId, mfn: int) -> None:
+    def init_hypercall_page(self, domid: DomId, mfn: int) -> None:
         """Fill a frame with the code that makes hypercalls."""
         domain, frame = self._domain("hypercall_init", domid), np.array([mfn], np.uint64)
         self._own("hypercall_init", domid, frame)
@@ -151,7 +152,7 @@ class ModelBuild(ModelCore):
         info = domain.info(self.frames.pages[domain.number])
         self._write(xenstore_nodes.introduced(info, self.daemons(), console, xenstore))
 
-    def configure(self, domid: DomId, config: bytes) -> None:
+    def set_configuration(self, domid: DomId, config: bytes) -> None:
         """Keep what it is made by. There is no xl that would ask."""
         self._domain("userdata", domid).config = config
 

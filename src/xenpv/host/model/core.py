@@ -11,11 +11,11 @@ import numpy as np
 
 from xenpv.errors import HostError
 from xenpv.frames import U64, DomId
-from xenpv.host import XenVersion
 from xenpv.host.model.domain import Domain, Vcpu
 from xenpv.host.model.frame_table import FrameTable, NoMemoryError
 from xenpv.host.model.page_types import PageTypes, Refused
 from xenpv.host.model.xenstore import ModelStore
+from xenpv.host.protocol import XenVersion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,10 +12,10 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, VCPU_GUEST_CONTEXT
 from xenpv.frames import DomId
-from xenpv.host import CpuPolicy, DomainInfo, TscInfo, VcpuState
 from xenpv.host.model.dirty_log import DirtyLog
 from xenpv.host.model.page_types import DESCRIPTORS, Owner, PageTypes, Refused
 from xenpv.host.model.vcpu_state import CPU_KHZ, bare_policy, bare_state
+from xenpv.host.protocol import CpuPolicy, DomainInfo, TscInfo, VcpuState
 from xenpv.memory.pagetables import cr3_frame, cr3_of
 
 PAE_EXTENDED_CR3 = 1 << 3  # VMASST_TYPE_pae_extended_cr3

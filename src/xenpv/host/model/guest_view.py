@@ -202,9 +202,9 @@ class GuestView:
     def write_shared_info(self, data: bytes, offset: int = 0) -> None:
         self._host.write_shared_info(self.domid, data, offset)
 
-    def alloc_event(self) -> int:
+    def alloc_event_channel(self) -> int:
         """A port of its own that others may notify (EVTCHNOP_alloc_unbound)."""
-        return self._host.alloc_event(self.domid)
+        return self._host.alloc_event_channel(self.domid)
 
     def take_event(self, port: int) -> bool:
         """Whether an event came since it was last asked."""

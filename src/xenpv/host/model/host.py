@@ -16,11 +16,11 @@ import numpy as np
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
 from xenpv.frames import I64, U8, U64, DomId, PageType
-from xenpv.host import DomainInfo, XenVersion
 from xenpv.host.model.domain import Domain, get_context, load_top, load_user_top, set_context
 from xenpv.host.model.frame_table import ALLOCATED, ORDER, PER_EXTENT, PINNED, SPECIAL, VALIDATED
 from xenpv.host.model.guest_view import GuestView, Stopped
 from xenpv.host.model.move import ModelMove
+from xenpv.host.protocol import DomainInfo, XenVersion
 
 T = TypeVar("T")
 
@@ -129,7 +129,7 @@ class ModelHost(ModelMove):
 
     # what a toolstack does, and guests do too
 
-    def max_mem(self, domid: DomId, pages: int) -> None:
+    def set_max_mem(self, domid: DomId, pages: int) -> None:
         """How many pages it may have. Fewer than it has is no error: it just gets no more."""
         self._domain("max_mem", domid).max_pages = pages
 
@@ -215,7 +215,7 @@ class ModelHost(ModelMove):
         if domain.shutdown_reason is None:
             domain.shutdown_reason = reason
 
-    def alloc_event(self, domid: DomId, remote: int = 0) -> int:
+    def alloc_event_channel(self, domid: DomId, remote: int = 0) -> int:
         """A port of the domain, from 1 on, to which ``remote`` may bind (EVTCHNOP_alloc_unbound)."""
         ports = self._domain("evtchn_alloc_unbound", domid).ports
         ports.append(remote)

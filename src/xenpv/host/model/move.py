@@ -7,10 +7,11 @@ from collections.abc import Callable
 from struct import pack
 
 from xenpv.frames import U64, DomId
-from xenpv.host import CpuPolicy, TscInfo, VcpuState, xenstore_nodes
+from xenpv.host import xenstore_nodes
 from xenpv.host.model.build import ModelBuild
 from xenpv.host.model.dirty_log import DirtyLog
 from xenpv.host.model.vcpu_state import changed_policy, changed_state, changed_time
+from xenpv.host.protocol import CpuPolicy, TscInfo, VcpuState
 
 
 class ModelMove(ModelBuild):
@@ -64,14 +65,14 @@ class ModelMove(ModelBuild):
             raise self._refusal("shadow_op", domid, errno.EINVAL, "log-dirty is off")
         return domain.dirty.clean(pages) if clean else domain.dirty.peek(pages)
 
-    def control(self, domid: DomId, value: str) -> None:
+    def request_shutdown(self, domid: DomId, value: str) -> None:
         """Ask the guest for something, by control/shutdown."""
-        asked = self.controlled(domid)
+        asked = self.shutdown_request(domid)
         if value or asked:
             self.store.write(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL}", value.encode())
         self._pass_time(domid)
 
-    def controlled(self, domid: DomId) -> str:
+    def shutdown_request(self, domid: DomId) -> str:
         """What is asked of the guest still."""
         self._domain("xenstore", domid)
         return (self.store.read(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL}") or b"").decode()

@@ -20,8 +20,8 @@ from xenpv.abi.domctl import (
     VCPU_MSR,
     XSAVE_HEADER_SIZE,
 )
-from xenpv.host import CpuPolicy, TscInfo, VcpuState
 from xenpv.host.model.page_types import Refused
+from xenpv.host.protocol import CpuPolicy, TscInfo, VcpuState
 
 CPU_KHZ = 1_000_000
 XSAVE_MAX = XSAVE_HEADER_SIZE + 512 + 64 + 256  # what a CPU with AVX has

@@ -16,7 +16,7 @@ from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId, Mask
-from xenpv.host import DomainInfo, XenVersion
+from xenpv.host.protocol import DomainInfo, XenVersion
 from xenpv.host.xen import domctl, libxen
 from xenpv.host.xen.xenstore import Store
 

@@ -14,7 +14,8 @@ from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT, EXT_VCPUCONTEXT_MAX, M
 from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SHIFT, PAGE_SIZE, U64, DomId
-from xenpv.host import DOM0, CpuPolicy, TscInfo, VcpuState, xenstore_nodes
+from xenpv.host import xenstore_nodes
+from xenpv.host.protocol import DOM0, CpuPolicy, TscInfo, VcpuState
 from xenpv.host.xen import domctl
 from xenpv.host.xen.libxen import Buffer, failed, refused
 from xenpv.host.xen.toolstack import XenToolstack
@@ -272,7 +273,7 @@ class XenMover(XenToolstack):
 
     # -- suspend and resume
 
-    def control(self, domid: DomId, value: str) -> None:
+    def request_shutdown(self, domid: DomId, value: str) -> None:
         """See Mover. What the guest has seen is not taken back: it has emptied the node itself."""
         self._raw(domid)
         home = xenstore_nodes.home(domid)
@@ -285,7 +286,7 @@ class XenMover(XenToolstack):
 
         self._xenstore().write_if(domid, xenstore_nodes.Node(path, value, xenstore_nodes.Access.WRITE), wanted)
 
-    def controlled(self, domid: DomId) -> str:
+    def shutdown_request(self, domid: DomId) -> str:
         self._raw(domid)
         store = self._xenstore()
         store.needed("xenstore", domid)

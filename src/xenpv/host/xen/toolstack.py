@@ -15,7 +15,8 @@ from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId
-from xenpv.host import DOM0, Daemons, Ring, xenstore_nodes
+from xenpv.host import xenstore_nodes
+from xenpv.host.protocol import DOM0, Daemons, Ring
 from xenpv.host.xen import domctl, userdata
 from xenpv.host.xen.host import XenHost
 from xenpv.host.xen.libxen import failed, refused
@@ -47,7 +48,7 @@ class XenToolstack(XenHost):
         try:
             self.set_width(domid, width)
             self._calls.domctl(domctl.MAX_VCPUS, "max_vcpus", domid, domctl.VCPUS, max=vcpus)
-            self.max_mem(domid, max_pages)
+            self.set_max_mem(domid, max_pages)
             self._xenstore().write(domid, xenstore_nodes.created(domid, name, uuid))
         except BaseException:
             with contextlib.suppress(HostError):
@@ -111,13 +112,13 @@ class XenToolstack(XenHost):
         info = self.info(domid)
         self._xenstore().write(domid, xenstore_nodes.named(domid, name, info.uuid))
 
-    def max_mem(self, domid: DomId, pages: int) -> None:
+    def set_max_mem(self, domid: DomId, pages: int) -> None:
         struct = domctl.MAX_MEM_KIB
         self._calls.domctl(domctl.MAX_MEM, "max_mem", domid, struct, max_memkb=pages * _KIB)
 
     # -- memory
 
-    def memory_map(self, domid: DomId, pages: int) -> None:
+    def set_memory_map(self, domid: DomId, pages: int) -> None:
         op, struct = "set_memory_map", domctl.FOREIGN_MEMORY_MAP
         entry = pack("<QQI", 0, pages * PAGE_SIZE, domctl.E820_RAM)
         with self._calls.buffer(len(entry)) as entries, self._calls.buffer(struct.size(8)) as argument:
@@ -181,7 +182,7 @@ class XenToolstack(XenHost):
         with self.map_writable(domid, mfns) as mapped:
             mapped[:] = pages
 
-    def hypercall_page(self, domid: DomId, mfn: int) -> None:
+    def init_hypercall_page(self, domid: DomId, mfn: int) -> None:
         op, struct = "hypercall_init", domctl.HYPERCALL_PAGE
         self._own(op, domid, np.array([mfn], np.uint64))
         try:
@@ -239,7 +240,7 @@ class XenToolstack(XenHost):
         console, xenstore = (store.read(f"/tool/{name}/domid") for name in ("xenconsoled", "xenstored"))
         return Daemons(DomId(int(console or 0)), DomId(int(xenstore or 0)))
 
-    def alloc_event(self, domid: DomId, remote: DomId = DOM0) -> int:
+    def alloc_event_channel(self, domid: DomId, remote: DomId = DOM0) -> int:
         command, op = domctl.EVTCHNOP_ALLOC_UNBOUND, "evtchn_alloc_unbound"
         struct = domctl.EVTCHN_ALLOC_UNBOUND
         return int(self._calls.event_channel(command, op, domid, struct, dom=domid, remote_dom=remote)["port"])
@@ -265,7 +266,7 @@ class XenToolstack(XenHost):
         store.write(domid, xenstore_nodes.introduced(self.info(domid), self.daemons(), console, xenstore))
         store.introduce(domid, xenstore.mfn, xenstore.port)
 
-    def configure(self, domid: DomId, config: bytes) -> None:
+    def set_configuration(self, domid: DomId, config: bytes) -> None:
         userdata.write(domid, self.info(domid).uuid, config)
 
     def configuration(self, domid: DomId) -> bytes | None:
