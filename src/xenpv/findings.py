@@ -107,8 +107,8 @@ class Findings:
         if self.count[rule] <= self.keep:
             self._kept.append(Finding(rule, message, **place))
 
-    def fault(self, rule: Rule, message: str, offset: int, record: str | None) -> None:
-        """Keep what a reader finds: to be handed to one as its FaultHandler."""
+    def add_breach(self, rule: Rule, message: str, offset: int, record: str | None) -> None:
+        """Keep a breach that a reader reports (a BreachHandler)."""
         self.add(rule, message, offset=offset, record=record)
 
     def add_each(self, rule: Rule, at: SupportsIndexing, describe: Callable[[Any], tuple[str, dict[str, Any]]]) -> None:

@@ -21,9 +21,9 @@ from tests.support.writers.legacy import hvm_stream as legacy_hvm
 from tests.support.writers.legacy import whole as whole_page
 from tests.support.writers.stream import NOTAB, OPTIONAL, PAGE, XALLOC, XTAB, Piece, Stream, Wire
 from xenpv.abi.declare import Width
-from xenpv.convert.convert import Conversion, Converted, Wish
+from xenpv.convert.convert import Conversion, Converted, ConvertOptions
 from xenpv.convert.file import Refused, convert, write
-from xenpv.convert.repack import BATCH_MAX, Cutter
+from xenpv.convert.repack import BATCH_MAX, PageRepacker
 from xenpv.errors import Malformed, RequestError, StreamError, Truncated, Unsupported
 from xenpv.frames import HAS_DATA
 from xenpv.io.stream_input import Input
@@ -48,7 +48,7 @@ def converted(data: bytes, out: Path, **wish: Any) -> Converted:
     source.write_bytes(data)
     taken = Input.open(str(source))
     try:
-        done = convert(taken, str(out), Wish(**wish))
+        done = convert(taken, str(out), ConvertOptions(**wish))
     finally:
         taken.close()
     report = verify(str(out))
@@ -233,7 +233,7 @@ def test_pages_of_zeros_go_without_content_where_that_means_the_same(out: Path) 
 
 def test_zeros_of_the_p2m_are_content() -> None:
     """A restorer writes to all of its frames, and wants them to have come as pages."""
-    cutter = Cutter(drop_zero=True)
+    cutter = PageRepacker(drop_zero=True)
     cutter.keep = np.array([5], np.uint64)
     of_record = np.array([4, 5, 6 | 1 << 60, 7], np.uint64)
 
@@ -377,7 +377,7 @@ def from_pipe(data: bytes, out: Path, **wish: Any) -> Converted:
     with piped(data) as fd:
         source = Input(os.dup(fd), "pipe")
         try:
-            return convert(source, str(out), Wish(**wish))
+            return convert(source, str(out), ConvertOptions(**wish))
         finally:
             source.close()
 
@@ -414,7 +414,7 @@ def into_pipe(source: Path, fifo: Path) -> Iterator[bytes]:
     fcntl.fcntl(reading, fcntl.F_SETPIPE_SZ, 1 << 20)
     taken = Input.open(str(source))
     try:
-        convert(taken, str(fifo), Wish())
+        convert(taken, str(fifo), ConvertOptions())
     finally:
         taken.close()
         while data := os.read(reading, 1 << 16):
@@ -442,10 +442,10 @@ def test_what_would_not_restore_is_refused(tmp_path: Path, out: Path) -> None:
     out.with_name("in").write_bytes(bytes(broken()))
     taken = Input.open(str(out.with_name("in")))
     with pytest.raises(Refused) as e:
-        convert(taken, str(out), Wish(Kind.LIBXC))
+        convert(taken, str(out), ConvertOptions(Kind.LIBXC))
     assert {finding.rule.name for finding in e.value.findings} == {"pte-range"}
     assert [path.name for path in out.parent.iterdir()] == ["in"]
-    done = convert(taken, str(out), Wish(Kind.LIBXC), force=True)
+    done = convert(taken, str(out), ConvertOptions(Kind.LIBXC), force=True)
     report = verify(str(out))
     report.close()
     assert [str(f) for f in report.findings] == [str(f) for f in done.findings]
@@ -460,7 +460,9 @@ def test_what_would_not_restore_has_no_end_in_a_pipe(out: Path) -> None:
     out.with_name("in").write_bytes(data)
     taken = Input.open(str(out.with_name("in")))
     with pytest.raises(Refused):
-        write(Conversion(taken, LegacyReader(), Wish(Kind.LIBXC)), lambda pieces: given.extend(b"".join(pieces)))
-    assert convert(taken, str(out), Wish(Kind.LIBXC), force=True).bytes_out == len(given) + 8
+        write(
+            Conversion(taken, LegacyReader(), ConvertOptions(Kind.LIBXC)), lambda pieces: given.extend(b"".join(pieces))
+        )
+    assert convert(taken, str(out), ConvertOptions(Kind.LIBXC), force=True).bytes_out == len(given) + 8
     assert out.read_bytes()[:-8] == given
     taken.close()

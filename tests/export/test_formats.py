@@ -148,7 +148,7 @@ def test_without_a_p2m_there_is_no_core_of_xls(tmp_path: Path) -> None:
     domain = made()
     path = tmp_path / "none.save"
     path.write_bytes(bytes(domain.to_stream().drop("X86_PV_P2M_FRAMES")))
-    with open_domain(str(path), fault=lambda *_: None) as kept, pytest.raises(RequestError, match="names no p2m"):
+    with open_domain(str(path), on_breach=lambda *_: None) as kept, pytest.raises(RequestError, match="names no p2m"):
         export(kept, str(tmp_path / "out"), "dumpcore")
     assert not (tmp_path / "out").exists()
 
@@ -222,7 +222,7 @@ def test_the_bitmaps_of_a_far_pfn_are_holes(tmp_path: Path) -> None:
 def test_no_pages_no_file(form: str, tmp_path: Path) -> None:
     path = tmp_path / "none.save"
     path.write_bytes(bytes(made().to_stream().drop("PAGE_DATA")))
-    with open_domain(str(path), fault=lambda *_: None) as kept, pytest.raises(RequestError, match="no pages"):
+    with open_domain(str(path), on_breach=lambda *_: None) as kept, pytest.raises(RequestError, match="no pages"):
         export(kept, str(tmp_path / "out"), form)
     assert not (tmp_path / "out").exists()
 

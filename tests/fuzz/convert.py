@@ -20,7 +20,7 @@ from tests.support.writers.build import pv_domain
 from tests.support.writers.envelopes import config_json
 from tests.support.writers.legacy import Legacy, hvm_stream, in_xl, pv_stream, remus_stream, whole
 from tests.support.writers.stream import NOTAB, PAGE, Stream
-from xenpv.convert.convert import Wish
+from xenpv.convert.convert import ConvertOptions
 from xenpv.convert.file import convert
 from xenpv.errors import RequestError, StreamError
 from xenpv.io.stream_input import Input
@@ -52,7 +52,7 @@ def target(data: bytes, n: int) -> None:
         data = bytes(stream)
         if rng.random() < 0.15:
             data = data[: rng.randrange(len(data) + 1)]
-    wish = Wish(
+    wish = ConvertOptions(
         rng.choice((None, Kind.XL, Kind.LIBXL, Kind.LIBXC)),
         batch=rng.choice((None, 1, 10)),
         drop_zero=rng.random() < 0.3,

@@ -86,7 +86,7 @@ def try_one(data: bytes, rng: Random) -> None:
         file.flush()
         refused = ""
         try:
-            with open_domain(file.name, fault=collect if rng.random() < 0.6 else None) as domain:
+            with open_domain(file.name, on_breach=collect if rng.random() < 0.6 else None) as domain:
                 if isinstance(domain, CoreDomain):
                     look(domain)
         except XenPVError as e:

@@ -28,7 +28,7 @@ def parse(data: bytes, rng: Random) -> None:
     """Read it in one of all the ways in which a stream can be read."""
     faults: list[tuple[Rule, str, int, str | None]] = []
     collect, pages = rng.random() < 0.6, rng.random() < 0.5
-    reader = Reader(fault=(lambda *fault: faults.append(fault)) if collect else None, pages=pages)
+    reader = Reader(on_breach=(lambda *fault: faults.append(fault)) if collect else None, pages=pages)
     contents = Contents()
     events = 0
     error: StreamError | None = None
@@ -41,7 +41,7 @@ def parse(data: bytes, rng: Random) -> None:
                 reader.feed(piece)
             while (event := reader.next_event()) is not None:
                 events += 1
-                contents.see(event)
+                contents.add(event)
                 assert 0 <= event.offset <= len(data)
     except StreamError as e:
         error = e

@@ -41,7 +41,7 @@ def build(records: list[list[tuple[int, int, int]]], *, look_between: bool) -> t
     for record in records:
         entries = [(pfn + i, kind) for pfn, n, kind in record for i in range(n)]
         words = np.array([kind << 60 | pfn for pfn, kind in entries], np.uint64)
-        index.put(words, offset)
+        index.add_entries(words, offset)
         offset = model.put(entries, offset) + 24 + 8 * len(entries)
         if look_between:
             check(index, model)
@@ -91,10 +91,10 @@ def test_pfns_that_one_record_names_twice_are_told(records: list[tuple[list[tupl
             if pfn in seen:
                 expected.append((pfn, offset - words.nbytes + 8 * i))
             seen.add(pfn)
-        index.put(words, offset)
+        index.add_entries(words, offset)
         offset += 1 << 20
     index.types(looked_at)
-    assert sorted(index.twice) == sorted(expected)
+    assert sorted(index.duplicates) == sorted(expected)
 
 
 def test_many_records_are_as_good_as_one() -> None:
@@ -102,7 +102,7 @@ def test_many_records_are_as_good_as_one() -> None:
     n = index_module._MERGE_AT * 3 + 5
     index = PageIndex()
     for i in range(n):
-        index.put(np.array([2 * i, 2 * i + 1], np.uint64), 100 + i * (16 + 2 * PAGE))
+        index.add_entries(np.array([2 * i, 2 * i + 1], np.uint64), 100 + i * (16 + 2 * PAGE))
     assert index.count() == {0: 2 * n}
     assert index.offsets(np.array([0, 1, 2 * n - 1], np.uint64)).tolist() == [
         100,

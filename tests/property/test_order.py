@@ -19,7 +19,7 @@ def test_each_record_is_judged_by_those_before_it(guest: Guest, version: int, re
     before: set[Type] = set()
     for record in records:
         place = PLACES[record]
-        found = {rule for rule, _ in order.see(record)}
+        found = {rule for rule, _ in order.check_next(record)}
         if guest not in place.guests:
             assert found == {rules.MISPLACED}
             continue
@@ -49,5 +49,5 @@ def test_nothing_that_is_in_order_is_refused(guest: Guest, records: list[Type]) 
             if record not in placed and needed <= set(placed) and not holds_back:
                 placed.append(record)
     order = Order(guest, 3)
-    assert [fault for record in placed for fault in order.see(record)] == []
+    assert [fault for record in placed for fault in order.check_next(record)] == []
     assert order.missing() == []

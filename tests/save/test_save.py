@@ -274,7 +274,7 @@ def test_our_own_record_is_for_who_asks_and_where_it_is_shorter(tmp_path: Path) 
     with SavedDomain.open(str(stock)) as a, SavedDomain.open(str(ours)) as b:
         assert isinstance(a.contents.p2m_record, X86PVP2MFrames)
         assert isinstance(b.contents.p2m_record, P2MLeaves)
-        for of_a, of_b in zip(a.contents.p2m_runs, b.contents.p2m_runs, strict=True):
+        for of_a, of_b in zip(a.contents.p2m_leaf_runs, b.contents.p2m_leaf_runs, strict=True):
             np.testing.assert_array_equal(of_a, of_b)
 
 
@@ -465,7 +465,7 @@ def test_of_more_vcpus_those_that_are_online(tmp_path: Path) -> None:
         assert third is not None
         record = int(guest.live.p2m.lookup(np.array([guest.day.start_info], np.uint64))[0])
         assert third["user_regs"]["rdx"] == record, "only vcpu 0's is the suspend record"
-        names = [run.name.removeprefix("X86_PV_VCPU_") for run in domain.contents.runs if "VCPU" in run.name]
+        names = [run.name.removeprefix("X86_PV_VCPU_") for run in domain.contents.record_groups if "VCPU" in run.name]
         assert names == ["BASIC", "EXTENDED", "BASIC", "EXTENDED", "XSAVE", "MSRS"], "what is empty is left out"
 
 

@@ -18,15 +18,15 @@ from xenpv.findings import Rule
 from xenpv.frames import ABSENT, HAS_DATA, U64
 from xenpv.source.core import CoreDomain
 from xenpv.source.open import open_domain
-from xenpv.stream.feeding import FaultHandler
+from xenpv.stream.rules import BreachHandler
 
 SPREAD = [*range(100), 0x1_0000, 0x1_0001]
 
 
-def opened(core: Core, tmp_path: Path, fault: FaultHandler | None = None) -> CoreDomain:
+def opened(core: Core, tmp_path: Path, on_breach: BreachHandler | None = None) -> CoreDomain:
     path = tmp_path / "made.core"
     path.write_bytes(bytes(core))
-    domain = open_domain(str(path), fault=fault)
+    domain = open_domain(str(path), on_breach=on_breach)
     assert isinstance(domain, CoreDomain)
     return domain
 

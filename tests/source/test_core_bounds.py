@@ -68,7 +68,7 @@ def test_a_list_that_is_a_hole_is_refused_at_once(told: bool, tmp_path: Path) ->
     first = len(core.pages) + 1
     path = sparse(core, 1 << 31, b"", tmp_path / "sparse.core")
     with bounded(), pytest.raises(Unsupported, match=f"has a hole: from entry {first:#x} on it names pfn 0x0 again"):
-        CoreDomain.open(str(path), fault=Told() if told else None)
+        CoreDomain.open(str(path), on_breach=Told() if told else None)
 
 
 def test_a_list_in_too_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

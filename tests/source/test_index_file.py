@@ -59,7 +59,7 @@ def told(file: Path, index: bool = True) -> list[object]:
     with opened(file, index) as saved:
         pfns = saved.contents.index.pfns(HAS_DATA)
         tables = [column.tolist() for column in saved.contents.index.extents]
-        twice = saved.contents.index.twice
+        twice = saved.contents.index.duplicates
         return [describe(saved, records=True), tables, twice, saved.frames.pages(pfns).tobytes(), saved.contents.vcpus]
 
 
@@ -98,7 +98,7 @@ def test_with_it_page_data_is_passed_over(file: Path, monkeypatch: pytest.Monkey
         reads.append(-1)
     without, by_index = reads.index(-1), len(reads) - 2 - reads.index(-1)
     contents = opened(file).contents
-    records = sum(run.count for run in contents.runs if run.name == "PAGE_DATA")
+    records = sum(run.count for run in contents.record_groups if run.name == "PAGE_DATA")
     assert records > 10
     assert by_index > 0
     with_samples = 66
@@ -154,7 +154,7 @@ def test_a_file_that_changes_meanwhile_gets_none(file: Path) -> None:
 def test_a_file_with_faults_gets_none(file: Path) -> None:
     cut = file.read_bytes()[:-2000]
     file.write_bytes(cut)
-    open_domain(str(file), fault=lambda *_: None, index=True).close()
+    open_domain(str(file), on_breach=lambda *_: None, index=True).close()
     assert not beside(file).exists()
 
 

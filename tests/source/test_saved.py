@@ -286,7 +286,7 @@ def test_with_a_handler_it_goes_on(tmp_path: Path) -> None:
     stream = pv_domain().to_stream().before("END", Wire().record(0x55))
     path.write_bytes(bytes(stream)[:-1])
     faults: list[str] = []
-    with SavedDomain.open(str(path), fault=lambda rule, *_: faults.append(rule.name)) as saved:
+    with SavedDomain.open(str(path), on_breach=lambda rule, *_: faults.append(rule.name)) as saved:
         assert isinstance(saved.error, Truncated)
         assert saved.contents.shared_info is not None
     assert faults == ["record-unknown", "truncated"]
@@ -311,8 +311,8 @@ def test_closing_twice_does_no_harm(file: Path) -> None:
 def test_file_pages_tells_types_and_contents_by_two_indices(tmp_path: Path) -> None:
     """Of a pipe, types are known of all pages and contents of some."""
     known, kept = PageIndex(), PageIndex()
-    known.put(array(1, 2, XTAB << 60 | 3, BROKEN << 60 | 4), 0)
-    kept.put(array(2), PAGE)
+    known.add_entries(array(1, 2, XTAB << 60 | 3, BROKEN << 60 | 4), 0)
+    kept.add_entries(array(2), PAGE)
     path = tmp_path / "spool"
     path.write_bytes(b"1" * PAGE + b"2" * PAGE)
     fd = os.open(path, os.O_RDONLY)

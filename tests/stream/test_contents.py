@@ -22,7 +22,7 @@ W = Wire()
 def contents_of(stream: Stream, *, pages: bool = False) -> Contents:
     contents = Contents()
     for event in read(whole(bytes(stream)), collect=True, pages=pages).events:
-        contents.see(event)
+        contents.add(event)
     return contents
 
 
@@ -71,9 +71,9 @@ def test_runs_list_what_lies_where() -> None:
     stream = pv_domain().to_stream("libxl", batch=10)
     found = contents_of(stream)
     names = list(dict.fromkeys(piece.name for piece in stream))  # PAGE_DATA in a row are one
-    assert [run.name for run in found.runs] == names
-    assert [run.offset for run in found.runs] == [stream.offset(name) for name in names]
-    (data,) = [run for run in found.runs if run.name == "PAGE_DATA"]
+    assert [run.name for run in found.record_groups] == names
+    assert [run.offset for run in found.record_groups] == [stream.offset(name) for name in names]
+    (data,) = [run for run in found.record_groups if run.name == "PAGE_DATA"]
     assert (data.count, data.pages) == (10, 96)
 
 
@@ -85,7 +85,7 @@ def test_an_hvm_domain() -> None:
     assert found.hvm_params.params == PARAMS
     assert found.hvm_context is not None
     assert [section.section for section in found.sections][0::2] == [Section.XENOPS, Section.QEMU_XEN]
-    assert [record.title() for record in contents_of(hvm_stream("libxl")).emulators] == [
+    assert [record.type_name() for record in contents_of(hvm_stream("libxl")).emulators] == [
         "libxl EMULATOR_XENSTORE_DATA",
         "libxl EMULATOR_CONTEXT",
     ]
@@ -136,6 +136,6 @@ def test_whatever_is_broken_the_rest_is_gathered(breach: Breach) -> None:
     reading = read(whole(bytes(breach.stream())), collect=True, pages=True)
     found = Contents()
     for event in reading.events:
-        found.see(event)
+        found.add(event)
     assert found.complete == ("END" in reading.names)
     assert found.index.sent == sum(len(e.entries) for e in reading.events if isinstance(e, PageData))

@@ -32,7 +32,7 @@ from tests.support.writers.stream import NOTAB, PAGE, XALLOC, XTAB, Piece, Strea
 from xenpv.abi.declare import Width
 from xenpv.errors import StreamError, Truncated, Unsupported
 from xenpv.stream import records
-from xenpv.stream.events import Deltas, DomainHeader, Event, Pages
+from xenpv.stream.events import DomainHeader, Event, PageDeltas, Pages
 from xenpv.stream.legacy import LegacyReader, recognise
 from xenpv.stream.libxl import EmulatorContext, EmulatorXenstoreData
 from xenpv.stream.order import Guest
@@ -253,7 +253,7 @@ def test_compressed_pages_come_with_the_pfns_before_them() -> None:
         wire.compressed(data[5000:] + whole_page(b)),
     )
     assert got.error is None
-    found = [event for event in got.events if isinstance(event, Deltas)]
+    found = [event for event in got.events if isinstance(event, PageDeltas)]
     entries = [np.frombuffer(event.entries, "<u8") & np.uint64(0xFFFF) for event in found]
     assert [pfns.tolist() for pfns in entries] == [[3, 4, 5], [6]] or sum(map(len, entries)) == 4
     assert b"".join(event.data for event in found) == data + whole_page(b)
@@ -337,7 +337,7 @@ def test_what_has_no_content_needs_none() -> None:
 def test_many_pages_of_a_byte_each_come_in_batches() -> None:
     named = [W.pages([(pfn, NOTAB) for pfn in range(48)], [])] * 100
     got = deltas(*named, W.compressed(bytes(4800)))
-    found = [event for event in got.events if isinstance(event, Deltas)]
+    found = [event for event in got.events if isinstance(event, PageDeltas)]
     assert [len(event.ends) for event in found] == [1024] * 4 + [704]
     assert [len(event.entries) for event in found] == [8 * 1024] * 4 + [8 * 704]
     got = deltas(*[W.pages([(pfn, NOTAB) for pfn in range(48)], [])] * 1400)

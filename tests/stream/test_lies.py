@@ -174,7 +174,7 @@ def test_a_long_record_in_small_pieces_takes_no_more_than_its_size() -> None:
 def contents_of(reading: Reading) -> Contents:
     contents = Contents()
     for event in reading.events:
-        contents.see(event)
+        contents.add(event)
     return contents
 
 

@@ -44,7 +44,7 @@ STATIC_DATA = {Type.X86_CPUID_POLICY, Type.X86_MSR_POLICY, Type.STATIC_DATA_END}
 def wrong(records: Sequence[Type], guest: Guest = Guest.PV, version: int = 3) -> list[tuple[str, Type | None]]:
     """The rules broken by records in that order, each with the record at which it was; None for what is missing."""
     order = Order(guest, version)
-    found = [(rule.name, record) for record in records for rule, _ in order.see(record)]
+    found = [(rule.name, record) for record in records for rule, _ in order.check_next(record)]
     return [*found, *((rules.MISSING.name, None) for _ in order.missing())]
 
 
@@ -65,7 +65,7 @@ def test_every_record_of_the_specification_has_a_place_and_a_parser() -> None:
     """ "type: 0x00000000: END [...] 0x00000012: X86_MSR_POLICY"."""
     ours = {Type.XENPV_P2M_LEAVES}
     assert set(Type) - ours == set(range(0x13)) == set(PLACES) - ours == {*LIBXC, Type.PAGE_DATA} - ours
-    assert all(record.title() == Type(kind).name for kind, record in LIBXC.items())
+    assert all(record.type_name() == Type(kind).name for kind, record in LIBXC.items())
 
 
 def test_our_own_record_is_one_that_others_refuse_and_serves_instead_of_theirs() -> None:
@@ -186,8 +186,8 @@ def test_what_a_domain_cannot_be_restored_without() -> None:
 
 def test_the_same_fault_is_told_once_however_often_it_comes() -> None:
     order = Order(Guest.PV, 3)
-    assert len(order.see(Type.PAGE_DATA)) == 1
-    assert [order.see(Type.PAGE_DATA) for _ in range(100)] == [[]] * 100
+    assert len(order.check_next(Type.PAGE_DATA)) == 1
+    assert [order.check_next(Type.PAGE_DATA) for _ in range(100)] == [[]] * 100
 
 
 def test_checkpoint_and_verify_follow_memory() -> None:

@@ -417,7 +417,7 @@ def test_no_record_is_longer_than_a_reader_takes() -> None:
 def test_a_checkpoint_that_never_was_does_not_begin_the_inner_stream() -> None:
     """A reader that collects faults goes on with libxl's records, then."""
     order = libxl.LibxlOrder()
-    assert [rule for rule, _ in order.see(libxl.LibxlType.CHECKPOINT_END)] == [rules.ORDER]
+    assert [rule for rule, _ in order.check_next(libxl.LibxlType.CHECKPOINT_END)] == [rules.ORDER]
     assert not order.inside
 
 

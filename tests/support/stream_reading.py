@@ -99,7 +99,7 @@ def read(
     def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
         out.faults.append(Fault(rule, message, offset, record))
 
-    reader = Reader(fault=fault if collect else None, pages=pages, kind=kind)
+    reader = Reader(on_breach=fault if collect else None, pages=pages, kind=kind)
     try:
         for chunk in chunks:
             reader.feed(chunk)

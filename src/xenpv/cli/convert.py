@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from xenpv.cli.terminal import JSON, print_json, progress
-from xenpv.convert.convert import Converted, Wish
+from xenpv.convert.convert import Converted, ConvertOptions
 from xenpv.convert.file import Refused
 from xenpv.convert.file import convert as convert_file
 from xenpv.errors import RequestError
@@ -71,7 +71,7 @@ def convert(
         raise click.UsageError("say --width and --guest, or neither")
     told = None if width is None else (int(width) // 8, Guest.PV if guest == "pv" else Guest.HVM)
     text, style = _read(config) if config else (None, "json")
-    wish = Wish(Kind(kind) if kind else None, text, style, batch, drop_zero, drop_emulator)
+    wish = ConvertOptions(Kind(kind) if kind else None, text, style, batch, drop_zero, drop_emulator)
     taken = Input.open(source)
     try:
         with progress("converting") as bar:

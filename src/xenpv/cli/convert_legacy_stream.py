@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from xenpv.convert.convert import Buffers, Conversion, Wish
+from xenpv.convert.convert import Buffers, Conversion, ConvertOptions
 from xenpv.convert.file import write
 from xenpv.errors import XenPVError
 from xenpv.io.atomic_output import Output
@@ -54,7 +54,7 @@ def convert(
     def seen(event: Event) -> None:
         say(f"{event.offset:#x}: {event.name}")
 
-    conversion = Conversion(source, reader, Wish(kind, drop_emulator=True), seen=seen)
+    conversion = Conversion(source, reader, ConvertOptions(kind, drop_emulator=True), seen=seen)
     first = True
 
     def sink(buffers: Buffers) -> None:

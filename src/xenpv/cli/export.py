@@ -59,11 +59,11 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
     """
     wrong: list[str] = []
 
-    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:  # noqa: ARG001  as a FaultHandler
+    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:  # noqa: ARG001  as a BreachHandler
         wrong.append(f"{message} (at {offset:#x}{f' in {record}' if record else ''})")
 
     try:
-        with opened(source, pause=pause, hvm=True, fault=fault if partial else None) as domain:
+        with opened(source, pause=pause, hvm=True, on_breach=fault if partial else None) as domain:
             if partial and isinstance(domain, LiveDomain):
                 raise RequestError(f"{domain.name}: runs; only a file can be there in part")
             if isinstance(domain, SavedDomain) and not domain.source.seekable:

@@ -60,7 +60,7 @@ def report(target: str, output: str | None, content: int, keep: int, pause: bool
 def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, Checked]]:
     """What people mean by a name, and what is found in it."""
     findings = Findings(keep)
-    with opened(target, pause=pause, hvm=True, fault=findings.fault) as domain:
+    with opened(target, pause=pause, hvm=True, on_breach=findings.add_breach) as domain:
         if isinstance(domain, SavedDomain):
             found = Report(target, findings)
             with progress("verifying") as bar:

@@ -91,7 +91,7 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
     if records:
         out["records"] = [
             {"offset": r.offset, "name": r.name, "length": r.length, "count": r.count, "pages": r.pages}
-            for r in contents.runs
+            for r in contents.record_groups
         ]
     return out
 

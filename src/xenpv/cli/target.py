@@ -16,7 +16,7 @@ from xenpv.source.core import CoreDomain
 from xenpv.source.live import LiveDomain
 from xenpv.source.open import open_domain
 from xenpv.source.saved import SavedDomain
-from xenpv.stream.feeding import FaultHandler
+from xenpv.stream.rules import BreachHandler
 
 Domain: TypeAlias = LiveDomain | SavedDomain | CoreDomain
 
@@ -40,10 +40,10 @@ INDEX = click.option(
 
 @contextmanager
 def opened(
-    target: str, *, pause: bool = False, hvm: bool = False, fault: FaultHandler | None = None
+    target: str, *, pause: bool = False, hvm: bool = False, on_breach: BreachHandler | None = None
 ) -> Iterator[Domain]:
     """The domain that people mean by a file's name or "-", or else by a domain's id, uuid or name; RequestError if it
-    is not PV, unless ``hvm``. ``fault`` is told of what is wrong with a file, which is then read as far as it goes.
+    is not PV, unless ``hvm``. ``on_breach`` is told of what is wrong with a file, which is then read as far as it goes.
     """
     with ExitStack() as stack:
         if target != "-" and not os.path.exists(target):
@@ -54,18 +54,20 @@ def opened(
             return
         if pause:
             raise RequestError(f"{target}: is a file; only a running domain can be paused")
-        domain = stack.push(kept(target, fault))
+        domain = stack.push(kept(target, on_breach))
         if domain.hvm and not hvm:
             what = "an HVM or PVH domain; Xen keeps its p2m, and the file has none"
             raise RequestError(f"{target}: {what}")
         yield domain
 
 
-def kept(path: str, fault: FaultHandler | None = None) -> SavedDomain | CoreDomain:
+def kept(path: str, on_breach: BreachHandler | None = None) -> SavedDomain | CoreDomain:
     """The domain in a file, with its index as INDEX says. To be closed."""
     ctx = click.get_current_context(silent=True)
     with progress("reading") as bar:
-        return open_domain(path, fault=fault, progress=bar, index=None if ctx is None else ctx.meta.get(__name__))
+        return open_domain(
+            path, on_breach=on_breach, progress=bar, index=None if ctx is None else ctx.meta.get(__name__)
+        )
 
 
 def _running(target: str, stack: ExitStack) -> LiveDomain:

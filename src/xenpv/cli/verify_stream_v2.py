@@ -44,7 +44,7 @@ def verify(fd: int, kind: Kind, say: Callable[[str], None]) -> list[str]:
     def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
         findings.add(rule, message, offset=offset, record=record)
 
-    reader = Reader(fault=fault, kind=kind)
+    reader = Reader(on_breach=fault, kind=kind)
     page_data = 0
     wrong = []
     try:

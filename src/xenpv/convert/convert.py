@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from xenpv.convert.remus import Changed
-from xenpv.convert.repack import BATCH_MAX, Batch, Cutter, Take
+from xenpv.convert.remus import DeltaStore
+from xenpv.convert.repack import BATCH_MAX, Batch, PageRepacker
 from xenpv.errors import RequestError, Truncated, Unsupported
 from xenpv.findings import Finding
 from xenpv.frames import PAGE_SIZE
@@ -19,11 +19,11 @@ from xenpv.io.checkpoint_buffer import Checkpoints
 from xenpv.io.stream_input import Input, Progress
 from xenpv.stream import framing, libxl, records, wrapping
 from xenpv.stream.envelope import Envelope, Kind, Section
-from xenpv.stream.events import Deltas, DomainHeader, Event, ImageHeader, LibxlHeader, SectionHeader
+from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, PageDeltas, SectionHeader
 from xenpv.stream.fields import Buffer
 from xenpv.stream.legacy import LegacyReader
 from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.pagedata import PageData, ReadInto
 from xenpv.stream.writer import Writer
 
 Buffers = list[Buffer]
@@ -41,10 +41,16 @@ _LEFT_OUT = (
 
 
 @dataclass
-class Wish:
-    """What to make. ``kind``: its envelope, None for that of the input. ``config``: what it carries in place of the
-    input's, of the format ``style``. ``batch`` and ``drop_zero`` as Cutter has them. ``drop_emulator``: leave a device
-    model's state out where there is no place for it, rather than refuse.
+class ConvertOptions:
+    """How to convert a stream.
+
+    Attributes:
+        kind: the envelope of the result; None keeps the input's.
+        config: the domain's configuration to carry; None keeps the input's.
+        style: the format of ``config``: "json", "xl", "xml" or "sexp".
+        batch: pages of each PAGE_DATA record; None keeps the input's records.
+        drop_zero: send pages of zeros without content.
+        drop_emulator: leave out a device model's state that the result has no place for, instead of refusing.
     """
 
     kind: Kind | None = None
@@ -98,7 +104,7 @@ class Conversion:
         self,
         source: Input,
         reader: LegacyReader,
-        wish: Wish,
+        wish: ConvertOptions,
         progress: Progress | None = None,
         seen: Callable[[Event], None] | None = None,
     ) -> None:
@@ -114,8 +120,8 @@ class Conversion:
         self._version = 0  # of the input
         self._bare = True  # nothing wraps it
         self._static = False  # static data has ended
-        self._cutter = Cutter(wish.batch, drop_zero=wish.drop_zero)
-        self._changed = Changed(source.fd if source.seekable else None, source.start)
+        self._cutter = PageRepacker(wish.batch, drop_zero=wish.drop_zero)
+        self._changed = DeltaStore(source.fd if source.seekable else None, source.start)
         self._kept: Checkpoints | None = None
 
     def pieces(self) -> Iterator[Buffers]:
@@ -157,7 +163,7 @@ class Conversion:
             self.done.checkpoints += 1
             self._kept = self._kept or Checkpoints()
 
-    def _see(self, event: Event, take: Take) -> Iterator[Buffers]:
+    def _see(self, event: Event, take: ReadInto) -> Iterator[Buffers]:
         match event:
             case Envelope():
                 self._bare = False
@@ -174,7 +180,7 @@ class Conversion:
                 self._version = event.version
             case DomainHeader():
                 yield self._start(event)
-            case Deltas():
+            case PageDeltas():
                 self._changed.change(event)
             case PageData() if self._changed.begun:
                 self._changed.name(event.entries)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from xenpv.convert.convert import Buffers, Conversion, Converted, Wish
+from xenpv.convert.convert import Buffers, Conversion, Converted, ConvertOptions
 from xenpv.errors import StreamError
 from xenpv.findings import Finding, Severity
 from xenpv.io.atomic_output import Output
@@ -31,7 +31,7 @@ class Refused(StreamError):
 def convert(
     source: Input,
     path: str,
-    wish: Wish,
+    wish: ConvertOptions,
     *,
     reader: LegacyReader | None = None,
     force: bool = False,

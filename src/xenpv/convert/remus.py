@@ -15,20 +15,20 @@ from typing import IO
 
 import numpy as np
 
-from xenpv.convert.repack import BATCH, Marks, Take, has_data
+from xenpv.convert.repack import BATCH, Marks, has_data
 from xenpv.errors import Malformed, Unsupported
 from xenpv.frames import PAGE_SIZE, U8, U64
 from xenpv.io.tempfile import unlinked_file
 from xenpv.source.saved import FilePages
 from xenpv.stream import delta
-from xenpv.stream.events import Deltas
+from xenpv.stream.events import PageDeltas
 from xenpv.stream.index import PageIndex
-from xenpv.stream.pagedata import PFN_MASK, TYPE_SHIFT, PageData
+from xenpv.stream.pagedata import PFN_MASK, TYPE_SHIFT, PageData, ReadInto
 
 _NAMED, _MADE = 0x10, 0x20  # marks of a pfn, over its last type: that it has one; it has content
 
 
-class Changed:
+class DeltaStore:
     """The pages that came as changes, and what those change: of a file, all that was sent; of a pipe, only them.
 
     Content is in a file without a name, where each page has one place, at its pfn.
@@ -56,7 +56,7 @@ class Changed:
         types = (entries >> np.uint64(TYPE_SHIFT)).astype(np.uint8)
         self._marks.put(pfns, types | self._marks.of(pfns) & np.uint8(_MADE) | np.uint8(_NAMED))
 
-    def change(self, deltas: Deltas) -> None:
+    def change(self, deltas: PageDeltas) -> None:
         """Make pages what they are from now on. Unsupported, where what changes is not there."""
         if self._file is None:
             self._file = os.fdopen(unlinked_file(), "w+b")
@@ -65,7 +65,7 @@ class Changed:
         twice = np.flatnonzero(np.bincount(np.unique(pfns, return_inverse=True)[1]) > 1)[:1].tolist()
         if twice:
             what = f"pfn {int(np.unique(pfns)[twice[0]]):#x} comes twice among the changes of one checkpoint"
-            raise Malformed(what, offset=deltas.offset, record=Deltas.name)
+            raise Malformed(what, offset=deltas.offset, record=PageDeltas.name)
         starts = [0, *deltas.ends][: len(pfns)]
         need = np.array([not delta.whole(deltas.data, at) for at in starts], np.bool_)
         content = np.zeros((len(pfns), PAGE_SIZE), np.uint8)
@@ -85,7 +85,7 @@ class Changed:
         if not there.all():
             pfn = int(pfns[np.argmin(there)])
             what = f"pfn {pfn:#x} comes as what has changed in it, and what that was is not there"
-            raise Unsupported(f"{what}; convert from a file, not from a pipe", offset=at, record=Deltas.name)
+            raise Unsupported(f"{what}; convert from a file, not from a pipe", offset=at, record=PageDeltas.name)
         content[made] = self._made(pfns[made])
         if not made.all():
             assert self._source is not None
@@ -100,7 +100,7 @@ class Changed:
             content[run.start * PAGE_SIZE : run.stop * PAGE_SIZE] = self._file.read((run.stop - run.start) * PAGE_SIZE)
         return np.frombuffer(content, np.uint8).reshape(-1, PAGE_SIZE)
 
-    def pages(self) -> Iterator[tuple[U64, Take]]:
+    def pages(self) -> Iterator[tuple[U64, ReadInto]]:
         """All that were named, with their last types and content: entries as in PAGE_DATA, some at a time."""
         for pfns, marks in self._marks:
             for first in range(0, len(pfns), BATCH):

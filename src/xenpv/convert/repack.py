@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64, Mask, PageType, filled
 from xenpv.stream.framing import RECORD_LENGTH_MAX
-from xenpv.stream.pagedata import PFN_MASK, RESERVED_MASK, TYPE_SHIFT
+from xenpv.stream.pagedata import PFN_MASK, RESERVED_MASK, TYPE_SHIFT, ReadInto
 
 BATCH = 1024  # pages of a record, as libxenguest has them
 BATCH_MAX = (RECORD_LENGTH_MAX - 8) // (8 + PAGE_SIZE)
 
 _PIECE_SHIFT = 12  # pfns of one piece of Marks: no more bytes than a page that made it
 
-Take = Callable[[memoryview], object]
 Batch = tuple[U64, list[U8]]
 """Entries as in PAGE_DATA, and the content of those that have some, in arrays of shape (n, 4096)."""
 
@@ -55,7 +54,7 @@ def _pieces(pfns: U64) -> Iterator[tuple[int, Mask, U64]]:
         yield number, numbers == number, within
 
 
-class Cutter:
+class PageRepacker:
     """Cuts pages into records.
 
     ``batch``: so many pages to a record, whatever they were in before; None leaves records as they are, and cuts those
@@ -73,7 +72,7 @@ class Cutter:
         self._entries = np.empty(0, np.uint64)
         self._contents: list[U8] = []
 
-    def put(self, entries: U64, take: Take) -> Iterator[Batch]:
+    def put(self, entries: U64, take: ReadInto) -> Iterator[Batch]:
         """A record's entries, and what its content is taken from; the records that are full now."""
         entries = entries & np.uint64(~RESERVED_MASK & (1 << 64) - 1)
         for first in range(0, len(entries), self._batch):

@@ -197,5 +197,5 @@ def _pages(frames: Frames, pfns: U64, name: str) -> U8:
 
 def _p2m_pages(a: Domain, b: Domain) -> U64:
     """The pfns of the p2m's frames, as far as they are known; their content is the old hosts' mfns."""
-    found = [one.contents.p2m_runs[2] for one in (a, b) if isinstance(one, SavedDomain)]
+    found = [one.contents.p2m_leaf_runs[2] for one in (a, b) if isinstance(one, SavedDomain)]
     return np.unique(np.concatenate([*found, np.empty(0, np.uint64)]))

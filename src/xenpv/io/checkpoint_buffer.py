@@ -6,22 +6,20 @@ xen.git:docs/specs/libxc-migration-stream.pandoc CHECKPOINT, tools/libs/guest/xg
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
 from xenpv.errors import Unsupported
 from xenpv.frames import PAGE_SIZE
 from xenpv.io.tempfile import unlinked_file
-from xenpv.stream.events import Deltas, Event
+from xenpv.stream.events import Event, PageDeltas
 from xenpv.stream.framing import Record
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.pagedata import PageData, ReadInto
 
 _RECORDS_MAX = 1 << 30  # bytes of records, pages aside, that are kept in memory: p2m frames of 16 TiB are 64 MiB
 _AT_ONCE = 1 << 20
-_END = 40  # bytes that a number of Deltas.ends takes
-
-Take = Callable[[memoryview], None]
+_END = 40  # bytes that a number of PageDeltas.ends takes
 
 
 class Checkpoints:
@@ -35,9 +33,9 @@ class Checkpoints:
         self._end = 0  # of the file
         self._kept = 0  # bytes in memory
 
-    def keep(self, event: Event, take: Take) -> None:
+    def keep(self, event: Event, take: ReadInto) -> None:
         """Put one event aside. Unsupported when records take more memory than any checkpoint's would."""
-        self._events.append((event if not isinstance(event, Deltas) else replace(event, data=b""), self._end))
+        self._events.append((event if not isinstance(event, PageDeltas) else replace(event, data=b""), self._end))
         match event:
             case PageData():
                 self._kept += len(event.raw)
@@ -47,7 +45,7 @@ class Checkpoints:
                     take(some)
                     self._write(some)
                     left -= len(some)
-            case Deltas():
+            case PageDeltas():
                 self._kept += len(event.entries) + _END * len(event.ends)
                 self._write(memoryview(event.data))
             case Record():
@@ -61,11 +59,11 @@ class Checkpoints:
             n = os.pwrite(self._fd, some, self._end)
             self._end, some = self._end + n, some[n:]
 
-    def release(self) -> Iterator[tuple[Event, Take]]:
+    def release(self) -> Iterator[tuple[Event, ReadInto]]:
         """The next checkpoint has come: all events, each with its content."""
         for event, at in self._events:
             take = partial(self._take, [at])
-            if isinstance(event, Deltas):
+            if isinstance(event, PageDeltas):
                 data = bytearray(event.ends[-1])
                 take(memoryview(data))
                 yield replace(event, data=bytes(data)), take

@@ -133,7 +133,7 @@ def main(
 
     if target == "-":
         raise RequestError("drgn reads here and there, and a pipe passes by once: put it into a file first")
-    with opened(target, pause=pause, hvm=True, fault=fault if partial else None) as domain:
+    with opened(target, pause=pause, hvm=True, on_breach=fault if partial else None) as domain:
         prog = program(domain, live=isinstance(domain, LiveDomain) and not pause)
         if not prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL:
             click.echo("no VMCOREINFO in its memory: memory can be read, but nothing is known of a kernel", err=True)

@@ -131,7 +131,7 @@ class RestoreEnd:
 
     def _leaves(self) -> Runs:
         """The pfns of the p2m's leaves, as the stream has them."""
-        return Runs(*self.contents.p2m_runs)
+        return Runs(*self.contents.p2m_leaf_runs)
 
     def _p2m(self) -> None:
         """Fill the p2m's leaves with what the domain has now; every other pfn has INVALID_MFN.

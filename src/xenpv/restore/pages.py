@@ -22,15 +22,12 @@ from xenpv.io.background import Behind
 from xenpv.memory.pagetables import as_entries, localise
 from xenpv.memory.physmap import CHUNK, ORDER, Physmap, chunks_of
 from xenpv.restore.page_tables import TablesIn
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.pagedata import PageData, ReadInto
 
 _ENTRIES_AT_ONCE = 1 << 16  # of a record; libxenguest's have 1024
 _PAGES_AT_ONCE = 1024
 
-Take = Callable[[memoryview], None]
-"""take(into): fill a buffer with the next bytes of a record's page content."""
-
-Later = Callable[[int], Take]
+Later = Callable[[int], ReadInto]
 """later(count): a take of the next so many bytes that may be called when others were taken, in another thread."""
 
 
@@ -56,7 +53,7 @@ class PagesIn:
         self._coming = np.empty(0, np.uint64)  # tables whose content that is
         self._came: list[U64] = []  # tables that are there, and were not told of yet
 
-    def put(self, record: PageData, take: Take, later: Later | None = None) -> None:
+    def put(self, record: PageData, take: ReadInto, later: Later | None = None) -> None:
         """Take one record in. With ``later``, content may still be on its way into the domain's memory when this
         returns: ``settle`` waits for it.
 
@@ -115,7 +112,7 @@ class PagesIn:
                 what = f"dom{self.domid}: the host gave {physmap.pages:#x} pages, and has not the {needed:#x} it takes"
                 raise HostError(what, op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
 
-    def _read_into(self, mfns: U64, tables: U64, take: Take, *, behind: bool) -> None:
+    def _read_into(self, mfns: U64, tables: U64, take: ReadInto, *, behind: bool) -> None:
         """Read content straight into frames, each of which stands here once: of a file, while the next are mapped."""
         with ExitStack() as mapped:
             pages = mapped.enter_context(self.host.map_writable(self.domid, mfns))
@@ -145,7 +142,7 @@ class PagesIn:
         came, self._came = np.concatenate([self._coming[:0], *self._came]), []
         self.tables.came(came, self._highest, self._coming)
 
-    def _overwrite(self, pfns: U64, mfns: U64, table: Mask, take: Take) -> None:
+    def _overwrite(self, pfns: U64, mfns: U64, table: Mask, take: ReadInto) -> None:
         """Write content to frames that may hold the same already, or stand here twice: then the last counts."""
         content = np.empty((len(mfns), PAGE_SIZE), np.uint8)
         take(content.reshape(-1).data)

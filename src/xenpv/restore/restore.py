@@ -20,7 +20,7 @@ from xenpv.host.xenstore_nodes import SLACK
 from xenpv.io.checkpoint_buffer import Checkpoints
 from xenpv.io.stream_input import Input, Progress
 from xenpv.restore.finish import Ports, RestoreEnd
-from xenpv.restore.pages import Later, PagesIn, Take
+from xenpv.restore.pages import Later, PagesIn
 from xenpv.source.config import Config, config_of
 from xenpv.stream import rules
 from xenpv.stream.contents import Contents
@@ -29,7 +29,7 @@ from xenpv.stream.events import DomainHeader, Event, ImageHeader
 from xenpv.stream.framing import Record
 from xenpv.stream.libxl import LibxlRecord
 from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.pagedata import PageData, ReadInto
 from xenpv.stream.reader import Reader
 from xenpv.stream.records import Checkpoint, End, StaticDataEnd, Verify, X86PVInfo, X86PVP2MFrames
 
@@ -147,8 +147,8 @@ def _size(config: Config | None, source: Input) -> tuple[int, int]:
             what = f"{source.name} has no configuration that says how many vcpus and how much memory the domain has"
             raise RequestError(f"{what}, and what the stream has is known only at its end: restore it from a file")
         shown = Contents()
-        for event in source.events(Reader(fault=_pass)):
-            shown.see(event)
+        for event in source.events(Reader(on_breach=_pass)):
+            shown.add(event)
         kinds = shown.index.count()
         vcpus = max(shown.vcpus, default=0) + 1 if vcpus is None else vcpus
         kib = 4 * sum(n for kind, n in kinds.items() if IS_POPULATED[kind]) if kib is None else kib
@@ -182,7 +182,7 @@ class _Restore:
         self._static = True  # data that comes before all pages still comes
 
     def run(self, kind: Kind | None, progress: Progress | None) -> Restored:
-        reader = Reader(fault=_pass, kind=kind)
+        reader = Reader(on_breach=_pass, kind=kind)
         with self._open:
             for event in self.source.events(reader, progress, taking=True):
                 self._sort(event)
@@ -226,13 +226,13 @@ class _Restore:
         else:
             self._checkpoints.keep(event, self.source.take)
 
-    def _see(self, event: Event, take: Take, later: Later | None = None) -> None:
+    def _see(self, event: Event, take: ReadInto, later: Later | None = None) -> None:
         if isinstance(event, PageData):
             self._pages.put(event, take, later)
             return
         if isinstance(event, ImageHeader) and self.contents.image is not None:
             raise rules.breach(rules.REPEATED, "a second libxc stream", offset=event.offset, record=event.name)
-        self.contents.see(event)
+        self.contents.add(event)
         match event:
             case DomainHeader() if event.guest is not Guest.PV:
                 raise Unsupported("a saved HVM domain; PV domains are restored", offset=event.offset)

@@ -29,17 +29,17 @@ from xenpv.source.core_page_tables import Search, Tables
 from xenpv.source.core_pages import CorePages
 from xenpv.stream import rules
 from xenpv.stream.dumpcore import read_layout
-from xenpv.stream.feeding import FaultHandler
 from xenpv.stream.records import VCPUS_MAX
+from xenpv.stream.rules import BreachHandler
 
 
 class CoreDomain:
     """A domain in a core, opened. ``layout`` is what the file's headers say."""
 
-    def __init__(self, source: Input, *, fault: FaultHandler | None = None) -> None:
+    def __init__(self, source: Input, *, on_breach: BreachHandler | None = None) -> None:
         self.name = source.name
         self.source = source
-        self._fault = fault
+        self._on_breach = on_breach
         if not source.seekable:
             raise RequestError(
                 f"{source.name}: a core is read here and there, which a pipe does not allow: give the file"
@@ -50,19 +50,19 @@ class CoreDomain:
         self.pages = CorePages(source, self.layout, self._report)
 
     @classmethod
-    def open(cls, path: str, *, fault: FaultHandler | None = None) -> Self:
+    def open(cls, path: str, *, on_breach: BreachHandler | None = None) -> Self:
         """Open the core at ``path``.
 
-        With ``fault``, breaches of rules go there and what can be read is; without, the first error is raised as
+        With ``on_breach``, breaches of rules go there and what can be read is; without, the first error is raised as
         StreamError. Raises RequestError when the path cannot be opened.
         """
-        return cls.of(Input.open(path), fault=fault)
+        return cls.of(Input.open(path), on_breach=on_breach)
 
     @classmethod
-    def of(cls, source: Input, *, fault: FaultHandler | None = None) -> Self:
+    def of(cls, source: Input, *, on_breach: BreachHandler | None = None) -> Self:
         """As ``open``, from an Input, which is closed with the domain."""
         try:
-            return cls(source, fault=fault)
+            return cls(source, on_breach=on_breach)
         except BaseException:
             source.close()
             raise
@@ -73,8 +73,8 @@ class CoreDomain:
         return os.pread(self.source.fd, min(size, self.source.size - offset), self.source.start + offset)
 
     def _report(self, rule: Rule, message: str, offset: int) -> None:
-        if self._fault is not None:
-            self._fault(rule, message, offset, None)
+        if self._on_breach is not None:
+            self._on_breach(rule, message, offset, None)
         elif rule.severity is Severity.ERROR:
             raise rules.breach(rule, message, offset=offset, record=None)
 

@@ -41,7 +41,7 @@ class CorePages:
             report(dumpcore.REPEATED, what, layout.table.offset)
         offset = (self._where.to.astype(np.int64)) * PAGE_SIZE + layout.content.offset
         kind = np.full(len(offset), PageType.NOTAB, np.uint8)
-        self.index = PageIndex.of(self._where.first, self._where.count, kind, offset)
+        self.index = PageIndex.from_extents(self._where.first, self._where.count, kind, offset)
         self.raw = FilePages(source.fd, self.index, self.index, source.start, what="the core")
 
     def _entries(self, report: Report | None = None) -> Iterator[tuple[U64, U64, U64]]:

@@ -24,7 +24,7 @@ from xenpv.frames import HAS_DATA, IS_KNOWN, PAGE_SIZE
 from xenpv.io.atomic_output import Output
 from xenpv.io.stream_input import Input
 from xenpv.stream.contents import Contents
-from xenpv.stream.events import PagesPassed
+from xenpv.stream.events import SkippedPageData
 from xenpv.stream.index import PageIndex
 
 SUFFIX = ".xpvi"
@@ -68,7 +68,7 @@ class KeptIndex:
     """An index, and the runs of PAGE_DATA that it stands for, by their offset."""
 
     index: PageIndex
-    passing: dict[int, PagesPassed]
+    passing: dict[int, SkippedPageData]
 
     @classmethod
     def load(cls, path: str, source: Input) -> Self | None:
@@ -113,10 +113,12 @@ class KeptIndex:
         if not (_possible_extents(found[0], stream) and _possible_runs(found[1], stream)):
             return None
         of = found[0]
-        index = PageIndex.of(of["start"].copy(), of["pages"].copy(), of["type"].astype(np.uint8), of["offset"].copy())
+        index = PageIndex.from_extents(
+            of["start"].copy(), of["pages"].copy(), of["type"].astype(np.uint8), of["offset"].copy()
+        )
         index.sent, index.repeated = sent, repeated
-        index.twice = [(int(pfn), int(offset)) for pfn, offset in found[2].tolist()]
-        return cls(index, {run[0]: PagesPassed(*run) for run in found[1].tolist()})
+        index.duplicates = [(int(pfn), int(offset)) for pfn, offset in found[2].tolist()]
+        return cls(index, {run[0]: SkippedPageData(*run) for run in found[1].tolist()})
 
 
 def keep(path: str, source: Input, contents: Contents, state: State) -> bool:
@@ -132,7 +134,7 @@ def keep(path: str, source: Input, contents: Contents, state: State) -> bool:
     extents = np.empty(len(start), _EXTENT)
     extents["start"], extents["pages"], extents["type"] = start, pages, kind
     extents["offset"] = contents.index.offsets(start)
-    twice = np.array(contents.index.twice[:_TWICE_MAX], _TWICE)
+    twice = np.array(contents.index.duplicates[:_TWICE_MAX], _TWICE)
     counts = len(extents), len(runs), len(twice), contents.index.sent, contents.index.repeated
     head = _HEADER.pack(_MAGIC, *state, *counts)
     body = extents.tobytes() + runs.tobytes() + twice.tobytes()
@@ -147,7 +149,7 @@ def keep(path: str, source: Input, contents: Contents, state: State) -> bool:
 def _runs(contents: Contents) -> npt.NDArray[Any] | None:
     """The runs of PAGE_DATA; None if they are not as they would be passed over."""
     rows = []
-    for run, behind in pairwise(contents.runs):
+    for run, behind in pairwise(contents.record_groups):
         if run.name == "PAGE_DATA":
             size = run.length + run.count * _RECORD
             if run.offset + size != behind.offset:

@@ -10,7 +10,7 @@ from xenpv.io.stream_input import Input, Progress
 from xenpv.source.core import CoreDomain
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.dumpcore import is_core
-from xenpv.stream.feeding import FaultHandler
+from xenpv.stream.rules import BreachHandler
 
 KeptDomain: TypeAlias = SavedDomain | CoreDomain
 
@@ -20,14 +20,14 @@ LARGE = 8 << 30  # bytes from which on a file's index is kept unasked: to read s
 def open_domain(
     path: str,
     *,
-    fault: FaultHandler | None = None,
+    on_breach: BreachHandler | None = None,
     progress: Progress | None = None,
     index: bool | None = None,
 ) -> KeptDomain:
     """The domain in the file at ``path``, a save file or a core; "-" is standard input. To be closed, or used as a
     context manager.
 
-    With ``fault``, breaches of rules go there and what can be read is; without, the first one raises StreamError.
+    With ``on_breach``, breaches of rules go there and what can be read is; without, the first one raises StreamError.
     ``index``: keep the index of a save file beside it (kept_index.py), and use one that is there; if nothing is said,
     of large files. A file with faults gets none. Raises RequestError when the path cannot be opened.
     """
@@ -38,10 +38,10 @@ def open_domain(
         source.close()
         raise
     if core:
-        return CoreDomain.of(source, fault=fault)
+        return CoreDomain.of(source, on_breach=on_breach)
     wanted = source.size >= LARGE if index is None else index
-    if not wanted or fault is not None or path == "-" or not source.seekable:
-        return SavedDomain.of(source, fault=fault, progress=progress)
+    if not wanted or on_breach is not None or path == "-" or not source.seekable:
+        return SavedDomain.of(source, on_breach=on_breach, progress=progress)
     return _indexed(path, source, progress)
 
 

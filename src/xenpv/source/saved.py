@@ -31,13 +31,13 @@ from xenpv.memory.registers import Registers
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages
-from xenpv.stream.feeding import FaultHandler
 from xenpv.stream.hvm_context import cpus
 from xenpv.stream.index import PageIndex
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PFN_MASK, PageData
 from xenpv.stream.reader import Reader
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
+from xenpv.stream.rules import BreachHandler
 
 if TYPE_CHECKING:
     from xenpv.source.index_file import KeptIndex
@@ -100,12 +100,12 @@ class SavedDomain:
     ``error`` is the StreamError at which reading ended early, when faults were collected rather than raised.
     """
 
-    def __init__(self, source: Input, *, fault: FaultHandler | None = None, kind: Kind | None = None) -> None:
+    def __init__(self, source: Input, *, on_breach: BreachHandler | None = None, kind: Kind | None = None) -> None:
         self.name = source.name
         self.source = source
         self.contents = Contents()
         self.error: StreamError | None = None
-        self._fault = fault
+        self._on_breach = on_breach
         self._kind = kind
         self._spool: int | None = None
         self._kept = self.contents.index
@@ -118,32 +118,32 @@ class SavedDomain:
         cls,
         path: str,
         *,
-        fault: FaultHandler | None = None,
+        on_breach: BreachHandler | None = None,
         kind: Kind | None = None,
         deep: bool = True,
         progress: Progress | None = None,
     ) -> Self:
         """Open and read the stream at ``path``; "-" is standard input.
 
-        With ``fault``, breaches of rules go there and reading goes on; without, the first one raises StreamError.
+        With ``on_breach``, breaches of rules go there and reading goes on; without, the first one raises StreamError.
         ``deep`` says whether guest memory will be asked for, which decides what is kept of a pipe. Raises RequestError
         when the path cannot be opened.
         """
-        return cls.of(Input.open(path), fault=fault, kind=kind, deep=deep, progress=progress)
+        return cls.of(Input.open(path), on_breach=on_breach, kind=kind, deep=deep, progress=progress)
 
     @classmethod
     def of(
         cls,
         source: Input,
         *,
-        fault: FaultHandler | None = None,
+        on_breach: BreachHandler | None = None,
         kind: Kind | None = None,
         deep: bool = True,
         progress: Progress | None = None,
         known: KeptIndex | None = None,
     ) -> Self:
         """As ``open``, from an Input, which is closed with the domain. ``known``: the index of its pages, if it is."""
-        saved = cls(source, fault=fault, kind=kind)
+        saved = cls(source, on_breach=on_breach, kind=kind)
         try:
             saved._read(deep, progress, known)
         except BaseException:
@@ -161,17 +161,17 @@ class SavedDomain:
             self._spool = unlinked_file() if keep else None
             self._kept = PageIndex()
             self.frames = FilePages(-1 if self._spool is None else self._spool, self._kept, self.contents.index)
-        reader = Reader(fault=self._fault, pages=keep, kind=self._kind, passing=passing)
+        reader = Reader(on_breach=self._on_breach, pages=keep, kind=self._kind, skip_page_data=passing)
         try:
             for event in self.source.events(reader, progress):
                 if isinstance(event, Pages):
                     self._keep(event)
                     continue
-                self.contents.see(event)
+                self.contents.add(event)
                 if keep and isinstance(event, PageData):
                     self._let_go(event.entries[~event.has_data])
         except StreamError as e:
-            if self._fault is None:
+            if self._on_breach is None:
                 raise
             self.error = e
 
@@ -187,19 +187,19 @@ class SavedDomain:
         if np.any(wanted):
             end = os.lseek(self._spool, 0, os.SEEK_END)
             _write_all(self._spool, pages.data[wanted])
-            self._kept.put(here[wanted], end)
+            self._kept.add_entries(here[wanted], end)
         self._let_go(here[~wanted])
 
     def _let_go(self, entries: U64) -> None:
         """Forget what an earlier sending of these pages had: their content is another now, and not kept."""
         if len(entries):
-            self._kept.put(entries & np.uint64(PFN_MASK) | np.uint64(PageType.XTAB << 60), 0)
+            self._kept.add_entries(entries & np.uint64(PFN_MASK) | np.uint64(PageType.XTAB << 60), 0)
 
     def _holds_p2m(self, pfns: U64) -> Mask:
         """Which of these pages a P2M_FRAMES record named so far."""
         record, frames = self._p2m_pages
         if record is not self.contents.p2m_record:
-            frames = np.unique(self.contents.p2m_runs[2])
+            frames = np.unique(self.contents.p2m_leaf_runs[2])
             self._p2m_pages = self.contents.p2m_record, frames
         if not len(frames):
             return np.zeros(len(pfns), np.bool_)
@@ -318,7 +318,7 @@ class SavedDomain:
         """The p2m by the frames that the stream names; its content is the mfns of the host that saved."""
         contents = self.contents
         if self._p2m is None or self._p2m[0] is not contents.p2m_record:
-            p2m = P2M(contents.width, contents.end_pfn + 1, Runs(*contents.p2m_runs), reading(self.frames))
+            p2m = P2M(contents.width, contents.end_pfn + 1, Runs(*contents.p2m_leaf_runs), reading(self.frames))
             self._p2m = contents.p2m_record, p2m
         return self._p2m[1]
 

@@ -11,13 +11,13 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.frames import I64, NO_FRAME, PAGE_SIZE, U64
 from xenpv.stream import framing, libxl, records
 from xenpv.stream.envelope import Envelope
-from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, PagesPassed, SectionHeader
+from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader, SkippedPageData
 from xenpv.stream.index import PageIndex
 from xenpv.stream.pagedata import PageData
 
 
 @dataclass(slots=True)
-class Run:
+class RecordGroup:
     """A record, or several PAGE_DATA in a row.
 
     For the listing of what lies where. ``length`` is the sum of the bodies.
@@ -50,7 +50,7 @@ _VCPU_SLOT = {
 
 @dataclass
 class Contents:
-    """The parts of a stream. What did not come is None or empty; ``see`` every event of a Reader, in order."""
+    """The parts of a stream. What did not come is None or empty; ``add`` every event of a Reader, in order."""
 
     envelope: Envelope | None = None
     sections: list[SectionHeader] = field(default_factory=list)
@@ -72,24 +72,24 @@ class Contents:
     emulators: list[libxl.EmulatorRecord] = field(default_factory=list)
     checkpoints: int = 0
     complete: bool = False  # its END record came
-    runs: list[Run] = field(default_factory=list)
+    record_groups: list[RecordGroup] = field(default_factory=list)
 
     @property
     def width(self) -> Width:
         """Bytes of the guest's unsigned long; 8 as long as nothing else was said."""
         return self.pv_info.guest_width if self.pv_info else 8
 
-    def see(self, event: Event) -> None:
+    def add(self, event: Event) -> None:
         """Take one event in."""
         match event:
             case PageData():
                 self.index.add(event)
-                self._run_of_pages(event)
+                self._group_page_data(event)
                 return
             case Pages():
                 return
-            case PagesPassed():
-                self.runs.append(Run(event.offset, event.name, event.length, event.count, event.pages))
+            case SkippedPageData():
+                self.record_groups.append(RecordGroup(event.offset, event.name, event.length, event.count, event.pages))
                 return
             case Envelope():
                 self.envelope = event
@@ -129,10 +129,10 @@ class Contents:
             case records.End():
                 self.complete = True
         length = event.length if isinstance(event, framing.Record | Envelope | SectionHeader) else 0
-        self.runs.append(Run(event.offset, event.name, length))
+        self.record_groups.append(RecordGroup(event.offset, event.name, length))
 
     @property
-    def p2m_runs(self) -> tuple[I64, I64, U64]:
+    def p2m_leaf_runs(self) -> tuple[I64, I64, U64]:
         """The p2m's leaves, whichever record named them: runs of places that one leaf stands in, ascending: the first
         place, how many, and the leaf's pfn. Places that no record named are in none.
         """
@@ -153,14 +153,14 @@ class Contents:
                 if vcpu.basic is not None and len(vcpu.basic.context) != size:
                     vcpu.basic = None
 
-    def _run_of_pages(self, event: PageData) -> None:
-        if self.runs and self.runs[-1].name == "PAGE_DATA":
-            run = self.runs[-1]
+    def _group_page_data(self, event: PageData) -> None:
+        if self.record_groups and self.record_groups[-1].name == "PAGE_DATA":
+            run = self.record_groups[-1]
             run.count += 1
             run.length += event.length
             run.pages += event.pages
         else:
-            self.runs.append(Run(event.offset, event.name, event.length, pages=event.pages))
+            self.record_groups.append(RecordGroup(event.offset, event.name, event.length, pages=event.pages))
 
     def _place_p2m_frames(self, event: records.X86PVP2MFrames) -> None:
         """A later record may extend the p2m (a domain that grew while it was sent), or replace frames of it."""

@@ -82,7 +82,7 @@ class Pages:
 
 
 @dataclass(frozen=True, slots=True)
-class PagesPassed:
+class SkippedPageData:
     """PAGE_DATA records one behind the other that a caller knows, and has passed over: ``count`` records that take
     ``size`` bytes of the stream, with bodies of ``length`` bytes and ``pages`` pages in all.
     """
@@ -96,7 +96,7 @@ class PagesPassed:
 
 
 @dataclass(frozen=True, slots=True)
-class Deltas:
+class PageDeltas:
     """Pages of a legacy stream by what has changed in them since they were last sent (delta.py).
 
     ``entries`` as in PAGE_DATA, little-endian; the first page with content begins at byte 0 of ``data``, each next one
@@ -110,4 +110,6 @@ class Deltas:
     name = "compressed pages"
 
 
-Event = Envelope | SectionHeader | LibxlHeader | ImageHeader | DomainHeader | Record | Pages | PagesPassed | Deltas
+Event = (
+    Envelope | SectionHeader | LibxlHeader | ImageHeader | DomainHeader | Record | Pages | SkippedPageData | PageDeltas
+)

@@ -20,14 +20,14 @@ _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 @dataclass(slots=True)
-class Context:
+class RecordContext:
     """What reading or writing one record needs to know of the stream around it.
 
-    ``fault(rule, message)`` raises or collects; a check that calls it for something that makes the record useless then
+    ``report(rule, message)`` raises or collects; a check that calls it for something that makes the record useless then
     says so. ``order`` is "<" or ">"; ``max_pfn`` the last pfn that P2M_FRAMES allow, None for HVM.
     """
 
-    fault: Callable[[Rule, str], None]
+    report: Callable[[Rule, str], None]
     order: str = "<"
     version: int = 3
     guest: Guest = Guest.PV
@@ -36,7 +36,7 @@ class Context:
 
     def reserved(self, name: str, *values: int) -> None:
         if any(values):
-            self.fault(rules.RESERVED, f"reserved bits set in {name}: {', '.join(hex(v) for v in values)}")
+            self.report(rules.RESERVED, f"reserved bits set in {name}: {', '.join(hex(v) for v in values)}")
 
 
 class Fields:
@@ -62,7 +62,7 @@ class Fields:
         """All of them, reserved ones too, from the start of a body that is long enough; ``order`` is "<" or ">"."""
         return self._layouts[order].unpack_from(body)
 
-    def read(self, ctx: Context, name: str, body: memoryview) -> dict[str, Any]:
+    def read(self, ctx: RecordContext, name: str, body: memoryview) -> dict[str, Any]:
         """The values by name; ``name`` is what a fault calls the whole."""
         values = self.unpack(body, ctx.order)
         if self._reserved:

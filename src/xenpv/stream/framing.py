@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from xenpv.stream import rules
-from xenpv.stream.fields import Buffer, Context, Fields
+from xenpv.stream.fields import Buffer, Fields, RecordContext
 from xenpv.stream.order import Type
 
 RECORD_LENGTH_MAX = 128 << 20  # REC_LENGTH_MAX
@@ -36,26 +36,29 @@ class Record:
     length: int = field(default=0, compare=False)
 
     @classmethod
-    def title(cls) -> str:
+    def type_name(cls) -> str:
         """The name of this type of record, as the specification has it."""
         return Type(cls.TYPE).name
 
     @property
     def name(self) -> str:
-        return self.title()
+        return self.type_name()
 
     @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
+    def parse(cls, ctx: RecordContext, body: memoryview, *, offset: int) -> Self | None:
         """The record out of its body; None when faults left nothing to use."""
-        values = cls.FIELDS.read(ctx, cls.title(), body)
+        values = cls.FIELDS.read(ctx, cls.type_name(), body)
         if cls.BLOB is not None:
             values[cls.BLOB] = bytes(body[cls.FIELDS.size :])
         record = cls(offset=offset, length=len(body), **values)
         return record if record.check(ctx) else None
 
-    def check(self, ctx: Context) -> bool:  # noqa: ARG002
+    def check(self, ctx: RecordContext) -> bool:  # noqa: ARG002
         """What its own values allow to say. Faults go to ctx; False when it is of no use to anybody."""
         return True
+
+    def update_context(self, ctx: RecordContext) -> None:
+        """Note in ctx what the records after this one depend on: the guest's width, the last pfn."""
 
     def body(self) -> list[Buffer]:
         """What is written of it, little-endian, the inverse of parse. Raises OverflowError for a value too large."""
@@ -85,7 +88,7 @@ class Unknown(Record):
         return f"{'optional ' if self.type >> 31 else ''}record {self.type:#x}"
 
 
-def check_xen_version(ctx: Context, major: int, minor: int) -> None:
+def check_xen_version(ctx: RecordContext, major: int, minor: int) -> None:
     """The version of Xen in a domain header; 0.n says that a legacy stream was converted."""
     if major > 9 or minor > 99 or (major == 4 and minor < 6) or 0 < major < 4:
-        ctx.fault(rules.XEN_VERSION, f"no Xen {major}.{minor} writes such streams")
+        ctx.report(rules.XEN_VERSION, f"no Xen {major}.{minor} writes such streams")

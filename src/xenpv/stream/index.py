@@ -31,14 +31,14 @@ class PageIndex:
         self._parts: list[tuple[U64, I64, U8, I64]] = []  # start pfn, pages, type, offset of the first page or -1
         self.sent = 0  # entries in all records, repeats counted
         self.repeated = 0  # entries that a later one overrode; known after the first look-up
-        self.twice: list[tuple[int, int]] = []  # pfns that one record names twice, and the entry's byte offset
+        self.duplicates: list[tuple[int, int]] = []  # pfns that one record names twice, and the entry's byte offset
         self._start = np.empty(0, np.uint64)
         self._pages = np.empty(0, np.int64)
         self._type = np.empty(0, np.uint8)
         self._offset = np.empty(0, np.int64)
 
     @classmethod
-    def of(cls, start: U64, pages: I64, kind: U8, offset: I64) -> Self:
+    def from_extents(cls, start: U64, pages: I64, kind: U8, offset: I64) -> Self:
         """An index of these extents, which ascend and are apart; ``offset`` is -1 where there is no content."""
         index = cls()
         index._start, index._pages, index._type, index._offset = start, pages, kind, offset
@@ -46,9 +46,9 @@ class PageIndex:
 
     def add(self, record: PageData) -> None:
         """Take in one record. From one that has not as many pages as it names, types are known, and no content is."""
-        self.put(record.entries, record.pages_offset, content=record.sound)
+        self.add_entries(record.entries, record.pages_offset, content=record.size_matches)
 
-    def put(self, entries: U64, pages_offset: int, *, content: bool = True) -> None:
+    def add_entries(self, entries: U64, pages_offset: int, *, content: bool = True) -> None:
         """Take in entries as in PAGE_DATA: type in bits 63 to 60, pfn in 51 to 0; contents from byte pages_offset."""
         self.sent += len(entries)
         self._waiting.append((entries, pages_offset, content))
@@ -85,13 +85,13 @@ class PageIndex:
 
     def _note_repeats(self, suspects: I64, waiting: list[tuple[U64, int, bool]]) -> None:
         """Remember what is twice in one of the suspected records."""
-        for record in suspects[: max(0, _TWICE_KEPT - len(self.twice))].tolist():
+        for record in suspects[: max(0, _TWICE_KEPT - len(self.duplicates))].tolist():
             entries, pages_offset, _ = waiting[record]
             mine = entries & _PFN_MASK
             order = np.argsort(mine, kind="stable")
             again = order[1:][mine[order][1:] == mine[order][:-1]]
             begin = pages_offset - entries.nbytes
-            self.twice += [(int(mine[i]), begin + i * 8) for i in again[:_TWICE_KEPT].tolist()]
+            self.duplicates += [(int(mine[i]), begin + i * 8) for i in again[:_TWICE_KEPT].tolist()]
 
     def _settle(self) -> None:
         """Make the extents one sorted table in which no pfn occurs twice."""

@@ -19,13 +19,13 @@ from xenpv.abi.x86 import LEVELS, PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.errors import StreamError, Unsupported
 from xenpv.stream import delta, envelope, framing, libxl, records, rules
 from xenpv.stream.envelope import Kind
-from xenpv.stream.events import Deltas, DomainHeader, Event
-from xenpv.stream.feeding import FaultHandler
-from xenpv.stream.fields import Context
+from xenpv.stream.events import DomainHeader, Event, PageDeltas
+from xenpv.stream.fields import RecordContext
 from xenpv.stream.legacy_physmap import physmap
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.reader import Reader, Steps
+from xenpv.stream.rules import BreachHandler
 
 if TYPE_CHECKING:
     from xenpv.frames import U64
@@ -75,13 +75,13 @@ class LegacyReader(Reader):
     def __init__(
         self,
         *,
-        fault: FaultHandler | None = None,
+        on_breach: BreachHandler | None = None,
         pages: bool = False,
         kind: Kind | None = None,
         told: tuple[int, Guest] | None = None,
         emulator: bool = True,
     ) -> None:
-        super().__init__(fault=fault, pages=pages, kind=kind)
+        super().__init__(on_breach=on_breach, pages=pages, kind=kind)
         self.legacy = told is not None  # whether that is what it is
         self._told = told
         self._with_emulator = emulator
@@ -116,7 +116,7 @@ class LegacyReader(Reader):
         self._p2m_size = size[0]
         if not 0 < self._p2m_size <= _P2M_MAX:
             raise self._malformed(f"p2m_size is {self._p2m_size:#x}; pfns of the legacy format have 28 bits")
-        self._ctx = Context(self._fault, "<", 3, self._guest)
+        self._ctx = RecordContext(self._fault, "<", 3, self._guest)
         yield DomainHeader(self._at, self._guest, 0, MINOR)
         if self._guest is Guest.PV:
             yield from self._extended_info()
@@ -199,7 +199,7 @@ class LegacyReader(Reader):
         for width in widths:
             if size == VCPU_GUEST_CONTEXT.size(width):
                 info = records.X86PVInfo(offset=self._at, length=size, guest_width=width, pt_levels=LEVELS[width])
-                records.learn(self._ctx, info)
+                info.update_context(self._ctx)
                 yield from self._pass_over(size, "vcpu 0's context")
                 return info
         raise self._malformed(f"unable to determine the guest's width: a vcpu's context of {size} bytes")
@@ -214,7 +214,7 @@ class LegacyReader(Reader):
             offset=self._at, length=8 + len(raw), start_pfn=0, end_pfn=self._p2m_size - 1, raw=raw
         )
         record.check(self._ctx)
-        records.learn(self._ctx, record)
+        record.update_context(self._ctx)
         yield record
 
     # --- body --------------------------------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ class LegacyReader(Reader):
             some = ends[first : first + BATCH_MAX]
             entries, self._entries = self._split(len(some))
             self._pending -= len(some)
-            yield Deltas(self._at, entries, [end - begin for end in some], bytes(data[begin : some[-1]]))
+            yield PageDeltas(self._at, entries, [end - begin for end in some], bytes(data[begin : some[-1]]))
             begin = some[-1]
         self._rest = bytes(data[begin:])
         if self._rest and not self._pending:
@@ -366,8 +366,8 @@ class LegacyReader(Reader):
         yield records.SharedInfo(offset=self._at, length=PAGE_SIZE, data=page)
 
     def _blob(self, kind: type[records.VcpuBlob], vcpu: int, size: int) -> Steps:
-        self._begin(f"legacy {kind.title()}")
-        context = bytes((yield from self._take(size, kind.title())))
+        self._begin(f"legacy {kind.type_name()}")
+        context = bytes((yield from self._take(size, kind.type_name())))
         if size:
             yield kind(offset=self._at, length=8 + size, vcpu_id=vcpu, context=context)
 

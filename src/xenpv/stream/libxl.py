@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from xenpv.findings import Rule
 from xenpv.stream import rules
-from xenpv.stream.fields import Context, Fields
+from xenpv.stream.fields import Fields, RecordContext
 from xenpv.stream.framing import RECORD_LENGTH_MAX, Record
 
 HEADER = Fields(ident=8, version=4, options=4)  # big-endian, whatever the records are
@@ -35,7 +35,7 @@ class LibxlRecord(Record):
     """A record of the libxl layer."""
 
     @classmethod
-    def title(cls) -> str:
+    def type_name(cls) -> str:
         return f"libxl {LibxlType(cls.TYPE).name}"
 
 
@@ -72,9 +72,9 @@ class EmulatorRecord(LibxlRecord):
     index: int
     data: bytes = field(repr=False)
 
-    def check(self, ctx: Context) -> bool:
+    def check(self, ctx: RecordContext) -> bool:
         if self.emulator_id not in set(Emulator):
-            ctx.fault(rules.EMULATOR, f"unrecognised emulator id {self.emulator_id:#x}")
+            ctx.report(rules.EMULATOR, f"unrecognised emulator id {self.emulator_id:#x}")
         return True
 
 
@@ -87,12 +87,12 @@ class EmulatorXenstoreData(EmulatorRecord):
 
     TYPE = LibxlType.EMULATOR_XENSTORE_DATA
 
-    def check(self, ctx: Context) -> bool:
+    def check(self, ctx: RecordContext) -> bool:
         super().check(ctx)
         if self.data and not self.data.endswith(b"\0"):
-            ctx.fault(rules.EMULATOR, "emulator xenstore data is not NUL terminated")
+            ctx.report(rules.EMULATOR, "emulator xenstore data is not NUL terminated")
         elif self.data.count(b"\0") % 2:
-            ctx.fault(rules.EMULATOR, f"expected key and value pairs, got {self.data.count(bytes(1))} strings")
+            ctx.report(rules.EMULATOR, f"expected key and value pairs, got {self.data.count(bytes(1))} strings")
         return True
 
     @property
@@ -114,9 +114,9 @@ LIBXL = {cls.TYPE: cls for cls in _ALL}
 
 
 class LibxlOrder:
-    """What may follow what around a libxc stream, for who reads and who writes. ``see`` each libxl record as it comes.
+    """The order of one libxl stream, for readers and writers. Call ``check_next`` for each libxl record.
 
-    ``inside``: the libxc stream goes on right behind; ``handed_back`` says that it came to a CHECKPOINT, or to its END.
+    ``inside``: the libxc stream goes on after this record. ``handed_back`` says that it came to a CHECKPOINT or END.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class LibxlOrder:
         self._begun = False
         self._in_checkpoint = False
 
-    def see(self, kind: int) -> list[tuple[Rule, str]]:
+    def check_next(self, kind: int) -> list[tuple[Rule, str]]:
         """Note that a record comes next; what is wrong with its coming here, as rules and sentences."""
         wrong = []
         if kind == LibxlType.END:

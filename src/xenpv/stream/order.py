@@ -104,7 +104,7 @@ _WHY_NOWHERE = {
 
 
 class Order:
-    """The order of one stream as it goes by. ``see`` each record, then ask what is ``missing`` at END."""
+    """The order of one stream as it goes by. Call ``check_next`` for each record, ``missing`` at END."""
 
     def __init__(self, guest: Guest, version: int) -> None:
         self.guest = guest
@@ -112,7 +112,7 @@ class Order:
         self.seen: set[Type] = set()
         self._free: set[int] = set()  # types that may come again and again, whatever else comes
 
-    def see(self, kind: int) -> list[tuple[Rule, str]]:
+    def check_next(self, kind: int) -> list[tuple[Rule, str]]:
         """Note that a record of a known type comes next; what is wrong with its coming here, as rules and sentences."""
         if kind in self._free:  # a stream can hold millions of PAGE_DATA
             return []

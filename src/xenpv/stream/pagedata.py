@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Self
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Self
 from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.stream import rules
-from xenpv.stream.fields import Context, Fields, swapped_words
+from xenpv.stream.fields import Fields, RecordContext, swapped_words
 from xenpv.stream.framing import RECORD_LENGTH_MAX, Record
 from xenpv.stream.order import Type
 
@@ -25,6 +26,9 @@ TYPE_SHIFT = 60
 _TOP_KNOWN = bytes(top for top in range(256) if top >> 4 in set(PageType))
 _TOP_WITH_DATA = bytes(top for top in _TOP_KNOWN if top >> 4 < PageType.BROKEN)
 _LANES = 1024  # entries that are looked at as one number: what libxenguest puts into a record
+
+ReadInto = Callable[[memoryview], object]
+"""read_into(buffer): fill the buffer with the next bytes of a record's page content."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +46,7 @@ class PageData(Record):
     pages_offset: int
 
     @property
-    def sound(self) -> bool:
+    def size_matches(self) -> bool:
         """Whether it has room for just as many pages as it names: else nobody knows which content is whose."""
         return self.length == 8 + len(self.raw) + self.pages * PAGE_SIZE
 
@@ -69,19 +73,19 @@ class PageData(Record):
         return HAS_DATA[self.types]
 
     @classmethod
-    def read(cls, ctx: Context, body: memoryview, *, offset: int, length: int, pages_offset: int) -> Self:
+    def read(cls, ctx: RecordContext, body: memoryview, *, offset: int, length: int, pages_offset: int) -> Self:
         """Check the entries (at least one), the page count against the length, the pfns against the domain's p2m."""
         raw = swapped_words(body) if ctx.order == ">" else bytes(body)
         tops = raw[7::8]
         pages = len(tops) - len(tops.translate(None, _TOP_WITH_DATA))
         record = cls(offset=offset, length=length, raw=raw, pages=pages, pages_offset=pages_offset)
-        if not record.sound:
+        if not record.size_matches:
             sizes = f"8 + {len(raw)} + {pages} pages = {8 + len(raw) + pages * PAGE_SIZE}"
-            ctx.fault(rules.PAGE_SIZE_MATCH, f"PAGE_DATA record wrong size: length {length}, expected {sizes}")
+            ctx.report(rules.PAGE_SIZE_MATCH, f"PAGE_DATA record wrong size: length {length}, expected {sizes}")
         if tops.translate(None, _TOP_KNOWN):
             at = next(i for i, top in enumerate(tops) if top not in _TOP_KNOWN)
             what = f"Unknown type {tops[at] >> 4:#x} for pfn {_entry(raw, at) & PFN_MASK:#x} (index {at})"
-            ctx.fault(rules.PAGE_TYPE, what)
+            ctx.report(rules.PAGE_TYPE, what)
         if len(raw) <= _LANES * 8 or not record._plain(ctx.max_pfn):
             for first in range(0, len(raw), _LANES * 8):
                 _check_lanes(ctx, raw[first : first + _LANES * 8], first // 8)
@@ -105,7 +109,7 @@ def _lanes(value: int, count: int) -> int:
     return int.from_bytes(value.to_bytes(8, "little") * count, "little")
 
 
-def _check_lanes(ctx: Context, raw: bytes, first: int) -> None:
+def _check_lanes(ctx: RecordContext, raw: bytes, first: int) -> None:
     """Report the first reserved bit, and the first pfn beyond the domain's end, among some 1024 entries from
     ``first`` on.
 
@@ -121,10 +125,10 @@ def _check_lanes(ctx: Context, raw: bytes, first: int) -> None:
     if number & _lanes(RESERVED_MASK, count):
         at = next(i for i in range(count) if _entry(raw, i) & RESERVED_MASK)
         what = f"reserved bits set in pfn[{first + at}]: {_entry(raw, at) & RESERVED_MASK:#x}"
-        ctx.fault(rules.RESERVED, what)
+        ctx.report(rules.RESERVED, what)
     if ctx.max_pfn is None:
         return
     if (_lanes(ctx.max_pfn | 1 << 63, count) - (number & _lanes(PFN_MASK, count))) & within != within:
         at = next(i for i in range(count) if _entry(raw, i) & PFN_MASK > ctx.max_pfn)
         where = f"pfn {_entry(raw, at) & PFN_MASK:#x} (index {first + at}) outside domain maximum {ctx.max_pfn:#x}"
-        ctx.fault(rules.PAGE_RANGE, where)
+        ctx.report(rules.PAGE_RANGE, where)

@@ -17,10 +17,10 @@ from collections.abc import Generator, Mapping
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.errors import StreamError, Unsupported
 from xenpv.stream import envelope, libxl, rules
+from xenpv.stream.byte_buffer import Feeding, Taking
 from xenpv.stream.envelope import Envelope, Kind, Section
-from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, PagesPassed, SectionHeader
-from xenpv.stream.feeding import FaultHandler, Feeding, Taking
-from xenpv.stream.fields import Context
+from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader, SkippedPageData
+from xenpv.stream.fields import RecordContext
 from xenpv.stream.framing import (
     DOMAIN_HEADER,
     IMAGE_HEADER,
@@ -35,7 +35,8 @@ from xenpv.stream.framing import (
 from xenpv.stream.libxl import LibxlOrder
 from xenpv.stream.order import OPTIONAL, Guest, Order, Type
 from xenpv.stream.pagedata import PageData
-from xenpv.stream.records import LIBXC, learn
+from xenpv.stream.records import LIBXC
+from xenpv.stream.rules import BreachHandler
 
 PAGES_AT_ONCE = 256  # pages of one Pages event at most: 1 MiB
 Steps = Generator[Event | None, None, None]
@@ -47,25 +48,25 @@ class Reader(Feeding):
     """Reads one stream. ``feed`` bytes, ``feed_eof`` at their end, and call ``next_event`` until it says None.
 
     ``pages``: give Pages events rather than pass page content over. ``kind``: what the stream is, when it is not to be
-    told by looking. ``passing``: PAGE_DATA that is known and passed over, by its offset. ``done``
+    told by looking. ``skip_page_data``: PAGE_DATA that is known and skipped, by its offset. ``done``
     is set behind the outermost END; bytes fed beyond it are in ``trailing``.
     """
 
     def __init__(
         self,
         *,
-        fault: FaultHandler | None = None,
+        on_breach: BreachHandler | None = None,
         pages: bool = False,
         kind: Kind | None = None,
-        passing: Mapping[int, PagesPassed] | None = None,
+        skip_page_data: Mapping[int, SkippedPageData] | None = None,
     ) -> None:
-        super().__init__(fault)
-        self._passing = passing or {}
+        super().__init__(on_breach)
+        self._skip_page_data = skip_page_data or {}
         self._pages = pages
         self._kind = kind
         self._failed: StreamError | None = None
         self.done = False
-        self._ctx = Context(self._fault)
+        self._ctx = RecordContext(self._fault)
         self._steps = self._stream()
 
     def next_event(self) -> Event | None:
@@ -207,7 +208,7 @@ class Reader(Feeding):
             self._fault(rules.LIBXL_HEADER, f"reserved bits set in the libxl options: {options:#x}")
         if options & libxl.OPTION_BIG_ENDIAN:
             self._fault(rules.LIBXL_HEADER, "the libxl stream is big-endian, which no x86 host writes or takes")
-        ctx = Context(self._fault, ">" if options & libxl.OPTION_BIG_ENDIAN else "<")
+        ctx = RecordContext(self._fault, ">" if options & libxl.OPTION_BIG_ENDIAN else "<")
         yield LibxlHeader(self._at, version, options)
         order = LibxlOrder()
         libxc = self._libxc()
@@ -215,7 +216,7 @@ class Reader(Feeding):
             self._begin("libxl record")
             kind, length = RECORD_HEADER.unpack((yield from self._take(8, "a libxl record header")), ctx.order)
             yield from self._body(ctx, kind, length, libxl.LIBXL)
-            for rule, message in order.see(kind):
+            for rule, message in order.check_next(kind):
                 self._fault(rule, message)
                 if rule is rules.REPEATED:
                     libxc = self._libxc()
@@ -244,7 +245,7 @@ class Reader(Feeding):
         if big_endian:
             self._fault(rules.IMAGE_HEADER, "Unable to handle big endian streams")
         self._ctx.reserved("the image header", options & ~OPTION_BIG_ENDIAN, *reserved)
-        ctx = self._ctx = Context(self._fault, ">" if big_endian else "<", version)
+        ctx = self._ctx = RecordContext(self._fault, ">" if big_endian else "<", version)
         yield ImageHeader(self._at, version, big_endian)
         yield self._domain_header(ctx, (yield from self._domain_header_bytes()))
         order = Order(ctx.guest, version)
@@ -253,7 +254,7 @@ class Reader(Feeding):
             kind, length = RECORD_HEADER.unpack((yield from self._take(8, "a record header")), ctx.order)
             if kind in _NAMES:
                 self._record = _NAMES[kind]
-                for rule, message in order.see(kind):
+                for rule, message in order.check_next(kind):
                     self._fault(rule, message)
             if kind == Type.END:
                 for missing in order.missing():
@@ -261,16 +262,16 @@ class Reader(Feeding):
             if kind == Type.CHECKPOINT:
                 self._fault(rules.CHECKPOINT, "Found checkpoint: only a checkpoint-aware receiver takes this stream")
             if kind == Type.PAGE_DATA:
-                passed = self._passing.get(self._at)
-                if passed is None:
+                known = self._skip_page_data.get(self._at)
+                if known is None:
                     yield from self._page_data(ctx, length)
                 else:
-                    yield passed
-                    yield from self._pass_over(passed.size - RECORD_HEADER.size, "PAGE_DATA")
+                    yield known
+                    yield from self._pass_over(known.size - RECORD_HEADER.size, "PAGE_DATA")
                 continue
             record = yield from self._body(ctx, kind, length, LIBXC)
             if record is not None:
-                learn(ctx, record)
+                record.update_context(ctx)
             if kind == Type.END:
                 return
 
@@ -278,7 +279,7 @@ class Reader(Feeding):
         self._begin("domain header")
         return (yield from self._take(DOMAIN_HEADER.size, "the domain header"))
 
-    def _domain_header(self, ctx: Context, head: memoryview) -> DomainHeader:
+    def _domain_header(self, ctx: RecordContext, head: memoryview) -> DomainHeader:
         guest, shift, reserved, major, minor = DOMAIN_HEADER.unpack(head, ctx.order)
         if guest not in set(Guest):
             raise self._fatal(rules.DOMAIN_HEADER, f"Unrecognised domain type {guest:#x}")
@@ -290,13 +291,13 @@ class Reader(Feeding):
         return DomainHeader(self._at, ctx.guest, major, minor)
 
     def _body(
-        self, ctx: Context, kind: int, length: int, known: Mapping[int, type[Record]]
+        self, ctx: RecordContext, kind: int, length: int, known: Mapping[int, type[Record]]
     ) -> Generator[Event | None, None, Record | None]:
         """Read or pass over the body of a record whose header was read; yield it as an event if it is sound."""
         padded = -(-length // 8) * 8
         cls = known.get(kind)
         unknown = Unknown(offset=self._at, length=length, type=kind)
-        self._record = cls.title() if cls else unknown.name
+        self._record = cls.type_name() if cls else unknown.name
         if length > RECORD_LENGTH_MAX:
             raise self._fatal(rules.RECORD_LENGTH, f"length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})")
         if cls is None:
@@ -321,7 +322,7 @@ class Reader(Feeding):
             yield record
         return record
 
-    def _page_data(self, ctx: Context, length: int) -> Steps:
+    def _page_data(self, ctx: RecordContext, length: int) -> Steps:
         at, body, padded = self._at, self.offset, -(-length // 8) * 8
         if length > RECORD_LENGTH_MAX:
             raise self._fatal(rules.RECORD_LENGTH, f"length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})")
@@ -338,7 +339,7 @@ class Reader(Feeding):
         raw = yield from self._take(count * 8, "the pfn array of PAGE_DATA")
         record = PageData.read(ctx, raw, offset=at, length=length, pages_offset=self.offset)
         yield record
-        if self._pages and record.sound:
+        if self._pages and record.size_matches:
             yield from self._contents(record)
         yield from self._pass_over(body + padded - self.offset, "page content")
 

@@ -14,7 +14,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT_MAX, MSR_ENTRY, VCPU_MSR, XSAVE_HEADER_SIZE
 from xenpv.abi.x86 import LEVELS, PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.stream import rules
-from xenpv.stream.fields import Buffer, Context, Fields, swapped_words
+from xenpv.stream.fields import Buffer, Fields, RecordContext, swapped_words
 from xenpv.stream.framing import BLOB_MAX, RECORD_LENGTH_MAX, Opaque, Record
 from xenpv.stream.order import Type
 
@@ -49,12 +49,15 @@ class X86PVInfo(Record):
     guest_width: Width
     pt_levels: int
 
-    def check(self, ctx: Context) -> bool:
+    def check(self, ctx: RecordContext) -> bool:
         if LEVELS.get(self.guest_width) == self.pt_levels:
             return True
         what = f"width {self.guest_width}, pt_levels {self.pt_levels}"
-        ctx.fault(rules.PV_INFO, f"Invalid X86_PV_INFO combination: {what}")
+        ctx.report(rules.PV_INFO, f"Invalid X86_PV_INFO combination: {what}")
         return False
+
+    def update_context(self, ctx: RecordContext) -> None:
+        ctx.width = ctx.width or self.guest_width  # a second X86_PV_INFO is a breach, and the first counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,9 @@ class X86PVP2MFrames(Record):
     end_pfn: int
     raw: Buffer = field(repr=False)
 
+    def update_context(self, ctx: RecordContext) -> None:
+        ctx.max_pfn = max(ctx.max_pfn or 0, self.end_pfn)
+
     @property
     def p2m_pfns(self) -> U64:
         """The pfns of the frames."""
@@ -80,7 +86,7 @@ class X86PVP2MFrames(Record):
         return np.frombuffer(self.raw, "<u8").astype(np.uint64, copy=False)
 
     @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
+    def parse(cls, ctx: RecordContext, body: memoryview, *, offset: int) -> Self | None:
         start, end = cls.FIELDS.unpack(body, ctx.order)
         raw = bytes(body[8:])
         if ctx.order == ">" and len(raw) % 8 == 0:  # one of another size is refused below
@@ -88,15 +94,15 @@ class X86PVP2MFrames(Record):
         record = cls(offset=offset, length=len(body), start_pfn=start, end_pfn=end, raw=raw)
         return record if record.check(ctx) else None
 
-    def check(self, ctx: Context) -> bool:
+    def check(self, ctx: RecordContext) -> bool:
         start, end = self.start_pfn, self.end_pfn
         if start > end:
-            ctx.fault(rules.P2M_RANGE, f"End pfn in stream ({end:#x}) exceeds Start ({start:#x})")
+            ctx.report(rules.P2M_RANGE, f"End pfn in stream ({end:#x}) exceeds Start ({start:#x})")
             return False
         per_page = PAGE_SIZE // (ctx.width or 8)
         frames = end // per_page - start // per_page + 1
         if len(self.raw) != frames * 8:
-            ctx.fault(
+            ctx.report(
                 rules.RECORD_SIZE,
                 f"X86_PV_P2M_FRAMES record wrong size: start_pfn {start:#x}, end_pfn {end:#x}, "
                 f"length {8 + len(self.raw)}, expected 8 + {frames} * 8",
@@ -124,6 +130,9 @@ class P2MLeaves(Record):
     def end_pfn(self) -> int:
         return self.entries - 1
 
+    def update_context(self, ctx: RecordContext) -> None:
+        ctx.max_pfn = max(ctx.max_pfn or 0, self.end_pfn)
+
     @property
     def runs(self) -> tuple[I64, I64, U64]:
         """First place, number of places and pfn of each run."""
@@ -133,18 +142,18 @@ class P2MLeaves(Record):
         return first.astype(np.int64), count.astype(np.int64), pfn.astype(np.uint64)
 
     @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
+    def parse(cls, ctx: RecordContext, body: memoryview, *, offset: int) -> Self | None:
         entries, raw = cls.FIELDS.unpack(body, ctx.order)[0], bytes(body[8:])
         if ctx.order == ">" and len(raw) % 8 == 0:
             raw = swapped_words(raw)
         record = cls(offset=offset, length=len(body), entries=entries, raw=raw)
         return record if record.check(ctx) else None
 
-    def check(self, ctx: Context) -> bool:
+    def check(self, ctx: RecordContext) -> bool:
         import numpy as np  # noqa: PLC0415
 
         if len(self.raw) % 24:
-            ctx.fault(rules.RECORD_SIZE, f"XENPV_P2M_LEAVES: {len(self.raw)} bytes are no runs of 24 each")
+            ctx.report(rules.RECORD_SIZE, f"XENPV_P2M_LEAVES: {len(self.raw)} bytes are no runs of 24 each")
             return False
         first, count, pfn = np.frombuffer(self.raw, "<u8").reshape(-1, 3).T
         most = np.uint64(PFN_MAX)
@@ -153,12 +162,12 @@ class P2MLeaves(Record):
         sound[1:] &= first[1:] == first[:-1] + count[:-1]
         for at in np.flatnonzero(~sound)[:1].tolist():
             words = ", ".join(f"{int(n):#x}" for n in (first[at], count[at], pfn[at]))
-            ctx.fault(rules.P2M_RANGE, f"XENPV_P2M_LEAVES: run {at} ({words}) does not follow the one before it")
+            ctx.report(rules.P2M_RANGE, f"XENPV_P2M_LEAVES: run {at} ({words}) does not follow the one before it")
             return False
         places, end = -(-self.entries * (ctx.width or 8) // PAGE_SIZE), int(first[-1]) + int(count[-1])
         if places != end or self.entries > PFN_MAX + 1:
             what = f"XENPV_P2M_LEAVES: {self.entries:#x} entries take {places:#x} leaves, not {end:#x}"
-            ctx.fault(rules.P2M_RANGE, what)
+            ctx.report(rules.P2M_RANGE, what)
             return False
         return True
 
@@ -173,21 +182,21 @@ class VcpuBlob(Record):
     vcpu_id: int
     context: bytes = field(repr=False)
 
-    def check(self, ctx: Context) -> bool:
-        name, vcpu, size = self.title(), self.vcpu_id, len(self.context)
+    def check(self, ctx: RecordContext) -> bool:
+        name, vcpu, size = self.type_name(), self.vcpu_id, len(self.context)
         if not size:
-            ctx.fault(rules.RECORD_EMPTY, f"empty {name} record for vcpu {vcpu}")
+            ctx.report(rules.RECORD_EMPTY, f"empty {name} record for vcpu {vcpu}")
             return False
         if vcpu >= VCPUS_MAX:
-            ctx.fault(rules.VCPU_ID, f"{name} record vcpu_id ({vcpu}) exceeds what Xen can have ({VCPUS_MAX - 1})")
+            ctx.report(rules.VCPU_ID, f"{name} record vcpu_id ({vcpu}) exceeds what Xen can have ({VCPUS_MAX - 1})")
             return False
         if wrong := self.wrong_size(ctx, size):
-            ctx.fault(rules.VCPU_SIZE, f"{name} record of vcpu{vcpu} {wrong}, got {size}")
+            ctx.report(rules.VCPU_SIZE, f"{name} record of vcpu{vcpu} {wrong}, got {size}")
             return False
         return True
 
     @classmethod
-    def wrong_size(cls, ctx: Context, size: int) -> str | None:
+    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:
         raise NotImplementedError
 
 
@@ -195,7 +204,7 @@ class VcpuBasic(VcpuBlob):
     TYPE = Type.X86_PV_VCPU_BASIC
 
     @classmethod
-    def wrong_size(cls, ctx: Context, size: int) -> str | None:
+    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:
         expected = VCPU_GUEST_CONTEXT.size(ctx.width or 8)
         return None if size == expected else f"wrong size: expected {expected} bytes"
 
@@ -204,7 +213,7 @@ class VcpuExtended(VcpuBlob):
     TYPE = Type.X86_PV_VCPU_EXTENDED
 
     @classmethod
-    def wrong_size(cls, ctx: Context, size: int) -> str | None:  # noqa: ARG003
+    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:  # noqa: ARG003
         return None if size <= EXT_VCPUCONTEXT_MAX else f"too long: max {EXT_VCPUCONTEXT_MAX} bytes"
 
 
@@ -212,7 +221,7 @@ class VcpuXsave(VcpuBlob):
     TYPE = Type.X86_PV_VCPU_XSAVE
 
     @classmethod
-    def wrong_size(cls, ctx: Context, size: int) -> str | None:  # noqa: ARG003
+    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:  # noqa: ARG003
         return None if size >= XSAVE_HEADER_SIZE else f"too short: min {XSAVE_HEADER_SIZE} bytes"
 
 
@@ -220,7 +229,7 @@ class VcpuMsrs(VcpuBlob):
     TYPE = Type.X86_PV_VCPU_MSRS
 
     @classmethod
-    def wrong_size(cls, ctx: Context, size: int) -> str | None:  # noqa: ARG003
+    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:  # noqa: ARG003
         return None if size % VCPU_MSR.size(8) == 0 else f"expected to be a multiple of {VCPU_MSR.size(8)} bytes"
 
 
@@ -259,17 +268,19 @@ class HvmParams(Record):
     params: dict[int, int]
 
     @classmethod
-    def parse(cls, ctx: Context, body: memoryview, *, offset: int) -> Self | None:
-        count = cls.FIELDS.read(ctx, cls.title(), body)["count"]
+    def parse(cls, ctx: RecordContext, body: memoryview, *, offset: int) -> Self | None:
+        count = cls.FIELDS.read(ctx, cls.type_name(), body)["count"]
         if len(body) != 8 + count * 16:
-            ctx.fault(rules.RECORD_SIZE, f"HVM_PARAMS: {count} parameters need {8 + count * 16} bytes, got {len(body)}")
+            ctx.report(
+                rules.RECORD_SIZE, f"HVM_PARAMS: {count} parameters need {8 + count * 16} bytes, got {len(body)}"
+            )
             return None
         record = cls(offset=offset, length=len(body), params=dict(struct.iter_unpack(f"{ctx.order}QQ", body[8:])))
         return record if record.check(ctx) else None
 
-    def check(self, ctx: Context) -> bool:
+    def check(self, ctx: RecordContext) -> bool:
         if not self.params:
-            ctx.fault(rules.RECORD_EMPTY, "empty HVM_PARAMS record")
+            ctx.report(rules.RECORD_EMPTY, "empty HVM_PARAMS record")
         return True
 
     def body(self) -> list[Buffer]:
@@ -287,10 +298,10 @@ class Policy(Opaque):
     LENGTH = range(1, BLOB_MAX)
     ENTRY: ClassVar[int]
 
-    def check(self, ctx: Context) -> bool:
+    def check(self, ctx: RecordContext) -> bool:
         if len(self.data) % self.ENTRY:
-            what = f"{self.title()} size {len(self.data)} should be multiple of {self.ENTRY}"
-            ctx.fault(rules.RECORD_SIZE, what)
+            what = f"{self.type_name()} size {len(self.data)} should be multiple of {self.ENTRY}"
+            ctx.report(rules.RECORD_SIZE, what)
             return False
         return True
 
@@ -320,11 +331,3 @@ _ALL: tuple[type[Record], ...] = (
     P2MLeaves,
 )  # fmt: skip
 LIBXC = {cls.TYPE: cls for cls in _ALL}
-
-
-def learn(ctx: Context, record: Record) -> None:
-    """Keep what a record says of those behind it."""
-    if isinstance(record, X86PVInfo):
-        ctx.width = ctx.width or record.guest_width  # a second one is a fault, and the first counts
-    elif isinstance(record, X86PVP2MFrames | P2MLeaves):
-        ctx.max_pfn = max(ctx.max_pfn or 0, record.end_pfn)

@@ -6,6 +6,8 @@ xen.git:tools/libs/guest/xg_sr_restore.c, xg_sr_restore_x86_pv.c and xg_sr_commo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from xenpv.errors import Malformed, OutOfOrder, StreamError, Truncated, Unsupported
 from xenpv.findings import Rule, Severity
 
@@ -83,6 +85,10 @@ _ERRORS: dict[Rule, type[StreamError]] = {
 }
 
 
+BreachHandler = Callable[[Rule, str, int, str | None], None]
+"""on_breach(rule, message, offset, record): called for each breach of a rule, instead of an exception."""
+
+
 def breach(rule: Rule, message: str, *, offset: int, record: str | None) -> StreamError:
-    """The error that says that a rule was broken there."""
+    """Return the error that says that a rule was broken there."""
     return _ERRORS.get(rule, Malformed)(message, offset=offset, record=record)

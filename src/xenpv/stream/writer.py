@@ -14,7 +14,7 @@ from xenpv.errors import RequestError, StreamError
 from xenpv.findings import Rule
 from xenpv.stream import envelope, libxl, rules, wrapping
 from xenpv.stream.envelope import Kind
-from xenpv.stream.fields import Buffer, Context
+from xenpv.stream.fields import Buffer, RecordContext
 from xenpv.stream.framing import (
     DOMAIN_HEADER,
     IMAGE_HEADER,
@@ -27,7 +27,7 @@ from xenpv.stream.framing import (
 from xenpv.stream.libxl import LibxlOrder, LibxlRecord
 from xenpv.stream.order import Guest, Order, Type
 from xenpv.stream.pagedata import PageData
-from xenpv.stream.records import LIBXC, learn
+from xenpv.stream.records import LIBXC
 
 VERSION = 3
 KINDS = (Kind.XL, Kind.LIBXL, Kind.LIBXC)
@@ -79,7 +79,7 @@ class Writer:
         self._xen = xen
         self._config = config
         self._options = libxl.OPTION_LEGACY if legacy else 0
-        self._ctx = Context(self._fault, "<", VERSION, guest)
+        self._ctx = RecordContext(self._fault, "<", VERSION, guest)
         self._order: Order | None = None  # of the libxc stream, once it has begun
         self._libxl = LibxlOrder()
         self._record: str | None = None
@@ -98,7 +98,7 @@ class Writer:
             ident = int.from_bytes(envelope.LIBXL_IDENT, "big")
             out.append(libxl.HEADER.pack(">", ident=ident, version=libxl.VERSION, options=self._options))
             context = libxl.LibxcContext()
-            self._libxl.see(context.TYPE)
+            self._libxl.check_next(context.TYPE)
             out += _framed(context.TYPE, context.body())
         out.append(IMAGE_HEADER.pack(">", marker=_ALL_ONES, id=IMAGE_ID, version=VERSION, options=0))
         major, minor = self._xen
@@ -127,7 +127,7 @@ class Writer:
         if length not in record.LENGTH:
             raise self._broken(rules.RECORD_SIZE, f"a body of {length:#x} bytes")
         record.check(self._ctx)
-        learn(self._ctx, record)
+        record.update_context(self._ctx)
         self._turn(kind, inner=inner)
         return self._give(_framed(kind, body))
 
@@ -166,7 +166,7 @@ class Writer:
         if inner != (not wrapped or self._libxl.inside):
             where = "within libxc's stream" if not inner else "where libxl's records stand"
             raise self._broken(rules.ORDER, f"{self._record} {where if wrapped else 'in a bare libxc stream'}")
-        for rule, message in order.see(kind) if inner else self._libxl.see(kind):
+        for rule, message in order.check_next(kind) if inner else self._libxl.check_next(kind):
             self._fault(rule, message)
         if inner and kind == Type.END:
             for missing in order.missing():

@@ -217,7 +217,7 @@ def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
         ):
             found = np.column_stack([pfns[wrong], mfns[wrong], types[wrong].astype(np.uint64)])
             findings.add_each(rule, found, partial(_describe_entry, saved, rule))
-    for pfn, offset in saved.contents.index.twice:
+    for pfn, offset in saved.contents.index.duplicates:
         what = f"pfn {pfn:#x} is in the same PAGE_DATA record twice"
         findings.add(rules.PAGE_REPEATED, what, offset=offset, record="PAGE_DATA", pfn=pfn)
     broken = saved.contents.index.count().get(PageType.BROKEN, 0)

@@ -99,7 +99,7 @@ def verify(
 def _framing(source: Input, report: Report, kind: Kind | None, progress: Progress | None) -> None:
     complete = False
     try:
-        for event in source.events(Reader(fault=report.findings.fault, kind=kind), progress):
+        for event in source.events(Reader(on_breach=report.findings.add_breach, kind=kind), progress):
             if isinstance(event, PageData):
                 report.pages += event.pages
             elif isinstance(event, DomainHeader):
@@ -116,12 +116,12 @@ def _framing(source: Input, report: Report, kind: Kind | None, progress: Progres
 def _deep(source: Input, report: Report, kind: Kind | None, progress: Progress | None) -> None:
     from xenpv.source.saved import SavedDomain  # noqa: PLC0415
 
-    saved = SavedDomain.of(source, fault=report.findings.fault, kind=kind, progress=progress)
+    saved = SavedDomain.of(source, on_breach=report.findings.add_breach, kind=kind, progress=progress)
     judge(saved, report, progress)
 
 
 def judge(saved: SavedDomain, report: Report, progress: Progress | None = None) -> None:
-    """Check all of a domain that was opened with the report's ``findings.fault``; the report holds it from then on."""
+    """Check all of a domain that was opened with ``report.findings.add_breach``; the report holds it from then on."""
     from xenpv.frames import HAS_DATA  # noqa: PLC0415
     from xenpv.verify.domain import check_domain  # noqa: PLC0415
 

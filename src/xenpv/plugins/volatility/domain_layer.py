@@ -55,7 +55,7 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
                 wrong.append(f"{message} (at {offset:#x})")
 
         try:
-            self._domain: KeptDomain = open_domain(self._path, fault=fault)
+            self._domain: KeptDomain = open_domain(self._path, on_breach=fault)
         except (XenPVError, OSError) as e:
             raise exceptions.LayerException(self.name, f"{self._path}: {e}") from e
         try:

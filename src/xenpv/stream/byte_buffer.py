@@ -6,19 +6,17 @@ and what is to be passed over is not held at all: a caller that can seek asks ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 
 from xenpv.errors import StreamError
 from xenpv.findings import Rule, Severity
 from xenpv.stream import rules
+from xenpv.stream.rules import BreachHandler
 
 _SMALL = 1024  # bytes; smaller pieces are joined as they come
 
 Taking = Generator[None, None, memoryview]
 Waiting = Generator[None, None, None]
-
-FaultHandler = Callable[[Rule, str, int, str | None], None]
-"""fault(rule, message, offset, record): called for each breach instead of raising."""
 
 
 class Feeding:
@@ -28,8 +26,8 @@ class Feeding:
     raise otherwise.
     """
 
-    def __init__(self, fault: FaultHandler | None = None) -> None:
-        self._collect = fault
+    def __init__(self, on_breach: BreachHandler | None = None) -> None:
+        self._collect = on_breach
         self._chunks: list[bytes] = []  # fed and not yet read, joined only when something spans them
         self._start = 0  # of what is unread in the first chunk
         self._have = 0  # bytes unread in all
