@@ -7,9 +7,10 @@ with lab.Host("4.17") as host:
 from __future__ import annotations
 
 from . import guests
-from .errors import JobFailed, JobTimeout, LabError, LostVM, MissingPrograms
-from .host import Host, Job, Result, run
+from .errors import LabError, LostVM, MissingPrograms
+from .host import Host, Job, run
 from .packages import PeerTools, fetch, headers, peer_tools
+from .result import JobFailed, JobTimeout, Result
 from .versions import DEFAULT, SUPPORTED, XenVersion
 
 __all__ = [

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from . import packages, programs, trees, versions
-from .errors import JobTimeout, LabError
-from .host import DEFAULT_TIMEOUT, Host, Job, Result, shell
+from .errors import LabError
+from .host import DEFAULT_TIMEOUT, Host, Job, shell
+from .result import JobTimeout, Result
 
 LOST = 125  # the VM died, or the lab could not run the command at all: says nothing about the command
 TIMED_OUT = 124  # as timeout(1)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .host import Result
-
 
 class LabError(Exception):
     """The lab cannot do what was asked: something is missing, or a fetch failed."""
@@ -29,19 +24,3 @@ class LostVM(LabError):
         self.console = console
         tail = "\n".join(f"  | {line}" for line in console.splitlines()[-40:])
         super().__init__(f"{why}; the end of its console:\n{tail}" if tail else f"{why}; its console is empty")
-
-
-class JobFailed(LabError):
-    """A command in dom0 ended with a status other than 0, and the caller had asked for 0."""
-
-    def __init__(self, result: Result) -> None:
-        self.result = result
-        super().__init__(f"{result.command!r} ended with {result.status} after {result.seconds:.1f} s{result.tails()}")
-
-
-class JobTimeout(LabError):
-    """A command in dom0 ran too long and was killed; the VM lives on."""
-
-    def __init__(self, result: Result, timeout: float) -> None:
-        self.result = result
-        super().__init__(f"{result.command!r} was killed after {timeout:g} s{result.tails()}")

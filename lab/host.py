@@ -9,13 +9,13 @@ import select
 import shutil
 import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from . import guests, programs, trees, versions
-from .errors import JobFailed, JobTimeout, LabError, LostVM
+from .errors import LabError, LostVM
+from .result import JobTimeout, Result
 from .vm import Hardware, Machine
 from .workspace import Workspace
 
@@ -23,35 +23,6 @@ BOOT_TIMEOUT = 240.0
 LOST_AFTER = 30.0  # seconds beyond a job's own timeout in which dom0 must have answered
 DEFAULT_TIMEOUT = 300.0
 GLANCE = 0.25  # seconds between two looks at whether the VM is still there
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """How a job ended. `outputs` is the folder that was its working folder; it goes away with the host."""
-
-    command: str
-    status: int
-    stdout: bytes
-    stderr: bytes
-    outputs: Path
-    seconds: float
-
-    @property
-    def text(self) -> str:
-        return self.stdout.decode(errors="replace")
-
-    def check(self) -> Self:
-        """Itself if the status was 0, else JobFailed with the end of its output."""
-        if self.status:
-            raise JobFailed(self)
-        return self
-
-    def tails(self) -> str:
-        parts = []
-        for name, data in (("stdout", self.stdout), ("stderr", self.stderr)):
-            lines = data.decode(errors="replace").splitlines()[-15:]
-            parts += [f"\n{name}:"] * bool(lines) + [f"\n  | {line}" for line in lines]
-        return "".join(parts)
 
 
 class Job:

@@ -19,9 +19,10 @@ import pytest
 
 from lab import apt, cache, guests, programs, trees, versions, workspace
 from lab.__main__ import main
-from lab.errors import JobFailed, LabError, LostVM, MissingPrograms
-from lab.host import Host, Result
+from lab.errors import LabError, LostVM, MissingPrograms
+from lab.host import Host
 from lab.initramfs import Archive, modules_in_order
+from lab.result import JobFailed, Result
 from lab.vm import Machine
 
 AGENT = Path(cache.__file__).parent / "dom0/agent.py"
