@@ -148,7 +148,7 @@ def _deps(options: argparse.Namespace) -> int:
     for program, package in lacking.items():
         print(f"missing: {program} (package {package})")
     if not lacking:
-        print("all that the lab needs is there")
+        print("all programs that the lab and the tests need are installed")
     elif not options.check:
         programs.install(lacking)
     return 1 if lacking and options.check else 0

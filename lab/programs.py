@@ -41,15 +41,29 @@ def require(wanted: dict[str, str] | None = None) -> None:
 
 
 def install(lacking: dict[str, str]) -> None:
-    """Install packages of programs; the hypervisor and kernels are never among them."""
+    """Install the packages of missing programs, as root or by sudo; the hypervisor and kernels are never among them.
+
+    Raises LabError with the line to type where this user may not install packages without being asked for a password.
+    """
     if not find("apt-get"):
         raise LabError(
             "there is no apt-get here: the lab's packages come from Debian, so run it on Debian or a derivative"
         )
-    become_root = [] if os.geteuid() == 0 else ["sudo"]
     packages = sorted(set(lacking.values()))
-    for words in (["apt-get", "update"], ["apt-get", "install", "--no-install-recommends", "-y", *packages]):
-        print(f"running: {shlex.join([*become_root, *words])}", flush=True)
-        status = subprocess.run([*become_root, *words], check=False).returncode
+    commands = [["apt-get", "update"], ["apt-get", "install", "--no-install-recommends", "-y", *packages]]
+    if os.geteuid() != 0:
+        commands = [["sudo", *words] for words in commands]
+        if not _sudo_asks_nothing():
+            line = " && ".join(shlex.join(words) for words in commands)
+            raise LabError(f"installing needs root; type this, then try again:\n  {line}")
+    for words in commands:
+        print(f"running: {shlex.join(words)}", flush=True)
+        status = subprocess.run(words, check=False).returncode
         if status:
             raise LabError(f"{shlex.join(words)} ended with {status}")
+
+
+def _sudo_asks_nothing() -> bool:
+    if not find("sudo"):
+        return False
+    return subprocess.run(["sudo", "-n", "true"], capture_output=True, check=False).returncode == 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import lzma
-import os
 import socket
 import stat
 import subprocess
@@ -24,6 +23,7 @@ from lab.host import Host
 from lab.initramfs import Archive, modules_in_order
 from lab.result import JobFailed, Result
 from lab.vm import Machine
+from tests.support.requirements import cannot_run
 
 AGENT = Path(cache.__file__).parent / "dom0/agent.py"
 
@@ -171,8 +171,8 @@ def test_a_failed_program_is_named_with_its_complaint() -> None:
 
 
 def test_archive_is_one_that_cpio_reads() -> None:
-    if programs.missing({"cpio": "cpio"}) and os.environ.get("CI") != "true":
-        pytest.skip("not run: cpio is missing; make lab-deps installs it")
+    if programs.missing({"cpio": "cpio"}):
+        cannot_run("cpio is not installed; `make lab-deps` installs it")
     archive = Archive()
     archive.file("bin/tool", b"content", 0o755)
     archive.link("bin/alias", "tool")
@@ -312,6 +312,39 @@ def test_missing_programs_say_how_to_get_them(
     assert "missing: depmod (package kmod)" in capsys.readouterr().out
     with pytest.raises(LabError, match="no apt-get"):
         programs.install(programs.missing())
+
+
+def test_install_without_root_or_sudo_gives_the_line_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr(programs, "find", lambda program: None if program == "sudo" else f"/usr/bin/{program}")
+    monkeypatch.setattr("subprocess.run", lambda words, **_options: ran.append(words))
+    with pytest.raises(LabError, match=r"sudo apt-get update && sudo apt-get install --no-install-recommends -y kmod$"):
+        programs.install({"depmod": "kmod"})
+    assert ran == []
+
+
+@pytest.mark.parametrize("root", [True, False], ids=["root", "sudo"])
+def test_install_runs_apt_and_says_so(
+    root: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(words: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
+        ran.append(words)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr("os.geteuid", lambda: 0 if root else 1000)
+    monkeypatch.setattr(programs, "find", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr("subprocess.run", run)
+    programs.install({"depmod": "kmod"})
+    become = [] if root else ["sudo"]
+    expected = [
+        [*become, "apt-get", "update"],
+        [*become, "apt-get", "install", "--no-install-recommends", "-y", "kmod"],
+    ]
+    assert [words for words in ran if words[-1] != "true"] == expected
+    assert capsys.readouterr().out.count("running: ") == 2
 
 
 def test_deps_never_installs_a_hypervisor_or_a_kernel() -> None:

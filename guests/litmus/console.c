@@ -1,26 +1,16 @@
 /*
- * One line per event on the PV console, each starting "litmus: ", made to be read by programs.
+ * The PV console: where print's lines go.
  *
- * A console nobody reads must not stop the guest: a line that finds no room for a second is dropped, and the next line
- * that gets through is preceded by one that says how many were lost.
+ * A console nobody reads must not stop the guest: a line that finds no room for a second is given up.
  */
 #include "hypercall.h"
 #include "litmus.h"
-#include <stdarg.h>
 
 #define WAIT_NS (1000 * NS_PER_MS)
 
 static struct console_ring *ring;
-static volatile bool locked;
-static uint64_t lost;
 
-void console_connect(void)
-{
-    ring = page_address(mfn_to_pfn(start_info->console_mfn));
-    event_listen(SLOT_CONSOLE, start_info->console_evtchn);
-}
-
-static bool put(const char *text, size_t n)
+static bool console_write(const char *text, size_t n)
 {
     uint64_t deadline = now() + WAIT_NS;
     while (sizeof(ring->out) - (ring->out_prod - ring->out_cons) < n) {
@@ -38,71 +28,9 @@ static bool put(const char *text, size_t n)
     return true;
 }
 
-struct line { char text[256]; size_t n; };
-
-static void add(struct line *line, char c)
+void console_connect(void)
 {
-    if (line->n < sizeof(line->text) - 1)
-        line->text[line->n++] = c;
-}
-
-static void add_string(struct line *line, const char *s)
-{
-    while (*s)
-        add(line, *s++);
-}
-
-static void add_number(struct line *line, uint64_t n, unsigned base)
-{
-    char digits[20];
-    size_t count = put_number(digits, n, base);
-    for (size_t i = 0; i < count; i++)
-        add(line, digits[i]);
-}
-
-/* %s, %lu and %lx. */
-static void format_line(struct line *line, const char *format, va_list args)
-{
-    add_string(line, "litmus: ");
-    for (; *format; format++)
-        if (*format != '%')
-            add(line, *format);
-        else if (format[1] == 's')
-            add_string(line, va_arg(args, const char *)), format++;
-        else
-            add_number(line, va_arg(args, uint64_t), format[2] == 'x' ? 16 : 10), format += 2;
-    add(line, '\n');
-}
-
-static void print_line(const char *format, va_list args)
-{
-    struct line line = { .n = 0 };
-    format_line(&line, format, args);
-    if (!put(line.text, line.n))
-        lost++;
-}
-
-static void print_lost(const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    lost = 0;
-    print_line(format, args);
-    va_end(args);
-}
-
-void print(const char *format, ...)
-{
-    va_list args;
-    if (!ring)
-        return;
-    /* A vcpu that died with the lock must not silence the one that reports it: the wait has an end. */
-    for (unsigned tries = 0; __sync_lock_test_and_set(&locked, true) && tries < 100000; tries++)
-        yield();
-    if (lost)
-        print_lost("lost lines=%lu", lost);
-    va_start(args, format);
-    print_line(format, args);
-    va_end(args);
-    __sync_lock_release(&locked);
+    ring = page_address(mfn_to_pfn(start_info->console_mfn));
+    event_listen(SLOT_CONSOLE, start_info->console_evtchn);
+    print_to(console_write);
 }

@@ -48,9 +48,15 @@ extern struct options options;
 void cmdline_parse(const char *line);
 const char *p2m_form_name(void);
 
+/* print.c: the bottom, which calls no other file. */
+typedef bool print_sink(const char *text, size_t n);
+void print_to(print_sink *to);
+void print(const char *format, ...) __attribute__((format(printf, 1, 2)));
+void panic(const char *why) __attribute__((noreturn));
+void shutdown(unsigned reason) __attribute__((noreturn));
+
 /* console.c */
 void console_connect(void);
-void print(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
 /* events.c: event channels without upcalls, and the time. */
 extern struct shared_info shared_info;
@@ -142,8 +148,6 @@ bool suspend_poll(void);
 /* traps.c */
 void traps_init(void);
 void traps_fill_context(struct vcpu_guest_context *context);
-void panic(const char *why) __attribute__((noreturn));
-void shutdown(unsigned reason) __attribute__((noreturn));
 void trap_panic(unsigned vector, const uint64_t *frame) __attribute__((noreturn));
 
 /* xenstore.c */

@@ -1,5 +1,5 @@
 /*
- * Traps, the GDT, and the end.
+ * Traps and the GDT.
  *
  * No trap is expected: each is told with what is needed to find it, and ends the domain as a crash. The GDT holds
  * nothing that is used (Xen's flat segments serve); it is loaded so that saved contexts carry a GDT frame.
@@ -55,16 +55,4 @@ void trap_panic(unsigned vector, const uint64_t *frame)
     print("panic vector=%lu rip=0x%lx error=0x%lx cr2=0x%lx rsp=0x%lx vcpu=%lu", (uint64_t)vector, frame[0], error,
           shared_info.vcpu_info[this_vcpu()->id].cr2, frame[3], this_vcpu()->id);
     shutdown(SHUTDOWN_CRASH);
-}
-
-void panic(const char *why)
-{
-    print("panic %s", why);
-    shutdown(SHUTDOWN_CRASH);
-}
-
-void shutdown(unsigned reason)
-{
-    for (;;)
-        sched_op(SCHEDOP_SHUTDOWN, &reason);
 }

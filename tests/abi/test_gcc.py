@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.support.gcc import NoCompiler, evaluate, header_folders
+from tests.support.requirements import cannot_run
 from xenpv.abi import declare, domctl, hvm_save, x86, xen
 from xenpv.abi.declare import Array, Struct, Width
 from xenpv.abi.domctl import PageType
@@ -27,18 +28,11 @@ STRUCTS = {
 }
 
 
-def not_run(why: str) -> None:
-    """A check that could not be made fails where everything has to be there, and is reported elsewhere."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(why)
-    pytest.skip(why)
-
-
 @pytest.fixture(params=["XENPV_XEN_HEADERS"] if os.environ.get("XENPV_XEN_HEADERS") else ["4.14", "4.17", "4.20"])
 def include(request: pytest.FixtureRequest) -> Path:
     folder = header_folders().get(request.param)
     if folder is None:
-        not_run(f"no public headers of Xen {request.param}: {HOW}")
+        cannot_run(f"no public headers of Xen {request.param}: {HOW}")
         raise AssertionError
     return folder
 
@@ -47,7 +41,7 @@ def values(include: Path, width: Width, expressions: list[str]) -> list[int]:
     try:
         return evaluate(include, HEADERS, expressions, width)
     except NoCompiler as e:
-        not_run(str(e))
+        cannot_run(str(e))
         raise
 
 
@@ -163,7 +157,7 @@ def test_the_question_is_a_real_one() -> None:
     """A struct that is declared wrong would be found: one member left out, one too wide."""
     folders = header_folders()
     if not folders:
-        not_run(f"no public headers of Xen: {HOW}")
+        cannot_run(f"no public headers of Xen: {HOW}")
     wrong = Struct("trap_info", "xen.h", vector=declare.U8, flags=declare.U16, cs=declare.U16, address=declare.ULONG)
     include = next(iter(folders.values()))
     found = values(include, 4, ["sizeof(struct trap_info)", "__builtin_offsetof(struct trap_info, cs)"])

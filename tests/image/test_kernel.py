@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gzip
-from pathlib import Path
 from typing import Any
 
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from tests.support.requirements import litmus_folder
 from tests.support.writers.kernel import (
     BASE,
     LEGACY,
@@ -26,8 +26,6 @@ from tests.support.writers.kernel import (
 from xenpv.image.kernel import KernelImage
 from xenpv.image.notes import NOTES, Source
 from xenpv.image.parameters import Pae, feature_names
-
-LITMUS = Path(__file__).parents[2] / "guests/litmus/build"
 
 
 def parse(kernel: Kernel) -> KernelImage:
@@ -210,8 +208,7 @@ def test_what_is_not_loadable_is_not_loaded() -> None:
 
 @pytest.mark.parametrize("name", ["litmus.elf", "litmus-nop2m.elf"])
 def test_litmus_is_what_pyelftools_says(name: str) -> None:
-    path = LITMUS / name
-    assert path.exists(), "make guests builds it"
+    path = litmus_folder() / name
     image = KernelImage.parse(path.read_bytes())
     with path.open("rb") as file:
         elf: Any = ELFFile(file)  # type: ignore[no-untyped-call]

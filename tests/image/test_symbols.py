@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import io
 import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
 from elftools.elf.elffile import ELFFile
 
 from tests.support.images import asking_for_symbols
+from tests.support.requirements import litmus_folder
 from tests.support.writers.kernel import PV32, PV64, Kernel, Load, Section, kernel32, note, text
 from xenpv.errors import ImageError
 from xenpv.image.elf import Elf
 from xenpv.image.kernel import KernelImage
 from xenpv.image.verdict import pv_obstacles, remarks
 
-LITMUS = Path(__file__).parents[2] / "guests/litmus/build/litmus.elf"
 WANTED = note(11, text("yes"))
 START = 0x10_0000  # of the loads that a made kernel has
 END = 0x10_6000
@@ -74,7 +73,7 @@ def test_it_is_a_file_of_its_own(width: int, room: int, places: tuple[int, int])
 
 
 def test_the_names_of_a_real_kernel_are_in_it() -> None:
-    data = asking_for_symbols(LITMUS.read_bytes())
+    data = asking_for_symbols((litmus_folder() / "litmus.elf").read_bytes())
     image = KernelImage.parse(data)
     assert image.symbols is not None
     memory = loaded(image)[image.symbols.start - image.elf.paddr_range.start :]

@@ -8,7 +8,6 @@ Domains that a test leaves are destroyed after it; a host that a test has lost i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 import lab
 from lab import DEFAULT, programs, versions
+from tests.support.requirements import cannot_run
 
 HERE = Path(__file__).parent
 DESTROY_ALL = "xl list | awk 'NR > 2 { print $2 }' | while read -r domid; do xl destroy \"$domid\"; done"
@@ -39,13 +39,9 @@ def _version_rank(item: pytest.Item) -> int:
 
 @pytest.fixture(scope="session", autouse=True)
 def _runnable() -> None:
-    """Missing programs fail the tests where the lab must run, and are reported as skips elsewhere."""
     lacking = programs.missing()
     if lacking:
-        message = str(lab.MissingPrograms(lacking))
-        if os.environ.get("CI") == "true" or os.environ.get("XENPV_LAB") == "require":
-            pytest.fail(message)
-        pytest.skip(f"not run: {message}, then run: make lab")
+        cannot_run(str(lab.MissingPrograms(lacking)))
 
 
 class Hosts:

@@ -5,7 +5,6 @@ Where there is no browser (make lab-deps installs one) it is skipped; in CI that
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from tests.report.test_page import hostile_facts
 from tests.support import browser
 from tests.support.browser import Page
+from tests.support.requirements import cannot_run
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from xenpv.report.gather import Checked, gather
@@ -34,8 +34,8 @@ HITS = "[...document.querySelectorAll('.finding.hit')].map(row => Number(row.dat
 
 @pytest.fixture(scope="module")
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    if browser.find() is None and os.environ.get("CI") != "true":
-        pytest.skip("not run: chromium is missing; make lab-deps installs it")
+    if browser.find() is None:
+        cannot_run("chromium is not installed; `make lab-deps` installs it")
     with browser.opened(tmp_path_factory.mktemp("browser")) as page:
         yield page
 
