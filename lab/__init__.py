@@ -1,4 +1,4 @@
-"""The lab: real Xen under QEMU's emulation, for tests and for people. See docs/lab.md.
+"""The lab: real Xen under QEMU's emulation, for tests and for people. See docs/howto/lab.md.
 
 with lab.Host("4.17") as host:
     print(host.run("xl info").check().text)

@@ -1,6 +1,6 @@
 """A Debian guest exported: what stock tools say of the files, held against what the guest itself said.
 
-gdb, crash and drgn need the kernel's debugging information: give its path as XENPV_VMLINUX (docs/plugins.md has where
+gdb, crash and drgn need the kernel's debugging information: give its path as XENPV_VMLINUX (debuggers.md has where
 from); without, and without gdb or crash, those parts are skipped.
 """
 
@@ -98,7 +98,7 @@ def test_gdb_reads_the_banner_and_the_registers(debian: Debian, tmp_path: Path) 
 @pytest.mark.skipif(not shutil.which("crash"), reason="there is no crash")
 @pytest.mark.parametrize("form", ["elf", "kdump", "dumpcore"])
 def test_crash_knows_the_guest(debian: Debian, form: str, tmp_path: Path) -> None:  # noqa: F811
-    """crash before 8.0.4 knows of a kernel like this one no tasks but those that run (docs/export.md)."""
+    """crash before 8.0.4 knows of a kernel like this one no tasks but those that run (docs/howto/export.md)."""
     file = exported(debian.path, tmp_path, form)
     told = subprocess.run(["crash", "--version"], capture_output=True, text=True, check=True).stdout
     version = tuple(int(n) for n in re.findall(r"^crash (\d+)\.(\d+)\.(\d+)", told, re.MULTILINE)[0])

@@ -1,7 +1,7 @@
 """drgn and Volatility 3 over a Debian guest, by our plug-ins: its save file, its core, and the guest while it runs.
 
 What they say is held against what the guest printed. drgn needs the kernel's debugging information for more than
-symbols and memory: give its path as XENPV_VMLINUX (docs/plugins.md has where from); without, that part is skipped.
+symbols and memory: give its path as XENPV_VMLINUX (debuggers.md has where from); without, that part is skipped.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_what_verify_passes_restores(debian: Debian, host: lab.Host) -> None:
 
 
 def test_one_flipped_bit_in_a_real_domain_is_found(debian: Debian, host: lab.Host) -> None:
-    """A sample; docs/support.md has a larger one, with the reasons of what cannot be found."""
+    """A sample; docs/evidence/shown.md has a larger one, with the reasons of what cannot be found."""
     result = flip_survey(debian.path, KINDS, samples=120 if host.xen == lab.DEFAULT else 30, seed=5)
     print("\n" + as_table(result))
     least = {"page tables": 0.8, "p2m frame list": 0.98, "vcpu context": 0.65, "headers": 0.95, "page list": 0.98}

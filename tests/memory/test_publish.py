@@ -88,7 +88,7 @@ def tables(draw: st.DrawFn, shape: tuple[Width, Form, int]) -> tuple[U64, U64, i
 @settings(max_examples=max(8, settings().max_examples // 4))
 @given(data=st.data())
 def test_what_is_published_is_what_a_walk_finds(shape: tuple[Width, Form, int], data: st.DataObject) -> None:
-    """docs/abi-p2m-root.md: "an entry of a page above the leaves is the mfn of a page one level down, or INVALID_MFN";
+    """abi-p2m-root.md: "an entry of a page above the leaves is the mfn of a page one level down, or INVALID_MFN";
     "a leaf's entry is the mfn of the pfn, INVALID_MFN, or marked FOREIGN or IDENTITY"."""
     width, form, _ = shape
     pfns, mfns, entries = data.draw(tables(shape))
@@ -129,7 +129,7 @@ def test_what_is_published_is_what_a_walk_finds(shape: tuple[Width, Form, int], 
 @pytest.mark.parametrize("width", [8, 4])
 @given(data=st.data())
 def test_one_missing_leaf_is_shared_by_all_parts_without_a_frame(width: Width, data: st.DataObject) -> None:
-    """docs/abi-p2m-root.md: "pages may be shared among parts in which no pfn has a frame"."""
+    """abi-p2m-root.md: "pages may be shared among parts in which no pfn has a frame"."""
     pfns, mfns, entries = data.draw(tables((width, Form.ROOTED, 6)))
     machine = Machine(MFNS[width])
     leaves = put_leaves(pfns, mfns, entries, width, machine.put)
@@ -148,7 +148,7 @@ def test_one_missing_leaf_is_shared_by_all_parts_without_a_frame(width: Width, d
 
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] is not Form.LINEAR], ids=str)
 def test_a_tree_takes_what_it_reaches_and_not_one_more(shape: tuple[Width, Form, int]) -> None:
-    """docs/abi-p2m-root.md: "capacity is fpp^p2m_levels pages; a reader must refuse max_pfn beyond it, naming both"."""
+    """abi-p2m-root.md: "capacity is fpp^p2m_levels pages; a reader must refuse max_pfn beyond it, naming both"."""
     width, form, levels = shape
     word = (1 << 8 * width) - 1
     most = min((PAGE_SIZE // width) ** levels, word)
@@ -170,14 +170,14 @@ def test_a_tree_takes_what_it_reaches_and_not_one_more(shape: tuple[Width, Form,
 
 
 def test_the_classic_tree_reaches_512_gib() -> None:
-    """docs/abi-p2m-root.md: "three levels, which reach 512 GiB for a 64-bit guest"."""
+    """abi-p2m-root.md: "three levels, which reach 512 GiB for a 64-bit guest"."""
     assert capacity(3, 8) == 1 << 27 == (512 << 30) // PAGE_SIZE
     assert capacity(3, 4) == 1 << 30
 
 
 @pytest.mark.parametrize("levels", [0, 1, 9, 64])
 def test_a_tree_of_no_depth_is_not_made(levels: int) -> None:
-    """docs/abi-p2m-root.md: "p2m_levels must be from 2 to 8"."""
+    """abi-p2m-root.md: "p2m_levels must be from 2 to 8"."""
     with pytest.raises(RequestError, match="2 to 8 may be"):
         tree_anchors(Form.ROOTED, NOTHING, 0, 8, Machine().put, levels=levels)
 
@@ -229,7 +229,7 @@ def test_every_64_bit_entry_is_kept(mfns: list[int]) -> None:
 
 @pytest.mark.parametrize("width", [8, 4])
 def test_what_makes_others_valid_is_stored_last(width: Width) -> None:
-    """docs/abi-p2m-root.md: "a reader that sees p2m_levels sees the rest"; and so of p2m_cr3 (arch-x86/xen.h)."""
+    """abi-p2m-root.md: "a reader that sees p2m_levels sees the rest"; and so of p2m_cr3 (arch-x86/xen.h)."""
     whole = Anchors(width, 5, INVALID_MFN[width], 7 << 12, 0x4000_0000, 2, 3, 9)
     page, seen = bytearray(PAGE_SIZE), []
     for at, store in whole.stores():
@@ -255,7 +255,7 @@ def test_what_makes_others_valid_is_stored_last(width: Width) -> None:
     ],
 )
 def test_the_list_comes_first_and_a_tree_is_of_one_form(frame_list_list: int, forms: list[Form]) -> None:
-    """docs/abi-p2m-root.md: "the linear list, then the rooted tree, then the marked tree, then the three-level"."""
+    """abi-p2m-root.md: "the linear list, then the rooted tree, then the marked tree, then the three-level"."""
     anchors = Anchors(8, 5, frame_list_list, 7 << 12, 0, 0, 3, 9)
     assert [way.form for way in anchors.ways] == forms
     assert [way.form for way in replace(anchors, p2m_cr3=0).ways] == forms[1:]

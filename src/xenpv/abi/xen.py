@@ -69,7 +69,7 @@ ARCH_SHARED_INFO = Struct(
     p2m_generation=ULONG,
     wc_sec_hi=Only(4, U32),
 )
-# Proposed on xen-devel in 2014 and never merged (docs/abi-p2m-root.md): p2m_levels, so far into arch_shared_info, and
+# Proposed on xen-devel in 2014 and never merged (abi-p2m-root.md): p2m_levels, so far into arch_shared_info, and
 # p2m_root behind it, of the guest's width each.
 P2M_LEVELS_AT = {8: 48, 4: 28}
 XEN_LEGACY_MAX_VCPUS = 32

@@ -66,7 +66,7 @@ def migrate(
     the rest is small; then it stops, the rest is sent, and it runs there. Xen without shadow paging (Debian's 4.20)
     cannot tell what was written: --no-live.
 
-    At every moment one side alone may run it (docs/migration.md). If anything goes wrong, or at Ctrl-C, it runs on
+    At every moment one side alone may run it (migration.md). If anything goes wrong, or at Ctrl-C, it runs on
     here. Only when the other side falls silent right after it was told to go ahead can nobody here know: then the
     domain stays suspended, and --settle asks. Of a domain with disks or networks use xl migrate.
 

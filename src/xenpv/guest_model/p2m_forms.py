@@ -10,7 +10,7 @@ from xenpv.memory.anchors import DEPTHS, MARKED_LEVELS, Form
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What a kernel publishes: a linear list, a tree, both of them or neither (docs/design.md section 4).
+    """What a kernel publishes: a linear list, a tree, both of them or neither (docs/explanation/p2m.md).
 
     ``levels`` are those of the tree that the kernel has, its leaves counted. ``hidden``: it shows the first three of
     them. ``set_up``: a kernel with neither says "look elsewhere" (all ones), not "not set up yet" (0).

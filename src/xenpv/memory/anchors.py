@@ -15,11 +15,11 @@ from xenpv.memory.pagetables import canonical, cr3_frame, in_xen, place_of
 
 MARK = 1 << 61  # of the marked tree
 MARKED_LEVELS = 4
-DEPTHS = range(2, 9)  # levels that a rooted tree may have (docs/abi-p2m-root.md)
+DEPTHS = range(2, 9)  # levels that a rooted tree may have (docs/reference/abi-p2m-root.md)
 
 
 class Form(StrEnum):
-    """How a guest shows its p2m to the outside (docs/design.md section 4)."""
+    """How a guest shows its p2m to the outside (docs/explanation/p2m.md)."""
 
     LINEAR = "linear virtual list"
     ROOTED = "rooted tree"
@@ -55,7 +55,7 @@ class Way(NamedTuple):
 class Anchors:
     """The p2m fields of arch_shared_info. ``max_pfn`` is the number of entries; frames are mfns of the guest's host.
 
-    p2m_levels and p2m_root are a proposal (docs/abi-p2m-root.md), 0 in every guest that knows nothing of it.
+    p2m_levels and p2m_root are a proposal (docs/reference/abi-p2m-root.md), 0 in every guest that knows nothing of it.
     """
 
     width: Width

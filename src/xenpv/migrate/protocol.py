@@ -1,5 +1,5 @@
 """Who may run a domain that is on its way: the words that its two hosts say to each other, and what each of them does
-when the other falls silent. No I/O: docs/migration.md is this file in prose.
+when the other falls silent. No I/O: docs/explanation/migration.md is this file in prose.
 
 Rule of all rules: at every moment at most one side may run the domain, and exactly one but for the sender's ``GIVEN``,
 in which it cannot know whether its last word arrived.

@@ -98,7 +98,7 @@ def save(
     lets it run again: the caller does, who knows what became of the copy. ``envelope``: xl's file with ``config`` in
     it, JSON as libxl_domain_config_to_json() makes it (a file without it restores with xl restore CONFIG FILE), or a
     bare libxl or libxc stream. ``stock``: that any restorer is to understand it; without, the stream has a record of
-    xenpv's own where that is shorter, and where nothing else will do: for pfns from 2^32 on (docs/stream.md).
+    xenpv's own where that is shorter, and where nothing else will do: for pfns from 2^32 on (records.md).
     ``verify``: when all is sent and the domain stands still, all pages are sent once more behind a VERIFY record, for
     whoever restores to say which of them are not as they came before.
 

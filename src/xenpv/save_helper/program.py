@@ -3,7 +3,7 @@
     LIBXL_SAVE_HELPER=/path/to/xenpv-save-helper xl save|restore|migrate …
 
 libxl runs it with the stream's descriptor, and talks to it over standard input and output (protocol.py); what
-goes wrong is said to libxl, which prints it. docs/save-helper.md is for who uses it.
+goes wrong is said to libxl, which prints it. docs/howto/xl.md is for who uses it.
 
 NumPy, and all that stands on it, is imported when it is known what for.
 """

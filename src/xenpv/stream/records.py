@@ -113,7 +113,7 @@ class X86PVP2MFrames(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class P2MLeaves(Record):
-    """The frames that hold the p2m's ``entries``, in runs: docs/stream.md. A later record replaces all of it.
+    """The frames that hold the p2m's ``entries``, in runs: records.md. A later record replaces all of it.
 
     ``raw`` is the runs, three words of 64 bits each, little-endian: the first place, how many places, and the pfn of
     the frame that stands in all of them.

@@ -59,7 +59,7 @@ PV_INFO = Rule("pv-info", "width 4 goes with 3 page-table levels, width 8 with 4
 P2M_RANGE = Rule(
     "p2m-frames-range",
     "start pfn is not above end pfn, one frame for each p2m page",
-    "handle_x86_pv_p2m_frames(); XENPV_P2M_LEAVES: docs/stream.md",
+    "handle_x86_pv_p2m_frames(); XENPV_P2M_LEAVES: docs/reference/records.md",
 )
 PAGE_COUNT = Rule("page-data-count", "PAGE_DATA has at least one pfn, and room for all of them", "handle_page_data()")
 PAGE_TYPE = Rule(
