@@ -6,27 +6,27 @@ import threading
 
 import pytest
 
-from xenpv.io.background import Behind
+from xenpv.io.background import BackgroundWorker
 
 
 def test_work_is_done_in_order_and_by_the_end() -> None:
     done: list[int] = []
-    with Behind() as behind:
+    with BackgroundWorker() as worker:
         for n in range(50):
-            behind.do(lambda n=n: done.append(n))  # type: ignore[misc]
-        behind.wait()
+            worker.submit(lambda n=n: done.append(n))  # type: ignore[misc]
+        worker.wait()
         assert done == list(range(50))
-        behind.do(lambda: done.append(50))
+        worker.submit(lambda: done.append(50))
     assert done[-1] == 50
 
 
 def test_one_piece_at_a_time_while_the_caller_goes_on() -> None:
     first, second = threading.Event(), threading.Event()
-    with Behind() as behind:
-        behind.do(lambda: first.wait(5))
+    with BackgroundWorker() as worker:
+        worker.submit(lambda: first.wait(5))
         assert not first.is_set()  # we are here while it waits
         threading.Timer(0.01, first.set).start()
-        behind.do(second.set)
+        worker.submit(second.set)
         assert first.is_set()  # the second begins when the first is done
 
 
@@ -35,14 +35,14 @@ def test_what_it_raises_is_raised_once_where_it_is_waited_for() -> None:
         raise OSError(28, "full")
 
     done: list[int] = []
-    with Behind() as behind:
-        behind.do(fail)
+    with BackgroundWorker() as worker:
+        worker.submit(fail)
         with pytest.raises(OSError, match="full"):
-            behind.do(lambda: done.append(1))
-        behind.do(lambda: done.append(2))
+            worker.submit(lambda: done.append(1))
+        worker.submit(lambda: done.append(2))
     assert done == [2]
-    with pytest.raises(OSError, match="full"), Behind() as behind:
-        behind.do(fail)
+    with pytest.raises(OSError, match="full"), BackgroundWorker() as worker:
+        worker.submit(fail)
 
 
 def test_another_error_is_not_hidden_and_the_work_ends_first() -> None:
@@ -54,8 +54,8 @@ def test_another_error_is_not_hidden_and_the_work_ends_first() -> None:
         raise OSError(28, "full")
 
     def fail_meanwhile() -> None:
-        with Behind() as behind:
-            behind.do(work)
+        with BackgroundWorker() as worker:
+            worker.submit(work)
             threading.Timer(0.01, slow.set).start()
             raise KeyError("another")
 

@@ -20,7 +20,7 @@ from tests.support.writers.stream import NOTAB, PAGE, Piece, Stream, Wire
 from xenpv.abi.declare import Width
 from xenpv.frames import PAGE_SHIFT, U8, U64
 from xenpv.host.model.host import ModelHost
-from xenpv.io.background import Behind, Work
+from xenpv.io.background import BackgroundWorker, Task
 from xenpv.memory.pagetables import as_entries, frames
 from xenpv.memory.physmap import Physmap
 from xenpv.restore import page_tables
@@ -33,19 +33,19 @@ from xenpv.save.save import save
 WIRE = Wire()
 
 
-class Late(Behind):
+class Late(BackgroundWorker):
     """Reads nothing until it is waited for."""
 
-    _work: Work | None = None
+    _task: Task | None = None
 
-    def do(self, work: Work) -> None:
+    def submit(self, task: Task) -> None:
         self.wait()
-        self._work = work
+        self._task = task
 
     def wait(self) -> None:
-        work, self._work = self._work, None
-        if work is not None:
-            work()
+        task, self._task = self._task, None
+        if task is not None:
+            task()
 
 
 class Left(NamedTuple):
@@ -77,7 +77,7 @@ def at_once(count: int) -> Iterator[list[Left]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_tables, "_AT_ONCE", count)
-        patch.setattr(restore_pages, "Behind", Late)
+        patch.setattr(restore_pages, "BackgroundWorker", Late)
         patch.setattr(PagesIn, "settle", settling)
         patch.setattr(TablesIn, "finish", finishing)
         yield left

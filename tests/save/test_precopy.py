@@ -19,9 +19,9 @@ from xenpv.abi.declare import Width
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import U8, U64, DomId
 from xenpv.host.protocol import Mover
+from xenpv.io.progress import Phase, Progress, Transfer
 from xenpv.save.p2m_tracker import SavedP2M
 from xenpv.save.precopy import Precopy
-from xenpv.save.progress import Phase, Status
 from xenpv.save.save import save
 from xenpv.save.suspend import suspend
 from xenpv.stream.envelope import Kind
@@ -270,13 +270,15 @@ def test_log_dirty_is_off_whatever_the_sink_raises(error: type[BaseException], n
     guest, calls = Guest.boot("linear"), itertools.count(1)
     attend(guest, times(9, writing(guest)))
 
-    class Sink:
+    class FailingSink:
+        is_regular_file = False
+
         def write(self, _buffers: Any) -> None:
             if next(calls) == nth:
                 raise error("full", op="write") if error is HostError else error
 
     with pytest.raises(error):
-        save(guest.host, guest.domid, Sink(), live=Precopy(), suspend=lambda: suspend(guest.host, guest.domid))
+        save(guest.host, guest.domid, FailingSink(), live=Precopy(), suspend=lambda: suspend(guest.host, guest.domid))
     is_off(guest)
 
 
@@ -366,32 +368,37 @@ def test_what_a_policy_cannot_be(how: dict[str, Any]) -> None:
         Precopy(**how)
 
 
+def transfers(seen: list[Progress]) -> list[Transfer]:
+    return [one.transfer for one in seen if one.transfer is not None]
+
+
 def test_progress_of_a_live_copy() -> None:
-    guest, seen = Guest.boot("linear"), list[Status]()
+    guest, seen = Guest.boot("linear"), list[Progress]()
     attend(guest, times(2, writing(guest, 300)))
     _, summary = copied(guest, progress=seen.append)
-    assert [phase for phase, _ in itertools.groupby(status.phase for status in seen)] == [
+    assert [phase for phase, _ in itertools.groupby(one.phase for one in transfers(seen))] == [
         Phase.COPYING, Phase.SUSPENDING, Phase.FINISHING, Phase.DONE,
     ]  # fmt: skip
-    assert seen[-1].pages == summary.pages
-    assert seen[-1].bytes == summary.bytes
-    rounds = {status.round: status for status in seen}
-    assert sorted(rounds) == list(range(summary.rounds))
-    assert 300 <= rounds[1].dirty < 400
-    assert rounds[1].round_done <= rounds[1].round_pages
-    assert all(status.rate > 0 and status.downtime is not None for status in seen if status.round_done)
+    last = transfers(seen)[-1]
+    assert (last.pages, last.bytes) == (summary.pages, summary.bytes)
+    iterations = {one.iteration: one for one in transfers(seen)}
+    assert sorted(iterations) == list(range(summary.rounds))
+    assert 300 <= iterations[1].dirty < 400
+    assert all(one.total is not None and one.done <= one.total for one in seen)
+    begun = transfers([one for one in seen if one.done])
+    assert all(one.rate > 0 and one.downtime is not None for one in begun)
 
 
 def test_a_bandwidth_is_kept_while_it_runs_and_not_when_it_stands_still() -> None:
-    guest, seen = Guest.boot("linear", pages=2048), list[Status]()
+    guest, seen = Guest.boot("linear", pages=2048), list[Progress]()
     attend(guest, times(9, writing(guest, 500)))
     before = time.monotonic()
     copied(guest, live=Precopy(bandwidth=32 << 20, max_iterations=1), progress=seen.append)
     took = time.monotonic() - before
     assert took > 2048 * 4096 / (32 << 20)
-    copying = [status for status in seen if status.phase is Phase.COPYING and status.round_done]
-    assert max(status.rate for status in copying) < (32 << 20) * 1.05
-    stopped = [status for status in seen if status.phase is Phase.SUSPENDING][-1]
+    copying = [one for one in transfers([one for one in seen if one.done]) if one.phase is Phase.COPYING]
+    assert max(one.rate for one in copying) < (32 << 20) * 1.05
+    stopped = [one for one in transfers(seen) if one.phase is Phase.SUSPENDING][-1]
     assert stopped.downtime is not None
 
 

@@ -45,12 +45,12 @@ from xenpv.errors import Fault, HostError
 from xenpv.frames import FOREIGN, IDENTITY, IS_POPULATED, IS_TABLE, NO_FRAME, U8, U64, DomId, PageType
 from xenpv.host.model.host import ModelHost
 from xenpv.host.protocol import DomainInfo, VcpuState
+from xenpv.io.progress import Phase, Progress
 from xenpv.io.stream_input import Input
 from xenpv.memory.p2m import is_own
 from xenpv.memory.pagetables import as_entries, frames
 from xenpv.memory.publish import words
 from xenpv.restore.restore import restore_domain
-from xenpv.save.progress import Phase, Status
 from xenpv.save.save import BATCH, ENTRIES_MAX, save
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.envelope import Kind
@@ -191,15 +191,15 @@ def test_xens_own_verifier_takes_it(tmp_path: Path) -> None:
 
 
 def test_progress_is_told_to_its_end(tmp_path: Path) -> None:
-    guest, seen = suspended("linear"), list[Status]()
+    guest, seen = suspended("linear"), list[Progress]()
     summary = saved(guest, tmp_path / "x", progress=seen.append)
     pages = guest.host.info(guest.domid).pages
     told = [0, *range(BATCH, pages, BATCH), pages, pages]
-    assert [(status.round, status.round_done, status.pages, status.round_pages) for status in seen] == [
-        (0, n, n, pages) for n in told
-    ]
-    assert [status.phase for status in seen] == [Phase.COPYING] * (len(seen) - 1) + [Phase.DONE]
-    assert seen[-1].bytes == summary.bytes
+    assert [(one.done, one.total) for one in seen] == [(n, pages) for n in told]
+    transfers = [one.transfer for one in seen if one.transfer is not None]
+    assert [(one.iteration, one.pages) for one in transfers] == [(0, n) for n in told]
+    assert [one.phase for one in transfers] == [Phase.COPYING] * (len(seen) - 1) + [Phase.DONE]
+    assert transfers[-1].bytes == summary.bytes
 
 
 @pytest.mark.parametrize(

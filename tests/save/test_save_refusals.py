@@ -33,7 +33,8 @@ from xenpv.abi.x86 import PTE_P, PTE_PSE
 from xenpv.errors import Fault, GuestError, HostError, RequestError
 from xenpv.frames import FOREIGN, U8, U64, DomId, PageType
 from xenpv.host.protocol import DomainInfo
-from xenpv.save.save import Status, save
+from xenpv.io.progress import Progress
+from xenpv.save.save import save
 from xenpv.stream.envelope import Kind
 
 
@@ -268,8 +269,8 @@ def test_domains_of_other_kinds(changed: dict[str, Any], why: str) -> None:
 def test_a_domain_that_somebody_lets_run_meanwhile(tmp_path: Path) -> None:
     guest = suspended("linear")
 
-    def progress(status: Status) -> None:
-        if status.round_done == status.round_pages:
+    def progress(status: Progress) -> None:
+        if status.done == status.total:
             guest.host.resume(guest.domid)
 
     with pytest.raises(HostError, match="was let run while it was saved"):

@@ -43,6 +43,7 @@ class Twisted:
 class Heap:
     """A sink that keeps all, in the pieces in which it came."""
 
+    is_regular_file = False
     calls: list[list[int]] = field(default_factory=list)
     data: bytearray = field(default_factory=bytearray)
 

@@ -15,6 +15,7 @@ from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import GuestError
 from xenpv.findings import Findings
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, U8, U64, DomId
+from xenpv.io.progress import Progress
 from xenpv.verify import physmap
 from xenpv.verify.physmap import PhysmapCheck
 
@@ -204,8 +205,8 @@ def test_a_leaf_that_is_replaced_meanwhile_is_named() -> None:
     live = guest.live
     changed = guest.leaves.copy()
 
-    def replaces(done: int, _of: int | None) -> None:
-        if done == 2 and changed == guest.leaves:
+    def replaces(progress: Progress) -> None:
+        if progress.done == 2 and changed == guest.leaves:
             guest.leaves[1] = guest.table(guest.entries[512:])
             mid = int(guest.made.mfns[ROOM + 2])
             page = np.full(512, INVALID_MFN[8], np.uint64)

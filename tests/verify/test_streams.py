@@ -191,13 +191,13 @@ def test_progress_of_a_file_and_of_a_pipe(tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     file.write_bytes(data)
     seen: list[tuple[int, int | None]] = []
-    judge(file, deep=False, progress=lambda done, total: seen.append((done, total)))
+    judge(file, deep=False, progress=lambda progress: seen.append((progress.done, progress.total)))
     assert seen
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert {total for _, total in seen} == {len(data)}
     assert seen[-1][0] <= len(data)
     seen.clear()
-    judge_pipe(data, deep=False, progress=lambda done, total: seen.append((done, total)))
+    judge_pipe(data, deep=False, progress=lambda progress: seen.append((progress.done, progress.total)))
     assert seen[-1] == (len(data), None)
 
 

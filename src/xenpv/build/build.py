@@ -6,7 +6,7 @@ what comes out, page for page. Cost follows what is used: free pages are given, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from xenpv.host.xenstore_nodes import SLACK
 from xenpv.image import start
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
+from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.pagetables import cr3_of, localise
 from xenpv.memory.publish import words
 from xenpv.memory.radix import counting
@@ -28,9 +29,6 @@ _ORDER = 9
 _EXTENTS_AT_ONCE = 4096  # 8 GiB
 _PAGES_AT_ONCE = 1024
 _BELOW_4G = 0x10_0000
-
-Step = Callable[[str, int, int], None]
-"""step(what, done, in all): called now and then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ def build(
     name: str | None = None,
     uuid: str | None = None,
     config: bytes | None = None,
-    step: Step | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Built:
     """Make a domain as planned, paused; unpausing it starts its kernel.
 
@@ -100,7 +98,7 @@ def build(
     _check(host, layout, ramdisk)
     domid = host.create(layout.width, vcpus=layout.vcpus, max_pages=layout.nr_pages + SLACK, name=name, uuid=uuid)
     try:
-        built = _Builder(host, domid, image, layout, step or (lambda *_: None)).run(ramdisk)
+        built = _Builder(host, domid, image, layout, progress or (lambda _: None)).run(ramdisk)
         if config is not None:
             host.set_configuration(domid, config)
         return built
@@ -123,12 +121,14 @@ def _check(host: Toolstack, layout: Layout, ramdisk: bytes | memoryview) -> None
 class _Builder:
     """One build of one domain."""
 
-    def __init__(self, host: Toolstack, domid: DomId, image: KernelImage, layout: Layout, step: Step) -> None:
+    def __init__(
+        self, host: Toolstack, domid: DomId, image: KernelImage, layout: Layout, progress: ProgressCallback
+    ) -> None:
         self.host = host
         self.domid = domid
         self.image = image
         self.layout = layout
-        self.step = step
+        self.progress = progress
         self.memory = Memory(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
 
     def run(self, ramdisk: bytes | memoryview) -> Built:
@@ -174,7 +174,7 @@ class _Builder:
                     if at >= stop:
                         break
                 given += at - first
-                self.step("giving memory", given, self.layout.nr_pages)
+                self.progress(Progress(given, self.layout.nr_pages, "populating memory", "pages"))
                 if at < stop:
                     what = f"the host gave {given:#x} of {self.layout.nr_pages:#x} pages"
                     raise HostError(f"dom{self.domid}: {what}", op="populate_physmap", domid=self.domid)
@@ -215,13 +215,13 @@ class _Builder:
         self._clear(kernel.pfns)
         overlap = bool(image.elf.overlaps())  # if not, the zeroes behind a segment are there already
         for number, (vaddr, content, zeroes) in enumerate(loads := list(image.loads())):
-            self.step("loading the kernel", number, len(loads))
+            self.progress(Progress(number, len(loads), "loading the kernel"))
             self._copy(vaddr - layout.virt_base, np.frombuffer(content, np.uint8))
             if overlap:
                 at = vaddr - layout.virt_base + len(content)
                 self._copy(at, np.broadcast_to(np.zeros(1, np.uint8), zeroes))
         if place is not None:
-            self.step("loading the ramdisk", 0, place.size)
+            self.progress(Progress(0, place.size, "loading the ramdisk", "bytes"))
             self._clear(range(place.pfns.stop - 1, place.pfns.stop))  # what is behind its end
             self._copy(place.first * PAGE_SIZE, np.frombuffer(ramdisk, np.uint8))
 
@@ -236,7 +236,7 @@ class _Builder:
             mfns[max(layout.p2m_entries - first, 0) :] = 0  # of the last page, what is behind the list's end
             with self.host.map_writable(self.domid, self.memory.of(some)) as pages:
                 pages[:] = words(mfns.reshape(len(some), per_page), layout.width)
-            self.step("writing the p2m", some.stop - segment.first, segment.pages)
+            self.progress(Progress(some.stop - segment.first, segment.pages, "writing the p2m", "pages"))
 
     def _tables(self) -> None:
         done, in_all = 0, sum(span.count for span in self.layout.tables)
@@ -244,7 +244,7 @@ class _Builder:
             tables, _ = localise(entries, self.memory.mfns)
             self._write(pfns, tables.view(np.uint8).reshape(-1, PAGE_SIZE))
             done += len(pfns)
-            self.step("making page tables", done, in_all)
+            self.progress(Progress(done, in_all, "making page tables", "tables"))
 
     def _start_info(self, store: Ring, console: Ring) -> None:
         page = start.start_info(

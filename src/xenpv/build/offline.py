@@ -12,14 +12,16 @@ import numpy as np
 
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import INVALID_MFN, START_INFO
-from xenpv.build.build import Step, build
+from xenpv.build.build import build
 from xenpv.host.model.host import ModelHost
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, plan
 from xenpv.image.request import Request
+from xenpv.io.progress import Progress, ProgressCallback
+from xenpv.io.sink import Sink
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.pagetables import cr3_of
-from xenpv.save.save import Sink, Status, Summary, save
+from xenpv.save.save import Summary, save
 from xenpv.source.config import as_libxl
 
 _ROOM = 8 << 30  # bytes of the host that are not the domain's
@@ -43,11 +45,11 @@ def build_file(
     *,
     name: str,
     uuid: str,
-    step: Step | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Summary:
     """Write an xl save file of a domain as ``plan_file`` has it. Raises as build() and save()."""
     host = ModelHost((layout.nr_pages << 12) + _ROOM, sparse=True)
-    built = build(host, image, layout, ramdisk, name=name, uuid=uuid, step=step)
+    built = build(host, image, layout, ramdisk, name=name, uuid=uuid, progress=progress)
     domid, width = built.domid, layout.width
     top = int(built.memory.of(range(layout.registers.cr3_pfn, layout.registers.cr3_pfn + 1))[0])
     # The list that the kernel will find in start info is the p2m that the restorer fills in.
@@ -67,8 +69,8 @@ def build_file(
     host.set_vcpu_context(domid, 0, bytes(data))
     text = as_libxl(name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
 
-    def progress(status: Status) -> None:
-        if step is not None:
-            step("writing the file", status.round_done, status.round_pages)
+    def writing(status: Progress) -> None:
+        if progress is not None:
+            progress(status._replace(step="writing the file"))
 
-    return save(host, domid, sink, config=text, progress=progress)
+    return save(host, domid, sink, config=text, progress=writing)

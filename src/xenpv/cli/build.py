@@ -9,7 +9,7 @@ import click
 
 from xenpv.cli.image import naming, read_kernel
 from xenpv.cli.layout import ramdisk_size
-from xenpv.cli.terminal import JSON, NUMBER, print_json, steps
+from xenpv.cli.terminal import JSON, NUMBER, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import plan
@@ -81,9 +81,9 @@ def build(
     with XenToolstack() as host:
         if any(domain.name == called for domain in host.domains()):
             raise RequestError(f"there is a domain {called!r} already; say another --name")
-        with steps() as step:
+        with progress_bar() as bar:
             content = _content(ramdisk, request)
-            built = build_domain(host, image, layout, content, name=called, uuid=uuid, config=config, step=step)
+            built = build_domain(host, image, layout, content, name=called, uuid=uuid, config=config, progress=bar)
         if start:
             host.unpause(built.domid)
     if as_json:
@@ -128,8 +128,8 @@ def _build_file(
 
     layout = plan_file(image, request)
     content = _content(ramdisk, request)
-    with Output.open(output) as file, steps() as step:
-        summary = build_file(image, layout, content, file, name=name, uuid=str(uuid4()), step=step)
+    with Output.open(output) as file, progress_bar() as bar:
+        summary = build_file(image, layout, content, file, name=name, uuid=str(uuid4()), progress=bar)
     if as_json:
         counts = {"pages": layout.nr_pages, "stored": summary.pages, "without_content": summary.empty}
         print_json({"file": output, "name": name} | counts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from xenpv.cli.target import INDEX, PAUSE, TARGET, opened
-from xenpv.cli.terminal import JSON, print_findings, print_json, progress
+from xenpv.cli.terminal import JSON, print_findings, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.findings import Findings
 from xenpv.memory.survey import survey
@@ -41,7 +41,7 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
     findings = Findings(keep)
     with opened(target, pause=pause) as domain:
         if isinstance(domain, LiveDomain):
-            with progress("checking") as bar:
+            with progress_bar("checking") as bar:
                 PhysmapCheck(domain, findings, owner=not quick, progress=bar).run()
             against, last = "m2p", max(domain.anchors.max_pfn - 1, 0)
         elif isinstance(domain, CoreDomain):

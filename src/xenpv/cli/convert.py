@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from xenpv.cli.terminal import JSON, print_json, progress
+from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.convert.convert import Converted, ConvertOptions
 from xenpv.convert.file import Refused
 from xenpv.convert.file import convert as convert_file
@@ -74,7 +74,7 @@ def convert(
     wish = ConvertOptions(Kind(kind) if kind else None, text, style, batch, drop_zero, drop_emulator)
     taken = Input.open(source)
     try:
-        with progress("converting") as bar:
+        with progress_bar("converting") as bar:
             done = convert_file(taken, out, wish, reader=LegacyReader(told=told), force=force, progress=bar)
     except Refused as e:
         for finding in e.findings[1:]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from xenpv.build.build import build
 from xenpv.cli.p2m import describe, print_p2m
-from xenpv.cli.terminal import NUMBER, moving, progress, steps
+from xenpv.cli.terminal import NUMBER, progress_bar
 from xenpv.cli.verify import summary
 from xenpv.errors import GuestError, RequestError
 from xenpv.findings import Finding, Findings
@@ -78,10 +78,10 @@ def _large(form: str, memory: int, path: str) -> bool:
     _title(f"A PV domain of {size(memory)}, laid out")
     _say_layout(layout)
     host = ModelHost(memory + _OTHERS, sparse=True)
-    with steps() as step:
+    with progress_bar() as bar:
         uuid = str(UUID(int=0x5EED))
         config = as_libxl("demo", uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
-        domid = build(host, image, layout, name="demo", uuid=uuid, config=config, step=step).domid
+        domid = build(host, image, layout, name="demo", uuid=uuid, config=config, progress=bar).domid
     host.unpause(domid)
     _title("Built on a model of Xen's memory rules, and started")
     guest = _Guest(host, domid, Kernel(parse_form(form)), layout.nr_pages)
@@ -145,8 +145,8 @@ class _Guest:
         return digest(live, live.kinds(self.kernel.pages.end), self.pages[:0])
 
     def kept(self, path: str) -> bool:
-        with moving() as shown:
-            done = save_file(self.host, self.domid, path, keep=True, say=nobody, progress=shown).summary
+        with progress_bar() as bar:
+            done = save_file(self.host, self.domid, path, keep=True, say=nobody, progress=bar).summary
         self.host.run(self.domid, self.kernel.resume)
         _say(
             f"{done.pages} pages with content, {done.tables} of them page tables, and {done.empty} without: "
@@ -159,10 +159,10 @@ class _Guest:
         self.leaving = True
         one, other = socket.socketpair()
         config = configuration(self.host, self.domid)
-        with Link.of_socket(one, "there") as here, Link.of_socket(other, "here") as there, moving() as shown:
+        with Link.of_socket(one, "there") as here, Link.of_socket(other, "here") as there, progress_bar() as bar:
             receiver = threading.Thread(target=take, args=(target, there))
             receiver.start()
-            given = give(self.host, self.domid, here, config=config, live=Precopy(), progress=shown)
+            given = give(self.host, self.domid, here, config=config, live=Precopy(), progress=bar)
             receiver.join()
         done = given.summary
         _say(f"{done.rounds} rounds, {done.pages} pages with content in all, {size(done.bytes)}")
@@ -176,7 +176,7 @@ class _Guest:
     def _right(self) -> bool:
         """Whether its p2m is right."""
         live, findings = self.live, Findings(3)
-        with progress("checking its p2m") as bar:
+        with progress_bar("checking its p2m") as bar:
             PhysmapCheck(live, findings, owner=False, progress=bar).run()  # the digest is of what Xen says is its own
         _say_findings(findings)
         if not findings.errors:
@@ -204,7 +204,7 @@ def _saved() -> bool:
 
 
 def _verified(path: str, name: str) -> bool:
-    with progress("verifying") as bar:
+    with progress_bar("verifying") as bar:
         report = verify(path, progress=bar)
     assert report.saved is not None
     with report.saved as saved:

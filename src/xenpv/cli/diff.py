@@ -7,7 +7,7 @@ import os
 import click
 
 from xenpv.cli.target import INDEX, PAUSE, opened
-from xenpv.cli.terminal import JSON, print_json, print_table, progress
+from xenpv.cli.terminal import JSON, print_json, print_table, progress_bar
 from xenpv.diff.diff import Difference, Page
 from xenpv.diff.diff import diff as compare
 from xenpv.text import printable
@@ -42,7 +42,7 @@ def diff(a: str, b: str, keep: int, quiet: bool, pause: bool, as_json: bool) -> 
     with (
         opened(a, pause=pause and _runs(a), hvm=True) as one,
         opened(b, pause=pause and _runs(b), hvm=True) as other,
-        progress("comparing") as bar,
+        progress_bar("comparing") as bar,
     ):
         found = compare(one, other, keep=keep, progress=bar)
     if as_json:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from xenpv.cli.target import INDEX, PAUSE, Domain, opened
-from xenpv.cli.terminal import JSON, print_json, progress
+from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.errors import RequestError, StreamError
 from xenpv.export.export import FORMATS
 from xenpv.export.export import export as export_to
@@ -68,7 +68,7 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
                 raise RequestError(f"{domain.name}: runs; only a file can be there in part")
             if isinstance(domain, SavedDomain) and not domain.source.seekable:
                 raise RequestError("a pipe passes by once, and this needs all pages twice: put it into a file first")
-            with progress("exporting") as bar:
+            with progress_bar("exporting") as bar:
                 done = export_to(domain, out, form, compression=compression, progress=bar)
             if isinstance(domain, LiveDomain) and not pause:
                 done.remarks.append("it ran meanwhile: pages are of different moments (--pause stops it for as long)")

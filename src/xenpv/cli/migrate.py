@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections import Counter
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from xenpv.cli.save import TIMEOUT
-from xenpv.cli.terminal import JSON, NUMBER, moving, print_json, progress
+from xenpv.cli.terminal import JSON, NUMBER, print_json, progress_bar
 from xenpv.frames import PAGE_SIZE
 from xenpv.text import printable, size
 
 if TYPE_CHECKING:
-    from xenpv.save.progress import Status
+    from xenpv.io.progress import Phase, Progress, ProgressCallback
 
 PATIENCE = click.option("--patience", type=click.FloatRange(min=0, min_open=True), default=120.0, metavar="SECONDS",
                         help="For how long the other side may be silent; 120 unless said.")  # fmt: skip
@@ -102,7 +102,7 @@ def migrate(
         if settle:
             _settled(migration.settle(host, domid, link), as_json)
             return
-        shown = _print_status() if as_json else stack.enter_context(moving())
+        bar = _print_progress() if as_json else stack.enter_context(progress_bar())
         given = migration.give(
             host,
             domid,
@@ -112,7 +112,7 @@ def migrate(
             paused=paused,
             timeout=timeout,
             tell=print_event if as_json else _tell_kept,
-            progress=shown,
+            progress=bar,
         )
     if not as_json:
         summary = given.summary
@@ -161,7 +161,7 @@ def receive(where: str | None, anywhere: bool, patience: float, as_json: bool) -
             with listening(where, anywhere=anywhere) as listener:
                 say("listening", at=listener.getsockname())
                 link = stack.enter_context(accept(listener, where, patience=patience))
-        bar = None if where is None or as_json else stack.enter_context(progress("receiving"))
+        bar = None if where is None or as_json else stack.enter_context(progress_bar("receiving"))
         taken = take(host, link, tell=say, progress=bar)
     if taken is not None and not as_json and where is not None:
         state = "runs" if taken.running else "is here, and paused"
@@ -177,18 +177,31 @@ def _print_line(value: dict[str, Any], *, err: bool = False) -> None:
     click.echo(json.dumps(value), err=err)
 
 
-def _print_status() -> Callable[[Status], None]:
-    """Prints how far it is: the first of each phase and round, and then now and then."""
-    before: list[Any] = [None, 0]
+def _print_progress() -> ProgressCallback:
+    """Print progress events: the first of each phase and iteration, and then one of _EVENT_EVERY."""
+    counts: Counter[tuple[Phase, int]] = Counter()
 
-    def print_status(status: Status) -> None:
-        key = (status.phase, status.round)
-        before[1] = 0 if key != before[0] else before[1] + 1
-        before[0] = key
-        if before[1] % _EVENT_EVERY == 0:
-            print_event("progress", **status._asdict(), left=(status.round_pages - status.round_done) * PAGE_SIZE)
+    def print_progress(progress: Progress) -> None:
+        transfer = progress.transfer
+        assert transfer is not None
+        counts[transfer.phase, transfer.iteration] += 1
+        if counts[transfer.phase, transfer.iteration] % _EVENT_EVERY == 1:
+            total = progress.total or 0
+            print_event(
+                "progress",
+                phase=transfer.phase,
+                round=transfer.iteration,
+                pages=transfer.pages,
+                round_pages=total,
+                round_done=progress.done,
+                dirty=transfer.dirty,
+                bytes=transfer.bytes,
+                rate=transfer.rate,
+                downtime=transfer.downtime,
+                left=(total - progress.done) * PAGE_SIZE,
+            )
 
-    return print_status
+    return print_progress
 
 
 def _tell_kept(what: str, **numbers: Any) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import click
 
 from xenpv.cli.target import PAUSE, TARGET, opened
-from xenpv.cli.terminal import JSON, NUMBER, print_json, progress, steps
+from xenpv.cli.terminal import JSON, NUMBER, print_json, progress_bar
 from xenpv.findings import Findings
 from xenpv.frames import PAGE_SIZE
 from xenpv.io.atomic_output import Output
@@ -46,8 +46,8 @@ def report(target: str, output: str | None, content: int, keep: int, pause: bool
     """
     if output is None and not as_json:
         raise click.UsageError("say where the page goes: -o report.html")
-    with _looked_at(target, pause=pause, keep=keep) as (domain, checked), steps() as step:
-        facts = gather(domain, checked, content_pages=content // PAGE_SIZE, step=step)
+    with _looked_at(target, pause=pause, keep=keep) as (domain, checked), progress_bar() as bar:
+        facts = gather(domain, checked, content_pages=content // PAGE_SIZE, progress=bar)
     if output is not None:
         whole = page(facts).encode()
         with Output.open(output) as out:
@@ -63,11 +63,11 @@ def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain,
     with opened(target, pause=pause, hvm=True, on_breach=findings.add_breach) as domain:
         if isinstance(domain, SavedDomain):
             found = Report(target, findings)
-            with progress("verifying") as bar:
+            with progress_bar("verifying") as bar:
                 judge(domain, found, bar)
             verdict = found.verdict
         elif isinstance(domain, LiveDomain):
-            with progress("checking") as bar:
+            with progress_bar("checking") as bar:
                 PhysmapCheck(domain, findings, progress=bar).run()
             verdict = "p2m and m2p do not agree" if findings.errors else "p2m and m2p agree"
         else:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from xenpv.cli.terminal import JSON, moving, print_json, progress
+from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.frames import PAGE_SIZE
 from xenpv.text import printable, size
@@ -69,7 +69,7 @@ def save(
             click.echo(f"xenpv: {what}", err=True)
 
         keep = checkpoint or paused
-        with interruptible(), moving() as shown:
+        with interruptible(), progress_bar() as bar:
             ended = save_file(
                 host,
                 domid,
@@ -79,7 +79,7 @@ def save(
                 paused=paused,
                 stock=not xenpv_only,
                 say=say,
-                progress=shown,
+                progress=bar,
             )
     summary = ended.summary
     if as_json:
@@ -113,7 +113,7 @@ def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
         raise RequestError(f"{name!r} is no name")
     source = Input.open(file)
     try:
-        with XenMover() as host, interruptible(), progress("restoring") as bar:
+        with XenMover() as host, interruptible(), progress_bar("restoring") as bar:
             restored = restore_domain(host, source, name=name, paused=paused, progress=bar)
     finally:
         source.close()

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 import click
 
-from xenpv.cli.terminal import progress
+from xenpv.cli.terminal import progress_bar
 from xenpv.errors import HostError, RequestError
 from xenpv.host.protocol import find_domain
 from xenpv.source.core import CoreDomain
@@ -64,7 +64,7 @@ def opened(
 def kept(path: str, on_breach: BreachHandler | None = None) -> SavedDomain | CoreDomain:
     """The domain in a file, with its index as INDEX says. To be closed."""
     ctx = click.get_current_context(silent=True)
-    with progress("reading") as bar:
+    with progress_bar("reading") as bar:
         return open_domain(
             path, on_breach=on_breach, progress=bar, index=None if ctx is None else ctx.meta.get(__name__)
         )

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from xenpv.findings import Finding, Rule, Severity
-from xenpv.io.stream_input import Progress
+from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.text import size
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-    from xenpv.save.progress import Status
 
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -53,67 +52,50 @@ def print_json(value: Any) -> None:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Progress | None]:
-    """A progress bar while the body runs, when stderr is a terminal; else None."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # noqa: PLC0415  slow to import, and most runs need none
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn  # noqa: PLC0415
+def progress_bar(description: str = "") -> Iterator[ProgressCallback | None]:
+    """Draw the progress of the body on stderr, a bar for each step; None if stderr is no terminal.
 
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextmanager
-def moving() -> Iterator[Callable[[Status], None] | None]:
-    """A bar for each round of sending a domain's memory, with how fast it goes and how long the domain would stand
-    still, while the body runs and when stderr is a terminal; else None.
+    Args:
+        description: The name of an operation's only step.
     """
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console  # noqa: PLC0415  slow to import, and most runs need none
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.progress import Progress as Bars  # noqa: PLC0415
 
-    columns = (TextColumn("{task.description:20}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[int, TaskID] = {}
+    columns = (TextColumn("{task.description:24}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+    with Bars(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bars:
+        tasks: dict[str | int, tuple[TaskID, float]] = {}
 
-        def shown(status: Status) -> None:
-            if status.round not in tasks:
-                tasks[status.round] = bar.add_task("", told="")
-            told = f"{size(status.rate)}/s"
-            told += f", {status.dirty} pages dirty" if status.dirty else ""
-            told += f", {status.downtime:.2f} s to stand still" if status.downtime is not None else ""
-            what = f"round {status.round}: {status.phase}"
-            bar.update(tasks[status.round], description=what, completed=status.round_done, total=status.round_pages,
-                       told=told)  # fmt: skip
+        def draw(progress: Progress) -> None:
+            transfer, step = progress.transfer, progress.step or description
+            key = step if transfer is None else transfer.iteration
+            if key not in tasks:
+                tasks[key] = bars.add_task(step, figures=""), time.monotonic()
+            task, start = tasks[key]
+            figures = _figures(progress, time.monotonic() - start)
+            bars.update(task, description=step, completed=progress.done, total=progress.total, figures=figures)
 
-        yield shown
+        yield draw
 
 
-@contextmanager
-def steps() -> Iterator[Callable[[str, int, int], None] | None]:
-    """Step(what, done, in all): a bar for each step of some long work, when stderr is a terminal; else None."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console  # noqa: PLC0415  slow to import, and most runs need none
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-
-    columns = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def step(what: str, done: int, in_all: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=in_all)
-            bar.update(tasks[what], completed=done)
-
-        yield step
+def _figures(progress: Progress, seconds: float) -> str:
+    """The numbers to the right of a bar, ``seconds`` after the step began."""
+    if (transfer := progress.transfer) is not None:
+        figures = [f"{size(int(transfer.rate))}/s"]
+        if transfer.dirty:
+            figures.append(f"{transfer.dirty} pages dirty")
+        if transfer.downtime is not None:
+            figures.append(f"downtime {transfer.downtime:.2f} s")
+        return ", ".join(figures)
+    if progress.unit == "bytes":
+        total = f" of {size(progress.total)}" if progress.total is not None else ""
+        return f"{size(progress.done)}{total}, {size(progress.done / max(seconds, 1e-3))}/s"
+    if not progress.unit:
+        return ""
+    return f"{progress.done}" + (f" of {progress.total}" if progress.total is not None else "") + f" {progress.unit}"
 
 
 def print_findings(kept: Iterable[Finding], left_out: dict[Rule, int]) -> None:

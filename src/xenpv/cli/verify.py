@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from xenpv.cli.terminal import FILE, JSON, print_findings, print_json, print_table, progress
+from xenpv.cli.terminal import FILE, JSON, print_findings, print_json, print_table, progress_bar
 from xenpv.findings import RULES, Finding
 from xenpv.verify.stream import Report
 from xenpv.verify.stream import verify as verify_file
@@ -58,7 +58,7 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
     xenpv verify --framing 1tib.save         seconds, whatever the size
     ssh host cat dom.save | xenpv verify -
     """
-    with progress("verifying") as bar:
+    with progress_bar("verifying") as bar:
         report = verify_file(file, deep=not framing, keep=keep, progress=bar)
     report.close()
     failed = not report.ok or (strict and len(report.findings) > 0)

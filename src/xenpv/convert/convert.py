@@ -16,7 +16,8 @@ from xenpv.errors import RequestError, Truncated, Unsupported
 from xenpv.findings import Finding
 from xenpv.frames import PAGE_SIZE
 from xenpv.io.checkpoint_buffer import Checkpoints
-from xenpv.io.stream_input import Input, Progress
+from xenpv.io.progress import ProgressCallback
+from xenpv.io.stream_input import Input
 from xenpv.stream import framing, libxl, records, wrapping
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, PageDeltas, SectionHeader
@@ -105,7 +106,7 @@ class Conversion:
         source: Input,
         reader: LegacyReader,
         wish: ConvertOptions,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         seen: Callable[[Event], None] | None = None,
     ) -> None:
         self.done = Converted(source.name)

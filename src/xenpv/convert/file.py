@@ -12,7 +12,8 @@ from xenpv.convert.convert import Buffers, Conversion, Converted, ConvertOptions
 from xenpv.errors import StreamError
 from xenpv.findings import Finding, Severity
 from xenpv.io.atomic_output import Output
-from xenpv.io.stream_input import Input, Progress
+from xenpv.io.progress import ProgressCallback
+from xenpv.io.stream_input import Input
 from xenpv.stream.events import Event
 from xenpv.stream.legacy import LegacyReader
 from xenpv.stream.reader import Reader
@@ -35,7 +36,7 @@ def convert(
     *,
     reader: LegacyReader | None = None,
     force: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Converted:
     """Convert a saved domain into the file at ``path`` ("-": standard output), which has its name when it is whole.
 
@@ -88,7 +89,13 @@ class _OnItsWay(Input):
     def close(self) -> None:
         """There is nothing to close."""
 
-    def events(self, reader: Reader, progress: Progress | None = None, *, taking: bool = False) -> Iterator[Event]:  # noqa: ARG002
+    def events(
+        self,
+        reader: Reader,
+        progress: ProgressCallback | None = None,  # noqa: ARG002
+        *,
+        taking: bool = False,  # noqa: ARG002
+    ) -> Iterator[Event]:
         """All events of the reader, fed with each piece, behind which the one before is written."""
         while (piece := self._piece()) is not None:
             self._sink(self.held)

@@ -16,7 +16,7 @@ from xenpv.diff.fields import Field, differing, ranges
 from xenpv.diff.records import records_differ
 from xenpv.errors import Fault, RequestError
 from xenpv.frames import ABSENT, HAS_DATA, I64, IS_TABLE, PAGE_SIZE, U8, U64, Frames, type_name
-from xenpv.io.stream_input import Progress
+from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.domain import Domain
 from xenpv.memory.spans import batches
 from xenpv.source.saved import SavedDomain
@@ -80,7 +80,7 @@ class Difference:
         }
 
 
-def diff(a: Domain, b: Domain, *, keep: int = 20, progress: Progress | None = None) -> Difference:
+def diff(a: Domain, b: Domain, *, keep: int = 20, progress: ProgressCallback | None = None) -> Difference:
     """Compare two domains. ``keep``: of how many pages the bytes are told; all are counted.
 
     Raises RequestError for a stream out of a pipe, whose pages are gone, Fault for a page that goes meanwhile.
@@ -155,7 +155,7 @@ def _extents(domain: Domain) -> tuple[U64, U64, U8]:
     return start, start + pages.astype(np.uint64), kind
 
 
-def _compare_pages(a: Domain, b: Domain, out: Difference, keep: int, progress: Progress | None) -> None:
+def _compare_pages(a: Domain, b: Domain, out: Difference, keep: int, progress: ProgressCallback | None) -> None:
     runs = _runs(a, b)
     _count_types(runs, out, keep)
     both = HAS_DATA[runs.a] & HAS_DATA[runs.b]
@@ -175,7 +175,7 @@ def _compare_pages(a: Domain, b: Domain, out: Difference, keep: int, progress: P
                 where = ranges(pages[0][at].tobytes(), pages[1][at].tobytes())
                 out.first.append(Page(int(pfns[at]), type_name(int(types[i])), str(what[i]), where))
         if progress is not None:
-            progress(out.compared * PAGE_SIZE, total * PAGE_SIZE)
+            progress(Progress(out.compared * PAGE_SIZE, total * PAGE_SIZE, unit="bytes"))
 
 
 def _count_types(runs: _Runs, out: Difference, keep: int) -> None:

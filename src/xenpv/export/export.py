@@ -18,8 +18,8 @@ from xenpv.export.kdump_writer import write_kdump
 from xenpv.export.machine_frames import Machine
 from xenpv.frames import PAGE_SIZE, U8, U64, filled
 from xenpv.io.atomic_output import Output
-from xenpv.io.background import Behind
-from xenpv.io.stream_input import Progress
+from xenpv.io.background import BackgroundWorker
+from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.domain import Domain
 from xenpv.memory.p2m import reading
 from xenpv.memory.registers import Registers
@@ -48,7 +48,7 @@ class Exported:
 
 
 def export(
-    domain: Domain, path: str, form: str, *, compression: str = "zlib", progress: Progress | None = None
+    domain: Domain, path: str, form: str, *, compression: str = "zlib", progress: ProgressCallback | None = None
 ) -> Exported:
     """Write a domain's memory to ``path`` ("-" is standard output) in one of FORMATS; ``compression``, for kdump, is
     one of kdump.FLAGS.
@@ -63,7 +63,7 @@ def export(
     with Output.open(path) as out:
         for done in FORMATS[form](job, out):
             if progress is not None:
-                progress(min(done, total) * PAGE_SIZE, total * PAGE_SIZE)
+                progress(Progress(min(done, total) * PAGE_SIZE, total * PAGE_SIZE, unit="bytes"))
     exported = job.exported
     exported.pages, exported.last_pfn, exported.bytes = total, job.pages.end - 1, out.written
     if exported.lost:
@@ -238,16 +238,16 @@ def _written(
     """
     contents = job.contents(change)
     done = 0
-    with Behind() as behind:
+    with BackgroundWorker() as worker:
         for piece in pieces:
             if isinstance(piece, Pages):
                 for content in contents(piece):
                     put = partial(_put, out, content, job.exported)
-                    behind.do(put) if out.regular else put()
+                    worker.submit(put) if out.is_regular_file else put()
                     done += len(content)
                     yield done
                 continue
-            behind.wait()
+            worker.wait()
             if isinstance(piece, Hole):
                 out.skip(piece.length)
             else:

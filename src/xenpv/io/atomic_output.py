@@ -30,7 +30,7 @@ class Output:
         self.name = name
         self.written = 0  # bytes
         self.copies = False  # whether the target showed that it does not take foreign pages
-        self.regular = stat.S_ISREG(os.fstat(fd).st_mode)  # no write to it hangs for long
+        self.is_regular_file = stat.S_ISREG(os.fstat(fd).st_mode)
         self._becomes = becomes
         self._temporary = temporary
 

@@ -1,4 +1,4 @@
-"""Reading and writing files behind the caller's back: while one batch of pages goes out, the next one is made."""
+"""Overlaps I/O with computing: a thread reads or writes one batch of pages while the caller prepares the next."""
 
 from __future__ import annotations
 
@@ -9,48 +9,49 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
-Work = Callable[[], object]
+Task = Callable[[], object]
 
 
-class Behind:
-    """A thread that does one piece of work at a time. As a context: when its block ends, so has the last piece.
+class BackgroundWorker:
+    """A thread that runs one task at a time.
 
-    What a piece raises is raised by the next ``do`` or ``wait``. For work that cannot hang, as reading and writing a
-    regular file cannot: who is interrupted still waits for it, since it uses memory that is about to go.
+    An exception of a task is raised by the next ``submit`` or ``wait``. As a context manager, it ends with the last
+    task done and the thread ended. Only for tasks that cannot hang, such as reading and writing a regular file: an
+    interrupt still waits for the current task, which uses memory that is about to be unmapped.
     """
 
     def __init__(self) -> None:
-        self._todo: SimpleQueue[Work | None] = SimpleQueue()
-        self._done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._results: SimpleQueue[BaseException | None] = SimpleQueue()
         self._busy = False
         self._thread: threading.Thread | None = None
 
-    def do(self, work: Work) -> None:
-        """Begin with it, as soon as what was begun before is done."""
+    def submit(self, task: Task) -> None:
+        """Start a task as soon as the previous one is done. Raises what the previous one raised."""
         self.wait()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)
             self._thread.start()
         self._busy = True
-        self._todo.put(work)
+        self._tasks.put(task)
 
     def wait(self) -> None:
-        """Until all is done that was begun."""
+        """Wait for the current task. Raises what it raised."""
         if self._busy:
-            raised = self._done.get()
+            error = self._results.get()
             self._busy = False
-            if raised is not None:
-                raise raised
+            if error is not None:
+                raise error
 
     def _run(self) -> None:
-        while (work := self._todo.get()) is not None:
+        while (task := self._tasks.get()) is not None:
             try:
-                work()
+                task()
             except BaseException as e:
-                self._done.put(e)
+                self._results.put(e)
             else:
-                self._done.put(None)
-            del work  # and the memory that it holds
+                self._results.put(None)
+            del task  # and the memory that it holds
 
     def __enter__(self) -> Self:
         return self
@@ -60,10 +61,10 @@ class Behind:
             with contextlib.suppress(*() if kind is None else (BaseException,)):
                 self.wait()
         finally:
-            if self._busy:  # somebody interrupted the waiting
-                self._done.get()
+            if self._busy:  # an interrupt ended the wait
+                self._results.get()
                 self._busy = False
             if self._thread is not None:
-                self._todo.put(None)
+                self._tasks.put(None)
                 self._thread.join()
                 self._thread = None

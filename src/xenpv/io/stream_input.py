@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Self
 
 from xenpv.errors import RequestError
+from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.stream import rules
 from xenpv.stream.events import Event
 from xenpv.stream.pagedata import PageData
@@ -17,9 +18,6 @@ from xenpv.stream.reader import Reader
 
 _WINDOW = 4 << 10  # bytes to read of a file at least; at a PAGE_DATA, what the last one took up to its pages
 _CHUNK = 1 << 20  # bytes to read of a pipe at most
-
-Progress = Callable[[int, int | None], None]
-"""progress(bytes gone by, bytes in all or None): called now and then."""
 
 
 class Input:
@@ -64,7 +62,9 @@ class Input:
         """What a pipe has next, at most so many bytes; none at its end."""
         return os.read(self.fd, count)
 
-    def events(self, reader: Reader, progress: Progress | None = None, *, taking: bool = False) -> Iterator[Event]:
+    def events(
+        self, reader: Reader, progress: ProgressCallback | None = None, *, taking: bool = False
+    ) -> Iterator[Event]:
         """All events of the reader, fed from here. Raises what the reader raises.
 
         ``taking``: at a PageData event, until the next event, page content is there for ``take``; what is not taken is
@@ -124,7 +124,7 @@ class Input:
             poll.register(self.fd, select.POLLIN)
             poll.poll()
 
-    def _of_file(self, reader: Reader, progress: Progress | None) -> Iterator[Event]:
+    def _of_file(self, reader: Reader, progress: ProgressCallback | None) -> Iterator[Event]:
         position, window = 0, _WINDOW
         try:
             while not reader.done:
@@ -139,7 +139,7 @@ class Input:
                     reader.skip(n)
                     position += n
                     if progress is not None:
-                        progress(position, self.size)
+                        progress(Progress(position, self.size, unit="bytes"))
                 elif not reader.done:
                     data = os.pread(self.fd, min(max(reader.need, window), _CHUNK), self.start + position)
                     position += len(data)
@@ -149,7 +149,7 @@ class Input:
             if self.exact:
                 os.lseek(self.fd, self.start + reader.offset, os.SEEK_SET)
 
-    def _of_pipe(self, reader: Reader, progress: Progress | None, taking: bool) -> Iterator[Event]:
+    def _of_pipe(self, reader: Reader, progress: ProgressCallback | None, taking: bool) -> Iterator[Event]:
         while not reader.done:
             event = reader.next_event()
             if event is not None:
@@ -167,7 +167,7 @@ class Input:
                 self.size += len(data)
                 reader.feed(data) if data else reader.feed_eof()
             if progress is not None:
-                progress(self.size, None)
+                progress(Progress(self.size, unit="bytes"))
         self.trailing = reader.trailing
         while not self.exact and (data := os.read(self.fd, _CHUNK)):
             self.trailing += len(data)

@@ -59,6 +59,10 @@ class Conversation:
             raise Undecided(f"{self.link.name}: {why}", op="migrate")
         return said
 
+    @property
+    def is_regular_file(self) -> bool:
+        return False
+
     def write(self, buffers: Sequence[Buffer]) -> None:
         """A part of the stream. RequestError, with the reason, when the other side wants no more."""
         if self.link.waits():

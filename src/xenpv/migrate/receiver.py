@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from xenpv.errors import HostError, RequestError, XenPVError
 from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.domain_names import INCOMING
 from xenpv.host.protocol import DomainInfo, Mover
+from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import undisturbed
 from xenpv.memory.anchors import Form
 from xenpv.migrate.channel import Conversation, Tell, Undecided, nobody
@@ -32,9 +32,7 @@ class Taken:
     running: bool
 
 
-def take(
-    host: Mover, link: Link, *, tell: Tell = nobody, progress: Callable[[int, int | None], None] | None = None
-) -> Taken | None:
+def take(host: Mover, link: Link, *, tell: Tell = nobody, progress: ProgressCallback | None = None) -> Taken | None:
     """Take the domain that the other side offers; or answer what has become of one: None.
 
     Raises RequestError for a domain that cannot be taken, whatever restore_domain() raises, OSError and StreamError for

@@ -9,12 +9,12 @@ from xenpv.errors import HostError, RequestError, Unsupported
 from xenpv.frames import DomId
 from xenpv.host.domain_names import AWAY
 from xenpv.host.protocol import Host, Mover
+from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import undisturbed
 from xenpv.migrate.channel import Conversation, Tell, Undecided, nobody
 from xenpv.migrate.protocol import SENDER, VERSIONS, Fate, Offer, Word, common_version
 from xenpv.migrate.transport import Link
 from xenpv.save.precopy import Precopy
-from xenpv.save.progress import Progress
 from xenpv.save.save import Summary, save
 from xenpv.save.source_domain import Leaving
 from xenpv.save.suspend import resume
@@ -42,7 +42,7 @@ def give(
     paused: bool = False,
     timeout: float = 60.0,
     tell: Tell = nobody,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Given:
     """Hand a domain over: sent, started there, and destroyed here. ``paused``: not started there.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from xenpv.errors import GuestError, HostError
 from xenpv.findings import Findings
 from xenpv.frames import U64
+from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import Domain
 from xenpv.memory.registers import Registers
@@ -24,9 +24,6 @@ from xenpv.report.tables import TableStats, table_stats
 from xenpv.source.core import CoreDomain
 from xenpv.source.live import LiveDomain
 from xenpv.source.saved import SavedDomain
-
-Step = Callable[[str, int, int], None]
-"""step(what, done, in all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +95,27 @@ class Facts:
         }
 
 
-def gather(domain: Domain, checked: Checked | None, *, content_pages: int, step: Step | None = None) -> Facts:
+def gather(
+    domain: Domain, checked: Checked | None, *, content_pages: int, progress: ProgressCallback | None = None
+) -> Facts:
     """Look at a domain. ``content_pages``: of how many pages, at most, the content is looked at; 0 for none.
 
     Raises HostError when a running domain goes away meanwhile.
     """
-    told = step or (lambda _what, _done, _all: None)
+    report = progress or (lambda _: None)
     identity = identity_of(domain)
     try:
         extents, by_type = whole(domain.extents())
     except GuestError:  # what is wrong with its p2m, by which all is found, is said there
         extents, by_type = whole([])
-    p2m, p2m_parts = _look_at_p2m(domain, told)
+    p2m, p2m_parts = _look_at_p2m(domain, report)
     places, start = places_of(domain)
     tables = None
     if not domain.hvm:
         tables = table_stats(
             domain.frames,
             extents,
-            lambda done, of: told("page tables", done, of),
+            lambda done, of: report(Progress(done, of, "page tables", "tables")),
             pins=not isinstance(domain, CoreDomain),
         )
     content = None
@@ -124,7 +123,11 @@ def gather(domain: Domain, checked: Checked | None, *, content_pages: int, step:
         total = min(content_pages, int(extents.pages.sum()))
         kept = domain.frames.kept if isinstance(domain, SavedDomain) else None
         content = content_of(
-            domain.frames, extents, content_pages, lambda done: told("content", done, total), kept=kept
+            domain.frames,
+            extents,
+            content_pages,
+            lambda done: report(Progress(done, total, "content", "pages")),
+            kept=kept,
         )
     others = [("p2m", "leaf", "leaves of the p2m", p2m_parts)] if p2m_parts is not None else []
     if content is not None:
@@ -147,7 +150,7 @@ def _below(pfns: list[int]) -> U64:
     return np.array([pfn for pfn in pfns if 0 <= pfn < _PFN_MAX], np.uint64)
 
 
-def _look_at_p2m(domain: Domain, told: Step) -> tuple[P2MState | None, Parts | None]:
+def _look_at_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | None, Parts | None]:
     if domain.hvm:
         return None, None
     try:
@@ -155,14 +158,14 @@ def _look_at_p2m(domain: Domain, told: Step) -> tuple[P2MState | None, Parts | N
         if there is None:
             return P2MState(problem="it exposes no p2m"), None
         p2m, read, resolve = there
-        told("p2m", 0, 1)
+        report(Progress(0, 1, "p2m"))
         found = survey(p2m)
         shared = domain.shared_info()
         anchors = None if shared is None else Anchors.of(shared, domain.width)
         if anchors is not None and isinstance(domain, SavedDomain):
             anchors = replace(anchors, max_pfn=p2m.entries)
         shapes = [] if anchors is None else shapes_of(anchors, read, resolve)
-        told("p2m", 1, 1)
+        report(Progress(1, 1, "p2m"))
     except GuestError as e:
         return P2MState(problem=str(e)), None
     distinct = p2m.distinct

@@ -18,7 +18,7 @@ import numpy as np
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import HAS_DATA, IS_POPULATED, IS_TABLE, NO_FRAME, PAGE_SIZE, U64, DomId, Mask
 from xenpv.host.protocol import Toolstack
-from xenpv.io.background import Behind
+from xenpv.io.background import BackgroundWorker
 from xenpv.memory.pagetables import as_entries, localise
 from xenpv.memory.physmap import CHUNK, ORDER, Physmap, chunks_of
 from xenpv.restore.page_tables import TablesIn
@@ -48,7 +48,7 @@ class PagesIn:
         self.tables = TablesIn(host, info, self.physmap)
         self._max_pages = info.max_pages
         self._highest = 0  # pfn that came
-        self._behind = Behind()
+        self._worker = BackgroundWorker()
         self._mapped = ExitStack()  # what is being read into
         self._coming = np.empty(0, np.uint64)  # tables whose content that is
         self._came: list[U64] = []  # tables that are there, and were not told of yet
@@ -120,7 +120,7 @@ class PagesIn:
             self._wait()
             self._coming = tables
             if behind:
-                self._behind.do(partial(take, into))
+                self._worker.submit(partial(take, into))
                 self._mapped = mapped.pop_all()
             else:
                 take(into)
@@ -132,7 +132,7 @@ class PagesIn:
 
     def _wait(self) -> None:
         try:
-            self._behind.wait()
+            self._worker.wait()
         finally:
             self._mapped.close()
         self._came.append(self._coming)
@@ -162,7 +162,7 @@ class PagesIn:
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
         with self._mapped:  # which lasts until all is read
-            self._behind.__exit__(kind, e, tb)
+            self._worker.__exit__(kind, e, tb)
 
 
 def _ascending(pfns: U64) -> bool:

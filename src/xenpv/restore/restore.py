@@ -18,7 +18,8 @@ from xenpv.frames import IS_POPULATED, U64, DomId
 from xenpv.host.protocol import CpuPolicy, DomainInfo, Mover, Ring
 from xenpv.host.xenstore_nodes import SLACK
 from xenpv.io.checkpoint_buffer import Checkpoints
-from xenpv.io.stream_input import Input, Progress
+from xenpv.io.progress import ProgressCallback
+from xenpv.io.stream_input import Input
 from xenpv.restore.finish import Ports, RestoreEnd
 from xenpv.restore.pages import Later, PagesIn
 from xenpv.source.config import Config, config_of
@@ -73,7 +74,7 @@ def restore(
     xenstore_port: int,
     envelope: Kind | None = None,
     static_data_done: StaticDataDone | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Restored:
     """Fill a domain that is empty and paused, and leave it ready to be unpaused; nothing else is done to it.
 
@@ -91,7 +92,12 @@ def restore(
 
 
 def restore_domain(
-    host: Mover, source: Input, *, name: str | None = None, paused: bool = False, progress: Progress | None = None
+    host: Mover,
+    source: Input,
+    *,
+    name: str | None = None,
+    paused: bool = False,
+    progress: ProgressCallback | None = None,
 ) -> Restored:
     """A new domain out of a stream, introduced to its daemons, and running unless ``paused``.
 
@@ -181,7 +187,7 @@ class _Restore:
         self._checkpoints: Checkpoints | None = None  # what came behind the last checkpoint
         self._static = True  # data that comes before all pages still comes
 
-    def run(self, kind: Kind | None, progress: Progress | None) -> Restored:
+    def run(self, kind: Kind | None, progress: ProgressCallback | None) -> Restored:
         reader = Reader(on_breach=_pass, kind=kind)
         with self._open:
             for event in self.source.events(reader, progress, taking=True):

@@ -10,8 +10,8 @@ from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.protocol import Mover
 from xenpv.io.atomic_output import Output
+from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import undisturbed
-from xenpv.save.progress import Progress
 from xenpv.save.save import Summary, look, save
 from xenpv.save.source_domain import Leaving
 from xenpv.source.config import as_libxl
@@ -74,7 +74,7 @@ def save_file(
     paused: bool = False,
     stock: bool = True,
     say: Callable[[str], None],
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Ended:
     """Suspend it, save it to ``path`` ("-" is standard output), and destroy it; or, with ``keep``, let it run on then,
     ``paused`` or not. ``stock`` as save() has it.

@@ -20,19 +20,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import U64, DomId
 from xenpv.host.protocol import Mover
-from xenpv.io.atomic_output import Output
-from xenpv.io.background import Behind
+from xenpv.io.background import BackgroundWorker
+from xenpv.io.progress import Phase, ProgressCallback
+from xenpv.io.sink import Sink
+from xenpv.save.meter import TransferMeter
 from xenpv.save.p2m_tracker import Named, SavedP2M
 from xenpv.save.pages import BATCH, ENTRIES_MAX, Batch, SavedPages
 from xenpv.save.precopy import Precopy
-from xenpv.save.progress import Meter, Phase, Progress, Status
 from xenpv.save.state_records import last_records, static_records
 from xenpv.save.suspend import has_suspended
 from xenpv.stream.envelope import Kind
@@ -44,13 +44,6 @@ from xenpv.stream.writer import Writer
 
 _NODE = 1 << 15  # pfns: a page of Xen's bitmap of dirty ones, which is cleaned whole
 _NAP = 0.01  # seconds for which a guest is let be that changes its p2m
-
-
-class Sink(Protocol):
-    """Where a stream goes (domain/output.py)."""
-
-    def write(self, buffers: Sequence[Buffer]) -> None:
-        """Take all of the buffers, in order: when it returns, they may hold something else."""
 
 
 @dataclass
@@ -86,7 +79,7 @@ def save(
     envelope: Kind = Kind.XL,
     suspend: Callable[[], None] | None = None,
     live: Precopy | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     stock: bool = True,
     verify: bool = False,
 ) -> Summary:
@@ -113,7 +106,7 @@ def save(
         raise RequestError(f"{info.label} is running: suspend it first")
     version = host.version()
     writer = Writer(envelope, xen=(version.major, version.minor), config=config)
-    meter = Meter(progress, live.bandwidth if live is not None else None)
+    meter = TransferMeter(progress, live.bandwidth if live is not None else None)
     p2m = look(host, domid, follows=live is not None, stock=stock)
     return _Save(p2m, sink, writer, meter, suspend, verify=verify).run(live)
 
@@ -140,7 +133,7 @@ class _Save:
         p2m: SavedP2M,
         sink: Sink,
         writer: Writer,
-        meter: Meter,
+        meter: TransferMeter,
         suspend: Callable[[], None] | None,
         *,
         verify: bool,
@@ -175,7 +168,7 @@ class _Save:
             self.p2m.count()
         last = last_records(self.host, self.p2m.live)
         self._begin()
-        self.meter.begin(Phase.COPYING, self.p2m.total)
+        self.meter.begin_iteration(Phase.COPYING, self.p2m.total)
         self._send_pages(self.pages.batches(self.p2m.named()))
         self._end(last)
 
@@ -185,18 +178,19 @@ class _Save:
         """All of it, then what was written meanwhile, as long as that is worth it; then stop it, and send the rest."""
         with _log_dirty(self.host, self.domid):
             self._begin()
-            self.meter.begin(Phase.COPYING, self.p2m.total)
+            self.meter.begin_iteration(Phase.COPYING, self.p2m.total)
             self._send_pages(self.pages.batches(self.p2m.changes()))
             dirty = self._passes(policy)
             self.meter.enter(Phase.SUSPENDING)
             self._stop()
-            self.pages.running, self.meter.bandwidth = False, None
+            self.pages.running = False
+            self.meter.lift_bandwidth_limit()
             self.p2m.look()
             last = last_records(self.host, self.p2m.live)
             dirty = np.union1d(dirty, np.union1d(self._dirtied(), self.pages.take_deferred()))
             self._send_frames()
             wanted = self._with_changes(dirty)
-            self.meter.begin(Phase.FINISHING, len(wanted), dirty=len(wanted))
+            self.meter.begin_iteration(Phase.FINISHING, len(wanted), dirty=len(wanted))
             self._send_pages(self.pages.batches(self.p2m.lookup(wanted)))
             gone = self.p2m.gone
             back = [pfns for pfns, _ in self.p2m.lookup(gone)]
@@ -208,12 +202,12 @@ class _Save:
         left = np.empty(0, np.uint64)
         for done in range(1, policy.max_iterations + 1):
             left = np.union1d(left, self._dirtied())
-            if not policy.goes_on(done, self.pages.pages, len(left), self.meter.speed):
+            if not policy.goes_on(done, self.pages.pages, len(left), self.meter.unlimited_rate):
                 break
             if not self._follow():
                 continue
             wanted = self._with_changes(left)
-            self.meter.begin(Phase.COPYING, len(wanted), dirty=len(left))
+            self.meter.begin_iteration(Phase.COPYING, len(wanted), dirty=len(left))
             self._send_pages(self.pages.batches(self.p2m.lookup(wanted)))
             # What was looked up in a p2m that had gone by then may be anything: once more.
             left = wanted if self.p2m.changed() else wanted[:0]
@@ -258,7 +252,7 @@ class _Save:
         """All pages are sent, and the domain stands still: what follows them."""
         if self._verify:
             self._send(Verify())
-            self.meter.begin(Phase.VERIFYING, self.p2m.total)
+            self.meter.begin_iteration(Phase.VERIFYING, self.p2m.total)
             self._send_pages(self.pages.batches(self.p2m.named()))
         self._check_stands()
         for record in last:
@@ -287,13 +281,13 @@ class _Save:
         self._write(self.writer.send(record))
 
     def _send_pages(self, batches: Iterator[Batch]) -> None:
-        with Behind() as behind:
+        with BackgroundWorker() as worker:
             for batch in batches:
                 if not batch.entries:
                     continue
                 buffers = self.writer.pages(batch.entries, batch.contents)
-                if isinstance(self.sink, Output) and self.sink.regular:
-                    behind.do(partial(self.sink.write, buffers))
+                if self.sink.is_regular_file:
+                    worker.submit(partial(self.sink.write, buffers))
                 else:  # where a write may hang, only the main thread is interrupted
                     self.sink.write(buffers)
                 self._wrote(batch.pages)
@@ -303,7 +297,7 @@ class _Save:
         self._wrote()
 
     def _wrote(self, pages: int = 0) -> None:
-        self.meter.wrote(self.writer.offset - self.meter.bytes, pages)
+        self.meter.count(self.writer.offset - self.meter.bytes, pages)
 
     def _summary(self) -> Summary:
         now, p2m, pages = time.monotonic(), self.p2m, self.pages
@@ -317,7 +311,7 @@ class _Save:
             lost=pages.lost,
             empty=pages.empty,
             bytes=self.writer.offset,
-            rounds=self.meter.round + 1,
+            rounds=self.meter.iteration + 1,
             took=now - self._began,
             downtime=now - self._stopped,
         )
@@ -352,4 +346,4 @@ def _begin_log(host: Mover, domid: DomId) -> None:
         host.log_dirty(domid, on=True)
 
 
-__all__ = ["BATCH", "ENTRIES_MAX", "Progress", "Sink", "Status", "Summary", "look", "save"]
+__all__ = ["BATCH", "ENTRIES_MAX", "Summary", "look", "save"]

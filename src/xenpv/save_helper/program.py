@@ -11,7 +11,6 @@ NumPy, and all that stands on it, is imported when it is known what for.
 from __future__ import annotations
 
 import errno
-import functools
 import os
 import signal
 import sys
@@ -25,8 +24,8 @@ from xenpv.save_helper.protocol import Level, Message, Restore, Save
 
 if TYPE_CHECKING:
     from xenpv.host.protocol import Mover
+    from xenpv.io.progress import Progress, ProgressCallback
     from xenpv.save.precopy import Precopy
-    from xenpv.save.progress import Status
 
 EXIT_REFUSED = 1
 EXIT_GONE = 2  # nobody is left to talk to
@@ -49,7 +48,7 @@ class Libxl:
 
     def __init__(self, heard: int, said: int) -> None:
         self._heard, self._said = heard, said
-        self._shown: tuple[str, int] | None = None
+        self._reported: tuple[str, int] | None = None
 
     @classmethod
     def at_standard_descriptors(cls) -> Libxl:
@@ -85,12 +84,12 @@ class Libxl:
         for line in text.splitlines():
             self.tell(protocol.log(level, line))
 
-    def progress(self, what: str, done: int, in_all: int | None) -> None:
-        """Show how much of it is done; to be called as often as one likes."""
-        percent = done * 100 // in_all if in_all else 0
-        if in_all and self._shown != (what, percent):
-            self._shown = what, percent
-            self.tell(protocol.message(Message.PROGRESS, "xenpv", what, done, in_all))
+    def progress(self, context: str, done: int, total: int | None) -> None:
+        """Send a PROGRESS message whenever the percentage has changed; nothing if the total is unknown."""
+        percent = done * 100 // total if total else 0
+        if total and self._reported != (context, percent):
+            self._reported = context, percent
+            self.tell(protocol.message(Message.PROGRESS, "xenpv", context, done, total))
 
 
 # --- save ------------------------------------------------------------------------------------------------------------
@@ -120,7 +119,7 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
             envelope=Kind.LIBXC,
             suspend=suspend,
             live=policy,
-            progress=_shown(libxl, live=policy is not None),
+            progress=_progress_to(libxl, live=policy is not None),
             verify=request.debug,
         )
     except HostError as e:
@@ -153,27 +152,27 @@ def precopy(text: str) -> Precopy | None:
     return Precopy(**given)
 
 
-def _shown(libxl: Libxl, *, live: bool) -> Callable[[Status], None]:
-    """Shows how far a save is: pages, and of a live one each round in a sentence, since xl migrate hides the pages."""
-    from xenpv.save.progress import Phase  # noqa: PLC0415
+def _progress_to(libxl: Libxl, *, live: bool) -> ProgressCallback:
+    """Report progress to libxl: pages, and a LOG line per iteration of a live save, as xl migrate hides the pages."""
+    from xenpv.io.progress import Phase  # noqa: PLC0415
 
-    ways = {
+    when = {
         Phase.COPYING: "while it runs",
         Phase.FINISHING: "while it stands still",
         Phase.VERIFYING: "again, to be compared",
     }
-    said: Phase | None = None
-    last = -1
+    logged: tuple[int, Phase] | None = None
 
-    def show(status: Status) -> None:
-        nonlocal said, last
-        if live and (status.round, status.phase) != (last, said) and status.phase in ways:
-            last, said = status.round, status.phase
-            how = ways[status.phase]
-            libxl.log(Level.INFO, f"round {status.round}: {status.round_pages} pages to be sent {how}")
-        libxl.progress(f"Pages, round {status.round}" if live else "Pages", status.round_done, status.round_pages)
+    def report(progress: Progress) -> None:
+        nonlocal logged
+        assert progress.transfer is not None
+        iteration, phase = progress.transfer.iteration, progress.transfer.phase
+        if live and (iteration, phase) != logged and phase in when:
+            logged = iteration, phase
+            libxl.log(Level.INFO, f"round {iteration}: {progress.total} pages to be sent {when[phase]}")
+        libxl.progress(f"Pages, round {iteration}" if live else "Pages", progress.done, progress.total)
 
-    return show
+    return report
 
 
 def _let_run(host: Mover, domid: int) -> None:
@@ -216,7 +215,7 @@ def restore(request: Restore, libxl: Libxl, host: Mover) -> tuple[int, int]:
         xenstore_port=request.store_port,
         envelope=Kind.LIBXC,
         static_data_done=static_data_done,
-        progress=functools.partial(libxl.progress, "Bytes"),
+        progress=lambda progress: libxl.progress("Bytes", progress.done, progress.total),
     )
     if len(restored.differing):
         which = f"{len(restored.differing)} pages, the first is pfn {int(restored.differing[0]):#x},"

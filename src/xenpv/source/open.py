@@ -6,7 +6,8 @@ import os
 from typing import TypeAlias
 
 from xenpv.errors import StreamError
-from xenpv.io.stream_input import Input, Progress
+from xenpv.io.progress import ProgressCallback
+from xenpv.io.stream_input import Input
 from xenpv.source.core import CoreDomain
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.dumpcore import is_core
@@ -21,7 +22,7 @@ def open_domain(
     path: str,
     *,
     on_breach: BreachHandler | None = None,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     index: bool | None = None,
 ) -> KeptDomain:
     """The domain in the file at ``path``, a save file or a core; "-" is standard input. To be closed, or used as a
@@ -45,7 +46,7 @@ def open_domain(
     return _indexed(path, source, progress)
 
 
-def _indexed(path: str, source: Input, progress: Progress | None) -> SavedDomain:
+def _indexed(path: str, source: Input, progress: ProgressCallback | None) -> SavedDomain:
     from xenpv.source.index_file import KeptIndex, State, keep  # noqa: PLC0415  few files are as large
 
     known = KeptIndex.load(path, source)

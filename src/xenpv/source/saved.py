@@ -20,7 +20,8 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.errors import Fault, StreamError
 from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
-from xenpv.io.stream_input import Input, Progress
+from xenpv.io.progress import ProgressCallback
+from xenpv.io.stream_input import Input
 from xenpv.io.tempfile import unlinked_file
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import DomainMemory, Extents
@@ -121,7 +122,7 @@ class SavedDomain:
         on_breach: BreachHandler | None = None,
         kind: Kind | None = None,
         deep: bool = True,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
     ) -> Self:
         """Open and read the stream at ``path``; "-" is standard input.
 
@@ -139,7 +140,7 @@ class SavedDomain:
         on_breach: BreachHandler | None = None,
         kind: Kind | None = None,
         deep: bool = True,
-        progress: Progress | None = None,
+        progress: ProgressCallback | None = None,
         known: KeptIndex | None = None,
     ) -> Self:
         """As ``open``, from an Input, which is closed with the domain. ``known``: the index of its pages, if it is."""
@@ -151,7 +152,7 @@ class SavedDomain:
             raise
         return saved
 
-    def _read(self, deep: bool, progress: Progress | None, known: KeptIndex | None = None) -> None:
+    def _read(self, deep: bool, progress: ProgressCallback | None, known: KeptIndex | None = None) -> None:
         if known is not None:
             self._kept = self.contents.index = known.index
             self.frames = FilePages(self.source.fd, known.index, known.index, self.source.start)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from xenpv.findings import Findings
-from xenpv.io.stream_input import Progress
+from xenpv.io.progress import ProgressCallback
 from xenpv.source.config import config_of
 from xenpv.source.saved import SavedDomain
 from xenpv.verify.heuristics import check_resume
@@ -12,7 +12,7 @@ from xenpv.verify.page_tables import TableChecks, gdt_frames
 from xenpv.verify.vcpus import check_start_info, check_vcpus
 
 
-def check_domain(saved: SavedDomain, findings: Findings, progress: Progress | None = None) -> None:
+def check_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallback | None = None) -> None:
     """Check vcpus, start info, p2m and every page table of a PV domain; ``findings`` takes what is wrong."""
     config = config_of(saved.contents)
     check_vcpus(saved, findings, config)

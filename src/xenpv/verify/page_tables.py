@@ -10,7 +10,7 @@ from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, PTE_F
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, I64, IS_POPULATED, IS_TABLE, PINNED, U8, U64, Mask, type_name
-from xenpv.io.stream_input import Progress
+from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.pagetables import allowed_flags, as_entries, flag_names, frames, is_xen_slot
 from xenpv.source.saved import SavedDomain
 from xenpv.verify import rules
@@ -49,7 +49,7 @@ class TableChecks:
     _named: list[U64] = field(default_factory=list)  # tables that some table names
     _pae_l3_3: list[int] = field(default_factory=list)  # L2 tables behind entry 3 of a 32-bit guest's L3
 
-    def run(self, progress: Progress | None = None) -> None:
+    def run(self, progress: ProgressCallback | None = None) -> None:
         """Check all tables. Findings name table pfn, level, entry, and the byte offset of the entry."""
         saved = self.saved
         tables = saved.contents.index.pfns(IS_TABLE)
@@ -63,7 +63,7 @@ class TableChecks:
                 self._batch(level, batch)
                 done += len(batch)
                 if progress is not None:
-                    progress(done, len(tables))
+                    progress(Progress(done, len(tables), "checking page tables", "tables"))
         self._orphans(tables, types)
 
     def _add(self, rule: Rule, at: I64, entries: _Entries, message: str) -> None:

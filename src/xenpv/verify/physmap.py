@@ -13,7 +13,7 @@ import numpy as np
 from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule, Severity
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U64, PageType
-from xenpv.io.stream_input import Progress
+from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.anchors import DEPTHS, Form, Way, capacity
 from xenpv.memory.p2m import P2M, Leaves, is_own
 from xenpv.memory.pagetables import BITS_PER_LEVEL
@@ -63,7 +63,7 @@ class PhysmapCheck:
     live: LiveDomain
     findings: Findings
     owner: bool = True
-    progress: Progress | None = None
+    progress: ProgressCallback | None = None
     _asked: int = field(default=0, init=False)
 
     def run(self) -> None:
@@ -133,7 +133,7 @@ class PhysmapCheck:
             self._shared(leaves)
             seen += int(leaves.times.sum())
             if self.progress is not None:
-                self.progress(seen, p2m.places)
+                self.progress(Progress(seen, p2m.places, "checking the p2m", "leaves"))
         return confirmed
 
     def _owned(self, p2m: P2M, pfns: U64, mfns: U64) -> int:
@@ -216,7 +216,7 @@ class PhysmapCheck:
             self.findings.add_each(LOST, found, _describe_lost)
             lost -= len(found)
             if self.progress is not None:
-                self.progress(first, frames)
+                self.progress(Progress(first, frames, "checking the m2p", "frames"))
         if lost > 0:
             self.findings.add(LOST, f"{lost} frames of the domain are no pfn's entry, and m2p has no pfn for them")
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from xenpv.errors import StreamError
 from xenpv.findings import Findings
-from xenpv.io.stream_input import Input, Progress
+from xenpv.io.progress import ProgressCallback
+from xenpv.io.stream_input import Input
 from xenpv.stream import rules
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import DomainHeader
@@ -82,7 +83,7 @@ def verify(
     deep: bool = True,
     kind: Kind | None = None,
     keep: int = 20,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Report:
     """Check a saved domain, a path ("-": standard input) or an Input: all rules in one pass.
 
@@ -96,7 +97,7 @@ def verify(
     return report
 
 
-def _framing(source: Input, report: Report, kind: Kind | None, progress: Progress | None) -> None:
+def _framing(source: Input, report: Report, kind: Kind | None, progress: ProgressCallback | None) -> None:
     complete = False
     try:
         for event in source.events(Reader(on_breach=report.findings.add_breach, kind=kind), progress):
@@ -113,14 +114,14 @@ def _framing(source: Input, report: Report, kind: Kind | None, progress: Progres
     _trailing(source, report, complete)
 
 
-def _deep(source: Input, report: Report, kind: Kind | None, progress: Progress | None) -> None:
+def _deep(source: Input, report: Report, kind: Kind | None, progress: ProgressCallback | None) -> None:
     from xenpv.source.saved import SavedDomain  # noqa: PLC0415
 
     saved = SavedDomain.of(source, on_breach=report.findings.add_breach, kind=kind, progress=progress)
     judge(saved, report, progress)
 
 
-def judge(saved: SavedDomain, report: Report, progress: Progress | None = None) -> None:
+def judge(saved: SavedDomain, report: Report, progress: ProgressCallback | None = None) -> None:
     """Check all of a domain that was opened with ``report.findings.add_breach``; the report holds it from then on."""
     from xenpv.frames import HAS_DATA  # noqa: PLC0415
     from xenpv.verify.domain import check_domain  # noqa: PLC0415
