@@ -30,6 +30,13 @@ def _which(*types: PageType) -> Mask:
 
 NO_FRAME = np.uint64((1 << 64) - 1)  # in an array of frame numbers: none; INVALID_MFN of a 64-bit guest, too
 
+# How much bulk work handles in one step. Too small, and NumPy's and Xen's cost per call dominates; too large, and
+# memory and caches suffer.
+PAGES_PER_BATCH = 1024  # pages read, written or mapped in one call: 4 MiB; as libxenguest's MAX_BATCH_SIZE
+PAGES_IN_CACHE = 128  # pages that several NumPy steps compute on: half a MiB stays in a core's L2 cache
+PFNS_PER_BATCH = 1 << 16  # frame numbers looked up in one call: half a MiB each for pfns, mfns, and what is computed
+PFNS_PER_SCAN = 1 << 20  # frame numbers of a long table read in one call: 8 MiB, since reading is all that is done
+
 # Marks of a p2m entry that is none of the domain's frames (Linux's, kept by all): another domain's that it has mapped,
 # or a machine frame that stands for itself. In a 32-bit guest they are bits 31 and 30, and are moved here when read.
 FOREIGN = np.uint64(1 << 63)
@@ -55,6 +62,12 @@ def filled(pages: U8) -> Mask:
     return np.asarray(np.bitwise_or.reduce(pages.view(np.uint64), axis=1) != 0)  # any() takes twice as long
 
 
+def first_bad(mask: Mask) -> int | None:
+    """The flat index of the first element that is set, None if none is: where the first of many checks failed."""
+    at = int(np.argmax(mask)) if mask.size else 0
+    return at if mask.size and mask.flat[at] else None
+
+
 class Frames(Protocol):
     """Guest frames by pfn, wherever they live. What every reader of a domain's memory consumes."""
 
@@ -76,8 +89,12 @@ __all__ = [
     "IS_POPULATED",
     "IS_TABLE",
     "NO_FRAME",
+    "PAGES_IN_CACHE",
+    "PAGES_PER_BATCH",
     "PAGE_SHIFT",
     "PAGE_SIZE",
+    "PFNS_PER_BATCH",
+    "PFNS_PER_SCAN",
     "PINNED",
     "U8",
     "U64",
@@ -89,5 +106,6 @@ __all__ = [
     "Pfn",
     "Vaddr",
     "filled",
+    "first_bad",
     "type_name",
 ]

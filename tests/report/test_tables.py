@@ -55,7 +55,7 @@ def test_counts(width: Width, tmp_path: Path) -> None:
 def test_tables_come_to_the_same_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = pv_domain(pfns=range(1200))
     once = stats_of(domain, tmp_path)
-    monkeypatch.setattr(tables, "_AT_ONCE", 1)
+    monkeypatch.setattr(tables, "PAGES_PER_BATCH", 1)
     assert stats_of(domain, tmp_path) == once
 
 

@@ -76,7 +76,7 @@ def at_once(count: int) -> Iterator[list[Left]]:
         return finish(self, end_pfn, populate)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_tables, "_AT_ONCE", count)
+        patch.setattr(page_tables, "PAGES_IN_CACHE", count)
         patch.setattr(restore_pages, "BackgroundWorker", Late)
         patch.setattr(PagesIn, "settle", settling)
         patch.setattr(TablesIn, "finish", finishing)

@@ -13,7 +13,7 @@ import numpy as np
 
 from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenpv.errors import HostError, RequestError
-from xenpv.frames import I64, NO_FRAME, U8, U64, DomId
+from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64, DomId
 from xenpv.host.protocol import Ring, Toolstack
 from xenpv.host.xenstore_nodes import SLACK
 from xenpv.image import start
@@ -27,7 +27,6 @@ from xenpv.memory.radix import counting
 _EXTENT = 512  # pages of 2 MiB
 _ORDER = 9
 _EXTENTS_AT_ONCE = 4096  # 8 GiB
-_PAGES_AT_ONCE = 1024
 _BELOW_4G = 0x10_0000
 
 
@@ -269,8 +268,8 @@ def _batches(pfns: range) -> Iterator[tuple[int, int, int]]:
 
 
 def _pieces(pfns: range) -> Iterator[range]:
-    for first in range(pfns.start, pfns.stop, _PAGES_AT_ONCE):
-        yield range(first, min(first + _PAGES_AT_ONCE, pfns.stop))
+    for first in range(pfns.start, pfns.stop, PAGES_PER_BATCH):
+        yield range(first, min(first + PAGES_PER_BATCH, pfns.stop))
 
 
 def _runs(pfns: I64, mfns: U64, size: int) -> tuple[I64, I64, U64]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from xenpv.convert.repack import BATCH, Marks, has_data
 from xenpv.errors import Malformed, Unsupported
-from xenpv.frames import PAGE_SIZE, U8, U64
+from xenpv.frames import PAGE_SIZE, U8, U64, first_bad
 from xenpv.io.tempfile import unlinked_file
 from xenpv.source.saved import FilePages
 from xenpv.stream import delta
@@ -62,9 +62,9 @@ class DeltaStore:
             self._file = os.fdopen(unlinked_file(), "w+b")
         entries = np.frombuffer(deltas.entries, "<u8")
         pfns = (entries & np.uint64(PFN_MASK))[has_data(entries)]
-        twice = np.flatnonzero(np.bincount(np.unique(pfns, return_inverse=True)[1]) > 1)[:1].tolist()
-        if twice:
-            what = f"pfn {int(np.unique(pfns)[twice[0]]):#x} comes twice among the changes of one checkpoint"
+        distinct, times = np.unique(pfns, return_counts=True)
+        if (twice := first_bad(times > 1)) is not None:
+            what = f"pfn {int(distinct[twice]):#x} comes twice among the changes of one checkpoint"
             raise Malformed(what, offset=deltas.offset, record=PageDeltas.name)
         starts = [0, *deltas.ends][: len(pfns)]
         need = np.array([not delta.whole(deltas.data, at) for at in starts], np.bool_)

@@ -15,13 +15,11 @@ import numpy as np
 from xenpv.diff.fields import Field, differing, ranges
 from xenpv.diff.records import records_differ
 from xenpv.errors import Fault, RequestError
-from xenpv.frames import ABSENT, HAS_DATA, I64, IS_TABLE, PAGE_SIZE, U8, U64, Frames, type_name
+from xenpv.frames import ABSENT, HAS_DATA, I64, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64, Frames, type_name
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.domain import Domain
 from xenpv.memory.spans import batches
 from xenpv.source.saved import SavedDomain
-
-_AT_ONCE = 1024  # pages
 
 
 @dataclass(frozen=True)
@@ -161,7 +159,7 @@ def _compare_pages(a: Domain, b: Domain, out: Difference, keep: int, progress: P
     both = HAS_DATA[runs.a] & HAS_DATA[runs.b]
     total = int(runs.pages[both].sum())
     p2m = _p2m_pages(a, b)
-    for _, pfns in batches(runs.start[both], runs.pages[both], _AT_ONCE):
+    for _, pfns in batches(runs.start[both], runs.pages[both], PAGES_PER_BATCH):
         pages = [_pages(one.frames, pfns, one.name) for one in (a, b)]
         apart = np.flatnonzero((pages[0].view(np.uint64) != pages[1].view(np.uint64)).any(axis=1))
         out.compared += len(pfns)
@@ -184,7 +182,7 @@ def _count_types(runs: _Runs, out: Difference, keep: int) -> None:
     for pair in np.unique(pairs).tolist():
         of = apart[pairs == pair]
         start, pages = runs.start[of], runs.pages[of]
-        first = [pfn for _, pfns in batches(start[:keep], pages[:keep], _AT_ONCE, keep) for pfn in pfns.tolist()]
+        first = [pfn for _, pfns in batches(start[:keep], pages[:keep], PAGES_PER_BATCH, keep) for pfn in pfns.tolist()]
         out.types.append(Types(type_name(pair >> 8), type_name(pair & 0xFF), int(pages.sum()), first))
 
 

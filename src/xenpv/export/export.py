@@ -16,7 +16,7 @@ from xenpv.export.formats.identity import Identity
 from xenpv.export.formats.mapped import direct_map, kernel_maps
 from xenpv.export.kdump_writer import write_kdump
 from xenpv.export.machine_frames import Machine
-from xenpv.frames import PAGE_SIZE, U8, U64, filled
+from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, U8, U64, filled
 from xenpv.io.atomic_output import Output
 from xenpv.io.background import BackgroundWorker
 from xenpv.io.progress import Progress, ProgressCallback
@@ -28,7 +28,6 @@ from xenpv.source.core import CoreDomain
 from xenpv.source.live import LiveDomain
 from xenpv.source.saved import SavedDomain
 
-_BATCH = 1024  # pages: 4 MiB
 _PIPE_HOLES = 1 << 30  # bytes of zeros that a pipe gets at most, and not more than that, or …
 _PIPE_TIMES = 4  # … so many times the content
 
@@ -140,7 +139,7 @@ class _Job:
         read = reading(self.domain.frames)
 
         def batches(pages: Pages) -> Iterator[U8]:
-            for pfns in pages.batches(_BATCH):
+            for pfns in pages.batches(PAGES_PER_BATCH):
                 content, readable = read(pfns)
                 self.exported.lost += len(pfns) - int(np.count_nonzero(readable))
                 yield content if change is None else change(pfns, content)

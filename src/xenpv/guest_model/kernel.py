@@ -16,7 +16,7 @@ import numpy as np
 
 from xenpv.abi.xen import START_INFO
 from xenpv.errors import GuestError, RequestError
-from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U64
+from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, U64
 from xenpv.guest_model.kernel_p2m import KernelP2M
 from xenpv.guest_model.kernel_pages import LINKED_AT, KernelPages, StartInfo
 from xenpv.guest_model.p2m_forms import Published, parse_form
@@ -26,7 +26,6 @@ from xenpv.host.xenstore_nodes import CONTROL
 from xenpv.memory.p2m import is_own
 
 SUSPEND_KEY = "device/suspend/event-channel"
-_AT_ONCE = 1024  # pages of the pattern
 _COUNTER_SHIFT = np.uint64(40)
 
 
@@ -228,4 +227,4 @@ def _words(pfns: U64, counter: int) -> U64:
 
 
 def _pieces(pfns: U64) -> list[U64]:
-    return [pfns[i : i + _AT_ONCE] for i in range(0, len(pfns), _AT_ONCE)]
+    return [pfns[i : i + PAGES_PER_BATCH] for i in range(0, len(pfns), PAGES_PER_BATCH)]

@@ -17,7 +17,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE, PTE_RW
 from xenpv.abi.xen import INVALID_MFN, P2M_LEVELS_AT, SHARED_INFO
 from xenpv.errors import RequestError
-from xenpv.frames import I64, NO_FRAME, U8, U64
+from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64
 from xenpv.guest_model.kernel_pages import LIST, PAGE, KernelPages, StartInfo
 from xenpv.guest_model.p2m_forms import Published
 from xenpv.host.model.guest_view import GuestView
@@ -26,8 +26,6 @@ from xenpv.memory.p2m import entries_in
 from xenpv.memory.pagetables import as_entries, cr3_of, place_of
 from xenpv.memory.publish import put_page_tables, tree_anchors, words
 from xenpv.memory.radix import Runs, build
-
-_AT_ONCE = 1024  # leaves
 
 
 class KernelP2M:
@@ -73,8 +71,8 @@ class KernelP2M:
         """The pfns from ``first`` on whose entry is not INVALID_MFN, ascending."""
         found = [np.empty(0, np.uint64)]
         places = self.places[self.places >= first // self.per_leaf]
-        for i in range(0, len(places), _AT_ONCE):
-            some = places[i : i + _AT_ONCE].astype(np.uint64)
+        for i in range(0, len(places), PAGES_PER_BATCH):
+            some = places[i : i + PAGES_PER_BATCH].astype(np.uint64)
             mfns = entries_in(view.read_pages(self._at(some)), self.width)
             pfns = (some * np.uint64(self.per_leaf))[:, None] + np.arange(self.per_leaf, dtype=np.uint64)
             found.append(pfns[(mfns != NO_FRAME) & (pfns >= np.uint64(first))])
@@ -88,10 +86,10 @@ class KernelP2M:
         order = np.argsort(pfns, kind="stable")
         places, leaf = np.unique(pfns[order] // np.uint64(self.per_leaf), return_inverse=True)
         at = (pfns[order] % np.uint64(self.per_leaf)).astype(np.int64)
-        bounds = np.searchsorted(leaf, np.arange(0, len(places) + _AT_ONCE, _AT_ONCE))
+        bounds = np.searchsorted(leaf, np.arange(0, len(places) + PAGES_PER_BATCH, PAGES_PER_BATCH))
         for i, (start, stop) in enumerate(pairwise(bounds)):
-            some = places[i * _AT_ONCE : (i + 1) * _AT_ONCE]
-            yield self._at(some), order[start:stop], leaf[start:stop] - i * _AT_ONCE, at[start:stop]
+            some = places[i * PAGES_PER_BATCH : (i + 1) * PAGES_PER_BATCH]
+            yield self._at(some), order[start:stop], leaf[start:stop] - i * PAGES_PER_BATCH, at[start:stop]
 
     # growing
 

@@ -13,15 +13,14 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import ENTRIES, PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_P, PTE_RW, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO, START_INFO
-from xenpv.frames import NO_FRAME, U64
+from xenpv.frames import NO_FRAME, PAGES_PER_BATCH, U64
 from xenpv.image.layout import Layout, Span
 from xenpv.memory.publish import TABLE
 
 L1_FLAGS = PTE_P | PTE_RW | PTE_A  # RW is not set for a page table
-_TABLES_AT_ONCE = 1024
 
 
-def tables(layout: Layout, at_once: int = _TABLES_AT_ONCE) -> Iterator[tuple[int, U64, U64]]:
+def tables(layout: Layout, at_once: int = PAGES_PER_BATCH) -> Iterator[tuple[int, U64, U64]]:
     """All page tables, the top one first, up to so many of one level at once: level, pfns uint64 (n,), and entries that
     hold pfns, uint64 (n, 512). Every table comes once.
     """

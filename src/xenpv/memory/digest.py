@@ -8,9 +8,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from xenpv.frames import HAS_DATA, IS_TABLE, U8, U64, Frames, filled
-
-_AT_ONCE = 1024  # pages
+from xenpv.frames import HAS_DATA, IS_TABLE, PAGES_PER_BATCH, U8, U64, Frames, filled
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +34,8 @@ def digest(frames: Frames, pieces: Iterable[tuple[U64, U8]], aside: U64) -> Dige
         readable = np.flatnonzero(HAS_DATA[kinds])
         readable = readable[~np.isin(pfns[readable], aside)]
         some, tables = pfns[readable], IS_TABLE[kinds[readable]]
-        for at in range(0, len(some), _AT_ONCE):
-            now = slice(at, at + _AT_ONCE)
+        for at in range(0, len(some), PAGES_PER_BATCH):
+            now = slice(at, at + PAGES_PER_BATCH)
             read = frames.pages(some[now])
             held = filled(read)
             written += int(np.count_nonzero(held))

@@ -12,7 +12,7 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault
-from xenpv.frames import I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64, Frames, Pfn, Vaddr
+from xenpv.frames import I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64, Frames, Pfn, Vaddr, first_bad
 from xenpv.memory.p2m import reading
 from xenpv.memory.pagetables import Walk, translate, walk
 from xenpv.memory.paging import PV, Paging
@@ -132,7 +132,7 @@ class DomainMemory:
             raise self._fault(vaddr, top) or self._fault(last, top) or _changed(vaddr)
         vaddrs = np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(vaddr)
         found = translate(reading(self.tables or self.frames), table, vaddrs, paging)
-        for lost in np.flatnonzero(found == NO_FRAME)[:1].tolist():
+        if (lost := first_bad(found == NO_FRAME)) is not None:
             at = vaddr if not lost else (vaddr & -PAGE_SIZE) + lost * PAGE_SIZE
             raise self._fault(at, top) or _changed(at)
         return found

@@ -16,12 +16,11 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import Fault, GuestError
-from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Frames, Mask
+from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PAGE_SIZE, PAGES_IN_CACHE, U8, U64, Frames, Mask
 from xenpv.memory.anchors import Anchors, Form, Way
 from xenpv.memory.pagetables import frames_of_tables
 from xenpv.memory.radix import Read, Runs, Unreadable, counting, walk
 
-LEAVES_AT_ONCE = 128  # half a MiB: what is computed on them stays in the processor's cache
 _MARKS = FOREIGN | IDENTITY
 
 
@@ -126,8 +125,8 @@ class P2M:
         if places is not None:
             which = Runs(places, np.ones(len(places), np.int64), self.leaves.frame_of(places))
             which = which[which.frame != NO_FRAME]
-        for i in range(0, len(which), LEAVES_AT_ONCE):
-            some = which[i : i + LEAVES_AT_ONCE]
+        for i in range(0, len(which), PAGES_IN_CACHE):
+            some = which[i : i + PAGES_IN_CACHE]
             pages, readable = self.read(some.frame)
             if not readable.all():
                 if lost is not None:
@@ -155,8 +154,8 @@ class P2M:
         wanted = wanted[wanted != NO_FRAME]  # the last, if it is there at all
         order = np.argsort(back, kind="stable")
         bounds = np.searchsorted(back[order], np.arange(len(wanted) + 1))
-        for i in range(0, len(wanted), LEAVES_AT_ONCE):
-            some = wanted[i : i + LEAVES_AT_ONCE]
+        for i in range(0, len(wanted), PAGES_IN_CACHE):
+            some = wanted[i : i + PAGES_IN_CACHE]
             pages, readable = self.read(some)
             runs = order[bounds[i] : bounds[i + len(some)]]
             mine, row = counting(first[runs], count[runs]), np.repeat(back[runs] - i, count[runs])

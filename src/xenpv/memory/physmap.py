@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from xenpv.frames import ABSENT, I64, IS_TABLE, NO_FRAME, U8, U64, Mask, PageType
+from xenpv.frames import ABSENT, I64, IS_TABLE, NO_FRAME, PAGES_PER_BATCH, U8, U64, Mask, PageType
 
 ORDER = 9
 CHUNK = 1 << ORDER  # pfns in a chunk
 _SHIFT = np.uint64(ORDER)
 _WITHIN = np.uint64(CHUNK - 1)
 _BLOCK = 1024  # tables that memory is taken for at once
-_AT_ONCE = 1024  # tables that are looked through at once
 _LOCAL = np.uint8(0x80)  # beside a type: the table's entries hold mfns
 
 
@@ -143,8 +142,8 @@ class Physmap:
         """All page tables: their pfns, ascending, and types."""
         rows = self._chunks.rows[self._typed[self._chunks.rows] >= 0]
         pfns, kinds = [np.empty(0, np.uint64)], [np.empty(0, np.uint8)]
-        for i in range(0, len(rows), _AT_ONCE):
-            some = rows[i : i + _AT_ONCE]
+        for i in range(0, len(rows), PAGES_PER_BATCH):
+            some = rows[i : i + PAGES_PER_BATCH]
             types = self._types.rows(self._typed[some]) & ~_LOCAL
             which, within = np.nonzero(IS_TABLE[types])
             pfns.append(self._chunks.number[some[which]] << _SHIFT | within.astype(np.uint64))

@@ -14,12 +14,11 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import RequestError
-from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64
+from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, U8, U64
 from xenpv.memory.anchors import DEPTHS, MARK, MARKED_LEVELS, Anchors, Form, capacity
 from xenpv.memory.radix import Put, Runs, build
 
 TABLE = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D  # the flags of an entry that names a table
-_LEAVES_AT_ONCE = 1024
 _MFNS_32 = 1 << 30  # frames that 32-bit entries can name
 
 
@@ -49,8 +48,8 @@ def put_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: Put) -> Ru
     places, start = np.unique(at, return_index=True)
     bounds = np.append(start, len(pfns))
     held = np.empty(len(places), np.uint64)
-    for i in range(0, len(places), _LEAVES_AT_ONCE):
-        some = places[i : i + _LEAVES_AT_ONCE]
+    for i in range(0, len(places), PAGES_PER_BATCH):
+        some = places[i : i + PAGES_PER_BATCH]
         inside = slice(bounds[i], bounds[i + len(some)])
         rows = np.searchsorted(some, at[inside])
         table = np.full((len(some), per_leaf), NO_FRAME)

@@ -14,12 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from xenpv.errors import GuestError
-from xenpv.frames import I64, NO_FRAME, U8, U64, Mask
+from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64, Mask
 
 ROWS_MAX = 1 << 24  # runs of leaves: twice what 16 TiB of pages in no order take
 SHARED_MAX = 1 << 20  # of them by way of tables that stand in several places: such tables map nothing, or are wrong
 UNREADABLE_MAX = 1 << 16  # tables: more than a p2m of 16 TiB has
-_TABLES_AT_ONCE = 1024
 
 Read = Callable[[U64], tuple[U8, Mask]]
 """read(frames): their content, uint8 (n, 4096), and for each whether it could be read."""
@@ -113,8 +112,8 @@ def walk(
         distinct, start = np.unique(nodes.frame[by_frame], return_index=True)
         bounds = np.append(start, len(nodes))
         parts, rows = [_NOTHING], 0
-        for i in range(0, len(distinct), _TABLES_AT_ONCE):
-            tables = distinct[i : i + _TABLES_AT_ONCE]
+        for i in range(0, len(distinct), PAGES_PER_BATCH):
+            tables = distinct[i : i + PAGES_PER_BATCH]
             of_them = slice(bounds[i], bounds[i + len(tables)])
             some = nodes[by_frame[of_them]]
             which = np.repeat(np.arange(len(tables)), np.diff(bounds[i : i + len(tables) + 1]))
@@ -186,8 +185,8 @@ def _above(nodes: Runs, size: int, encode: Callable[[U64], U8], put: Put) -> Run
     whole = low < high
     filling, which = np.unique(nodes.frame[whole], return_inverse=True)
     shared = np.empty(len(filling), np.uint64)
-    for i in range(0, len(filling), _TABLES_AT_ONCE):
-        some = filling[i : i + _TABLES_AT_ONCE]
+    for i in range(0, len(filling), PAGES_PER_BATCH):
+        some = filling[i : i + PAGES_PER_BATCH]
         shared[i : i + len(some)] = put(encode(np.repeat(some[:, None], size, axis=1)))
     uniform = Runs(low[whole], (high - low)[whole], shared[which])
     # What is left of each run lies before its first whole table, behind its last, or all within one table.
@@ -200,8 +199,8 @@ def _above(nodes: Runs, size: int, encode: Callable[[U64], U8], put: Put) -> Run
     tables, first_piece = np.unique(pieces.first // size, return_index=True)
     bounds = np.append(first_piece, len(pieces))
     frames = np.empty(len(tables), np.uint64)
-    for i in range(0, len(tables), _TABLES_AT_ONCE):
-        named, mine = tables[i : i + _TABLES_AT_ONCE], pieces[bounds[i] : bounds[min(i + _TABLES_AT_ONCE, len(tables))]]
+    for i in range(0, len(tables), PAGES_PER_BATCH):
+        named, mine = tables[i : i + PAGES_PER_BATCH], pieces[bounds[i] : bounds[min(i + PAGES_PER_BATCH, len(tables))]]
         content = np.full((len(named), size), NO_FRAME)
         row = np.searchsorted(named, mine.first // size)
         at = counting(row * size + mine.first % size, mine.count)

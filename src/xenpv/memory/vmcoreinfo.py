@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from xenpv.errors import XenPVError
-from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64
+from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64
 from xenpv.memory.domain import Domain
 
 LONGEST = PAGE_SIZE  # VMCOREINFO_BYTES
@@ -22,7 +22,6 @@ _FIRST = np.frombuffer(b"OSRELEAS", np.uint64)[0]
 _TEXT = re.compile(rb"OSRELEASE=[^\n]+\n(?:[\x20-\x7e]+\n)*\Z")
 _ALWAYS = (b"\nPAGESIZE=", b"\nSYMBOL(swapper_pg_dir)=")
 _MOST = 1024  # places looked at: a guest may fill its memory with what is none
-_BATCH = 1024  # pages
 _NEW_UTSNAME = 6 * 65  # bytes of struct new_utsname: a kernel's release is in there
 
 
@@ -114,10 +113,10 @@ def _batches(domain: Domain) -> Iterator[U64]:
     for extents in reversed(list(domain.extents())):
         wanted = np.flatnonzero(HAS_DATA[extents.type] & ~IS_TABLE[extents.type])[::-1]
         for start, pages in zip(extents.start[wanted].tolist(), extents.pages[wanted].tolist(), strict=True):
-            for end in range(start + pages, start, -_BATCH):
-                waiting.append(np.arange(max(end - _BATCH, start), end, dtype=np.uint64))
+            for end in range(start + pages, start, -PAGES_PER_BATCH):
+                waiting.append(np.arange(max(end - PAGES_PER_BATCH, start), end, dtype=np.uint64))
                 count += len(waiting[-1])
-                if count >= _BATCH:
+                if count >= PAGES_PER_BATCH:
                     yield np.concatenate(waiting)
                     waiting, count = [], 0
     if waiting:

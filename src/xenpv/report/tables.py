@@ -8,14 +8,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
-from xenpv.frames import I64, IS_POPULATED, IS_TABLE, PINNED, U64, Frames, Mask
+from xenpv.frames import I64, IS_POPULATED, IS_TABLE, PAGES_PER_BATCH, PINNED, U64, Frames, Mask
 from xenpv.memory.domain import Extents
 from xenpv.memory.p2m import reading
 from xenpv.memory.pagetables import GLOBAL, NO_PFN, as_entries, frames
 from xenpv.memory.spans import batches
 
 FLAGS = {"RW": PTE_RW, "US": PTE_US, "A": PTE_A, "D": PTE_D, "G": GLOBAL, "PSE": PTE_PSE, "NX": PTE_NX}
-_AT_ONCE = 1024  # tables: 4 MiB
 TABLES_MAX = 1 << 22  # that are read: 16 GiB of them map 8 TiB
 PAGES_MAX = 1 << 28  # of a domain, to say which are mapped: a byte each
 
@@ -93,7 +92,7 @@ def _batches(start: U64, pages: I64, level: I64) -> Iterator[tuple[int, U64]]:
     room = TABLES_MAX
     for n in range(4, 0, -1):
         of_level = level == n
-        for _, tables in batches(start[of_level], pages[of_level], _AT_ONCE, room):
+        for _, tables in batches(start[of_level], pages[of_level], PAGES_PER_BATCH, room):
             yield n, tables
             room -= len(tables)
 

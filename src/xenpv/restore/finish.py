@@ -28,7 +28,7 @@ from xenpv.abi.xen import (
     START_INFO_MAGIC,
 )
 from xenpv.errors import GuestError, RequestError
-from xenpv.frames import ABSENT, PAGE_SHIFT, PAGE_SIZE, PINNED, U8, U64, PageType, type_name
+from xenpv.frames import ABSENT, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, PINNED, U8, U64, PageType, first_bad, type_name
 from xenpv.host.protocol import DomainInfo, Mover, Ring, TscInfo, VcpuState
 from xenpv.memory.p2m import P2M
 from xenpv.memory.pagetables import cr3_frame, cr3_of
@@ -38,7 +38,6 @@ from xenpv.memory.radix import Runs
 from xenpv.restore.pages import PagesIn
 from xenpv.stream.contents import Contents, Vcpu
 
-_PAGES_AT_ONCE = 1024
 _KEPT_FLAGS = SIF_VIRT_P2M_4TOOLS | SIF_MOD_START_PFN
 
 
@@ -85,8 +84,8 @@ class RestoreEnd:
     def _pin(self, pfns: U64, kinds: U8) -> None:
         pinned = kinds & PINNED != 0
         pfns, levels = pfns[pinned], kinds[pinned] & np.uint8(7)
-        for i in range(0, len(pfns), _PAGES_AT_ONCE):
-            some = slice(i, i + _PAGES_AT_ONCE)
+        for i in range(0, len(pfns), PAGES_PER_BATCH):
+            some = slice(i, i + PAGES_PER_BATCH)
             self.host.pin_tables(self.domid, self.physmap.mfns(pfns[some]), levels[some])
         self.pinned = len(pfns)
 
@@ -140,20 +139,21 @@ class RestoreEnd:
         """
         width, entries = self.width, self.contents.end_pfn + 1
         p2m = P2M(width, entries, self._leaves(), _never_read)
-        for at in p2m.holes.first[:1].tolist():
-            raise GuestError(f"{self.name}: p2m_frame_list[{at}] did not come: the p2m has no leaf there")
+        if len(holes := p2m.holes):
+            hole = f"p2m_frame_list[{int(holes.first[0])}]"
+            raise GuestError(f"{self.name}: {hole} did not come: the p2m has no leaf there")
         per_leaf, chunks = p2m.per_leaf, p2m.per_leaf // CHUNK
         distinct = p2m.distinct
         shared = np.isin(p2m.leaves.frame, distinct.frame[distinct.count > 1])
         some = p2m.leaves[shared]
         used = self.physmap.used(some.first * chunks, (some.first + some.count) * chunks)
-        for at in np.flatnonzero(used)[:1].tolist():
+        if (at := first_bad(used > 0)) is not None:
             what = f"p2m_frame_list[{int(some.first[at])}] (pfn {int(some.frame[at]):#x}) has pages, and stands in more"
             raise GuestError(f"{self.name}: {what} places: one would overwrite the other")
-        for i in range(0, len(distinct), _PAGES_AT_ONCE):
-            leaves = distinct[i : i + _PAGES_AT_ONCE]
+        for i in range(0, len(distinct), PAGES_PER_BATCH):
+            leaves = distinct[i : i + PAGES_PER_BATCH]
             bad = (leaves.frame >= np.uint64(entries)) | (self.physmap.types(leaves.frame) != PageType.NOTAB)
-            for at in np.flatnonzero(bad)[:1].tolist():
+            if (at := first_bad(bad)) is not None:
                 self._frame(f"p2m_frame_list[{int(leaves.first[at])}]", int(leaves.frame[at]))
             held = leaves.first[:, None] * chunks + np.arange(chunks)
             table = self.physmap.of_chunks(held.astype(np.uint64).reshape(-1)).reshape(len(leaves), per_leaf)

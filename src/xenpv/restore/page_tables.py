@@ -14,12 +14,10 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_P
-from xenpv.frames import IS_TABLE, U8, U64, DomId
+from xenpv.frames import ENTRIES, IS_TABLE, PAGES_IN_CACHE, U8, U64, DomId, first_bad
 from xenpv.host.protocol import DomainInfo, Toolstack
 from xenpv.memory.pagetables import as_entries, bad_entry, frames, localise, superpages
 from xenpv.memory.physmap import Physmap
-
-_AT_ONCE = 128  # tables: half a MiB, and enough to be worth a mapping
 
 Populate = Callable[[U64], None]
 """populate(pfns): frames for those that have none."""
@@ -46,18 +44,18 @@ class TablesIn:
         """
         if len(pfns):
             self._fresh.append(pfns)
-        if sum(map(len, self._fresh)) >= _AT_ONCE:
+        if sum(map(len, self._fresh)) >= PAGES_IN_CACHE:
             fresh, self._fresh = np.concatenate(self._fresh), []
             self._try(fresh, highest, coming)
         ready = int(np.searchsorted(self._lacks, np.uint64(highest), side="right"))
-        if ready >= _AT_ONCE:
+        if ready >= PAGES_IN_CACHE:
             pfns, self._waiting, self._lacks = self._waiting[:ready], self._waiting[ready:], self._lacks[ready:]
             self._try(pfns, highest, coming)
 
     def _try(self, pfns: U64, highest: int, coming: U64) -> None:
         pfns = self._still(np.setdiff1d(pfns, coming))
-        for i in range(0, len(pfns), _AT_ONCE):
-            some = pfns[i : i + _AT_ONCE]
+        for i in range(0, len(pfns), PAGES_IN_CACHE):
+            some = pfns[i : i + PAGES_IN_CACHE]
             levels = self.physmap.types(some) & np.uint8(7)
             with self.host.map_writable(self.domid, self.physmap.mfns(some)) as pages:
                 ptes = as_entries(pages)
@@ -87,9 +85,9 @@ class TablesIn:
         pfns, kinds = self.physmap.tables()
         left = ~self.physmap.is_local(pfns)
         todo, levels = pfns[left], kinds[left] & np.uint8(7)
-        for i in range(0, len(todo), _AT_ONCE):
-            some, level = todo[i : i + _AT_ONCE], levels[i : i + _AT_ONCE]
-            for row in np.flatnonzero(level > LEVELS[self.width])[:1].tolist():
+        for i in range(0, len(todo), PAGES_IN_CACHE):
+            some, level = todo[i : i + PAGES_IN_CACHE], levels[i : i + PAGES_IN_CACHE]
+            if (row := first_bad(level > LEVELS[self.width])) is not None:
                 why = "a table of that level in a 32-bit guest"
                 raise bad_entry(self.name, why, int(some[row]), int(level[row]), None)
             with self.host.map_writable(self.domid, self.physmap.mfns(some)) as pages:
@@ -105,7 +103,8 @@ class TablesIn:
     def _check_entries(self, ptes: U64, pfns: U64, levels: U8, end_pfn: int) -> None:
         large = superpages(ptes, levels)
         beyond = (ptes & np.uint64(PTE_P) != 0) & (frames(ptes) > np.uint64(end_pfn))
-        for row, slot in np.argwhere(large | beyond)[:1].tolist():
+        if (bad := first_bad(large | beyond)) is not None:
+            row, slot = divmod(bad, ENTRIES)
             named = int(frames(ptes[row, slot : slot + 1])[0])
             why = f"pfn {named:#x} is beyond the end of its p2m ({end_pfn:#x})"
             if large[row, slot]:

@@ -16,16 +16,24 @@ from typing import Self
 import numpy as np
 
 from xenpv.errors import HostError, RequestError
-from xenpv.frames import HAS_DATA, IS_POPULATED, IS_TABLE, NO_FRAME, PAGE_SIZE, U64, DomId, Mask
+from xenpv.frames import (
+    HAS_DATA,
+    IS_POPULATED,
+    IS_TABLE,
+    NO_FRAME,
+    PAGE_SIZE,
+    PAGES_PER_BATCH,
+    PFNS_PER_BATCH,
+    U64,
+    DomId,
+    Mask,
+)
 from xenpv.host.protocol import Toolstack
 from xenpv.io.background import BackgroundWorker
 from xenpv.memory.pagetables import as_entries, localise
 from xenpv.memory.physmap import CHUNK, ORDER, Physmap, chunks_of
 from xenpv.restore.page_tables import TablesIn
 from xenpv.stream.pagedata import PageData, ReadInto
-
-_ENTRIES_AT_ONCE = 1 << 16  # of a record; libxenguest's have 1024
-_PAGES_AT_ONCE = 1024
 
 Later = Callable[[int], ReadInto]
 """later(count): a take of the next so many bytes that may be called when others were taken, in another thread."""
@@ -62,8 +70,8 @@ class PagesIn:
         """
         self._translate()  # before any of them is told to be coming anew
         pfns, kinds = record.pfns, record.types
-        for i in range(0, len(pfns), _ENTRIES_AT_ONCE):
-            some, of = pfns[i : i + _ENTRIES_AT_ONCE], kinds[i : i + _ENTRIES_AT_ONCE]
+        for i in range(0, len(pfns), PFNS_PER_BATCH):
+            some, of = pfns[i : i + PFNS_PER_BATCH], kinds[i : i + PFNS_PER_BATCH]
             self.populate(some[IS_POPULATED[of]])
             self._highest = max(self._highest, int(some.max()))
             mfns = self.physmap.mfns(some)
@@ -74,8 +82,8 @@ class PagesIn:
             content = HAS_DATA[of]
             some, of, with_content = some[content], of[content], mfns[content]
             ascending = _ascending(some)
-            for j in range(0, len(with_content), _PAGES_AT_ONCE):
-                now = slice(j, j + _PAGES_AT_ONCE)
+            for j in range(0, len(with_content), PAGES_PER_BATCH):
+                now = slice(j, j + PAGES_PER_BATCH)
                 mfns, table = with_content[now], IS_TABLE[of[now]]
                 if ascending and not self.compare:  # so that no frame stands there twice
                     from_ = take if later is None else later(len(mfns) * PAGE_SIZE)

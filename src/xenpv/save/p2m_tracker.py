@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from xenpv.errors import GuestError, RequestError
-from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, U64, DomId
+from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PFNS_PER_BATCH, U64, DomId, first_bad
 from xenpv.host.protocol import Mover
 from xenpv.memory.p2m import P2M, Leaves, is_own
 from xenpv.memory.radix import Runs
@@ -19,7 +19,6 @@ from xenpv.source.live import LiveDomain
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 
 PFNS_MAX = 1 << 32  # X86_PV_P2M_FRAMES counts them in 32 bits
-PFNS_AT_ONCE = 1 << 16
 
 _TRIES, _NAP = 50, 0.002  # looks at a p2m that is being changed, and seconds between them
 _TRIES_OTHERWISE = 3  # at one that is wrong in another way: a tree is changed without a word
@@ -157,8 +156,8 @@ class SavedP2M:
 
     def lookup(self, pfns: U64) -> Iterator[Named]:
         """Those of some pfns that have a frame, and it."""
-        for i in range(0, len(pfns), PFNS_AT_ONCE):
-            some = pfns[i : i + PFNS_AT_ONCE]
+        for i in range(0, len(pfns), PFNS_PER_BATCH):
+            some = pfns[i : i + PFNS_PER_BATCH]
             mfns = self.p2m.lookup(some)
             own = is_own(mfns)
             yield some[own], mfns[own]
@@ -174,7 +173,7 @@ class SavedP2M:
         for leaves in self.p2m.content(places, lost=lost):
             times = distinct.count[np.searchsorted(distinct.first, leaves.first)]
             own = np.count_nonzero(is_own(leaves.mfns), axis=1)
-            for at in np.flatnonzero((own > 0) & (times > 1))[:1].tolist():
+            if (at := first_bad((own > 0) & (times > 1))) is not None:
                 what = f"{name}: p2m_frame_list[{int(leaves.first[at])}] holds {own[at]} pages, and stands in"
                 raise GuestError(f"{what} {int(times[at])} places: after a restore one would overwrite the other")
             yield leaves
@@ -278,7 +277,7 @@ def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:
     """The pfn of each distinct leaf. GuestError for one that is no page of the domain."""
     distinct = p2m.distinct
     pfns = live.pfns_of(distinct.frame)
-    for bad in np.flatnonzero(pfns == NO_FRAME)[:1].tolist():
+    if (bad := first_bad(pfns == NO_FRAME)) is not None:
         raise bad_mfn(live, f"p2m_frame_list[{int(distinct.first[bad])}]", int(distinct.frame[bad]))
     return pfns
 

@@ -10,7 +10,19 @@ import numpy as np
 
 from xenpv.abi.x86 import LEVELS, XEN_PAE_L2_FIRST
 from xenpv.errors import Fault, HostError
-from xenpv.frames import HAS_DATA, I64, IS_KNOWN, IS_TABLE, PAGE_SHIFT, U8, U64, Mask, PageType
+from xenpv.frames import (
+    HAS_DATA,
+    I64,
+    IS_KNOWN,
+    IS_TABLE,
+    PAGE_SHIFT,
+    PAGES_IN_CACHE,
+    U8,
+    U64,
+    Mask,
+    PageType,
+    first_bad,
+)
 from xenpv.memory.pagetables import as_entries, bad_entry, frames, is_xen_slot, normalise, superpages
 from xenpv.save.p2m_tracker import Named, SavedP2M
 from xenpv.stream.fields import Buffer
@@ -18,7 +30,6 @@ from xenpv.stream.pagedata import TYPE_SHIFT
 
 BATCH = 1024  # pages with content in a record: MAX_BATCH_SIZE of libxenguest
 _WINDOW = 2 * BATCH  # that are mapped at once: a tenth less time than a record at a time
-_TABLES_AT_ONCE = 128  # half a MiB
 ENTRIES_MAX = 1 << 16  # entries of a record; a restorer bounds them by the record's length alone
 
 
@@ -92,7 +103,7 @@ class SavedPages:
         """With the type of each, those that have left a running domain since its p2m was read left out."""
         live = self.p2m.live
         kinds = live.host.page_types(live.info.domid, mfns)
-        for at in np.flatnonzero(~IS_KNOWN[kinds])[:1].tolist():
+        if (at := first_bad(~IS_KNOWN[kinds])) is not None:
             what = f"Unknown type {int(kinds[at]):#x} for pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x})"
             raise HostError(f"{live.name}: {what}", op="getpageframeinfo3", domid=live.info.domid)
         if not self.running:
@@ -181,8 +192,8 @@ def _some_of_each(levels: U8) -> Iterator[tuple[int, I64]]:
     """Each level with the rows that are of it, so many at a time that what is computed on them stays in the cache."""
     for level in np.unique(levels).tolist():
         rows = np.flatnonzero(levels == level)
-        for i in range(0, len(rows), _TABLES_AT_ONCE):
-            yield level, rows[i : i + _TABLES_AT_ONCE]
+        for i in range(0, len(rows), PAGES_IN_CACHE):
+            yield level, rows[i : i + PAGES_IN_CACHE]
 
 
 def _distinct(pfns: list[U64]) -> U64:

@@ -21,11 +21,10 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW, XEN_PAE_L2_FIRST
-from xenpv.frames import I64, NO_FRAME, U8, U64, Frames, Mask
+from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64, Frames, Mask
 from xenpv.memory.pagetables import NO_PFN, Translate, allowed_flags, as_entries, frames, is_xen_slot
 
 LINEAR_PT_SLOT = 258  # of an L4: xen.git:xen/arch/x86/include/asm/config.h
-_AT_ONCE = 1024  # pages
 _MFN_END = 1 << 35  # 128 TiB: Xen knows no memory beyond (xen/arch/x86/include/asm/config.h, with CONFIG_BIGMEM)
 _NOT_IN_L3 = ~np.uint64(PTE_FRAME_MASK | allowed_flags(3, 4) & ~PTE_P)
 _P, _RW, _PSE = np.uint64(PTE_P), np.uint64(PTE_RW), np.uint64(PTE_PSE)
@@ -198,5 +197,5 @@ def _is_l4(entries: U64, mfns: U64) -> Mask:
 
 
 def _some(pfns: U64) -> Iterator[U64]:
-    for i in range(0, len(pfns), _AT_ONCE):
-        yield pfns[i : i + _AT_ONCE]
+    for i in range(0, len(pfns), PAGES_PER_BATCH):
+        yield pfns[i : i + PAGES_PER_BATCH]

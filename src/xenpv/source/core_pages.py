@@ -10,7 +10,7 @@ import numpy as np
 
 from xenpv.abi.dumpcore import INVALID
 from xenpv.errors import GuestError, Unsupported
-from xenpv.frames import I64, PAGE_SIZE, U64, PageType
+from xenpv.frames import I64, PAGE_SIZE, PFNS_PER_SCAN, U64, PageType, first_bad
 from xenpv.io.stream_input import Input
 from xenpv.memory.pagetables import NO_PFN
 from xenpv.memory.spans import Spans
@@ -19,7 +19,6 @@ from xenpv.stream import dumpcore
 from xenpv.stream.dumpcore import Layout, Report
 from xenpv.stream.index import PageIndex
 
-_AT_ONCE = 1 << 20  # entries of the list
 _AGAIN_MAX = 1 << 16  # of these may name the same pfn as the one before
 
 
@@ -47,8 +46,8 @@ class CorePages:
     def _entries(self, report: Report | None = None) -> Iterator[tuple[U64, U64, U64]]:
         """The list in pieces: pfns, mfns (of HVM the pfns again) and their rows; what names no page is left out."""
         layout, last = self._layout, -1
-        for first in range(0, layout.present, _AT_ONCE):
-            count = min(_AT_ONCE, layout.present - first)
+        for first in range(0, layout.present, PFNS_PER_SCAN):
+            count = min(PFNS_PER_SCAN, layout.present - first)
             at = self._source.start + layout.table.offset + first * layout.entry
             words = np.frombuffer(os.pread(self._source.fd, count * layout.entry, at), "<u8")
             pfns, mfns = (words, words) if layout.hvm else words[: len(words) & ~1].reshape(-1, 2).T
@@ -57,11 +56,11 @@ class CorePages:
             rows = np.flatnonzero(good).astype(np.uint64) + np.uint64(first)
             if report is not None:
                 self._refuse_holes(pfns[good], rows)
-                for bad in np.flatnonzero(there & ~good)[:1].tolist():
+                if (bad := first_bad(there & ~good)) is not None:
                     what = f"entry {first + bad:#x} names pfn {int(pfns[bad]):#x}, mfn {int(mfns[bad]):#x}"
                     report(dumpcore.RANGE, what, at + bad * layout.entry)
                 steps = np.diff(pfns[good].astype(np.int64), prepend=last)
-                for back in np.flatnonzero(steps < 0)[:1].tolist():
+                if (back := first_bad(steps < 0)) is not None:
                     what = f"pfn {int(pfns[good][back]):#x} comes behind a higher one"
                     report(dumpcore.ORDER, what, at + int(rows[back] - np.uint64(first)) * layout.entry)
                 last = int(pfns[good][-1]) if good.any() else last

@@ -12,7 +12,7 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import Fault, GuestError, HostError
-from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, U8, U64, Mask, PageType, Pfn
+from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, U8, U64, Mask, PageType, Pfn, first_bad
 from xenpv.host.protocol import DomainInfo, Host
 from xenpv.memory.anchors import Anchors, Way
 from xenpv.memory.domain import DomainMemory, Extents
@@ -172,12 +172,12 @@ class LiveDomain:
         """As ``pages``, and by which types it was."""
         mfns = self.p2m.lookup(pfns)
         kinds = self._types(mfns)
-        for absent in np.flatnonzero(kinds == ABSENT)[:1].tolist():
+        if (absent := first_bad(kinds == ABSENT)) is not None:
             pfn, mfn = int(pfns[absent]), int(mfns[absent])
             why = "has no frame" if mfn == int(NO_FRAME) else f"has mfn {mfn:#x}, which is not the domain's"
             raise Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
         content, mapped = self.read(mfns)
-        for lost in np.flatnonzero(~mapped)[:1].tolist():
+        if (lost := first_bad(~mapped)) is not None:
             pfn, mfn = int(pfns[lost]), int(mfns[lost])
             raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn)
         pages = content.copy()  # what is mapped may change
@@ -230,7 +230,7 @@ class _Tables:
 
     def pages(self, pfns: U64) -> U8:
         pages, kinds = self._live.pages_and_types(pfns)
-        for other in np.flatnonzero(~IS_TABLE[kinds])[:1].tolist():
+        if (other := first_bad(~IS_TABLE[kinds])) is not None:
             pfn = int(pfns[other])
             what = f"pfn {pfn:#x} is no page table, or is none any more: look again, or pause the domain"
             raise Fault(what, space="pfn", address=pfn)

@@ -152,6 +152,8 @@ class P2MLeaves(Record):
     def check(self, ctx: RecordContext) -> bool:
         import numpy as np  # noqa: PLC0415
 
+        from xenpv.frames import first_bad  # noqa: PLC0415
+
         if len(self.raw) % 24:
             ctx.report(rules.RECORD_SIZE, f"XENPV_P2M_LEAVES: {len(self.raw)} bytes are no runs of 24 each")
             return False
@@ -160,7 +162,7 @@ class P2MLeaves(Record):
         sound = (first <= most) & (count > 0) & (count <= most) & (pfn <= most)
         sound[0] &= first[0] == 0
         sound[1:] &= first[1:] == first[:-1] + count[:-1]
-        for at in np.flatnonzero(~sound)[:1].tolist():
+        if (at := first_bad(~sound)) is not None:
             words = ", ".join(f"{int(n):#x}" for n in (first[at], count[at], pfn[at]))
             ctx.report(rules.P2M_RANGE, f"XENPV_P2M_LEAVES: run {at} ({words}) does not follow the one before it")
             return False

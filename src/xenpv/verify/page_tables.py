@@ -9,14 +9,12 @@ import numpy as np
 from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
-from xenpv.frames import ABSENT, I64, IS_POPULATED, IS_TABLE, PINNED, U8, U64, Mask, type_name
+from xenpv.frames import ABSENT, I64, IS_POPULATED, IS_TABLE, PAGES_PER_BATCH, PINNED, U8, U64, Mask, type_name
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.pagetables import allowed_flags, as_entries, flag_names, frames, is_xen_slot
 from xenpv.source.saved import SavedDomain
 from xenpv.verify import rules
 from xenpv.verify.heuristics import stray_entries
-
-_AT_ONCE = 1024  # tables: 4 MiB
 
 
 @dataclass
@@ -58,8 +56,8 @@ class TableChecks:
         done = 0
         for level in (4, 3, 2, 1):  # from the top, so that what L3[3] names is known when the L2s come
             of_level = tables[levels == level]
-            for i in range(0, len(of_level), _AT_ONCE):
-                batch = of_level[i : i + _AT_ONCE]
+            for i in range(0, len(of_level), PAGES_PER_BATCH):
+                batch = of_level[i : i + PAGES_PER_BATCH]
                 self._batch(level, batch)
                 done += len(batch)
                 if progress is not None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule, Severity
-from xenpv.frames import NO_FRAME, PAGE_SIZE, U64, PageType
+from xenpv.frames import NO_FRAME, PAGE_SIZE, PFNS_PER_SCAN, U64, PageType
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.anchors import DEPTHS, Form, Way, capacity
 from xenpv.memory.p2m import P2M, Leaves, is_own
@@ -48,7 +48,6 @@ _KINDS = {
         "stand for machine frames of their own number (IDENTITY)",
     ),
 }
-_SCAN = 1 << 20  # frames of the m2p that are looked at at once
 _ASKED = 1 << 16  # stale entries of which the other pfn is looked up, which may be anywhere; more are only called stale
 
 
@@ -203,10 +202,10 @@ class PhysmapCheck:
         host, domid = self.live.host, self.live.info.domid
         lost = host.info(domid).pages - confirmed
         frames = host.max_mfn() + 1
-        for first in range(0, frames, _SCAN):
+        for first in range(0, frames, PFNS_PER_SCAN):
             if lost <= 0:
                 return
-            mfns = np.arange(first, min(first + _SCAN, frames), dtype=np.uint64)
+            mfns = np.arange(first, min(first + PFNS_PER_SCAN, frames), dtype=np.uint64)
             pfns = host.m2p(mfns)
             inside = pfns < np.uint64(p2m.entries)
             inside[inside] = host.page_types(domid, mfns[inside]) != PageType.XTAB

@@ -18,7 +18,7 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT, XEN_VIRT_64
 from xenpv.export.formats import notes
 from xenpv.export.formats.content import Pages, Piece, padded
 from xenpv.export.formats.elf import IDENT, MACHINE
-from xenpv.frames import PAGE_SIZE, U64
+from xenpv.frames import PAGE_SIZE, PFNS_PER_BATCH, U64
 
 CONTEXT_SIZE = VCPU_GUEST_CONTEXT.size(8)  # of either width: xl writes a union of both
 _SHT_PROGBITS, _SHT_STRTAB = 1, 3
@@ -26,7 +26,6 @@ _SHT_PROGBITS, _SHT_STRTAB = 1, 3
 _XEN_VERSION = struct.Struct("<QQ16s144x1024s64xQQ")
 _IDENT = IDENT + b"\0\1"  # xl gives an ABI version
 _FORMAT_VERSION = 1  # major 0, minor 1
-_AT_ONCE = 1 << 16  # entries of the table behind the pages
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def core(pages: Pages, header: Header, mfn_of: Callable[[U64], U64] | None) -> I
     ehdr[: len(_IDENT)] = _IDENT
     yield padded(bytes(ehdr) + b"".join(headers) + described + contexts + shared)
     yield pages
-    for pfns in pages.batches(_AT_ONCE):
+    for pfns in pages.batches(PFNS_PER_BATCH):
         yield pfns.tobytes() if mfn_of is None else np.column_stack([pfns, mfn_of(pfns)]).tobytes()
     yield texts
 

@@ -16,11 +16,10 @@ import numpy as np
 
 from xenpv.export.formats import notes
 from xenpv.export.formats.content import Pages
-from xenpv.frames import ENTRIES, FOREIGN, NO_FRAME, U64
+from xenpv.frames import ENTRIES, FOREIGN, NO_FRAME, PAGES_PER_BATCH, U64
 
 END_MAX = ENTRIES**3  # pfns that such a tree holds
 _XEN_ELFNOTE_CRASH_INFO = 0x100_0001  # xen.git:xen/include/public/elfnote.h
-_LEAVES_AT_ONCE = 1024
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class Identity:
         lists[self.leaves.astype(np.int64)] = np.arange(none + 1, none + 1 + len(self.leaves), dtype=np.uint64)
         yield lists.tobytes()
         yield np.full(ENTRIES, NO_FRAME).tobytes()
-        for at in range(0, len(self.leaves), _LEAVES_AT_ONCE):
-            some = self.leaves[at : at + _LEAVES_AT_ONCE, None] * np.uint64(ENTRIES)
+        for at in range(0, len(self.leaves), PAGES_PER_BATCH):
+            some = self.leaves[at : at + PAGES_PER_BATCH, None] * np.uint64(ENTRIES)
             entries = some + np.arange(ENTRIES, dtype=np.uint64)
             # An entry of 0 is none to libkdumpfile; bit 63 is a mark of Linux's, and falls off the address.
             yield np.where(entries == 0, FOREIGN, entries).tobytes()

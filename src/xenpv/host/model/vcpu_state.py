@@ -20,6 +20,7 @@ from xenpv.abi.domctl import (
     VCPU_MSR,
     XSAVE_HEADER_SIZE,
 )
+from xenpv.frames import first_bad
 from xenpv.host.model.page_types import Refused
 from xenpv.host.protocol import CpuPolicy, TscInfo, VcpuState
 
@@ -102,5 +103,5 @@ def _array(data: bytes, struct: Struct) -> np.ndarray:
 
 
 def _known(numbers: np.ndarray, all_of: Iterable[int], what: str, number: int) -> None:
-    for unknown in numbers[~np.isin(numbers, list(all_of))][:1].tolist():
-        raise Refused(number, f"{what} {unknown:#x} is not known")
+    if (unknown := first_bad(~np.isin(numbers, list(all_of)))) is not None:
+        raise Refused(number, f"{what} {int(numbers[unknown]):#x} is not known")
