@@ -211,7 +211,7 @@ def test_a_bug_is_called_one(good: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*args: object, **more: object) -> None:
         raise ZeroDivisionError("one and only")
 
-    monkeypatch.setattr("xenpv.stream.contents.Contents.see", fail)
+    monkeypatch.setattr("xenpv.stream.contents.Contents.add", fail)
     for verb in (["show"], ["verify"], ["p2m"]):
         ran = xenpv(*verb, good)
         assert ran.code == 70
@@ -224,7 +224,7 @@ def test_an_interrupt_is_no_bug(good: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def interrupt(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("xenpv.stream.contents.Contents.see", interrupt)
+    monkeypatch.setattr("xenpv.stream.contents.Contents.add", interrupt)
     ran = xenpv("show", good)
     assert ran.code == 130
     assert "Traceback" not in ran.err

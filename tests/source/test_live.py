@@ -15,7 +15,7 @@ from tests.support.p2m_guest import PAGES, Guest
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_FRAME_MASK, PTE_P, XEN_PAE_L2_FIRST
 from xenpv.abi.xen import INVALID_MFN
-from xenpv.cli.target import opened
+from xenpv.cli.target import open_target
 from xenpv.errors import Fault, GuestError, HostError, RequestError
 from xenpv.frames import ABSENT, FOREIGN, IS_TABLE, NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType, Pfn
 from xenpv.host.model.host import ModelHost
@@ -292,26 +292,29 @@ def here(monkeypatch: pytest.MonkeyPatch) -> ModelHost:
 def test_a_target_is_a_running_domain(here: ModelHost) -> None:
     made = make(here, name="web")
     for words in ("web", str(made.domid)):
-        with opened(words, pause=True) as live:
+        with open_target(words, pause=True) as live:
             assert isinstance(live, LiveDomain)
             assert (live.name, here.info(made.domid).paused) == (f"dom{made.domid} (web)", True)
         assert not here.info(made.domid).paused
 
 
 def test_a_target_that_is_nothing_is_said_to_be_none(here: ModelHost, tmp_path: Path) -> None:
-    with pytest.raises(HostError, match="no domain is called 'nobody'"), opened("nobody"):
+    with pytest.raises(HostError, match="no domain is called 'nobody'"), open_target("nobody"):
         pass
-    with pytest.raises(HostError, match="no such domain"), opened("77"):
+    with pytest.raises(HostError, match="no such domain"), open_target("77"):
         pass
     missing = str(tmp_path / "dom.save")
-    with pytest.raises(RequestError, match="No such file or directory; and as a domain: no domain"), opened(missing):
+    with (
+        pytest.raises(RequestError, match="No such file or directory"),
+        open_target(missing),
+    ):
         pass
 
 
 def test_a_file_is_not_paused(here: ModelHost, tmp_path: Path) -> None:
     file = tmp_path / "dom.save"
     file.write_bytes(b"")
-    with pytest.raises(RequestError, match="only a running domain can be paused"), opened(str(file), pause=True):
+    with pytest.raises(RequestError, match="only a running domain can be paused"), open_target(str(file), pause=True):
         pass
 
 
@@ -319,7 +322,7 @@ def test_an_hvm_domain_has_no_p2m_for_us(here: ModelHost, monkeypatch: pytest.Mo
     made = make(here)
     info = replace(here.info(made.domid), hvm=True)
     monkeypatch.setattr(here, "info", lambda _domid: info)
-    with pytest.raises(RequestError, match="is HVM or PVH"), opened(str(made.domid)):
+    with pytest.raises(RequestError, match="is HVM or PVH"), open_target(str(made.domid)):
         pass
 
 

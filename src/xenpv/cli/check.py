@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from xenpv.cli.target import INDEX, PAUSE, TARGET, opened
+from xenpv.cli.target import INDEX, PAUSE, TARGET, open_target
 from xenpv.cli.terminal import JSON, print_findings, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.findings import Findings
@@ -39,7 +39,7 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
     xenpv check dom.save               of a file; xenpv verify checks all the rest of it, too
     """
     findings = Findings(keep)
-    with opened(target, pause=pause) as domain:
+    with open_target(target, pause=pause) as domain:
         if isinstance(domain, LiveDomain):
             with progress_bar("checking") as bar:
                 PhysmapCheck(domain, findings, owner=not quick, progress=bar).run()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
-from xenpv.cli.target import INDEX, PAUSE, opened
+from xenpv.cli.target import INDEX, PAUSE, is_running, open_target
 from xenpv.cli.terminal import JSON, print_json, print_table, progress_bar
 from xenpv.diff.diff import Difference, Page
 from xenpv.diff.diff import diff as compare
@@ -40,8 +38,8 @@ def diff(a: str, b: str, keep: int, quiet: bool, pause: bool, as_json: bool) -> 
     Exit status: 0 nothing differs, 1 something does or it failed.
     """
     with (
-        opened(a, pause=pause and _runs(a), hvm=True) as one,
-        opened(b, pause=pause and _runs(b), hvm=True) as other,
+        open_target(a, pause=pause and is_running(a), allow_hvm=True) as one,
+        open_target(b, pause=pause and is_running(b), allow_hvm=True) as other,
         progress_bar("comparing") as bar,
     ):
         found = compare(one, other, keep=keep, progress=bar)
@@ -50,10 +48,6 @@ def diff(a: str, b: str, keep: int, quiet: bool, pause: bool, as_json: bool) -> 
     elif not quiet:
         _print(found)
     return 0 if found.same else 1
-
-
-def _runs(target: str) -> bool:
-    return target != "-" and not os.path.exists(target)
 
 
 def _print(found: Difference) -> None:

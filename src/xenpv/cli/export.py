@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from xenpv.cli.target import INDEX, PAUSE, Domain, opened
+from xenpv.cli.target import INDEX, PAUSE, Domain, open_target
 from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.errors import RequestError, StreamError
 from xenpv.export.export import FORMATS
@@ -63,7 +63,7 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
         wrong.append(f"{message} (at {offset:#x}{f' in {record}' if record else ''})")
 
     try:
-        with opened(source, pause=pause, hvm=True, on_breach=fault if partial else None) as domain:
+        with open_target(source, pause=pause, allow_hvm=True, on_breach=fault if partial else None) as domain:
             if partial and isinstance(domain, LiveDomain):
                 raise RequestError(f"{domain.name}: runs; only a file can be there in part")
             if isinstance(domain, SavedDomain) and not domain.source.seekable:

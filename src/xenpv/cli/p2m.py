@@ -8,7 +8,7 @@ from typing import Any
 import click
 import numpy as np
 
-from xenpv.cli.target import INDEX, PAUSE, TARGET, Domain, opened
+from xenpv.cli.target import INDEX, PAUSE, TARGET, Domain, open_target
 from xenpv.cli.terminal import JSON, NUMBER, print_json
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U64, type_name
 from xenpv.memory.anchors import Anchors
@@ -53,7 +53,7 @@ def p2m(
     xenpv p2m web --lookup 0x1234 --mfn 0x83a120
     xenpv p2m dom.save --dump | grep …
     """
-    with opened(target, pause=pause) as domain:
+    with open_target(target, pause=pause) as domain:
         if dump:
             _dump(domain.p2m)
             return

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import click
 
-from xenpv.cli.target import PAUSE, TARGET, opened
+from xenpv.cli.target import PAUSE, TARGET, open_target
 from xenpv.cli.terminal import JSON, NUMBER, print_json, progress_bar
 from xenpv.findings import Findings
 from xenpv.frames import PAGE_SIZE
@@ -60,7 +60,7 @@ def report(target: str, output: str | None, content: int, keep: int, pause: bool
 def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, Checked]]:
     """What people mean by a name, and what is found in it."""
     findings = Findings(keep)
-    with opened(target, pause=pause, hvm=True, on_breach=findings.add_breach) as domain:
+    with open_target(target, pause=pause, allow_hvm=True, on_breach=findings.add_breach) as domain:
         if isinstance(domain, SavedDomain):
             found = Report(target, findings)
             with progress_bar("verifying") as bar:

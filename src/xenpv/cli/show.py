@@ -1,4 +1,4 @@
-"""``xenpv show``: what a saved domain is. Of cores and vcpus of HVM domains show_core.py says it."""
+"""``xenpv show``: the domain in a save file or a core."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import click
 
 from xenpv.abi.x86 import VGCF_IN_KERNEL
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
-from xenpv.cli.show_core import describe_core, describe_vcpus, print_core, print_vcpus
-from xenpv.cli.target import INDEX, kept
+from xenpv.cli.target import INDEX, open_file
 from xenpv.cli.terminal import FILE, JSON, print_json, print_table
-from xenpv.errors import Fault
+from xenpv.errors import Fault, GuestError
 from xenpv.frames import HAS_DATA, PAGE_SIZE, PageType
 from xenpv.source.config import config_of
 from xenpv.source.core import CoreDomain
@@ -33,7 +32,7 @@ def show(file: str, verbose: bool, as_json: bool) -> None:
     Reads the records and passes over page content, so a file of any size takes a moment. Nothing is verified beyond
     what reading needs: see xenpv verify.
     """
-    with kept(file) as domain:
+    with open_file(file) as domain:
         if isinstance(domain, CoreDomain):
             description = describe_core(domain)
         else:
@@ -253,3 +252,88 @@ def _print_vcpus(vcpus: list[dict[str, Any]]) -> None:
         place = [f"{v['ip']:#x}", f"{v['sp']:#x}", v["mode"], f"{v['cr3_pfn']:#x}", user]
         rows.append([str(v["vcpu"]), *place, ", ".join(v["records"])])
     print_table("", ["vcpu#", "ip", "sp", "mode", "cr3 pfn", "user cr3 pfn", "records"], rows)
+
+
+# --- cores, and the vcpus of HVM domains -----------------------------------------------------------------------------
+
+
+def describe_core(core: CoreDomain) -> dict[str, Any]:
+    """Everything that show says of a core, as plain values; frame numbers and addresses are numbers, sizes in bytes."""
+    layout, anchors = core.layout, None if core.hvm else core.anchors
+    first, count = core.pages.extents
+    pages = int(count.sum())
+    out: dict[str, Any] = {
+        "file": core.name,
+        "size": core.source.size,
+        "format": "xl dump-core",
+        "domain_type": "HVM" if core.hvm else "PV",
+        "xen": layout.xen,
+        "width": core.width,
+        "pages": pages,
+        "memory": pages * PAGE_SIZE,
+        "pages_announced": layout.announced,
+        "runs": len(first),
+        "last_pfn": int(first[-1]) + int(count[-1]) - 1 if len(first) else -1,
+        "shared_info": core.shared_info() is not None,
+    }
+    if anchors is not None:
+        out["p2m"] = {
+            "form": anchors.names,
+            "max_pfn": anchors.max_pfn,
+            "frame_list_list_mfn": anchors.frame_list_list,
+            "p2m_cr3": anchors.p2m_cr3,
+            "p2m_vaddr": anchors.p2m_vaddr,
+            "p2m_generation": anchors.p2m_generation,
+        }
+    return out | {"vcpus": describe_vcpus(core)}
+
+
+def describe_vcpus(domain: CoreDomain | SavedDomain) -> list[dict[str, Any]]:
+    """Where each vcpu was. A top table that is no page of the domain is None."""
+    out = []
+    for vcpu in domain.vcpus:
+        registers = domain.registers(vcpu)
+        if registers is None:
+            continue
+        try:
+            tops = [domain.cr3(vcpu), domain.cr3(vcpu, user=True)]
+        except GuestError:
+            tops = [None, None]
+        one = {
+            "vcpu": vcpu,
+            "ip": registers.ip,
+            "sp": registers.sp,
+            "cs": registers.segments["cs"],
+            "flags": registers.flags,
+            "mode": "kernel" if registers.in_kernel else "user",
+            "cr3_pfn": tops[0],
+            "user_cr3_pfn": tops[1],
+        }
+        out.append(one | ({"width": registers.width, "paging": registers.paging.name} if domain.hvm else {}))
+    return out
+
+
+def print_core(d: dict[str, Any]) -> None:
+    """What describe_core() found, for people."""
+    xen = f" on Xen {printable(d['xen'])}" if d["xen"] else ""
+    what = f"{d['domain_type']} domain"
+    click.echo(
+        click.style(what, bold=True) + f", {d['width'] * 8}-bit, a core of {d['format']}{xen}, {size(d['size'])}"
+    )
+    lost = d["pages_announced"] - d["pages"]
+    lacks = click.style(f"; {lost} more were announced", fg="yellow") if lost else ""
+    click.echo(f"  {'pages':<13}{d['pages']} ({size(d['memory'])}), pfns up to {max(d['last_pfn'], 0):#x}{lacks}")
+    if p2m := d.get("p2m"):
+        click.echo(f"  {'p2m':<13}{p2m['form']}, max_pfn {p2m['max_pfn']:#x}")
+    print_vcpus(d["vcpus"])
+
+
+def print_vcpus(vcpus: list[dict[str, Any]]) -> None:
+    """A table of what describe_vcpus() found."""
+    hvm = any("paging" in v for v in vcpus)
+    rows = []
+    for v in vcpus:
+        frames = ["" if v[top] is None else f"{v[top]:#x}" for top in ("cr3_pfn", "user_cr3_pfn")]
+        own = [frames[0], v["paging"]] if hvm else frames
+        rows.append([str(v["vcpu"]), f"{v['ip']:#x}", f"{v['sp']:#x}", v["mode"], *own])
+    print_table("", ["vcpu#", "ip", "sp", "mode", "cr3 pfn", "paging" if hvm else "user cr3 pfn"], rows)

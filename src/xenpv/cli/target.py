@@ -1,4 +1,4 @@
-"""What a verb looks into: DOM, a running domain, or FILE, a save file or a core."""
+"""The domain that a verb works on: DOM, a running domain, or FILE, a save file or a core. The options for both."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TypeAlias
 
 import click
 
-from xenpv.cli.terminal import progress_bar
+from xenpv.cli.terminal import NUMBER, progress_bar
 from xenpv.errors import HostError, RequestError
+from xenpv.frames import Pfn
 from xenpv.host.protocol import find_domain
 from xenpv.source.core import CoreDomain
 from xenpv.source.live import LiveDomain
@@ -24,7 +25,12 @@ TARGET = click.argument("target", metavar="DOM|FILE")
 PAUSE = click.option("--pause", is_flag=True, help="Pause a running domain meanwhile; without, it runs on.")
 
 
-def _say(ctx: click.Context, _: click.Parameter, index: bool | None) -> None:
+VCPU = click.option("--vcpu", default=0, show_default=True, metavar="N", help="Use the page tables of this vcpu.")
+USER = click.option("--user", is_flag=True, help="Use the page tables of user mode (64-bit PV guests have two sets).")
+TOP = click.option("--top", type=NUMBER, metavar="PFN", help="Start at this top-level page table, not at a vcpu's cr3.")
+
+
+def _remember_index(ctx: click.Context, _: click.Parameter, index: bool | None) -> None:
     ctx.meta[__name__] = index
 
 
@@ -32,37 +38,49 @@ INDEX = click.option(
     "--index/--no-index",
     default=None,
     expose_value=False,
-    callback=_say,
+    callback=_remember_index,
     help="Keep the index of a save file in FILE.xpvi beside it, and use it, or do not. Unasked it is kept of files of "
     "8 GiB and more, where the folder can be written to.",
 )
 
 
 @contextmanager
-def opened(
-    target: str, *, pause: bool = False, hvm: bool = False, on_breach: BreachHandler | None = None
+def open_target(
+    target: str, *, pause: bool = False, allow_hvm: bool = False, on_breach: BreachHandler | None = None
 ) -> Iterator[Domain]:
-    """The domain that people mean by a file's name or "-", or else by a domain's id, uuid or name; RequestError if it
-    is not PV, unless ``hvm``. ``on_breach`` is told of what is wrong with a file, which is then read as far as it goes.
+    """Open a file, if there is one of this name (or for "-"), otherwise a running domain by id, uuid or name.
+
+    Args:
+        target: Path, "-", or a domain's id, uuid or name.
+        pause: Pause a running domain until the context ends.
+        allow_hvm: Accept HVM and PVH domains in files.
+        on_breach: Called for each breach of a rule in a file, which is then read on. Default: the first one raises.
+
+    Raises:
+        RequestError: No such file or domain, a domain that is not PV, or a file that is to be paused.
     """
     with ExitStack() as stack:
-        if target != "-" and not os.path.exists(target):
-            live = _running(target, stack)
+        if is_running(target):
+            live = _open_running(target, stack)
             if pause:
                 stack.enter_context(live.paused())
             yield live
             return
         if pause:
-            raise RequestError(f"{target}: is a file; only a running domain can be paused")
-        domain = stack.push(kept(target, on_breach))
-        if domain.hvm and not hvm:
-            what = "an HVM or PVH domain; Xen keeps its p2m, and the file has none"
-            raise RequestError(f"{target}: {what}")
+            raise RequestError(f"{target}: this is a file; only a running domain can be paused")
+        domain = stack.push(open_file(target, on_breach))
+        if domain.hvm and not allow_hvm:
+            raise RequestError(f"{target}: this is an HVM or PVH domain: Xen keeps its p2m, the file has none")
         yield domain
 
 
-def kept(path: str, on_breach: BreachHandler | None = None) -> SavedDomain | CoreDomain:
-    """The domain in a file, with its index as INDEX says. To be closed."""
+def is_running(target: str) -> bool:
+    """Whether a target names a running domain: it is neither "-" nor the path of a file."""
+    return target != "-" and not os.path.exists(target)
+
+
+def open_file(path: str, on_breach: BreachHandler | None = None) -> SavedDomain | CoreDomain:
+    """Open the save file or core at a path ("-" is standard input), with its index as --index says."""
     ctx = click.get_current_context(silent=True)
     with progress_bar("reading") as bar:
         return open_domain(
@@ -70,7 +88,7 @@ def kept(path: str, on_breach: BreachHandler | None = None) -> SavedDomain | Cor
         )
 
 
-def _running(target: str, stack: ExitStack) -> LiveDomain:
+def _open_running(target: str, stack: ExitStack) -> LiveDomain:
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415  opens Xen's libraries
 
     try:
@@ -79,7 +97,25 @@ def _running(target: str, stack: ExitStack) -> LiveDomain:
     except HostError as e:
         if "/" not in target and "." not in target:
             raise
-        raise RequestError(f"{target}: No such file or directory; and as a domain: {e}") from e
+        raise RequestError(f"{target}: No such file or directory; no running domain either: {e}") from e
     if info.hvm:
         raise RequestError(f"dom{info.domid} is HVM or PVH: Xen keeps its p2m, the guest publishes none")
     return LiveDomain(host, info)
+
+
+def top_table(domain: Domain, vcpu: int, user: bool, top: int | None) -> Pfn:
+    """Return the pfn of the top-level page table that --top, --vcpu and --user select."""
+    if top is not None:
+        return Pfn(top)
+    cr3 = domain.cr3(vcpu, user=user)
+    if cr3 is None:
+        if user and vcpu in domain.vcpus:
+            raise RequestError(f"{domain.name}: vcpu {vcpu} has no page tables of user mode")
+        vcpus = ", ".join(map(str, domain.vcpus)) or "none"
+        raise RequestError(f"{domain.name}: no vcpu {vcpu}, or it never ran (vcpus: {vcpus})")
+    return cr3
+
+
+def walk_attempts(domain: Domain) -> int:
+    """Return how often to try a walk: a running domain may free a process's page tables meanwhile."""
+    return 4 if isinstance(domain, LiveDomain) else 1

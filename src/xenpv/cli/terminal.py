@@ -51,6 +51,11 @@ def print_json(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+def print_json_line(value: Any, *, err: bool = False) -> None:
+    """Print an event as one line of JSON, on standard error with ``err``."""
+    click.echo(json.dumps(value), err=err)
+
+
 @contextmanager
 def progress_bar(description: str = "") -> Iterator[ProgressCallback | None]:
     """Draw the progress of the body on stderr, a bar for each step; None if stderr is no terminal.

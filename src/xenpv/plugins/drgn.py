@@ -35,7 +35,7 @@ except ImportError:
     sys.exit("xenpv: error: this needs drgn, which is not installed: pip install 'xenpv[drgn]'")
 
 from xenpv.cli.main import EXIT_FAILED, run
-from xenpv.cli.target import PAUSE, TARGET, opened
+from xenpv.cli.target import PAUSE, TARGET, open_target
 from xenpv.errors import RequestError, XenPVError
 from xenpv.findings import Rule, Severity
 from xenpv.memory.domain import Domain
@@ -133,7 +133,7 @@ def main(
 
     if target == "-":
         raise RequestError("drgn reads here and there, and a pipe passes by once: put it into a file first")
-    with opened(target, pause=pause, hvm=True, on_breach=fault if partial else None) as domain:
+    with open_target(target, pause=pause, allow_hvm=True, on_breach=fault if partial else None) as domain:
         prog = program(domain, live=isinstance(domain, LiveDomain) and not pause)
         if not prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL:
             click.echo("no VMCOREINFO in its memory: memory can be read, but nothing is known of a kernel", err=True)
