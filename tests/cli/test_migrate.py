@@ -23,7 +23,7 @@ from xenpv.migrate.transport import accept, connect, listening
 @pytest.fixture
 def move(monkeypatch: pytest.MonkeyPatch) -> Move:
     move = Move.ready()
-    monkeypatch.setattr("xenpv.host.xen.mover.XenMover", lambda: nullcontext(move.source))
+    monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(move.source))
     return move
 
 
@@ -156,7 +156,7 @@ def test_taken_back(move: Move) -> None:
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_receive(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
-    monkeypatch.setattr("xenpv.host.xen.mover.XenMover", lambda: nullcontext(move.target))
+    monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(move.target))
     path = tmp_path / "link"
 
     def send() -> object:

@@ -20,12 +20,12 @@ from xenpv.errors import HostError
 @pytest.fixture
 def move(monkeypatch: pytest.MonkeyPatch) -> Move:
     move = Move.ready()
-    monkeypatch.setattr("xenpv.host.xen.mover.XenMover", lambda: nullcontext(move.source))
+    monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(move.source))
     return move
 
 
 def on_target(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xenpv.host.xen.mover.XenMover", lambda: nullcontext(move.target))
+    monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(move.target))
 
 
 def test_a_domain_goes_into_a_file_and_comes_back(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +102,7 @@ def test_preflight_changes_nothing(move: Move, tmp_path: Path, monkeypatch: pyte
     told = xenpv("save", "--preflight", "--json", NAME).json
     assert (told["name"], told["pages"], told["entries"]) == (who, PAGES, PAGES)
     monkeypatch.undo()
-    monkeypatch.setattr("xenpv.host.xen.mover.XenMover", lambda: nullcontext(move.source))
+    monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(move.source))
     assert xenpv("save", NAME, tmp_path / "x").code == 0
     assert abs(told["bytes"] - (tmp_path / "x").stat().st_size) < 32 << 10
 

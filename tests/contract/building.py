@@ -1,6 +1,6 @@
 """What every Toolstack must do, as plain functions of a host and the width of the domains to build.
 
-ModelHost is held to them always, XenToolstack on real Xen in the lab (tests/contract/live_build.py). Each leaves the
+ModelHost is held to them always, XenHost on real Xen in the lab (tests/contract/live_build.py). Each leaves the
 host as it was.
 """
 

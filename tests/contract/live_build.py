@@ -22,7 +22,7 @@ from tests.contract import tiny
 from tests.contract.building import BUILDING, domain, eventually, gone, pfns
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE
-from xenpv.host.xen.toolstack import XenToolstack
+from xenpv.host.xen.host import XenHost
 
 REASON = 5  # SHUTDOWN_soft_reset: no domain gets that by accident
 UUID = "7117e7fe-0000-4000-8000-000000000001"
@@ -34,7 +34,7 @@ def text_of(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def contract(host: XenToolstack) -> dict[str, str]:
+def contract(host: XenHost) -> dict[str, str]:
     """Each check's name, and "ok" or what was wrong."""
     results = {}
     for check in BUILDING:
@@ -46,7 +46,7 @@ def contract(host: XenToolstack) -> dict[str, str]:
     return results
 
 
-def run_tiny(host: XenToolstack, name: str) -> dict[str, Any]:
+def run_tiny(host: XenHost, name: str) -> dict[str, Any]:
     """Build it, run it, and look at it with stock tools before it goes."""
     out: dict[str, Any] = {}
     started = time.monotonic()
@@ -72,7 +72,7 @@ def run_tiny(host: XenToolstack, name: str) -> dict[str, Any]:
     return out
 
 
-def destroyed_by_xl(host: XenToolstack, name: str) -> bool:
+def destroyed_by_xl(host: XenHost, name: str) -> bool:
     """What we built, `xl destroy` ends."""
     domid = host.create(max_pages=tiny.PAGES, name=name, uuid=UUID)
     tiny.fill(host, domid)
@@ -80,7 +80,7 @@ def destroyed_by_xl(host: XenToolstack, name: str) -> bool:
     return eventually(lambda: gone(host, domid))
 
 
-def speed(host: XenToolstack) -> dict[str, int]:
+def speed(host: XenHost) -> dict[str, int]:
     """Pages a second, of 64 MiB in single frames; emulated."""
     count = 64 << 8
     out = {}
@@ -100,7 +100,7 @@ def speed(host: XenToolstack) -> dict[str, int]:
     return out
 
 
-def settled(host: XenToolstack) -> int:
+def settled(host: XenHost) -> int:
     """How many pages are free once that does not change: what a domain had comes back a moment after it has gone."""
     found = [host.free_pages()]
     while found[-QUIET:] != [found[-1]] * QUIET:
@@ -109,7 +109,7 @@ def settled(host: XenToolstack) -> int:
     return found[-1]
 
 
-def thirty_two_bit(host: XenToolstack) -> str:
+def thirty_two_bit(host: XenHost) -> str:
     """What this Xen says to a 32-bit PV domain."""
     before = len(host.domains())
     try:
@@ -124,7 +124,7 @@ def without_root() -> str:
     """What a user who is not root is told. Gives up root for good."""
     os.setuid(65534)
     try:
-        XenToolstack()
+        XenHost()
     except HostError as error:
         return str(error)
     return "opened"
@@ -132,7 +132,7 @@ def without_root() -> str:
 
 def look(name: str, out: dict[str, Any]) -> None:
     """Everything, into ``out``."""
-    with XenToolstack() as host:
+    with XenHost() as host:
         out["version"] = f"{host.version().major}.{host.version().minor}{host.version().extra}"
         before, free = text_of("xenstore-ls", "-f"), settled(host)
         info = dict(line.split(":", 1) for line in text_of("xl", "info").splitlines() if ":" in line)

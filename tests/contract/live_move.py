@@ -23,7 +23,7 @@ from tests.contract.running import RUNNING, all_that_changes_is_in_the_log
 from xenpv.errors import HostError
 from xenpv.frames import DomId
 from xenpv.host.protocol import find_domain
-from xenpv.host.xen.mover import XenMover
+from xenpv.host.xen.host import XenHost
 from xenpv.source.live import LiveDomain
 from xenpv.source.saved import SavedDomain
 
@@ -39,7 +39,7 @@ def ran(check: Callable[..., object], *arguments: object) -> object:
     return "ok" if result is None else result
 
 
-def running(host: XenMover, domid: DomId) -> dict[str, object]:
+def running(host: XenHost, domid: DomId) -> dict[str, object]:
     out: dict[str, object] = {}
     for check in RUNNING:
         if check is all_that_changes_is_in_the_log and not can_log(host, domid):
@@ -49,7 +49,7 @@ def running(host: XenMover, domid: DomId) -> dict[str, object]:
     return out
 
 
-def can_log(host: XenMover, domid: DomId) -> bool:
+def can_log(host: XenHost, domid: DomId) -> bool:
     try:
         host.log_dirty(domid, on=True)
     except HostError as error:
@@ -58,7 +58,7 @@ def can_log(host: XenMover, domid: DomId) -> bool:
     return True
 
 
-def compared(host: XenMover, domid: DomId, path: str) -> dict[str, Any]:
+def compared(host: XenHost, domid: DomId, path: str) -> dict[str, Any]:
     """For each record of a stock stream, its size, and whether our call gives the same bytes."""
     out: dict[str, Any] = {}
     with SavedDomain.open(path) as saved:
@@ -82,7 +82,7 @@ def compared(host: XenMover, domid: DomId, path: str) -> dict[str, Any]:
     return out
 
 
-def speed(host: XenMover, domid: DomId) -> dict[str, float]:
+def speed(host: XenHost, domid: DomId) -> dict[str, float]:
     """Milliseconds that calls take: of 1024 frames, and a look at the log, by how many pfns it is for. Emulated."""
     live = LiveDomain(host, host.info(domid))
     mfns = live.p2m.lookup(np.arange(1024, dtype=np.uint64))
@@ -109,7 +109,7 @@ def timed(call: Callable[[], object]) -> float:
 
 def look(name: str, stream: str | None, out: dict[str, Any]) -> None:
     """Everything, into ``out``."""
-    with XenMover() as host:
+    with XenHost() as host:
         domid = find_domain(host, name).domid
         if stream is not None:
             out["stock"] = compared(host, domid, stream)

@@ -1,6 +1,6 @@
 """What every Mover must do, as plain functions of a host and the width of the domains to move.
 
-ModelHost is held to them always, XenMover on real Xen in the lab (tests/contract/live_move.py). Each leaves the host as
+ModelHost is held to them always, XenHost on real Xen in the lab (tests/contract/live_move.py). Each leaves the host as
 it was.
 """
 

@@ -1,6 +1,6 @@
 """What every Mover must do to a guest that runs, as plain functions of a host and a domain in which one does.
 
-ModelHost is held to them with its kernel, XenMover in the lab with litmus (tests/contract/live_move.py). ``go`` lets
+ModelHost is held to them with its kernel, XenHost in the lab with litmus (tests/contract/live_move.py). ``go`` lets
 the guest run and write to its memory for a while; it is not called while the domain is paused.
 """
 

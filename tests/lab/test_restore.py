@@ -15,10 +15,10 @@ RESTORE = """
 import json, sys, time
 from xenpv.io.stream_input import Input
 from xenpv.restore.restore import restore_domain
-from xenpv.host.xen.mover import XenMover
+from xenpv.host.xen.host import XenHost
 
 said = {}
-with XenMover() as host:
+with XenHost() as host:
     for path in sys.argv[1:]:
         began = time.monotonic()
         restored = restore_domain(host, Input.open(path))

@@ -72,13 +72,13 @@ def build(
             return
         layout = plan(image, request)
     from xenpv.build.build import build as build_domain  # noqa: PLC0415  NumPy, and Xen's libraries
-    from xenpv.host.xen.toolstack import XenToolstack  # noqa: PLC0415
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.source.config import as_libxl  # noqa: PLC0415
 
     uuid = str(uuid4())
     boot = _boots_from(kernel, ramdisk, request)
     config = as_libxl(called, uuid, pages=layout.nr_pages, vcpus=layout.vcpus, boot=boot)
-    with XenToolstack() as host:
+    with XenHost() as host:
         if any(domain.name == called for domain in host.domains()):
             raise RequestError(f"there is a domain {called!r} already; say another --name")
         with progress_bar() as bar:

@@ -80,7 +80,7 @@ def migrate(
     if settle and take_back:
         raise click.UsageError("--settle asks HOST, --take-back asks nobody: say one of them")
     from xenpv.host.protocol import find_domain  # noqa: PLC0415
-    from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415
     from xenpv.migrate import sender as migration  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.migrate.transport import connect  # noqa: PLC0415
@@ -89,7 +89,7 @@ def migrate(
 
     live = None if no_live else Precopy(max_iterations, target_dirty, max_downtime, bandwidth)
     with ExitStack() as stack:
-        host = stack.enter_context(XenMover())
+        host = stack.enter_context(XenHost())
         domid = find_domain(host, target).domid
         if where is None:
             _settled(migration.take_back(host, domid), as_json)

@@ -29,7 +29,7 @@ def receive(where: str | None, anywhere: bool, patience: float, as_json: bool) -
     xenpv receive --listen unix:/run/xenpv.sock
     xenpv receive --listen tcp:127.0.0.1:7000      and ssh -L or -R leads there
     """
-    from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.migrate.receiver import take  # noqa: PLC0415
     from xenpv.migrate.transport import accept, listening, standard  # noqa: PLC0415
@@ -43,7 +43,7 @@ def receive(where: str | None, anywhere: bool, patience: float, as_json: bool) -
 
     with ExitStack() as stack:
         stack.enter_context(interruptible())
-        host = stack.enter_context(XenMover())
+        host = stack.enter_context(XenHost())
         if where is None:
             link = stack.enter_context(standard(patience=patience))
         else:

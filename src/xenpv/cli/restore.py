@@ -25,7 +25,7 @@ def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
     xenpv restore web.save
     zstd -dc web.save.zst | xenpv restore --name web2 --paused -
     """
-    from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415
     from xenpv.io.stream_input import Input  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.restore.restore import restore_domain  # noqa: PLC0415
@@ -34,7 +34,7 @@ def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
         raise RequestError(f"{name!r} is no name")
     source = Input.open(file)
     try:
-        with XenMover() as host, interruptible(), progress_bar("restoring") as bar:
+        with XenHost() as host, interruptible(), progress_bar("restoring") as bar:
             restored = restore_domain(host, source, name=name, paused=paused, progress=bar)
     finally:
         source.close()

@@ -48,12 +48,12 @@ def save(
     if (file is None) is not preflight:
         raise click.UsageError("say DOM and FILE, or --preflight and DOM")
     from xenpv.host.protocol import find_domain  # noqa: PLC0415
-    from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.save.file import preflight as look  # noqa: PLC0415
     from xenpv.save.file import save_file  # noqa: PLC0415
 
-    with XenMover() as host:
+    with XenHost() as host:
         domid = find_domain(host, target).domid
         if file is None:
             seen = look(host, domid, stock=not xenpv_only)

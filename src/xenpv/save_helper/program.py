@@ -311,9 +311,9 @@ def _words(e: Exception) -> str:
 
 def xen() -> Mover:
     """The Xen that we run on. HostError where there is none."""
-    from xenpv.host.xen.mover import XenMover  # noqa: PLC0415
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415
 
-    return XenMover()
+    return XenHost()
 
 
 def main(argv: list[str], find_host: Callable[[], Mover] = xen) -> int:

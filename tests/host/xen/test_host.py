@@ -24,8 +24,8 @@ from xenpv.errors import HostError
 from xenpv.frames import I64, U64, DomId
 from xenpv.host.protocol import DomainInfo, find_domain
 from xenpv.host.xen import domctl, libxen, xenstore
-from xenpv.host.xen import host as xen_host
 from xenpv.host.xen.host import XenHost
+from xenpv.host.xen.m2p import M2P
 
 ALL_ONES = (1 << 64) - 1
 
@@ -82,7 +82,7 @@ def test_no_library(privcmd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_xenstore_is_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xenstore, "LIBXENSTORE", ("libxenpv-no-such.so.1",))
-    store = xenstore.Store()
+    store = xenstore.XenStore()
     assert not store.reachable
     assert store.read("/local/domain/0/name") is None
     store.close()
@@ -104,7 +104,7 @@ class Calls:
         memory = (ctypes.c_uint8 * size)()
         yield libxen.Buffer(ctypes.addressof(memory), size)
 
-    def two(self, hypercall: int, command: int, address: int, op: str) -> int:  # noqa: ARG002
+    def call(self, hypercall: int, command: int, address: int, op: str) -> int:  # noqa: ARG002
         if (hypercall, command) == (domctl.XEN_VERSION, domctl.XENVER_VERSION):
             return self.version[0] << 16 | self.version[1]
         if (hypercall, command) == (domctl.XEN_VERSION, domctl.XENVER_EXTRAVERSION):
@@ -120,18 +120,18 @@ class Calls:
 
 def test_a_version_that_is_not_in_the_table(privcmd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = Calls(version=(4, 99))
-    monkeypatch.setattr(libxen, "Calls", lambda: calls)
-    with pytest.raises(HostError, match=r"^Xen 4\.99\.9-rc1: an unknown control interface; .* 4\.14, 4\.17, 4\.20$"):
+    monkeypatch.setattr(libxen, "Hypercalls", lambda: calls)
+    with pytest.raises(HostError, match=r"^Xen 4\.99\.9-rc1: unknown control interface; .* 4\.14, 4\.17, 4\.20$"):
         XenHost()
     assert calls.closed
 
 
 def test_errnos_in_words() -> None:
-    error = libxen.failed("getvcpucontext", errno.ESRCH, 7)
-    assert str(error) == "dom7: getvcpucontext: there is no such domain, or it has gone meanwhile (ESRCH)"
+    error = libxen.host_error("getvcpucontext", errno.ESRCH, 7)
+    assert str(error) == "dom7: getvcpucontext: no such domain, or it has been destroyed meanwhile (ESRCH)"
     assert (error.op, error.domid, error.errno) == ("getvcpucontext", 7, errno.ESRCH)
-    assert str(libxen.failed("xen_version", errno.EPERM)) == "xen_version: needs root in dom0 (EPERM)"
-    assert str(libxen.failed("pausedomain", errno.EINVAL, 0)) == "dom0: pausedomain: Invalid argument (EINVAL)"
+    assert str(libxen.host_error("xen_version", errno.EPERM)) == "xen_version: needs root in dom0 (EPERM)"
+    assert str(libxen.host_error("pausedomain", errno.EINVAL, 0)) == "dom0: pausedomain: Invalid argument (EINVAL)"
 
 
 class Memory:
@@ -161,7 +161,7 @@ def test_the_m2p_is_mapped_where_it_is_asked_about_and_nowhere_else() -> None:
     extents[2], extents[5] = extents[1], 0
     memory = Memory({extent: n for n, extent in enumerate(extents) if n not in {2, 5}})
     frames = (700 << 18) - 100
-    m2p = xen_host._M2P(Calls(extents=tuple(extents)), memory, frames)  # type: ignore[arg-type]
+    m2p = M2P(Calls(extents=tuple(extents)), memory, frames)  # type: ignore[arg-type]
     assert memory.mapped == 0
     asked = np.array([1, 699 << 18, 3, frames - 1, frames, ALL_ONES, 2 << 18, 5 << 18, (2 << 18) - 1], np.uint64)
     expected = [2, 699 << 19, 6, 2 * (frames - 1), *[ALL_ONES] * 4, (4 << 18) - 2]
@@ -184,7 +184,7 @@ class Host:
         for one in self._domains:
             if one.domid == domid:
                 return one
-        raise libxen.failed("getdomaininfo", errno.ESRCH, domid)
+        raise libxen.host_error("getdomaininfo", errno.ESRCH, domid)
 
 
 def test_find() -> None:

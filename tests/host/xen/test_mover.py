@@ -1,10 +1,9 @@
-"""XenMover's parts that need no Xen: the log's bitmap, what is memory, and what is taken back."""
+"""XenHost's parts that need no Xen: the log's bitmap, what is memory, and what is taken back."""
 
 from __future__ import annotations
 
 import errno
 from struct import pack
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,10 @@ from hypothesis import strategies as st
 from tests.host.xen.test_toolstack import Xenstore, opened
 from xenpv.errors import HostError
 from xenpv.frames import DomId
-from xenpv.host.xen import mover as xen_mover
-from xenpv.host.xen.host import ram_bounds
-from xenpv.host.xen.mover import XenMover, bits_set
+from xenpv.host.protocol import DomainInfo
+from xenpv.host.xen import log_dirty
+from xenpv.host.xen.host import XenHost, ram_bounds
+from xenpv.host.xen.log_dirty import LogDirty, set_bits
 
 RAM, RESERVED = 1, 2
 DOMID = DomId(7)
@@ -30,15 +30,15 @@ def test_bits_that_are_set(bits: set[int], at_once: int) -> None:
     for bit in bits:
         words[bit >> 6] |= np.uint64(1 << (bit & 63))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(xen_mover, "_WORDS_AT_ONCE", at_once)
-        found = bits_set(words)
+        patched.setattr(log_dirty, "_WORDS_AT_ONCE", at_once)
+        found = set_bits(words)
     assert found.dtype == np.uint64
     assert found.tolist() == sorted(bits)
 
 
 def test_no_bits_at_all() -> None:
-    assert bits_set(np.zeros(0, "<u8")).tolist() == []
-    assert bits_set(np.full(2, (1 << 64) - 1, "<u8")).tolist() == list(range(128))
+    assert set_bits(np.zeros(0, "<u8")).tolist() == []
+    assert set_bits(np.full(2, (1 << 64) - 1, "<u8")).tolist() == list(range(128))
 
 
 def bounds(*entries: tuple[int, int, int]) -> list[int]:
@@ -63,11 +63,11 @@ def test_what_of_a_host_is_memory() -> None:
     assert bounds((0, (1 << 64) - 1, RAM)) == [0x100, (1 << 52) - 1]
 
 
-def mover(calls: Xenstore) -> XenMover:
-    made: Any = XenMover.__new__(XenMover)
+def mover(calls: Xenstore) -> XenHost:
+    made: Any = XenHost.__new__(XenHost)
     store = opened(calls)
-    made._store, made._raw = store, lambda _: None
-    assert isinstance(made, XenMover)
+    made._store, made._getdomaininfo = store, lambda _: None
+    assert isinstance(made, XenHost)
     return made
 
 
@@ -120,29 +120,23 @@ def test_nothing_is_written_for_a_domain_whose_nodes_have_gone() -> None:
     assert calls.begun == calls.ended
 
 
-def test_what_a_log_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing where pfns lie close together in 4 MiB and more; never more than tables for 64 MiB of leaves."""
-    host: Any = XenMover.__new__(XenMover)
-    given_mb: list[int] = []
+def test_log_dirty_enable_grows_shadow_memory_of_tiny_and_sparse_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense domains from 4 MiB on need none; no domain gets more than tables for 64 MiB of bitmap need."""
+    log = LogDirty.__new__(LogDirty)
+    allocated_mb: list[int] = []
 
-    def shadow(_domid: DomId, _which: int, **arguments: int) -> None:
-        given_mb.extend([arguments["mb"]] if "mb" in arguments else [])
+    def shadow_op(_domid: DomId, _command: int, **arguments: int) -> None:
+        allocated_mb.extend([arguments["mb"]] if "mb" in arguments else [])
 
-    def needs(pages: int, max_pfn: int) -> int:
-        from xenpv.abi.xen import SHARED_INFO  # noqa: PLC0415
+    def allocation(pages: int, max_pfn: int) -> int:
+        allocated_mb.clear()
+        log.enable(DomainInfo(DOMID, None, None, False, 8, pages, pages, 5, 0, False, False, None, False), max_pfn)
+        return sum(allocated_mb)
 
-        shared = np.zeros(1, SHARED_INFO[8])
-        shared["arch"]["max_pfn"] = max_pfn
-        monkeypatch.setattr(host, "info", lambda _: SimpleNamespace(width=8, pages=pages, max_vcpu=0), raising=False)
-        monkeypatch.setattr(host, "shared_info", lambda _: shared.tobytes(), raising=False)
-        given_mb.clear()
-        host._grow_shadow(DOMID)
-        return sum(given_mb)
-
-    monkeypatch.setattr(host, "_shadow", shadow, raising=False)
-    assert needs(16, 0) == needs(1023, 1023) == 1
-    assert needs(1024, 1024) == needs(1 << 17, 1 << 17) == 0
-    assert needs(1 << 27, 1 << 27) == 0, "512 GiB, dense"
-    assert needs(1 << 14, 1 << 32) == 193, "64 MiB over 16 TiB"
-    assert needs(1 << 27, (1 << 64) - 1) == 0
-    assert needs(1 << 22, (1 << 64) - 1) == 193
+    monkeypatch.setattr(log, "_shadow_op", shadow_op)
+    assert allocation(16, 0) == allocation(1023, 1023) == 1
+    assert allocation(1024, 1024) == allocation(1 << 17, 1 << 17) == 0
+    assert allocation(1 << 27, 1 << 27) == 0, "512 GiB, dense"
+    assert allocation(1 << 14, 1 << 32) == 193, "64 MiB over 16 TiB"
+    assert allocation(1 << 27, (1 << 64) - 1) == 0
+    assert allocation(1 << 22, (1 << 64) - 1) == 193

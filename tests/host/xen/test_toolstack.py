@@ -1,4 +1,4 @@
-"""XenToolstack's parts that need no Xen: nodes, mappings that end, and what it says when something is not there."""
+"""XenHost's parts that need no Xen: nodes, mappings that end, and what it says when something is not there."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_values_are_in_the_units_that_others_read() -> None:
 
 def test_what_cannot_be_written_to_xenstore_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xenstore, "LIBXENSTORE", ("libxenpv-no-such.so.1",))
-    store = xenstore.Store()
+    store = xenstore.XenStore()
     for call in (
         lambda: store.write(DomId(7), []),
         lambda: store.remove(DomId(7), []),
@@ -128,8 +128,8 @@ class Xenstore:
         return 0
 
 
-def opened(calls: Xenstore) -> xenstore.Store:
-    store = xenstore.Store.__new__(xenstore.Store)
+def opened(calls: Xenstore) -> xenstore.XenStore:
+    store = xenstore.XenStore.__new__(xenstore.XenStore)
     own: Any = store
     own._handle, own._begin, own._end, own._read, own._write = 1, calls.begin, calls.end, calls.read, calls.write
     own._permit, own._remove, own._list, own._free = calls.permit, calls.remove, calls.children, lambda _: None
@@ -193,7 +193,7 @@ def memory() -> Iterator[tuple[libxen.ForeignMemory, int]]:
 
 def test_frames_are_written_in_place_until_the_block_ends(memory: tuple[libxen.ForeignMemory, int]) -> None:
     foreign, file = memory
-    with foreign.writable(DomId(7), np.array([5, 2], np.uint64)) as (pages, errors):
+    with foreign.map_writable(DomId(7), np.array([5, 2], np.uint64)) as (pages, errors):
         assert pages.shape == (2, PAGE_SIZE)
         assert not errors.any()
         pages[0] = 5
@@ -204,9 +204,9 @@ def test_frames_are_written_in_place_until_the_block_ends(memory: tuple[libxen.F
     kept[:] = 9  # is nobody's any more, and no fault
     assert os.pread(file, PAGE_SIZE, 5 * PAGE_SIZE) == b"\5" * PAGE_SIZE
     assert os.pread(file, 30, 2 * PAGE_SIZE) == bytes(10) + b"\2" * 10 + bytes(10)
-    with foreign.writable(DomId(7), np.array([1, 99], np.uint64)) as (pages, errors):
+    with foreign.map_writable(DomId(7), np.array([1, 99], np.uint64)) as (pages, errors):
         assert errors.tolist() == [0, -errno.EBUSY]
-    with foreign.writable(DomId(7), np.empty(0, np.uint64)) as (pages, errors):
+    with foreign.map_writable(DomId(7), np.empty(0, np.uint64)) as (pages, errors):
         assert pages.shape == (0, PAGE_SIZE)
 
 

@@ -24,7 +24,7 @@ from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.build.build import build
 from xenpv.frames import IS_TABLE, U8, U64, Mask, PageType
 from xenpv.host.protocol import DomainInfo, find_domain
-from xenpv.host.xen.toolstack import XenToolstack
+from xenpv.host.xen.host import XenHost
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Part, plan
 from xenpv.image.request import Request
@@ -39,7 +39,7 @@ UNUSED = {Part.GAP, Part.STACK, Part.PADDING, Part.FREE}  # nobody writes there
 class Side:
     """One of the two, by pfn. Nobody has run it: its p2m is the list that start info names."""
 
-    def __init__(self, host: XenToolstack, info: DomainInfo) -> None:
+    def __init__(self, host: XenHost, info: DomainInfo) -> None:
         self.host, self.info = host, info
         self.context = VCPU_GUEST_CONTEXT.read(host.vcpu_context(info.domid, 0), 8)
         start_info = self.frames_at(int(self.context["user_regs"]["rsi"]), 1)
@@ -134,7 +134,7 @@ def without_time(shared_info: bytes) -> bytes:
     return page.tobytes()
 
 
-def one(host: XenToolstack, name: str, case: tuple[str, str, int, str]) -> dict[str, Any]:
+def one(host: XenHost, name: str, case: tuple[str, str, int, str]) -> dict[str, Any]:
     """Build a domain twice, compare, and end both."""
     kernel, ramdisk, memory, cmdline = case
     boot = {"kernel": kernel, "ramdisk": ramdisk, "cmdline": cmdline}
@@ -174,7 +174,7 @@ def one(host: XenToolstack, name: str, case: tuple[str, str, int, str]) -> dict[
 
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    with XenToolstack() as host:
+    with XenHost() as host:
         print(json.dumps({name: one(host, name, case) for name, case in cases.items()}))
 
 

@@ -29,7 +29,7 @@ from tests.support.refused_calls import BUILDING, RESTORING, refused_in_turn
 from xenpv.build.build import build
 from xenpv.errors import XenPVError
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, DomId
-from xenpv.host.xen.mover import XenMover
+from xenpv.host.xen.host import XenHost
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import plan
 from xenpv.image.request import Request
@@ -41,7 +41,7 @@ from xenpv.stream.reader import Reader
 # --- calls that are refused ------------------------------------------------------------------------------------------
 
 
-def builds(host: XenMover, kernel: str) -> dict[str, Any]:
+def builds(host: XenHost, kernel: str) -> dict[str, Any]:
     image = KernelImage.parse(Path(kernel).read_bytes())
     layout = plan(image, Request(32 << 20))
     host.destroy(build(host, image, layout, name="first").domid)  # what the first domain leaves is libxl's own roots
@@ -50,7 +50,7 @@ def builds(host: XenMover, kernel: str) -> dict[str, Any]:
     return {"said": said, "left": left.over()}
 
 
-def restores(host: XenMover, path: str) -> dict[str, Any]:
+def restores(host: XenHost, path: str) -> dict[str, Any]:
     data = Path(path).read_bytes()
     host.destroy(made(host, data))
     left = Left(host)
@@ -61,7 +61,7 @@ def restores(host: XenMover, path: str) -> dict[str, Any]:
 # --- streams that end, and lie ---------------------------------------------------------------------------------------
 
 
-def made(host: XenMover, data: bytes, *, pipe: bool = False, paused: bool = True) -> DomId:
+def made(host: XenHost, data: bytes, *, pipe: bool = False, paused: bool = True) -> DomId:
     """A domain out of a file or a pipe of these bytes."""
     with _piped(data) if pipe else _filed(data) as fd:
         source = Input(os.dup(fd), "the stream")
@@ -127,7 +127,7 @@ class Parts:
         return sorted(chance.sample(self.begins, min(count, len(self.begins))))
 
 
-def streams(host: XenMover, path: str, seed: int, count: int) -> dict[str, Any]:
+def streams(host: XenHost, path: str, seed: int, count: int) -> dict[str, Any]:
     """Cut off at each record's begin and anywhere, in files and in pipes; bits flipped in each part."""
     data, parts, chance, tally = Path(path).read_bytes(), Parts.of(path), random.Random(seed), Tally()
     host.destroy(made(host, data))
@@ -161,7 +161,7 @@ def streams(host: XenMover, path: str, seed: int, count: int) -> dict[str, Any]:
 
 def main(what: str, *arguments: str) -> None:
     ways: dict[str, Callable[..., dict[str, Any]]] = {"build": builds, "restore": restores, "streams": streams}
-    with XenMover() as host:
+    with XenHost() as host:
         print(json.dumps(ways[what](host, arguments[0], *map(int, arguments[1:]))))
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from xenpv.host.xen.mover import XenMover
+from xenpv.host.xen.host import XenHost
 
 PATIENCE = 30.0  # seconds in which Xen frees a domain: when its daemons have let go of it
 XENS_OWN = 16  # pages that Xen may keep for itself; a leak of one page at each fault would be more in the end
@@ -18,7 +18,7 @@ XENS_OWN = 16  # pages that Xen may keep for itself; a leak of one page at each 
 class Left:
     """What there was on a host, and what differs."""
 
-    def __init__(self, host: XenMover) -> None:
+    def __init__(self, host: XenHost) -> None:
         self.host = host
         self.before = self._now()
         self.free = host.free_pages()

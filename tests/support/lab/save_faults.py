@@ -27,7 +27,7 @@ from tests.support.lab.leftovers import Left, Tally, said
 from xenpv.errors import HostError, XenPVError
 from xenpv.frames import DomId
 from xenpv.host.protocol import find_domain
-from xenpv.host.xen.mover import XenMover
+from xenpv.host.xen.host import XenHost
 from xenpv.io.atomic_output import Output
 from xenpv.save.file import configuration, save_file
 from xenpv.save.precopy import Precopy
@@ -38,7 +38,7 @@ SETPIPE_SZ = 1031  # F_SETPIPE_SZ
 SMALL = Path("/tmp/small")  # noqa: S108  a file system of its own
 
 
-def outputs(host: XenMover, name: str, seed: int, count: int) -> dict[str, Any]:
+def outputs(host: XenHost, name: str, seed: int, count: int) -> dict[str, Any]:
     """The reader of a pipe goes, or a disk is full, after each record and at random; standing still, and live."""
     domid, chance, tally = find_domain(host, name).domid, random.Random(seed), Tally()
     SMALL.mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def outputs(host: XenMover, name: str, seed: int, count: int) -> dict[str, Any]:
     return tally.told() | {"begins": len(at), "bytes": size, "tried": resumed}
 
 
-def _saved(host: XenMover, domid: DomId, path: str, live: bool) -> str:
+def _saved(host: XenHost, domid: DomId, path: str, live: bool) -> str:
     """Save it, and let it go on; what was said of it, nothing if all went well."""
     words: list[str] = []
     try:
@@ -126,7 +126,7 @@ def _disk_full(place: int) -> Iterator[str]:
         said("mount", "-o", "remount,size=1G", str(SMALL))
 
 
-def _logs(host: XenMover, domid: DomId) -> bool:
+def _logs(host: XenHost, domid: DomId) -> bool:
     try:
         host.dirty_pfns(domid, 1 << 12, clean=False)
     except HostError:
@@ -134,7 +134,7 @@ def _logs(host: XenMover, domid: DomId) -> bool:
     return True
 
 
-def _can_log(host: XenMover, domid: DomId) -> bool:
+def _can_log(host: XenHost, domid: DomId) -> bool:
     try:
         host.log_dirty(domid, on=True)
     except HostError:
@@ -146,7 +146,7 @@ def _can_log(host: XenMover, domid: DomId) -> bool:
 # --- helpers that are killed -----------------------------------------------------------------------------------------
 
 
-def killed(host: XenMover, name: str, seed: int, count: int) -> dict[str, Any]:
+def killed(host: XenHost, name: str, seed: int, count: int) -> dict[str, Any]:
     """xl save and xl restore whose helper is killed, at a random time or when it has moved so much."""
     chance, tally = random.Random(seed), Tally()
     domid, path = find_domain(host, name).domid, "/tmp/killed.save"  # noqa: S108
@@ -210,7 +210,7 @@ def _children(pid: int) -> list[int]:
 
 
 def main(what: str, name: str, seed: str, count: str) -> None:
-    with XenMover() as host:
+    with XenHost() as host:
         print(json.dumps({"outputs": outputs, "killed": killed}[what](host, name, int(seed), int(count))))
 
 

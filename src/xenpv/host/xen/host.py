@@ -1,11 +1,12 @@
-"""XenHost: the Host protocol over the Xen that this dom0 runs on."""
+"""XenHost: the Xen that this dom0 runs on, as the Mover protocol (and so the Host and Toolstack protocols) has it."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import mmap
-import uuid
-from struct import unpack_from
+import uuid as uuids
+from collections.abc import Callable, Iterator
+from struct import pack, unpack_from
 from types import TracebackType
 from typing import Self
 
@@ -14,51 +15,57 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
+from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId, Mask
-from xenpv.host.protocol import DomainInfo, XenVersion
-from xenpv.host.xen import domctl, libxen
-from xenpv.host.xen.xenstore import Store
+from xenpv.host import xenstore_nodes
+from xenpv.host.protocol import DOM0, CpuPolicy, Daemons, DomainInfo, Ring, TscInfo, VcpuState, XenVersion
+from xenpv.host.xen import domctl, libxen, userdata
+from xenpv.host.xen.cpu_state import CpuState
+from xenpv.host.xen.libxen import host_error
+from xenpv.host.xen.log_dirty import LogDirty
+from xenpv.host.xen.m2p import M2P
+from xenpv.host.xen.xenstore import XenStore
 
-_ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _DOMAINS_AT_ONCE = 256
-_CHUNK_SHIFT = 18  # Xen hands out its m2p in pieces of 2 MiB: 2^18 entries, 1 GiB worth of frames
-_CHUNK_BYTES = 8 << _CHUNK_SHIFT
-_CHUNK_PAGES = _CHUNK_BYTES // PAGE_SIZE
+_EXTENTS_AT_ONCE = 1 << 16  # half a MiB of frame numbers in memory that Xen can reach
+_PINS_AT_ONCE = 1024
+_KIB_PER_PAGE = PAGE_SIZE >> 10
+_EVENT_CHANNELS = 1023  # libxl's default
 _FIRST_MIB = (1 << 20) // PAGE_SIZE
-_UNKNOWN, _MAPPED, _HOLE = 0, 1, 2
 
 
 class XenHost:
-    """The Xen below us. Opening it needs root in dom0 and changes nothing; HostError says what is missing.
+    """The Xen that this dom0 runs on. Opening it needs root in dom0 and changes nothing; else HostError says why.
 
-    Several threads may use one at once: Xen's libraries lock what they share, ctypes lets go of the GIL in each call,
-    and a call keeps nothing that another would see. Only close() must come after all of them.
+    Threads may share one: Xen's libraries lock what they share, ctypes releases the GIL in each call, and no call
+    keeps state for another. Only close() must come last.
     """
 
     def __init__(self) -> None:
         libxen.check_privcmd()
-        self._calls = libxen.Calls()
+        self._calls = libxen.Hypercalls()
         self._memory: libxen.ForeignMemory | None = None
-        self._store: Store | None = None
-        self._m2p: _M2P | None = None
+        self._store: XenStore | None = None
+        self._m2p: M2P | None = None
+        self._cpu_state = CpuState(self._calls, self._max_vcpu)
+        self._log_dirty = LogDirty(self._calls)
         try:
-            self._version = self._ask_version()
-            known = domctl.INTERFACES.get((self._version.major, self._version.minor))
-            if known is None:
+            self._version = self._read_version()
+            interface = domctl.INTERFACES.get((self._version.major, self._version.minor))
+            if interface is None:
                 raise unknown_version(self._version)
-            self._calls.interface = known
-            self._info = known.getdomaininfo
+            self._interface = self._calls.interface = interface
             self._memory = libxen.ForeignMemory()
-            frames = self._calls.two(domctl.MEMORY_OP, domctl.XENMEM_MAXIMUM_RAM_PAGE, 0, "maximum_ram_page")
-            self._max_mfn = frames - 1  # Xen answers with its max_page, which is one above
-            self._ram = self._ask_ram()
+            frames = self._calls.call(domctl.MEMORY_OP, domctl.XENMEM_MAXIMUM_RAM_PAGE, 0, "maximum_ram_page")
+            self._max_mfn = frames - 1  # Xen returns its max_page, which is one more
+            self._ram_bounds = self._read_ram_bounds()
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Let go of Xen. What map_frames has given stays readable as long as it is held."""
+        """Close Xen's libraries. Arrays that map_frames returned stay readable."""
         self._m2p = None
         if self._store:
             self._store.close()
@@ -75,71 +82,75 @@ class XenHost:
         self.close()
 
     def version(self) -> XenVersion:
+        """See Host."""
         return self._version
 
-    def _ask_version(self) -> XenVersion:
-        number = self._calls.two(domctl.XEN_VERSION, domctl.XENVER_VERSION, 0, "xen_version")
+    def _read_version(self) -> XenVersion:
+        number = self._calls.call(domctl.XEN_VERSION, domctl.XENVER_VERSION, 0, "xen_version")
         with self._calls.buffer(16) as buffer:
-            self._calls.two(domctl.XEN_VERSION, domctl.XENVER_EXTRAVERSION, buffer.address, "xen_version")
+            self._calls.call(domctl.XEN_VERSION, domctl.XENVER_EXTRAVERSION, buffer.address, "xen_version")
             extra = buffer.array.tobytes().partition(b"\0")[0].decode("ascii", "replace")
         return XenVersion(number >> 16, number & 0xFFFF, extra)
 
-    # -- domains
+    # -- inspecting domains
 
     def domains(self) -> list[DomainInfo]:
-        out: list[DomainInfo] = []
+        """See Host."""
+        domains: list[DomainInfo] = []
         first = 0
         while True:
-            raw = self._list(DomId(first), _DOMAINS_AT_ONCE)
-            for one in raw:
+            infos = self._getdomaininfolist(DomId(first), _DOMAINS_AT_ONCE)
+            for info in infos:
                 try:
-                    out.append(self._domain(one))
-                except HostError as error:
-                    if error.domid != int(one["domain"]):
+                    domains.append(self._domain_info(info))
+                except HostError as error:  # skip a domain that has been destroyed meanwhile
+                    if error.domid != int(info["domain"]):
                         raise
-                    # went meanwhile: not there any more
-            if len(raw) < _DOMAINS_AT_ONCE:
-                return out
-            first = int(raw[-1]["domain"]) + 1
+            if len(infos) < _DOMAINS_AT_ONCE:
+                return domains
+            first = int(infos[-1]["domain"]) + 1
 
     def info(self, domid: DomId) -> DomainInfo:
-        return self._domain(self._raw(domid))
+        """See Host."""
+        return self._domain_info(self._getdomaininfo(domid))
 
-    def _list(self, first: DomId, most: int) -> np.ndarray:
-        size = self._info.size(8)
-        with self._calls.buffer(most * size) as buffer:
-            done = self._calls.sysctl(
+    def _getdomaininfolist(self, first: DomId, count: int) -> np.ndarray:
+        """Return struct xen_domctl_getdomaininfo of up to ``count`` domains, from domid ``first`` on."""
+        struct = self._interface.getdomaininfo
+        size = struct.size(8)
+        with self._calls.buffer(count * size) as buffer:
+            result = self._calls.sysctl(
                 domctl.SYSCTL_GETDOMAININFOLIST,
                 "getdomaininfolist",
                 domctl.GETDOMAININFOLIST,
                 first_domain=first,
-                max_domains=most,
+                max_domains=count,
                 buffer=buffer.address,
             )
-            return buffer.array[: int(done["num_domains"]) * size].view(self._info[8]).copy()
+            return buffer.array[: int(result["num_domains"]) * size].view(struct[8]).copy()
 
-    def _raw(self, domid: DomId) -> np.void:
-        if 0 <= domid < 0x7FF0:  # above are names for others: self, Xen, I/O
-            raw = self._list(domid, 1)  # of this number, or the next that there is
-            if len(raw) and int(raw[0]["domain"]) == domid:
-                return raw[0]  # type: ignore[no-any-return]
-        raise libxen.failed("getdomaininfo", errno.ESRCH, domid)
+    def _getdomaininfo(self, domid: DomId) -> np.void:
+        if 0 <= domid < domctl.DOMID_FIRST_RESERVED:
+            infos = self._getdomaininfolist(domid, 1)  # Xen starts with the next domain if this one does not exist
+            if len(infos) and int(infos[0]["domain"]) == domid:
+                return infos[0]  # type: ignore[no-any-return]
+        raise host_error("getdomaininfo", errno.ESRCH, domid)
 
-    def _domain(self, raw: np.void) -> DomainInfo:
+    def _domain_info(self, raw: np.void) -> DomainInfo:
         domid, flags = DomId(int(raw["domain"])), int(raw["flags"])
         shutdown = bool(flags & domctl.DOMINF_SHUTDOWN)
         handle = raw["handle"].tobytes()
-        last = int(raw["max_vcpu_id"])
+        max_vcpu_id = int(raw["max_vcpu_id"])
         return DomainInfo(
             domid=domid,
             name=self._name(domid),
-            uuid=str(uuid.UUID(bytes=handle)) if any(handle) else None,
+            uuid=str(uuids.UUID(bytes=handle)) if any(handle) else None,
             hvm=bool(flags & domctl.DOMINF_HVM_GUEST),
             width=self._width(domid),
             pages=int(raw["tot_pages"]),
             max_pages=int(raw["max_pages"]),
             shared_info_mfn=int(raw["shared_info_frame"]),
-            max_vcpu=-1 if last == domctl.INVALID_MAX_VCPU_ID else last,
+            max_vcpu=-1 if max_vcpu_id == domctl.INVALID_MAX_VCPU_ID else max_vcpu_id,
             paused=bool(flags & domctl.DOMINF_PAUSED),
             shutdown=shutdown,
             shutdown_reason=flags >> domctl.DOMINF_SHUTDOWN_SHIFT & domctl.DOMINF_SHUTDOWN_MASK if shutdown else None,
@@ -149,168 +160,459 @@ class XenHost:
     def _name(self, domid: DomId) -> str | None:
         return self._xenstore().read(f"/local/domain/{domid}/name")
 
-    def _xenstore(self) -> Store:
+    def _max_vcpu(self, domid: DomId) -> int:
+        """Return a domain's highest vcpu number; -1 if it has none."""
+        max_vcpu_id = int(self._getdomaininfo(domid)["max_vcpu_id"])
+        return -1 if max_vcpu_id == domctl.INVALID_MAX_VCPU_ID else max_vcpu_id
+
+    def _xenstore(self) -> XenStore:
         if self._store is None:
-            self._store = Store()
+            self._store = XenStore()
             if not self._store.reachable and self._has_xenstore_domain():
-                self._store = Store(socket=False)
+                self._store = XenStore(socket=False)
         return self._store
 
     def _has_xenstore_domain(self) -> bool:
-        return bool((self._list(DomId(0), _DOMAINS_AT_ONCE)["flags"] & domctl.DOMINF_XS_DOMAIN).any())
+        return bool((self._getdomaininfolist(DomId(0), _DOMAINS_AT_ONCE)["flags"] & domctl.DOMINF_XS_DOMAIN).any())
 
     def _width(self, domid: DomId) -> Width:
-        done = self._calls.domctl(domctl.GET_ADDRESS_SIZE, "get_address_size", domid, domctl.ADDRESS_SIZE)
-        return 4 if int(done["size"]) == 32 else 8
+        result = self._calls.domctl(domctl.GET_ADDRESS_SIZE, "get_address_size", domid, domctl.ADDRESS_SIZE)
+        return 4 if int(result["size"]) == 32 else 8
 
     def pause(self, domid: DomId) -> None:
+        """See Host."""
         self._calls.domctl(domctl.PAUSEDOMAIN, "pausedomain", domid, domctl.NOTHING)
 
     def unpause(self, domid: DomId) -> None:
+        """See Host."""
         self._calls.domctl(domctl.UNPAUSEDOMAIN, "unpausedomain", domid, domctl.NOTHING)
 
     def vcpu_context(self, domid: DomId, vcpu: int) -> bytes:
+        """See Host."""
         width = self._width(domid)
         with self._calls.buffer(VCPU_GUEST_CONTEXT.size(8)) as buffer:
             arguments = {"vcpu": vcpu, "ctxt": buffer.address}
             self._calls.domctl(domctl.GETVCPUCONTEXT, "getvcpucontext", domid, domctl.VCPUCONTEXT, **arguments)
             return buffer.array[: VCPU_GUEST_CONTEXT.size(width)].tobytes()
 
-    # -- memory
+    # -- inspecting memory
 
     def max_mfn(self) -> int:
+        """See Host."""
         return self._max_mfn
 
-    def _ask_ram(self) -> U64:
-        """First mfns of what is memory, and of what is not, in turn."""
+    def _read_ram_bounds(self) -> U64:
+        """Read the host's memory map. See ram_bounds."""
         with self._calls.buffer(domctl.E820_MAX * domctl.E820_ENTRY) as entries:
             with self._calls.buffer(domctl.MEMORY_MAP.size(8)) as argument:
-                given = argument.array.view(domctl.MEMORY_MAP[8])
-                given["nr_entries"], given["buffer"] = domctl.E820_MAX, entries.address
+                members = argument.array.view(domctl.MEMORY_MAP[8])
+                members["nr_entries"], members["buffer"] = domctl.E820_MAX, entries.address
                 command, op = domctl.XENMEM_MACHINE_MEMORY_MAP, "machine_memory_map"
-                self._calls.two(domctl.MEMORY_OP, command, argument.address, op)
-                count = min(int(given["nr_entries"][0]), domctl.E820_MAX)
-            told = entries.array[: count * domctl.E820_ENTRY].tobytes()
-        return ram_bounds(told)
+                self._calls.call(domctl.MEMORY_OP, command, argument.address, op)
+                count = min(int(members["nr_entries"][0]), domctl.E820_MAX)
+            e820 = entries.array[: count * domctl.E820_ENTRY].tobytes()
+        return ram_bounds(e820)
 
     def is_ram(self, mfns: U64) -> Mask:
-        """Which of these are memory, and thus no device's registers. Not all that is: none below 1 MiB is."""
-        passed = np.searchsorted(self._ram, mfns, side="right")
-        return (passed & 1).astype(np.bool_)
+        """Return which frames are certainly RAM, and so no device's registers. Frames below 1 MiB never are."""
+        bounds_passed = np.searchsorted(self._ram_bounds, mfns, side="right")
+        return (bounds_passed & 1).astype(np.bool_)
 
     def map_frames(self, domid: DomId, mfns: U64) -> tuple[U8, U8]:
         """See Host. The mapping lives as long as anything refers to the array.
 
-        Xen would also map a device's registers for whoever may use them, and reading those can change them. So of what
-        is not memory for certain only what getpageframeinfo3 calls the domain's is mapped, and its shared info.
+        Xen would map a device's registers too for a domain that may use them, and reading them can change them. So
+        frames that may not be RAM are mapped only if getpageframeinfo3 knows them as the domain's, or if they are its
+        shared info.
         """
         assert self._memory
         wanted = np.asarray(mfns, dtype=np.uint64)
-        good = self.is_ram(wanted)
-        if good.all() and len(wanted):
-            pages, mapped = self._memory.view(domid, wanted)
+        safe = self.is_ram(wanted)
+        if safe.all() and len(wanted):
+            pages, mapped = self._memory.map_read_only(domid, wanted)
             return pages, mapped.astype(np.uint8)
-        types = self.page_types(domid, wanted[~good])
-        good[~good] = (types != PageType.XTAB) & (types != PageType.BROKEN)
-        if not good.all():
-            good |= wanted == np.uint64(self._raw(domid)["shared_info_frame"])
+        types = self.page_types(domid, wanted[~safe])
+        safe[~safe] = (types != PageType.XTAB) & (types != PageType.BROKEN)
+        if not safe.all():
+            safe |= wanted == np.uint64(self._getdomaininfo(domid)["shared_info_frame"])
         out = np.zeros((len(wanted), PAGE_SIZE), np.uint8)
-        which = np.flatnonzero(good)
-        if len(which):
-            out[which], good[which] = self._memory.view(domid, wanted[which])
-        return out, good.astype(np.uint8)
+        rows = np.flatnonzero(safe)
+        if len(rows):
+            out[rows], safe[rows] = self._memory.map_read_only(domid, wanted[rows])
+        return out, safe.astype(np.uint8)
 
     def page_types(self, domid: DomId, mfns: U64) -> U8:
+        """See Host."""
         wanted = np.asarray(mfns, dtype=np.uint64)
         out = np.full(len(wanted), PageType.XTAB, np.uint8)
-        most = domctl.PAGEFRAMEINFO_MAX
-        with self._calls.buffer(8 * most) as buffer:
+        batch_size = domctl.PAGEFRAMEINFO_MAX
+        with self._calls.buffer(8 * batch_size) as buffer:
             array = buffer.array.view("<u8")
-            for at in range(0, max(len(wanted), 1), most):  # with no frames too: is the domain there?
-                batch = wanted[at : at + most]
+            for start in range(0, max(len(wanted), 1), batch_size):  # also without frames, to fail without the domain
+                batch = wanted[start : start + batch_size]
                 array[: len(batch)] = batch
                 arguments = {"num": len(batch), "array": buffer.address}
                 op = "getpageframeinfo3"
                 self._calls.domctl(domctl.GETPAGEFRAMEINFO3, op, domid, domctl.PAGEFRAMEINFO3, **arguments)
-                out[at : at + most] = array[: len(batch)] >> np.uint64(domctl.PFINFO_LTAB_SHIFT)
+                out[start : start + batch_size] = array[: len(batch)] >> np.uint64(domctl.PFINFO_LTAB_SHIFT)
         out[wanted > np.uint64(self._max_mfn)] = PageType.XTAB
         return out
 
     def m2p(self, mfns: U64) -> U64:
+        """See Host."""
         assert self._memory
         if self._m2p is None:
-            self._m2p = _M2P(self._calls, self._memory, self._max_mfn + 1)
+            self._m2p = M2P(self._calls, self._memory, self._max_mfn + 1)
         try:
             return self._m2p.lookup(np.asarray(mfns, dtype=np.uint64))
         except HostError:
-            self._m2p = None  # a chunk that could not be mapped has left a gap in the reserved addresses
+            self._m2p = None  # a chunk that could not be mapped leaves a gap in the reserved addresses
             raise
 
     def shared_info(self, domid: DomId) -> bytes:
+        """See Host."""
         assert self._memory
-        frame = np.array([self._raw(domid)["shared_info_frame"]], np.uint64)
-        pages, mapped = self._memory.view(domid, frame)
+        frame = np.array([self._getdomaininfo(domid)["shared_info_frame"]], np.uint64)
+        pages, mapped = self._memory.map_read_only(domid, frame)
         if not mapped[0]:
             raise HostError(f"dom{domid}: shared info, mfn {int(frame[0]):#x}: cannot be mapped", op="map", domid=domid)
         return pages.tobytes()
 
+    # -- building domains
 
-class _M2P:
-    """Xen's machine-to-phys table: its addresses reserved at once, each chunk mapped when first asked for."""
+    def create(
+        self,
+        width: Width = 8,
+        *,
+        vcpus: int = 1,
+        max_pages: int = 0,
+        name: str | None = None,
+        uuid: str | None = None,
+    ) -> DomId:
+        """See Toolstack."""
+        limit = domctl.MAX_VIRT_CPUS
+        if not 1 <= vcpus <= limit:
+            raise host_error("createdomain", errno.EINVAL, None, f"a PV domain has 1 to {limit} vcpus, not {vcpus}")
+        domid = self._createdomain(vcpus, uuid)
+        try:
+            self.set_width(domid, width)
+            self._calls.domctl(domctl.MAX_VCPUS, "max_vcpus", domid, domctl.VCPUS, max=vcpus)
+            self.set_max_mem(domid, max_pages)
+            self._xenstore().write(domid, xenstore_nodes.created(domid, name, uuid))
+        except BaseException:
+            with contextlib.suppress(HostError):
+                self.destroy(domid)
+            raise
+        return domid
 
-    def __init__(self, calls: libxen.Calls, memory: libxen.ForeignMemory, frames: int) -> None:
-        self._memory = memory
-        self._frames = frames
-        chunks = -(-frames >> _CHUNK_SHIFT)
-        with calls.buffer(8 * chunks) as buffer, calls.buffer(domctl.MACHPHYS_MFN_LIST.size(8)) as argument:
-            given = argument.array.view(domctl.MACHPHYS_MFN_LIST[8])
-            given["max_extents"], given["extent_start"] = chunks, buffer.address
-            calls.two(domctl.MEMORY_OP, domctl.XENMEM_MACHPHYS_MFN_LIST, argument.address, "machphys_mfn_list")
-            self._extents = buffer.array.view("<u8")[: int(given["nr_extents"][0])].copy()
-        self._state: U8 = np.full(chunks, _HOLE, np.uint8)
-        self._state[: len(self._extents)] = _UNKNOWN
-        # Where the host has no memory, Xen repeats the chunk before, so that tools map something (or says 0).
-        self._state[1 : len(self._extents)][self._extents[1:] == self._extents[:-1]] = _HOLE
-        self._state[: len(self._extents)][self._extents == 0] = _HOLE
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        self._table: U64 = np.frombuffer(mmap.mmap(-1, chunks * _CHUNK_BYTES, flags, mmap.PROT_READ), np.uint64)
+    def _createdomain(self, vcpus: int, uuid: str | None) -> DomId:
+        struct = self._interface.createdomain
+        arguments = {
+            "handle": np.frombuffer(uuids.UUID(uuid).bytes if uuid is not None else bytes(16), np.uint8),
+            "max_vcpus": vcpus,
+            "max_evtchn_port": max(_EVENT_CHANNELS, 16 * vcpus),
+            "max_grant_frames": domctl.HOST_DEFAULT,
+            "max_maptrack_frames": domctl.HOST_DEFAULT,
+        }
+        physinfo = self._physinfo()
+        if "grant_opts" in dict(struct.members(8)):
+            arguments["grant_opts"] = 2 if int(physinfo["capabilities"]) & domctl.PHYSCAP_GNTTAB_V2 else 1
+        try:
+            return self._calls.create_domain(domctl.CREATEDOMAIN, "createdomain", struct, **arguments)
+        except HostError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            free_kib = int(physinfo["free_pages"]) * _KIB_PER_PAGE
+            reason = f"only {free_kib} KiB are free on this host; destroy a domain, or give dom0 less memory"
+            raise host_error("createdomain", errno.ENOMEM, None, reason) from None
 
-    def lookup(self, mfns: U64) -> U64:
-        if len(mfns) and int(mfns.max()) < self._frames:
-            first, last = int(mfns.min()) >> _CHUNK_SHIFT, int(mfns.max()) >> _CHUNK_SHIFT
-            if (self._state[first : last + 1] == _MAPPED).all():  # as nearly always: no chunk need be asked for
-                known: U64 = self._table.take(mfns.astype(np.int64))
-                return known
-        inside: Mask = mfns < np.uint64(self._frames)
-        everything = bool(inside.all())
-        index = (mfns if everything else np.where(inside, mfns, np.uint64(0))).astype(np.int64)
-        chunks = index >> _CHUNK_SHIFT
-        states = self._state[chunks]
-        unknown = states == _UNKNOWN
-        if unknown.any():
-            for chunk in np.unique(chunks[unknown]):
-                self._map(int(chunk))
-            states = self._state[chunks]
-        found: U64 = self._table[index]
-        if not everything or (states == _HOLE).any():
-            found[~inside | (states == _HOLE)] = _ALL_ONES
-        return found
+    def set_width(self, domid: DomId, width: Width) -> None:
+        """See Toolstack."""
+        op, struct = "set_address_size", domctl.ADDRESS_SIZE
+        try:
+            self._calls.domctl(domctl.SET_ADDRESS_SIZE, op, domid, struct, size=8 * width)
+        except HostError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            reason = "this Xen runs no 32-bit PV domains (built without CONFIG_PV32, or booted with pv=no-32)"
+            raise host_error(op, errno.EOPNOTSUPP, domid, reason) from None
 
-    def _map(self, chunk: int) -> None:
-        frames = self._extents[chunk] + np.arange(_CHUNK_PAGES, dtype=np.uint64)
-        at = self._table.ctypes.data + chunk * _CHUNK_BYTES
-        _, errors = self._memory.map(domctl.DOMID_XEN, frames, at)
-        if errors.any():
-            raise libxen.failed(f"map the m2p's chunk {chunk:#x}", -int(errors[errors != 0][0]))
-        self._state[chunk] = _MAPPED
+    def destroy(self, domid: DomId) -> None:
+        """See Toolstack."""
+        if domid == DOM0:
+            raise host_error("destroydomain", errno.EINVAL, domid, "dom0 cannot destroy itself")
+        store, daemons = self._xenstore(), self.daemons()
+        no_such_domain: HostError | None = None
+        try:
+            self._calls.domctl(domctl.DESTROYDOMAIN, "destroydomain", domid, domctl.NOTHING)
+        except HostError as error:
+            if error.errno != errno.ESRCH:
+                raise
+            no_such_domain = error
+        vm = store.read(f"{xenstore_nodes.home(domid)}/vm") or ""
+        uuid = vm.rpartition("/")[2] if vm.startswith("/vm/") else None
+        userdata.remove(domid, uuid)
+        if any(info.uuid == uuid for info in self.domains() if info.domid != domid):
+            uuid = None
+        # Remove the nodes last: nobody who saw the domain alive writes to them any more.
+        nodes_existed = store.remove(domid, xenstore_nodes.all_of(domid, daemons, uuid))
+        if no_such_domain and not nodes_existed:
+            raise no_such_domain
+
+    def rename(self, domid: DomId, name: str) -> None:
+        """See Toolstack."""
+        info = self.info(domid)
+        self._xenstore().write(domid, xenstore_nodes.named(domid, name, info.uuid))
+
+    def set_max_mem(self, domid: DomId, pages: int) -> None:
+        """See Toolstack."""
+        struct = domctl.MAX_MEM_KIB
+        self._calls.domctl(domctl.MAX_MEM, "max_mem", domid, struct, max_memkb=pages * _KIB_PER_PAGE)
+
+    def set_memory_map(self, domid: DomId, pages: int) -> None:
+        """See Toolstack."""
+        op, struct = "set_memory_map", domctl.FOREIGN_MEMORY_MAP
+        entry = pack("<QQI", 0, pages * PAGE_SIZE, domctl.E820_RAM)
+        with self._calls.buffer(len(entry)) as entries, self._calls.buffer(struct.size(8)) as argument:
+            entries.array[: len(entry)] = np.frombuffer(entry, np.uint8)
+            members = argument.array.view(struct[8])
+            members["domid"], members["map"]["nr_entries"], members["map"]["buffer"] = domid, 1, entries.address
+            command = domctl.XENMEM_SET_MEMORY_MAP
+            self._calls.call(domctl.MEMORY_OP, command, argument.address, op, domid)
+
+    def _physinfo(self) -> np.void:
+        return self._calls.sysctl(domctl.SYSCTL_PHYSINFO, "physinfo", self._interface.physinfo)
+
+    def free_pages(self) -> int:
+        """See Toolstack."""
+        physinfo = self._physinfo()
+        return max(int(physinfo["free_pages"]) - int(physinfo["outstanding_pages"]), 0)
+
+    def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
+        """See Toolstack."""
+        mfns = np.array(pfns, np.uint64)
+        populated = 0
+        while populated < len(mfns):
+            batch = mfns[populated : populated + _EXTENTS_AT_ONCE]
+            count = self._populate_batch(domid, batch, order)
+            populated += count
+            if count < len(batch):
+                break
+        if not populated:
+            self._getdomaininfo(domid)  # raises ESRCH: Xen populates 0 extents of a domain that does not exist
+        return mfns[:populated]
+
+    def _populate_batch(self, domid: DomId, extents: U64, order: int) -> int:
+        """Populate pfns; replace them by the (first) mfns in place. How many were populated."""
+        op, struct = "populate_physmap", domctl.RESERVATION
+        with self._calls.buffer(extents.nbytes) as numbers, self._calls.buffer(struct.size(8)) as argument:
+            array = numbers.array.view("<u8")[: len(extents)]
+            array[:] = extents
+            members = argument.array.view(struct[8])
+            members["extent_start"], members["nr_extents"] = numbers.address, len(extents)
+            members["extent_order"], members["domid"] = order, domid
+            command = domctl.XENMEM_POPULATE_PHYSMAP
+            count = self._calls.call(domctl.MEMORY_OP, command, argument.address, op, domid)
+            extents[:count] = array[:count]
+        return count
+
+    @contextlib.contextmanager
+    def map_writable(self, domid: DomId, mfns: U64) -> Iterator[U8]:
+        """See Toolstack."""
+        assert self._memory
+        op, wanted = "map_writable", np.asarray(mfns, dtype=np.uint64)
+        is_ram = self.is_ram(wanted)
+        if not is_ram.all() or not len(wanted):
+            self._check_ownership(op, domid, wanted[~is_ram])
+        with self._memory.map_writable(domid, wanted) as (pages, errors):
+            if errors.any():
+                self._check_ownership(op, domid, wanted)
+                first = int(np.argmax(errors != 0))
+                reason = f"mfn {int(wanted[first]):#x} cannot be mapped writable: is it a page table?"
+                raise host_error(op, -int(errors[first]), domid, reason)
+            yield pages
+
+    def write_frames(self, domid: DomId, mfns: U64, pages: U8) -> None:
+        """See Toolstack."""
+        with self.map_writable(domid, mfns) as mapped:
+            mapped[:] = pages
+
+    def init_hypercall_page(self, domid: DomId, mfn: int) -> None:
+        """See Toolstack."""
+        op, struct = "hypercall_init", domctl.HYPERCALL_PAGE
+        self._check_ownership(op, domid, np.array([mfn], np.uint64))
+        try:
+            self._calls.domctl(domctl.HYPERCALL_INIT, op, domid, struct, gmfn=mfn)
+        except HostError as error:
+            if error.errno != errno.EPERM:
+                raise
+            reason = f"mfn {mfn:#x} is not writable: is it a page table?"
+            raise host_error(op, errno.EPERM, domid, reason) from None
+
+    def pin_tables(self, domid: DomId, mfns: U64, levels: U8) -> None:
+        """See Toolstack."""
+        op, wanted = "mmuext_op", np.asarray(mfns, dtype=np.uint64)
+        commands = np.asarray(levels, np.uint8) - np.uint8(1) + np.uint8(domctl.MMUEXT_PIN_L1_TABLE)
+        for start in range(0, max(len(wanted), 1), _PINS_AT_ONCE):
+            batch = slice(start, start + _PINS_AT_ONCE)
+            pinned, number = self._calls.mmuext_op(domid, commands[batch], wanted[batch])
+            if number == errno.ESRCH or (number and not len(wanted)):
+                raise host_error(op, number, domid)
+            if number:
+                table = (
+                    f"mfn {int(wanted[start + pinned]):#x} cannot be pinned as an L{int(levels[start + pinned])} table"
+                )
+                raise host_error(op, number, domid, f"{table}; `xl dmesg` may name the entry")
+
+    def _check_ownership(self, op: str, domid: DomId, mfns: U64) -> None:
+        """Raise HostError (EINVAL) unless all frames are the domain's memory. A device's registers are not."""
+        types = self.page_types(domid, mfns)
+        foreign = (types == PageType.XTAB) | (types == PageType.BROKEN)
+        if foreign.any():
+            reason = f"mfn {int(mfns[np.argmax(foreign)]):#x} is not the domain's"
+            raise host_error(op, errno.EINVAL, domid, reason)
+
+    # -- vcpus, shared info, event channels, grants
+
+    def set_vcpu_context(self, domid: DomId, vcpu: int, context: bytes) -> None:
+        """See Toolstack."""
+        op, size = "setvcpucontext", VCPU_GUEST_CONTEXT.size(self._width(domid))
+        if len(context) != size:
+            raise host_error(op, errno.EINVAL, domid, f"a context has {size} bytes, not {len(context)}")
+        with self._calls.buffer(VCPU_GUEST_CONTEXT.size(8)) as buffer:
+            buffer.array[:size] = np.frombuffer(context, np.uint8)
+            arguments = {"vcpu": vcpu, "ctxt": buffer.address}
+            self._calls.domctl(domctl.SETVCPUCONTEXT, op, domid, domctl.VCPUCONTEXT, **arguments)
+
+    def write_shared_info(self, domid: DomId, data: bytes, offset: int = 0) -> None:
+        """See Toolstack."""
+        assert self._memory
+        op = "shared_info"
+        frame = np.array([self._getdomaininfo(domid)["shared_info_frame"]], np.uint64)
+        if offset < 0 or offset + len(data) > PAGE_SIZE:
+            raise host_error(op, errno.EINVAL, domid, f"{len(data)} bytes at {offset:#x} do not fit the page")
+        with self._memory.map_writable(domid, frame) as (pages, errors):
+            if errors.any():
+                raise host_error(op, -int(errors[0]), domid, f"mfn {int(frame[0]):#x} cannot be mapped writable")
+            pages[0, offset : offset + len(data)] = np.frombuffer(data, np.uint8)
+
+    def daemons(self) -> Daemons:
+        """See Toolstack."""
+        store = self._xenstore()
+        console, xenstore = (store.read(f"/tool/{name}/domid") for name in ("xenconsoled", "xenstored"))
+        return Daemons(DomId(int(console or 0)), DomId(int(xenstore or 0)))
+
+    def alloc_event_channel(self, domid: DomId, remote: DomId = DOM0) -> int:
+        """See Toolstack."""
+        command, op = domctl.EVTCHNOP_ALLOC_UNBOUND, "evtchn_alloc_unbound"
+        struct = domctl.EVTCHN_ALLOC_UNBOUND
+        return int(self._calls.event_channel_op(command, op, domid, struct, dom=domid, remote_dom=remote)["port"])
+
+    def seed_grants(self, domid: DomId, *, console: int, xenstore: int) -> None:
+        """See Toolstack."""
+        assert self._memory
+        op, daemons = "seed_grants", self.daemons()
+        self._check_ownership(op, domid, np.array([console, xenstore], np.uint64))
+        if max(console, xenstore) >> 32:
+            reason = f"mfn {max(console, xenstore):#x} does not fit a grant entry, which has 32 bits"
+            raise host_error(op, errno.EINVAL, domid, reason)
+        kind, number = domctl.RESOURCE_GRANT_TABLE, domctl.RESOURCE_GRANT_TABLE_SHARED
+        with self._memory.map_resource(domid, kind, number) as frame:
+            table = frame.view(domctl.GRANT_ENTRY_V1[8])
+            for entry, remote, mfn in (
+                (domctl.GNTTAB_RESERVED_CONSOLE, daemons.console, console),
+                (domctl.GNTTAB_RESERVED_XENSTORE, daemons.xenstore, xenstore),
+            ):
+                table[entry]["domid"], table[entry]["frame"] = remote, mfn
+                table[entry]["flags"] = domctl.GTF_PERMIT_ACCESS
+
+    def introduce(self, domid: DomId, *, console: Ring, xenstore: Ring) -> None:
+        """See Toolstack."""
+        store = self._xenstore()
+        store.write(domid, xenstore_nodes.introduced(self.info(domid), self.daemons(), console, xenstore))
+        store.introduce(domid, xenstore.mfn, xenstore.port)
+
+    def set_configuration(self, domid: DomId, config: bytes) -> None:
+        """See Toolstack."""
+        userdata.write(domid, self.info(domid).uuid, config)
+
+    def configuration(self, domid: DomId) -> bytes | None:
+        """See Toolstack."""
+        return userdata.read(domid, self.info(domid).uuid)
+
+    # -- saving and restoring
+
+    def vcpu_state(self, domid: DomId, vcpu: int) -> VcpuState:
+        """See Mover."""
+        return self._cpu_state.vcpu_state(domid, vcpu)
+
+    def set_vcpu_state(self, domid: DomId, vcpu: int, state: VcpuState) -> None:
+        """See Mover."""
+        self._cpu_state.set_vcpu_state(domid, vcpu, state)
+
+    def tsc_info(self, domid: DomId) -> TscInfo:
+        """See Mover."""
+        return self._cpu_state.tsc_info(domid)
+
+    def set_tsc_info(self, domid: DomId, info: TscInfo) -> None:
+        """See Mover."""
+        self._cpu_state.set_tsc_info(domid, info)
+
+    def cpu_policy(self, domid: DomId) -> CpuPolicy:
+        """See Mover."""
+        return self._cpu_state.cpu_policy(domid)
+
+    def set_cpu_policy(self, domid: DomId, policy: CpuPolicy) -> None:
+        """See Mover."""
+        self._cpu_state.set_cpu_policy(domid, policy)
+
+    def log_dirty(self, domid: DomId, *, on: bool) -> None:
+        """See Mover."""
+        if on:
+            info = self.info(domid)
+            max_pfn = int(SHARED_INFO.read(self.shared_info(domid), info.width)["arch"]["max_pfn"])
+            self._log_dirty.enable(info, max_pfn)
+        else:
+            self._log_dirty.disable(domid)
+
+    def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
+        """See Mover. Allocates a bit for each of ``pages`` while it runs: 512 MiB for 2^32."""
+        return self._log_dirty.dirty_pfns(domid, pages, clean=clean)
+
+    def request_shutdown(self, domid: DomId, value: str) -> None:
+        """See Mover. A guest that has seen a request empties the node itself: there is nothing to withdraw then."""
+        self._getdomaininfo(domid)
+        home = xenstore_nodes.home(domid)
+        path = f"{home}/{xenstore_nodes.CONTROL}"
+
+        def is_needed(read: Callable[[str], str | None]) -> bool:
+            if read(home) is None:
+                raise host_error("xenstore", errno.ESRCH, domid)
+            return bool(value) or bool(read(path))
+
+        self._xenstore().write_if(domid, xenstore_nodes.Node(path, value, xenstore_nodes.Access.WRITE), is_needed)
+
+    def shutdown_request(self, domid: DomId) -> str:
+        """See Mover."""
+        self._getdomaininfo(domid)
+        store = self._xenstore()
+        store.check_reachable("xenstore", domid)
+        return store.read(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL}") or ""
+
+    def resume(self, domid: DomId) -> None:
+        """See Mover."""
+        self._calls.domctl(domctl.RESUMEDOMAIN, "resumedomain", domid, domctl.NOTHING)
 
 
 def ram_bounds(e820: bytes) -> U64:
-    """First mfns of what is memory and of what is not, in turn, ascending, by the host's memory map.
+    """Return where RAM starts and ends, in mfns, ascending: start, end, start, end, and so on.
 
-    The first MiB is left out: Xen gives it to whoever may do I/O, memory or not. Pages that are memory in part, too.
+    Pages that are RAM in part are left out, and so is the first MiB, which Xen gives to any domain that may do I/O.
+
+    Args:
+        e820: The host's memory map, entries of struct e820entry.
     """
-    entries = [unpack_from("<QQI", e820, at) for at in range(0, len(e820), domctl.E820_ENTRY)]
+    entries = [unpack_from("<QQI", e820, offset) for offset in range(0, len(e820), domctl.E820_ENTRY)]
     bounds: list[int] = []
     for base, size, kind in sorted(entries):
         first, end = max(-(-base // PAGE_SIZE), _FIRST_MIB), (base + size) // PAGE_SIZE
@@ -320,7 +622,7 @@ def ram_bounds(e820: bytes) -> U64:
 
 
 def unknown_version(version: XenVersion) -> HostError:
-    """What becomes of a Xen that is not in the table."""
+    """Return the error for a Xen whose control interface is not in domctl.INTERFACES."""
     known = ", ".join(f"{major}.{minor}" for major, minor in domctl.INTERFACES)
-    what = f"Xen {version.major}.{version.minor}{version.extra}"
-    return HostError(f"{what}: an unknown control interface; xenpv knows those of Xen {known}", op="xen_version")
+    name = f"Xen {version.major}.{version.minor}{version.extra}"
+    return HostError(f"{name}: unknown control interface; xenpv supports Xen {known}", op="xen_version")

@@ -1,9 +1,9 @@
-"""What XenHost calls, bare: hypercalls and mappings, by Xen's libraries through ctypes.
+"""Hypercalls and foreign mappings through ctypes: bindings of libxencall and libxenforeignmemory.
 
-Nothing native is loaded when this module is imported. The libraries, whose interface is stable, are opened when a host
-is: libxencall and libxenforeignmemory here, libxenstore in xenctrl_store.
+Importing this module loads nothing native. XenHost opens the libraries, whose interface is stable; xenstore.py binds
+libxenstore in the same way.
 
-xen.git:tools/libs/{call,foreignmemory}
+Source: xen.git:tools/libs/{call,foreignmemory}
 """
 
 from __future__ import annotations
@@ -45,95 +45,96 @@ LIBXENFOREIGNMEMORY = ("libxenforeignmemory.so.1",)
 MAP_FIXED = 0x10  # Linux's; the mmap module does not name it
 
 
-def failed(op: str, number: int, domid: int | None = None) -> HostError:
-    """What Xen's errno means, in words."""
-    who = "" if domid is None else f"dom{domid}: "
+def host_error(op: str, number: int, domid: int | None = None, reason: str | None = None) -> HostError:
+    """Return the HostError for an errno of Xen.
+
+    Args:
+        op: The operation, such as "getdomaininfo".
+        number: The errno.
+        domid: The domain that the operation was about, if any.
+        reason: What is wrong, in our words; the meaning of the errno if None.
+    """
+    prefix = "" if domid is None else f"dom{domid}: "
+    name = "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, str(number))  # not ENOTSUP
+    return HostError(
+        f"{prefix}{op}: {reason or _errno_reason(number, domid)} ({name})", op=op, domid=domid, errno=number
+    )
+
+
+def _errno_reason(number: int, domid: int | None) -> str:
     if number == errno.ESRCH and domid is not None:
-        why = "there is no such domain, or it has gone meanwhile"
-    elif number in {errno.EPERM, errno.EACCES}:
-        why = "needs root in dom0"
-    else:
-        why = os.strerror(number)
-    return HostError(f"{who}{op}: {why} ({name_of(number)})", op=op, domid=domid, errno=number)
-
-
-def refused(op: str, domid: int | None, number: int, why: str) -> HostError:
-    """As failed, with the reason in our words."""
-    who = "" if domid is None else f"dom{domid}: "
-    return HostError(f"{who}{op}: {why} ({name_of(number)})", op=op, domid=domid, errno=number)
-
-
-def name_of(number: int) -> str:
-    """An errno's name, of two the one that Xen has."""
-    return "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, str(number))
+        return "no such domain, or it has been destroyed meanwhile"
+    if number in {errno.EPERM, errno.EACCES}:
+        return "needs root in dom0"
+    return os.strerror(number)
 
 
 def check_privcmd() -> None:
-    """Raises HostError where there is no Xen below us, or we may not talk to it."""
+    """Raise HostError unless this is dom0 of a Xen host and we may make hypercalls."""
     for path in PRIVCMD:
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
         except PermissionError as error:
             raise HostError(f"{path}: {error.strerror}; needs root in dom0", op="open", errno=error.errno) from error
         except OSError:
-            continue  # not there, or a node without a device behind it
+            continue  # absent, or a node without a device
         return
     raise HostError(f"not on a Xen host: neither {' nor '.join(PRIVCMD)} can be opened", op="open", errno=errno.ENODEV)
 
 
-def library(names: tuple[str, ...]) -> ctypes.CDLL:
-    """The first of these that is there. HostError when none is."""
-    why: list[str] = []
+def open_library(names: tuple[str, ...]) -> ctypes.CDLL:
+    """Open the first of these libraries that exists. HostError if none does."""
+    errors: list[str] = []
     for name in names:
         try:
             return ctypes.CDLL(name, use_errno=True)
         except OSError as error:
-            why.append(str(error))
-    raise HostError(f"{' or '.join(names)} is missing; is it Xen's dom0? ({'; '.join(why)})", op="dlopen")
+            errors.append(str(error))
+    raise HostError(f"{' or '.join(names)} is missing; is this Xen's dom0? ({'; '.join(errors)})", op="dlopen")
 
 
-def function(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
-    """A function of a library, with its types."""
-    found = getattr(library, name)
-    found.restype, found.argtypes = result, arguments
-    return found
+def bind(library: ctypes.CDLL, name: str, result: Any, *arguments: Any) -> Any:
+    """Return a function of a library, with its result and argument types set."""
+    function = getattr(library, name)
+    function.restype, function.argtypes = result, arguments
+    return function
 
 
-def _bytes_of(memory: ctypes.Array[ctypes.c_uint8]) -> frames.U8:
-    """As an array, which keeps the ctypes object alive."""
+def _as_array(memory: ctypes.Array[ctypes.c_uint8]) -> frames.U8:
+    """Return ctypes memory as an array, which keeps the ctypes object alive."""
     return np.frombuffer(memory, np.uint8)  # type: ignore[call-overload, no-any-return]
 
 
 class Buffer:
-    """Memory that a hypercall may write to: ``address`` for Xen, ``array`` (uint8) for us."""
+    """Memory that a hypercall may read and write: ``address`` for Xen, ``array`` (uint8) for us."""
 
     __slots__ = ("address", "array")
 
     def __init__(self, address: int, size: int) -> None:
         self.address = address
-        self.array: frames.U8 = _bytes_of((ctypes.c_uint8 * size).from_address(address))
+        self.array: frames.U8 = _as_array((ctypes.c_uint8 * size).from_address(address))
 
 
-class Calls:
-    """Hypercalls, by libxencall."""
+class Hypercalls:
+    """Hypercalls through libxencall. ``interface`` must be set before the first domctl or sysctl."""
 
     def __init__(self) -> None:
-        found = library(LIBXENCALL)
+        library = open_library(LIBXENCALL)
         pointer, number = ctypes.c_void_p, ctypes.c_uint64
-        self._close = function(found, "xencall_close", ctypes.c_int, pointer)
-        self._call1 = function(found, "xencall1", ctypes.c_int, pointer, ctypes.c_uint, number)
-        # Before 4.15 results are ints: of a host of 8 TiB and more, the number of frames is to be read as unsigned.
-        wide = hasattr(found, "xencall2L")
+        self._close = bind(library, "xencall_close", ctypes.c_int, pointer)
+        self._call1 = bind(library, "xencall1", ctypes.c_int, pointer, ctypes.c_uint, number)
+        # Before 4.15 results are ints. The number of frames of a host of 8 TiB or more is negative then.
+        wide = hasattr(library, "xencall2L")
         result = ctypes.c_long if wide else ctypes.c_int
         name = "xencall2L" if wide else "xencall2"
-        self._call2 = function(found, name, result, pointer, ctypes.c_uint, number, number)
-        self._call4 = function(found, "xencall4", ctypes.c_int, pointer, ctypes.c_uint, *[number] * 4)
-        self._alloc = function(found, "xencall_alloc_buffer", pointer, pointer, ctypes.c_size_t)
-        self._free = function(found, "xencall_free_buffer", None, pointer, pointer)
-        opened = function(found, "xencall_open", pointer, pointer, ctypes.c_uint)(None, 0)
-        if not opened:
-            raise failed("xencall_open", ctypes.get_errno())
-        self._handle: int | None = opened
+        self._call2 = bind(library, name, result, pointer, ctypes.c_uint, number, number)
+        self._call4 = bind(library, "xencall4", ctypes.c_int, pointer, ctypes.c_uint, *[number] * 4)
+        self._alloc = bind(library, "xencall_alloc_buffer", pointer, pointer, ctypes.c_size_t)
+        self._free = bind(library, "xencall_free_buffer", None, pointer, pointer)
+        handle = bind(library, "xencall_open", pointer, pointer, ctypes.c_uint)(None, 0)
+        if not handle:
+            raise host_error("xencall_open", ctypes.get_errno())
+        self._handle: int | None = handle
         self.interface: Interface | None = None
 
     def close(self) -> None:
@@ -143,11 +144,11 @@ class Calls:
 
     @contextlib.contextmanager
     def buffer(self, size: int, *, zeroed: bool = True) -> Iterator[Buffer]:
-        """Memory; gone when the block ends."""
-        self._opened()
+        """Allocate memory for arguments of hypercalls; free it when the block ends."""
+        self._check_open()
         address = self._alloc(self._handle, max(size, 1))
         if not address:
-            raise failed("xencall_alloc_buffer", ctypes.get_errno())
+            raise host_error("xencall_alloc_buffer", ctypes.get_errno())
         try:
             if zeroed:
                 ctypes.memset(address, 0, size)
@@ -155,56 +156,58 @@ class Calls:
         finally:
             self._free(self._handle, address)
 
-    def _opened(self) -> None:
+    def _check_open(self) -> None:
         if self._handle is None:
             raise HostError("this host has been closed", op="close")
 
-    def two(self, hypercall: int, command: int, address: int, op: str, domid: DomId | None = None) -> int:
-        """``hypercall(command, pointer)``; its result, at least 0."""
-        self._opened()
+    def call(self, hypercall: int, command: int, address: int, op: str, domid: DomId | None = None) -> int:
+        """Make the hypercall ``hypercall(command, address)``. Its result, which is never negative."""
+        self._check_open()
         result = int(self._call2(self._handle, hypercall, command, address))
         if result == -1:
-            raise failed(op, ctypes.get_errno(), domid)
+            raise host_error(op, ctypes.get_errno(), domid)
         return result & 0xFFFF_FFFF if result < 0 else result
 
     def sysctl(self, command: int, op: str, struct: Struct, **arguments: int) -> np.void:
-        """A sysctl; its arguments as Xen leaves them."""
+        """Make a sysctl. Its arguments as Xen leaves them."""
         assert self.interface
-        return self._control(SYSCTL, (command, self.interface.sysctl), op, struct, arguments)[1]
+        return self._checked_control(SYSCTL, (command, self.interface.sysctl), op, struct, arguments)[1]
 
     def domctl(self, command: int, op: str, domid: DomId, struct: Struct, /, **arguments: int) -> np.void:
-        """A domctl; its arguments as Xen leaves them."""
+        """Make a domctl. Its arguments as Xen leaves them."""
         assert self.interface
-        return self._control(DOMCTL, (command, self.interface.domctl, domid), op, struct, arguments)[1]
+        return self._checked_control(DOMCTL, (command, self.interface.domctl, domid), op, struct, arguments)[1]
 
-    def answered(self, command: int, op: str, domid: DomId, struct: Struct, /, **arguments: Any) -> tuple[int, np.void]:
-        """A domctl that says more when it fails: its errno or 0, and its arguments as Xen leaves them."""
+    def try_domctl(
+        self, command: int, op: str, domid: DomId, struct: Struct, /, **arguments: Any
+    ) -> tuple[int, np.void]:
+        """Make a domctl whose arguments explain a failure. The errno or 0, and the arguments as Xen leaves them."""
         assert self.interface
         head = (command, self.interface.domctl, domid)
-        number, _, left = self._try_control(DOMCTL, head, op, struct, arguments)
-        return number, left
+        number, _, result = self._control(DOMCTL, head, op, struct, arguments)
+        return number, result
 
-    def new_domain(self, command: int, op: str, struct: Struct, **arguments: Any) -> DomId:
-        """The domctl that takes no domain and gives one."""
+    def create_domain(self, command: int, op: str, struct: Struct, **arguments: Any) -> DomId:
+        """Make the domctl that takes no domain and returns a new one."""
         assert self.interface
         head = (command, self.interface.domctl, 0)
         try:
-            return DomId(self._control(DOMCTL, head, op, struct, arguments)[0])
+            return DomId(self._checked_control(DOMCTL, head, op, struct, arguments)[0])
         except HostError as error:
-            raise failed(op, error.errno or 0) from None
+            raise host_error(op, error.errno or 0) from None
 
-    def event_channel(self, command: int, op: str, domid: DomId, struct: Struct, **arguments: int) -> np.void:
-        """An event channel operation; its arguments as Xen leaves them."""
+    def event_channel_op(self, command: int, op: str, domid: DomId, struct: Struct, **arguments: int) -> np.void:
+        """Make an event channel operation. Its arguments as Xen leaves them."""
         with self.buffer(struct.size(8)) as buffer:
-            given = buffer.array.view(struct[8])
+            members = buffer.array.view(struct[8])
             for name, value in arguments.items():
-                given[name] = value
-            self.two(EVENT_CHANNEL_OP, command, buffer.address, op, domid)
-            return given[0].copy()  # type: ignore[no-any-return]
+                members[name] = value
+            self.call(EVENT_CHANNEL_OP, command, buffer.address, op, domid)
+            return members[0].copy()  # type: ignore[no-any-return]
 
-    def mmuext(self, domid: DomId, commands: frames.U8, mfns: frames.U64) -> tuple[int, int]:
-        """MMU operations on a domain's frames: how many were done, and the errno of the one that was not, or 0."""
-        self._opened()
+    def mmuext_op(self, domid: DomId, commands: frames.U8, mfns: frames.U64) -> tuple[int, int]:
+        """Make MMU operations on a domain's frames. How many succeeded, and the errno of the one that failed, or 0."""
+        self._check_open()
         size = MMUEXT.size(8)
         with self.buffer(size * len(mfns)) as buffer, self.buffer(8) as done:
             ops = buffer.array[: size * len(mfns)].view(MMUEXT[8])
@@ -214,105 +217,125 @@ class Calls:
             number = ctypes.get_errno()
             return int(done.array.view("<u4")[0]), number
 
-    def _control(
+    def _checked_control(
         self, hypercall: int, head: tuple[int, ...], op: str, struct: Struct, arguments: dict[str, Any]
     ) -> tuple[int, np.void]:
-        """The domain and the arguments as Xen leaves them."""
-        number, domid, left = self._try_control(hypercall, head, op, struct, arguments)
+        """Make a domctl or sysctl. The domain and the arguments as Xen leaves them."""
+        number, domid, result = self._control(hypercall, head, op, struct, arguments)
         if number:
-            raise failed(op, number, None if hypercall == SYSCTL else head[2])
-        return domid, left
+            raise host_error(op, number, None if hypercall == SYSCTL else head[2])
+        return domid, result
 
-    def _try_control(
+    def _control(
         self, hypercall: int, head: tuple[int, ...], op: str, struct: Struct, arguments: dict[str, Any]
     ) -> tuple[int, int, np.void]:
-        """Errno or 0, and the domain and the arguments as Xen leaves them."""
-        at, domid = (SYSCTL_U, None) if hypercall == SYSCTL else (DOMCTL_U, head[2])
+        """Make a domctl or sysctl. The errno or 0, and the domain and the arguments as Xen leaves them.
+
+        Args:
+            hypercall: DOMCTL or SYSCTL.
+            head: The command, the interface version and, for a domctl, the domain.
+            op: The operation's name, for errors.
+            struct: The command's member of the union in struct xen_domctl or xen_sysctl.
+            arguments: Values of its members; all others are 0.
+        """
+        offset, domid = (SYSCTL_U, None) if hypercall == SYSCTL else (DOMCTL_U, head[2])
         with self.buffer(max(SYSCTL_SIZE, DOMCTL_SIZE)) as buffer:
             words = buffer.array.view("<u4")
             words[: len(head)] = head
-            given = buffer.array[at : at + struct.size(8)].view(struct[8])
+            members = buffer.array[offset : offset + struct.size(8)].view(struct[8])
             for name, value in arguments.items():
-                given[name] = value
-            done = self._call1(self._handle, hypercall, buffer.address) >= 0
-            number = 0 if done else ctypes.get_errno()  # now: freeing the buffer may change it
-            left = int(words[2]) & 0xFFFF, given[0].copy()
-        if number == errno.EACCES:  # Xen's way to say that it speaks another version
-            message = f"{op}: this Xen does not take interface version {head[1]:#x} (EACCES)"
+                members[name] = value
+            succeeded = self._call1(self._handle, hypercall, buffer.address) >= 0
+            number = 0 if succeeded else ctypes.get_errno()  # read it now: freeing the buffer may change it
+            result = int(words[2]) & 0xFFFF, members[0].copy()
+        if number == errno.EACCES:  # Xen's answer to an interface version that is not its own
+            message = f"{op}: this Xen does not accept interface version {head[1]:#x} (EACCES)"
             raise HostError(message, op=op, domid=domid, errno=number)
-        return number, *left
+        return number, *result
 
 
 class ForeignMemory:
-    """Mappings of other domains' frames, by libxenforeignmemory."""
+    """Mappings of other domains' frames, through libxenforeignmemory."""
 
     def __init__(self) -> None:
-        found = library(LIBXENFOREIGNMEMORY)
+        library = open_library(LIBXENFOREIGNMEMORY)
         pointer, size, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-        self._close = function(found, "xenforeignmemory_close", integer, pointer)
-        self._unmap = function(found, "xenforeignmemory_unmap", integer, pointer, pointer, size)
+        self._close = bind(library, "xenforeignmemory_close", integer, pointer)
+        self._unmap = bind(library, "xenforeignmemory_unmap", integer, pointer, pointer, size)
         arguments = (pointer, ctypes.c_uint32, pointer, integer, integer, size, pointer, pointer)
-        self._map = function(found, "xenforeignmemory_map2", pointer, *arguments)
-        which = (pointer, ctypes.c_uint32, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulong, ctypes.c_ulong)
-        where = (ctypes.POINTER(pointer), integer, integer)
-        self._map_resource = function(found, "xenforeignmemory_map_resource", pointer, *which, *where)
-        self._unmap_resource = function(found, "xenforeignmemory_unmap_resource", integer, pointer, pointer)
-        self._mmap = function(ctypes.CDLL(None, use_errno=True), "mmap", pointer, pointer, size, *[integer] * 3, size)
-        opened = function(found, "xenforeignmemory_open", pointer, pointer, ctypes.c_uint)(None, 0)
-        if not opened:
-            raise failed("xenforeignmemory_open", ctypes.get_errno())
-        self._handle = opened
-        self._mapped = 0
+        self._map = bind(library, "xenforeignmemory_map2", pointer, *arguments)
+        resource = (pointer, ctypes.c_uint32, ctypes.c_uint, ctypes.c_uint, ctypes.c_ulong, ctypes.c_ulong)
+        mapping = (ctypes.POINTER(pointer), integer, integer)
+        self._map_resource = bind(library, "xenforeignmemory_map_resource", pointer, *resource, *mapping)
+        self._unmap_resource = bind(library, "xenforeignmemory_unmap_resource", integer, pointer, pointer)
+        self._mmap = bind(ctypes.CDLL(None, use_errno=True), "mmap", pointer, pointer, size, *[integer] * 3, size)
+        handle = bind(library, "xenforeignmemory_open", pointer, pointer, ctypes.c_uint)(None, 0)
+        if not handle:
+            raise host_error("xenforeignmemory_open", ctypes.get_errno())
+        self._handle = handle
+        self._mapping_count = 0
         self._closing = False
-        self._lock = threading.RLock()  # a view may end in any thread, and while its own has the lock
+        self._lock = threading.RLock()  # a mapping may end in any thread, also in one that holds the lock
 
     def map(
         self, domid: DomId, mfns: frames.U64, at: int | None = None, protection: int = mmap.PROT_READ
     ) -> tuple[int, I64]:
-        """Map frames at that address (over what is there) or where there is room.
+        """Map frames.
 
-        The address, and for each frame 0 or its negative errno: those with one must not be touched.
+        Args:
+            domid: Whose frames.
+            mfns: The frames.
+            at: Replace what is mapped at this address. None: let the kernel choose.
+            protection: PROT_* of the mmap module.
+
+        Returns:
+            The address, and 0 or a negative errno for each frame, int64. Pages with an errno must not be touched.
         """
         if self._closing:
             raise HostError("this host has been closed", op="close")
         wanted = np.ascontiguousarray(mfns, dtype=np.uint64)
         errors = np.zeros(len(wanted), np.int32)
         flags = 0 if at is None else MAP_FIXED
-        addresses = (wanted.ctypes.data, errors.ctypes.data)
-        address = self._map(self._handle, domid, at, protection, flags, len(wanted), *addresses)
+        arrays = (wanted.ctypes.data, errors.ctypes.data)
+        address = self._map(self._handle, domid, at, protection, flags, len(wanted), *arrays)
         if not address:
-            raise failed("map frames", ctypes.get_errno(), domid)
+            raise host_error("map frames", ctypes.get_errno(), domid)
         return int(address), errors.astype(np.int64)
 
-    def view(self, domid: DomId, mfns: frames.U64) -> tuple[frames.U8, Mask]:
-        """Frames as a read-only array (n, 4096), mapped as long as anything refers to it; and which could be mapped.
+    def map_read_only(self, domid: DomId, mfns: frames.U64) -> tuple[frames.U8, Mask]:
+        """Map frames read-only.
 
-        Where some could not, it is a copy with zeroes for those: touching their place in the mapping would be SIGBUS.
+        Returns:
+            Their content, uint8 (n, 4096), mapped as long as anything refers to the array; and which could be mapped.
+            If some could not, it is a copy with zeroes for those: touching them in the mapping would raise SIGBUS.
         """
         if not len(mfns):
             return np.zeros((0, PAGE_SIZE), np.uint8), np.zeros(0, np.bool_)
-        # Xen knows nobody as foreign to itself: dom0, where we are, maps its own frames under another name.
+        # dom0, where we run, is not foreign to itself: it maps its own frames as DOMID_SELF.
         address, errors = self.map(domid or DOMID_SELF, mfns)
         memory = (ctypes.c_uint8 * (len(mfns) * PAGE_SIZE)).from_address(address)
         with self._lock:
-            self._mapped += 1
-        weakref.finalize(memory, self._forget, address, len(mfns))
-        pages = _bytes_of(memory).reshape(-1, PAGE_SIZE)
+            self._mapping_count += 1
+        weakref.finalize(memory, self._unmap_array, address, len(mfns))
+        pages = _as_array(memory).reshape(-1, PAGE_SIZE)
         pages.flags.writeable = False
-        good = errors == 0
-        if good.all():
-            return pages, good
+        mapped = errors == 0
+        if mapped.all():
+            return pages, mapped
         if (errors == -errno.ESRCH).all():
-            raise failed("map frames", errno.ESRCH, domid)
+            raise host_error("map frames", errno.ESRCH, domid)
         copy = np.zeros(pages.shape, np.uint8)
-        copy[good] = pages[good]
-        return copy, good
+        copy[mapped] = pages[mapped]
+        return copy, mapped
 
     @contextlib.contextmanager
-    def writable(self, domid: DomId, mfns: frames.U64) -> Iterator[tuple[frames.U8, I64]]:
-        """Frames as an array to write to, (n, 4096), and for each 0 or its negative errno.
+    def map_writable(self, domid: DomId, mfns: frames.U64) -> Iterator[tuple[frames.U8, I64]]:
+        """Map frames writable until the block ends.
 
-        They are mapped until the block ends. Who holds the array longer has memory of their own, not the domain's.
+        After that the array shows private memory, no longer the domain's.
+
+        Returns:
+            The frames, uint8 (n, 4096), and 0 or a negative errno for each.
         """
         if not len(mfns):
             yield np.zeros((0, PAGE_SIZE), np.uint8), np.zeros(0, np.int64)
@@ -320,39 +343,39 @@ class ForeignMemory:
         size = len(mfns) * PAGE_SIZE
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         pages: frames.U8 = np.frombuffer(mmap.mmap(-1, size, flags), np.uint8).reshape(-1, PAGE_SIZE)
-        address, both = pages.ctypes.data, mmap.PROT_READ | mmap.PROT_WRITE
+        address, read_write = pages.ctypes.data, mmap.PROT_READ | mmap.PROT_WRITE
         try:
-            yield pages, self.map(domid or DOMID_SELF, mfns, address, both)[1]
+            yield pages, self.map(domid or DOMID_SELF, mfns, address, read_write)[1]
         finally:
-            if self._mmap(address, size, both, flags | MAP_FIXED, -1, 0) != address:
-                raise failed("unmap frames", ctypes.get_errno(), domid)
+            if self._mmap(address, size, read_write, flags | MAP_FIXED, -1, 0) != address:
+                raise host_error("unmap frames", ctypes.get_errno(), domid)
 
     @contextlib.contextmanager
-    def resource(self, domid: DomId, kind: int, number: int) -> Iterator[frames.U8]:
-        """The first frame of what Xen keeps for a domain, to write to; gone when the block ends."""
+    def map_resource(self, domid: DomId, kind: int, number: int) -> Iterator[frames.U8]:
+        """Map the first frame of a resource that Xen keeps for a domain, writable until the block ends."""
         address = ctypes.c_void_p()
-        both = mmap.PROT_READ | mmap.PROT_WRITE
-        mapped = self._map_resource(self._handle, domid, kind, number, 0, 1, ctypes.byref(address), both, 0)
-        if not mapped or not address.value:
-            raise failed("map the grant table", ctypes.get_errno(), domid)
+        read_write = mmap.PROT_READ | mmap.PROT_WRITE
+        mapping = self._map_resource(self._handle, domid, kind, number, 0, 1, ctypes.byref(address), read_write, 0)
+        if not mapping or not address.value:
+            raise host_error("map the grant table", ctypes.get_errno(), domid)
         try:
-            yield _bytes_of((ctypes.c_uint8 * PAGE_SIZE).from_address(address.value))
+            yield _as_array((ctypes.c_uint8 * PAGE_SIZE).from_address(address.value))
         finally:
-            self._unmap_resource(self._handle, mapped)
+            self._unmap_resource(self._handle, mapping)
 
-    def _forget(self, address: int, pages: int) -> None:
+    def _unmap_array(self, address: int, pages: int) -> None:
         self._unmap(self._handle, address, pages)
         with self._lock:
-            self._mapped -= 1
+            self._mapping_count -= 1
             self._close_when_unused()
 
     def close(self) -> None:
-        """Maps nothing more; the handle goes with the last view."""
+        """Refuse new mappings. The library's handle is closed when the last mapping ends."""
         with self._lock:
             if not self._closing:
                 self._closing = True
                 self._close_when_unused()
 
     def _close_when_unused(self) -> None:
-        if self._closing and not self._mapped:
+        if self._closing and not self._mapping_count:
             self._close(self._handle)
