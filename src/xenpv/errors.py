@@ -36,7 +36,14 @@ class RequestError(XenPVError):
 
 
 class GuestError(XenPVError):
-    """The guest's memory says something impossible."""
+    """The guest's memory says something impossible.
+
+    ``pfn`` is the page at fault, or None where it is no single page.
+    """
+
+    def __init__(self, message: str, *, pfn: int | None = None) -> None:
+        super().__init__(message)
+        self.pfn = pfn
 
 
 class Fault(GuestError):
@@ -49,7 +56,7 @@ class Fault(GuestError):
     def __init__(
         self, message: str, *, space: str, address: int, level: int | None = None, entry: int | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(message, pfn=address if space == "pfn" else None)
         self.space = space
         self.address = address
         self.level = level

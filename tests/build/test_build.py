@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support.images import GIB, MIB, P2M, UNMAPPED, image, layouts
 from tests.support.model_invariants import check as check_invariants
-from tests.support.refused_calls import BUILDING, Breaking
+from tests.support.refused_calls import BUILDING, RefusingCall
 from tests.support.writers.kernel import BASE, PV64, Kernel, Load, Section, kernel32, note, quad, text
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import START_INFO
@@ -179,11 +179,11 @@ def test_a_build_that_fails_leaves_nothing(call: str, monkeypatch: pytest.Monkey
     for nth in ("first", "count", "last"):
         host = ModelHost(2 * GIB)
         before = host.free_pages(), nodes(host, "/")
-        breaking = Breaking(getattr(host, call), {"first": 0, "count": -1, "last": last}[nth])
-        monkeypatch.setattr(host, call, breaking)
+        refusing = RefusingCall(getattr(host, call), {"first": 0, "count": -1, "last": last}[nth])
+        monkeypatch.setattr(host, call, refusing)
         if nth == "count":
             build(host, kernel, layout, RAMDISK, config=b"{}")
-            last = breaking.times - 1
+            last = refusing.calls - 1
             continue
         with pytest.raises(HostError, match="no"):
             build(host, kernel, layout, RAMDISK, config=b"{}")

@@ -11,7 +11,7 @@ import sys
 
 from tests.fuzz.run import main
 from tests.support.model_invariants import check
-from tests.support.restoring import opened, state
+from tests.support.restoring import host_state, stream_input
 from tests.support.saved_files import piped
 from xenpv.errors import GuestError, HostError, RequestError, StreamError
 from xenpv.host.model.host import ModelHost
@@ -27,7 +27,7 @@ class Fuzzed:
 
     def __init__(self) -> None:
         self.host = ModelHost(96 << 20, seed=1)
-        self.before = state(self.host)
+        self.before = host_state(self.host)
 
     def restore(self, source: Input) -> None:
         try:
@@ -40,14 +40,14 @@ class Fuzzed:
     def target(self, data: bytes, n: int) -> None:
         """Try one input."""
         if n % PIPED:
-            with opened(data) as source:
+            with stream_input(data) as source:
                 self.restore(source)
         else:
             with piped(data) as fd:
                 source = Input(os.dup(fd), "pipe")
                 self.restore(source)
                 source.close()
-        assert state(self.host) == self.before
+        assert host_state(self.host) == self.before
         if n % CHECKED == 0:
             check(self.host)
 

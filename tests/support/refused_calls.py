@@ -1,4 +1,4 @@
-"""Builds and restores of which one call of the host is refused: on the model host, and in dom0 on real Xen."""
+"""Builds and restores during which the host refuses one call: on the model host, and in dom0 on real Xen."""
 
 from __future__ import annotations
 
@@ -32,39 +32,47 @@ RESTORING = (
 
 
 @dataclass
-class Breaking:
-    """A call of a host that is refused at its ``nth`` time, counted from 0; it counts them."""
+class RefusingCall:
+    """A call of a host that is refused the ``nth`` time, counted from 0 (-1: never); ``calls`` counts them."""
 
     call: Callable[..., Any]
     nth: int
-    times: int = 0
+    calls: int = 0
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
-        self.times += 1
-        if self.times - 1 == self.nth:
+        self.calls += 1
+        if self.calls - 1 == self.nth:
             raise HostError("no", op="test")
         return self.call(*args, **keywords)
 
 
-def refused_in_turn(host: Any, calls: Iterable[str], make: Callable[[], DomId]) -> dict[str, str]:
-    """Make a domain, with each call refused at its first time, then at its last. What was said: by "call first|last".
+def refuse_each_call(host: Any, calls: Iterable[str], make: Callable[[], DomId]) -> dict[str, str]:
+    """Make a domain again and again, with each call refused at its first and at its last time.
 
-    What is made all the same is destroyed.
+    Destroys every domain that is made all the same.
+
+    Args:
+        host: The host, whose methods are replaced for the time.
+        calls: Names of its methods.
+        make: Makes the domain.
+
+    Returns:
+        The error messages, by "call first" and "call last".
     """
-    said: dict[str, str] = {}
+    messages: dict[str, str] = {}
     for call in calls:
         last = 0
         for when in ("first", "count", "last"):
-            breaking = Breaking(getattr(host, call), {"first": 0, "count": -1, "last": last}[when])
-            setattr(host, call, breaking)
+            refusing = RefusingCall(getattr(host, call), {"first": 0, "count": -1, "last": last}[when])
+            setattr(host, call, refusing)
             try:
                 domid = make()
             except HostError as e:
-                said[f"{call} {when}"] = str(e)
+                messages[f"{call} {when}"] = str(e)
                 domid = None
             finally:
                 delattr(host, call)
             if domid is not None:
                 host.destroy(domid)
-            last = breaking.times - 1
-    return said
+            last = refusing.calls - 1
+    return messages

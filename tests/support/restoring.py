@@ -1,4 +1,4 @@
-"""Streams restored on a ModelHost, and what is there then."""
+"""Restores streams on a ModelHost, and reads what the domain has then."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from xenpv.io.stream_input import Input
 from xenpv.restore.restore import Restored, restore_domain
 
 
-class Watched(ModelHost):
-    """A host that keeps what memory it was asked for, has only so many extents, and maps no frame twice at once."""
+class RecordingHost(ModelHost):
+    """Records each populate_physmap() of a domU; has ``extents_left`` extents of 2 MiB; refuses duplicate mappings."""
 
-    extents = 1 << 30
+    extents_left = 1 << 30
 
     def __init__(self) -> None:
-        self.asked: list[tuple[int, int]] = []
+        self.populate_calls: list[tuple[int, int]] = []  # order, number of extents
         super().__init__(1 << 30, seed=4)
 
     def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
         if domid:
-            self.asked.append((order, len(pfns)))
+            self.populate_calls.append((order, len(pfns)))
             if order:
-                pfns = pfns[: self.extents]
-                self.extents -= len(pfns)
+                pfns = pfns[: self.extents_left]
+                self.extents_left -= len(pfns)
         return super().populate_physmap(domid, pfns, order)
 
     def map_writable(self, domid: DomId, mfns: U64) -> Any:
@@ -45,86 +45,90 @@ class Watched(ModelHost):
 
 
 @contextmanager
-def opened(data: bytes, **how: Any) -> Iterator[Input]:
-    """The data as a file."""
+def stream_input(data: bytes, **options: Any) -> Iterator[Input]:
+    """The data as a file, open for reading."""
     fd = os.memfd_create("stream")
     os.write(fd, data)
     os.lseek(fd, 0, os.SEEK_SET)
-    source = Input(fd, "stream", **how)
+    source = Input(fd, "stream", **options)
     try:
         yield source
     finally:
         source.close()
 
 
-def made(stream: Stream | bytes, host: ModelHost | None = None, **how: Any) -> tuple[ModelHost, Restored]:
-    """What a stream becomes on a host whose mfns are no pfns."""
+def restore_stream(stream: Stream | bytes, host: ModelHost | None = None, **options: Any) -> tuple[ModelHost, Restored]:
+    """Restore a stream as a new domain, by default on a host where no mfn equals its pfn."""
     host = host or ModelHost(1 << 30, seed=3)
-    with opened(bytes(stream)) as source:
-        return host, restore_domain(host, source, **how)
+    with stream_input(bytes(stream)) as source:
+        return host, restore_domain(host, source, **options)
 
 
-def refused(stream: Stream | bytes, host: ModelHost | None = None, **how: Any) -> XenPVError:
-    """Why a stream becomes no domain; nothing is left of what was begun."""
+def restore_error(stream: Stream | bytes, host: ModelHost | None = None, **options: Any) -> XenPVError:
+    """Return the error of a restore that fails; assert that nothing of its domain is left."""
     host = host or ModelHost(128 << 20, seed=3)
-    before = state(host)
-    with opened(bytes(stream)) as source, pytest.raises(XenPVError) as e:
-        restore_domain(host, source, **how)
-    assert state(host) == before
+    before = host_state(host)
+    with stream_input(bytes(stream)) as source, pytest.raises(XenPVError) as e:
+        restore_domain(host, source, **options)
+    assert host_state(host) == before
     check(host)
     return e.value
 
 
-def state(host: ModelHost) -> tuple[object, ...]:
-    """Domains, memory and nodes; /vm stays, as with libxl."""
-    left = nodes(host, "/")
-    left.pop("/vm", None)
-    return host.domains(), host.free_pages(), left
+def host_state(host: ModelHost) -> tuple[object, ...]:
+    """Domains, free memory and xenstore nodes, without /vm, which libxl leaves behind too."""
+    nodes = xenstore_nodes(host, "/")
+    nodes.pop("/vm", None)
+    return host.domains(), host.free_pages(), nodes
 
 
-def nodes(host: ModelHost, path: str) -> dict[str, bytes | None]:
-    """All that is in xenstore below a path."""
-    below = [f"{path.rstrip('/')}/{name}" for name in host.store.list(path)]
-    return {path: host.store.read(path)} | {k: v for node in below for k, v in nodes(host, node).items()}
+def xenstore_nodes(host: ModelHost, path: str) -> dict[str, bytes | None]:
+    """Everything in xenstore at and below a path."""
+    children = [f"{path.rstrip('/')}/{name}" for name in host.store.list(path)]
+    return {path: host.store.read(path)} | {k: v for node in children for k, v in xenstore_nodes(host, node).items()}
 
 
-def memory(host: ModelHost, domid: DomId) -> dict[int, bytes]:
-    """What a domain has, by the host's own books: pages as they are, tables with mfns, by pfn."""
-    mfns = frames(host, domid)
+def memory_of(host: ModelHost, domid: DomId) -> dict[int, bytes]:
+    """The pages of a domain by pfn, from the host's own books: page tables hold mfns."""
+    mfns = mfns_of(host, domid)
     return {pfn: page.tobytes() for pfn, page in zip(host.m2p(mfns).tolist(), host.frames.read(mfns), strict=True)}
 
 
-def frames(host: ModelHost, domid: DomId) -> U64:
+def mfns_of(host: ModelHost, domid: DomId) -> U64:
+    """The frames of a domain, without shared info."""
     mfns = host.frames.owned(domid + 1)
     own: U64 = mfns[mfns != np.uint64(host.info(domid).shared_info_mfn)]
     return own
 
 
 def mfn_of(host: ModelHost, domid: DomId, pfn: int) -> int:
-    mfns = frames(host, domid)
-    [found] = mfns[host.m2p(mfns) == np.uint64(pfn)].tolist()
-    return int(found)
+    """The only frame of a domain that the m2p gives this pfn."""
+    mfns = mfns_of(host, domid)
+    [mfn] = mfns[host.m2p(mfns) == np.uint64(pfn)].tolist()
+    return int(mfn)
 
 
 def start_info(host: ModelHost, domid: DomId, pfn: int) -> np.void:
-    return START_INFO.read(memory(host, domid)[pfn], host.info(domid).width)
+    """The start info at a pfn of a domain."""
+    return START_INFO.read(memory_of(host, domid)[pfn], host.info(domid).width)
 
 
 def shared_info(host: ModelHost, domid: DomId) -> np.void:
+    """The shared info of a domain."""
     return SHARED_INFO.read(host.shared_info(domid), host.info(domid).width)
 
 
-def moved(guest: Guest, host: ModelHost, restored: Restored) -> Guest:
-    """The same kernel, where it is now."""
+def guest_on(host: ModelHost, guest: Guest, restored: Restored) -> Guest:
+    """The same guest kernel in its restored domain."""
     return Guest(host, restored.domid, guest.kernel, guest.day)
 
 
-def assert_same(guest: Guest, other: Guest) -> None:
-    """The same pages of the same types at the same pfns, but for those that a restore writes to."""
-    at, kinds, pages = of_host(guest)
-    there, their_kinds, their_pages = of_host(other)
-    np.testing.assert_array_equal(there, at)
-    np.testing.assert_array_equal(their_kinds, kinds)
+def assert_same_pages(guest: Guest, other: Guest) -> None:
+    """Assert that both have the same pages of the same types, except those that a restore changes."""
+    pfns, types, pages = of_host(guest)
+    other_pfns, other_types, other_pages = of_host(other)
+    np.testing.assert_array_equal(other_pfns, pfns)
+    np.testing.assert_array_equal(other_types, types)
     leaves = guest.host.m2p(guest.live.p2m.distinct.frame)
-    plain = ~np.isin(at, leaves) & (at != np.uint64(guest.day.start_info))
-    assert at[plain & (their_pages != pages).any(axis=1)].tolist() == []
+    unchanged = ~np.isin(pfns, leaves) & (pfns != np.uint64(guest.day.start_info))
+    assert pfns[unchanged & (other_pages != pages).any(axis=1)].tolist() == []

@@ -1,1 +1,1 @@
-"""Restoring a domain from a stream."""
+"""Restores a domain from a stream."""

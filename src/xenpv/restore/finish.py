@@ -1,8 +1,10 @@
-"""What makes a domain of pages, once all of a stream has come: tables, start info, p2m, shared info, vcpus, grants.
+"""Makes a runnable domain of loaded pages once a stream is complete: page tables, p2m, shared info, vcpus, grants.
 
-xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c x86_pv_stream_complete(), handle_shared_info(). What differs: everything
-that lies in memory is written before the first table is validated; shared info says of the p2m nothing that was true on
-another host only; and start info keeps the two flags that tell a kernel how to read it and what its tools can read.
+Source: xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c x86_pv_stream_complete(), handle_shared_info(). Differences:
+
+- All memory is written before the first page table is validated.
+- Shared info publishes no p2m, since the old one named frames of another host.
+- Start info keeps two flags: how the kernel finds its ramdisk, and that tools can read its virtual p2m.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from xenpv.memory.pagetables import cr3_frame, cr3_of
 from xenpv.memory.physmap import CHUNK
 from xenpv.memory.publish import words
 from xenpv.memory.radix import Runs
-from xenpv.restore.pages import PagesIn
+from xenpv.restore.pages import MemoryLoader
 from xenpv.stream.contents import Contents, Vcpu
 
 _KEPT_FLAGS = SIF_VIRT_P2M_4TOOLS | SIF_MOD_START_PFN
@@ -48,79 +50,109 @@ class Ports(NamedTuple):
     xenstore: int
 
 
-class RestoreEnd:
-    """The last part of one restore. ``tables`` and ``pinned`` are counted as they are done."""
+class Completed(NamedTuple):
+    """A completed domain: its rings, and how many page tables it has and how many of them are pinned."""
 
-    def __init__(self, host: Mover, info: DomainInfo, contents: Contents, pages: PagesIn, ports: Ports) -> None:
+    console: Ring
+    xenstore: Ring
+    page_tables: int
+    pinned: int
+
+
+class StreamComplete:
+    """Completes one domain after its stream.
+
+    Args:
+        host: The host of the domain.
+        info: The domain.
+        contents: All records of the stream but its pages.
+        memory: The domain's memory, flushed.
+        ports: The domain's event channels.
+    """
+
+    def __init__(self, host: Mover, info: DomainInfo, contents: Contents, memory: MemoryLoader, ports: Ports) -> None:
         self.host = host
         self.info = info
         self.domid = info.domid
         self.name = info.label
         self.width = info.width
         self.contents = contents
-        self.pages = pages
-        self.physmap = pages.physmap
+        self.memory = memory
+        self.physmap = memory.physmap
         self.ports = ports
-        self.tables = 0
-        self.pinned = 0
 
-    def run(self) -> tuple[Ring, Ring]:
-        """All of it; the rings of console and xenstore. GuestError, RequestError, HostError: nothing can start then."""
-        contexts = self._contexts()
-        pfns, kinds = self.pages.tables.finish(self.contents.end_pfn, self.pages.populate)
-        self.tables = len(pfns)
-        rings = self._start_info(contexts[0])
-        self._p2m()
-        self._shared_info()
+    def run(self) -> Completed:
+        """Complete the domain; it can be unpaused then.
+
+        Raises:
+            GuestError: The guest's memory or state contradicts itself.
+            RequestError: The domain has too few vcpus.
+            HostError: Xen refuses something.
+        """
+        contexts = self._vcpu_contexts()
+        pfns, types = self.memory.tables.finish(self.contents.end_pfn, self.memory.populate)
+        console, xenstore = self._update_start_info(contexts[0])
+        self._write_p2m()
+        self._write_shared_info()
         tsc = self.contents.tsc
         if tsc is not None:
             self.host.set_tsc_info(self.domid, TscInfo(tsc.mode, tsc.khz, tsc.nsec, tsc.incarnation))
         for vcpu, context in contexts.items():
-            self._vcpu(vcpu, context, self.contents.vcpus[vcpu])
-        self._pin(pfns, kinds)
-        self.host.seed_grants(self.domid, console=rings[0].mfn, xenstore=rings[1].mfn)
-        return rings
+            self._set_vcpu(vcpu, context, self.contents.vcpus[vcpu])
+        pinned = self._pin(pfns, types)
+        self.host.seed_grants(self.domid, console=console.mfn, xenstore=xenstore.mfn)
+        return Completed(console, xenstore, len(pfns), pinned)
 
-    def _pin(self, pfns: U64, kinds: U8) -> None:
-        pinned = kinds & PINNED != 0
-        pfns, levels = pfns[pinned], kinds[pinned] & np.uint8(7)
+    def _pin(self, pfns: U64, types: U8) -> int:
+        """Pin the page tables that were pinned when they were sent; return how many."""
+        is_pinned = types & PINNED != 0
+        pfns, levels = pfns[is_pinned], types[is_pinned] & np.uint8(7)
         for i in range(0, len(pfns), PAGES_PER_BATCH):
-            some = slice(i, i + PAGES_PER_BATCH)
-            self.host.pin_tables(self.domid, self.physmap.mfns(pfns[some]), levels[some])
-        self.pinned = len(pfns)
+            batch = slice(i, i + PAGES_PER_BATCH)
+            self.host.pin_tables(self.domid, self.physmap.mfns(pfns[batch]), levels[batch])
+        return len(pfns)
 
-    # --- what says where things are ----------------------------------------------------------------------------------
+    # --- memory ------------------------------------------------------------------------------------------------------
 
-    def _frame(self, what: str, pfn: int, *, level: int = 0) -> int:
-        """The mfn of a pfn that must be an ordinary page, or a table of a level. GuestError in libxenguest's words."""
+    def _mfn_of(self, role: str, pfn: int, *, level: int = 0) -> int:
+        """Return the mfn of a pfn that must be an ordinary page, or a page table of ``level``.
+
+        Raises:
+            GuestError: It is not, in libxenguest's words. ``role`` says what the page is for.
+        """
         end = self.contents.end_pfn
+        as_array = np.array([pfn], np.uint64)
+        page_type = int(self.physmap.types(as_array)[0])
         if pfn > end:
-            raise GuestError(f"{self.name}: {what} (pfn {pfn:#x}) out of range (last pfn {end:#x})")
-        one = np.array([pfn], np.uint64)
-        kind = int(self.physmap.types(one)[0])
-        if kind == ABSENT:
-            raise GuestError(f"{self.name}: {what} (pfn {pfn:#x}) has bad mfn: the stream has no such page")
-        if (kind & 7 != level or kind >= PageType.BROKEN) if level else kind != PageType.NOTAB:
-            expected = f"L{level}TAB" if level else "NOTAB"
-            bad = f"has bad type {type_name(kind)}, expected {expected}"
-            raise GuestError(f"{self.name}: {what} (pfn {pfn:#x}) {bad}")
-        return int(self.physmap.mfns(one)[0])
+            problem = f"out of range (last pfn {end:#x})"
+        elif page_type == ABSENT:
+            problem = "has bad mfn: the stream has no such page"
+        elif level and (page_type & 7 != level or page_type >= PageType.BROKEN):
+            problem = f"has bad type {type_name(page_type)}, expected L{level}TAB"
+        elif not level and page_type != PageType.NOTAB:
+            problem = f"has bad type {type_name(page_type)}, expected NOTAB"
+        else:
+            return int(self.physmap.mfns(as_array)[0])
+        raise GuestError(f"{self.name}: {role} (pfn {pfn:#x}) {problem}", pfn=pfn)
 
-    def _start_info(self, context: np.void) -> tuple[Ring, Ring]:
-        """Say in start info what is another now; the rings of console and xenstore that it names."""
+    def _update_start_info(self, context: np.void) -> tuple[Ring, Ring]:
+        """Write this host's values to start info; return the console and xenstore rings that it names.
+
+        ``context`` is vcpu 0's: its register gets the mfn of start info.
+        """
         register = "rdx" if self.width == 8 else "edx"
         pfn = int(context["user_regs"][register])
-        mfn = self._frame("Start Info", pfn)
+        mfn = self._mfn_of("Start Info", pfn)
         context["user_regs"][register] = mfn
         with self.host.map_writable(self.domid, np.array([mfn], np.uint64)) as pages:
             info: Any = pages[0, : START_INFO.size(self.width)].view(START_INFO[self.width])[0]
             magic = START_INFO_MAGIC[self.width]
             if not bytes(info["magic"]).startswith(magic):
-                what = f"pfn {pfn:#x}, its suspend record, does not begin with {magic.decode()!r}"
-                raise GuestError(f"{self.name}: {what}: it is no start info page")
-            xenstore = Ring(self._frame("XenStore", int(info["store_mfn"])), self.ports.xenstore)
+                problem = f"pfn {pfn:#x}, its suspend record, is no start info page"
+                raise GuestError(f"{self.name}: {problem}: it does not begin with {magic.decode()!r}", pfn=pfn)
+            xenstore = Ring(self._mfn_of("XenStore", int(info["store_mfn"])), self.ports.xenstore)
             domu = info["console"]["domU"]
-            console = Ring(self._frame("Console", int(domu["mfn"])), self.ports.console)
+            console = Ring(self._mfn_of("Console", int(domu["mfn"])), self.ports.console)
             info["store_mfn"], info["store_evtchn"] = xenstore.mfn, xenstore.port
             domu["mfn"], domu["evtchn"] = console.mfn, console.port
             info["nr_pages"] = self.contents.end_pfn + 1
@@ -128,47 +160,48 @@ class RestoreEnd:
             info["flags"] = int(info["flags"]) & _KEPT_FLAGS
         return console, xenstore
 
-    def _leaves(self) -> Runs:
-        """The pfns of the p2m's leaves, as the stream has them."""
-        return Runs(*self.contents.p2m_leaf_runs)
+    def _write_p2m(self) -> None:
+        """Write the new mfns into the leaves of the p2m, and INVALID_MFN for every other pfn.
 
-    def _p2m(self) -> None:
-        """Fill the p2m's leaves with what the domain has now; every other pfn has INVALID_MFN.
-
-        Marks of foreign and identity pages are gone with it, as in libxenguest: what they named was the old host's.
+        Marks of foreign and identity pages are lost, as in libxenguest: they named frames of the old host.
         """
         width, entries = self.width, self.contents.end_pfn + 1
-        p2m = P2M(width, entries, self._leaves(), _never_read)
+        p2m = P2M(width, entries, Runs(*self.contents.p2m_leaf_runs), _never_read)
         if len(holes := p2m.holes):
-            hole = f"p2m_frame_list[{int(holes.first[0])}]"
-            raise GuestError(f"{self.name}: {hole} did not come: the p2m has no leaf there")
-        per_leaf, chunks = p2m.per_leaf, p2m.per_leaf // CHUNK
-        distinct = p2m.distinct
-        shared = np.isin(p2m.leaves.frame, distinct.frame[distinct.count > 1])
-        some = p2m.leaves[shared]
-        used = self.physmap.used(some.first * chunks, (some.first + some.count) * chunks)
-        if (at := first_bad(used > 0)) is not None:
-            what = f"p2m_frame_list[{int(some.first[at])}] (pfn {int(some.frame[at]):#x}) has pages, and stands in more"
-            raise GuestError(f"{self.name}: {what} places: one would overwrite the other")
+            leaf = f"p2m_frame_list[{int(holes.first[0])}]"
+            raise GuestError(f"{self.name}: the stream has no {leaf}: a leaf of the p2m is missing")
+        self._check_shared_leaves(p2m)
+        distinct, per_leaf, chunks = p2m.distinct, p2m.per_leaf, p2m.per_leaf // CHUNK
         for i in range(0, len(distinct), PAGES_PER_BATCH):
             leaves = distinct[i : i + PAGES_PER_BATCH]
             bad = (leaves.frame >= np.uint64(entries)) | (self.physmap.types(leaves.frame) != PageType.NOTAB)
-            if (at := first_bad(bad)) is not None:
-                self._frame(f"p2m_frame_list[{int(leaves.first[at])}]", int(leaves.frame[at]))
-            held = leaves.first[:, None] * chunks + np.arange(chunks)
-            table = self.physmap.of_chunks(held.astype(np.uint64).reshape(-1)).reshape(len(leaves), per_leaf)
-            content = words(table, width)
+            if (row := first_bad(bad)) is not None:
+                self._mfn_of(f"p2m_frame_list[{int(leaves.first[row])}]", int(leaves.frame[row]))
+            chunk_numbers = leaves.first[:, None] * chunks + np.arange(chunks)
+            mfns = self.physmap.of_chunks(chunk_numbers.astype(np.uint64).reshape(-1)).reshape(len(leaves), per_leaf)
+            content = words(mfns, width)
             with self.host.map_writable(self.domid, self.physmap.mfns(leaves.frame)) as pages:
-                beyond = (int(leaves.first[-1]) + 1) * per_leaf - entries
-                if beyond > 0:  # what is behind the end of the p2m is not the p2m
-                    content[-1, PAGE_SIZE - beyond * width :] = pages[-1, PAGE_SIZE - beyond * width :]
+                excess = (int(leaves.first[-1]) + 1) * per_leaf - entries
+                if excess > 0:  # the last leaf has other data after the end of the p2m
+                    content[-1, PAGE_SIZE - excess * width :] = pages[-1, PAGE_SIZE - excess * width :]
                 pages[:] = content
 
-    def _shared_info(self) -> None:
-        """What the vcpus and the kernel have there; no event is pending, all are masked, and no p2m is shown yet."""
+    def _check_shared_leaves(self, p2m: P2M) -> None:
+        """Refuse a leaf that has pages and stands in several places of the p2m."""
+        distinct, chunks = p2m.distinct, p2m.per_leaf // CHUNK
+        shared = p2m.leaves[np.isin(p2m.leaves.frame, distinct.frame[distinct.count > 1])]
+        populated = self.physmap.used(shared.first * chunks, (shared.first + shared.count) * chunks)
+        if (row := first_bad(populated > 0)) is not None:
+            place, pfn = int(shared.first[row]), int(shared.frame[row])
+            leaf = f"p2m_frame_list[{place}] (pfn {pfn:#x})"
+            problem = "has pages and stands in several places: one would overwrite the other"
+            raise GuestError(f"{self.name}: {leaf} {problem}", pfn=pfn)
+
+    def _write_shared_info(self) -> None:
+        """Write what vcpus and kernel keep in shared info: no event pending, all masked, no p2m published."""
         record, width = self.contents.shared_info, self.width
-        if record is None:  # before END, but behind the last checkpoint
-            raise GuestError(f"{self.name}: its shared info did not come before the last checkpoint")
+        if record is None:  # it came before END, but after the last checkpoint
+            raise GuestError(f"{self.name}: the stream has no shared info before its last checkpoint")
         data = np.zeros(PAGE_SIZE, np.uint8)
         new: Any = data[: SHARED_INFO.size(width)].view(SHARED_INFO[width])[0]
         old = SHARED_INFO.read(record.data, width)
@@ -177,31 +210,31 @@ class RestoreEnd:
         new["evtchn_mask"] = np.iinfo(new["evtchn_mask"].dtype).max
         for field in ("max_pfn", "nmi_reason"):
             new["arch"][field] = old["arch"][field]
-        host = self.host
-        clock = SHARED_INFO.offset(width, "wc_version")  # Xen's own, between the events and the kernel's
+        wallclock = SHARED_INFO.offset(width, "wc_version")  # Xen's own, between evtchn_mask and arch
         arch = SHARED_INFO.offset(width, "arch")
         end = arch + P2M_LEVELS_AT[width] + 2 * width
-        host.write_shared_info(self.domid, data[:clock].tobytes())
-        host.write_shared_info(self.domid, data[arch:end].tobytes(), arch)
+        self.host.write_shared_info(self.domid, data[:wallclock].tobytes())
+        self.host.write_shared_info(self.domid, data[arch:end].tobytes(), arch)
 
     # --- vcpus -------------------------------------------------------------------------------------------------------
 
-    def _contexts(self) -> dict[int, np.void]:
-        """A context of each vcpu that came, to be changed."""
-        vcpus, most = self.contents.vcpus, self.info.max_vcpu
+    def _vcpu_contexts(self) -> dict[int, np.void]:
+        """Return a writable copy of each received vcpu_guest_context, by vcpu number."""
+        vcpus, max_vcpu = self.contents.vcpus, self.info.max_vcpu
         if 0 not in vcpus or vcpus[0].basic is None:
             raise GuestError(f"{self.name}: Sender didn't send vcpu0's basic state")
-        if max(vcpus) > most:
-            what = f"{self.name} has {most + 1} vcpus, and the stream has state of vcpu{max(vcpus)}"
-            raise RequestError(what, needed=max(vcpus) + 1, available=most + 1)
+        if max(vcpus) > max_vcpu:
+            problem = f"{self.name} has {max_vcpu + 1} vcpus, and the stream has state of vcpu{max(vcpus)}"
+            raise RequestError(problem, needed=max(vcpus) + 1, available=max_vcpu + 1)
         return {
             number: np.frombuffer(bytearray(vcpu.basic.context), VCPU_GUEST_CONTEXT[self.width])[0]
             for number, vcpu in sorted(vcpus.items())
             if vcpu.basic is not None
         }
 
-    def _vcpu(self, number: int, context: np.void, vcpu: Vcpu) -> None:
-        what, width, levels = f"vcpu{number}'s", self.width, LEVELS[self.width]
+    def _set_vcpu(self, number: int, context: np.void, vcpu: Vcpu) -> None:
+        """Put mfns in the place of a context's pfns, and set all state of the vcpu."""
+        width, levels = self.width, LEVELS[self.width]
         context["flags"] = int(context["flags"]) | VGCF_ONLINE  # NumPy 1 has no uint64 | int
         entries = int(context["gdt_ents"])
         if entries > FIRST_RESERVED_GDT_ENTRY:
@@ -209,21 +242,21 @@ class RestoreEnd:
             raise GuestError(f"{self.name}: {count}")
         gdt = context["gdt_frames"]
         for i in range(-(-entries // GDT_ENTRIES_PER_FRAME)):
-            gdt[i] = self._frame(f"{what} GDT frame {i}", int(gdt[i]))
+            gdt[i] = self._mfn_of(f"vcpu{number}'s GDT frame {i}", int(gdt[i]))
         ctrlreg = context["ctrlreg"]
-        top = self._frame(f"{what} cr3", cr3_frame(int(ctrlreg[3]), width), level=levels)
+        top = self._mfn_of(f"vcpu{number}'s cr3", cr3_frame(int(ctrlreg[3]), width), level=levels)
         ctrlreg[3] = cr3_of(top, width)
-        user = int(ctrlreg[1])
-        if width == 8 and user:
-            if not user & PTE_P:
-                raise GuestError(f"{self.name}: {what} cr1 is {user:#x}, without the mark of a pfn")
-            ctrlreg[1] = self._frame(f"{what} cr1", user >> PAGE_SHIFT, level=levels) << PAGE_SHIFT
+        cr1 = int(ctrlreg[1])
+        if width == 8 and cr1:
+            if not cr1 & PTE_P:
+                raise GuestError(f"{self.name}: vcpu{number}'s cr1 {cr1:#x} lacks bit 0, which marks a pfn")
+            ctrlreg[1] = self._mfn_of(f"vcpu{number}'s cr1", cr1 >> PAGE_SHIFT, level=levels) << PAGE_SHIFT
         self.host.set_vcpu_context(self.domid, number, context.tobytes())
-        parts = vcpu.extended, vcpu.xsave, vcpu.msrs
-        state = VcpuState(*(b"" if part is None else part.context for part in parts))
+        records = vcpu.extended, vcpu.xsave, vcpu.msrs
+        state = VcpuState(*(b"" if record is None else record.context for record in records))
         if state != VcpuState():
             self.host.set_vcpu_state(self.domid, number, state)
 
 
 def _never_read(_frames: U64) -> NoReturn:
-    raise AssertionError("the p2m of a stream is written, and not read")
+    raise AssertionError("restore writes the p2m and never reads it")

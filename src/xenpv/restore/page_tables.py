@@ -1,9 +1,10 @@
-"""Page tables of a domain that is being filled: mfns in the place of pfns, as soon as all that they name is there.
+"""Localises the page tables of a domain during restore: puts mfns in the place of pfns.
 
-A table that comes while the sender's guest still runs is translated then, so that it costs no downtime; what is left,
-for it named what had not come yet, waits for the highest pfn that it lacks, and at last for the end.
-xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c x86_pv_localise_page() gives a frame to whatever a table names when it
-comes; here nothing gets one by itself that may still come with others, in an extent.
+A table is localised as soon as all pages that it names have been received. During a migration the sender's guest still
+runs then, so this costs no downtime. A table that names a missing pfn waits for it, at most until the stream ends.
+x86_pv_localise_page() populates whatever a table names at once; here pfns wait, to be populated as whole extents.
+
+Source: xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ from xenpv.memory.pagetables import as_entries, bad_entry, frames, localise, sup
 from xenpv.memory.physmap import Physmap
 
 Populate = Callable[[U64], None]
-"""populate(pfns): frames for those that have none."""
+"""populate(pfns): give a frame to each pfn that has none."""
 
 
-class TablesIn:
-    """The page tables of a domain that is being filled. All that comes is in ``physmap``: whether it is a table still,
-    and whether mfns are in it.
+class PageTableLocaliser:
+    """Localises the page tables of one domain as their pages are received.
+
+    Args:
+        host: The host of the domain.
+        info: The domain, which has its final width.
+        physmap: Frames and types of all received pages, and which tables are localised already.
     """
 
     def __init__(self, host: Toolstack, info: DomainInfo, physmap: Physmap) -> None:
@@ -34,79 +39,97 @@ class TablesIn:
         self.name = info.label
         self.width: Width = info.width
         self.physmap = physmap
-        self._fresh: list[U64] = []
-        self._waiting = np.empty(0, np.uint64)  # tables that name what has not come
-        self._lacks = np.empty(0, np.uint64)  # the highest pfn that each of them lacks, ascending
+        self._received: list[U64] = []  # pfns of tables, none of which was tried yet
+        self._waiting = np.empty(0, np.uint64)  # pfns of tables that name a missing pfn
+        self._highest_missing_pfn = np.empty(0, np.uint64)  # of each table in _waiting; ascending
 
-    def came(self, pfns: U64, highest: int, coming: U64) -> None:
-        """These pages lie in the domain's memory, and some are tables with pfns in them. Of pages up to ``highest``
-        nearly all have come; ``coming`` are just being read anew, and will be told of later. HostError.
+    def add_received(self, pfns: U64, highest_pfn: int, in_transit: U64) -> None:
+        """Add tables whose content is complete, and localise those that are ready, in batches.
+
+        Args:
+            pfns: Tables that hold pfns.
+            highest_pfn: The highest pfn received so far. Savers send pages mostly in ascending order.
+            in_transit: Tables that are being read again. They are added later.
+
+        Raises:
+            HostError: The host refuses to map a table.
         """
         if len(pfns):
-            self._fresh.append(pfns)
-        if sum(map(len, self._fresh)) >= PAGES_IN_CACHE:
-            fresh, self._fresh = np.concatenate(self._fresh), []
-            self._try(fresh, highest, coming)
-        ready = int(np.searchsorted(self._lacks, np.uint64(highest), side="right"))
+            self._received.append(pfns)
+        if sum(map(len, self._received)) >= PAGES_IN_CACHE:
+            received, self._received = np.concatenate(self._received), []
+            self._localise(received, highest_pfn, in_transit)
+        ready = int(np.searchsorted(self._highest_missing_pfn, np.uint64(highest_pfn), side="right"))
         if ready >= PAGES_IN_CACHE:
-            pfns, self._waiting, self._lacks = self._waiting[:ready], self._waiting[ready:], self._lacks[ready:]
-            self._try(pfns, highest, coming)
+            pfns, self._waiting = self._waiting[:ready], self._waiting[ready:]
+            self._highest_missing_pfn = self._highest_missing_pfn[ready:]
+            self._localise(pfns, highest_pfn, in_transit)
 
-    def _try(self, pfns: U64, highest: int, coming: U64) -> None:
-        pfns = self._still(np.setdiff1d(pfns, coming))
+    def _localise(self, pfns: U64, highest_pfn: int, in_transit: U64) -> None:
+        """Localise the tables that can be; the others wait, or are left to finish()."""
+        pfns = self._not_yet_localised(np.setdiff1d(pfns, in_transit))
         for i in range(0, len(pfns), PAGES_IN_CACHE):
-            some = pfns[i : i + PAGES_IN_CACHE]
-            levels = self.physmap.types(some) & np.uint8(7)
-            with self.host.map_writable(self.domid, self.physmap.mfns(some)) as pages:
+            batch = pfns[i : i + PAGES_IN_CACHE]
+            levels = self.physmap.types(batch) & np.uint8(7)
+            with self.host.map_writable(self.domid, self.physmap.mfns(batch)) as pages:
                 ptes = as_entries(pages)
-                local, lacking = localise(ptes, self.physmap.mfns)
-                wrong = lacking.any(axis=1) | superpages(ptes, levels).any(axis=1) | (levels > LEVELS[self.width])
-                ptes[~wrong] = local[~wrong]
-                lacks = np.where(lacking[wrong], frames(ptes[wrong]), np.uint64(0)).max(axis=1, initial=0)
-            self.physmap.put_local(some[~wrong])
-            waits = lacks > np.uint64(highest)  # else it never comes, or is not to be had: that is the end's to say
+                local, missing = localise(ptes, self.physmap.mfns)
+                skip = missing.any(axis=1) | superpages(ptes, levels).any(axis=1) | (levels > LEVELS[self.width])
+                ptes[~skip] = local[~skip]
+                highest_missing = np.where(missing[skip], frames(ptes[skip]), np.uint64(0)).max(axis=1, initial=0)
+            self.physmap.put_local(batch[~skip])
+            # A missing pfn below highest_pfn may never be received: finish() populates or refuses it.
+            waits = highest_missing > np.uint64(highest_pfn)
             if waits.any():
-                waiting = np.append(self._waiting, some[wrong][waits])
-                lacks = np.append(self._lacks, lacks[waits])
-                order = np.argsort(lacks, kind="stable")
-                self._waiting, self._lacks = waiting[order], lacks[order]
+                waiting = np.append(self._waiting, batch[skip][waits])
+                highest_missing = np.append(self._highest_missing_pfn, highest_missing[waits])
+                order = np.argsort(highest_missing, kind="stable")
+                self._waiting, self._highest_missing_pfn = waiting[order], highest_missing[order]
 
-    def _still(self, pfns: U64) -> U64:
-        """Those that are tables with pfns in them: who waits may have come again."""
+    def _not_yet_localised(self, pfns: U64) -> U64:
+        """Return the pfns that are tables and hold pfns; a waiting page may have been received again."""
         tables = pfns[IS_TABLE[self.physmap.types(pfns)]]
         return tables[~self.physmap.is_local(tables)]
 
     def finish(self, end_pfn: int, populate: Populate) -> tuple[U64, U8]:
-        """All has come: put mfns into the tables that are left; pfns that only entries name get a frame.
+        """Localise all remaining tables, and populate the pfns that only their entries name.
 
-        All page tables that the domain has: their pfns, ascending, and types. Raises Fault for an entry that Xen would
-        not take, and as ``populate``.
+        Args:
+            end_pfn: The last pfn of the domain's p2m.
+            populate: Gives frames to pfns.
+
+        Returns:
+            The pfns of all page tables, ascending, and their types.
+
+        Raises:
+            Fault: Xen would refuse an entry. The error names the table's pfn, the level and the entry.
         """
-        pfns, kinds = self.physmap.tables()
-        left = ~self.physmap.is_local(pfns)
-        todo, levels = pfns[left], kinds[left] & np.uint8(7)
-        for i in range(0, len(todo), PAGES_IN_CACHE):
-            some, level = todo[i : i + PAGES_IN_CACHE], levels[i : i + PAGES_IN_CACHE]
-            if (row := first_bad(level > LEVELS[self.width])) is not None:
-                why = "a table of that level in a 32-bit guest"
-                raise bad_entry(self.name, why, int(some[row]), int(level[row]), None)
-            with self.host.map_writable(self.domid, self.physmap.mfns(some)) as pages:
+        pfns, types = self.physmap.tables()
+        remaining = ~self.physmap.is_local(pfns)
+        tables, table_levels = pfns[remaining], types[remaining] & np.uint8(7)
+        for i in range(0, len(tables), PAGES_IN_CACHE):
+            batch, levels = tables[i : i + PAGES_IN_CACHE], table_levels[i : i + PAGES_IN_CACHE]
+            with self.host.map_writable(self.domid, self.physmap.mfns(batch)) as pages:
                 ptes = as_entries(pages)
-                self._check_entries(ptes, some, level, end_pfn)
-                local, lacking = localise(ptes, self.physmap.mfns)
-                if lacking.any():
-                    populate(np.unique(frames(ptes[lacking])))
+                self._check_tables(ptes, batch, levels, end_pfn)
+                local, missing = localise(ptes, self.physmap.mfns)
+                if missing.any():
+                    populate(np.unique(frames(ptes[missing])))
                     local, _ = localise(ptes, self.physmap.mfns)
                 ptes[:] = local
-        return pfns, kinds
+        return pfns, types
 
-    def _check_entries(self, ptes: U64, pfns: U64, levels: U8, end_pfn: int) -> None:
+    def _check_tables(self, ptes: U64, pfns: U64, levels: U8, end_pfn: int) -> None:
+        """Refuse tables with an entry that Xen does not accept; Fault names the first."""
+        if (row := first_bad(levels > LEVELS[self.width])) is not None:
+            reason = "a table of that level in a 32-bit guest"
+            raise bad_entry(self.name, reason, int(pfns[row]), int(levels[row]), None)
         large = superpages(ptes, levels)
         beyond = (ptes & np.uint64(PTE_P) != 0) & (frames(ptes) > np.uint64(end_pfn))
         if (bad := first_bad(large | beyond)) is not None:
             row, slot = divmod(bad, ENTRIES)
-            named = int(frames(ptes[row, slot : slot + 1])[0])
-            why = f"pfn {named:#x} is beyond the end of its p2m ({end_pfn:#x})"
+            pfn = int(frames(ptes[row, slot : slot + 1])[0])
+            reason = f"pfn {pfn:#x} is beyond the end of its p2m ({end_pfn:#x})"
             if large[row, slot]:
-                why = f"superpage ({int(ptes[row, slot]):#x}), which PV has not"
-            raise bad_entry(self.name, why, int(pfns[row]), int(levels[row]), slot)
+                reason = f"superpage ({int(ptes[row, slot]):#x}); superpages are not valid in PV guests"
+            raise bad_entry(self.name, reason, int(pfns[row]), int(levels[row]), slot)

@@ -1,7 +1,7 @@
-"""Pages of a stream, into a domain's frames as they come.
+"""Loads the pages of a stream into the frames of a domain.
 
-Content is read straight into the domain's own memory. Page tables lie there with pfns in their entries until what they
-name has come too (restore_tables.py): so no pfn needs a frame before its own page has come, alone and not in an extent.
+Content is read straight into the domain's own memory. Page tables keep their pfns there until they can be localised
+(page_tables.py), so a pfn is populated only with its own page and its neighbours: as an extent where they fill one.
 """
 
 from __future__ import annotations
@@ -24,155 +24,174 @@ from xenpv.frames import (
     PAGE_SIZE,
     PAGES_PER_BATCH,
     PFNS_PER_BATCH,
+    U8,
     U64,
     DomId,
     Mask,
 )
-from xenpv.host.protocol import Toolstack
+from xenpv.host.protocol import DomainInfo, Toolstack
 from xenpv.io.background import BackgroundWorker
 from xenpv.memory.pagetables import as_entries, localise
 from xenpv.memory.physmap import CHUNK, ORDER, Physmap, chunks_of
-from xenpv.restore.page_tables import TablesIn
+from xenpv.restore.page_tables import PageTableLocaliser
 from xenpv.stream.pagedata import PageData, ReadInto
 
-Later = Callable[[int], ReadInto]
-"""later(count): a take of the next so many bytes that may be called when others were taken, in another thread."""
+DeferRead = Callable[[int], ReadInto]
+"""defer_read(size): reserve the next ``size`` bytes; the result reads them at any time, in any thread."""
 
 
-class PagesIn:
-    """The memory of a domain that is being filled.
+class MemoryLoader:
+    """Loads PAGE_DATA records into a domain's memory; a context manager.
 
-    ``physmap`` is what it has, ``tables`` sees to those of its page tables. ``compare``: what comes now was sent before
-    (a VERIFY record came), and ``differing`` has the pfns of pages that were not the same.
+    Attributes:
+        physmap: Frames and types of all pages that were received.
+        tables: Localises the domain's page tables.
+        differing: After verify(): pfns of pages that were sent again with other content.
     """
 
-    def __init__(self, host: Toolstack, domid: DomId) -> None:
-        info = host.info(domid)
+    def __init__(self, host: Toolstack, info: DomainInfo) -> None:
         self.host = host
-        self.domid = domid
+        self.domid: DomId = info.domid
         self.physmap = Physmap()
-        self.compare = False
         self.differing = np.empty(0, np.uint64)
-        self.tables = TablesIn(host, info, self.physmap)
+        self.tables = PageTableLocaliser(host, info, self.physmap)
+        self._verifying = False
         self._max_pages = info.max_pages
-        self._highest = 0  # pfn that came
+        self._highest_pfn = 0  # of all that were received
         self._worker = BackgroundWorker()
-        self._mapped = ExitStack()  # what is being read into
-        self._coming = np.empty(0, np.uint64)  # tables whose content that is
-        self._came: list[U64] = []  # tables that are there, and were not told of yet
+        self._target = ExitStack()  # mappings that the background read fills
+        self._in_transit = np.empty(0, np.uint64)  # pfns of tables that the background read fills
+        self._received_tables: list[U64] = []  # complete, and not yet added to ``tables``
 
-    def put(self, record: PageData, take: ReadInto, later: Later | None = None) -> None:
-        """Take one record in. With ``later``, content may still be on its way into the domain's memory when this
-        returns: ``settle`` waits for it.
+    def verify(self) -> None:
+        """Compare all following pages with what the domain has: a VERIFY record was received."""
+        self._verifying = True
 
-        RequestError when the domain may not have so many pages, HostError, and whatever ``take`` raises, this one's or
-        the last one's.
+    def load(self, record: PageData, read_into: ReadInto, defer_read: DeferRead | None = None) -> None:
+        """Populate the pfns of one record, and read its content into their frames.
+
+        Args:
+            record: The types and pfns.
+            read_into: Reads the record's content, in order.
+            defer_read: Reads it later, in the background. Content may then be incomplete until flush().
+
+        Raises:
+            RequestError: The domain's max_pages is too low.
+            HostError: The host has no memory left, or refuses a call.
+            Exception: Whatever reading raised, for this record or for the one before.
         """
-        self._translate()  # before any of them is told to be coming anew
-        pfns, kinds = record.pfns, record.types
+        self._localise_received()  # before one of them is read again
+        pfns, types = record.pfns, record.types
         for i in range(0, len(pfns), PFNS_PER_BATCH):
-            some, of = pfns[i : i + PFNS_PER_BATCH], kinds[i : i + PFNS_PER_BATCH]
-            self.populate(some[IS_POPULATED[of]])
-            self._highest = max(self._highest, int(some.max()))
-            mfns = self.physmap.mfns(some)
-            # A pfn that had a frame, and comes now as one without, keeps it, as in libxenguest: there is no telling
-            # the guest, whose p2m is made of what has a frame. It is no table any more, which is all that matters.
-            there = mfns != NO_FRAME
-            self.physmap.put_types(some[there], of[there])
-            content = HAS_DATA[of]
-            some, of, with_content = some[content], of[content], mfns[content]
-            ascending = _ascending(some)
-            for j in range(0, len(with_content), PAGES_PER_BATCH):
-                now = slice(j, j + PAGES_PER_BATCH)
-                mfns, table = with_content[now], IS_TABLE[of[now]]
-                if ascending and not self.compare:  # so that no frame stands there twice
-                    from_ = take if later is None else later(len(mfns) * PAGE_SIZE)
-                    self._read_into(mfns, some[now][table], from_, behind=later is not None)
-                else:
-                    self._wait()
-                    self._overwrite(some[now], mfns, table, take)
+            self._load_entries(pfns[i : i + PFNS_PER_BATCH], types[i : i + PFNS_PER_BATCH], read_into, defer_read)
+
+    def _load_entries(self, pfns: U64, types: U8, read_into: ReadInto, defer_read: DeferRead | None) -> None:
+        self.populate(pfns[IS_POPULATED[types]])
+        self._highest_pfn = max(self._highest_pfn, int(pfns.max()))
+        mfns = self.physmap.mfns(pfns)
+        # A populated pfn that is sent again without a frame keeps its frame, as in libxenguest: the guest's p2m lists
+        # all frames, and nothing tells the guest. Its new type is what matters: it is no page table any more.
+        populated = mfns != NO_FRAME
+        self.physmap.put_types(pfns[populated], types[populated])
+        has_data = HAS_DATA[types]
+        pfns, mfns, is_table = pfns[has_data], mfns[has_data], IS_TABLE[types[has_data]]
+        each_once = _is_ascending(pfns)
+        for i in range(0, len(pfns), PAGES_PER_BATCH):
+            batch = slice(i, i + PAGES_PER_BATCH)
+            if each_once and not self._verifying:
+                self._read_into(mfns[batch], pfns[batch][is_table[batch]], read_into, defer_read)
+            else:
+                self._finish_read()
+                self._overwrite(pfns[batch], mfns[batch], is_table[batch], read_into)
 
     def populate(self, pfns: U64) -> None:
-        """Frames for those of some pfns that have none. Raises as ``put``."""
+        """Give a frame to each of these pfns that has none: in extents where a whole one is named.
+
+        Raises:
+            RequestError: The domain's max_pages is too low.
+            HostError: The host has no memory left.
+        """
         physmap = self.physmap
         new = pfns[physmap.mfns(pfns) == NO_FRAME]
         if not len(new):
             return
-        if not _ascending(new):
+        if not _is_ascending(new):
             new = np.unique(new)
-        if physmap.pages + len(new) > self._max_pages:
-            needed = physmap.pages + len(new)
-            what = f"dom{self.domid} may have {self._max_pages:#x} pages, and the stream has {needed:#x} so far"
-            raise RequestError(f"{what}: give it more memory", needed=needed, available=self._max_pages)
+        needed = physmap.pages + len(new)
+        if needed > self._max_pages:
+            problem = f"dom{self.domid} may have {self._max_pages:#x} pages, and the stream has {needed:#x} so far"
+            raise RequestError(f"{problem}: give it more memory", needed=needed, available=self._max_pages)
         chunks, count = chunks_of(new)
         whole = np.flatnonzero(count == CHUNK)
         if len(whole):
             mfns = self.host.populate_physmap(self.domid, chunks[whole] << np.uint64(ORDER), ORDER)
             physmap.put_extents(chunks[whole[: len(mfns)]], mfns)
-            single = np.ones(len(count), np.bool_)
-            single[whole[: len(mfns)]] = False
-            new = new[np.repeat(single, count)]
+            is_single = np.ones(len(count), np.bool_)
+            is_single[whole[: len(mfns)]] = False
+            new = new[np.repeat(is_single, count)]
         if len(new):
             mfns = self.host.populate_physmap(self.domid, new)
             physmap.put(new[: len(mfns)], mfns)
             if len(mfns) < len(new):
-                needed = physmap.pages + len(new) - len(mfns)
-                what = f"dom{self.domid}: the host gave {physmap.pages:#x} pages, and has not the {needed:#x} it takes"
-                raise HostError(what, op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
+                problem = f"dom{self.domid} needs {needed:#x} pages, and the host gave only {physmap.pages:#x}"
+                advice = "free memory on the host"
+                raise HostError(f"{problem}: {advice}", op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
 
-    def _read_into(self, mfns: U64, tables: U64, take: ReadInto, *, behind: bool) -> None:
-        """Read content straight into frames, each of which stands here once: of a file, while the next are mapped."""
-        with ExitStack() as mapped:
-            pages = mapped.enter_context(self.host.map_writable(self.domid, mfns))
-            into = pages.reshape(-1).data
-            self._wait()
-            self._coming = tables
-            if behind:
-                self._worker.submit(partial(take, into))
-                self._mapped = mapped.pop_all()
+    def _read_into(self, mfns: U64, tables: U64, read_into: ReadInto, defer_read: DeferRead | None) -> None:
+        """Read content straight into distinct frames; deferred: in the background, while the next ones are mapped."""
+        with ExitStack() as mapping:
+            pages = mapping.enter_context(self.host.map_writable(self.domid, mfns))
+            buffer = pages.reshape(-1).data
+            self._finish_read()
+            self._in_transit = tables
+            if defer_read is None:
+                read_into(buffer)
             else:
-                take(into)
+                self._worker.submit(partial(defer_read(len(buffer)), buffer))
+                self._target = mapping.pop_all()
 
-    def settle(self) -> None:
-        """Until all content is where it belongs. Raises what reading it came to."""
-        self._wait()
-        self._translate()
+    def flush(self) -> None:
+        """Wait until all content is in the domain's memory. Raises whatever reading it raised."""
+        self._finish_read()
+        self._localise_received()
 
-    def _wait(self) -> None:
+    def _finish_read(self) -> None:
+        """Wait for the background read, and unmap its frames."""
         try:
             self._worker.wait()
         finally:
-            self._mapped.close()
-        self._came.append(self._coming)
-        self._coming = self._coming[:0]
+            self._target.close()
+        self._received_tables.append(self._in_transit)
+        self._in_transit = self._in_transit[:0]
 
-    def _translate(self) -> None:
-        came, self._came = np.concatenate([self._coming[:0], *self._came]), []
-        self.tables.came(came, self._highest, self._coming)
+    def _localise_received(self) -> None:
+        pfns = np.concatenate([self._in_transit[:0], *self._received_tables])
+        self._received_tables = []
+        self.tables.add_received(pfns, self._highest_pfn, self._in_transit)
 
-    def _overwrite(self, pfns: U64, mfns: U64, table: Mask, take: ReadInto) -> None:
-        """Write content to frames that may hold the same already, or stand here twice: then the last counts."""
+    def _overwrite(self, pfns: U64, mfns: U64, is_table: Mask, read_into: ReadInto) -> None:
+        """Write content by way of a buffer: of a frame that is named twice the last content counts."""
         content = np.empty((len(mfns), PAGE_SIZE), np.uint8)
-        take(content.reshape(-1).data)
-        once, back = np.unique(mfns[::-1], return_index=True)
-        content, pfns, table = content[::-1][back], pfns[::-1][back], table[::-1][back]
-        with self.host.map_writable(self.domid, once) as pages:
-            if self.compare:
+        read_into(content.reshape(-1).data)
+        distinct, rows = np.unique(mfns[::-1], return_index=True)
+        content, pfns, is_table = content[::-1][rows], pfns[::-1][rows], is_table[::-1][rows]
+        with self.host.map_writable(self.domid, distinct) as pages:
+            if self._verifying:
                 differs = (pages != content).any(axis=1)
-                local, _ = localise(as_entries(content[table]), self.physmap.mfns)
-                differs[table] &= (as_entries(pages[table]) != local).any(axis=1)
+                local, _ = localise(as_entries(content[is_table]), self.physmap.mfns)
+                differs[is_table] &= (as_entries(pages[is_table]) != local).any(axis=1)
                 self.differing = np.union1d(self.differing, pfns[differs])
             pages[:] = content
-        self._came.append(pfns[table])
+        self._received_tables.append(pfns[is_table])
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        with self._mapped:  # which lasts until all is read
+        with self._target:  # mapped until the background read has ended
             self._worker.__exit__(kind, e, tb)
 
 
-def _ascending(pfns: U64) -> bool:
-    """Whether they are in order, and each stands there once, as in all that savers send."""
+def _is_ascending(pfns: U64) -> bool:
+    """Whether pfns ascend, so that each is named once. All savers send them so."""
     return bool((pfns[1:] > pfns[:-1]).all())

@@ -1,8 +1,9 @@
-"""A stream made a domain again: into one that is there already, or into a new one.
+"""Restores a domain from a stream: into an empty domain, or into a new one.
 
-Nothing is known of a stream until it has come, so it is taken as it comes, and whatever is wrong ends it: then
-the domain is to be destroyed, which ``restore_domain`` does and who calls ``restore`` must. xen.git:tools/libs/guest/
-xg_sr_restore.c.
+Records are carried out as they are read. Any error ends the restore, and the domain must then be destroyed:
+restore_domain() does it, and the caller of restore() must.
+
+Source: xen.git:tools/libs/guest/xg_sr_restore.c
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from xenpv.host.xenstore_nodes import SLACK
 from xenpv.io.checkpoint_buffer import Checkpoints
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
-from xenpv.restore.finish import Ports, RestoreEnd
-from xenpv.restore.pages import Later, PagesIn
+from xenpv.restore.finish import Ports, StreamComplete
+from xenpv.restore.pages import DeferRead, MemoryLoader
 from xenpv.source.config import Config, config_of
 from xenpv.stream import rules
 from xenpv.stream.contents import Contents
@@ -35,19 +36,26 @@ from xenpv.stream.reader import Reader
 from xenpv.stream.records import Checkpoint, End, StaticDataEnd, Verify, X86PVInfo, X86PVP2MFrames
 
 StaticDataDone = Callable[[bool, bool], None]
-"""static_data_done(no CPUID policy came, no MSR policy came): called once, before any page."""
+"""static_data_done(cpuid_missing, msrs_missing): called once, before any page is read."""
 
-
-_NEVER_KEPT = (Checkpoint, End, LibxlRecord)
+# Records that are handled at once, even after a checkpoint.
+_NEVER_BUFFERED = (Checkpoint, End, LibxlRecord)
 
 
 class Restored(NamedTuple):
-    """A domain as a restore leaves it, and what the stream had.
+    """A restored domain, and figures of its stream.
 
-    ``entries`` are those of its p2m, ``pages`` what it was given; ``tables`` of them are page tables, ``pinned`` of
-    these are pinned. ``checkpoints``: how many there were; what came behind the last one is not in the domain, whose
-    state that checkpoint is. ``differing``: pfns of pages that came again behind a VERIFY record, and were others.
-    ``config`` is what the envelope says of it, None where it says nothing; ``bytes`` is the length of the stream.
+    Attributes:
+        console: Its console ring.
+        xenstore: Its xenstore ring.
+        config: Its configuration in the envelope, or None.
+        entries: Number of entries of its p2m.
+        pages: Pages that it holds.
+        tables: How many of them are page tables.
+        pinned: How many of these are pinned.
+        checkpoints: Checkpoints of the stream. The domain has the state of the last one; later records are dropped.
+        differing: pfns of pages that a VERIFY pass sent with other content, uint64.
+        bytes: Length of the stream.
     """
 
     domid: DomId
@@ -76,19 +84,32 @@ def restore(
     static_data_done: StaticDataDone | None = None,
     progress: ProgressCallback | None = None,
 ) -> Restored:
-    """Fill a domain that is empty and paused, and leave it ready to be unpaused; nothing else is done to it.
+    """Restore a stream into an empty, paused domain, which stays paused and is not introduced.
 
-    ``envelope``: what the stream is wrapped in, told by looking if None. Raises StreamError for a stream that is not
-    right, GuestError for a guest that cannot be made of it, RequestError for a domain that it does not fit, HostError
-    when Xen says no, OSError when the source cannot be read. The domain is not to be started then.
+    Args:
+        host: The host of the domain.
+        domid: The domain. Its width becomes that of the stream.
+        source: The stream.
+        console_port: The domain's event channel to xenconsoled.
+        xenstore_port: The domain's event channel to xenstored.
+        envelope: What wraps the stream (default: detected).
+        static_data_done: Called after the static data.
+        progress: Called while the stream is read.
+
+    Raises:
+        StreamError: The stream breaks a rule.
+        GuestError: The guest's memory or state contradicts itself.
+        RequestError: The domain does not fit the stream.
+        HostError: Xen refuses something.
+        OSError: The source cannot be read.
     """
 
-    def given(_contents: Contents, width: Width) -> tuple[DomainInfo, Ports]:
-        _check_target(host.info(domid))
-        host.set_width(domid, width)  # libxl leaves that to whoever reads the stream
+    def prepare_domain(_contents: Contents, width: Width) -> tuple[DomainInfo, Ports]:
+        _check_empty_and_paused(host.info(domid))
+        host.set_width(domid, width)  # libxl creates 64-bit domains only
         return host.info(domid), Ports(console_port, xenstore_port)
 
-    return _Restore(host, source, given, static_data_done).run(envelope, progress)
+    return _Restore(host, source, prepare_domain, static_data_done).run(envelope, progress)
 
 
 def restore_domain(
@@ -99,174 +120,192 @@ def restore_domain(
     paused: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Restored:
-    """A new domain out of a stream, introduced to its daemons, and running unless ``paused``.
+    """Create a domain from a stream, introduce it to its daemons, and unpause it.
 
-    It is what the configuration in the envelope says, ``name`` aside; where there is none, what the stream itself has,
-    which takes a file. Raises as ``restore``: there is no new domain then, and nothing of it.
+    Vcpus and memory are those of the configuration in the envelope. Without one, the stream itself is read twice, so it
+    must be a file. After an error nothing of the domain is left.
+
+    Args:
+        host: The host on which the domain is created.
+        source: The stream.
+        name: Name of the domain (default: the configuration's).
+        paused: Leave it paused.
+        progress: Called while the stream is read.
+
+    Raises:
+        RequestError: Another domain has the name, or a pipe has no configuration; and as restore().
+        StreamError, GuestError, HostError, OSError: As restore().
     """
-    made: list[DomId] = []
+    created: list[DomId] = []
 
-    def new(contents: Contents, width: Width) -> tuple[DomainInfo, Ports]:
+    def create_domain(contents: Contents, width: Width) -> tuple[DomainInfo, Ports]:
         config = config_of(contents)
-        vcpus, pages = _size(config, source)
-        called = name or (config.name if config else None)
+        vcpus, pages = _vcpus_and_pages(config, source)
+        new_name = name or (config.name if config else None)
         for other in host.domains():
-            if called is not None and other.name == called:
-                raise RequestError(f"a domain called {called!r} is there already, dom{other.domid}: say another name")
+            if new_name is not None and other.name == new_name:
+                raise RequestError(f"dom{other.domid} is called {new_name!r} already: give another name")
         uuid = config.uuid if config else None
-        domid = host.create(width, vcpus=vcpus, max_pages=pages + SLACK, name=called, uuid=uuid)
-        made.append(domid)
+        domid = host.create(width, vcpus=vcpus, max_pages=pages + SLACK, name=new_name, uuid=uuid)
+        created.append(domid)
         host.set_memory_map(domid, pages)
         daemons = host.daemons()
         xenstore = host.alloc_event_channel(domid, daemons.xenstore)
         return host.info(domid), Ports(host.alloc_event_channel(domid, daemons.console), xenstore)
 
     try:
-        restored = _Restore(host, source, new, None).run(None, progress)
+        restored = _Restore(host, source, create_domain, None).run(None, progress)
         host.introduce(restored.domid, console=restored.console, xenstore=restored.xenstore)
         if restored.config is not None and restored.config.format == "json":
             host.set_configuration(restored.domid, restored.config.text.encode())
         if not paused:
             host.unpause(restored.domid)
     except BaseException:
-        for domid in made:
+        for domid in created:
             host.destroy(domid)
         raise
     return restored
 
 
-def _check_target(info: DomainInfo) -> None:
-    who = f"dom{info.domid}"
+def _check_empty_and_paused(info: DomainInfo) -> None:
+    """Raise RequestError for a domain that a stream cannot be restored into."""
+    domain = f"dom{info.domid}"
     if info.hvm:
-        raise RequestError(f"{who} is an HVM domain, and the stream has a PV one")
+        raise RequestError(f"{domain} is an HVM domain, and the stream holds a PV domain")
     if not info.paused:
-        raise RequestError(f"{who} is running: a stream is restored into a domain that is paused")
+        raise RequestError(f"{domain} is running: pause the domain that a stream is restored into")
     if info.pages:
-        raise RequestError(f"{who} has {info.pages:#x} pages already: a stream is restored into an empty domain")
+        problem = f"{domain} has {info.pages:#x} pages already: restore into an empty domain"
+        raise RequestError(problem, needed=0, available=info.pages)
 
 
-def _size(config: Config | None, source: Input) -> tuple[int, int]:
-    """How many vcpus and pages the domain may have."""
+def _vcpus_and_pages(config: Config | None, source: Input) -> tuple[int, int]:
+    """Return how many vcpus and pages the domain needs: by its configuration, else by reading the whole stream."""
     vcpus, kib = (config.max_vcpus, config.max_memkb) if config else (None, None)
     if vcpus is None or kib is None:
         if not source.seekable:
-            what = f"{source.name} has no configuration that says how many vcpus and how much memory the domain has"
-            raise RequestError(f"{what}, and what the stream has is known only at its end: restore it from a file")
-        shown = Contents()
-        for event in source.events(Reader(on_breach=_pass)):
-            shown.add(event)
-        kinds = shown.index.count()
-        vcpus = max(shown.vcpus, default=0) + 1 if vcpus is None else vcpus
-        kib = 4 * sum(n for kind, n in kinds.items() if IS_POPULATED[kind]) if kib is None else kib
+            problem = f"{source.name} has no configuration with the number of vcpus and the size of memory"
+            raise RequestError(f"{problem}: restore it from a file, which can be read twice")
+        stream = Contents()
+        for event in source.events(Reader(on_breach=_raise_breach)):
+            stream.add(event)
+        page_count = stream.index.count()
+        vcpus = max(stream.vcpus, default=0) + 1 if vcpus is None else vcpus
+        kib = 4 * sum(n for page_type, n in page_count.items() if IS_POPULATED[page_type]) if kib is None else kib
     return vcpus, -(-kib // 4)
 
 
-def _pass(rule: Rule, message: str, offset: int, record: str | None) -> None:
-    """A breach of a rule ends the stream, but for a checkpoint: those are taken here."""
+def _raise_breach(rule: Rule, message: str, offset: int, record: str | None) -> None:
+    """End the stream at a broken rule, except at checkpoints, which are supported here."""
     if rule.severity is Severity.ERROR and rule is not rules.CHECKPOINT:
         raise rules.breach(rule, message, offset=offset, record=record)
 
 
 class _Restore:
-    """One restore. ``target(contents, width)`` says which domain to fill, as soon as the guest's width is known."""
+    """One restore. ``prepare_domain(contents, width)`` gives the domain once the guest's width is known."""
 
     def __init__(
         self,
         host: Mover,
         source: Input,
-        target: Callable[[Contents, Width], tuple[DomainInfo, Ports]],
+        prepare_domain: Callable[[Contents, Width], tuple[DomainInfo, Ports]],
         static_data_done: StaticDataDone | None,
     ) -> None:
         self.host = host
         self.source = source
-        self.target = target
+        self.prepare_domain = prepare_domain
         self.static_data_done = static_data_done
         self.contents = Contents()
-        self._into: tuple[DomainInfo, Ports, PagesIn] | None = None
-        self._open = ExitStack()
-        self._checkpoints: Checkpoints | None = None  # what came behind the last checkpoint
-        self._static = True  # data that comes before all pages still comes
+        self._target: tuple[DomainInfo, Ports, MemoryLoader] | None = None
+        self._resources = ExitStack()
+        self._checkpoint_buffer: Checkpoints | None = None  # events since the last checkpoint
+        self._in_static_data = True
 
     def run(self, kind: Kind | None, progress: ProgressCallback | None) -> Restored:
-        reader = Reader(on_breach=_pass, kind=kind)
-        with self._open:
+        reader = Reader(on_breach=_raise_breach, kind=kind)
+        with self._resources:
             for event in self.source.events(reader, progress, taking=True):
-                self._sort(event)
-            self._pages.settle()
-        assert self._into is not None
-        info, ports, pages = self._into
-        end = RestoreEnd(self.host, info, self.contents, pages, ports)
-        console, xenstore = end.run()
+                self._apply_or_buffer(event)
+            self._memory.flush()
+        assert self._target is not None
+        info, ports, memory = self._target
+        completed = StreamComplete(self.host, info, self.contents, memory, ports).run()
         config = config_of(self.contents)
         return Restored(
             domid=info.domid,
-            console=console,
-            xenstore=xenstore,
+            console=completed.console,
+            xenstore=completed.xenstore,
             name=config.name if config else None,
             uuid=config.uuid if config else None,
             config=config,
             entries=self.contents.end_pfn + 1,
-            pages=pages.physmap.pages,
-            tables=end.tables,
-            pinned=end.pinned,
+            pages=memory.physmap.pages,
+            tables=completed.page_tables,
+            pinned=completed.pinned,
             checkpoints=self.contents.checkpoints,
-            differing=pages.differing,
+            differing=memory.differing,
             bytes=reader.offset,
         )
 
-    def _sort(self, event: Event) -> None:
-        """What comes before the first checkpoint counts at once, what comes behind it if another checkpoint follows."""
+    def _apply_or_buffer(self, event: Event) -> None:
+        """Apply an event at once; after the first checkpoint, buffer it until the next checkpoint."""
         if isinstance(event, Checkpoint):
-            if self.source.exact:
-                what = "a checkpoint, behind which the stream is the toolstack's: Remus and COLO are not received"
-                raise Unsupported(what, offset=event.offset, record=event.name)
-            if self._checkpoints is None:
-                self._checkpoints = Checkpoints()
-                self._open.callback(self._checkpoints.close)
-            else:
-                for kept, take in self._checkpoints.release():
-                    self._see(kept, take)
-        if self._checkpoints is None or not isinstance(event, Record) or isinstance(event, _NEVER_KEPT):
-            # Of a file the content is read while the next record is looked at; a read of a pipe may never come back.
-            self._see(event, self.source.take, self.source.later if self.source.seekable else None)
+            self._apply_checkpoint(event)
+        if self._checkpoint_buffer is None or not isinstance(event, Record) or isinstance(event, _NEVER_BUFFERED):
+            # Content of a file is read in the background. Not so of a pipe, where a read may never return.
+            self._apply(event, self.source.take, self.source.later if self.source.seekable else None)
         else:
-            self._checkpoints.keep(event, self.source.take)
+            self._checkpoint_buffer.keep(event, self.source.take)
 
-    def _see(self, event: Event, take: ReadInto, later: Later | None = None) -> None:
+    def _apply_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Apply what was buffered since the last checkpoint."""
+        if self.source.exact:
+            problem = "a checkpoint, after which the stream is the toolstack's: Remus and COLO are not supported"
+            raise Unsupported(problem, offset=checkpoint.offset, record=checkpoint.name)
+        if self._checkpoint_buffer is None:
+            self._checkpoint_buffer = Checkpoints()
+            self._resources.callback(self._checkpoint_buffer.close)
+        else:
+            for event, read_into in self._checkpoint_buffer.release():
+                self._apply(event, read_into)
+
+    def _apply(self, event: Event, read_into: ReadInto, defer_read: DeferRead | None = None) -> None:
+        """Carry one event out."""
         if isinstance(event, PageData):
-            self._pages.put(event, take, later)
+            self._memory.load(event, read_into, defer_read)
             return
         if isinstance(event, ImageHeader) and self.contents.image is not None:
             raise rules.breach(rules.REPEATED, "a second libxc stream", offset=event.offset, record=event.name)
         self.contents.add(event)
         match event:
             case DomainHeader() if event.guest is not Guest.PV:
-                raise Unsupported("a saved HVM domain; PV domains are restored", offset=event.offset)
+                raise Unsupported("an HVM domain; only PV domains can be restored", offset=event.offset)
             case X86PVInfo():
-                info, ports = self.target(self.contents, event.guest_width)
-                self._into = info, ports, self._open.enter_context(PagesIn(self.host, info.domid))
+                info, ports = self.prepare_domain(self.contents, event.guest_width)
+                self._target = info, ports, self._resources.enter_context(MemoryLoader(self.host, info))
             case StaticDataEnd():
-                if self._into is None:
-                    what = "STATIC_DATA_END before X86_PV_INFO"
-                    raise rules.breach(rules.ORDER, what, offset=event.offset, record=event.name)
-                self._end_of_static_data()
+                if self._target is None:
+                    problem = "STATIC_DATA_END before X86_PV_INFO"
+                    raise rules.breach(rules.ORDER, problem, offset=event.offset, record=event.name)
+                self._end_static_data()
             case X86PVP2MFrames():
-                self._end_of_static_data()  # which a stream of version 2 does not say
+                self._end_static_data()  # streams of version 2 have no STATIC_DATA_END
             case Verify():
-                self._pages.compare = True
+                self._memory.verify()
 
     @property
-    def _pages(self) -> PagesIn:
-        assert self._into is not None, "order.py lets no page come before X86_PV_INFO"
-        return self._into[2]
+    def _memory(self) -> MemoryLoader:
+        assert self._target is not None, "order.py lets no page come before X86_PV_INFO"
+        return self._target[2]
 
-    def _end_of_static_data(self) -> None:
-        if not self._static:
+    def _end_static_data(self) -> None:
+        """Set the CPU policy, and report what is missing; only once."""
+        if not self._in_static_data:
             return
-        self._static = False
+        self._in_static_data = False
         cpuid, msrs = self.contents.cpuid_policy, self.contents.msr_policy
         if cpuid is not None or msrs is not None:
             policy = CpuPolicy(cpuid.data if cpuid else b"", msrs.data if msrs else b"")
-            self.host.set_cpu_policy(self._pages.domid, policy)
+            self.host.set_cpu_policy(self._memory.domid, policy)
         if self.static_data_done is not None:
             self.static_data_done(cpuid is None, msrs is None)

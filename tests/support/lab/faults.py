@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.lab.leftovers import Left, Tally
-from tests.support.refused_calls import BUILDING, RESTORING, refused_in_turn
+from tests.support.refused_calls import BUILDING, RESTORING, refuse_each_call
 from xenpv.build.build import build
 from xenpv.errors import XenPVError
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, DomId
@@ -46,7 +46,7 @@ def builds(host: XenHost, kernel: str) -> dict[str, Any]:
     layout = plan(image, Request(32 << 20))
     host.destroy(build(host, image, layout, name="first").domid)  # what the first domain leaves is libxl's own roots
     left = Left(host)
-    said = refused_in_turn(host, BUILDING, lambda: build(host, image, layout, name="broken", config=b"{}").domid)
+    said = refuse_each_call(host, BUILDING, lambda: build(host, image, layout, name="broken", config=b"{}").domid)
     return {"said": said, "left": left.over()}
 
 
@@ -54,7 +54,7 @@ def restores(host: XenHost, path: str) -> dict[str, Any]:
     data = Path(path).read_bytes()
     host.destroy(made(host, data))
     left = Left(host)
-    said = refused_in_turn(host, RESTORING, lambda: made(host, data, paused=False))
+    said = refuse_each_call(host, RESTORING, lambda: made(host, data, paused=False))
     return {"said": said, "left": left.over()}
 
 
