@@ -99,7 +99,7 @@ class MemoryLoader:
         for i in range(0, len(pfns), PAGES_PER_BATCH):
             batch = slice(i, i + PAGES_PER_BATCH)
             if each_once and not self._verifying:
-                self._read_into(mfns[batch], pfns[batch][is_table[batch]], read_into, defer_read)
+                self._read_into_frames(mfns[batch], pfns[batch][is_table[batch]], read_into, defer_read)
             else:
                 self._finish_read()
                 self._overwrite(pfns[batch], mfns[batch], is_table[batch], read_into)
@@ -137,7 +137,7 @@ class MemoryLoader:
                 advice = "free memory on the host"
                 raise HostError(f"{problem}: {advice}", op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
 
-    def _read_into(self, mfns: U64, tables: U64, read_into: ReadInto, defer_read: DeferRead | None) -> None:
+    def _read_into_frames(self, mfns: U64, tables: U64, read_into: ReadInto, defer_read: DeferRead | None) -> None:
         """Read content straight into distinct frames; deferred: in the background, while the next ones are mapped."""
         with ExitStack() as mapping:
             pages = mapping.enter_context(self.host.map_writable(self.domid, mfns))
