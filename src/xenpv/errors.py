@@ -66,15 +66,17 @@ class Fault(GuestError):
 class StreamError(XenPVError):
     """The bytes are wrong.
 
-    ``offset`` is the byte offset in the file or pipe, ``record`` the name of the record there, if one is known.
+    ``offset`` is the byte offset in the file or pipe, ``record`` the name of the record there, ``rule`` the name of the
+    rule that is broken; None where unknown.
     """
 
-    def __init__(self, message: str, *, offset: int, record: str | None = None) -> None:
+    def __init__(self, message: str, *, offset: int, record: str | None = None, rule: str | None = None) -> None:
         where = f"at {offset:#x}" + (f" in {record}" if record else "")
         super().__init__(f"{message} ({where})")
         self.reason = message
         self.offset = offset
         self.record = record
+        self.rule = rule
 
 
 class Truncated(StreamError):

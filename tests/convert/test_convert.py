@@ -29,7 +29,8 @@ from xenpv.frames import HAS_DATA
 from xenpv.io.stream_input import Input
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.envelope import Kind
-from xenpv.stream.legacy import LegacyReader
+from xenpv.stream.legacy import LegacyFormat
+from xenpv.stream.reader import Reader
 from xenpv.verify.stream import verify
 
 W = Legacy()
@@ -461,7 +462,8 @@ def test_what_would_not_restore_has_no_end_in_a_pipe(out: Path) -> None:
     taken = Input.open(str(out.with_name("in")))
     with pytest.raises(Refused):
         write(
-            Conversion(taken, LegacyReader(), ConvertOptions(Kind.LIBXC)), lambda pieces: given.extend(b"".join(pieces))
+            Conversion(taken, Reader(legacy=LegacyFormat()), ConvertOptions(Kind.LIBXC)),
+            lambda pieces: given.extend(b"".join(pieces)),
         )
     assert convert(taken, str(out), ConvertOptions(Kind.LIBXC), force=True).bytes_out == len(given) + 8
     assert out.read_bytes()[:-8] == given

@@ -15,7 +15,7 @@ OLD = bytes(range(256)) * 16
 
 def made(data: bytes, old: bytes = OLD) -> bytes:
     page = bytearray(old)
-    delta.apply(data, 0, memoryview(page))
+    delta.apply_changes(data, 0, memoryview(page))
     return bytes(page)
 
 
@@ -27,7 +27,7 @@ def test_what_was_made_is_found_again(changes: list[tuple[int, bytes]]) -> None:
         new[at : at + len(data)] = data[: PAGE - at]
     said = legacy.delta(OLD, bytes(new))
     assert made(said) == new
-    assert delta.ends(said + b"\x00", 9) == [len(said), len(said) + 1]
+    assert delta.page_ends(said + b"\x00", 9) == [len(said), len(said) + 1]
 
 
 def test_the_worst_page_takes_4105_bytes() -> None:
@@ -41,8 +41,8 @@ def test_a_whole_page_and_one_that_is_the_same() -> None:
     page = bytes(PAGE - 1) + b"!"
     assert made(legacy.whole(page)) == page
     assert made(b"\x00") == OLD
-    assert delta.whole(legacy.whole(page), 0)
-    assert not delta.whole(b"\x00", 0)
+    assert delta.is_full_page(legacy.whole(page), 0)
+    assert not delta.is_full_page(b"\x00", 0)
 
 
 def test_pages_that_are_not_all_there_are_left_for_more() -> None:
@@ -50,8 +50,8 @@ def test_pages_that_are_not_all_there_are_left_for_more() -> None:
     changed = legacy.delta(OLD, bytes(4) + OLD[4:])
     for data in (whole, changed):
         for cut in range(len(data)):
-            assert delta.ends(b"\0" + data[:cut], 9) == [1]
-        assert delta.ends(b"\0" + data, 1) == [1]
+            assert delta.page_ends(b"\0" + data[:cut], 9) == [1]
+        assert delta.page_ends(b"\0" + data, 1) == [1]
 
 
 @pytest.mark.parametrize(
@@ -63,18 +63,18 @@ def test_pages_that_are_not_all_there_are_left_for_more() -> None:
     ],
 )
 def test_what_no_sender_makes(data: bytes, at: int) -> None:
-    with pytest.raises(delta.Damaged) as e:
-        delta.ends(data, 1)
-    assert e.value.at == at
+    with pytest.raises(delta.MalformedDelta) as e:
+        delta.page_ends(data, 1)
+    assert e.value.offset == at
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_any_bytes_are_pages_or_damaged(data: bytes) -> None:
     try:
-        ends = delta.ends(data, 50)
-    except delta.Damaged as e:
-        assert 0 <= e.at < len(data)  # noqa: PT017
+        ends = delta.page_ends(data, 50)
+    except delta.MalformedDelta as e:
+        assert 0 <= e.offset < len(data)  # noqa: PT017
         return
     for at in [0, *ends[:-1]] if ends else []:
         made(data[at:])

@@ -25,7 +25,7 @@ from tests.support.writers.hvm import hvm_stream
 from tests.support.writers.stream import Stream
 from xenpv.errors import Malformed, Truncated, Unsupported
 from xenpv.stream import rules
-from xenpv.stream.envelope import SNIFF, Envelope, Kind, Section, sniff
+from xenpv.stream.envelope import SNIFF_SIZE, Envelope, Kind, Section, sniff
 from xenpv.stream.events import SectionHeader
 
 
@@ -37,14 +37,14 @@ def envelope_of(stream: Stream) -> Envelope:
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_each_kind_is_told_by_its_first_bytes(kind: Kind) -> None:
-    head = pv_domain().to_bytes(str(kind))[:SNIFF]
+    head = pv_domain().to_bytes(str(kind))[:SNIFF_SIZE]
     assert sniff(head) is kind
 
 
 @pytest.mark.parametrize("kind", list(Kind))
 def test_a_few_bytes_are_enough_where_the_input_ends(kind: Kind) -> None:
     """The first byte of xl's magic begins xenopsd's too; from the fifth on each is told."""
-    head = pv_domain().to_bytes(str(kind))[:SNIFF]
+    head = pv_domain().to_bytes(str(kind))[:SNIFF_SIZE]
     for n in range(5, 9):
         assert sniff(head[:n]) is kind
 
@@ -156,7 +156,7 @@ def test_a_configuration_that_lies_about_its_length() -> None:
     for length in (1 << 31, (1 << 32) - 1):
         reading = read([xl_header(length=length).data])
         assert type(reading.error) is Malformed
-        assert str(length) in str(reading.error)
+        assert f"{length:#x}" in reading.error.reason
     assert type(read([xl_header(length=1 << 20).data]).error) is Truncated
     reading = read([pv_domain().to_bytes("xenopsd")[:15] + struct.pack("<QQ", XENOPS, 1 << 63)], collect=True)
     assert type(reading.error) is Malformed

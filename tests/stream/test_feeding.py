@@ -159,7 +159,7 @@ def test_a_cut_is_told_apart_from_bytes_that_have_not_come_yet() -> None:
     reader = Reader()
     reader.feed(data[:100])
     assert reader.next_event() is None
-    assert reader.need > 0
+    assert reader.needed > 0
     reader.feed_eof()
     with pytest.raises(Truncated) as first:
         reader.next_event()
@@ -177,8 +177,8 @@ def test_need_says_how_many_bytes_make_progress(chunk: int) -> None:
         if reader.next_event() is not None:
             plain += 1
         elif not reader.done:
-            assert 0 < reader.need <= len(data) - position
-            n = min(chunk, reader.need)
+            assert 0 < reader.needed <= len(data) - position
+            n = min(chunk, reader.needed)
             reader.feed(data[position : position + n])
             position += n
     assert position == len(data)

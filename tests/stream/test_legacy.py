@@ -30,10 +30,10 @@ from tests.support.writers.legacy import (
 from tests.support.writers.legacy import whole as whole_page
 from tests.support.writers.stream import NOTAB, PAGE, XALLOC, XTAB, Piece, Stream
 from xenpv.abi.declare import Width
-from xenpv.errors import StreamError, Truncated, Unsupported
+from xenpv.errors import Malformed, StreamError, Truncated, Unsupported
 from xenpv.stream import records
 from xenpv.stream.events import DomainHeader, Event, PageDeltas, Pages
-from xenpv.stream.legacy import LegacyReader, recognise
+from xenpv.stream.legacy import LegacyFormat, detect_toolstack
 from xenpv.stream.libxl import EmulatorContext, EmulatorXenstoreData
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData
@@ -54,16 +54,16 @@ SMALL = {
 class Read:
     events: list[Event]
     error: StreamError | None
-    reader: LegacyReader
+    reader: Reader
 
     @property
     def names(self) -> list[str]:
         return [event.name for event in self.events if not isinstance(event, Pages)]
 
 
-def read(chunks: list[bytes], reader: LegacyReader | None = None) -> Read:
+def read(chunks: list[bytes], reader: Reader | None = None) -> Read:
     """All of it, with page content."""
-    reader = reader or LegacyReader(pages=True)
+    reader = reader or Reader(pages=True, legacy=LegacyFormat())
     out = Read([], None, reader)
     try:
         for chunk in [*chunks, None]:
@@ -172,23 +172,23 @@ def test_qemu_records_of_other_ages(signature: bytes) -> None:
 
 def test_what_a_stream_is_told_by_looking() -> None:
     for long in LONGS:
-        assert recognise(bytes(pv_stream(DOMAIN, Legacy(long)))[:32]) == (long, Guest.PV)
-        assert recognise(bytes(hvm_stream(Legacy(long)))[:32]) == (long, Guest.HVM)
+        assert detect_toolstack(bytes(pv_stream(DOMAIN, Legacy(long)))[:32]) == (long, Guest.PV)
+        assert detect_toolstack(bytes(hvm_stream(Legacy(long)))[:32]) == (long, Guest.HVM)
     for other in (b"", bytes(64), b"\x7fELF" + bytes(60), b"#!/bin/sh\necho no domain at all"):
-        assert recognise(other) is None
+        assert detect_toolstack(other) is None
         assert type(read([other]).error) in {Unsupported, Truncated}
-    assert read([bytes(SMALL["pv-64"])], LegacyReader(told=(4, Guest.PV))).error is not None
+    assert read([bytes(SMALL["pv-64"])], Reader(legacy=LegacyFormat(toolstack=(4, Guest.PV)))).error is not None
 
 
 def test_streams_of_today_are_read_as_ever() -> None:
     for envelope in ("xl", "libvirt", "xenopsd", "libxl", "libxc"):
         data = DOMAIN.to_bytes(envelope)
-        ours, reader = read([data], LegacyReader()), Reader()
+        ours, reader = read([data], Reader(legacy=LegacyFormat())), Reader()
         reader.feed(data)
         reader.feed_eof()
         theirs = [plain(event) for event in iter(reader.next_event, None)]
         assert [plain(event) for event in ours.events] == theirs
-        assert not ours.reader.legacy
+        assert not ours.reader.is_legacy
 
 
 def test_other_envelopes_of_legacy_streams() -> None:
@@ -260,10 +260,14 @@ def test_compressed_pages_come_with_the_pfns_before_them() -> None:
 
 
 @dataclass(frozen=True)
-class Lie:
-    what: str
+class Malformation:
+    """A change to a sound stream, and the error that it must give: rule, record, and a number in the message."""
+
+    id: str
     change: Callable[[Stream], object]
-    says: str
+    record: str
+    number: str = ""
+    rule: str = "legacy"
     base: str = "pv-64"
 
 
@@ -271,58 +275,79 @@ def _pages(longs: list[int], count: int | None = None, long: int = 8) -> Piece:
     return Legacy(long).chunk(len(longs) if count is None else count, Legacy(long).longs(*longs))
 
 
-def _with(piece: Piece) -> Callable[[Stream], object]:
+def _insert(piece: Piece) -> Callable[[Stream], object]:
     return lambda stream: stream.before("chunk -7", piece)
+
+
+def _replace(name: str, piece: Piece) -> Callable[[Stream], object]:
+    return lambda stream: stream.replace(name, piece)
+
+
+def _info(*blocks: tuple[bytes, bytes], length: int | None = None) -> Callable[[Stream], object]:
+    return _replace("extended info", W.extended(*blocks, length=length))
 
 
 W = Legacy()
 CONTEXT = DOMAIN.vcpus[0].tobytes()
-LIES = [
-    Lie("no p2m", lambda s: s.replace("p2m_size", W.header(1 << 29)), "no xl, libvirt"),
-    Lie("a block that is unknown",
-        lambda s: s.replace("extended info", W.extended((b"what", b""))), "unrecognised extended info"),
-    Lie("a width that is none",
-        lambda s: s.replace("extended info", W.extended((b"vcpu", bytes(99)))), "the guest's width"),
-    Lie("no width at all", lambda s: s.replace("extended info", W.extended((b"extv", b""))), "32 or 64 bits"),
-    Lie("a length that is too short",
-        lambda s: s.replace("extended info", W.extended((b"vcpu", CONTEXT), length=99)), "does not fit"),
-    Lie("an xsave area of 1 GiB",
-        lambda s: s.replace("extended info", W.extended((b"xcnt", struct.pack("<I", 1 << 30)))), "xsave area"),
-    Lie("a batch of 1025", _with(_pages([1], 1025)), "exceeds the most"),
-    Lie("a chunk that is unknown", _with(W.chunk(-21)), "unrecognised chunk -21"),
-    Lie("pfns twice", _with(_pages([1 | 0xE << 28, 1 | 0xE << 28])), "duplicate"),
-    Lie("more than 32 bits", _with(_pages([1 | 0xE << 28 | 1 << 40])), "more than 32 bits"),
-    Lie("a page type that is none", _with(W.pages([(1, 5)], [bytes(PAGE)])), "Unknown type 0x5"),
-    Lie("a pfn beyond the p2m", _with(W.pages([(1 << 20, 0xE)], [])), "outside domain"),
-    Lie("4097 vcpus", lambda s: s.replace("chunk -2", W.chunk(-2, struct.pack("<i", 4096))), "last vcpu is 4096"),
-    Lie("-1 vcpus", lambda s: s.replace("chunk -2", W.chunk(-2, struct.pack("<i", -2))), "last vcpu is -2"),
-    Lie("unmapped pfns of 2 TiB",
-        lambda s: s.replace("unmapped", Piece("unmapped", struct.pack("<I", (1 << 28) + 1))), "unmapped pfns"),
-    Lie("a parameter of HVM", _with(W.param(-3, 1)), "HVM parameter"),
-    Lie("tmem", _with(W.chunk(-5)), "transcendent"),
-    Lie("toolstack data of 2 GiB", _with(W.chunk(-18, struct.pack("<I", 1 << 31))), "toolstack data"),
-    Lie("toolstack data of another version", _with(W.toolstack({}, version=2)), "version 2"),
-    Lie("toolstack data that is cut", _with(W.chunk(-18, struct.pack("<III", 8, 1, 9))), "ends within"),
-    Lie("toolstack data of 7 bytes", _with(W.chunk(-18, struct.pack("<I7x", 7))), "too short"),
-    Lie("a name without an end",
-        _with(W.chunk(-18, struct.pack("<IIIQQQI4s4x", 44, 1, 1, 0, 0, 0, 4, b"abcd"))), "does not end"),
-    Lie("compressed data out of nothing", _with(W.compressed(b"\0")), "no page's"),
-    Lie("compressed data of 1 TiB", _with(W.compressed(b"", 1 << 40)), "compressed data of"),
-    Lie("an HVM context of 0 bytes", lambda s: s.replace("hvm context", W.hvm_context(b"")), "HVM context", "hvm-64"),
-    Lie("a signature that is unknown", lambda s: s.replace("qemu", W.qemu(b"", b"?" * 21)), "signature", "hvm-64"),
-    Lie("a qemu state of 4 GiB",
-        lambda s: s.replace("qemu", Piece("qemu", b"DeviceModelRecord0002" + b"\xff" * 4)), "qemu state", "hvm-64"),
+INFO, TOOLSTACK, COMPRESSED = "legacy extended info", "legacy chunk -18", "legacy chunk -12"
+BAD_PHYSMAP_NAME = struct.pack("<IIIQQQI4s4x", 44, 1, 1, 0, 0, 0, 4, b"abcd")
+MALFORMATIONS = [
+    Malformation("extended-info-unknown-block", _info((b"what", b"")), INFO, "b'what'"),
+    Malformation("extended-info-vcpu-size", _info((b"vcpu", bytes(99))), INFO, "99"),
+    Malformation("extended-info-no-vcpu", _info((b"extv", b"")), INFO),
+    Malformation("extended-info-too-short", _info((b"vcpu", CONTEXT), length=99), INFO, "99"),
+    Malformation("extended-info-xsave-1-gib", _info((b"xcnt", struct.pack("<I", 1 << 30))), INFO, str(1 << 30)),
+    Malformation("batch-of-1025", _insert(_pages([1], 1025)), "legacy chunk 1025", "1025"),
+    Malformation("chunk-unknown", _insert(W.chunk(-21)), "legacy chunk -21", "-21"),
+    Malformation("pfn-repeated", _insert(_pages([1 | 0xE << 28, 1 | 0xE << 28])), "legacy chunk 2"),
+    Malformation("pfn-of-41-bits", _insert(_pages([1 | 0xE << 28 | 1 << 40])), "legacy chunk 1", "0x100e0000001"),
+    Malformation("page-type-unknown", _insert(W.pages([(1, 5)], [bytes(PAGE)])), "legacy chunk 1", "0x5", "page-type"),
+    Malformation("pfn-beyond-p2m", _insert(W.pages([(1 << 20, 0xE)], [])), "legacy chunk 1", "0x100000", "pfn-range"),
+    Malformation("vcpus-4097", _replace("chunk -2", W.chunk(-2, struct.pack("<i", 4096))), "legacy chunk -2", "4096"),
+    Malformation("vcpus-minus-1", _replace("chunk -2", W.chunk(-2, struct.pack("<i", -2))), "legacy chunk -2", "-2"),
+    Malformation(
+        "unmapped-pfns-2-tib", _replace("unmapped", Piece("unmapped", struct.pack("<I", (1 << 28) + 1))),
+        "legacy unmapped pfns", str((1 << 28) + 1),
+    ),
+    Malformation("hvm-param-in-pv", _insert(W.param(-3, 1)), "legacy chunk -3"),
+    Malformation("toolstack-2-gib", _insert(W.chunk(-18, struct.pack("<I", 1 << 31))), TOOLSTACK, "0x80000000"),
+    Malformation("toolstack-version-2", _insert(W.toolstack({}, version=2)), TOOLSTACK, "2"),
+    Malformation("toolstack-truncated", _insert(W.chunk(-18, struct.pack("<III", 8, 1, 9))), TOOLSTACK),
+    Malformation("toolstack-of-7-bytes", _insert(W.chunk(-18, struct.pack("<I7x", 7))), TOOLSTACK, "7"),
+    Malformation("physmap-name-unterminated", _insert(W.chunk(-18, BAD_PHYSMAP_NAME)), TOOLSTACK),
+    Malformation("compressed-without-pfns", _insert(W.compressed(b"\0")), COMPRESSED, "1"),
+    Malformation("compressed-1-tib", _insert(W.compressed(b"", 1 << 40)), COMPRESSED, "0x10000000000"),
+    Malformation(
+        "hvm-context-empty", _replace("hvm context", W.hvm_context(b"")), "legacy HVM context", "0x0", base="hvm-64"
+    ),
+    Malformation("qemu-signature", _replace("qemu", W.qemu(b"", b"?" * 21)), "legacy qemu record", base="hvm-64"),
+    Malformation(
+        "qemu-4-gib", _replace("qemu", Piece("qemu", b"DeviceModelRecord0002" + b"\xff" * 4)),
+        "legacy qemu record", "0xffffffff", base="hvm-64",
+    ),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("lie", LIES, ids=lambda lie: lie.what)
-def test_what_is_wrong_is_said(lie: Lie) -> None:
-    stream = Stream(SMALL[lie.base])
-    lie.change(stream)
+@pytest.mark.parametrize("case", MALFORMATIONS, ids=lambda case: case.id)
+def test_legacy_reader_malformed_stream_raises_with_rule_record_and_number(case: Malformation) -> None:
+    stream = Stream(SMALL[case.base])
+    case.change(stream)
     got = read([bytes(stream)])
-    assert got.error is not None
-    assert lie.says in str(got.error)
+    assert type(got.error) is Malformed
+    assert (got.error.rule, got.error.record) == (case.rule, case.record)
+    assert case.number in got.error.reason
     assert not got.reader.done
+
+
+def test_legacy_reader_p2m_of_2_tib_is_no_legacy_stream() -> None:
+    stream = Stream(SMALL["pv-64"]).replace("p2m_size", W.header(1 << 29))
+    assert type(read([bytes(stream)]).error) is Unsupported
+
+
+def test_legacy_reader_transcendent_memory_is_unsupported() -> None:
+    got = read([bytes(Stream(SMALL["pv-64"]).before("chunk -7", W.chunk(-5)))])
+    assert type(got.error) is Unsupported
+    assert got.error.record == "legacy chunk -5"
 
 
 def test_what_has_no_content_needs_none() -> None:
@@ -341,14 +366,19 @@ def test_many_pages_of_a_byte_each_come_in_batches() -> None:
     assert [len(event.ends) for event in found] == [1024] * 4 + [704]
     assert [len(event.entries) for event in found] == [8 * 1024] * 4 + [8 * 704]
     got = deltas(*[W.pages([(pfn, NOTAB) for pfn in range(48)], [])] * 1400)
-    assert "are named before any content comes" in str(got.error)
+    assert type(got.error) is Malformed
+    assert (got.error.rule, got.error.record) == ("legacy", "legacy chunk 48")
+    assert str(1 << 16) in got.error.reason
 
 
 def test_pages_that_never_come() -> None:
     got = deltas(W.pages([(3, NOTAB), (4, NOTAB)], []), W.compressed(whole_page(bytes(PAGE))))
-    assert "1 pages are named whose content has not come" in str(got.error)
+    assert type(got.error) is Malformed
+    assert (got.error.rule, got.error.record) == ("legacy", "legacy chunk 0")
     got = deltas(W.pages([(3, NOTAB)], []), W.compressed(b"\x81" + b"\x00" + bytes(64)))
-    assert "a run of 0 bytes" in str(got.error)
+    assert type(got.error) is Malformed
+    assert (got.error.rule, got.error.record) == ("legacy", "legacy chunk -12")
+    assert "0x4" in got.error.reason
 
 
 def test_compression_begins_with_the_next_body() -> None:

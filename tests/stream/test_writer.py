@@ -343,21 +343,22 @@ def test_who_has_the_stream_when(kind: Kind) -> None:
     """libxl-migration-stream.pandoc: LIBXC_CONTEXT hands it to libxc, END or CHECKPOINT hands it back."""
     full = [POOL[name][0] for name in FULL]
 
-    def refused(*sent: Sent) -> str:
+    def refused(*sent: Sent) -> tuple[str | None, str | None]:
+        """Write all; return the rule and the record of the error that the last one gives."""
         writer = Writer(kind)
         written(writer, *sent[:-1])
         with pytest.raises(OutOfOrder) as e:
             give(writer, sent[-1])
-        return e.value.reason
+        return e.value.rule, e.value.record
 
-    assert refused(libxl.LibxlEnd()) == "libxl END within libxc's stream"
-    assert refused(*full, libxl.LibxcContext()) == "a second LIBXC_CONTEXT"
-    assert refused(*full, records.Verify()) == "VERIFY where libxl's records stand"
-    assert refused(*full, libxl.CheckpointEnd()) == "CHECKPOINT_END where no CHECKPOINT came before"
+    assert refused(libxl.LibxlEnd()) == ("record-order", "libxl END")
+    assert refused(*full, libxl.LibxcContext()) == ("record-repeated", "libxl LIBXC_CONTEXT")
+    assert refused(*full, records.Verify()) == ("record-order", "VERIFY")
+    assert refused(*full, libxl.CheckpointEnd()) == ("record-order", "libxl CHECKPOINT_END")
     some, checkpoint = full[:-1], records.Checkpoint()
-    assert refused(*some, checkpoint, libxl.LibxlEnd()).startswith("the libxl stream ends inside a checkpoint")
-    assert refused(*some, checkpoint, records.Verify()) == "VERIFY where libxl's records stand"
-    assert refused(*some, checkpoint, libxl.CheckpointEnd(), libxl.LibxlEnd()).endswith("within libxc's stream")
+    assert refused(*some, checkpoint, libxl.LibxlEnd()) == ("record-missing", "libxl END")
+    assert refused(*some, checkpoint, records.Verify()) == ("record-order", "VERIFY")
+    assert refused(*some, checkpoint, libxl.CheckpointEnd(), libxl.LibxlEnd()) == ("record-order", "libxl END")
     writer = Writer(kind)
     written(writer, *some, checkpoint, libxl.CheckpointEnd(), records.Verify(), records.End(), libxl.LibxlEnd())
     assert writer.done
@@ -418,7 +419,7 @@ def test_a_checkpoint_that_never_was_does_not_begin_the_inner_stream() -> None:
     """A reader that collects faults goes on with libxl's records, then."""
     order = libxl.LibxlOrder()
     assert [rule for rule, _ in order.check_next(libxl.LibxlType.CHECKPOINT_END)] == [rules.ORDER]
-    assert not order.inside
+    assert not order.in_libxc
 
 
 def test_what_a_verifier_would_warn_of_is_not_written_either() -> None:

@@ -128,7 +128,7 @@ def read_seeking(data: bytes, *, step: int = 1000) -> Reading:
                 reader.skip(n)
                 out.skipped += n
             elif position < len(data):
-                n = min(max(reader.need, step), len(data) - position)
+                n = min(max(reader.needed, step), len(data) - position)
                 reader.feed(data[position : position + n])
             else:
                 n = 0

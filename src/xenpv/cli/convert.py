@@ -13,8 +13,9 @@ from xenpv.convert.file import convert as convert_file
 from xenpv.errors import RequestError
 from xenpv.io.stream_input import Input
 from xenpv.stream.envelope import CONFIG_MAX, Kind
-from xenpv.stream.legacy import LegacyReader
+from xenpv.stream.legacy import LegacyFormat
 from xenpv.stream.order import Guest
+from xenpv.stream.reader import Reader
 from xenpv.text import size
 
 _STYLES = {b"{": "json", b"<": "xml", b"(": "sexp"}
@@ -69,13 +70,14 @@ def convert(
     """
     if (width is None) is not (guest is None):
         raise click.UsageError("say --width and --guest, or neither")
-    told = None if width is None else (int(width) // 8, Guest.PV if guest == "pv" else Guest.HVM)
+    toolstack = None if width is None else (int(width) // 8, Guest.PV if guest == "pv" else Guest.HVM)
     text, style = _read(config) if config else (None, "json")
-    wish = ConvertOptions(Kind(kind) if kind else None, text, style, batch, drop_zero, drop_emulator)
+    reader = Reader(legacy=LegacyFormat(toolstack=toolstack))
+    options = ConvertOptions(Kind(kind) if kind else None, text, style, batch, drop_zero, drop_emulator)
     taken = Input.open(source)
     try:
         with progress_bar("converting") as bar:
-            done = convert_file(taken, out, wish, reader=LegacyReader(told=told), force=force, progress=bar)
+            done = convert_file(taken, out, options, reader=reader, force=force, progress=bar)
     except Refused as e:
         for finding in e.findings[1:]:
             click.echo(f"{finding.severity}: {finding}", err=True)  # standard output may be the stream

@@ -23,9 +23,10 @@ from xenpv.io.stream_input import Input
 from xenpv.stream import wrapping
 from xenpv.stream.envelope import XL_FLAG_STREAMV2, Kind
 from xenpv.stream.events import Event
-from xenpv.stream.legacy import LegacyReader
+from xenpv.stream.legacy import LegacyFormat
 from xenpv.stream.libxl import EmulatorContext
 from xenpv.stream.order import Guest
+from xenpv.stream.reader import Reader
 
 EXIT_BAD_STREAM = 1
 EXIT_OUR_FAULT = 2
@@ -47,9 +48,8 @@ def convert(
 ) -> None:
     """Convert one stream of a toolstack of so many bits, up to its last byte. Raises XenPVError and OSError."""
     # libxl's stream has qemu's state whatever was asked, as in the original.
-    reader = LegacyReader(
-        kind=Kind.XL if xl else None, told=(width // 8, guest), emulator=kind is Kind.LIBXL or not skip_qemu
-    )
+    legacy = LegacyFormat(toolstack=(width // 8, guest), emulator=kind is Kind.LIBXL or not skip_qemu)
+    reader = Reader(kind=Kind.XL if xl else None, legacy=legacy)
 
     def seen(event: Event) -> None:
         say(f"{event.offset:#x}: {event.name}")

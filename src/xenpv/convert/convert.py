@@ -22,9 +22,9 @@ from xenpv.stream import framing, libxl, records, wrapping
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, PageDeltas, SectionHeader
 from xenpv.stream.fields import Buffer
-from xenpv.stream.legacy import LegacyReader
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData, ReadInto
+from xenpv.stream.reader import Reader
 from xenpv.stream.writer import Writer
 
 Buffers = list[Buffer]
@@ -104,7 +104,7 @@ class Conversion:
     def __init__(
         self,
         source: Input,
-        reader: LegacyReader,
+        reader: Reader,
         wish: ConvertOptions,
         progress: ProgressCallback | None = None,
         seen: Callable[[Event], None] | None = None,
@@ -186,7 +186,7 @@ class Conversion:
             case PageData() if self._changed.begun:
                 self._changed.name(event.entries)
             case PageData():
-                if self._reader.legacy:
+                if self._reader.is_legacy:
                     self._changed.plain(event)
                 yield from self._end_static_data(event)
                 yield from self._write(self._cutter.put(event.entries, take))
@@ -212,7 +212,7 @@ class Conversion:
 
     def _start(self, header: DomainHeader) -> Buffers:
         done, wish = self.done, self._wish
-        legacy = self._reader.legacy
+        legacy = self._reader.is_legacy
         done.version, done.guest = self._version or 1, header.guest
         done.kind = wish.kind or done.source
         config, style = (self.config, self.style) if wish.config is None else (wish.config, wish.style)

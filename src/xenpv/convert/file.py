@@ -15,7 +15,7 @@ from xenpv.io.atomic_output import Output
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
 from xenpv.stream.events import Event
-from xenpv.stream.legacy import LegacyReader
+from xenpv.stream.legacy import LegacyFormat
 from xenpv.stream.reader import Reader
 from xenpv.verify.stream import verify
 
@@ -34,7 +34,7 @@ def convert(
     path: str,
     wish: ConvertOptions,
     *,
-    reader: LegacyReader | None = None,
+    reader: Reader | None = None,
     force: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Converted:
@@ -44,7 +44,7 @@ def convert(
     RequestError for what the target has no place for; OSError for the output. Then there is no file, and what came out
     of a pipe has no end.
     """
-    conversion = Conversion(source, reader or LegacyReader(), wish, progress)
+    conversion = Conversion(source, reader or Reader(legacy=LegacyFormat()), wish, progress)
     with Output.open(path) as out:
         return write(conversion, out.write, force=force)
 

@@ -67,11 +67,11 @@ class DeltaStore:
             what = f"pfn {int(distinct[twice]):#x} comes twice among the changes of one checkpoint"
             raise Malformed(what, offset=deltas.offset, record=PageDeltas.name)
         starts = [0, *deltas.ends][: len(pfns)]
-        need = np.array([not delta.whole(deltas.data, at) for at in starts], np.bool_)
+        need = np.array([not delta.is_full_page(deltas.data, at) for at in starts], np.bool_)
         content = np.zeros((len(pfns), PAGE_SIZE), np.uint8)
         content[need] = self._before(pfns[need], deltas.offset)
         for page, at in zip(content, starts, strict=True):
-            delta.apply(deltas.data, at, page.data)
+            delta.apply_changes(deltas.data, at, page.data)
         for run in _runs(pfns):
             self._file.seek(int(pfns[run.start]) * PAGE_SIZE)
             self._file.write(content[run].data)

@@ -141,7 +141,7 @@ class Input:
                     if progress is not None:
                         progress(Progress(position, self.size, unit="bytes"))
                 elif not reader.done:
-                    data = os.pread(self.fd, min(max(reader.need, window), _CHUNK), self.start + position)
+                    data = os.pread(self.fd, min(max(reader.needed, window), _CHUNK), self.start + position)
                     position += len(data)
                     reader.feed(data) if data else reader.feed_eof()
         finally:
@@ -161,7 +161,7 @@ class Input:
                 reader.skip(self._taken)
                 self.size, self._taken = self.size + self._taken, 0
             elif not reader.done:
-                wanted = reader.skippable or reader.need
+                wanted = reader.skippable or reader.needed
                 self.wait()
                 data = os.read(self.fd, min(wanted, _CHUNK) if self.exact or taking else _CHUNK)
                 self.size += len(data)

@@ -1,92 +1,104 @@
-"""Pages as Remus sends them in the legacy format: what has changed since a page was last sent.
+"""Pages as Remus sends them in the legacy format: what changed since a page was last sent.
 
 xen.git:tools/libxc/xc_compression.c (until Xen 4.5), xg_save_restore.h "Format of compressed data". A page begins with
-a byte: 0, nothing has changed; 0x80, all of it follows; else it is runs of words of 4 bytes, each behind a byte with
-their number, that are put in place (bit 7 clear) or passed over (bit 7 set), until the page is full.
+a byte: EMPTY_PAGE, nothing changed; FULL_PAGE, all of it follows. Otherwise it is runs of 4-byte words until the page
+is full. A byte before each run holds the number of its words, and SKIP_FLAG if the run did not change. Words that
+changed follow that byte.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.stream.fields import Buffer
 
-SAME = 0x00
-WHOLE = 0x80
-_SKIP = 0x80
+EMPTY_PAGE = 0x00
+FULL_PAGE = 0x80
+SKIP_FLAG = 0x80
+LENGTH_MASK = 0x7F
 _WORD = 4
 
 
-class Damaged(ValueError):
-    """No page is made so. ``at`` is how far into the data."""
+class MalformedDelta(ValueError):
+    """No sender makes such a page. ``offset``: where in the data."""
 
-    def __init__(self, message: str, at: int) -> None:
+    def __init__(self, message: str, offset: int) -> None:
         super().__init__(message)
-        self.at = at
+        self.offset = offset
 
 
-def runs(data: Buffer, at: int) -> Iterator[tuple[int, int, int]]:
-    """The page that begins at byte ``at``: for each run of bytes that change, where in the data they are, where in the
-    page, and how many. The last one says where the next page begins: it has no bytes.
+class Change(NamedTuple):
+    """Bytes of a page that changed: offset of the new bytes in the data, offset in the page, and how many."""
 
-    Raises Damaged, and EOFError when the data ends first.
+    data_offset: int
+    page_offset: int
+    length: int
+
+
+def changes(data: Buffer, at: int) -> Iterator[Change]:
+    """Yield the changes of the page that begins at byte ``at``, then an empty one where the next page begins.
+
+    Raises:
+        MalformedDelta: no sender makes such a page.
+        EOFError: the data ends within the page.
     """
-    end, head = len(data), data[at : at + 1]
-    if not head:
+    end = len(data)
+    if at >= end:
         raise EOFError
-    at += 1
-    if head[0] == SAME:
-        yield at, 0, 0
+    if data[at] == EMPTY_PAGE:
+        yield Change(at + 1, 0, 0)
         return
-    if head[0] == WHOLE:
-        if at + PAGE_SIZE > end:
+    if data[at] == FULL_PAGE:
+        if at + 1 + PAGE_SIZE > end:
             raise EOFError
-        yield at, 0, PAGE_SIZE
-        yield at + PAGE_SIZE, 0, 0
+        yield Change(at + 1, 0, PAGE_SIZE)
+        yield Change(at + 1 + PAGE_SIZE, 0, 0)
         return
-    at, place = at - 1, 0
-    while place < PAGE_SIZE:
+    page_offset = 0
+    while page_offset < PAGE_SIZE:
         if at >= end:
             raise EOFError
-        mark = data[at]
-        length = (mark & ~_SKIP) * _WORD
+        run = data[at]
+        length = (run & LENGTH_MASK) * _WORD
         at += 1
-        if not length or place + length > PAGE_SIZE:
-            raise Damaged(f"a run of {length} bytes at byte {place} of a page", at - 1)
-        if not mark & _SKIP:
+        if not length or page_offset + length > PAGE_SIZE:
+            raise MalformedDelta(f"a run of {length} bytes at byte {page_offset:#x} of a page", at - 1)
+        if not run & SKIP_FLAG:
             if at + length > end:
                 raise EOFError
-            yield at, place, length
+            yield Change(at, page_offset, length)
             at += length
-        place += length
-    yield at, 0, 0
+        page_offset += length
+    yield Change(at, 0, 0)
 
 
-def ends(data: Buffer, most: int) -> list[int]:
-    """Where each page of the data ends, of ``most`` pages at most; a last one that is not whole is left out.
+def page_ends(data: Buffer, count: int) -> list[int]:
+    """Return where each of the first ``count`` pages in the data ends, up to one that is not whole.
 
-    Raises Damaged.
+    Raises:
+        MalformedDelta: no sender makes such a page.
     """
-    out: list[int] = []
+    ends: list[int] = []
     at = 0
-    while len(out) < most and at < len(data):
+    while len(ends) < count and at < len(data):
         try:
-            for start, _, length in runs(data, at):
-                following = start + length
+            for change in changes(data, at):
+                following = change.data_offset + change.length
         except EOFError:
             break
         at = following
-        out.append(at)
-    return out
+        ends.append(at)
+    return ends
 
 
-def whole(data: Buffer, at: int) -> bool:
-    """Whether the page that begins there needs nothing of what was sent before."""
-    return data[at] == WHOLE
+def is_full_page(data: Buffer, at: int) -> bool:
+    """Return whether the page that begins there needs no earlier content."""
+    return data[at] == FULL_PAGE
 
 
-def apply(data: Buffer, at: int, page: memoryview) -> None:
-    """Make a page, which holds what was sent before, what the one that begins there says."""
-    for start, place, length in runs(data, at):
-        page[place : place + length] = data[start : start + length]
+def apply_changes(data: Buffer, at: int, page: memoryview) -> None:
+    """Apply the changes of the page that begins at byte ``at`` to ``page``, which holds its earlier content."""
+    for start, offset, length in changes(data, at):
+        page[offset : offset + length] = data[start : start + length]

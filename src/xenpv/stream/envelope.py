@@ -13,7 +13,7 @@ from enum import StrEnum
 from xenpv.errors import Unsupported
 from xenpv.stream.fields import Fields
 
-SNIFF = 32  # bytes that sniff() wants; fewer do when the input ends before
+SNIFF_SIZE = 32  # bytes that sniff() wants; fewer do when the input ends before
 
 
 class Kind(StrEnum):
@@ -114,7 +114,7 @@ _COMPRESSED = {
 
 
 def sniff(head: bytes) -> Kind:
-    """The kind of stream that begins with these bytes, ``SNIFF`` of them or all that there are.
+    """The kind of stream that begins with these bytes, ``SNIFF_SIZE`` of them or all that there are.
 
     An input that ends within the first bytes of a kind is of that kind: reading it will say where it was cut.
     Raises Unsupported with a sentence that says what it is instead.

@@ -34,7 +34,7 @@ class RecordContext:
     width: Width | None = None
     max_pfn: int | None = None
 
-    def reserved(self, name: str, *values: int) -> None:
+    def check_reserved(self, name: str, *values: int) -> None:
         if any(values):
             self.report(rules.RESERVED, f"reserved bits set in {name}: {', '.join(hex(v) for v in values)}")
 
@@ -58,7 +58,7 @@ class Fields:
         self._reserved = tuple(at for at, name in enumerate(sizes) if name.startswith("_"))
         self._count = len(sizes)
 
-    def unpack(self, body: memoryview, order: str = "<") -> tuple[int, ...]:
+    def unpack(self, body: Buffer, order: str = "<") -> tuple[int, ...]:
         """All of them, reserved ones too, from the start of a body that is long enough; ``order`` is "<" or ">"."""
         return self._layouts[order].unpack_from(body)
 
@@ -66,7 +66,7 @@ class Fields:
         """The values by name; ``name`` is what a fault calls the whole."""
         values = self.unpack(body, ctx.order)
         if self._reserved:
-            ctx.reserved(name, *(values[at] for at in self._reserved))
+            ctx.check_reserved(name, *(values[at] for at in self._reserved))
         return {name: values[at] for at, name in self._named}
 
     def pack(self, order: str = "<", /, **values: int) -> bytes:

@@ -1,11 +1,10 @@
-"""Legacy streams, those of before Xen 4.6, told as the events of a stream of version 3.
+"""Legacy streams, from before Xen 4.6, read as the events of a stream of version 3.
 
 xen.git@b15bc4345e^:tools/libxc/xg_save_restore.h, xc_domain_save.c, xc_domain_restore.c;
 xen.git:tools/python/xen/migration/legacy.py, docs/specs/libxc-migration-stream.pandoc "Legacy Images".
 
-The format has neither magic nor version, and its numbers are the toolstack's own longs: of 4 or 8 bytes, told by
-looking. A header, then a body of chunks that ends with one of type 0, and a tail; of a domain under Remus, more bodies
-and tails.
+The format has neither magic nor version. Many of its numbers are longs of the toolstack, of 4 or 8 bytes. A stream is a
+header, a body of chunks that ends with chunk 0, and a tail. Under Remus more bodies and tails follow.
 """
 
 from __future__ import annotations
@@ -18,14 +17,12 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.errors import StreamError, Unsupported
 from xenpv.stream import delta, envelope, framing, libxl, records, rules
-from xenpv.stream.envelope import Kind
+from xenpv.stream.cursor import Cursor, Steps, read_pages
 from xenpv.stream.events import DomainHeader, Event, PageDeltas
 from xenpv.stream.fields import RecordContext
-from xenpv.stream.legacy_physmap import physmap
+from xenpv.stream.legacy_physmap import convert_physmap
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PageData
-from xenpv.stream.reader import Reader, Steps
-from xenpv.stream.rules import BreachHandler
 
 if TYPE_CHECKING:
     from xenpv.frames import U64
@@ -34,7 +31,7 @@ MINOR = 1  # the Xen version of a converted stream's domain header is 0.1
 BATCH_MAX = 1024
 _P2M_MAX = 1 << 28  # pfns have 28 bits
 _VCPUS_MAX = 4096  # XC_SR_MAX_VCPUS
-_UNMAPPED = 0xF000_0000  # what stands for a pfn that could not be mapped
+_UNMAPPED = 0xF000_0000  # in place of a pfn that could not be mapped
 _PENDING_MAX = 1 << 16  # pages named and not yet sent; a sender keeps 8192
 _QEMU_SIGNATURES = (b"DeviceModelRecord0002", b"RemusDeviceModelState")
 _QEMU_UNTIL_END = b"QemuDeviceModelRecord"
@@ -46,12 +43,13 @@ _COMPRESSED, _ENABLE_COMPRESSION, _TOOLSTACK = -12, -13, -18
 _PARAMS = {-3: 12, -4: 15, -8: 17, -10: 19, -11: 9, -14: 34, -15: 27, -16: 28, -17: 29, -19: 32, -20: 33}
 _IOREQ, _BUFIOREQ, _STORE = 5, 6, 1
 _CHUNKS = frozenset(range(-20, 0))
+_HEADER_MIN = 12  # bytes by which an HVM stream is detected
 
 
-def recognise(head: bytes) -> tuple[int, Guest] | None:
-    """Bytes of a long and the domain's type, of a legacy stream that begins so; None where it does not look like one.
+def detect_toolstack(head: bytes) -> tuple[int, Guest] | None:
+    """Return bytes of the toolstack's long and the domain's type; None if the stream does not look like a legacy one.
 
-    A PV domain's has extended info, whose mark is all ones, where an HVM domain's has the first chunk.
+    A PV domain's stream has the all-ones signature of extended info where an HVM domain's has its first chunk.
     """
     if bits := envelope.legacy_width(head):
         return bits // 8, Guest.PV
@@ -64,154 +62,155 @@ def recognise(head: bytes) -> tuple[int, Guest] | None:
     return None
 
 
-class LegacyReader(Reader):
-    """A Reader that reads legacy streams too, bare or in an envelope, as if they were of version 3.
+class LegacyFormat:
+    """Reads legacy streams for a Reader, bare or in an envelope, as the events of a stream of version 3.
 
-    Each body and tail but the last are followed by a Checkpoint. Emulator records come within their tail, before
-    Checkpoint and End. ``told``: bytes of a long and the domain's type, where they are known; ``emulator``: whether its
-    state is read, where the stream of an HVM domain is bare.
+    A Checkpoint follows each body and tail but the last. Emulator records come within their tail, before Checkpoint and
+    End.
+
+    Args:
+        toolstack: bytes of the long of the toolstack that saved, and the domain's type; None detects them.
+        emulator: whether the device model's state follows a bare HVM stream.
     """
 
-    def __init__(
-        self,
-        *,
-        on_breach: BreachHandler | None = None,
-        pages: bool = False,
-        kind: Kind | None = None,
-        told: tuple[int, Guest] | None = None,
-        emulator: bool = True,
-    ) -> None:
-        super().__init__(on_breach=on_breach, pages=pages, kind=kind)
-        self.legacy = told is not None  # whether that is what it is
-        self._told = told
-        self._with_emulator = emulator
-        self._long = 8
-        self._guest = Guest.PV
+    def __init__(self, *, toolstack: tuple[int, Guest] | None = None, emulator: bool = True) -> None:
+        self._toolstack = toolstack
+        self._emulator = emulator
+
+    def matches(self, head: bytes) -> bool:
+        """Return whether a stream that begins with these bytes is to be read as a legacy one."""
+        return self._toolstack is not None or detect_toolstack(head) is not None
+
+    def read(self, cursor: Cursor, *, pages: bool, emulator: bool) -> Steps:
+        """Read one stream. ``pages``: give Pages events; ``emulator``: its state may follow, as the envelope says."""
+        cursor.begin("legacy header")
+        long, guest = self._toolstack or (yield from _detect_toolstack(cursor))
+        stream = _LegacyStream(cursor, long, guest, pages=pages, emulator=emulator and self._emulator)
+        yield from stream.read()
+
+
+def _detect_toolstack(cursor: Cursor) -> Generator[Event | None, None, tuple[int, Guest]]:
+    """Wait for the first bytes, and detect the toolstack by them. Raises Malformed where there is none."""
+    head = yield from cursor.peek(envelope.SNIFF_SIZE)
+    toolstack = detect_toolstack(head)
+    if toolstack is None:
+        if len(head) < _HEADER_MIN:
+            yield from cursor.wait(len(head), envelope.SNIFF_SIZE, "the legacy header")
+        what = "the input is no legacy stream, of neither a 32-bit nor a 64-bit toolstack"
+        raise cursor.fatal_error(rules.LEGACY, what)
+    return toolstack
+
+
+class _LegacyStream:
+    """One legacy stream that is being read: its parser, and what its header and chunks said."""
+
+    def __init__(self, cursor: Cursor, long: int, guest: Guest, *, pages: bool, emulator: bool) -> None:
+        self._cursor = cursor
+        self._long = long
+        self._guest = guest
+        self._pages = pages
+        self._emulator = emulator
+        self._ctx = RecordContext(cursor.report_or_raise, "<", 3, guest)
         self._p2m_size = 0
-        self._extended = False
-        self._xsave = 0
+        self._has_extended = False  # an extended context follows each vcpu's
+        self._xsave_size = 0  # bytes of the xsave area that follows each vcpu's context, with its header
         self._vcpus: list[int] = [0]
-        self._last = False  # no checkpoint follows
-        self._compressing = False
-        self._entries = b""  # named, and their content has not come
-        self._pending = 0  # how many of those have content
-        self._rest = b""  # of compressed data: a page that is not whole
+        self._last_checkpoint = False  # no more bodies follow
+        self._compressing = False  # later bodies are compressed
+        self._pending_entries = b""  # named in a compressed body; their content has not come
+        self._pending_pages = 0  # how many of those have content
+        self._partial_page = b""  # of compressed data: a page of which the rest has not come
         self._physmap = b""
 
-    def _sniff(self, head: bytes) -> Kind | None:
-        if self._told is not None:
-            return None
-        try:
-            return super()._sniff(head)
-        except Unsupported:
-            if recognise(head) is None:
-                raise
-            return None
-
-    def _legacy(self, what: str, at: int = 0, *, emulator: bool = True) -> Steps:  # noqa: ARG002
-        self.legacy = True
-        self._begin("legacy header")
-        self._long, self._guest = self._told or (yield from self._looked())
-        size = yield from self._longs(1, "p2m_size")
-        self._p2m_size = size[0]
+    def read(self) -> Steps:
+        """Read the header, then bodies and tails until the last one."""
+        cursor = self._cursor
+        (self._p2m_size,) = yield from self._longs(1, "p2m_size")
         if not 0 < self._p2m_size <= _P2M_MAX:
             raise self._malformed(f"p2m_size is {self._p2m_size:#x}; pfns of the legacy format have 28 bits")
-        self._ctx = RecordContext(self._fault, "<", 3, self._guest)
-        yield DomainHeader(self._at, self._guest, 0, MINOR)
+        yield DomainHeader(cursor.record_offset, self._guest, 0, MINOR)
         if self._guest is Guest.PV:
-            yield from self._extended_info()
-        yield records.StaticDataEnd(offset=self.offset)
+            yield from self._read_extended_info()
+        yield records.StaticDataEnd(offset=cursor.offset)
         if self._guest is Guest.PV:
-            yield from self._p2m_frames()
+            yield from self._read_p2m_frames()
         while True:
-            yield from self._body_of_chunks()
+            yield from self._read_body()
             if self._guest is Guest.PV:
-                yield from self._pv_tail()
+                yield from self._read_pv_tail()
             else:
-                yield from self._hvm_tail(emulator and self._with_emulator)
-            if self._last or not (yield from self._more()):
+                yield from self._read_hvm_tail()
+            if self._last_checkpoint or not (yield from cursor.peek(1)):
                 break
-            yield records.Checkpoint(offset=self.offset)
-        yield records.End(offset=self.offset)
-
-    # --- bytes -------------------------------------------------------------------------------------------------------
-
-    def _looked(self) -> Generator[Event | None, None, tuple[int, Guest]]:
-        while self._have < envelope.SNIFF and not self._eof:
-            self.need = envelope.SNIFF - self._have
-            yield None
-        found = recognise(self._ahead(envelope.SNIFF))
-        if found is None and self._have < 12:
-            yield from self._wait(self._have, envelope.SNIFF, "the legacy header")
-        if found is None:
-            raise self._malformed("no legacy stream begins so: neither a 32-bit toolstack's nor a 64-bit one's")
-        return found
-
-    def _more(self) -> Generator[Event | None, None, bool]:
-        """Whether the input goes on."""
-        while not self._have and not self._eof:
-            self.need = 1
-            yield None
-        return self._have > 0
+            yield records.Checkpoint(offset=cursor.offset)
+        yield records.End(offset=cursor.offset)
 
     def _malformed(self, message: str) -> StreamError:
-        return self._fatal(rules.LEGACY, message)
+        """Report a breach of the format; return the error that the caller must raise."""
+        return self._cursor.fatal_error(rules.LEGACY, message)
 
     def _unpack(self, layout: str, what: str) -> Generator[Event | None, None, tuple[int, ...]]:
         layout = f"<{layout}"
-        return struct.unpack(layout, (yield from self._take(struct.calcsize(layout), what)))
+        return struct.unpack(layout, (yield from self._cursor.take(struct.calcsize(layout), what)))
 
     def _longs(self, count: int, what: str) -> Generator[Event | None, None, tuple[int, ...]]:
+        """Read numbers of the size of the toolstack's long."""
         return (yield from self._unpack(f"{count}{'Q' if self._long == 8 else 'I'}", what))
 
     # --- header ------------------------------------------------------------------------------------------------------
 
-    def _extended_info(self) -> Steps:
-        self._begin("legacy extended info")
-        (mark,) = yield from self._longs(1, "the mark of extended info")
-        if mark != (1 << 8 * self._long) - 1:
-            raise self._malformed(f"unexpected extended info marker {mark:#x}")
+    def _read_extended_info(self) -> Steps:
+        cursor = self._cursor
+        cursor.begin("legacy extended info")
+        (signature,) = yield from self._longs(1, "the signature of extended info")
+        if signature != (1 << 8 * self._long) - 1:
+            raise self._malformed(f"unexpected extended info marker {signature:#x}")
         (left,) = yield from self._unpack("I", "the length of extended info")
         info = None
         while left:
-            self._begin("legacy extended info")
-            ident, size = struct.unpack("<4sI", (yield from self._take(8, "an extended info block")))
+            cursor.begin("legacy extended info")
+            ident, size = struct.unpack("<4sI", (yield from cursor.take(8, "an extended info block")))
             if left < 8 + size:
                 raise self._malformed(f"a block of {size} bytes does not fit into the {left} bytes of extended info")
             left -= 8 + size
             if ident == b"vcpu":
-                info = yield from self._guest_width(size)
+                info = yield from self._read_guest_width(size)
             elif ident == b"extv":
-                self._extended = True
-                yield from self._pass_over(size, "an extended info block")
+                self._has_extended = True
+                yield from cursor.skip(size, "an extended info block")
             elif ident == b"xcnt" and size >= 4:
-                self._xsave = int.from_bytes((yield from self._take(size, "an extended info block"))[:4], "little")
-                if not 16 <= self._xsave < framing.BLOB_MAX:
-                    raise self._malformed(f"an xsave area of {self._xsave} bytes")
+                block = yield from cursor.take(size, "an extended info block")
+                self._xsave_size = int.from_bytes(block[:4], "little")
+                if not 16 <= self._xsave_size < framing.BLOB_MAX:
+                    raise self._malformed(f"an xsave area of {self._xsave_size} bytes")
             else:
                 raise self._malformed(f"unrecognised extended info block {bytes(ident)!r} of {size} bytes")
         if info is None:
-            raise self._malformed("no vcpu block says whether the guest has 32 or 64 bits")
+            raise self._malformed("extended info has no vcpu block, so the width of the guest is unknown")
         yield info
 
-    def _guest_width(self, size: int) -> Generator[Event | None, None, records.X86PVInfo]:
+    def _read_guest_width(self, size: int) -> Generator[Event | None, None, records.X86PVInfo]:
+        cursor = self._cursor
         widths: tuple[Width, ...] = (4, 8)
         for width in widths:
             if size == VCPU_GUEST_CONTEXT.size(width):
-                info = records.X86PVInfo(offset=self._at, length=size, guest_width=width, pt_levels=LEVELS[width])
+                info = records.X86PVInfo(
+                    offset=cursor.record_offset, length=size, guest_width=width, pt_levels=LEVELS[width]
+                )
                 info.update_context(self._ctx)
-                yield from self._pass_over(size, "vcpu 0's context")
+                yield from cursor.skip(size, "vcpu 0's context")
                 return info
         raise self._malformed(f"unable to determine the guest's width: a vcpu's context of {size} bytes")
 
-    def _p2m_frames(self) -> Steps:
-        self._begin("legacy p2m frame list")
+    def _read_p2m_frames(self) -> Steps:
+        cursor = self._cursor
+        cursor.begin("legacy p2m frame list")
         frames = -(-self._p2m_size * (self._ctx.width or 8) // PAGE_SIZE)
-        raw = bytes((yield from self._take(frames * self._long, "the p2m frame list")))
+        raw = bytes((yield from cursor.take(frames * self._long, "the p2m frame list")))
         if self._long == 4:
             raw = struct.pack(f"<{frames}Q", *struct.unpack(f"<{frames}I", raw))
         record = records.X86PVP2MFrames(
-            offset=self._at, length=8 + len(raw), start_pfn=0, end_pfn=self._p2m_size - 1, raw=raw
+            offset=cursor.record_offset, length=8 + len(raw), start_pfn=0, end_pfn=self._p2m_size - 1, raw=raw
         )
         record.check(self._ctx)
         record.update_context(self._ctx)
@@ -219,56 +218,59 @@ class LegacyReader(Reader):
 
     # --- body --------------------------------------------------------------------------------------------------------
 
-    def _body_of_chunks(self) -> Steps:
+    def _read_body(self) -> Steps:
+        cursor = self._cursor
         compressed, params = self._compressing, dict[int, int]()
         while True:
-            self._begin("legacy chunk")
+            cursor.begin("legacy chunk")
             (chunk,) = yield from self._unpack("i", "a chunk's type")
-            self._record = f"legacy chunk {chunk}"
+            cursor.record = f"legacy chunk {chunk}"
             if chunk == 0:
                 break
             if chunk > 0:
-                yield from self._pages_of(chunk, compressed=compressed)
+                yield from self._read_pages(chunk, compressed=compressed)
             elif chunk in _PARAMS:
                 _, value = yield from self._unpack("IQ", "an HVM parameter")
                 if self._guest is Guest.PV:
                     raise self._malformed("an HVM parameter in a PV domain's stream")
                 params[_PARAMS[chunk]] = value
             elif chunk == _VCPU_INFO:
-                yield from self._vcpu_info()
+                yield from self._read_vcpu_info()
             elif chunk == _TSC_INFO:
                 mode, nsec, khz, incarnation = yield from self._unpack("IQII", "TSC info")
                 yield records.X86TscInfo(
-                    offset=self._at, length=24, mode=mode, khz=khz, nsec=nsec, incarnation=incarnation
+                    offset=cursor.record_offset, length=24, mode=mode, khz=khz, nsec=nsec, incarnation=incarnation
                 )
             elif chunk == _LAST_CHECKPOINT:
-                self._last = True
+                self._last_checkpoint = True
             elif chunk == _ENABLE_COMPRESSION:
                 self._compressing = True  # from the next body on
             elif chunk == _COMPRESSED:
-                yield from self._compressed()
+                yield from self._read_compressed()
             elif chunk == _TOOLSTACK:
-                yield from self._toolstack()
+                yield from self._read_toolstack()
             elif chunk in {_TMEM, _TMEM_EXTRA}:
-                raise Unsupported("transcendent memory, which Xen has no more", offset=self._at, record=self._record)
-            elif chunk != _VERIFY:  # behind that, pages come once more, to be compared
+                what = "transcendent memory, which Xen no longer has"
+                raise Unsupported(what, offset=cursor.record_offset, record=cursor.record)
+            elif chunk != _VERIFY:  # after it pages come once more, to be compared
                 raise self._malformed(f"unrecognised chunk {chunk}")
-        if self._pending or self._rest:
-            raise self._malformed(f"the body ends, and {self._pending} pages are named whose content has not come")
-        if self._entries:
-            yield self._checked(self._entries, 0)
-            self._entries = b""
+        if self._pending_pages or self._partial_page:
+            raise self._malformed(f"the body ends without the content of {self._pending_pages} pages that it names")
+        if self._pending_entries:
+            yield self._make_page_data(self._pending_entries, 0)
+            self._pending_entries = b""
         if params:
-            yield records.HvmParams(offset=self._at, length=8 + 16 * len(params), params=params)
+            yield records.HvmParams(offset=cursor.record_offset, length=8 + 16 * len(params), params=params)
 
-    def _pages_of(self, count: int, *, compressed: bool) -> Steps:
+    def _read_pages(self, count: int, *, compressed: bool) -> Steps:
         import numpy as np  # noqa: PLC0415  as in records.py
 
         from xenpv.frames import HAS_DATA  # noqa: PLC0415
 
+        cursor = self._cursor
         if count > BATCH_MAX:
-            raise self._malformed(f"page batch ({count}) exceeds the most there can be ({BATCH_MAX})")
-        raw = yield from self._take(count * self._long, "a batch's pfns")
+            raise self._malformed(f"page batch ({count}) exceeds the maximum ({BATCH_MAX})")
+        raw = yield from cursor.take(count * self._long, "a batch's pfns")
         longs: U64 = np.frombuffer(raw, f"<u{self._long}").astype(np.uint64)
         longs = longs[longs != _UNMAPPED]
         if np.any(longs >> np.uint64(32)):
@@ -278,131 +280,144 @@ class LegacyReader(Reader):
         types = longs & np.uint64(0xF000_0000)
         entries = (types << np.uint64(32) | longs & np.uint64(0x0FFF_FFFF)).tobytes()
         pages = int(np.count_nonzero(HAS_DATA[(types >> np.uint64(28)).astype(np.uint8)]))
-        record = self._checked(entries, pages)
+        record = self._make_page_data(entries, pages)
         if compressed:
-            self._entries += entries
-            self._pending += pages
-            if len(self._entries) > 8 * _PENDING_MAX:
-                raise self._malformed(f"more than {_PENDING_MAX} pages are named before any content comes")
+            self._pending_entries += entries
+            self._pending_pages += pages
+            if len(self._pending_entries) > 8 * _PENDING_MAX:
+                raise self._malformed(f"more than {_PENDING_MAX} pages are named before their content")
         elif entries:
             yield record
-            end = self.offset + pages * PAGE_SIZE
+            end = cursor.offset + pages * PAGE_SIZE
             if self._pages:
-                yield from self._contents(record)
-            yield from self._pass_over(end - self.offset, "page content")
+                yield from read_pages(cursor, record)
+            yield from cursor.skip(end - cursor.offset, "page content")
 
-    def _checked(self, entries: bytes, pages: int) -> PageData:
+    def _make_page_data(self, entries: bytes, pages: int) -> PageData:
+        cursor = self._cursor
+        at = cursor.record_offset
         length = 8 + len(entries) + pages * PAGE_SIZE
         if not entries:
-            return PageData(offset=self._at, length=length, raw=entries, pages=0, pages_offset=self.offset)
+            return PageData(offset=at, length=length, raw=entries, pages=0, pages_offset=cursor.offset)
         view = memoryview(entries)
-        return PageData.read(self._ctx, view, offset=self._at, length=length, pages_offset=self.offset)
+        return PageData.parse_entries(self._ctx, view, offset=at, length=length, pages_offset=cursor.offset)
 
-    def _compressed(self) -> Steps:
+    def _read_compressed(self) -> Steps:
+        cursor = self._cursor
         (size,) = yield from self._longs(1, "the length of compressed data")
         if size > framing.RECORD_LENGTH_MAX:
             raise self._malformed(f"compressed data of {size:#x} bytes")
-        data = self._rest + (yield from self._take(size, "compressed data"))
+        data = self._partial_page + (yield from cursor.take(size, "compressed data"))
         try:
-            ends = delta.ends(data, self._pending)
-        except delta.Damaged as e:
-            raise self._malformed(f"compressed data, byte {e.at:#x}: {e}") from None
+            ends = delta.page_ends(data, self._pending_pages)
+        except delta.MalformedDelta as e:
+            raise self._malformed(f"compressed data, byte {e.offset:#x}: {e}") from None
         begin = 0
         for first in range(0, len(ends), BATCH_MAX):  # a byte can stand for a page
-            some = ends[first : first + BATCH_MAX]
-            entries, self._entries = self._split(len(some))
-            self._pending -= len(some)
-            yield PageDeltas(self._at, entries, [end - begin for end in some], bytes(data[begin : some[-1]]))
-            begin = some[-1]
-        self._rest = bytes(data[begin:])
-        if self._rest and not self._pending:
-            raise self._malformed(f"{len(self._rest)} bytes of compressed data are no page's")
+            batch = ends[first : first + BATCH_MAX]
+            entries, self._pending_entries = self._split_pending(len(batch))
+            self._pending_pages -= len(batch)
+            deltas = bytes(data[begin : batch[-1]])
+            yield PageDeltas(cursor.record_offset, entries, [end - begin for end in batch], deltas)
+            begin = batch[-1]
+        self._partial_page = bytes(data[begin:])
+        if self._partial_page and not self._pending_pages:
+            raise self._malformed(f"{len(self._partial_page)} bytes of compressed data belong to no page")
 
-    def _split(self, pages: int) -> tuple[bytes, bytes]:
-        """The entries up to so many with content, and up to the next one; the others."""
+    def _split_pending(self, pages: int) -> tuple[bytes, bytes]:
+        """Split the pending entries before the next one with content after that many pages with content."""
         import numpy as np  # noqa: PLC0415
 
-        with_content = np.frombuffer(self._entries, "<u8") >> np.uint64(60) < 0xD
+        with_content = np.frombuffer(self._pending_entries, "<u8") >> np.uint64(60) < 0xD
         at = np.searchsorted(np.cumsum(with_content), pages, "right") * 8
-        return self._entries[:at], self._entries[at:]
+        return self._pending_entries[:at], self._pending_entries[at:]
 
-    def _vcpu_info(self) -> Steps:
+    def _read_vcpu_info(self) -> Steps:
         (last,) = yield from self._unpack("i", "the last vcpu's number")
         if not 0 <= last < _VCPUS_MAX:
             raise self._malformed(f"the last vcpu is {last}; at most {_VCPUS_MAX - 1} is possible")
         words = yield from self._unpack(f"{last // 64 + 1}Q", "the map of vcpus")
         self._vcpus = [vcpu for vcpu in range(last + 1) if words[vcpu // 64] >> vcpu % 64 & 1]
 
-    def _toolstack(self) -> Steps:
+    def _read_toolstack(self) -> Steps:
+        cursor = self._cursor
         (size,) = yield from self._unpack("I", "the length of the toolstack's data")
         if size > framing.BLOB_MAX:
             raise self._malformed(f"toolstack data of {size:#x} bytes")
-        data = yield from self._take(size, "the toolstack's data")
+        data = yield from cursor.take(size, "the toolstack's data")
         try:
-            self._physmap = physmap(data, self._long) if size else b""
+            self._physmap = convert_physmap(data, self._long) if size else b""
         except ValueError as e:
             raise self._malformed(str(e)) from None
 
     # --- tail --------------------------------------------------------------------------------------------------------
 
-    def _pv_tail(self) -> Steps:
-        self._begin("legacy unmapped pfns")
+    def _read_pv_tail(self) -> Steps:
+        cursor = self._cursor
+        cursor.begin("legacy unmapped pfns")
         (count,) = yield from self._unpack("I", "the number of unmapped pfns")
         if count > _P2M_MAX:
             raise self._malformed(f"{count} unmapped pfns")
-        yield from self._pass_over(count * self._long, "the unmapped pfns")
+        yield from cursor.skip(count * self._long, "the unmapped pfns")
         size = VCPU_GUEST_CONTEXT.size(self._ctx.width or 8)
         for vcpu in self._vcpus:
-            yield from self._blob(records.VcpuBasic, vcpu, size)
-            if self._extended:
-                yield from self._blob(records.VcpuExtended, vcpu, 128)
-            if self._xsave:
+            yield from self._read_vcpu_blob(records.VcpuBasic, vcpu, size)
+            if self._has_extended:
+                yield from self._read_vcpu_blob(records.VcpuExtended, vcpu, 128)
+            if self._xsave_size:
                 _, length = yield from self._unpack("QQ", "an xsave area's header")
-                if length != self._xsave - 16:
-                    raise self._malformed(f"vcpu{vcpu}: an xsave area of {length} bytes, not {self._xsave - 16}")
-                yield from self._blob(records.VcpuXsave, vcpu, length)
-        self._begin("legacy shared info")
-        page = bytes((yield from self._take(PAGE_SIZE, "shared info")))
-        yield records.SharedInfo(offset=self._at, length=PAGE_SIZE, data=page)
+                if length != self._xsave_size - 16:
+                    raise self._malformed(f"vcpu{vcpu}: an xsave area of {length} bytes, not {self._xsave_size - 16}")
+                yield from self._read_vcpu_blob(records.VcpuXsave, vcpu, length)
+        cursor.begin("legacy shared info")
+        page = bytes((yield from cursor.take(PAGE_SIZE, "shared info")))
+        yield records.SharedInfo(offset=cursor.record_offset, length=PAGE_SIZE, data=page)
 
-    def _blob(self, kind: type[records.VcpuBlob], vcpu: int, size: int) -> Steps:
-        self._begin(f"legacy {kind.type_name()}")
-        context = bytes((yield from self._take(size, kind.type_name())))
+    def _read_vcpu_blob(self, kind: type[records.VcpuBlob], vcpu: int, size: int) -> Steps:
+        cursor = self._cursor
+        cursor.begin(f"legacy {kind.type_name()}")
+        context = bytes((yield from cursor.take(size, kind.type_name())))
         if size:
-            yield kind(offset=self._at, length=8 + size, vcpu_id=vcpu, context=context)
+            yield kind(offset=cursor.record_offset, length=8 + size, vcpu_id=vcpu, context=context)
 
-    def _hvm_tail(self, emulator: bool) -> Steps:
-        self._begin("legacy HVM tail")
+    def _read_hvm_tail(self) -> Steps:
+        cursor = self._cursor
+        cursor.begin("legacy HVM tail")
         ioreq, bufioreq, store = yield from self._unpack("QQQ", "the magic pfns")
         params = {_IOREQ: ioreq, _BUFIOREQ: bufioreq, _STORE: store}
-        yield records.HvmParams(offset=self._at, length=56, params=params)
-        self._begin("legacy HVM context")
+        yield records.HvmParams(offset=cursor.record_offset, length=56, params=params)
+        cursor.begin("legacy HVM context")
         (size,) = yield from self._unpack("I", "the length of the HVM context")
         if not 0 < size <= framing.RECORD_LENGTH_MAX:
             raise self._malformed(f"an HVM context of {size:#x} bytes")
-        context = bytes((yield from self._take(size, "the HVM context")))
-        yield records.HvmContext(offset=self._at, length=size, data=context)
+        context = bytes((yield from cursor.take(size, "the HVM context")))
+        yield records.HvmContext(offset=cursor.record_offset, length=size, data=context)
         unknown = libxl.Emulator.UNKNOWN
         if self._physmap:
-            yield libxl.EmulatorXenstoreData(offset=self._at, emulator_id=unknown, index=0, data=self._physmap)
-        if emulator:
-            data = yield from self._qemu()
-            yield libxl.EmulatorContext(offset=self._at, length=8 + len(data), emulator_id=unknown, index=0, data=data)
+            yield libxl.EmulatorXenstoreData(
+                offset=cursor.record_offset, emulator_id=unknown, index=0, data=self._physmap
+            )
+        if self._emulator:
+            data = yield from self._read_qemu()
+            yield libxl.EmulatorContext(
+                offset=cursor.record_offset, length=8 + len(data), emulator_id=unknown, index=0, data=data
+            )
 
-    def _qemu(self) -> Generator[Event | None, None, bytes]:
-        self._begin("legacy qemu record")
-        signature = bytes((yield from self._take(21, "qemu's signature")))
+    def _read_qemu(self) -> Generator[Event | None, None, bytes]:
+        cursor = self._cursor
+        cursor.begin("legacy qemu record")
+        signature = bytes((yield from cursor.take(21, "qemu's signature")))
         most = framing.RECORD_LENGTH_MAX - 8
         if signature in _QEMU_SIGNATURES:
             (size,) = yield from self._unpack("I", "the length of qemu's state")
             if size > most:
                 raise self._malformed(f"a qemu state of {size:#x} bytes")
-            return bytes((yield from self._take(size, "qemu's state")))
+            return bytes((yield from cursor.take(size, "qemu's state")))
         if signature != _QEMU_UNTIL_END:
             raise self._malformed(f"unrecognised qemu signature {signature!r}")
-        while not self._eof:
-            if self._have > most:
+        while not cursor.buffer.ended:
+            if cursor.buffer.available > most:
                 raise self._malformed(f"a qemu state of more than {most:#x} bytes")
-            self.need = 1
+            cursor.needed = 1
             yield None
-        return bytes((yield from self._take(self._have, "qemu's state")))
+        return bytes((yield from cursor.take(cursor.buffer.available, "qemu's state")))

@@ -1,4 +1,4 @@
-"""What libxl of before Xen 4.6 told of its device model's memory, in the words of today.
+"""The physmap of a legacy stream's device model, converted to the records of today.
 
 xen.git:tools/python/xen/migration/legacy.py 'Legacy "toolstack" record layout'
 """
@@ -9,19 +9,24 @@ import struct
 
 _HEAD = struct.Struct("<II")
 _ENTRY = struct.Struct("<QQQI")
-_LEAKED = {4: 0, 8: 4}  # bytes of padding that end up behind the name, by the toolstack's long
+_PADDING = {4: 0, 8: 4}  # bytes of padding after each name, by the toolstack's long
 
 
-def physmap(data: bytes | memoryview, width: int) -> bytes:
-    """The toolstack's record as EMULATOR_XENSTORE_DATA has it: keys and values, each with its NUL.
+def convert_physmap(data: bytes | memoryview, long: int) -> bytes:
+    """Convert the toolstack's record to EMULATOR_XENSTORE_DATA: keys and values, each NUL-terminated.
 
-    ``width``: bytes of the toolstack's long. Raises ValueError with a sentence.
+    Args:
+        data: the record.
+        long: bytes of the toolstack's long.
+
+    Raises:
+        ValueError: the record is malformed; the message says how.
     """
     if len(data) < _HEAD.size:
         raise ValueError(f"toolstack data of {len(data)} bytes is too short")
     version, count = _HEAD.unpack_from(data)
     if version != 1:
-        raise ValueError(f"toolstack data of version {version}, which is not known")
+        raise ValueError(f"toolstack data of version {version}, which is unknown")
     out, at = bytearray(), _HEAD.size
     for _ in range(count):
         if len(data) - at < _ENTRY.size:
@@ -29,9 +34,9 @@ def physmap(data: bytes | memoryview, width: int) -> bytes:
         offset, start, size, length = _ENTRY.unpack_from(data, at)
         at += _ENTRY.size
         name = bytes(data[at : at + length])
-        at += length + _LEAKED[width]
+        at += length + _PADDING[long]
         if at > len(data) or not name.endswith(b"\0") or b"\0" in name[:-1]:
-            raise ValueError("a name in the toolstack's physmap does not end where it says")
+            raise ValueError("a name in the toolstack's physmap does not end at its length")
         root = f"physmap/{offset:x}"
         numbers = f"{root}/start_addr\0{start:x}\0{root}/size\0{size:x}\0{root}/name\0"
         out += numbers.encode() + name

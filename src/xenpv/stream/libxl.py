@@ -116,17 +116,17 @@ LIBXL = {cls.TYPE: cls for cls in _ALL}
 class LibxlOrder:
     """The order of one libxl stream, for readers and writers. Call ``check_next`` for each libxl record.
 
-    ``inside``: the libxc stream goes on after this record. ``handed_back`` says that it came to a CHECKPOINT or END.
+    ``in_libxc``: the libxc stream goes on after this record, until ``libxc_handed_back``.
     """
 
     def __init__(self) -> None:
-        self.inside = False
+        self.in_libxc = False
         self.ended = False
         self._begun = False
         self._in_checkpoint = False
 
     def check_next(self, kind: int) -> list[tuple[Rule, str]]:
-        """Note that a record comes next; what is wrong with its coming here, as rules and sentences."""
+        """Note that a record comes next; return the rules that this breaks, each with a message."""
         wrong = []
         if kind == LibxlType.END:
             self.ended = True
@@ -138,14 +138,14 @@ class LibxlOrder:
         elif kind == LibxlType.LIBXC_CONTEXT:
             if self._begun:
                 wrong.append((rules.REPEATED, "a second LIBXC_CONTEXT"))
-            self._begun = self.inside = True
+            self._begun = self.in_libxc = True
         elif kind == LibxlType.CHECKPOINT_END:
             # "The higher level stream may then hand the stream back to libxc to process another set of records"
-            self.inside = self._in_checkpoint
+            self.in_libxc = self._in_checkpoint
             if not self._in_checkpoint:
-                wrong.append((rules.ORDER, "CHECKPOINT_END where no CHECKPOINT came before"))
+                wrong.append((rules.ORDER, "CHECKPOINT_END without a CHECKPOINT before it"))
         return wrong
 
-    def handed_back(self, *, checkpoint: bool) -> None:
-        """The libxc stream has come to a CHECKPOINT, behind which there is more of it, or to its END."""
-        self.inside, self._in_checkpoint = False, checkpoint
+    def libxc_handed_back(self, *, checkpoint: bool) -> None:
+        """Note that the libxc stream came to its END, or to a CHECKPOINT, after which it goes on."""
+        self.in_libxc, self._in_checkpoint = False, checkpoint

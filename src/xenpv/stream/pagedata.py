@@ -73,7 +73,9 @@ class PageData(Record):
         return HAS_DATA[self.types]
 
     @classmethod
-    def read(cls, ctx: RecordContext, body: memoryview, *, offset: int, length: int, pages_offset: int) -> Self:
+    def parse_entries(
+        cls, ctx: RecordContext, body: memoryview, *, offset: int, length: int, pages_offset: int
+    ) -> Self:
         """Check the entries (at least one), the page count against the length, the pfns against the domain's p2m."""
         raw = swapped_words(body) if ctx.order == ">" else bytes(body)
         tops = raw[7::8]

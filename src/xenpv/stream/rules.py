@@ -91,4 +91,4 @@ BreachHandler = Callable[[Rule, str, int, str | None], None]
 
 def breach(rule: Rule, message: str, *, offset: int, record: str | None) -> StreamError:
     """Return the error that says that a rule was broken there."""
-    return _ERRORS.get(rule, Malformed)(message, offset=offset, record=record)
+    return _ERRORS.get(rule, Malformed)(message, offset=offset, record=record, rule=rule.name)

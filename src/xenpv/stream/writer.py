@@ -145,7 +145,7 @@ class Writer:
             raise self._broken(rules.RECORD_LENGTH, f"length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})")
         begin = self.offset + RECORD_HEADER.size + PageData.FIELDS.size + len(entries)
         raw = memoryview(entries)
-        PageData.read(self._ctx, raw, offset=self.offset, length=length, pages_offset=begin)
+        PageData.parse_entries(self._ctx, raw, offset=self.offset, length=length, pages_offset=begin)
         return self._give(_framed(Type.PAGE_DATA, [PageData.FIELDS.pack(count=count), entries, *contents], length))
 
     # --- what may stand where ----------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ class Writer:
         if order is None:
             raise self._broken(rules.ORDER, f"{self._record} before the headers")
         wrapped = self.kind is not Kind.LIBXC
-        if inner != (not wrapped or self._libxl.inside):
+        if inner != (not wrapped or self._libxl.in_libxc):
             where = "within libxc's stream" if not inner else "where libxl's records stand"
             raise self._broken(rules.ORDER, f"{self._record} {where if wrapped else 'in a bare libxc stream'}")
         for rule, message in order.check_next(kind) if inner else self._libxl.check_next(kind):
@@ -177,7 +177,7 @@ class Writer:
         if not inner:
             self.done = self._libxl.ended
         elif kind in {Type.END, Type.CHECKPOINT}:
-            self._libxl.handed_back(checkpoint=kind == Type.CHECKPOINT)
+            self._libxl.libxc_handed_back(checkpoint=kind == Type.CHECKPOINT)
             self.done = self.kind is Kind.LIBXC and kind == Type.END
 
     def _fault(self, rule: Rule, message: str) -> None:

@@ -25,11 +25,11 @@ from xenpv.frames import PAGE_SHIFT
 from xenpv.plugins.recent import RecentPages
 from xenpv.source.open import KeptDomain, open_domain
 from xenpv.stream.dumpcore import is_core
-from xenpv.stream.envelope import SNIFF, sniff
+from xenpv.stream.envelope import SNIFF_SIZE, sniff
 
 _log = logging.getLogger(__name__)
 _AT_ONCE = 1 << 24  # bytes
-_HEAD = max(SNIFF, 64)  # bytes by which a file is told
+_HEAD = max(SNIFF_SIZE, 64)  # bytes by which a file is told
 
 
 class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
