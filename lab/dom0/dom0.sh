@@ -6,7 +6,7 @@ export HOME=/root LANG=C.UTF-8 TERM=${TERM:-linux} TMPDIR=/tmp PYTHONPATH=/xenpv
 
 mkdir -p /run/xen /run/xenstored /run/lock /var/lib/xenstored /var/lib/xen /var/log/xen /share/consoles /usr/local/bin
 printf '#!/bin/sh\nexec python3 -m xenpv "$@"\n' > /usr/local/bin/xenpv
-printf '#!/bin/sh\nexec python3 -m xenpv.cli.save_helper "$@"\n' > /usr/local/bin/xenpv-save-helper
+printf '#!/bin/sh\nexec python3 -m xenpv.save_helper.program "$@"\n' > /usr/local/bin/xenpv-save-helper
 chmod +x /usr/local/bin/xenpv /usr/local/bin/xenpv-save-helper
 hostname xen
 ip link set lo up
