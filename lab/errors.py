@@ -19,8 +19,8 @@ class MissingPrograms(LabError):
 class LostVM(LabError):
     """The virtual machine died, panicked or stopped answering; says nothing about the command that ran in it."""
 
-    def __init__(self, why: str, console: str = "") -> None:
-        self.why = why
+    def __init__(self, reason: str, console: str = "") -> None:
+        self.reason = reason
         self.console = console
         tail = "\n".join(f"  | {line}" for line in console.splitlines()[-40:])
-        super().__init__(f"{why}; the end of its console:\n{tail}" if tail else f"{why}; its console is empty")
+        super().__init__(f"{reason}; the end of its console:\n{tail}" if tail else f"{reason}; its console is empty")

@@ -22,7 +22,7 @@ from .workspace import Workspace
 BOOT_TIMEOUT = 240.0
 LOST_AFTER = 30.0  # seconds beyond a job's own timeout in which dom0 must have answered
 DEFAULT_TIMEOUT = 300.0
-GLANCE = 0.25  # seconds between two looks at whether the VM is still there
+POLL_INTERVAL = 0.25  # seconds between two checks that the VM still runs
 
 
 class Job:
@@ -40,16 +40,16 @@ class Job:
 
     def done(self) -> bool:
         """Whether it has ended; LostVM if it cannot end any more."""
-        return self._host._answered(self.number, 0.0)
+        return self._host._wait_for_answer(self.number, 0.0)
 
-    def said(self) -> str:
+    def output_so_far(self) -> str:
         """What it has written so far, to standard output and then to standard error."""
-        said = (path.read_bytes() for path in (self.stdout, self.stderr) if path.exists())
-        return b"".join(said).decode(errors="replace")
+        output = (path.read_bytes() for path in (self.stdout, self.stderr) if path.exists())
+        return b"".join(output).decode(errors="replace")
 
     def wait(self) -> Result:
         """The result; JobTimeout if it had to be killed, LostVM if the machine went away under it."""
-        if not self._host._answered(self.number, self.timeout + LOST_AFTER):
+        if not self._host._wait_for_answer(self.number, self.timeout + LOST_AFTER):
             self._host._give_up(f"dom0 has not answered for {LOST_AFTER:g} s after {self.command!r} timed out")
         return self._result(self._host._answers[self.number])
 
@@ -92,7 +92,7 @@ class Host:
             for folder in (self.share / "jobs", self.share / "consoles"):
                 folder.mkdir(parents=True)
             self._machine = Machine(self.xen, self.hardware, self._workspace.path, self.share)
-            if not self._answered(0, BOOT_TIMEOUT):
+            if not self._wait_for_answer(0, BOOT_TIMEOUT):
                 self._give_up(f"Xen {self.xen} was not up after {BOOT_TIMEOUT:g} s")
         except BaseException:
             self.close()
@@ -182,9 +182,9 @@ class Host:
         deadline = time.monotonic() + timeout
         while True:
             console = self.guest_console(name)
-            found = console.find(text, after)
-            if found >= 0:
-                return found + len(text)
+            position = console.find(text, after)
+            if position >= 0:
+                return position + len(text)
             self._running().check()
             if time.monotonic() > deadline:
                 tail = "\n".join(f"  | {line}" for line in console[after:].splitlines()[-15:])
@@ -198,22 +198,25 @@ class Host:
             raise LabError("the host is not running: use it in a with statement")
         return self._machine
 
-    def _answered(self, number: int, patience: float) -> bool:
-        """Take in what dom0 says until it has answered job `number`; the agent's first word counts as job 0."""
+    def _wait_for_answer(self, number: int, timeout: float) -> bool:
+        """Receive answers until dom0 has answered job `number`, or return False after `timeout` seconds.
+
+        The message that the agent sends when it is ready counts as the answer to job 0.
+        """
         machine = self._running()
-        deadline = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while number not in self._answers:
             left = max(0.0, deadline - time.monotonic())
-            readable, _, _ = select.select([machine.agent], [], [], min(left, GLANCE))
+            readable, _, _ = select.select([machine.agent], [], [], min(left, POLL_INTERVAL))
             if readable:
-                self._take_in(machine)
+                self._receive(machine)
             else:
                 machine.check()
                 if not left:
                     return False
         return True
 
-    def _take_in(self, machine: Machine) -> None:
+    def _receive(self, machine: Machine) -> None:
         try:
             data = machine.agent.recv(65536)
         except ConnectionResetError:  # QEMU ended before it had read all that was sent to it
@@ -227,11 +230,11 @@ class Host:
             answer = json.loads(line)
             self._answers[answer.get("id", 0)] = answer
 
-    def _give_up(self, why: str) -> None:
+    def _give_up(self, reason: str) -> None:
         machine = self._running()
         machine.check()
         machine.kill()
-        raise LostVM(why, machine.console())
+        raise LostVM(reason, machine.console())
 
 
 def run(xen: str, command: str, *, timeout: float = DEFAULT_TIMEOUT, **hardware: Any) -> Result:

@@ -280,7 +280,7 @@ def test_a_channel_that_closes_is_a_lost_vm(tmp_path: Path, unread: bytes) -> No
         ours.sendall(unread)
         theirs.close()
         with pytest.raises(LostVM, match=r"(?s)QEMU ended with 9.*the last word"):
-            host._answered(1, 10)
+            host._wait_for_answer(1, 10)
     finally:
         host.close()
 

@@ -81,7 +81,7 @@ def test_what_ends_on_the_way(hosts: Hosts) -> None:
             there = pair.receiver(OURS)
             sending = pair.here.start(migrate(pair, f"{OURS} {SLOWLY}"))
             deadline = time.monotonic() + LISTENING
-            while "round 0" not in sending.said():
+            while "round 0" not in sending.output_so_far():
                 assert time.monotonic() < deadline
                 assert not sending.done(), sending.wait().tails()
                 time.sleep(0.1)

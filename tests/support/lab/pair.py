@@ -31,7 +31,7 @@ class Pair:
         """Start a command there, and wait until it says that it listens."""
         job = self.there.start(command)
         deadline = time.monotonic() + LISTENING
-        while "listening" not in job.said():
+        while "listening" not in job.output_so_far():
             assert time.monotonic() < deadline, "it does not listen"
             assert not job.done(), job.wait().tails()
             time.sleep(0.1)
