@@ -167,7 +167,7 @@ def judge(rng: Random, width: Width) -> None:
     for way in live.anchors.ways:
         for resolve in (None, lambda mfns: np.where(mfns < np.uint64(OWN), mfns ^ np.uint64(1), NO_FRAME)):
             try:
-                p2m = P2M.walk(live.anchors, way, live.read, resolve)
+                p2m = P2M.walk(live.anchors, way, live.read_p2m_frames, resolve)
             except GuestError:
                 continue
             look(p2m, rng, changes=host.flicker)
@@ -203,8 +203,8 @@ def read(live: LiveDomain, rng: Random) -> None:
     for _ in range(4):
         pfns = np.array([rng.choice([rng.randrange(64), number(rng, 8)]) for _ in range(3)], np.uint64)
         try:
-            assert live.types(pfns).shape == pfns.shape
-            assert live.pages(pfns).shape == (3, PAGE_SIZE)
+            assert live.frames.types(pfns).shape == pfns.shape
+            assert live.frames.pages(pfns).shape == (3, PAGE_SIZE)
             assert len(live.memory.read_virtual(number(rng, 8), rng.randrange(1 << 14))) < 1 << 14
         except XenPVError:
             continue

@@ -19,7 +19,7 @@ def _of(guest: Guest) -> Digest:
     """Of a running domain, its p2m's leaves and start info aside, which hold mfns."""
     live = guest.live
     aside = np.append(live.pfns_of(live.p2m.distinct.frame), np.uint64(guest.day.start_info))
-    return digest(live, live.kinds(), aside)
+    return digest(live.frames, live.kinds(), aside)
 
 
 @pytest.mark.parametrize(("width", "form"), SOME)

@@ -1,4 +1,4 @@
-"""What memory.domain.Domain promises of any domain, held to a suspended one and to its own save file."""
+"""What source.domain.Domain promises of any domain, held to a suspended one and to its own save file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.support.saving import saved, suspended
 from xenpv.abi.declare import Width
 from xenpv.frames import HAS_DATA
-from xenpv.memory.domain import Domain
+from xenpv.source.domain import Domain
 from xenpv.source.live import LiveDomain
 from xenpv.source.saved import SavedDomain
 

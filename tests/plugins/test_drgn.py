@@ -22,7 +22,7 @@ from tests.vectors.test_vectors import unpacked
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault, RequestError, Truncated
 from xenpv.plugins.drgn import _PT_REGS, main, program, stack_of
-from xenpv.source.open import KeptDomain, open_domain
+from xenpv.source.open import FileDomain, open_path
 
 PAGE = 4096
 HOLE = 80
@@ -43,21 +43,21 @@ def domain(request: pytest.FixtureRequest) -> Domain:
 
 
 @pytest.fixture
-def kept(domain: Domain, tmp_path: Path) -> Iterator[KeptDomain]:
+def kept(domain: Domain, tmp_path: Path) -> Iterator[FileDomain]:
     path = tmp_path / "made.save"
     path.write_bytes(domain.to_bytes())
-    with open_domain(str(path)) as kept:
+    with open_path(str(path)) as kept:
         yield kept
 
 
-def test_physical_memory_is_the_domains(domain: Domain, kept: KeptDomain) -> None:
+def test_physical_memory_is_the_domains(domain: Domain, kept: FileDomain) -> None:
     prog = program(kept)
     for pfn, content in domain.pages.items():
         assert prog.read(pfn * PAGE, PAGE, physical=True) == bytes(content)
     assert prog.read(3 * PAGE + 5, 4 * PAGE, physical=True) == kept.memory.read(3 * PAGE + 5, 4 * PAGE)
 
 
-def test_virtual_memory_is_what_vcpu_0_sees(domain: Domain, kept: KeptDomain) -> None:
+def test_virtual_memory_is_what_vcpu_0_sees(domain: Domain, kept: FileDomain) -> None:
     """drgn walks the page tables by itself for a 64-bit kernel that it knows."""
     prog = program(kept)
     for pfn, vaddr in domain.vaddrs.items():
@@ -67,7 +67,7 @@ def test_virtual_memory_is_what_vcpu_0_sees(domain: Domain, kept: KeptDomain) ->
     assert prog.read(USER_VADDR + 8, 16) == bytes(domain.pages[domain.places.user][8:24])
 
 
-def test_what_is_not_there_is_a_fault_and_no_zeroes(domain: Domain, kept: KeptDomain) -> None:
+def test_what_is_not_there_is_a_fault_and_no_zeroes(domain: Domain, kept: FileDomain) -> None:
     prog = program(kept)
     gone = HOLE * PAGE
     for address, count in ((gone, 1), (gone - 1, 2), (200 * PAGE, 8), (1 << 31, 8), (gone - PAGE, 1 << 24)):
@@ -83,7 +83,7 @@ def test_it_is_a_kernel_if_it_says_so(tmp_path: Path) -> None:
     path = tmp_path / "made.save"
     for linux in (True, False):
         path.write_bytes(made(8, linux=linux).to_bytes())
-        with open_domain(str(path)) as kept:
+        with open_path(str(path)) as kept:
             prog = program(kept)
             assert bool(prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL) == linux
             assert not prog.flags & drgn.ProgramFlags.IS_LIVE
@@ -105,7 +105,7 @@ def test_real_guests(tmp_path: Path) -> None:
     path = tmp_path / "vector.save"
     for recipe in RECIPES:
         path.write_bytes(unpacked(recipe))
-        with open_domain(str(path)) as kept:
+        with open_path(str(path)) as kept:
             prog = program(kept)
             registers = kept.registers(0)
             assert registers is not None
@@ -135,7 +135,7 @@ def with_pt_regs(prog: drgn.Program) -> drgn.Program:
 def test_a_vcpus_trace_begins_with_its_registers(tmp_path: Path) -> None:
     path = tmp_path / "made.save"
     path.write_bytes(made(8, linux=True).to_bytes())
-    with open_domain(str(path)) as kept:
+    with open_path(str(path)) as kept:
         prog = with_pt_regs(program(kept))
         for vcpu in kept.vcpus:
             registers = kept.registers(vcpu)
@@ -150,10 +150,10 @@ def test_a_vcpus_trace_begins_with_its_registers(tmp_path: Path) -> None:
 def test_no_trace_without_debugging_information_or_of_32_bit(tmp_path: Path) -> None:
     path = tmp_path / "made.save"
     path.write_bytes(made(8, linux=True).to_bytes())
-    with open_domain(str(path)) as kept, pytest.raises(LookupError):
+    with open_path(str(path)) as kept, pytest.raises(LookupError):
         stack_of(program(kept), kept, 0)
     path.write_bytes(made(4, linux=True).to_bytes())
-    with open_domain(str(path)) as kept, pytest.raises(RequestError, match="vcpu 0: drgn unwinds no 32-bit stacks"):
+    with open_path(str(path)) as kept, pytest.raises(RequestError, match="vcpu 0: drgn unwinds no 32-bit stacks"):
         stack_of(program(kept), kept, 0)
 
 
@@ -179,7 +179,7 @@ def test_a_line_of_python(linux: Path) -> None:
     found = said(
         "-e", "print(prog['nothing'] if 0 else domain.name, prog.read(4096, 4, physical=True).hex())", str(linux)
     )
-    with open_domain(str(linux)) as kept:
+    with open_path(str(linux)) as kept:
         assert found.stdout == f"{kept.name} {kept.memory.read(4096, 4).hex()}\n"
     assert "missing" in found.stderr  # of debugging information there is none
 
@@ -232,7 +232,7 @@ def test_what_is_there_of_a_file_that_was_cut_off(linux: Path, tmp_path: Path) -
 
 
 def test_a_fault_names_the_page(linux: Path) -> None:
-    with open_domain(str(linux)) as kept:
+    with open_path(str(linux)) as kept:
         with pytest.raises(Fault) as ours:
             kept.memory.read(HOLE * PAGE, 8)
         with pytest.raises(drgn.FaultError) as drgns:

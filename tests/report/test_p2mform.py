@@ -14,15 +14,14 @@ from tests.support.writers.build import pv_domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_PSE
 from xenpv.memory.anchors import Form
-from xenpv.memory.p2m import reading
 from xenpv.report.drawing import picture_of
-from xenpv.report.p2mform import Shape, leaves_at, shapes_of, table_of
+from xenpv.report.p2mform import Shape, leaves_at, shapes_of
 from xenpv.source.saved import SavedDomain
 
 
 def shapes(saved: SavedDomain) -> list[Shape]:
     assert saved.anchors is not None
-    return shapes_of(saved.anchors, reading(saved.frames), saved.p2m.pfns_of)
+    return shapes_of(saved, saved.anchors)
 
 
 def test_a_tree_and_a_list_in_a_file(tmp_path: Path) -> None:
@@ -54,11 +53,9 @@ def test_a_tree_and_a_list_in_a_file(tmp_path: Path) -> None:
 def test_a_running_domain(width: Width, form: str) -> None:
     guest = Guest.boot(form, width)
     live = guest.live
-    there = table_of(live)
-    assert there is not None
-    p2m, read, resolve = there
-    assert resolve is None
-    best = shapes_of(live.anchors, read, resolve)[0]
+    p2m = live.p2m
+    assert live.p2m_names_mfns
+    best = shapes_of(live, live.anchors)[0]
     assert best.linear == (live.anchors.ways[0].form is Form.LINEAR)
     assert best.error is None
     leaf = best.levels[-1]
@@ -75,12 +72,12 @@ def test_anchors_that_lead_nowhere_say_why(tmp_path: Path) -> None:
     with SavedDomain.open(str(file)) as saved:
         assert saved.anchors is not None
         wrong = replace(saved.anchors, p2m_cr3=0x7777 << 12, frame_list_list=0x8888)
-        for shape in shapes_of(wrong, reading(saved.frames), saved.p2m.pfns_of):
+        for shape in shapes_of(saved, wrong):
             assert shape.levels == []
             assert "no pfn has mfn" in str(shape.error)
             picture_of(shape)
         high = replace(saved.anchors, max_pfn=1 << 50)
-        for shape in shapes_of(high, reading(saved.frames), saved.p2m.pfns_of):
+        for shape in shapes_of(saved, high):
             assert shape.levels == []
             assert shape.error is not None
 

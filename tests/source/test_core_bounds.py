@@ -55,8 +55,8 @@ def test_a_large_core_is_opened_by_its_list(tmp_path: Path) -> None:
     more = np.stack([extra, extra + np.uint64(0x4000_0000)], axis=1).tobytes()
     path = sparse(core, len(core.pages) + len(extra), more, tmp_path / "large.core")
     with bounded(), CoreDomain.open(str(path)) as back:
-        assert len(back.pages.extents[0]) <= 8
-        assert back.pages.pfns_of(array(0x4010_0007)).tolist() == [0x10_0007]
+        assert len(back.page_list.extents[0]) <= 8
+        assert back.page_list.pfns_of(array(0x4010_0007)).tolist() == [0x10_0007]
         assert not back.frames.pages(array(0x18_0000)).any()
         assert back.memory.read_virtual(domain.vaddrs[3], 100) == bytes(domain.pages[3])[:100]
 

@@ -41,7 +41,7 @@ def raw(guest: Guest, pfn: int) -> U64:
 
 def tables(guest: Guest) -> dict[int, int]:
     """Level by pfn, of all page tables of the guest."""
-    kinds = guest.live.types(np.arange(PAGES, dtype=np.uint64))
+    kinds = guest.live.frames.types(np.arange(PAGES, dtype=np.uint64))
     return {int(pfn): int(kinds[pfn]) & 7 for pfn in np.flatnonzero(IS_TABLE[kinds])}
 
 
@@ -62,10 +62,10 @@ def test_memory_is_what_the_guest_has_by_pfn_and_by_virtual_address(guest: Guest
 def test_types_are_what_the_host_says_of_the_mfns(guest: Guest) -> None:
     pfns = np.arange(PAGES, dtype=np.uint64)
     expected = guest.host.page_types(guest.made.domid, guest.made.mfns)
-    assert guest.live.types(pfns).tolist() == expected.tolist()
-    assert guest.live.types(pfns.reshape(32, 32)).tolist() == expected.reshape(32, 32).tolist()
+    assert guest.live.frames.types(pfns).tolist() == expected.tolist()
+    assert guest.live.frames.types(pfns.reshape(32, 32)).tolist() == expected.reshape(32, 32).tolist()
     assert sorted(set(tables(guest).values())) == list(range(1, LEVELS[guest.width] + 1))
-    assert guest.live.types(np.array([PAGES, 1 << 63, NO_FRAME], np.uint64)).tolist() == [ABSENT] * 3
+    assert guest.live.frames.types(np.array([PAGES, 1 << 63, NO_FRAME], np.uint64)).tolist() == [ABSENT] * 3
 
 
 def test_page_tables_read_as_in_a_stream(guest: Guest) -> None:
@@ -74,7 +74,7 @@ def test_page_tables_read_as_in_a_stream(guest: Guest) -> None:
     found = tables(guest)
     assert len(found) == PAGES // 512 + LEVELS[guest.width] - 1
     for pfn, level in found.items():
-        [table] = as_entries(guest.live.pages(np.array([pfn], np.uint64))).tolist()
+        [table] = as_entries(guest.live.frames.pages(np.array([pfn], np.uint64))).tolist()
         xens = is_xen_slot(level, guest.width, last_pae_l2=level == 2)
         for slot, (got, had) in enumerate(zip(table, raw(guest, pfn).tolist(), strict=True)):
             if xens[slot]:
@@ -134,7 +134,7 @@ def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:
     other = make(guest.host, 8, 64)
     guest.host.frames.entries(table)[slot] = int(other.mfns[5]) << 12 | TABLE
     live = guest.live
-    [l1] = as_entries(live.pages(live.pfns_of(np.array([table], np.uint64))))
+    [l1] = as_entries(live.frames.pages(live.pfns_of(np.array([table], np.uint64))))
     assert int(l1[slot]) == NO_PFN << 12 | TABLE
     with pytest.raises(Fault, match="no pfn of the domain") as e:
         live.memory.read_virtual(guest.made.vaddr(30), 1)
@@ -145,7 +145,7 @@ def test_the_last_l2_of_a_32_bit_guest_ends_with_what_is_xens() -> None:
     guest = Guest(4)
     pfn = int(guest.live.pfns_of(np.array([guest.made.l2], np.uint64))[0])
     assert int(raw(guest, pfn)[XEN_PAE_L2_FIRST]) & PTE_P, "there Xen has its own entries"
-    [l2] = as_entries(guest.live.pages(np.array([pfn], np.uint64)))
+    [l2] = as_entries(guest.live.frames.pages(np.array([pfn], np.uint64)))
     assert not l2[XEN_PAE_L2_FIRST:].any()
     assert l2[:2].all()
 
@@ -200,7 +200,7 @@ def test_a_pfn_without_a_frame_of_the_domains_is_a_fault_with_pfn_and_mfn() -> N
         (1 << 63, "pfn 0x8000000000000000 has no frame"),
     ):
         with pytest.raises(Fault) as e:
-            guest.live.pages(np.array([12, pfn, 13], np.uint64))
+            guest.live.frames.pages(np.array([12, pfn, 13], np.uint64))
         assert (str(e.value), e.value.space, e.value.address) == (words, "pfn", pfn)
     for lost in (13, 14):
         with pytest.raises(Fault, match=f"pfn {lost:#x} "):
@@ -221,7 +221,7 @@ def test_a_frame_that_cannot_be_mapped_is_a_fault(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(guest.host, "map_frames", map_frames)
     with pytest.raises(Fault, match=f"pfn 0xc: mfn {int(gone):#x} cannot be mapped"):
-        live.pages(np.array([11, 12], np.uint64))
+        live.frames.pages(np.array([11, 12], np.uint64))
 
 
 def test_a_domain_that_goes_meanwhile_is_a_host_error() -> None:
@@ -232,11 +232,11 @@ def test_a_domain_that_goes_meanwhile_is_a_host_error() -> None:
     some = np.array([3], np.uint64)
     for asks in (
         lambda: late.p2m,
-        live.look,
+        live.read_anchors,
         live.changed,
         lambda: live.cr3(0),
-        lambda: live.types(some),
-        lambda: live.pages(some),
+        lambda: live.frames.types(some),
+        lambda: live.frames.pages(some),
         lambda: live.memory,
     ):
         with pytest.raises(HostError, match="no such domain"):
@@ -333,4 +333,4 @@ def test_a_new_domain_without_anything(width: Width) -> None:
     live = LiveDomain(host, host.info(host.create(width)))
     assert (live.name, live.cr3(0), live.changed()) == ("dom1", None, None)
     with pytest.raises(GuestError, match="dom1 exposes no p2m: its anchor is 0x0, which is not set up yet"):
-        live.pages(np.array([0], np.uint64))
+        live.frames.pages(np.array([0], np.uint64))

@@ -15,7 +15,7 @@ from xenpv.abi.declare import Width
 from xenpv.export.export import Exported, export
 from xenpv.frames import ABSENT, I64, U8, U64, PageType
 from xenpv.memory.domain import Extents
-from xenpv.source.open import KeptDomain, open_domain
+from xenpv.source.open import FileDomain, open_path
 
 PAGE = 4096
 HOLE = 80
@@ -33,10 +33,10 @@ def made(width: Width = 8) -> Domain:
 
 
 @contextmanager
-def opened(domain: Domain, folder: Path) -> Iterator[KeptDomain]:
+def opened(domain: Domain, folder: Path) -> Iterator[FileDomain]:
     path = folder / "made.save"
     path.write_bytes(domain.to_bytes())
-    with open_domain(str(path)) as kept:
+    with open_path(str(path)) as kept:
         yield kept
 
 

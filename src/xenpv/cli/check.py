@@ -9,9 +9,6 @@ from xenpv.cli.terminal import JSON, print_findings, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.findings import Findings
 from xenpv.memory.survey import survey
-from xenpv.source.config import config_of
-from xenpv.source.core import CoreDomain
-from xenpv.source.live import LiveDomain
 from xenpv.verify.p2m import check_p2m
 from xenpv.verify.physmap import PhysmapCheck, notes
 
@@ -40,17 +37,17 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
     """
     findings = Findings(keep)
     with open_target(target, pause=pause) as domain:
-        if isinstance(domain, LiveDomain):
+        if domain.live is not None:
             with progress_bar("checking") as bar:
-                PhysmapCheck(domain, findings, owner=not quick, progress=bar).run()
-            against, last = "m2p", max(domain.anchors.max_pfn - 1, 0)
-        elif isinstance(domain, CoreDomain):
+                PhysmapCheck(domain.live, findings, owner=not quick, progress=bar).run()
+            against, last = "m2p", max(domain.live.anchors.max_pfn - 1, 0)
+        elif domain.saved is None:
             what = "a core, whose list of frames xl made out of the p2m itself: there is nothing to hold it against"
             raise RequestError(f"{target}: {what}")
         else:
-            check_p2m(domain, findings, config_of(domain.contents))
+            check_p2m(domain.saved, findings, domain.config)
             notes(survey(domain.p2m), findings)
-            against, last = "the stream's pages", domain.contents.end_pfn
+            against, last = "the stream's pages", domain.saved.contents.end_pfn
         forms = domain.anchors.names if domain.anchors else "unknown"
         name = domain.name
     if as_json:

@@ -142,7 +142,7 @@ class _Guest:
     def digest(self) -> Digest:
         """Of all pages that are not its kernel's own, whose tables hold mfns."""
         live = self.live
-        return digest(live, live.kinds(self.kernel.pages.end), self.pages[:0])
+        return digest(live.frames, live.kinds(self.kernel.pages.end), self.pages[:0])
 
     def kept(self, path: str) -> bool:
         with progress_bar() as bar:
@@ -208,7 +208,7 @@ def _verified(path: str, name: str) -> bool:
         report = verify(path, progress=bar)
     assert report.saved is not None
     with report.saved as saved:
-        report.name = saved.name = name
+        report.name = saved.source.name = name
         _say_findings(report.findings)
         _say(summary(report))
     return report.ok

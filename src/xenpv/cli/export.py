@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from xenpv.cli.target import INDEX, PAUSE, Domain, open_target
+from xenpv.cli.target import INDEX, PAUSE, open_target
 from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.errors import RequestError, StreamError
 from xenpv.export.export import FORMATS
@@ -14,8 +14,7 @@ from xenpv.export.export import export as export_to
 from xenpv.export.formats.kdump import FLAGS
 from xenpv.findings import Rule
 from xenpv.frames import PAGE_SIZE
-from xenpv.source.live import LiveDomain
-from xenpv.source.saved import SavedDomain
+from xenpv.source.domain import Domain
 from xenpv.text import printable, size
 
 
@@ -64,13 +63,13 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
 
     try:
         with open_target(source, pause=pause, allow_hvm=True, on_breach=fault if partial else None) as domain:
-            if partial and isinstance(domain, LiveDomain):
+            if partial and domain.live is not None:
                 raise RequestError(f"{domain.name}: runs; only a file can be there in part")
-            if isinstance(domain, SavedDomain) and not domain.source.seekable:
+            if not domain.seekable:
                 raise RequestError("a pipe passes by once, and this needs all pages twice: put it into a file first")
             with progress_bar("exporting") as bar:
                 done = export_to(domain, out, form, compression=compression, progress=bar)
-            if isinstance(domain, LiveDomain) and not pause:
+            if domain.live is not None and not pause:
                 done.remarks.append("it ran meanwhile: pages are of different moments (--pause stops it for as long)")
             done.remarks += _missing(domain, wrong, done.last_pfn)
             name = domain.name
@@ -90,10 +89,11 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
 def _missing(domain: Domain, wrong: list[str], last_pfn: int) -> list[str]:
     """What is wrong with a file, and what of a saved domain did not come."""
     out = [wrong[0] + (f", and {len(wrong) - 1} more faults" if len(wrong) > 1 else "")] if wrong else []
-    if not isinstance(domain, SavedDomain):
+    saved = domain.saved
+    if saved is None:
         return out
-    contents = domain.contents
-    if not domain.pages_complete:
+    contents = saved.contents
+    if not saved.pages_complete:
         out.append(f"the file ends among the pages: the last that is there is pfn {last_pfn:#x}")
         if contents.end_pfn > last_pfn:
             out[-1] += f", and the p2m reaches to {contents.end_pfn:#x}"

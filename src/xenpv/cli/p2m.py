@@ -8,13 +8,13 @@ from typing import Any
 import click
 import numpy as np
 
-from xenpv.cli.target import INDEX, PAUSE, TARGET, Domain, open_target
+from xenpv.cli.target import INDEX, PAUSE, TARGET, open_target
 from xenpv.cli.terminal import JSON, NUMBER, print_json
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U64, type_name
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.p2m import P2M
 from xenpv.memory.survey import Kind, Survey, survey
-from xenpv.source.live import LiveDomain
+from xenpv.source.domain import Domain
 from xenpv.text import size
 
 _CELLS = 64  # in a line of the map
@@ -57,8 +57,8 @@ def p2m(
         if dump:
             _dump(domain.p2m)
             return
-        nothing = isinstance(domain, LiveDomain) and not domain.anchors.ways
-        table = None if nothing else domain.p2m
+        exposed = domain.has_p2m or domain.live is None  # a file without one is refused
+        table = domain.p2m if exposed else None
         answers_only = bool(lookup or mfns) and not (frames or as_json)
         found = None if table is None or answers_only else survey(table, _CELLS * _LINES)
         described = describe(domain, table, found)
@@ -72,8 +72,8 @@ def p2m(
                 described["lookup"] = _lookup(domain, table, lookup)
             if mfns:
                 described["mfns"] = _reverse(domain, table, mfns)
-        if isinstance(domain, LiveDomain):
-            described["changed"] = domain.changed()
+        if domain.live is not None:
+            described["changed"] = domain.live.changed()
     if as_json:
         print_json(described)
     else:
@@ -87,8 +87,8 @@ def _runs(table: P2M) -> tuple[Any, Any, Any]:
 def describe(domain: Domain, table: P2M | None, found: Survey | None) -> dict[str, Any]:
     """The p2m as plain values: its anchors, and what was found by them, if anything was."""
     anchors = domain.anchors
-    live = isinstance(domain, LiveDomain)
-    out: dict[str, Any] = {"name": domain.name, "running": live, "form": anchors.names if anchors else None}
+    running = domain.live is not None
+    out: dict[str, Any] = {"name": domain.name, "running": running, "form": anchors.names if anchors else None}
     if anchors is not None:
         out |= _anchors(anchors)
     if table is None or found is None:
@@ -127,7 +127,7 @@ def _lookup(domain: Domain, table: P2M, pfns: tuple[int, ...]) -> list[dict[str,
 
 def _reverse(domain: Domain, table: P2M, mfns: tuple[int, ...]) -> list[dict[str, Any]]:
     wanted = np.array(mfns, np.uint64)
-    pfns = domain.host.m2p(wanted) if isinstance(domain, LiveDomain) else table.pfns_of(wanted)
+    pfns = table.pfns_of(wanted) if domain.live is None else domain.live.host.m2p(wanted)
     back = table.lookup(pfns)
     return [
         {"mfn": mfn, "pfn": None if pfn == int(NO_FRAME) else pfn, "entry": None if entry == int(NO_FRAME) else entry}
@@ -136,8 +136,7 @@ def _reverse(domain: Domain, table: P2M, mfns: tuple[int, ...]) -> list[dict[str
 
 
 def _types(domain: Domain, pfns: U64) -> list[str]:
-    kinds = domain.types(pfns) if isinstance(domain, LiveDomain) else domain.frames.types(pfns)
-    return [type_name(kind) for kind in kinds.tolist()]
+    return [type_name(page_type) for page_type in domain.frames.types(pfns).tolist()]
 
 
 def _dump(table: P2M) -> None:

@@ -12,11 +12,9 @@ from xenpv.cli.terminal import JSON, NUMBER, print_json, progress_bar
 from xenpv.findings import Findings
 from xenpv.frames import PAGE_SIZE
 from xenpv.io.atomic_output import Output
-from xenpv.memory.domain import Domain
 from xenpv.report.gather import Checked, gather
 from xenpv.report.page import page
-from xenpv.source.live import LiveDomain
-from xenpv.source.saved import SavedDomain
+from xenpv.source.domain import Domain
 from xenpv.verify.physmap import PhysmapCheck
 from xenpv.verify.stream import Report, judge
 
@@ -61,14 +59,14 @@ def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain,
     """What people mean by a name, and what is found in it."""
     findings = Findings(keep)
     with open_target(target, pause=pause, allow_hvm=True, on_breach=findings.add_breach) as domain:
-        if isinstance(domain, SavedDomain):
+        if domain.saved is not None:
             found = Report(target, findings)
             with progress_bar("verifying") as bar:
-                judge(domain, found, bar)
+                judge(domain.saved, found, bar)
             verdict = found.verdict
-        elif isinstance(domain, LiveDomain):
+        elif domain.live is not None:
             with progress_bar("checking") as bar:
-                PhysmapCheck(domain, findings, progress=bar).run()
+                PhysmapCheck(domain.live, findings, progress=bar).run()
             verdict = "p2m and m2p do not agree" if findings.errors else "p2m and m2p agree"
         else:
             verdict = "the core is damaged" if findings.errors else "the core could be read"

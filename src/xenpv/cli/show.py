@@ -14,6 +14,7 @@ from xenpv.errors import Fault, GuestError
 from xenpv.frames import HAS_DATA, PAGE_SIZE, PageType
 from xenpv.source.config import config_of
 from xenpv.source.core import CoreDomain
+from xenpv.source.domain import Domain
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.order import Guest
 from xenpv.text import printable, size
@@ -33,16 +34,12 @@ def show(file: str, verbose: bool, as_json: bool) -> None:
     what reading needs: see xenpv verify.
     """
     with open_file(file) as domain:
-        if isinstance(domain, CoreDomain):
+        if domain.origin == "dumped":
             description = describe_core(domain)
+            print_json(description) if as_json else print_core(description)
         else:
             description = describe(domain, records=verbose or as_json)
-        if as_json:
-            print_json(description)
-        elif isinstance(domain, CoreDomain):
-            print_core(description)
-        else:
-            print_description(domain, description, verbose=verbose)
+            print_json(description) if as_json else print_description(domain, description, verbose=verbose)
 
 
 def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
@@ -260,7 +257,7 @@ def _print_vcpus(vcpus: list[dict[str, Any]]) -> None:
 def describe_core(core: CoreDomain) -> dict[str, Any]:
     """Everything that show says of a core, as plain values; frame numbers and addresses are numbers, sizes in bytes."""
     layout, anchors = core.layout, None if core.hvm else core.anchors
-    first, count = core.pages.extents
+    first, count = core.page_list.extents
     pages = int(count.sum())
     out: dict[str, Any] = {
         "file": core.name,
@@ -288,7 +285,7 @@ def describe_core(core: CoreDomain) -> dict[str, Any]:
     return out | {"vcpus": describe_vcpus(core)}
 
 
-def describe_vcpus(domain: CoreDomain | SavedDomain) -> list[dict[str, Any]]:
+def describe_vcpus(domain: Domain) -> list[dict[str, Any]]:
     """Where each vcpu was. A top table that is no page of the domain is None."""
     out = []
     for vcpu in domain.vcpus:

@@ -5,21 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeAlias
 
 import click
 
 from xenpv.cli.terminal import NUMBER, progress_bar
-from xenpv.errors import HostError, RequestError
+from xenpv.errors import RequestError
 from xenpv.frames import Pfn
-from xenpv.host.protocol import find_domain
-from xenpv.source.core import CoreDomain
-from xenpv.source.live import LiveDomain
-from xenpv.source.open import open_domain
-from xenpv.source.saved import SavedDomain
+from xenpv.source.domain import Domain
+from xenpv.source.open import FileDomain, open_path, open_running
 from xenpv.stream.rules import BreachHandler
-
-Domain: TypeAlias = LiveDomain | SavedDomain | CoreDomain
 
 TARGET = click.argument("target", metavar="DOM|FILE")
 PAUSE = click.option("--pause", is_flag=True, help="Pause a running domain meanwhile; without, it runs on.")
@@ -61,14 +55,14 @@ def open_target(
     """
     with ExitStack() as stack:
         if is_running(target):
-            live = _open_running(target, stack)
+            live = stack.enter_context(open_running(target))
             if pause:
                 stack.enter_context(live.paused())
             yield live
             return
         if pause:
             raise RequestError(f"{target}: this is a file; only a running domain can be paused")
-        domain = stack.push(open_file(target, on_breach))
+        domain = stack.enter_context(open_file(target, on_breach))
         if domain.hvm and not allow_hvm:
             raise RequestError(f"{target}: this is an HVM or PVH domain: Xen keeps its p2m, the file has none")
         yield domain
@@ -79,28 +73,11 @@ def is_running(target: str) -> bool:
     return target != "-" and not os.path.exists(target)
 
 
-def open_file(path: str, on_breach: BreachHandler | None = None) -> SavedDomain | CoreDomain:
+def open_file(path: str, on_breach: BreachHandler | None = None) -> FileDomain:
     """Open the save file or core at a path ("-" is standard input), with its index as --index says."""
     ctx = click.get_current_context(silent=True)
     with progress_bar("reading") as bar:
-        return open_domain(
-            path, on_breach=on_breach, progress=bar, index=None if ctx is None else ctx.meta.get(__name__)
-        )
-
-
-def _open_running(target: str, stack: ExitStack) -> LiveDomain:
-    from xenpv.host.xen.host import XenHost  # noqa: PLC0415  opens Xen's libraries
-
-    try:
-        host = stack.enter_context(XenHost())
-        info = find_domain(host, target)
-    except HostError as e:
-        if "/" not in target and "." not in target:
-            raise
-        raise RequestError(f"{target}: No such file or directory; no running domain either: {e}") from e
-    if info.hvm:
-        raise RequestError(f"dom{info.domid} is HVM or PVH: Xen keeps its p2m, the guest publishes none")
-    return LiveDomain(host, info)
+        return open_path(path, on_breach=on_breach, progress=bar, index=None if ctx is None else ctx.meta.get(__name__))
 
 
 def top_table(domain: Domain, vcpu: int, user: bool, top: int | None) -> Pfn:
@@ -118,4 +95,4 @@ def top_table(domain: Domain, vcpu: int, user: bool, top: int | None) -> Pfn:
 
 def walk_attempts(domain: Domain) -> int:
     """Return how often to try a walk: a running domain may free a process's page tables meanwhile."""
-    return 4 if isinstance(domain, LiveDomain) else 1
+    return 4 if domain.live is not None else 1

@@ -17,9 +17,8 @@ from xenpv.diff.records import records_differ
 from xenpv.errors import Fault, RequestError
 from xenpv.frames import ABSENT, HAS_DATA, I64, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64, Frames, type_name
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.domain import Domain
 from xenpv.memory.spans import batches
-from xenpv.source.saved import SavedDomain
+from xenpv.source.domain import Domain
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def diff(a: Domain, b: Domain, *, keep: int = 20, progress: ProgressCallback | N
     Raises RequestError for a stream out of a pipe, whose pages are gone, Fault for a page that goes meanwhile.
     """
     for one in (a, b):
-        if isinstance(one, SavedDomain) and not one.source.seekable:
+        if not one.seekable:
             raise RequestError(f"{one.name}: is a pipe, which passes once; compare files")
     out = Difference(a.name, b.name)
     _compare_pages(a, b, out, keep, progress)
@@ -92,8 +91,8 @@ def diff(a: Domain, b: Domain, *, keep: int = 20, progress: ProgressCallback | N
         kinds = [f"{'HVM' if one.hvm else 'PV'}, {one.width * 8} bits" for one in (a, b)]
         out.fields.append(Field("domain", "type", *kinds))
         return out
-    if isinstance(a, SavedDomain) and isinstance(b, SavedDomain):
-        out.fields += records_differ(a, b)
+    if a.saved is not None and b.saved is not None:
+        out.fields += records_differ(a.saved, b.saved)
     else:
         out.fields += _registers(a, b)
     return out
@@ -195,5 +194,5 @@ def _pages(frames: Frames, pfns: U64, name: str) -> U8:
 
 def _p2m_pages(a: Domain, b: Domain) -> U64:
     """The pfns of the p2m's frames, as far as they are known; their content is the old hosts' mfns."""
-    found = [one.contents.p2m_leaf_runs[2] for one in (a, b) if isinstance(one, SavedDomain)]
+    found = [one.saved.contents.p2m_leaf_runs[2] for one in (a, b) if one.saved is not None]
     return np.unique(np.concatenate([*found, np.empty(0, np.uint64)]))

@@ -20,13 +20,10 @@ from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, U8, U64, filled
 from xenpv.io.atomic_output import Output
 from xenpv.io.background import BackgroundWorker
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.domain import Domain
 from xenpv.memory.p2m import reading
 from xenpv.memory.registers import Registers
 from xenpv.memory.vmcoreinfo import LONGEST, Search, find_vmcoreinfo, value
-from xenpv.source.core import CoreDomain
-from xenpv.source.live import LiveDomain
-from xenpv.source.saved import SavedDomain
+from xenpv.source.domain import Domain
 
 _PIPE_HOLES = 1 << 30  # bytes of zeros that a pipe gets at most, and not more than that, or …
 _PIPE_TIMES = 4  # … so many times the content
@@ -67,8 +64,8 @@ def export(
     exported.pages, exported.last_pfn, exported.bytes = total, job.pages.end - 1, out.written
     if exported.lost:
         job.remark(f"{exported.lost} pages could not be read, or were given back meanwhile: they are zeros")
-    if isinstance(domain, CoreDomain) and domain.frames.tables.ended:
-        what = f"{domain.frames.tables.ended} of the pages that are named as page tables are none"
+    if domain.stale_page_tables:
+        what = f"{domain.stale_page_tables} of the pages that are named as page tables are none"
         job.remark(f"{what}: the domain ran while it was dumped; they are as the core has them")
     return exported
 
@@ -76,8 +73,8 @@ def export(
 def pages_of(domain: Domain) -> Pages:
     """The pages that have content; of a file that was cut off, those before its end."""
     pages = Pages.of(domain.extents())
-    if isinstance(domain, SavedDomain) and domain.error is not None:
-        kept = [domain.frames.kept(pfns) for pfns in pages.batches(1 << 20)]
+    if domain.error is not None:
+        kept = [domain.has_content(pfns) for pfns in pages.batches(1 << 20)]
         pages = pages.where(np.concatenate([*kept, np.empty(0, np.bool_)]))
     return pages
 
@@ -189,17 +186,12 @@ def _dumpcore(job: _Job, out: Output) -> Iterator[int]:
     domain = job.domain
     machine = None
     if not domain.hvm:
-        if not isinstance(domain, SavedDomain | LiveDomain | CoreDomain):
-            raise RequestError(f"{domain.name}: a core of xl's has mfns, and those of this domain are not known")
         machine = Machine(domain)
         job.remark("page tables are as xl's but for entries that name what is no frame of the domain, and Xen's own")
     contexts = [] if machine is None else machine.contexts()
     if not contexts:
         job.remark("no vcpu's context is known")
-    version = (0, 0)
-    if isinstance(domain, SavedDomain) and domain.contents.domain is not None:
-        version = domain.contents.domain.xen_major, domain.contents.domain.xen_minor
-    header = dumpcore.Header(domain.hvm, domain.width, contexts, domain.shared_info(), version)
+    header = dumpcore.Header(domain.hvm, domain.width, contexts, domain.shared_info(), domain.saved_by or (0, 0))
     core = dumpcore.core(job.pages, header, None if machine is None else machine.mfns_of)
     yield from _written(out, core, job, None if machine is None else machine.localised)
     if machine is not None and machine.lost:

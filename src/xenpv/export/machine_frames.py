@@ -8,10 +8,8 @@ from xenpv.abi.x86 import GDT_ENTRIES_PER_FRAME, LEVELS, PTE_A, PTE_D, PTE_NX, P
 from xenpv.errors import RequestError
 from xenpv.frames import IS_TABLE, NO_FRAME, U8, U64
 from xenpv.memory.pagetables import as_entries, cr3_frame, cr3_of, localise
-from xenpv.source.core import CoreDomain
 from xenpv.source.core_page_tables import LINEAR_PT_SLOT
-from xenpv.source.live import LiveDomain
-from xenpv.source.saved import SavedDomain
+from xenpv.source.domain import Domain
 
 _LINEAR_PT_FLAGS = np.uint64(PTE_P | PTE_RW | PTE_A | PTE_D | PTE_NX)  # __PAGE_HYPERVISOR_RW
 
@@ -19,10 +17,10 @@ _LINEAR_PT_FLAGS = np.uint64(PTE_P | PTE_RW | PTE_A | PTE_D | PTE_NX)  # __PAGE_
 class Machine:
     """A PV domain's pfns turned back into mfns by its own p2m. Of a saved domain, those of the host that saved it."""
 
-    def __init__(self, domain: SavedDomain | LiveDomain | CoreDomain) -> None:
+    def __init__(self, domain: Domain) -> None:
         self._domain = domain
         self.lost = 0  # pages of which the p2m has no mfn
-        if isinstance(domain, SavedDomain) and domain.contents.p2m_record is None:
+        if domain.saved is not None and not domain.has_p2m:
             raise RequestError(f"{domain.name}: names no p2m, and a core of xl's has the mfn of each page")
         self._p2m = domain.p2m
 
@@ -53,7 +51,7 @@ class Machine:
 
     def _context(self, vcpu: int, context: np.void) -> bytes:
         """The fields that a saver normalises (xen.git:tools/libs/guest/xg_sr_save_x86_pv.c write_one_vcpu_basic())."""
-        if not isinstance(self._domain, SavedDomain):
+        if self._domain.saved is None:
             return context.tobytes()
         width = self._domain.width
         data = bytearray(context.tobytes())  # its padding, too, which a copy of the struct would make anything

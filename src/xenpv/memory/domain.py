@@ -1,6 +1,4 @@
-"""DomainMemory: a domain's memory by pfn and by virtual address, over any Frames; and Domain: all that is known of one,
-running, saved or dumped.
-"""
+"""DomainMemory: a domain's memory by pfn and by virtual address, over any Frames."""
 
 from __future__ import annotations
 
@@ -27,47 +25,19 @@ class Extents(NamedTuple):
     type: U8
 
 
-class Domain(Protocol):
-    """A domain, wherever it is: running, in a save file, in a core. What exporters, plug-ins and reports are given.
-
-    pfns are the domain's own frame numbers, and page tables hold them, too; of an HVM domain they are its gfns.
-    """
-
-    @property
-    def name(self) -> str:
-        """For people: "dom5 (web)", "web.save"."""
-
-    @property
-    def hvm(self) -> bool:
-        """Whether it is HVM or PVH: no page types, and page tables of any mode that the processor has."""
-
-    @property
-    def width(self) -> Width:
-        """Bytes of the guest's unsigned long."""
+class PagedDomain(Protocol):
+    """The part of a Domain that reading all of its memory needs; source/domain.py has the whole of it."""
 
     @property
     def frames(self) -> Frames:
-        """Its pages by pfn."""
+        """Content and types of the pages, by pfn."""
 
     @property
     def memory(self) -> DomainMemory:
         """Memory as vcpu 0 sees it."""
 
     def extents(self) -> Iterator[Extents]:
-        """Which pages there are, ascending and in pieces. Those whose type is in HAS_DATA have content."""
-
-    @property
-    def vcpus(self) -> list[int]:
-        """The numbers of the vcpus of which something is known."""
-
-    def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """The pfn of a vcpu's top table, None where none is known; ``user``: of its user half, if it has one."""
-
-    def registers(self, vcpu: int) -> Registers | None:
-        """What a vcpu's registers held; None where that is not known."""
-
-    def shared_info(self) -> bytes | None:
-        """The 4096 bytes of its shared info page; None where there is none."""
+        """Yield the pages as runs of one type, ascending. Those whose type is in HAS_DATA have content."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ import numpy as np
 
 from xenpv.errors import XenPVError
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64
-from xenpv.memory.domain import Domain
+from xenpv.memory.domain import PagedDomain
 
 LONGEST = PAGE_SIZE  # VMCOREINFO_BYTES
 _FIRST = np.frombuffer(b"OSRELEAS", np.uint64)[0]
@@ -34,7 +34,7 @@ class Search:
     it is the one in the highest page.
     """
 
-    def __init__(self, domain: Domain) -> None:
+    def __init__(self, domain: PagedDomain) -> None:
         self._domain = domain
         self._left = _MOST
         self._highest = -1
@@ -61,7 +61,7 @@ class Search:
         self.ended = self._left <= 0
 
 
-def find_vmcoreinfo(domain: Domain) -> bytes | None:
+def find_vmcoreinfo(domain: PagedDomain) -> bytes | None:
     """The text, looked for in all pages; None where no page has it: no Linux, or none that says so."""
     search = Search(domain)
     for pfns in _batches(domain):
@@ -81,7 +81,7 @@ def value(text: bytes, key: str) -> str | None:
     return None
 
 
-def _text(domain: Domain, page: U8, pfn: int, offset: int) -> bytes | None:
+def _text(domain: PagedDomain, page: U8, pfn: int, offset: int) -> bytes | None:
     """The text from an offset in a page on, which may go on in the next pfn."""
     text, ends, _ = page.tobytes()[offset:].partition(b"\0")
     if not ends:
@@ -94,7 +94,7 @@ def _text(domain: Domain, page: U8, pfn: int, offset: int) -> bytes | None:
     return text if is_one else None
 
 
-def _is_own(domain: Domain, text: bytes) -> bool:
+def _is_own(domain: PagedDomain, text: bytes) -> bool:
     release = text[len(b"OSRELEASE=") :].partition(b"\n")[0]
     try:
         at = int(value(text, "SYMBOL(init_uts_ns)") or "", 16)
@@ -104,7 +104,7 @@ def _is_own(domain: Domain, text: bytes) -> bool:
         return False
 
 
-def _batches(domain: Domain) -> Iterator[U64]:
+def _batches(domain: PagedDomain) -> Iterator[U64]:
     """The pfns of all pages that have content and are no page tables, so many at a time, those of the highest first:
     Linux takes what it asks for as it starts from the end of its memory.
     """
@@ -123,7 +123,7 @@ def _batches(domain: Domain) -> Iterator[U64]:
         yield np.concatenate(waiting)
 
 
-def _readable(domain: Domain, pfns: U64) -> Iterator[tuple[U64, U8]]:
+def _readable(domain: PagedDomain, pfns: U64) -> Iterator[tuple[U64, U8]]:
     """Those of some pages that can be read, in pieces: a file may end before the rest, a guest give one back."""
     try:
         pages = domain.frames.pages(pfns)

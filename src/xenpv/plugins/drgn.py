@@ -38,10 +38,9 @@ from xenpv.cli.main import EXIT_FAILED, run
 from xenpv.cli.target import PAUSE, TARGET, open_target
 from xenpv.errors import RequestError, XenPVError
 from xenpv.findings import Rule, Severity
-from xenpv.memory.domain import Domain
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo
 from xenpv.plugins.recent import RecentPages
-from xenpv.source.live import LiveDomain
+from xenpv.source.domain import Domain
 from xenpv.text import printable
 
 _PHYSICAL = {8: 1 << 52, 4: 1 << 32}  # bytes; drgn cuts off an address of a 32-bit program, PAE or not
@@ -134,7 +133,7 @@ def main(
     if target == "-":
         raise RequestError("drgn reads here and there, and a pipe passes by once: put it into a file first")
     with open_target(target, pause=pause, allow_hvm=True, on_breach=fault if partial else None) as domain:
-        prog = program(domain, live=isinstance(domain, LiveDomain) and not pause)
+        prog = program(domain, live=domain.live is not None and not pause)
         if not prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL:
             click.echo("no VMCOREINFO in its memory: memory can be read, but nothing is known of a kernel", err=True)
         else:

@@ -11,19 +11,15 @@ from xenpv.errors import GuestError, HostError
 from xenpv.findings import Findings
 from xenpv.frames import U64
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.anchors import Anchors
-from xenpv.memory.domain import Domain
 from xenpv.memory.registers import Registers
 from xenpv.memory.survey import Survey, survey
 from xenpv.report.content import Content, content_of
 from xenpv.report.identity import Identity, Place, identity_of, places_of
-from xenpv.report.p2mform import Shape, leaves_at, shapes_of, table_of
+from xenpv.report.p2mform import Shape, leaves_at, shapes_of
 from xenpv.report.parts import NOTHING, Parts
 from xenpv.report.pfnmap import Layer, PfnMap, pfn_map, whole
 from xenpv.report.tables import TableStats, table_stats
-from xenpv.source.core import CoreDomain
-from xenpv.source.live import LiveDomain
-from xenpv.source.saved import SavedDomain
+from xenpv.source.domain import Domain
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +112,17 @@ def gather(
             domain.frames,
             extents,
             lambda done, of: report(Progress(done, of, "page tables", "tables")),
-            pins=not isinstance(domain, CoreDomain),
+            pins=domain.knows_pins,
         )
     content = None
     if content_pages:
         total = min(content_pages, int(extents.pages.sum()))
-        kept = domain.frames.kept if isinstance(domain, SavedDomain) else None
         content = content_of(
             domain.frames,
             extents,
             content_pages,
             lambda done: report(Progress(done, total, "content", "pages")),
-            kept=kept,
+            kept=domain.has_content,
         )
     others = [("p2m", "leaf", "leaves of the p2m", p2m_parts)] if p2m_parts is not None else []
     if content is not None:
@@ -154,24 +149,19 @@ def _look_at_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | N
     if domain.hvm:
         return None, None
     try:
-        there = table_of(domain)
-        if there is None:
+        if not domain.has_p2m:
             return P2MState(problem="it exposes no p2m"), None
-        p2m, read, resolve = there
+        p2m = domain.p2m
         report(Progress(0, 1, "p2m"))
         found = survey(p2m)
-        shared = domain.shared_info()
-        anchors = None if shared is None else Anchors.of(shared, domain.width)
-        if anchors is not None and isinstance(domain, SavedDomain):
-            anchors = replace(anchors, max_pfn=p2m.entries)
-        shapes = [] if anchors is None else shapes_of(anchors, read, resolve)
+        shapes = [] if domain.anchors is None else shapes_of(domain, replace(domain.anchors, max_pfn=p2m.entries))
         report(Progress(1, 1, "p2m"))
     except GuestError as e:
         return P2MState(problem=str(e)), None
     distinct = p2m.distinct
     several = int(np.count_nonzero(distinct.count > 1))
     state = P2MState(shapes, len(distinct), int(distinct.count.sum()), several, found)
-    return state, leaves_at(p2m, mfns=resolve is None)
+    return state, leaves_at(p2m, mfns=domain.p2m_names_mfns)
 
 
 def _vcpu(domain: Domain, vcpu: int) -> VcpuState:
@@ -186,9 +176,8 @@ def _vcpu(domain: Domain, vcpu: int) -> VcpuState:
         cr3, user = domain.cr3(vcpu), domain.cr3(vcpu, user=True)
     except GuestError as e:
         problem = str(e)
-    if isinstance(domain, SavedDomain | LiveDomain | CoreDomain):
-        context = domain.vcpu_context(vcpu)
-        kernel_sp = None if context is None else int(context["kernel_sp"])
+    context = domain.vcpu_context(vcpu)
+    kernel_sp = None if context is None else int(context["kernel_sp"])
     return VcpuState(vcpu, registers, cr3, user, kernel_sp, problem)
 
 

@@ -11,14 +11,11 @@ import numpy as np
 from xenpv.errors import GuestError
 from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SIZE, U8, U64
 from xenpv.memory.anchors import Anchors, Form, Way
-from xenpv.memory.domain import Domain
-from xenpv.memory.p2m import P2M, entries_in, reading
+from xenpv.memory.p2m import P2M, entries_in
 from xenpv.memory.pagetables import frames_of_tables
 from xenpv.memory.radix import Read, Runs, walk
 from xenpv.report.parts import Parts
-from xenpv.source.core import CoreDomain
-from xenpv.source.live import LiveDomain
-from xenpv.source.saved import SavedDomain
+from xenpv.source.domain import Domain
 
 _SHOWN = 7  # nodes of a level that are told one by one
 
@@ -67,21 +64,10 @@ class Shape:
     error: str | None = None
 
 
-def table_of(domain: Domain) -> tuple[P2M, Read, Callable[[U64], U64] | None] | None:
-    """A domain's p2m; how its frames are read, and how mfns in its trees become such frames, None where they are.
-
-    Raises GuestError where it cannot be right; None for a domain that has none.
-    """
-    if isinstance(domain, SavedDomain) and domain.contents.p2m_record is not None:
-        return domain.p2m, reading(domain.frames), domain.p2m.pfns_of
-    if isinstance(domain, LiveDomain | CoreDomain) and domain.anchors is not None and domain.anchors.ways:
-        return domain.p2m, domain.read, None
-    return None
-
-
-def shapes_of(anchors: Anchors, read: Read, resolve: Callable[[U64], U64] | None) -> list[Shape]:
-    """Every way that is open, best first."""
-    return [_shape(anchors, way, read, resolve) for way in anchors.ways]
+def shapes_of(domain: Domain, anchors: Anchors) -> list[Shape]:
+    """Return every form in which the domain exposes its p2m by these anchors, the best first."""
+    resolve = None if domain.p2m_names_mfns else domain.p2m.pfns_of
+    return [_shape(anchors, way, domain.read_p2m_frames, resolve) for way in anchors.ways]
 
 
 def leaves_at(p2m: P2M, *, mfns: bool) -> Parts:

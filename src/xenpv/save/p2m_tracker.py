@@ -77,7 +77,7 @@ class SavedP2M:
             except GuestError as e:
                 if tried == _TRIES or live.info.is_stopped:
                     raise
-                if tried >= _TRIES_OTHERWISE and not isinstance(e, _Unsettled) and live.look() == live.anchors:
+                if tried >= _TRIES_OTHERWISE and not isinstance(e, _Unsettled) and live.read_anchors() == live.anchors:
                     raise
                 time.sleep(_NAP)
             else:
@@ -101,7 +101,7 @@ class SavedP2M:
         p2m = self._up_to_its_end(live)
         _check(live, p2m, stock=self.stock or (self.told > 0 and not self._as_runs))
         leaf_pfns = _leaf_pfns(live, p2m)
-        if live.look() != anchors:
+        if live.read_anchors() != anchors:
             raise _Unsettled(f"{name}: its p2m was changed while it was walked, and does not settle")
         if self.follows:
             self._remember_for(p2m)

@@ -147,7 +147,7 @@ class SavedPages:
         live = self.p2m.live
         if not len(mfns):
             return np.empty((0, 1 << PAGE_SHIFT), np.uint8), np.empty(0, np.bool_)
-        pages, mapped = live.read(mfns)
+        pages, mapped = live.read_p2m_frames(mfns)
         for at in np.flatnonzero(~mapped)[: 0 if self.running else 1].tolist():
             what = f"pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x}) cannot be mapped"
             raise HostError(f"{live.name}: {what}", op="map_frames", domid=live.info.domid)

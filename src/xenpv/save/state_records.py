@@ -111,7 +111,7 @@ def _context(live: LiveDomain, vcpu: int) -> bytes | None:
 def _start_info(live: LiveDomain, mfn: int) -> int:
     """The pfn of the suspend record, which a restorer writes to: so a start info page has to be there."""
     pfn = _pfn(live, "suspend record", mfn)
-    page, _ = live.read(np.array([mfn], np.uint64))
+    page, _ = live.read_p2m_frames(np.array([mfn], np.uint64))
     if not page.tobytes().startswith(START_INFO_MAGIC[live.info.width]):
         what = f"{live.name}: pfn {pfn:#x}, its suspend record, is no start info page"
         raise GuestError(what + why_not(live))

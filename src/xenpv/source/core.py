@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
@@ -27,17 +26,18 @@ from xenpv.memory.pagetables import as_entries, normalise, normalise_pages, top_
 from xenpv.memory.registers import Registers
 from xenpv.source.core_page_tables import Search, Tables
 from xenpv.source.core_pages import CorePages
+from xenpv.source.domain import Domain
 from xenpv.stream import rules
 from xenpv.stream.dumpcore import read_layout
 from xenpv.stream.records import VCPUS_MAX
 from xenpv.stream.rules import BreachHandler
+from xenpv.text import size
 
 
-class CoreDomain:
-    """A domain in a core, opened. ``layout`` is what the file's headers say."""
+class CoreDomain(Domain):
+    """A domain in a core. ``layout`` is what the file's headers say, ``page_list`` its list of pages."""
 
     def __init__(self, source: Input, *, on_breach: BreachHandler | None = None) -> None:
-        self.name = source.name
         self.source = source
         self._on_breach = on_breach
         if not source.seekable:
@@ -47,7 +47,7 @@ class CoreDomain:
         self.layout = read_layout(self._read, source.size, self._report)
         if self.layout.vcpus > VCPUS_MAX:
             raise rules.breach(rules.VCPU_ID, f"{self.layout.vcpus} vcpus", offset=0, record=None)
-        self.pages = CorePages(source, self.layout, self._report)
+        self.page_list = CorePages(source, self.layout, self._report)
 
     @classmethod
     def open(cls, path: str, *, on_breach: BreachHandler | None = None) -> Self:
@@ -78,17 +78,30 @@ class CoreDomain:
         elif rule.severity is Severity.ERROR:
             raise rules.breach(rule, message, offset=offset, record=None)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
     def close(self) -> None:
         """Close the file; guest memory cannot be read any more."""
         self.source.close()
 
-    # --- what is known of the domain ---------------------------------------------------------------------------------
+    # --- identity ----------------------------------------------------------------------------------------------------
+
+    @property
+    def origin(self) -> Literal["dumped"]:
+        """A core."""
+        return "dumped"
+
+    @property
+    def name(self) -> str:
+        """The path of the file."""
+        return self.source.name
+
+    @property
+    def title(self) -> str:
+        """The name of the file without its folder."""
+        return self.name.rpartition("/")[2]
+
+    def facts(self) -> dict[str, str]:
+        """Return how many vcpus the core has, and its size."""
+        return {"vCPUs": str(len(self.vcpus)), "File": f"{self.name}, {size(self.source.size)}"}
 
     @property
     def hvm(self) -> bool:
@@ -140,7 +153,7 @@ class CoreDomain:
         mfn = None if context is None else top_frame(context, self.width, user=user)
         if mfn is None:
             return None
-        pfn = self.pages.pfns_of(np.array([mfn], np.uint64))[0]
+        pfn = self.page_list.pfns_of(np.array([mfn], np.uint64))[0]
         if pfn == NO_FRAME:
             raise GuestError(f"{self.name}: cr3 of vcpu {vcpu} names mfn {mfn:#x}, which is no page of the core")
         return Pfn(int(pfn))
@@ -150,7 +163,11 @@ class CoreDomain:
     @cached_property
     def frames(self) -> CoreFrames:
         """Its pages by pfn, page tables normalised."""
-        return CoreFrames(self.pages, self.width, self._tables)
+        return CoreFrames(self.page_list, self.width, self._tables)
+
+    def has_content(self, pfns: U64) -> Mask:
+        """Return which of the pages lie within the file."""
+        return self.page_list.raw.kept(pfns)
 
     def _tables(self) -> Tables:
         if self.hvm:
@@ -163,20 +180,15 @@ class CoreDomain:
                 except GuestError:
                     continue
                 tops += [] if top is None else [top]
-        pages = self.pages
+        pages = self.page_list
         search = Search(pages.raw, self.width, pages.pfns_of, pages.mfns_of, *pages.extents)
         return search.tables(np.array(tops, np.uint64))
-
-    @property
-    def memory(self) -> DomainMemory:
-        """Memory as vcpu 0 sees it."""
-        return self.memory_of(0)
 
     def memory_of(self, vcpu: int) -> DomainMemory:
         """Memory as a vcpu sees it; without tables where its cr3 names no page of the core."""
         if self.hvm:
             return DomainMemory.of_hvm(self.frames, self.registers(vcpu))
-        tables = _AnyTable(self.pages)
+        tables = _AnyTable(self.page_list)
         try:
             return DomainMemory(self.frames, self.width, self.cr3(vcpu), self.cr3(vcpu, user=True), tables)
         except GuestError:
@@ -184,13 +196,13 @@ class CoreDomain:
 
     def extents(self) -> Iterator[Extents]:
         """Which pages there are: all in one piece."""
-        first, count = self.pages.extents
+        first, count = self.page_list.extents
         tables = self.frames.tables
         # Cut where a run of tables of one level begins or ends.
         whole = np.concatenate([first, first + count.astype(np.uint64), tables.pfns, tables.pfns + np.uint64(1)])
         cuts = np.unique(whole)
         kinds = tables.level_of(cuts)
-        there = self.pages.raw.kept(cuts)
+        there = self.page_list.raw.kept(cuts)
         goes_on = np.append(False, there[1:] & there[:-1] & (kinds[1:] == kinds[:-1]))
         at = np.flatnonzero(there & ~goes_on)
         ends = np.flatnonzero(~goes_on)
@@ -205,10 +217,24 @@ class CoreDomain:
         shared = self.shared_info()
         return None if shared is None else Anchors.of(shared, self.width)
 
-    def read(self, mfns: U64) -> tuple[U8, Mask]:
-        """Machine frames of the domain as they are in the core, and whether each is there."""
-        pfns = self.pages.pfns_of(mfns)
-        return reading(self.pages.raw)(pfns)
+    @property
+    def has_p2m(self) -> bool:
+        """Whether shared info leads to a p2m."""
+        return self.anchors is not None and bool(self.anchors.ways)
+
+    def read_p2m_frames(self, frames: U64) -> tuple[U8, Mask]:
+        """Read machine frames as they are in the core, and tell which of them are there."""
+        return reading(self.page_list.raw)(self.page_list.pfns_of(frames))
+
+    @property
+    def knows_pins(self) -> bool:
+        """A core does not tell which page tables are pinned."""
+        return False
+
+    @property
+    def stale_page_tables(self) -> int:
+        """How many pages are named as page tables without being any."""
+        return self.frames.tables.ended
 
     @cached_property
     def p2m(self) -> P2M:
@@ -217,7 +243,7 @@ class CoreDomain:
         if anchors is None or not anchors.ways:
             why = "it has no shared info" if anchors is None else anchors.why_none()
             raise GuestError(f"{self.name} shows no p2m: {why}")
-        return P2M.walk(anchors, anchors.ways[0], self.read)
+        return P2M.walk(anchors, anchors.ways[0], self.read_p2m_frames)
 
 
 class CoreFrames:

@@ -3,30 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import Fault, GuestError, HostError
-from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, U8, U64, Mask, PageType, Pfn, first_bad
+from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, first_bad
 from xenpv.host.protocol import DomainInfo, Host
 from xenpv.memory.anchors import Anchors, Way
 from xenpv.memory.domain import DomainMemory, Extents
 from xenpv.memory.p2m import P2M, is_own
 from xenpv.memory.pagetables import normalise_pages, top_frame
 from xenpv.memory.registers import Registers
+from xenpv.source.domain import Domain
+from xenpv.text import size
 
 
 @dataclass
-class LiveDomain:
-    """A domain on a host. What is asked of it is read when first asked for, and the p2m's tables are kept."""
+class LiveDomain(Domain):
+    """A domain on a host. The p2m's tables are read at first use, and kept.
+
+    ``resources`` are closed with the domain; a caller that keeps its host open leaves them empty.
+    """
 
     host: Host
     info: DomainInfo
+    resources: ExitStack = field(default_factory=ExitStack, repr=False, compare=False)
+
+    def close(self) -> None:
+        """Close the host if it was opened with the domain."""
+        self.resources.close()
+
+    # --- identity ----------------------------------------------------------------------------------------------------
+
+    @property
+    def origin(self) -> Literal["running"]:
+        """A host."""
+        return "running"
+
+    @property
+    def live(self) -> LiveDomain:
+        """The domain itself."""
+        return self
+
+    @property
+    def title(self) -> str:
+        """The domain's name; its number if it has none."""
+        return self.info.name or self.name
+
+    def facts(self) -> dict[str, str]:
+        """Return what the host tells: text by label."""
+        info, version = self.info, self.host.version()
+        state = "shut down" if info.shutdown else "paused" if info.paused else "running"
+        return {
+            "UUID": info.uuid or "",
+            "Memory": f"{size(info.pages * PAGE_SIZE)} of {size(info.max_pages * PAGE_SIZE)}",
+            "vCPUs": str(info.max_vcpu + 1),
+            "Domain": f"dom{info.domid}, {state}",
+            "Xen": f"{version.major}.{version.minor}",
+        }
 
     @property
     def name(self) -> str:
@@ -54,24 +94,29 @@ class LiveDomain:
 
     # --- its p2m -----------------------------------------------------------------------------------------------------
 
-    def look(self) -> Anchors:
-        """The anchors in its shared info, now."""
+    def read_anchors(self) -> Anchors:
+        """Read the anchors in shared info, as they are now."""
         return Anchors.of(self.host.shared_info(self.info.domid), self.info.width)
 
     @cached_property
     def anchors(self) -> Anchors:
         """The anchors as they were when first asked for."""
-        return self.look()
+        return self.read_anchors()
 
-    def read(self, mfns: U64) -> tuple[U8, Mask]:
-        """Machine frames of the domain, and whether each could be read."""
-        pages, mapped = self.host.map_frames(self.info.domid, mfns)
+    @property
+    def has_p2m(self) -> bool:
+        """Whether shared info leads to a p2m."""
+        return bool(self.anchors.ways)
+
+    def read_p2m_frames(self, frames: U64) -> tuple[U8, Mask]:
+        """Map machine frames of the domain, and tell which could be mapped."""
+        pages, mapped = self.host.map_frames(self.info.domid, frames)
         return pages, mapped.astype(np.bool_)
 
     def walk_p2m(self, way: Way, entries: int | None = None) -> P2M:
         """Its p2m by one way, or its first ``entries``. Raises GuestError when it cannot be right."""
         anchors = self.anchors if entries is None else replace(self.anchors, max_pfn=entries)
-        return P2M.walk(anchors, way, self.read)
+        return P2M.walk(anchors, way, self.read_p2m_frames)
 
     @cached_property
     def p2m(self) -> P2M:
@@ -86,7 +131,7 @@ class LiveDomain:
         By its anchors, and, since only the list has a generation, by walking the tables once more. Entries of leaves
         change at any time and are not meant.
         """
-        now, then = self.look(), self.anchors
+        now, then = self.read_anchors(), self.anchors
         if then.p2m_cr3 and then.p2m_generation & 1:
             return f"p2m_generation {then.p2m_generation:#x} is odd: the p2m is being changed, look again"
         if now.p2m_generation != then.p2m_generation:
@@ -153,40 +198,6 @@ class LiveDomain:
         pfns = self.host.m2p(mfns)
         return np.where(self.p2m.lookup(pfns) == mfns, pfns, NO_FRAME)
 
-    def types(self, pfns: U64) -> U8:
-        """The page type of each pfn, as Frames has it: ABSENT for those without a frame of the domain."""
-        return self._types(self.p2m.lookup(pfns.reshape(-1))).reshape(pfns.shape)
-
-    def _types(self, mfns: U64) -> U8:
-        out = np.full(mfns.shape, ABSENT, np.uint8)
-        own = is_own(mfns)
-        out[own] = self.host.page_types(self.info.domid, mfns[own])
-        out[out == PageType.XTAB] = ABSENT
-        return out
-
-    def pages(self, pfns: U64) -> U8:
-        """Content of the pages, as Frames has it; page tables normalised: pfns in the place of mfns."""
-        return self.pages_and_types(pfns)[0]
-
-    def pages_and_types(self, pfns: U64) -> tuple[U8, U8]:
-        """As ``pages``, and by which types it was."""
-        mfns = self.p2m.lookup(pfns)
-        kinds = self._types(mfns)
-        if (absent := first_bad(kinds == ABSENT)) is not None:
-            pfn, mfn = int(pfns[absent]), int(mfns[absent])
-            why = "has no frame" if mfn == int(NO_FRAME) else f"has mfn {mfn:#x}, which is not the domain's"
-            raise Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
-        content, mapped = self.read(mfns)
-        if (lost := first_bad(~mapped)) is not None:
-            pfn, mfn = int(pfns[lost]), int(mfns[lost])
-            raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn)
-        pages = content.copy()  # what is mapped may change
-        tables = IS_TABLE[kinds]
-        if tables.any():  # one that has ended meanwhile may hold data already, which is to be left alone
-            kinds[tables] = self._types(mfns[tables])
-        normalise_pages(pages, kinds, self.info.width, self.pfns_of)
-        return pages, kinds
-
     def kinds(self, first: int = 0) -> Iterator[tuple[U64, U8]]:
         """The pfns from ``first`` on that have a frame of the domain, ascending and in pieces, with their types."""
         for leaves in self.p2m.content():
@@ -201,35 +212,73 @@ class LiveDomain:
             at = np.flatnonzero(np.append(True, (np.diff(pfns) != 1) | (kinds[1:] != kinds[:-1]))[: len(pfns)])
             yield Extents(pfns[at], np.diff(np.append(at, len(pfns))), kinds[at])
 
-    @property
-    def frames(self) -> LiveDomain:
-        """Its pages by pfn: itself."""
-        return self
-
-    @property
-    def memory(self) -> DomainMemory:
-        """Memory as vcpu 0 sees it."""
-        return self.memory_of(0)
+    @cached_property
+    def frames(self) -> LiveFrames:
+        """Content and types of the pages, by pfn."""
+        return LiveFrames(self)
 
     def memory_of(self, vcpu: int) -> DomainMemory:
-        """Memory as a vcpu sees it."""
-        return DomainMemory(self, self.info.width, self.cr3(vcpu), self.cr3(vcpu, user=True), _Tables(self))
+        """Return memory by pfn, and by virtual address as the vcpu translates it."""
+        tables = _LivePageTables(self.frames)
+        return DomainMemory(self.frames, self.info.width, self.cr3(vcpu), self.cr3(vcpu, user=True), tables)
 
 
-class _Tables:
-    """Page tables of a running domain: Frames that has no other pages.
+@dataclass(frozen=True)
+class LiveFrames:
+    """Frames of a running domain. Page tables are normalised: they hold pfns in the place of mfns."""
 
-    A process that ends takes its tables along, and what is in their frames then holds no pfns: it must not be walked.
-    """
-
-    def __init__(self, live: LiveDomain) -> None:
-        self._live = live
+    _domain: LiveDomain
 
     def types(self, pfns: U64) -> U8:
-        return self._live.types(pfns)
+        """Return the page type of each pfn, ABSENT for one without a frame of the domain."""
+        return self._types(self._domain.p2m.lookup(pfns.reshape(-1))).reshape(pfns.shape)
+
+    def _types(self, mfns: U64) -> U8:
+        types = np.full(mfns.shape, ABSENT, np.uint8)
+        own = is_own(mfns)
+        types[own] = self._domain.host.page_types(self._domain.info.domid, mfns[own])
+        types[types == PageType.XTAB] = ABSENT
+        return types
 
     def pages(self, pfns: U64) -> U8:
-        pages, kinds = self._live.pages_and_types(pfns)
+        """Return the pages' content, uint8 of shape (n, 4096)."""
+        return self.pages_and_types(pfns)[0]
+
+    def pages_and_types(self, pfns: U64) -> tuple[U8, U8]:
+        """Return the pages' content as ``pages`` does, and the types by which it was read, uint8 of shape (n,)."""
+        mfns = self._domain.p2m.lookup(pfns)
+        kinds = self._types(mfns)
+        if (absent := first_bad(kinds == ABSENT)) is not None:
+            pfn, mfn = int(pfns[absent]), int(mfns[absent])
+            why = "has no frame" if mfn == int(NO_FRAME) else f"has mfn {mfn:#x}, which is not the domain's"
+            raise Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
+        content, mapped = self._domain.read_p2m_frames(mfns)
+        if (lost := first_bad(~mapped)) is not None:
+            pfn, mfn = int(pfns[lost]), int(mfns[lost])
+            raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn)
+        pages = content.copy()  # what is mapped may change
+        tables = IS_TABLE[kinds]
+        if tables.any():  # one that has ended meanwhile may hold data already, which is to be left alone
+            kinds[tables] = self._types(mfns[tables])
+        normalise_pages(pages, kinds, self._domain.info.width, self._domain.pfns_of)
+        return pages, kinds
+
+
+@dataclass(frozen=True)
+class _LivePageTables:
+    """Page tables of a running domain: Frames without other pages.
+
+    A process that ends gives its page tables back. Their frames then hold other things than pfns and must not be
+    walked.
+    """
+
+    _frames: LiveFrames
+
+    def types(self, pfns: U64) -> U8:
+        return self._frames.types(pfns)
+
+    def pages(self, pfns: U64) -> U8:
+        pages, kinds = self._frames.pages_and_types(pfns)
         if (other := first_bad(~IS_TABLE[kinds])) is not None:
             pfn = int(pfns[other])
             what = f"pfn {pfn:#x} is no page table, or is none any more: look again, or pause the domain"

@@ -1,36 +1,104 @@
-"""Any file that holds a domain, opened: told apart by looking."""
+"""Opening a domain: a save file, a core or a running domain, told apart by looking."""
 
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import TypeAlias
 
-from xenpv.errors import StreamError
+from xenpv.errors import HostError, RequestError, StreamError
+from xenpv.host.protocol import find_domain
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
 from xenpv.source.core import CoreDomain
+from xenpv.source.domain import Domain
+from xenpv.source.live import LiveDomain
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.dumpcore import is_core
 from xenpv.stream.rules import BreachHandler
 
-KeptDomain: TypeAlias = SavedDomain | CoreDomain
+FileDomain: TypeAlias = SavedDomain | CoreDomain
 
 LARGE = 8 << 30  # bytes from which on a file's index is kept unasked: to read such a file takes a tenth of a second
 
 
 def open_domain(
+    path_or_name: str,
+    *,
+    on_breach: BreachHandler | None = None,
+    progress: ProgressCallback | None = None,
+    index: bool | None = None,
+) -> Domain:
+    """Open a domain: in a file, or running on this host.
+
+    Close it when done, or use it as a context manager.
+
+    Args:
+        path_or_name: The path of a save file or core, or "-" for standard input. If there is no such file: the number,
+            uuid or name of a running domain.
+        on_breach: Called for each breach of a rule in a file, which is then read as far as possible. Otherwise the
+            first breach raises StreamError.
+        progress: Called while a file is read.
+        index: As for ``open_path``.
+
+    Returns:
+        The domain. Its ``origin`` tells where it comes from.
+
+    Raises:
+        RequestError: There is no such file and no such domain, or the file cannot be opened.
+        StreamError: The file is damaged.
+        HostError: Xen refused an operation.
+    """
+    if path_or_name == "-" or os.path.exists(path_or_name):
+        return open_path(path_or_name, on_breach=on_breach, progress=progress, index=index)
+    return open_running(path_or_name)
+
+
+def open_running(name: str) -> LiveDomain:
+    """Open a PV domain that runs on this host.
+
+    Args:
+        name: Its number, uuid or name.
+
+    Raises:
+        RequestError: ``name`` looks like a path and no domain has it, or the domain is HVM or PVH.
+        HostError: There is no such domain, or no Xen.
+    """
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415  opens Xen's libraries
+
+    with ExitStack() as stack:
+        try:
+            host = stack.enter_context(XenHost())
+            info = find_domain(host, name)
+        except HostError as e:
+            if "/" not in name and "." not in name:
+                raise
+            raise RequestError(f"{name}: No such file or directory; no running domain either: {e}") from e
+        if info.hvm:
+            raise RequestError(f"dom{info.domid} is HVM or PVH: Xen keeps its p2m, the guest publishes none")
+        return LiveDomain(host, info, stack.pop_all())
+
+
+def open_path(
     path: str,
     *,
     on_breach: BreachHandler | None = None,
     progress: ProgressCallback | None = None,
     index: bool | None = None,
-) -> KeptDomain:
-    """The domain in the file at ``path``, a save file or a core; "-" is standard input. To be closed, or used as a
-    context manager.
+) -> FileDomain:
+    """Open the domain in a save file or core.
 
-    With ``on_breach``, breaches of rules go there and what can be read is; without, the first one raises StreamError.
-    ``index``: keep the index of a save file beside it (kept_index.py), and use one that is there; if nothing is said,
-    of large files. A file with faults gets none. Raises RequestError when the path cannot be opened.
+    Args:
+        path: The path, or "-" for standard input.
+        on_breach: Called for each breach of a rule; reading then goes on as far as possible. Otherwise the first breach
+            raises StreamError.
+        progress: Called while the file is read.
+        index: Whether to keep the index of a save file beside it (index_file.py), and to use one that is there. By
+            default only for files of ``LARGE`` bytes and more. A file with faults gets none.
+
+    Raises:
+        RequestError: The path cannot be opened.
+        StreamError: The file is damaged.
     """
     source = Input.open(path)
     try:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import cached_property
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
 from xenpv.abi.declare import Width
-from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.errors import Fault, StreamError
 from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
@@ -29,6 +28,8 @@ from xenpv.memory.p2m import P2M, reading
 from xenpv.memory.pagetables import cr3_frame
 from xenpv.memory.radix import Runs
 from xenpv.memory.registers import Registers
+from xenpv.source.config import Config, config_of
+from xenpv.source.domain import Domain
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import Pages
@@ -39,10 +40,12 @@ from xenpv.stream.pagedata import PFN_MASK, PageData
 from xenpv.stream.reader import Reader
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 from xenpv.stream.rules import BreachHandler
+from xenpv.text import size
 
 if TYPE_CHECKING:
     from xenpv.source.index_file import KeptIndex
 
+_UUID_MAX = 256  # characters of a configuration's uuid that are shown
 _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
 
 
@@ -95,24 +98,23 @@ class FilePages:
         return Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
 
 
-class SavedDomain:
+class SavedDomain(Domain):
     """A saved domain, opened: ``contents`` of its stream, ``frames`` and ``memory`` of the domain.
 
     ``error`` is the StreamError at which reading ended early, when faults were collected rather than raised.
     """
 
     def __init__(self, source: Input, *, on_breach: BreachHandler | None = None, kind: Kind | None = None) -> None:
-        self.name = source.name
         self.source = source
         self.contents = Contents()
-        self.error: StreamError | None = None
+        self._error: StreamError | None = None
         self._on_breach = on_breach
         self._kind = kind
         self._spool: int | None = None
         self._kept = self.contents.index
         self._p2m_pages: tuple[X86PVP2MFrames | P2MLeaves | None, U64] = None, np.empty(0, np.uint64)
         self._p2m: tuple[X86PVP2MFrames | P2MLeaves | None, P2M] | None = None  # by which record
-        self.frames = FilePages(source.fd, self._kept, self.contents.index, source.start)
+        self._frames = FilePages(source.fd, self._kept, self.contents.index, source.start)
 
     @classmethod
     def open(
@@ -155,13 +157,13 @@ class SavedDomain:
     def _read(self, deep: bool, progress: ProgressCallback | None, known: KeptIndex | None = None) -> None:
         if known is not None:
             self._kept = self.contents.index = known.index
-            self.frames = FilePages(self.source.fd, known.index, known.index, self.source.start)
+            self._frames = FilePages(self.source.fd, known.index, known.index, self.source.start)
         passing = None if known is None else known.passing
         keep = deep and not self.source.seekable
         if not self.source.seekable:
             self._spool = unlinked_file() if keep else None
             self._kept = PageIndex()
-            self.frames = FilePages(-1 if self._spool is None else self._spool, self._kept, self.contents.index)
+            self._frames = FilePages(-1 if self._spool is None else self._spool, self._kept, self.contents.index)
         reader = Reader(on_breach=self._on_breach, pages=keep, kind=self._kind, skip_page_data=passing)
         try:
             for event in self.source.events(reader, progress):
@@ -174,7 +176,7 @@ class SavedDomain:
         except StreamError as e:
             if self._on_breach is None:
                 raise
-            self.error = e
+            self._error = e
 
     def _keep(self, pages: Pages) -> None:
         """Spool those of some pages that a look at the domain needs."""
@@ -206,12 +208,6 @@ class SavedDomain:
             return np.zeros(len(pfns), np.bool_)
         return np.asarray(frames[np.minimum(np.searchsorted(frames, pfns), len(frames) - 1)] == pfns)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
     @property
     def pages_complete(self) -> bool:
         """Whether all pages came that will: what follows them came, too. Else the input was cut off among them."""
@@ -224,7 +220,85 @@ class SavedDomain:
             os.close(self._spool)
             self._spool = None
 
-    # --- what is known of the domain ---------------------------------------------------------------------------------
+    # --- identity ----------------------------------------------------------------------------------------------------
+
+    @property
+    def origin(self) -> Literal["saved"]:
+        """A stream."""
+        return "saved"
+
+    @property
+    def saved(self) -> SavedDomain:
+        """The domain itself."""
+        return self
+
+    @property
+    def name(self) -> str:
+        """The path of the file, or "-"."""
+        return self.source.name
+
+    @property
+    def title(self) -> str:
+        """The domain's name if the stream has its configuration, otherwise the file's without its folder."""
+        config = self.config
+        return (config and config.name) or self.name.rpartition("/")[2]
+
+    @property
+    def config(self) -> Config | None:
+        """The configuration in the stream's envelope; None if there is none."""
+        return config_of(self.contents)
+
+    @property
+    def saved_by(self) -> tuple[int, int] | None:
+        """Major and minor version of the Xen that saved the domain; 0 if a converter wrote the stream."""
+        header = self.contents.domain
+        return None if header is None else (header.xen_major, header.xen_minor)
+
+    def facts(self) -> dict[str, str]:
+        """Return what configuration, headers and records tell: text by label."""
+        contents, config, facts = self.contents, self.config, dict[str, str]()
+        if config is not None:
+            facts["UUID"] = (config.uuid or "")[:_UUID_MAX]
+            facts["Memory"] = " of ".join(size(kib << 10) for kib in (config.target_memkb, config.max_memkb) if kib)
+            facts["vCPUs"] = f"{len(self.vcpus)} saved" + (f", {config.max_vcpus} at most" if config.max_vcpus else "")
+        if self.saved_by is not None:
+            major, minor = self.saved_by
+            facts["Saved by"] = f"Xen {major}.{minor}" if major else "a converter from a legacy stream"
+        envelope = str(contents.envelope.kind) if contents.envelope else ("libxl" if contents.libxl_header else "libxc")
+        version = f", libxc stream version {contents.image.version}" if contents.image else ""
+        facts["Envelope"] = envelope + version
+        facts["File"] = f"{self.name}, {size(self.source.size)}" if self.source.size else self.name
+        facts["Stream"] = "complete" if contents.complete else "cut off"
+        if contents.index.repeated:
+            facts["Pages sent"] = f"{contents.index.sent:,}, {contents.index.repeated:,} of them again later"
+        if contents.checkpoints:
+            facts["Checkpoints"] = str(contents.checkpoints)
+        if contents.tsc is not None:
+            facts["TSC"] = f"{contents.tsc.khz:,} kHz, {contents.tsc.nsec / 1e9:.3f} s"
+        policy, msrs = contents.cpuid_policy, contents.msr_policy
+        if policy is not None:
+            leaves, values = policy.length // policy.ENTRY, msrs.length // msrs.ENTRY if msrs is not None else 0
+            facts["CPU policy"] = f"{leaves} CPUID leaves, {values} MSRs"
+        return facts
+
+    @property
+    def error(self) -> StreamError | None:
+        """The error at which reading ended early, when faults went to a handler; None if all was read."""
+        return self._error
+
+    @property
+    def seekable(self) -> bool:
+        """Whether the stream comes from a file; a pipe passes by once."""
+        return self.source.seekable
+
+    @property
+    def frames(self) -> FilePages:
+        """Content and types of the pages, by pfn."""
+        return self._frames
+
+    def has_content(self, pfns: U64) -> Mask:
+        """Return which pages have their content in the file, or were kept from a pipe."""
+        return self._frames.kept(pfns)
 
     @property
     def hvm(self) -> bool:
@@ -289,16 +363,21 @@ class SavedDomain:
         """The pfns of a vcpu's top tables: the kernel's, and the user half's where there is one."""
         return [top for top in (self.cr3(vcpu), self.cr3(vcpu, user=True)) if top is not None]
 
-    @property
-    def memory(self) -> DomainMemory:
-        """Memory as vcpu 0 sees it."""
-        return self.memory_of(0)
-
     def memory_of(self, vcpu: int) -> DomainMemory:
         """Memory as a vcpu sees it."""
         if self.hvm:
             return DomainMemory.of_hvm(self.frames, self.registers(vcpu))
         return DomainMemory(self.frames, self.contents.width, self.cr3(vcpu), self.cr3(vcpu, user=True))
+
+    def gdt_pfns(self) -> U64:
+        """Return the pfns of all vcpus' GDT frames, ascending. A GDT with too many entries counts as none."""
+        pfns: set[int] = set()
+        for vcpu in self.contents.vcpus:
+            context = self.vcpu_context(vcpu)
+            if context is not None and int(context["gdt_ents"]) <= FIRST_RESERVED_GDT_ENTRY:
+                count = -(-int(context["gdt_ents"]) // GDT_ENTRIES_PER_FRAME)
+                pfns.update(int(pfn) for pfn in context["gdt_frames"][:count])
+        return np.array(sorted(pfns), np.uint64)
 
     @property
     def start_info_pfn(self) -> Pfn | None:
@@ -315,11 +394,25 @@ class SavedDomain:
         return None if shared is None else Anchors.of(shared.data, self.contents.width)
 
     @property
+    def has_p2m(self) -> bool:
+        """Whether the stream names the frames of a p2m."""
+        return self.contents.p2m_record is not None
+
+    @property
+    def p2m_names_mfns(self) -> bool:
+        """The stream names the p2m's frames by pfn."""
+        return False
+
+    def read_p2m_frames(self, frames: U64) -> tuple[U8, Mask]:
+        """Read pages by pfn, and tell which could be read."""
+        return reading(self._frames)(frames)
+
+    @property
     def p2m(self) -> P2M:
         """The p2m by the frames that the stream names; its content is the mfns of the host that saved."""
         contents = self.contents
         if self._p2m is None or self._p2m[0] is not contents.p2m_record:
-            p2m = P2M(contents.width, contents.end_pfn + 1, Runs(*contents.p2m_leaf_runs), reading(self.frames))
+            p2m = P2M(contents.width, contents.end_pfn + 1, Runs(*contents.p2m_leaf_runs), self.read_p2m_frames)
             self._p2m = contents.p2m_record, p2m
         return self._p2m[1]
 

@@ -8,7 +8,7 @@ from xenpv.source.config import config_of
 from xenpv.source.saved import SavedDomain
 from xenpv.verify.heuristics import check_resume
 from xenpv.verify.p2m import check_p2m
-from xenpv.verify.page_tables import TableChecks, gdt_frames
+from xenpv.verify.page_tables import TableChecks
 from xenpv.verify.vcpus import check_start_info, check_vcpus
 
 
@@ -19,4 +19,4 @@ def check_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallb
     check_start_info(saved, findings)
     check_resume(saved, findings)
     check_p2m(saved, findings, config)
-    TableChecks(saved, findings, gdt_frames(saved)).run(progress)
+    TableChecks(saved, findings, saved.gdt_pfns()).run(progress)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW
+from xenpv.abi.x86 import PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, I64, IS_POPULATED, IS_TABLE, PAGES_PER_BATCH, PINNED, U8, U64, Mask, type_name
@@ -204,14 +204,3 @@ class TableChecks:
             return what, {"offset": self._page_offset(pfn), "pfn": pfn, "level": level}
 
         self.findings.add_each(rules.TABLE_ORPHAN, np.flatnonzero(free), describe)
-
-
-def gdt_frames(saved: SavedDomain) -> U64:
-    """The pfns of every vcpu's GDT frames, ascending. A GDT of more entries than there can be says nothing."""
-    pfns: set[int] = set()
-    for vcpu in saved.contents.vcpus:
-        context = saved.vcpu_context(vcpu)
-        if context is not None and int(context["gdt_ents"]) <= FIRST_RESERVED_GDT_ENTRY:
-            count = -(-int(context["gdt_ents"]) // GDT_ENTRIES_PER_FRAME)
-            pfns.update(int(pfn) for pfn in context["gdt_frames"][:count])
-    return np.array(sorted(pfns), np.uint64)

@@ -15,10 +15,10 @@ from xenpv.errors import XenPVError
 from xenpv.export.formats.content import Pages
 from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, U64
 from xenpv.memory import radix
-from xenpv.memory.domain import Domain
 from xenpv.memory.p2m import reading
 from xenpv.memory.pagetables import BITS_PER_LEVEL, frames_of_tables, place_of, translate
 from xenpv.memory.paging import PV
+from xenpv.source.domain import Domain
 
 LINUX_DIRECT_MAP = {8: 0xFFFF_8880_0000_0000, 4: 0xC000_0000}  # Linux, arch/x86/include/asm/page_types.h, 4 levels
 _KERNEL_HALF = {8: 1 << 35, 4: 3 << 18}  # the first page of the kernel's addresses, among all

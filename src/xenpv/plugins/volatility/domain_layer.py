@@ -23,7 +23,7 @@ from xenpv.export.export import pages_of
 from xenpv.findings import Rule, Severity
 from xenpv.frames import PAGE_SHIFT
 from xenpv.plugins.recent import RecentPages
-from xenpv.source.open import KeptDomain, open_domain
+from xenpv.source.open import FileDomain, open_path
 from xenpv.stream.dumpcore import is_core
 from xenpv.stream.envelope import SNIFF_SIZE, sniff
 
@@ -55,7 +55,7 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
                 wrong.append(f"{message} (at {offset:#x})")
 
         try:
-            self._domain: KeptDomain = open_domain(self._path, on_breach=fault)
+            self._domain: FileDomain = open_path(self._path, on_breach=fault)
         except (XenPVError, OSError) as e:
             raise exceptions.LayerException(self.name, f"{self._path}: {e}") from e
         try:

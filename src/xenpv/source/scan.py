@@ -1,0 +1,57 @@
+"""Reading all of a domain's memory: page by page, and in search of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from xenpv.frames import HAS_DATA, PAGE_SHIFT, U8, U64
+from xenpv.memory.domain import PagedDomain
+from xenpv.memory.p2m import reading
+from xenpv.memory.spans import batches
+
+_BATCH = 1024  # pages read at once: 4 MiB
+
+
+def iter_pages(domain: PagedDomain) -> Iterator[tuple[int, int, bytes]]:
+    """Yield pfn, page type and content of each page that has content and can be read."""
+    for pfns, types, pages in _batches(domain):
+        for pfn, page_type, page in zip(pfns.tolist(), types.tolist(), pages, strict=True):
+            yield pfn, page_type, page.tobytes()
+
+
+def search(domain: PagedDomain, data: bytes) -> Iterator[int]:
+    """Yield the address of each match of ``data``, across the border of consecutive pfns, too."""
+    if not data:
+        raise ValueError("search: no bytes to look for")
+    return _search(domain, data)
+
+
+def _search(domain: PagedDomain, data: bytes) -> Iterator[int]:
+    tail, tail_end = b"", -1  # the last bytes before address ``tail_end``, shorter than a match
+    for pfns, _, pages in _batches(domain):
+        cuts = np.flatnonzero(np.diff(pfns) != 1) + 1
+        for first, run in zip(pfns[np.append(0, cuts)].tolist(), np.split(pages, cuts), strict=True):
+            start = first << PAGE_SHIFT
+            if start != tail_end:
+                tail = b""
+            text = tail + run.tobytes()
+            base = start - len(tail)
+            at = text.find(data)
+            while at >= 0:
+                yield base + at
+                at = text.find(data, at + 1)
+            tail, tail_end = text[len(text) - len(data) + 1 :] if len(data) > 1 else b"", base + len(text)
+
+
+def _batches(domain: PagedDomain) -> Iterator[tuple[U64, U8, U8]]:
+    """Yield pfns, page types and content of pages that have content and can be read, some at a time."""
+    read = reading(domain.frames)
+    for extents in domain.extents():
+        has_data = HAS_DATA[extents.type]
+        types = extents.type[has_data]
+        for rows, pfns in batches(extents.start[has_data], extents.pages[has_data], _BATCH):
+            pages, readable = read(pfns)
+            if readable.any():
+                yield pfns[readable], types[rows[readable]], pages[readable]
