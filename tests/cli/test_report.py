@@ -128,7 +128,7 @@ def test_a_running_domain(pause: bool, tmp_path: Path, monkeypatch: pytest.Monke
     guest, out = Guest.boot("both"), tmp_path / "report.html"
     paused: list[int | None] = []
     info = guest.host.info(guest.domid)
-    monkeypatch.setattr("xenpv.cli.target._open_running", lambda _target, _stack: guest.live)
+    monkeypatch.setattr("xenpv.cli.target.open_running", lambda _target: guest.live)
     monkeypatch.setattr(guest.host, "pause", paused.append)
     monkeypatch.setattr(guest.host, "unpause", lambda _domid: paused.append(None))
     ran = xenpv("report", "litmus", "-o", out, "--json", *(["--pause"] if pause else []))
