@@ -1,1 +1,1 @@
-"""Building a PV domain: on a host, and into a save file without one."""
+"""Builds domains: on Xen, or into a save file."""

@@ -1,7 +1,9 @@
-"""Building a domain: a layout, which is pfns only, carried out on a host.
+"""Builds a domain: carries a layout, which knows only pfns, out on a host.
 
-The order is libxc's (xen.git:tools/libs/guest/xg_dom_boot.c xc_dom_boot_mem_init(), xc_dom_boot_image()), and so is
-what comes out, page for page. Cost follows what is used: free pages are given, and never touched.
+The order of steps and the result, page for page, are libxc's. Cost follows the pages that are written: free pages are
+only populated.
+
+Source: xen.git:tools/libs/guest/xg_dom_boot.c xc_dom_boot_mem_init(), xc_dom_boot_image()
 """
 
 from __future__ import annotations
@@ -21,17 +23,16 @@ from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.pagetables import cr3_of, localise
+from xenpv.memory.physmap import CHUNK, ORDER
 from xenpv.memory.publish import words
 from xenpv.memory.radix import counting
 
-_EXTENT = 512  # pages of 2 MiB
-_ORDER = 9
-_EXTENTS_AT_ONCE = 4096  # 8 GiB
-_BELOW_4G = 0x10_0000
+_EXTENTS_PER_CALL = 4096  # 8 GiB in one populate_physmap()
+_MFN_4G = 0x10_0000  # the frame at machine address 4 GiB
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class FrameMap:
     """The frames that a domain was given: ``count`` pages from pfn ``first`` on have the mfns from ``mfn`` on.
 
     Ascending. As runs, since a list of all would be as large as the p2m: 512 times what extents of 2 MiB take.
@@ -41,7 +42,7 @@ class Memory:
     count: I64
     mfn: U64
 
-    def mfns(self, pfns: U64) -> U64:
+    def lookup(self, pfns: U64) -> U64:
         """The mfn of each pfn, NO_FRAME where there is no memory."""
         if not len(self.first):
             return np.full(pfns.shape, NO_FRAME)
@@ -50,7 +51,7 @@ class Memory:
         inside = (row >= 0) & (at < self.first[row] + self.count[row])
         return np.where(inside, self.mfn[row] + (at - self.first[row]).astype(np.uint64), NO_FRAME)
 
-    def of(self, pfns: range) -> U64:
+    def lookup_range(self, pfns: range) -> U64:
         """The mfns of consecutive pfns, which takes no search for each."""
         rows = slice(
             max(int(np.searchsorted(self.first, pfns.start, "right")) - 1, 0),
@@ -69,10 +70,17 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A domain as the builder leaves it: paused, ready to start."""
+    """A domain that was built and not started.
+
+    Attributes:
+        domid: The domain, which is paused.
+        memory: The mfn of each pfn.
+        console: Its console ring.
+        xenstore: Its xenstore ring.
+    """
 
     domid: DomId
-    memory: Memory
+    memory: FrameMap
     console: Ring
     xenstore: Ring
 
@@ -88,169 +96,220 @@ def build(
     config: bytes | None = None,
     progress: ProgressCallback | None = None,
 ) -> Built:
-    """Make a domain as planned, paused; unpausing it starts its kernel.
+    """Build a paused domain as planned; unpausing it starts its kernel. After an error nothing of it is left.
 
-    ``ramdisk`` is what ``layout`` was planned for, ``config`` is kept for xl (domain.config.as_libxl()). Raises
-    RequestError when the host has too little memory, HostError when Xen refuses something: there is no domain then, and
-    nothing of it.
+    Args:
+        host: The host on which the domain is created.
+        image: The kernel.
+        layout: The plan for this kernel and this ramdisk.
+        ramdisk: Content of the ramdisk.
+        name: Name of the domain.
+        uuid: Its uuid.
+        config: Configuration that is kept for xl: source.config.as_libxl().
+        progress: Called after each batch.
+
+    Raises:
+        RequestError: The host has too little memory, or the ramdisk has another size than planned.
+        HostError: Xen refuses something.
     """
     _check(host, layout, ramdisk)
     domid = host.create(layout.width, vcpus=layout.vcpus, max_pages=layout.nr_pages + SLACK, name=name, uuid=uuid)
     try:
-        built = _Builder(host, domid, image, layout, progress or (lambda _: None)).run(ramdisk)
+        report = progress or (lambda _progress: None)
+        host.set_memory_map(domid, layout.p2m_entries)
+        memory = _populate(host, domid, layout, report)
+        built = _Builder(host, domid, memory, image=image, layout=layout, report=report).run(ramdisk)
         if config is not None:
             host.set_configuration(domid, config)
-        return built
     except BaseException:
         host.destroy(domid)
         raise
+    return built
 
 
 def _check(host: Toolstack, layout: Layout, ramdisk: bytes | memoryview) -> None:
-    planned = layout.segment(Part.RAMDISK)
-    if (planned.size if planned else 0) != len(ramdisk):
-        have = planned.size if planned else 0
-        raise RequestError(f"a ramdisk of {len(ramdisk)} bytes, where one of {have} was planned for", available=have)
+    """Raise RequestError for a ramdisk that was not planned for, or for too little memory."""
+    segment = layout.segment(Part.RAMDISK)
+    planned = segment.size if segment else 0
+    if len(ramdisk) != planned:
+        problem = f"the ramdisk has {len(ramdisk)} bytes, and the layout was planned for {planned}"
+        raise RequestError(f"{problem}: plan again", needed=len(ramdisk), available=planned)
     free = host.free_pages()
     if free < layout.nr_pages:
-        what = f"the domain takes {layout.nr_pages:#x} pages, and the host has {free:#x} left"
-        raise RequestError(what, needed=layout.nr_pages, available=free)
+        problem = f"the domain needs {layout.nr_pages:#x} pages, and the host has {free:#x} free"
+        raise RequestError(problem, needed=layout.nr_pages, available=free)
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _populate(host: Toolstack, domid: DomId, layout: Layout, report: ProgressCallback) -> FrameMap:
+    """Populate all pfns of the layout: with extents while the host has some, then with single pages.
+
+    Raises:
+        HostError: The host has too few pages.
+    """
+    runs: list[tuple[I64, I64, U64]] = []
+    populated = 0
+    for pfns in layout.ranges:
+        for first, end, order in _populate_calls(pfns):
+            pfn = first
+            for try_order in (order, 0) if order else (0,):
+                extent = 1 << try_order
+                extents = np.arange(pfn, end, extent, dtype=np.uint64)
+                mfns = host.populate_physmap(domid, extents, order=try_order)
+                if len(mfns):
+                    runs.append(_as_runs(extents[: len(mfns)].astype(np.int64), mfns, extent))
+                pfn += len(mfns) * extent
+                if pfn >= end:
+                    break
+            populated += pfn - first
+            report(Progress(populated, layout.nr_pages, "populating memory", "pages"))
+            if pfn < end:
+                problem = f"dom{domid}: the host gave only {populated:#x} of {layout.nr_pages:#x} pages"
+                raise HostError(problem, op="populate_physmap", domid=domid)
+    first_pfns, counts, first_mfns = zip(*runs, strict=True)
+    return FrameMap(np.concatenate(first_pfns), np.concatenate(counts), np.concatenate(first_mfns))
+
+
+def _populate_calls(pfns: range) -> Iterator[tuple[int, int, int]]:
+    """Cut a range into calls of populate_physmap(): first pfn, the pfn after the last one, and order."""
+    whole = pfns.start + len(pfns) // CHUNK * CHUNK
+    for first in range(pfns.start, whole, _EXTENTS_PER_CALL * CHUNK):
+        yield first, min(first + _EXTENTS_PER_CALL * CHUNK, whole), ORDER
+    if whole < pfns.stop:
+        yield whole, pfns.stop, 0
+
+
+def _as_runs(pfns: I64, mfns: U64, extent: int) -> tuple[I64, I64, U64]:
+    """Join extents of ``extent`` pages that continue each other: first pfns, page counts and first mfns of the runs."""
+    begins_run = np.ones(len(pfns), np.bool_)
+    begins_run[1:] = mfns[1:] != mfns[:-1] + np.uint64(extent)
+    rows = np.flatnonzero(begins_run)
+    return pfns[rows], np.diff(np.append(rows, len(pfns))) * extent, mfns[rows]
+
+
+def _batches(pfns: range) -> Iterator[range]:
+    """Cut a range into batches that are mapped at once."""
+    for first in range(pfns.start, pfns.stop, PAGES_PER_BATCH):
+        yield range(first, min(first + PAGES_PER_BATCH, pfns.stop))
 
 
 class _Builder:
-    """One build of one domain."""
+    """Fills the populated memory of one domain, and sets all other state."""
 
     def __init__(
-        self, host: Toolstack, domid: DomId, image: KernelImage, layout: Layout, progress: ProgressCallback
+        self,
+        host: Toolstack,
+        domid: DomId,
+        memory: FrameMap,
+        *,
+        image: KernelImage,
+        layout: Layout,
+        report: ProgressCallback,
     ) -> None:
         self.host = host
         self.domid = domid
+        self.memory = memory
         self.image = image
         self.layout = layout
-        self.progress = progress
-        self.memory = Memory(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
+        self.report = report
 
     def run(self, ramdisk: bytes | memoryview) -> Built:
         host, domid, layout = self.host, self.domid, self.layout
-        host.set_memory_map(domid, layout.p2m_entries)
-        self._populate()
-        self._load(ramdisk)
-        self._p2m()
-        self._tables()
+        self._load_kernel()
+        self._load_ramdisk(ramdisk)
+        self._write_p2m()
+        self._write_page_tables()
         info = layout.start_info
         daemons = host.daemons()
-        store = Ring(self._mfn(info.store_pfn), host.alloc_event_channel(domid, daemons.xenstore))
+        xenstore = Ring(self._mfn(info.store_pfn), host.alloc_event_channel(domid, daemons.xenstore))
         console = Ring(self._mfn(info.console_pfn), host.alloc_event_channel(domid, daemons.console))
         self._clear(range(info.store_pfn, info.store_pfn + 1))
         self._clear(range(info.console_pfn, info.console_pfn + 1))
-        self._start_info(store, console)
+        self._write_start_info(xenstore, console)
         if layout.hypercall_pfn is not None:
             host.init_hypercall_page(domid, self._mfn(layout.hypercall_pfn))
         top = self._mfn(layout.registers.cr3_pfn)
         host.pin_tables(domid, np.array([top], np.uint64), np.array([4 if layout.width == 8 else 3], np.uint8))
         host.write_shared_info(domid, start.shared_info(layout.width))
         host.set_vcpu_context(domid, 0, start.vcpu_context(layout, _cr3(top, layout)))
-        host.seed_grants(domid, console=console.mfn, xenstore=store.mfn)
-        host.introduce(domid, console=console, xenstore=store)
-        return Built(domid, self.memory, console, store)
-
-    # --- memory ------------------------------------------------------------------------------------------------------
-
-    def _populate(self) -> None:
-        """Frames for every range: extents of 2 MiB as far as they go and the host has them, then single pages."""
-        runs: list[tuple[I64, I64, U64]] = []
-        given = 0
-        for pfns in self.layout.ranges:
-            for first, stop, order in _batches(pfns):
-                at = first
-                for way in (order, 0) if order else (0,):
-                    size = 1 << way
-                    wanted = np.arange(at, stop, size, dtype=np.uint64)
-                    mfns = self.host.populate_physmap(self.domid, wanted, order=way)
-                    if len(mfns):
-                        runs.append(_runs(wanted[: len(mfns)].astype(np.int64), mfns, size))
-                    at += len(mfns) * size
-                    if at >= stop:
-                        break
-                given += at - first
-                self.progress(Progress(given, self.layout.nr_pages, "populating memory", "pages"))
-                if at < stop:
-                    what = f"the host gave {given:#x} of {self.layout.nr_pages:#x} pages"
-                    raise HostError(f"dom{self.domid}: {what}", op="populate_physmap", domid=self.domid)
-        self.memory = Memory(
-            np.concatenate([firsts for firsts, _, _ in runs]),
-            np.concatenate([counts for _, counts, _ in runs]),
-            np.concatenate([mfns for _, _, mfns in runs]),
-        )
+        host.seed_grants(domid, console=console.mfn, xenstore=xenstore.mfn)
+        host.introduce(domid, console=console, xenstore=xenstore)
+        return Built(domid, self.memory, console, xenstore)
 
     def _mfn(self, pfn: int) -> int:
-        return int(self.memory.of(range(pfn, pfn + 1))[0])
+        return int(self.memory.lookup_range(range(pfn, pfn + 1))[0])
 
     def _write(self, pfns: U64, pages: U8) -> None:
-        self.host.write_frames(self.domid, self.memory.mfns(pfns), pages)
+        """Write whole pages, uint8 of shape (n, 4096)."""
+        self.host.write_frames(self.domid, self.memory.lookup(pfns), pages)
 
     def _clear(self, pfns: range) -> None:
-        """Zero some pages: what a frame holds is whatever its last owner left."""
-        for some in _pieces(pfns):
-            with self.host.map_writable(self.domid, self.memory.of(some)) as pages:
+        """Zero pages: a new frame still holds what its last owner wrote."""
+        for batch in _batches(pfns):
+            with self.host.map_writable(self.domid, self.memory.lookup_range(batch)) as pages:
                 pages[:] = 0
 
-    def _copy(self, at: int, content: U8) -> None:
-        """Bytes to a pseudo-physical address, in bytes."""
-        pfns = range(at >> PAGE_SHIFT, (at + len(content) - 1 >> PAGE_SHIFT) + 1 if len(content) else at >> PAGE_SHIFT)
-        for some in _pieces(pfns):
-            begin, end = max(some.start * PAGE_SIZE, at), min(some.stop * PAGE_SIZE, at + len(content))
-            with self.host.map_writable(self.domid, self.memory.of(some)) as pages:
-                flat = pages.reshape(-1)
-                into = slice(begin - some.start * PAGE_SIZE, end - some.start * PAGE_SIZE)
-                flat[into] = content[begin - at : end - at]
+    def _copy(self, address: int, content: U8) -> None:
+        """Copy bytes to a pseudo-physical address, in bytes."""
+        end = address + len(content)
+        for batch in _batches(range(address >> PAGE_SHIFT, -(-end // PAGE_SIZE)) if len(content) else range(0)):
+            batch_start = batch.start * PAGE_SIZE
+            low, high = max(batch_start, address), min(batch.stop * PAGE_SIZE, end)
+            with self.host.map_writable(self.domid, self.memory.lookup_range(batch)) as pages:
+                pages.reshape(-1)[low - batch_start : high - batch_start] = content[low - address : high - address]
 
     # --- content -----------------------------------------------------------------------------------------------------
 
-    def _load(self, ramdisk: bytes | memoryview) -> None:
-        layout, image = self.layout, self.image
-        kernel, place = layout.segment(Part.KERNEL), layout.segment(Part.RAMDISK)
+    def _load_kernel(self) -> None:
+        layout = self.layout
+        kernel = layout.segment(Part.KERNEL)
         assert kernel is not None
         self._clear(kernel.pfns)
-        overlap = bool(image.elf.overlaps())  # if not, the zeroes behind a segment are there already
-        for number, (vaddr, content, zeroes) in enumerate(loads := list(image.loads())):
-            self.progress(Progress(number, len(loads), "loading the kernel"))
-            self._copy(vaddr - layout.virt_base, np.frombuffer(content, np.uint8))
+        overlap = bool(self.image.elf.overlaps())  # otherwise the zeros after a segment are there already
+        loads = list(self.image.loads())
+        for number, (vaddr, content, zeros) in enumerate(loads):
+            self.report(Progress(number, len(loads), "loading the kernel"))
+            address = vaddr - layout.virt_base
+            self._copy(address, np.frombuffer(content, np.uint8))
             if overlap:
-                at = vaddr - layout.virt_base + len(content)
-                self._copy(at, np.broadcast_to(np.zeros(1, np.uint8), zeroes))
-        if place is not None:
-            self.progress(Progress(0, place.size, "loading the ramdisk", "bytes"))
-            self._clear(range(place.pfns.stop - 1, place.pfns.stop))  # what is behind its end
-            self._copy(place.first * PAGE_SIZE, np.frombuffer(ramdisk, np.uint8))
+                self._copy(address + len(content), np.broadcast_to(np.zeros(1, np.uint8), zeros))
 
-    def _p2m(self) -> None:
-        """The linear list, some pages at a time: never a second array of the whole."""
+    def _load_ramdisk(self, ramdisk: bytes | memoryview) -> None:
+        segment = self.layout.segment(Part.RAMDISK)
+        if segment is not None:
+            self.report(Progress(0, segment.size, "loading the ramdisk", "bytes"))
+            self._clear(range(segment.pfns.stop - 1, segment.pfns.stop))  # the rest of its last page
+            self._copy(segment.first * PAGE_SIZE, np.frombuffer(ramdisk, np.uint8))
+
+    def _write_p2m(self) -> None:
+        """Write the linear p2m list in batches, without a second array of the whole."""
         layout, segment = self.layout, self.layout.segment(Part.P2M)
         assert segment is not None
-        per_page = PAGE_SIZE // layout.width
-        for some in _pieces(segment.pfns):
-            first = (some.start - segment.first) * per_page
-            mfns = self.memory.of(range(first, first + len(some) * per_page))
-            mfns[max(layout.p2m_entries - first, 0) :] = 0  # of the last page, what is behind the list's end
-            with self.host.map_writable(self.domid, self.memory.of(some)) as pages:
-                pages[:] = words(mfns.reshape(len(some), per_page), layout.width)
-            self.progress(Progress(some.stop - segment.first, segment.pages, "writing the p2m", "pages"))
+        entries_per_page = PAGE_SIZE // layout.width
+        for batch in _batches(segment.pfns):
+            first = (batch.start - segment.first) * entries_per_page
+            mfns = self.memory.lookup_range(range(first, first + len(batch) * entries_per_page))
+            mfns[max(layout.p2m_entries - first, 0) :] = 0  # after the list's end, on its last page
+            with self.host.map_writable(self.domid, self.memory.lookup_range(batch)) as pages:
+                pages[:] = words(mfns.reshape(len(batch), entries_per_page), layout.width)
+            self.report(Progress(batch.stop - segment.first, segment.pages, "writing the p2m", "pages"))
 
-    def _tables(self) -> None:
-        done, in_all = 0, sum(span.count for span in self.layout.tables)
+    def _write_page_tables(self) -> None:
+        written, total = 0, sum(span.count for span in self.layout.tables)
         for _, pfns, entries in start.tables(self.layout):
-            tables, _ = localise(entries, self.memory.mfns)
+            tables, _ = localise(entries, self.memory.lookup)
             self._write(pfns, tables.view(np.uint8).reshape(-1, PAGE_SIZE))
-            done += len(pfns)
-            self.progress(Progress(done, in_all, "making page tables", "tables"))
+            written += len(pfns)
+            self.report(Progress(written, total, "writing page tables", "tables"))
 
-    def _start_info(self, store: Ring, console: Ring) -> None:
+    def _write_start_info(self, xenstore: Ring, console: Ring) -> None:
         page = start.start_info(
             self.layout,
             shared_info=self.host.info(self.domid).shared_info_mfn << PAGE_SHIFT,
-            store_mfn=store.mfn,
-            store_evtchn=store.port,
+            store_mfn=xenstore.mfn,
+            store_evtchn=xenstore.port,
             console_mfn=console.mfn,
             console_evtchn=console.port,
         )
@@ -258,30 +317,15 @@ class _Builder:
         self._write(pfn, np.frombuffer(page, np.uint8).reshape(1, PAGE_SIZE))
 
 
-def _batches(pfns: range) -> Iterator[tuple[int, int, int]]:
-    """A range in parts that are populated at once: first and end, and of which order."""
-    whole = pfns.start + len(pfns) // _EXTENT * _EXTENT
-    for first in range(pfns.start, whole, _EXTENTS_AT_ONCE * _EXTENT):
-        yield first, min(first + _EXTENTS_AT_ONCE * _EXTENT, whole), _ORDER
-    if whole < pfns.stop:
-        yield whole, pfns.stop, 0
-
-
-def _pieces(pfns: range) -> Iterator[range]:
-    for first in range(pfns.start, pfns.stop, PAGES_PER_BATCH):
-        yield range(first, min(first + PAGES_PER_BATCH, pfns.stop))
-
-
-def _runs(pfns: I64, mfns: U64, size: int) -> tuple[I64, I64, U64]:
-    """Extents of ``size`` pages, those joined that follow each other in both numbers."""
-    new = np.ones(len(pfns), np.bool_)
-    new[1:] = mfns[1:] != mfns[:-1] + np.uint64(size)
-    starts = np.flatnonzero(new)
-    return pfns[starts], np.diff(np.append(starts, len(pfns))) * size, mfns[starts]
-
-
 def _cr3(top: int, layout: Layout) -> int:
-    if layout.top_below_4g and top >= _BELOW_4G:
-        what = f"the top page table got mfn {top:#x}, and this kernel (PAE without extended cr3) needs one below 4 GiB"
-        raise RequestError(what, needed=_BELOW_4G, available=top)
+    """Return the cr3 for a top table's mfn.
+
+    Raises:
+        RequestError: The kernel cannot use a top table at 4 GiB or above.
+    """
+    if layout.top_below_4g and top >= _MFN_4G:
+        problem = (
+            f"the top page table got mfn {top:#x}, at 4 GiB or above; this kernel (PAE without extended cr3) needs"
+        )
+        raise RequestError(f"{problem} one below mfn {_MFN_4G:#x}", needed=_MFN_4G, available=top)
     return cr3_of(top, layout.width)

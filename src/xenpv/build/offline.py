@@ -1,7 +1,7 @@
-"""A domain built into a file, with no hypervisor: what xl restores begins life at its kernel's entry point.
+"""Builds a domain into a save file, without a hypervisor: xl restore starts its kernel at the entry point.
 
-It is built on the model host and saved from there. A restorer gives every page a frame, puts that into the page tables
-and into the p2m list, fills in start info, and lets vcpu 0 run on where it stands, which is where it starts.
+The domain is built on a model host and saved from there. A restorer populates every page, localises page tables and
+p2m, fills in start info, and lets vcpu 0 run at its registers, which are those of the start of day.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import numpy as np
 
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import INVALID_MFN, START_INFO
-from xenpv.build.build import build
-from xenpv.host.model.host import ModelHost
+from xenpv.build.build import Built, build
+from xenpv.host.protocol import Mover
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, plan
 from xenpv.image.request import Request
@@ -24,20 +24,24 @@ from xenpv.memory.pagetables import cr3_of
 from xenpv.save.save import Summary, save
 from xenpv.source.config import as_libxl
 
-_ROOM = 8 << 30  # bytes of the host that are not the domain's
+HOST_BYTES = 8 << 30
+"""Bytes of memory that the model host needs beyond the domain's own."""
 
 
 def plan_file(image: KernelImage, request: Request) -> Layout:
-    """The plan of a domain that a restorer will start.
+    """Plan a domain that a restorer will start.
 
-    Restorers clear start info's flags, and with them SIF_MOD_START_PFN: so a ramdisk is mapped, whether or not the
-    kernel could find it by its pfn. Raises as image.layout.plan().
+    Restorers clear SIF_MOD_START_PFN in start info, so a ramdisk is mapped even for kernels that can find it by pfn.
+
+    Raises:
+        ImageError, RequestError: As image.layout.plan().
     """
     mapped = replace(image, parameters=replace(image.parameters, mod_start_pfn=False))
     return plan(mapped, request)
 
 
 def build_file(
+    host: Mover,
     image: KernelImage,
     layout: Layout,
     ramdisk: bytes | memoryview,
@@ -47,18 +51,50 @@ def build_file(
     uuid: str,
     progress: ProgressCallback | None = None,
 ) -> Summary:
-    """Write an xl save file of a domain as ``plan_file`` has it. Raises as build() and save()."""
-    host = ModelHost((layout.nr_pages << 12) + _ROOM, sparse=True)
+    """Build a domain on a model host, and write it as an xl save file.
+
+    Args:
+        host: A sparse model host of its own, with HOST_BYTES more memory than the domain.
+        image: The kernel.
+        layout: What plan_file() returned for it.
+        ramdisk: Content of the ramdisk.
+        sink: Receives the file.
+        name: Name of the domain.
+        uuid: Its uuid.
+        progress: Called after each batch.
+
+    Raises:
+        RequestError, HostError: As build().
+        OSError: The sink cannot be written.
+    """
     built = build(host, image, layout, ramdisk, name=name, uuid=uuid, progress=progress)
-    domid, width = built.domid, layout.width
-    top = int(built.memory.of(range(layout.registers.cr3_pfn, layout.registers.cr3_pfn + 1))[0])
-    # The list that the kernel will find in start info is the p2m that the restorer fills in.
-    where = cr3_of(top, width), layout.start_info.mfn_list
-    for offset, store in Anchors(width, layout.p2m_entries, INVALID_MFN[width], *where).stores():
-        host.write_shared_info(domid, store, offset)
-    # As a guest leaves start info when it suspends: pfns of the two rings, and in vcpu 0's third argument where it is.
-    info = layout.start_info
-    mfn = built.memory.of(range(info.pfn, info.pfn + 1))
+    _publish_p2m(host, built, layout)
+    _suspend(host, built, layout)
+    config = as_libxl(name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
+
+    def report(status: Progress) -> None:
+        if progress is not None:
+            progress(status._replace(step="writing the file"))
+
+    return save(host, built.domid, sink, config=config, progress=report)
+
+
+def _publish_p2m(host: Mover, built: Built, layout: Layout) -> None:
+    """Publish the linear p2m list that start info names: the restorer then fills in the list the kernel will read."""
+    top = int(built.memory.lookup_range(range(layout.registers.cr3_pfn, layout.registers.cr3_pfn + 1))[0])
+    linear_list = cr3_of(top, layout.width), layout.start_info.mfn_list
+    anchors = Anchors(layout.width, layout.p2m_entries, INVALID_MFN[layout.width], *linear_list)
+    for offset, store in anchors.stores():
+        host.write_shared_info(built.domid, store, offset)
+
+
+def _suspend(host: Mover, built: Built, layout: Layout) -> None:
+    """Leave start info and vcpu 0 as a guest does when it suspends.
+
+    Start info names the pfns of both rings, and vcpu 0's third argument is the mfn of start info.
+    """
+    info, width, domid = layout.start_info, layout.width, built.domid
+    mfn = built.memory.lookup_range(range(info.pfn, info.pfn + 1))
     page = host.map_frames(domid, mfn)[0].copy()
     fields = page[0, : START_INFO.size(width)].view(START_INFO[width])
     fields["store_mfn"], fields["console"]["domU"]["mfn"] = info.store_pfn, info.console_pfn
@@ -67,10 +103,3 @@ def build_file(
     context = np.frombuffer(data, VCPU_GUEST_CONTEXT[width])
     context["user_regs"]["rdx" if width == 8 else "edx"] = mfn[0]
     host.set_vcpu_context(domid, 0, bytes(data))
-    text = as_libxl(name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
-
-    def writing(status: Progress) -> None:
-        if progress is not None:
-            progress(status._replace(step="writing the file"))
-
-    return save(host, domid, sink, config=text, progress=writing)

@@ -123,13 +123,15 @@ def _boots_from(kernel: str, ramdisk: str | None, request: Request) -> dict[str,
 def _build_file(
     image: KernelImage, request: Request, ramdisk: str | None, name: str, output: str, *, as_json: bool
 ) -> None:
-    from xenpv.build.offline import build_file, plan_file  # noqa: PLC0415  NumPy
+    from xenpv.build.offline import HOST_BYTES, build_file, plan_file  # noqa: PLC0415  NumPy
+    from xenpv.host.model.host import ModelHost  # noqa: PLC0415
     from xenpv.io.atomic_output import Output  # noqa: PLC0415
 
     layout = plan_file(image, request)
     content = _content(ramdisk, request)
+    host = ModelHost((layout.nr_pages << 12) + HOST_BYTES, sparse=True)
     with Output.open(output) as file, progress_bar() as bar:
-        summary = build_file(image, layout, content, file, name=name, uuid=str(uuid4()), progress=bar)
+        summary = build_file(host, image, layout, content, file, name=name, uuid=str(uuid4()), progress=bar)
     if as_json:
         counts = {"pages": layout.nr_pages, "stored": summary.pages, "without_content": summary.empty}
         print_json({"file": output, "name": name} | counts)
