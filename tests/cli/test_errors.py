@@ -217,7 +217,7 @@ def test_a_bug_is_called_one(good: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert ran.code == 70
         assert "Traceback" in ran.err
         assert "ZeroDivisionError: one and only" in ran.err
-        assert ran.err.splitlines()[-1] == "xenpv: this is a bug of xenpv's; please report it with the lines above"
+        assert ran.err.splitlines()[-1] == "xenpv: this is a bug in xenpv; please report it with the lines above"
 
 
 def test_an_interrupt_is_no_bug(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

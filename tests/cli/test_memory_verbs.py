@@ -356,11 +356,11 @@ def test_build_into_a_file(tmp_path: Path) -> None:
     kernel.write_bytes(Kernel().to_bytes())
     ran = xenpv("build", kernel, "--memory", "16M", "-o", file)
     assert (ran.code, ran.out) == (0, "")
-    assert f"start it by: xl restore {file}" in ran.err
+    assert f"xl restore {file}" in ran.err
     assert xenpv("verify", file).code == 0
     assert xenpv("show", "--json", file).json["config"]["name"] == "kernel"
     ran = xenpv("build", kernel, "--memory", "16M", "--start", "-o", file)
-    assert (ran.code, "a file is not started" in ran.err) == (64, True)
+    assert "--start" in ran.usage_error
     ran = xenpv("build", kernel, "--memory", "1M", "-o", tmp_path / "none")
     assert ran.code == 1
     assert not (tmp_path / "none").exists()

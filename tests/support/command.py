@@ -1,4 +1,4 @@
-"""Runs xenpv's command line in this process, with standard input out of a pipe, and catches what it says."""
+"""Runs the command line in this process, with standard input from a pipe, and captures its output."""
 
 from __future__ import annotations
 
@@ -18,11 +18,28 @@ from xenpv.cli import main, verify_stream_v2
 
 @dataclass
 class Ran:
-    """How a command ended, and the bytes that it wrote."""
+    """A finished command: its exit status, the bytes of standard output, and standard error."""
 
     code: int
     raw: bytes
     err: str
+
+    @property
+    def error(self) -> str:
+        """The error message of a command that failed with status 1, one line on stderr, and printed nothing else."""
+        assert (self.code, self.raw) == (1, b""), self
+        message = self.err.removeprefix("xenpv: error: ")
+        assert message != self.err, self.err
+        assert message.endswith("\n"), message
+        assert message.count("\n") == 1, message
+        return message.rstrip("\n")
+
+    @property
+    def usage_error(self) -> str:
+        """The message of a command that was used wrongly."""
+        assert (self.code, self.raw) == (64, b""), self
+        assert "Traceback" not in self.err
+        return self.err
 
     @property
     def out(self) -> str:
@@ -34,7 +51,7 @@ class Ran:
 
 
 def lines(ran: Ran) -> str:
-    """What it printed, with runs of blanks as one."""
+    """The printed lines, each run of blanks as one blank."""
     return "\n".join(" ".join(line.split()) for line in ran.out.splitlines())
 
 

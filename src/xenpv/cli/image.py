@@ -1,20 +1,17 @@
-"""``xenpv image``: what a kernel is, whether Xen can boot it, and with how much memory."""
+"""``xenpv image``: whether and how Xen can boot a kernel, and with how much memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import click
 
 from xenpv.abi.x86 import PAGE_SIZE
-from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table
-from xenpv.errors import ImageError, RequestError
+from xenpv.cli.kernel_file import KERNEL, named_in_errors, read_kernel
+from xenpv.cli.terminal import JSON, NUMBER, print_field, print_json, print_table
 from xenpv.image.capacity import Limit, limits
 from xenpv.image.elf import Segment
-from xenpv.image.kernel import FILE_MAX, KernelImage
+from xenpv.image.kernel import KernelImage
 from xenpv.image.notes import Note, Source
 from xenpv.image.parameters import feature_names
 from xenpv.image.verdict import guest_type, p2m_obstacle, pv_obstacles, pvh_obstacles, remarks
@@ -22,29 +19,32 @@ from xenpv.text import printable, size
 
 
 @click.command()
-@click.argument("kernel", metavar="KERNEL", type=click.Path(allow_dash=True))
-@click.option("--initrd", type=NUMBER, default=0, metavar="SIZE", help="Count an initrd of this size in, such as 64M.")
+@KERNEL
+@click.option("--initrd", type=NUMBER, default=0, metavar="SIZE", help="Reserve room for an initrd of this size: 64M.")
 @JSON
 def image(kernel: str, initrd: int, as_json: bool) -> None:
-    """What a kernel file is: can it boot as PV or PVH, if not why, and with how much memory.
+    """Show whether a kernel can boot as PV or PVH, why not, and with how much memory.
 
-    KERNEL is a bzImage (vmlinuz) or an ELF file (vmlinux), 64-bit or 32-bit, also in gzip; "-" reads a pipe. Shown are
-    its Xen ELF notes and what they mean, features, addresses, and the segments to load. Nothing is started and no
-    hypervisor is needed.
+    KERNEL is a bzImage (vmlinuz) or an ELF file (vmlinux), 32-bit or 64-bit, also compressed with gzip; "-" reads a
+    pipe. The output lists the Xen ELF notes and their meaning, features, addresses, and the segments to load. Nothing
+    is started; this needs no hypervisor.
+
+    The table "Memory as PV" has a line for each place where the p2m list can lie. A list inside the initial mapping
+    must fit above the kernel's own addresses, which limits the memory. The note INIT_P2M moves the list out (Xen 4.7).
 
     \b
-    xenpv image /boot/vmlinuz-6.1.0-amd64
-    xenpv image --json vmlinuz | jq .pv.limits
-    xenpv image --initrd 200M vmlinuz      where a mapped initrd takes from what the p2m may have
+    Examples:
+      xenpv image /boot/vmlinuz-6.1.0-amd64
+      xenpv image --json vmlinuz | jq .pv.limits
+      xenpv image --initrd 200M vmlinuz      a mapped initrd leaves less room for the p2m list
 
-    "Memory as PV" has a line for each place in which the p2m list can lie. A list inside the initial mapping bounds a
-    domain to what fits behind the kernel's own addresses; the note INIT_P2M moves it out (Xen 4.7 and later).
-
-    Exit status: 0 whenever the file could be read, also if it cannot boot ("can_boot" of --json says that); 1 if it is
-    no kernel, or a damaged one; 64 usage.
+    \b
+    Exit status:
+      0  the file is a kernel, also if it cannot boot ("can_boot" in --json tells)
+      1  it is no kernel, or is damaged
     """
     data = read_kernel(kernel)
-    with naming(kernel):
+    with named_in_errors(kernel):
         parsed = KernelImage.parse(data)
     if as_json:
         print_json({"file": kernel, "size": len(data)} | describe(parsed, initrd))
@@ -52,29 +52,8 @@ def image(kernel: str, initrd: int, as_json: bool) -> None:
         _print_description(kernel, parsed, initrd)
 
 
-def read_kernel(path: str) -> bytearray:
-    """All of a file or of a pipe, but no more than a kernel can have, and a little to tell."""
-    if path != "-" and Path(path).is_dir():
-        raise RequestError(f"{path}: is a directory, not a kernel")
-    data = bytearray()
-    with open(0, "rb", closefd=False) if path == "-" else Path(path).open("rb") as file:
-        while len(data) <= FILE_MAX and (piece := file.read(1 << 20)):
-            data += piece
-    return data
-
-
-@contextmanager
-def naming(path: str) -> Iterator[None]:
-    """An ImageError out of the body says which file it is about."""
-    try:
-        yield
-    except ImageError as e:
-        name = "standard input" if path == "-" else printable(path)
-        raise ImageError(f"{name}: {e.reason}", offset=e.offset, note=e.note) from None
-
-
 def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:
-    """Everything that image says, as plain values; addresses are numbers, sizes in bytes, memory in pages."""
+    """Return the description that --json prints. Addresses and sizes are in bytes, memory limits in pages."""
     p = image.parameters
     return {
         "layers": [
@@ -92,12 +71,12 @@ def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:
         "machine": image.elf.machine_name,
         "width": image.width,
         "pv": {
-            "can_boot": not (against := pv_obstacles(image)),
-            "why_not": against,
+            "can_boot": not (obstacles := pv_obstacles(image)),
+            "why_not": obstacles,
             "guest_type": guest_type(image),
             "limits": [_limit(limit) for limit in limits(image, initrd=initrd)],
         },
-        "pvh": {"can_boot": not (against := pvh_obstacles(image)), "why_not": against, "entry": p.phys32_entry},
+        "pvh": {"can_boot": not (obstacles := pvh_obstacles(image)), "why_not": obstacles, "entry": p.phys32_entry},
         "p2m_outside_initial_mapping": p2m_obstacle(image) is None,
         "initrd_unmapped": p.mod_start_pfn,
         "remarks": remarks(image),
@@ -158,76 +137,74 @@ def _segment(segment: Segment, image: KernelImage) -> dict[str, Any]:
     }
 
 
-# --- for people ------------------------------------------------------------------------------------------------------
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
 def _print_description(file: str, image: KernelImage, initrd: int) -> None:
     p = image.parameters
-    click.echo(f"{printable(file)}: {_wrapping(image)}")
+    click.echo(f"{printable(file)}: {_layers(image)}")
     for layer in image.layers:
         if layer.version:
-            _line("version", printable(layer.version))
+            print_field("version", printable(layer.version))
     _verdict("PV", pv_obstacles(image), f"as {guest_type(image)}, entry {image.entry:#x}")
     _verdict("PVH", pvh_obstacles(image), f"entry {p.phys32_entry or 0:#x}")
     if image.source is not Source.NOWHERE:
-        _print_wishes(image)
+        _print_requirements(image)
     if p.features.supported:
         required = feature_names(p.features.required)
         names = [f"{name} (required)" if name in required else name for name in feature_names(p.features.supported)]
-        _line("features", ", ".join(names))
+        print_field("features", ", ".join(names))
     for remark in remarks(image):
-        _line("remark", click.style(printable(remark), fg="yellow"))
+        print_field("remark", click.style(printable(remark), fg="yellow"))
     _print_limits(limits(image, initrd=initrd), initrd)
     _print_notes(image)
     rows = []
     for s in image.segments:
         numbers = (s.offset, s.paddr, s.vaddr, image.virtual(s.paddr), s.filesz, s.memsz)
         rows.append([*(f"{n:#x}" for n in numbers), s.flag_names])
-    print_table(
-        "Load segments", ["offset#", "paddr#", "vaddr#", "loaded at (PV)#", "in file#", "in memory#", "flags"], rows
-    )
+    print_table("Load segments", ["offset#", "paddr#", "vaddr#", "PV address#", "filesz#", "memsz#", "flags"], rows)
 
 
-def _print_wishes(image: KernelImage) -> None:
+def _print_requirements(image: KernelImage) -> None:
     p = image.parameters
     obstacle = p2m_obstacle(image)
-    where = "may lie outside the initial mapping" if obstacle is None else "has to lie inside the initial mapping"
-    _line("p2m list", f"{where}: {obstacle or f'INIT_P2M {p.init_p2m:#x}'}")
-    unmapped = "may be left unmapped (MOD_START_PFN)" if p.mod_start_pfn else "has to be mapped: no MOD_START_PFN note"
-    _line("initrd", unmapped)
-    _line("kernel", f"{image.kernel_start:#x} to {image.kernel_end:#x}, pfn 0 at {image.virt_base:#x}")
+    where = "may lie outside the initial mapping" if obstacle is None else "must lie inside the initial mapping"
+    print_field("p2m list", f"{where}: {obstacle or f'INIT_P2M {p.init_p2m:#x}'}")
+    initrd = "may stay unmapped (MOD_START_PFN)" if p.mod_start_pfn else "must be mapped: no MOD_START_PFN note"
+    print_field("initrd", initrd)
+    print_field("kernel", f"{image.kernel_start:#x} to {image.kernel_end:#x}, pfn 0 at {image.virt_base:#x}")
     if p.hypercall_page is not None:
-        _line("hypercalls", f"page at {p.hypercall_page:#x}")
-    _line("suspend", "may be cancelled" if p.suspend_cancel else "cannot be cancelled: no SUSPEND_CANCEL note")
+        print_field("hypercalls", f"page at {p.hypercall_page:#x}")
+    print_field("suspend", "can be cancelled" if p.suspend_cancel else "cannot be cancelled: no SUSPEND_CANCEL note")
 
 
-def _wrapping(image: KernelImage) -> str:
-    """What it is, from the outside in: "bzImage (boot protocol 2.15), 7.7 MiB of xz; inside it a 64-bit ELF file …"."""
+def _layers(image: KernelImage) -> str:
+    """Describe the layers, outermost first: "bzImage (boot protocol 2.15), 7.7 MiB of xz; inside it a 64-bit ELF …"."""
     parts = []
     for layer in image.layers:
-        about = f" (boot protocol {layer.protocol[0]}.{layer.protocol[1]:02})" if layer.protocol else ""
-        parts.append(f"{layer.kind}{about}, {size(layer.packed)} of {layer.compression}")
+        protocol = f" (boot protocol {layer.protocol[0]}.{layer.protocol[1]:02})" if layer.protocol else ""
+        parts.append(f"{layer.kind}{protocol}, {size(layer.packed)} of {layer.compression}")
     elf = f"{8 * image.elf.width}-bit ELF file of {size(len(image.elf.data))} for {image.elf.machine_name}"
     return "; inside it a ".join([*parts, elf])
 
 
 def _verdict(kind: str, obstacles: list[str], how: str) -> None:
     if not obstacles:
-        _line(kind, click.style("can boot", fg="green") + f", {how}")
+        print_field(kind, click.style("can boot", fg="green") + f", {how}")
     for i, obstacle in enumerate(obstacles):
-        _line("" if i else kind, ("" if i else click.style("cannot boot", fg="red") + ": ") + printable(obstacle))
+        print_field("" if i else kind, ("" if i else click.style("cannot boot", fg="red") + ": ") + printable(obstacle))
 
 
-def _print_limits(found: list[Limit], initrd: int) -> None:
-    if not found:
+def _print_limits(memory_limits: list[Limit], initrd: int) -> None:
+    if not memory_limits:
         return
     rows = []
-    for limit in found:
-        least = "" if limit.least is None else size(limit.least * PAGE_SIZE)
-        most = size(limit.pages * PAGE_SIZE) if limit.pages else "nothing fits"
-        rows.append([limit.p2m, least, most, f"{limit.pages:#x}", limit.bound])
+    for limit in memory_limits:
+        minimum = "" if limit.least is None else size(limit.least * PAGE_SIZE)
+        maximum = size(limit.pages * PAGE_SIZE) if limit.pages else "nothing fits"
+        rows.append([limit.p2m, minimum, maximum, f"{limit.pages:#x}", limit.bound])
     title = "Memory as PV" + (f", with an initrd of {size(initrd)}" if initrd else "")
-    print_table(title, ["p2m list", "least#", "most#", "pages#", "bounded by"], rows)
+    print_table(title, ["p2m list", "minimum#", "maximum#", "maximum pages#", "limited by"], rows)
 
 
 def _print_notes(image: KernelImage) -> None:
@@ -238,12 +215,12 @@ def _print_notes(image: KernelImage) -> None:
         for note in image.notes
     ]
     legacy = image.source is Source.LEGACY
-    title = "Notes of the legacy string __xen_guest" if legacy else f"Xen ELF notes ({image.source})"
-    print_table(title, ["no.#", "name", "value", "meaning"], rows)
+    title = "Notes of the string __xen_guest" if legacy else f"Xen ELF notes ({image.source})"
+    print_table(title, ["type#", "name", "value", "meaning"], rows)
 
 
 def _value(note: Note) -> str:
-    """A note's value for people."""
+    """Format the value of a note."""
     value = note.value
     if isinstance(value, str):
         return printable(value)
@@ -252,7 +229,3 @@ def _value(note: Note) -> str:
     if isinstance(value, int):
         return f"{value:#x}"
     return " ".join(map(hex, value))
-
-
-def _line(label: str, text: str) -> None:
-    click.echo(f"  {label:<13}{text}")

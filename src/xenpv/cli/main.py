@@ -1,4 +1,4 @@
-"""``xenpv``: the group of all verbs, and what errors become."""
+"""``xenpv``: the command group, and the exit status of every error."""
 
 from __future__ import annotations
 
@@ -11,89 +11,113 @@ import click
 
 from xenpv import __version__
 from xenpv.errors import XenPVError
+from xenpv.io.process import use_one_blas_thread
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
 EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
 
 
-# Where each verb is, and what it is for. They are imported when called, and not to be listed: most need NumPy, which
-# takes longer to import than some take to run.
-_VERBS = {
-    "show": ("xenpv.cli.show", "What a save file or a core is: which domain, from where."),
-    "verify": ("xenpv.cli.verify", "Would this saved domain restore, and as what was saved?"),
-    "p2m": ("xenpv.cli.p2m", "A domain's p2m, running or saved: form, anchors, entries."),
-    "check": ("xenpv.cli.check", "Hold a running domain's p2m against Xen's m2p, both ways."),
-    "report": ("xenpv.cli.report", "A domain as a page that people look at."),
-    "walk": ("xenpv.cli.walk", "Walk a virtual address through a domain's page tables."),
-    "read": ("xenpv.cli.read", "Read memory at a virtual or pseudo-physical address."),
-    "export": ("xenpv.cli.export", "Write a domain's memory as other tools read it."),
-    "image": ("xenpv.cli.image", "What a kernel file is: can it boot as PV or PVH?"),
-    "layout": ("xenpv.cli.layout", "Where everything of a PV domain lies when it starts."),
-    "build": ("xenpv.cli.build", "Build a PV domain of any size from a kernel, in dom0."),
-    "save": ("xenpv.cli.save", "Save a PV domain to a file, as xl save does."),
-    "restore": ("xenpv.cli.restore", "Restore a PV domain from a save file."),
-    "migrate": ("xenpv.cli.migrate", "Move a PV domain to another host, while it runs."),
-    "receive": ("xenpv.cli.receive", "Take one domain that `xenpv migrate` sends."),
-    "list": ("xenpv.cli.list", "The domains that run on this machine."),
-    "convert": ("xenpv.cli.convert", "Convert a saved domain to the stream of today."),
-    "diff": ("xenpv.cli.diff", "What differs between two domains, by page and by record."),
-    "demo": ("xenpv.cli.demo", "A PV domain of 600 GiB built, saved, verified and migrated."),
+# One line of help for each verb, by kind of user. The verb "show" is the function show() in xenpv.cli.show, and so on.
+# A verb's module is imported only when the verb runs: most need NumPy, whose import takes longer than `xenpv --help`.
+VERBS = {
+    "First steps": {
+        "demo": "Build, save, verify and migrate a 600 GiB domain on a model of Xen.",
+    },
+    "Saved guests": {
+        "show": "Show what a save file or core contains.",
+        "verify": "Check whether a saved domain would restore.",
+        "diff": "Compare two domains by page and by record.",
+        "convert": "Convert a saved domain to the current stream version.",
+    },
+    "Running domains, in dom0": {
+        "list": "List the domains of this host.",
+        "check": "Cross-check a domain's p2m against Xen's M2P.",
+        "build": "Build a PV domain from a kernel (offline: into a save file).",
+        "save": "Save a PV domain to a file.",
+        "restore": "Restore a PV domain from a save file.",
+        "migrate": "Migrate a PV domain to another host.",
+        "receive": "Receive a domain that `xenpv migrate` sends.",
+    },
+    "Debugging and forensics, of files and running domains": {
+        "report": "Write an HTML report about a domain.",
+        "export": "Export memory for drgn, crash, gdb or Volatility.",
+        "walk": "Walk a virtual address through page tables.",
+        "read": "Read memory at a virtual or physical address.",
+        "p2m": "Show a p2m: form, anchors, entries and a map.",
+    },
+    "Kernels and domain layout": {
+        "image": "Show whether a kernel boots as PV or PVH.",
+        "layout": "Show where everything of a new PV domain will lie.",
+    },
 }
 
 
-class Verbs(click.Group):
-    """The verbs, in the order in which people need them."""
+class VerbGroup(click.Group):
+    """Lists the verbs by kind of user and imports a verb's module when it is called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        return list(_VERBS)
+        """Return the names of all verbs, in the order of the help."""
+        return [verb for verbs in VERBS.values() for verb in verbs]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _VERBS:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a verb; None if there is no such verb."""
+        if cmd_name not in self.list_commands(ctx):
             return None
-        where, _ = _VERBS[cmd_name]
-        command = getattr(importlib.import_module(where), cmd_name)
+        command = getattr(importlib.import_module(f"xenpv.cli.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, what) for name, (_, what) in _VERBS.items()])
+        """Write a section of the help for each kind of user."""
+        for user, verbs in VERBS.items():
+            with formatter.section(user):
+                formatter.write_dl(list(verbs.items()))
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="xenpv")
 def main() -> None:
-    """Xen PV domains, saved and running: what they are, whether they would restore, what is in their memory.
+    """Build, inspect, verify, export, save, restore and live-migrate Xen PV domains of any memory size.
 
-    FILE is a save file of xl, libvirt or xenopsd, or a bare libxl or libxc stream; "-" reads a pipe.
+    FILE is a save file of xl, libvirt or xenopsd, a bare libxl or libxc stream, or a core of `xl dump-core`; "-" reads
+    a pipe. Commands on a FILE need no hypervisor. DOM is a running domain, by id, uuid or name, and needs root in dom0.
 
     \b
-    xenpv verify dom.save              will it restore? if not, why, down to the page-table entry
-    xenpv show dom.save                what it is
-    xenpv report dom.save -o report.html    all of that as a page to look at
-    xenpv walk dom.save 0xffffffff81000000
-    zstd -dc dom.save.zst | xenpv verify -
-    xenpv export dom.save dom.elf      its memory as a core for drgn, gdb, crash, Volatility
-    xenpv diff before.save after.save  what is not the same, page by page and field by field
-    xenpv convert old.save new.save    from before Xen 4.6, or between envelopes, to what restores today
-    xenpv image vmlinuz                what a kernel is; can it boot, with how much memory
-    xenpv layout vmlinuz --memory 640G where everything of a domain would lie when it starts
-    xenpv build vmlinuz --memory 4G --start    a PV domain of any size (in dom0)
-    xenpv save DOM FILE                save it; xenpv restore FILE brings it back (in dom0)
-    xenpv migrate DOM HOST             move it to another host while it runs (in dom0)
-    xenpv list                         running domains (in dom0)
-    xenpv check DOM                    hold a running domain's p2m against Xen's m2p
+    Examples:
+      xenpv verify dom.save                    Would it restore? If not: why not?
+      zstd -dc dom.save.zst | xenpv verify -
+      xenpv show dom.save                      Which domain is in this file?
+      xenpv diff before.save after.save        What changed, by page and by field?
+      xenpv convert old.save new.save          a stream of before Xen 4.6 to today's
+      xenpv check web                          Is the p2m of this running domain right?
+      xenpv migrate web otherhost              live, over ssh
+      xenpv build vmlinuz --memory 640G --start
+      xenpv report dom.save -o report.html     all about a domain on one page
+      xenpv export dom.save dom.elf            a core for drgn, crash, gdb, Volatility
+      xenpv walk dom.save 0xffffffff81000000
+      xenpv image vmlinuz                      Can this kernel boot as PV? With how much memory?
 
-    Shell completion: eval "$(_XENPV_COMPLETE=bash_source xenpv)" (or zsh_source, fish_source).
-    Exit status: 0 fine, 1 findings or a failed operation, 64 usage, 70 a bug of xenpv's.
+    `xenpv COMMAND --help` explains a command and its options.
+
+    \b
+    Exit status:
+      0    success
+      1    findings, differences, or a failed operation
+      64   wrong usage
+      70   a bug in xenpv
+      130  interrupted
+
+    \b
+    Shell completion:
+      eval "$(_XENPV_COMPLETE=bash_source xenpv)"      or zsh_source, fish_source
     """
 
 
 def run(command: click.Command = main) -> NoReturn:
-    """Run the command line and exit."""
-    # Read when NumPy is imported. Nothing here multiplies matrices, and its threads take time to start.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    """Run the command line, turn errors into messages and exit statuses, and exit."""
+    use_one_blas_thread()
     try:
         sys.exit(command.main(standalone_mode=False) or 0)
     except click.UsageError as e:
@@ -101,19 +125,19 @@ def run(command: click.Command = main) -> NoReturn:
         sys.exit(EXIT_USAGE)
     except click.Abort:
         click.echo("xenpv: interrupted", err=True)
-        sys.exit(130)
+        sys.exit(EXIT_INTERRUPTED)
     except XenPVError as e:
         click.echo(f"xenpv: error: {e}", err=True)
         sys.exit(EXIT_FAILED)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nobody reads; say nothing at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone: flush nothing into the pipe at exit
         sys.exit(EXIT_FAILED)
     except OSError as e:
         click.echo(f"xenpv: error: {e.filename or 'input'}: {e.strerror}", err=True)
         sys.exit(EXIT_FAILED)
-    except Exception:  # everything else is a bug of ours, and says so
+    except Exception:  # any other exception is a bug in xenpv
         import traceback  # noqa: PLC0415
 
         traceback.print_exc()
-        click.echo("xenpv: this is a bug of xenpv's; please report it with the lines above", err=True)
+        click.echo("xenpv: this is a bug in xenpv; please report it with the lines above", err=True)
         sys.exit(EXIT_BUG)

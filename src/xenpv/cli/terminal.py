@@ -1,13 +1,13 @@
-"""How the verbs speak: numbers in, numbers out, progress on a terminal's stderr, JSON on demand."""
+"""What the verbs share at the terminal: types of options, JSON, tables, findings and the progress bar."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -18,16 +18,18 @@ from xenpv.text import size
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
-    """A number in decimal or, with 0x, hexadecimal; with K, M, G or T for powers of 1024."""
+    """A number: decimal or hexadecimal (0x…), or decimal with K, M, G or T for powers of 1024."""
 
     name = "number"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse a number from 0 to 2^64 - 1."""
         if isinstance(value, int):
             return value
         text = str(value).replace("_", "")
@@ -35,7 +37,7 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic since click 
         try:
             number = int(text[:-1] if scale > 1 else text, 0) * scale
         except ValueError:
-            self.fail(f"{value!r} is not a number (decimal, 0x…, or with K, M, G, T)", param, ctx)
+            self.fail(f"{value!r} is not a number; use decimal, 0x…, or a suffix K, M, G, T", param, ctx)
         if not 0 <= number < 1 << 64:
             self.fail(f"{value!r} is not between 0 and 2^64 - 1", param, ctx)
         return number
@@ -43,16 +45,33 @@ class Number(click.ParamType):  # type: ignore[type-arg]  # generic since click 
 
 NUMBER = Number()
 FILE = click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+JSON_LINES = click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object per line.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit status is the answer.")
+PAUSED = click.option("-p", "--paused", is_flag=True, help="Leave the domain paused there (xl unpause resumes it).")
+
+
+def keep_option(default: int = 20, *names: str, each: str = "findings of each rule") -> Callable[[_F], _F]:
+    """Return an option for how many results to show, while all are counted; its value is the parameter ``keep``.
+
+    Args:
+        default: How many to show by default.
+        names: Further names of the option.
+        each: The results, for the help.
+    """
+    help_text = f"Show at most N {each}; all are counted."
+    count = click.IntRange(min=0)
+    return click.option("--keep", *names, "keep", type=count, default=default, show_default=True, metavar="N",
+                        help=help_text)  # fmt: skip
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document."""
     click.echo(json.dumps(value, indent=2))
 
 
 def print_json_line(value: Any, *, err: bool = False) -> None:
-    """Print an event as one line of JSON, on standard error with ``err``."""
+    """Print an event as one line of JSON, on stderr with ``err``."""
     click.echo(json.dumps(value), err=err)
 
 
@@ -103,17 +122,22 @@ def _figures(progress: Progress, seconds: float) -> str:
     return f"{progress.done}" + (f" of {progress.total}" if progress.total is not None else "") + f" {progress.unit}"
 
 
-def print_findings(kept: Iterable[Finding], left_out: dict[Rule, int]) -> None:
-    """A line for each finding, and how many more of each rule there are."""
-    for finding in kept:
-        kind = finding.severity
-        click.echo(f"{click.style(f'{kind}: ', fg=_COLOURS[kind], bold=True)}{finding}")
-    for rule, n in left_out.items():
-        click.echo(f"… and {n} more of [{rule.name}]")
+def print_findings(findings: Iterable[Finding], left_out: dict[Rule, int]) -> None:
+    """Print a line for each finding, then how many more of each rule there are."""
+    for finding in findings:
+        severity = finding.severity
+        click.echo(f"{click.style(f'{severity}: ', fg=_COLOURS[severity], bold=True)}{finding}")
+    for rule, count in left_out.items():
+        click.echo(f"… and {count} more of [{rule.name}]")
+
+
+def print_field(label: str, text: str) -> None:
+    """Print an indented line of a description: a label and its text."""
+    click.echo(f"  {label:<13}{text}")
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A table; numbers (a column name that ends in "#") to the right."""
+    """Print a table. Columns whose name ends in "#" hold numbers and are aligned to the right."""
     from rich.box import SIMPLE  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
@@ -123,5 +147,5 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column.rstrip("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else 1000  # who reads a pipe wants whole lines
+    width = None if sys.stdout.isatty() else 1000  # programs that read a pipe need whole lines
     Console(width=width, highlight=False).print(table)

@@ -19,6 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from xenpv.errors import GuestError, HostError, RequestError, StreamError, XenPVError
+from xenpv.io.process import use_one_blas_thread
 from xenpv.save_helper import protocol
 from xenpv.save_helper.protocol import Level, Message, Restore, Save
 
@@ -322,8 +323,7 @@ def main(argv: list[str], find_host: Callable[[], Mover] = xen) -> int:
         print("xenpv-save-helper is run by libxl: LIBXL_SAVE_HELPER=/path/to/xenpv-save-helper xl save|restore|migrate",
               file=sys.stderr)  # fmt: skip
         return EXIT_USAGE
-    # Read when NumPy is imported. Nothing here multiplies matrices, and its threads take time and memory to start.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    use_one_blas_thread()
     libxl = Libxl.at_standard_descriptors()
     try:
         try:
