@@ -28,7 +28,7 @@ from xenpv.errors import Malformed, RequestError, StreamError, Truncated, Unsupp
 from xenpv.frames import HAS_DATA
 from xenpv.io.stream_input import Input
 from xenpv.source.saved import SavedDomain
-from xenpv.stream.envelope import Kind
+from xenpv.stream.envelope import CONFIG_MAX, Kind
 from xenpv.stream.legacy import LegacyFormat
 from xenpv.stream.reader import Reader
 from xenpv.verify.stream import verify
@@ -151,18 +151,24 @@ def test_a_device_model_is_not_lost_silently(out: Path) -> None:
     assert len(converted(data, out, kind=Kind.LIBXL).left_out) == 0
 
 
-def test_what_has_no_place_is_said(out: Path) -> None:
-    for wish, says in (
-        ({"kind": Kind.LIBVIRT}, "XML"),
-        ({"kind": Kind.LIBXL, "config": CONFIG}, "no place"),
-        ({"kind": Kind.XL, "config": CONFIG_XML, "style": "xml"}, "no place"),
-        ({"kind": Kind.XL, "config": bytes(17 << 20)}, "configuration of"),
-        ({"batch": 0}, "1 to"),
-        ({"batch": BATCH_MAX + 1}, "1 to"),
-    ):
-        with pytest.raises(RequestError, match=says):
-            converted(DOMAIN.to_bytes("xl"), out, **wish)
-        assert not out.exists()
+@pytest.mark.parametrize(
+    ("options", "available"),
+    [
+        pytest.param({"kind": Kind.LIBVIRT}, None, id="libvirt-without-xml"),
+        pytest.param({"kind": Kind.LIBXL, "config": CONFIG}, None, id="libxl-with-config"),
+        pytest.param({"kind": Kind.XL, "config": CONFIG_XML, "style": "xml"}, None, id="xl-with-xml"),
+        pytest.param({"kind": Kind.XL, "config": bytes(17 << 20)}, CONFIG_MAX, id="config-too-long"),
+        pytest.param({"batch": 0}, BATCH_MAX, id="batch-0"),
+        pytest.param({"batch": BATCH_MAX + 1}, BATCH_MAX, id="batch-too-large"),
+    ],
+)
+def test_convert_options_that_do_not_fit_raise_request_error(
+    options: dict[str, Any], available: int | None, out: Path
+) -> None:
+    with pytest.raises(RequestError) as e:
+        converted(DOMAIN.to_bytes("xl"), out, **options)
+    assert e.value.available == available
+    assert not out.exists()
 
 
 def test_optional_records_are_left_out_and_told(out: Path) -> None:

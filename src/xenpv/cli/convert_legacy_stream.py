@@ -20,8 +20,7 @@ from xenpv.convert.file import write
 from xenpv.errors import XenPVError
 from xenpv.io.atomic_output import Output
 from xenpv.io.stream_input import Input
-from xenpv.stream import wrapping
-from xenpv.stream.envelope import XL_FLAG_STREAMV2, Kind
+from xenpv.stream.envelope import XL_FLAG_STREAMV2, Kind, xl_header
 from xenpv.stream.events import Event
 from xenpv.stream.legacy import LegacyFormat
 from xenpv.stream.libxl import EmulatorContext
@@ -61,7 +60,7 @@ def convert(
         nonlocal first
         if first and xl and buffers:
             flag = XL_FLAG_STREAMV2 if kind is Kind.LIBXL else 0
-            buffers = [*wrapping.xl_header(conversion.config, conversion.style, inside=flag), *buffers]
+            buffers = [*xl_header(conversion.config, conversion.style, stream_flag=flag), *buffers]
         first &= not buffers
         out.write(buffers)
 

@@ -18,7 +18,7 @@ from xenpv.frames import PAGE_SIZE
 from xenpv.io.checkpoint_buffer import Checkpoints
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
-from xenpv.stream import framing, libxl, records, wrapping
+from xenpv.stream import envelope, framing, libxl, records
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, PageDeltas, SectionHeader
 from xenpv.stream.fields import Buffer
@@ -216,12 +216,12 @@ class Conversion:
         done.version, done.guest = self._version or 1, header.guest
         done.kind = wish.kind or done.source
         config, style = (self.config, self.style) if wish.config is None else (wish.config, wish.style)
-        if wish.config is None and style not in wrapping.STYLES[done.kind]:
+        if wish.config is None and style not in envelope.CONFIG_FORMATS[done.kind]:
             config = b""
         done.config = bool(config)
-        head = wrapping.head(done.kind, config, style)
+        head = envelope.envelope_header(done.kind, config, style)
         xen = (header.xen_major, header.xen_minor)
-        self._writer = Writer(wrapping.INSIDE[done.kind], guest=header.guest, xen=xen, legacy=legacy)
+        self._writer = Writer(envelope.INNER_KIND[done.kind], guest=header.guest, xen=xen, legacy=legacy)
         self._static = self._version == 3
         return [*head, *self._writer.start()]
 
@@ -252,14 +252,14 @@ class Conversion:
 
     def _end(self) -> Iterator[Buffers]:
         """What follows libxc's stream."""
-        if wrapping.INSIDE[self.done.kind] is Kind.LIBXL:
+        if envelope.INNER_KIND[self.done.kind] is Kind.LIBXL:
             for record in self.emulators:
                 yield self._to.send(record)
             yield self._to.send(libxl.LibxlEnd())
         else:
             for record in self.emulators:
                 self._no_place(record.name, record.offset)
-        if tail := wrapping.tail(self.done.kind):
+        if tail := envelope.envelope_trailer(self.done.kind):
             yield tail
         self.done.pages, self.done.dropped = self._cutter.pages, self._cutter.dropped
         self.done.bytes_in = self._reader.offset

@@ -1,8 +1,8 @@
-"""What wraps a migration stream, told apart by looking.
+"""The envelope of a migration stream in a file: its headers, detection by the first bytes, and writing.
 
-xl writes xen.git:tools/xl/xl.h struct save_file_header; libvirt src/libxl/libxl_domain.h libxlSavefileHeader; xenopsd
-(xen-api.git:ocaml/xenopsd/lib/suspend_image.ml) a signature and then {type, length} sections. All three hold a libxl
-or libxc stream, which may also come bare.
+xl writes struct save_file_header (xen.git:tools/xl/xl.h), libvirt libxlSavefileHeader (src/libxl/libxl_domain.h).
+xenopsd writes a signature and then {type, length} sections (xen-api.git:ocaml/xenopsd/lib/suspend_image.ml). All three
+hold a libxl or libxc stream, which may also come bare.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from xenpv.errors import Unsupported
-from xenpv.stream.fields import Fields
+from xenpv.errors import RequestError, Unsupported
+from xenpv.stream.fields import Buffer, Fields
 
-SNIFF_SIZE = 32  # bytes that sniff() wants; fewer do when the input ends before
+SNIFF_SIZE = 32  # bytes that sniff() needs, unless the input ends before
 
 
 class Kind(StrEnum):
+    """Kinds of stream: an envelope, or a bare stream."""
+
     XL = "xl"
     LIBVIRT = "libvirt"
     XENOPSD = "xenopsd"
@@ -25,16 +27,16 @@ class Kind(StrEnum):
 
 
 XL_MAGIC = b"Xen saved domain, xl format\n \0 \r"
-XL_FIELDS = Fields(byteorder=4, mandatory=4, optional=4, length=4)  # behind the magic
+XL_FIELDS = Fields(byteorder=4, mandatory=4, optional=4, length=4)  # after the magic
 XL_HEADER_SIZE = len(XL_MAGIC) + XL_FIELDS.size
-XL_CONFIG = Fields(size=4)  # what the optional data begins with, then the configuration
+XL_CONFIG = Fields(size=4)  # the start of the optional data; the configuration follows
 XL_BYTEORDER = 0x01020304
 XL_FLAG_JSON = 1 << 0
 XL_FLAG_STREAMV2 = 1 << 1
 XL_FLAGS_KNOWN = XL_FLAG_JSON | XL_FLAG_STREAMV2
 
 LIBVIRT_MAGIC = b"libvirt-xml\n \0 \r"
-LIBVIRT_FIELDS = Fields(version=4, length=4, **{f"_unused{i}": 4 for i in range(10)})  # behind the magic
+LIBVIRT_FIELDS = Fields(version=4, length=4, **{f"_unused{i}": 4 for i in range(10)})  # after the magic
 LIBVIRT_HEADER_SIZE = len(LIBVIRT_MAGIC) + LIBVIRT_FIELDS.size
 
 XENOPSD_MAGIC = b"XenSavedDomv2-\n"
@@ -51,7 +53,7 @@ _MAGICS = {
     LIBXC_MARKER: Kind.LIBXC,
 }
 
-CONFIG_MAX = 16 << 20  # bytes; a domain's configuration is kilobytes, so a larger one is a lie
+CONFIG_MAX = 16 << 20  # bytes; a domain's configuration has kilobytes
 
 
 class Section(StrEnum):
@@ -87,10 +89,14 @@ SECTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The wrapping as found: its kind, and the domain's configuration where it carries one.
+    """An envelope that was read.
 
-    ``length`` is its size in bytes up to the stream inside; ``config`` is JSON, xl's text format, XML or an
-    s-expression, as ``config_format`` says ("json", "xl", "xml", "sexp", or "" for none).
+    Attributes:
+        kind: xl, libvirt or xenopsd.
+        offset: where it begins.
+        length: bytes up to the stream inside.
+        config: the domain's configuration; empty where it carries none.
+        config_format: "json", "xl" (xl's text format), "xml", "sexp", or "" for none.
     """
 
     kind: Kind
@@ -114,18 +120,21 @@ _COMPRESSED = {
 
 
 def sniff(head: bytes) -> Kind:
-    """The kind of stream that begins with these bytes, ``SNIFF_SIZE`` of them or all that there are.
+    """Detect the kind of stream by its first bytes: SNIFF_SIZE of them, or all that there are.
 
-    An input that ends within the first bytes of a kind is of that kind: reading it will say where it was cut.
-    Raises Unsupported with a sentence that says what it is instead.
+    An input that ends within the magic of a kind is of that kind; reading it then raises Truncated.
+
+    Raises:
+        Unsupported: no kind begins so. The message says what the input looks like.
     """
     for magic, kind in _MAGICS.items():
         if head.startswith(magic) or (head and magic.startswith(head)):
             return kind
-    raise Unsupported(_what_else(head), offset=0)
+    raise Unsupported(_describe_other(head), offset=0)
 
 
-def _what_else(head: bytes) -> str:
+def _describe_other(head: bytes) -> str:
+    """Describe an input that is no stream."""
     if not head:
         return "the input is empty"
     for magic, (name, command) in _COMPRESSED.items():
@@ -133,19 +142,19 @@ def _what_else(head: bytes) -> str:
             return f"the input is compressed with {name}; unpack it into a pipe: {command} FILE | xenpv … -"
     if head.startswith(b"\x7fELF"):
         what = "the input is an ELF file (a kernel or a core), not a saved domain"
-        return f"{what}; xenpv image reads kernels, show and others cores, by their names"
+        return f"{what}; `xenpv image` reads kernels, `xenpv show` reads cores by name"
     if head.startswith(b"XenSavedDomain\n"):
-        return "the input is a legacy xenopsd suspend image (before Xen 4.6), which is recognised but not read"
+        return "the input is a legacy xenopsd suspend image (before Xen 4.6), which xenpv does not read"
     if width := legacy_width(head):
         return (
-            f"the input looks like a legacy (v1) stream of a {width}-bit toolstack (before Xen 4.6), which is "
-            "recognised but not read; `xenpv convert` converts it"
+            f"the input looks like a legacy (v1) stream of a {width}-bit toolstack (before Xen 4.6); "
+            "convert it with `xenpv convert`"
         )
     return "the input is not a saved Xen domain: no xl, libvirt, xenopsd, libxl or libxc header"
 
 
 def legacy_width(head: bytes) -> int | None:
-    """Bits of the toolstack that wrote a legacy stream of a PV domain, or None.
+    """Return the bits (32, 64) of the toolstack that wrote a legacy stream of a PV domain; None for other inputs.
 
     "These shall be distinguished by inspecting octets 4-7 in the image. If these are zero then it is a 64-bit image";
     in a 32-bit one a PV domain's extended-info signature, all ones, stands there (libxc-migration-stream.pandoc,
@@ -159,3 +168,79 @@ def legacy_width(head: bytes) -> int | None:
     if head[4:8] == b"\xff" * 4:
         return 32
     return None
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+# The kind of stream inside, and the formats of configuration that an envelope can carry.
+INNER_KIND = {
+    Kind.XL: Kind.LIBXL,
+    Kind.LIBVIRT: Kind.LIBXL,
+    Kind.XENOPSD: Kind.LIBXC,
+    Kind.LIBXL: Kind.LIBXL,
+    Kind.LIBXC: Kind.LIBXC,
+}
+CONFIG_FORMATS = {
+    Kind.XL: ("json", "xl"),
+    Kind.LIBVIRT: ("xml",),
+    Kind.XENOPSD: ("sexp",),
+    Kind.LIBXL: (),
+    Kind.LIBXC: (),
+}
+
+_LIBVIRT_VERSION = 2
+_SECTION_NUMBERS = {section: number for number, section in SECTIONS.items()}
+_XENOPS_MINIMAL = b"((time 19700101T00:00:00Z)(word_size 64))"  # the members that a xenops record must have
+
+
+def check_config_size(config: bytes) -> None:
+    """Raise RequestError for a configuration that is too long for any envelope."""
+    if len(config) >= CONFIG_MAX - XL_CONFIG.size:
+        size = len(config)
+        raise RequestError(f"a configuration of {size:#x} bytes is too long", needed=size, available=CONFIG_MAX)
+
+
+def xl_header(config: bytes, config_format: str = "json", *, stream_flag: int = XL_FLAG_STREAMV2) -> list[Buffer]:
+    """Return xl's header. An empty configuration still has its size. ``stream_flag``: the kind of stream inside."""
+    text = config and config.rstrip(b"\0") + b"\0"
+    data = XL_CONFIG.pack(size=len(text)) + text
+    flags = stream_flag | (XL_FLAG_JSON if text and config_format == "json" else 0)
+    header = XL_FIELDS.pack(byteorder=XL_BYTEORDER, mandatory=flags, optional=0, length=len(data))
+    return [XL_MAGIC, header, data]
+
+
+def envelope_header(kind: Kind, config: bytes, config_format: str) -> list[Buffer]:
+    """Return the buffers in front of the stream.
+
+    Args:
+        kind: the envelope; a bare stream has none.
+        config: the domain's configuration, or nothing.
+        config_format: its format, one of CONFIG_FORMATS[kind].
+
+    Raises:
+        RequestError: the configuration is missing, too long, or of a format that the envelope cannot carry.
+    """
+    if config and config_format not in CONFIG_FORMATS[kind]:
+        raise RequestError(f"a {kind} file cannot carry a configuration of format {config_format or 'unknown'}")
+    check_config_size(config)
+    match kind:
+        case Kind.XL:
+            return xl_header(config, config_format)
+        case Kind.LIBVIRT:
+            if not config:
+                raise RequestError("a libvirt file needs the domain's XML")
+            xml = config.rstrip(b"\0") + b"\0"
+            return [LIBVIRT_MAGIC, LIBVIRT_FIELDS.pack(version=_LIBVIRT_VERSION, length=len(xml)), xml]
+        case Kind.XENOPSD:
+            record = config or _XENOPS_MINIMAL
+            return [XENOPSD_MAGIC, _section(Section.XENOPS, len(record)), record, _section(Section.LIBXC)]
+    return []
+
+
+def envelope_trailer(kind: Kind) -> list[Buffer]:
+    """Return the buffers after the stream."""
+    return [_section(Section.END)] if kind is Kind.XENOPSD else []
+
+
+def _section(section: Section, length: int = 0) -> bytes:
+    return XENOPSD_SECTION.pack(type=_SECTION_NUMBERS[section], length=length)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from xenpv.errors import RequestError, StreamError
 from xenpv.findings import Rule
-from xenpv.stream import envelope, libxl, rules, wrapping
+from xenpv.stream import envelope, libxl, rules
 from xenpv.stream.envelope import Kind
 from xenpv.stream.fields import Buffer, RecordContext
 from xenpv.stream.framing import (
@@ -67,9 +67,7 @@ class Writer:
             raise RequestError(f"no {kind} envelope is written; {', '.join(KINDS)} are")
         if config and kind is not Kind.XL:
             raise RequestError(f"a bare {kind} stream has no place for a configuration")
-        if len(config) >= envelope.CONFIG_MAX - envelope.XL_CONFIG.size:
-            most = envelope.CONFIG_MAX
-            raise RequestError(f"a configuration of {len(config)} bytes", needed=len(config), available=most)
+        envelope.check_config_size(config)
         if config and not config.startswith(b"{"):
             raise RequestError("the configuration is not libxl's JSON")
         self.kind = kind
@@ -93,7 +91,7 @@ class Writer:
         self._order = Order(self.guest, VERSION)
         out: list[Buffer] = []
         if self.kind is Kind.XL:
-            out += wrapping.xl_header(self._config)
+            out += envelope.xl_header(self._config)
         if self.kind is not Kind.LIBXC:
             ident = int.from_bytes(envelope.LIBXL_IDENT, "big")
             out.append(libxl.HEADER.pack(">", ident=ident, version=libxl.VERSION, options=self._options))
