@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 RUNS   := $(VENV)/.runs
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-fast check lab lab-deep lab-deps guests dist clean help
+.PHONY: demo test test-fast check lab lab-deep lab-deps guests docs dist clean help
 
 help:            ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ lab-deep: $(READY) guests ## all tests on real Xen, each on every version, 600 G
 
 lab-deps: $(RUNS) ## install the programs that the lab and the tests need (says what it does)
 	$(BIN)/python -m lab deps
+
+docs: $(READY)   ## the documents as a site: build/docs/html/index.html
+	$(BIN)/sphinx-build -q -W --keep-going -n -j auto -b html -d build/docs/doctrees docs build/docs/html
 
 dist: $(READY)   ## wheel and source distribution
 	$(BIN)/python -m build --no-isolation

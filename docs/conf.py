@@ -15,6 +15,7 @@ html_title = f"xenpv {release}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "xenpv_pages"]
 exclude_patterns = ["_build", "_ext"]
+suppress_warnings = ["ref.python"]  # a word in a docstring that names things of several modules is no reference
 nitpicky = True
 
 myst_enable_extensions = ["attrs_block", "colon_fence"]

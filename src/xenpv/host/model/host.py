@@ -163,7 +163,8 @@ class ModelHost(ModelMove):
         domain = self._domain("mmu_update", domid)
         bad = ~self._ours("mmu_update", domid, mfns)
         n = int(np.argmax(bad)) if bad.any() else len(mfns)
-        self.frames.rows.m2p[self.frames.row(mfns[:n])] = pfns[:n]
+        rows = self.frames.row(mfns[:n])  # may make the arrays longer, so it comes first
+        self.frames.rows.m2p[rows] = pfns[:n]
         self._mark(domain, pfns[:n])
         if n < len(mfns):
             raise self._refusal("mmu_update", domid, errno.EINVAL, f"mfn {int(mfns[n]):#x} is not the domain's")
