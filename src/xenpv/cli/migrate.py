@@ -10,37 +10,41 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from xenpv.cli.save import TIMEOUT
-from xenpv.cli.terminal import JSON, NUMBER, print_json, print_json_line, progress_bar
+from xenpv.cli.terminal import JSON_LINES, NUMBER, print_json, print_json_line, progress_bar
 from xenpv.frames import PAGE_SIZE
 from xenpv.text import size
 
 if TYPE_CHECKING:
     from xenpv.io.progress import Phase, Progress, ProgressCallback
 
-PATIENCE = click.option("--patience", type=click.FloatRange(min=0, min_open=True), default=120.0, metavar="SECONDS",
-                        help="For how long the other side may be silent; 120 unless said.")  # fmt: skip
-_EVENT_EVERY = 64  # progress events, of which one is printed as JSON, beside the first of each round
+IDLE_TIMEOUT = click.option("--idle-timeout", "--patience", "idle_timeout", default=120.0, show_default=True,
+                            type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+                            help="Fail if the peer is silent for so long.")  # fmt: skip
+_EVENT_EVERY = 64  # print one of so many progress events as JSON, and the first of each iteration
 
 
 @click.command()
 @click.argument("target", metavar="DOM")
 @click.argument("where", metavar="[HOST]", required=False)
-@click.option("--no-live", is_flag=True, help="Suspend it before anything is sent.")
-@click.option("--max-iterations", type=int, default=5, metavar="N", help="Rounds while it runs; 5 unless said.")
-@click.option("--target-dirty", type=int, default=50, metavar="PAGES",
-              help="Stop it when fewer pages are dirty; 50 unless said.")  # fmt: skip
-@click.option("--max-downtime", type=float, metavar="SECONDS", help="Stop it when the rest takes no longer than that.")
-@click.option("--bandwidth", type=NUMBER, metavar="BYTES", help="Bytes a second while it runs, such as 100M.")
-@click.option("-p", "--paused", is_flag=True, help="Leave it paused there.")
-@click.option("--ssh", default="ssh", show_default=True, metavar="COMMAND", help="What reaches HOST.")
-@click.option("--receiver", default="xenpv receive", show_default=True, metavar="COMMAND", help="What runs there.")
-@TIMEOUT
-@PATIENCE
-@click.option("--settle", is_flag=True, help="Ask HOST what became of a domain whose last word was lost.")
+@click.option("--no-live", is_flag=True, help="Suspend the domain before anything is sent.")
+@click.option("--max-iterations", type=int, default=5, show_default=True, metavar="N",
+              help="Suspend the domain after N pre-copy iterations.")  # fmt: skip
+@click.option("--target-dirty", type=int, default=50, show_default=True, metavar="PAGES",
+              help="Suspend the domain when fewer pages than this are dirty.")  # fmt: skip
 @click.option(
-    "--take-back", is_flag=True, help="Let such a domain go on here: it does not run elsewhere, you know that."
+    "--max-downtime", type=float, metavar="SECONDS", help="Suspend the domain when the rest takes less than this."
 )
-@JSON
+@click.option("--bandwidth", type=NUMBER, metavar="BYTES", help="Limit the pre-copy to so many bytes a second: 100M.")
+@click.option("-p", "--paused", is_flag=True, help="Leave the domain paused on HOST.")
+@click.option("--ssh", default="ssh", show_default=True, metavar="COMMAND", help="Reach HOST with this command.")
+@click.option("--receiver", default="xenpv receive", show_default=True, metavar="COMMAND",
+              help="Run this command on HOST.")  # fmt: skip
+@TIMEOUT
+@IDLE_TIMEOUT
+@click.option("--settle", is_flag=True, help="Ask HOST for the outcome of a migration that was cut off at its commit.")
+@click.option("--take-back", is_flag=True,
+              help="Resume such a domain here without asking. Use only if it runs nowhere else.")  # fmt: skip
+@JSON_LINES
 def migrate(
     target: str,
     where: str | None,
@@ -53,32 +57,37 @@ def migrate(
     ssh: str,
     receiver: str,
     timeout: float,
-    patience: float,
+    idle_timeout: float,
     settle: bool,
     take_back: bool,
     as_json: bool,
 ) -> None:
-    """Move a PV domain to HOST, while it runs.
+    """Migrate a PV domain to another HOST, live or not.
 
-    DOM is an id, a uuid or a name. HOST is reached by ssh, where `xenpv receive` is started; or it is tcp:HOST:PORT or
-    unix:PATH, where one listens, or fd:IN,OUT. Its memory is sent, and sent again where it was written meanwhile, until
-    the rest is small; then it stops, the rest is sent, and it runs there. Xen without shadow paging (Debian's 4.20)
-    cannot tell what was written: --no-live.
+    DOM is an id, a uuid or a name. HOST is reached by ssh, which runs `xenpv receive` there. HOST may also be
+    tcp:HOST:PORT or unix:PATH, where `xenpv receive --listen` waits, or a pair of descriptors, fd:IN,OUT.
 
-    At every moment one side alone may run it (migration.md). If anything goes wrong, or at Ctrl-C, it runs on
-    here. Only when the other side falls silent right after it was told to go ahead can nobody here know: then the
-    domain stays suspended, and --settle asks. Of a domain with disks or networks use xl migrate.
+    The pre-copy sends the memory while the domain runs, and then what the domain wrote meanwhile, until little is
+    left. Then it suspends, the rest is sent, and it runs on HOST. Xen without shadow paging (Debian's 4.20) keeps
+    no dirty log: use --no-live.
+
+    At every moment at most one side may run the domain. After a failure, or at Ctrl-C, it runs on here. If the
+    connection drops during the commit, the outcome is unknown here: the domain stays suspended until --settle asks
+    HOST.
+
+    For domains with disks or network interfaces use xl migrate.
 
     \b
-    xenpv migrate web otherhost
-    xenpv migrate web otherhost --max-downtime 0.3 --bandwidth 100M --ssh "ssh -i key"
-    xenpv migrate web tcp:127.0.0.1:7000           to: xenpv receive --listen tcp:127.0.0.1:7000
-    xenpv migrate --settle web otherhost           when the last word was lost
+    Examples:
+      xenpv migrate web otherhost
+      xenpv migrate web otherhost --max-downtime 0.3 --bandwidth 100M --ssh "ssh -i key"
+      xenpv migrate web tcp:127.0.0.1:7000     there: xenpv receive --listen tcp:127.0.0.1:7000
+      xenpv migrate --settle web otherhost     after the connection dropped during the commit
     """
     if (where is None) is not take_back:
-        raise click.UsageError("say DOM and HOST, or --take-back and DOM")
+        raise click.UsageError("give DOM and HOST, or --take-back and DOM")
     if settle and take_back:
-        raise click.UsageError("--settle asks HOST, --take-back asks nobody: say one of them")
+        raise click.UsageError("--settle asks HOST, --take-back does not: use one of them")
     from xenpv.host.protocol import find_domain  # noqa: PLC0415
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415
@@ -96,7 +105,7 @@ def migrate(
             return
         stack.enter_context(interruptible())
         link = stack.enter_context(
-            connect(where, ssh=shlex.split(ssh), receiver=shlex.split(receiver), patience=patience)
+            connect(where, ssh=shlex.split(ssh), receiver=shlex.split(receiver), patience=idle_timeout)
         )
         if settle:
             _settled(migration.settle(host, domid, link), as_json)

@@ -7,27 +7,28 @@ from typing import Any
 
 import click
 
-from xenpv.cli.migrate import PATIENCE
-from xenpv.cli.terminal import JSON, print_json_line, progress_bar
+from xenpv.cli.migrate import IDLE_TIMEOUT
+from xenpv.cli.terminal import JSON_LINES, print_json_line, progress_bar
 from xenpv.text import printable
 
 
 @click.command()
 @click.option("--listen", "where", metavar="ADDRESS",
-              help="Wait at unix:PATH or tcp:ADDRESS:PORT; standard input and output unless said.")  # fmt: skip
-@click.option("--anywhere", is_flag=True, help="Listen at an address that other machines reach: nothing is encrypted.")
-@PATIENCE
-@JSON
-def receive(where: str | None, anywhere: bool, patience: float, as_json: bool) -> None:
-    """Take one domain that `xenpv migrate` sends: on standard input and output, as ssh starts it, or at an address.
+              show_default="standard input and output", help="Wait at unix:PATH or tcp:ADDRESS:PORT.")  # fmt: skip
+@click.option("--anywhere", is_flag=True, help="Allow an ADDRESS that other machines reach; nothing is encrypted.")
+@IDLE_TIMEOUT
+@JSON_LINES
+def receive(where: str | None, anywhere: bool, idle_timeout: float, as_json: bool) -> None:
+    """Receive one domain that `xenpv migrate` sends: on standard input and output, as ssh runs it, or at an address.
 
-    It is refused before anything is sent if it does not fit: too little memory, or a domain of its name or uuid here
-    already. It comes under the name NAME--incoming, paused, and is checked as it comes; it has its own name, and runs,
-    once the sender has given it up. If anything goes wrong before, nothing is left of it.
+    A domain that does not fit is refused before anything is sent: too little memory, or a domain of its name or uuid
+    exists. It is built paused, as NAME--incoming, and checked while it arrives. It gets its own name and runs once the
+    sender has given it up. A failure before that leaves nothing behind.
 
     \b
-    xenpv receive --listen unix:/run/xenpv.sock
-    xenpv receive --listen tcp:127.0.0.1:7000      and ssh -L or -R leads there
+    Examples:
+      xenpv receive --listen unix:/run/xenpv.sock
+      xenpv receive --listen tcp:127.0.0.1:7000      reach it with: ssh -L 7000:127.0.0.1:7000
     """
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
@@ -45,11 +46,11 @@ def receive(where: str | None, anywhere: bool, patience: float, as_json: bool) -
         stack.enter_context(interruptible())
         host = stack.enter_context(XenHost())
         if where is None:
-            link = stack.enter_context(standard(patience=patience))
+            link = stack.enter_context(standard(patience=idle_timeout))
         else:
             with listening(where, anywhere=anywhere) as listener:
                 say("listening", at=listener.getsockname())
-                link = stack.enter_context(accept(listener, where, patience=patience))
+                link = stack.enter_context(accept(listener, where, patience=idle_timeout))
         bar = None if where is None or as_json else stack.enter_context(progress_bar("receiving"))
         taken = take(host, link, tell=say, progress=bar)
     if taken is not None and not as_json and where is not None:

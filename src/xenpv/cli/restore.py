@@ -12,18 +12,20 @@ from xenpv.text import printable, size
 
 @click.command()
 @click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
-@click.option("--name", metavar="NAME", help="What it is called; what it was called unless said.")
-@click.option("-p", "--paused", is_flag=True, help="Leave it paused (xl unpause lets it run).")
+@click.option("--name", metavar="NAME", show_default="its old name", help="Name of the restored domain.")
+@click.option("-p", "--paused", is_flag=True, help="Leave the domain paused (xl unpause starts it).")
 @JSON
 def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
-    """Restore a PV domain from FILE, a save file of xl's or xenpv's, or from a pipe: "-".
+    """Restore a PV domain from FILE, a save file of xl or xenpv; "-" reads a pipe.
 
-    The stream is checked as it comes, and the domain runs only if all of it was right; otherwise nothing is left of it.
-    It has memory, vcpus, a console and xenstore; of a domain with disks or networks use xl restore.
+    The stream is checked while it is read. The domain starts only if all of it was right; a failure leaves nothing
+    behind. The domain has memory, vcpus, a console and xenstore; for domains with disks or network interfaces use xl
+    restore.
 
     \b
-    xenpv restore web.save
-    zstd -dc web.save.zst | xenpv restore --name web2 --paused -
+    Examples:
+      xenpv restore web.save
+      zstd -dc web.save.zst | xenpv restore --name web2 --paused -
     """
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415
@@ -31,7 +33,7 @@ def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
     from xenpv.restore.restore import restore_domain  # noqa: PLC0415
 
     if name is not None and not (name and name.isprintable()):
-        raise RequestError(f"{name!r} is no name")
+        raise RequestError(f"a name has at least one character, all printable, not {name!r}; choose another --name")
     source = Input.open(file)
     try:
         with XenHost() as host, interruptible(), progress_bar("restoring") as bar:
@@ -43,5 +45,5 @@ def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
         told = {"domid": restored.domid, "name": called, "uuid": restored.uuid, "pages": restored.pages}
         print_json({**told, "entries": restored.entries, "bytes": restored.bytes, "running": not paused})
     else:
-        state = f"is restored, and paused: xl unpause {restored.domid}" if paused else "runs"
+        state = f"restored and paused; start it with: xl unpause {restored.domid}" if paused else "running"
         click.echo(f"dom{restored.domid} ({printable(called or '')}), {size(restored.pages * PAGE_SIZE)}, {state}")

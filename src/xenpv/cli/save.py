@@ -10,17 +10,21 @@ from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.frames import PAGE_SIZE
 from xenpv.text import size
 
-TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, metavar="SECONDS",
-                       help="How long the guest may take to suspend; 60 unless said.")  # fmt: skip
+TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
+                       metavar="SECONDS", help="Give up if the guest has not suspended by then.")  # fmt: skip
 
 
 @click.command()
 @click.argument("target", metavar="DOM")
 @click.argument("file", metavar="FILE", type=click.Path(allow_dash=True), required=False)
-@click.option("-c", "--checkpoint", is_flag=True, help="Let the domain run on once it is saved.")
-@click.option("-p", "--paused", is_flag=True, help="Leave it paused once it is saved (xl unpause lets it run on).")
-@click.option("--xenpv-only", is_flag=True, help="Take a record that only xenpv restores: for pfns beyond 16 TiB.")
-@click.option("--preflight", is_flag=True, help="Say what would be saved, and whether it can be; change nothing.")
+@click.option("-c", "--checkpoint", is_flag=True, help="Keep the domain running after it is saved.")
+@click.option(
+    "-p", "--paused", is_flag=True, help="Keep the domain, paused, after it is saved (xl unpause resumes it)."
+)
+@click.option("--xenpv-only", is_flag=True, help="Allow pfns beyond 16 TiB, in a record that only xenpv restores.")
+@click.option(
+    "--preflight", is_flag=True, help="Check whether the domain can be saved, and report its size; change nothing."
+)
 @TIMEOUT
 @JSON
 def save(
@@ -33,20 +37,22 @@ def save(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Save a PV domain to FILE, as xl save does; it is gone from this host then.
+    """Save a PV domain to FILE, as xl save does. The domain is then gone from this host.
 
-    DOM is an id, a uuid or a name; "-" writes to a pipe. The guest is asked to suspend, saved, and destroyed once FILE
-    is whole: FILE has its name only then. If anything goes wrong, or at Ctrl-C, the guest runs on, and nothing is left
-    of FILE. `xl restore FILE` and `xenpv restore FILE` bring it back, `xenpv verify FILE` says beforehand whether they
-    will. Of a domain with disks or networks use xl save: xenpv does not let go of devices.
+    DOM is an id, a uuid or a name; "-" as FILE writes to a pipe. The guest suspends, is saved, and is destroyed only
+    when FILE is complete; FILE appears only then. After a failure, or at Ctrl-C, the guest runs on and no FILE is left.
+    Restore it with `xl restore FILE` or `xenpv restore FILE`; `xenpv verify FILE` checks beforehand.
+
+    For domains with disks or network interfaces use xl save, which also detaches devices.
 
     \b
-    xenpv save --preflight web         what form of p2m, how many pages, how large; can it be saved
-    xenpv save web web.save
-    xenpv save -c web - | zstd > web.save.zst      it runs on
+    Examples:
+      xenpv save --preflight web         p2m form, number of pages, file size
+      xenpv save web web.save
+      xenpv save -c web - | zstd > web.save.zst      the domain keeps running
     """
     if (file is None) is not preflight:
-        raise click.UsageError("say DOM and FILE, or --preflight and DOM")
+        raise click.UsageError("give DOM and FILE, or --preflight and DOM")
     from xenpv.host.protocol import find_domain  # noqa: PLC0415
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
@@ -60,8 +66,8 @@ def save(
             if as_json:
                 print_json(asdict(seen))
             else:
-                click.echo(f"{seen.name}: can be saved, by {seen.form}, up to pfn {seen.entries - 1:#x}")
-                click.echo(f"{seen.pages} pages, {size(seen.pages * PAGE_SIZE)}; the file: about {size(seen.bytes)}")
+                click.echo(f"{seen.name}: can be saved; p2m: {seen.form}, up to pfn {seen.entries - 1:#x}")
+                click.echo(f"{seen.pages} pages, {size(seen.pages * PAGE_SIZE)}; file size: about {size(seen.bytes)}")
             return
 
         def say(what: str) -> None:
