@@ -26,8 +26,8 @@ from xenpv.host.protocol import DomainInfo, XenVersion
 from xenpv.memory.anchors import Form
 from xenpv.memory.p2m import P2M
 from xenpv.memory.publish import put_leaves, tree_anchors
-from xenpv.memory.radix import Runs
 from xenpv.memory.survey import Kind, survey
+from xenpv.runs import FrameRuns
 from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck
 
@@ -52,7 +52,7 @@ class FlatHost:
         self.list.reshape(-1, EXTENT)[:] = extents[:, None] * np.uint64(EXTENT) + np.arange(EXTENT, dtype=np.uint64)
         self.table: U64 = np.full(entries * 2, NO_FRAME)
         self.table[self.list] = np.arange(entries, dtype=np.uint64)
-        runs = Runs(np.arange(leaves), np.ones(leaves, np.int64), np.arange(1, leaves + 1, dtype=np.uint64))
+        runs = FrameRuns(np.arange(leaves), np.ones(leaves, np.int64), np.arange(1, leaves + 1, dtype=np.uint64))
         shared = bytearray(PAGE_SIZE)
         for offset, store in tree_anchors(Form.ROOTED, runs, entries, 8, self.put, levels=4).stores():
             shared[offset : offset + len(store)] = store

@@ -16,7 +16,7 @@ from tests.support.restoring import xenstore_nodes
 from tests.support.writers.kernel import BASE, PV64, Kernel, Load, Section, kernel32, note, quad, text
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import START_INFO
-from xenpv.build.build import Built, FrameMap, build
+from xenpv.build.build import Built, build
 from xenpv.errors import HostError, RequestError
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, U64, DomId
@@ -27,6 +27,7 @@ from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, plan
 from xenpv.image.request import Request
 from xenpv.memory.domain import DomainMemory
+from xenpv.runs import FrameMap, Runs
 from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck
 
@@ -152,7 +153,7 @@ def test_build_any_plan_populates_all_its_pages(planned: tuple[KernelImage, Requ
 
 def test_build_keeps_memory_as_runs() -> None:
     _, layout, built = build_kernel(KERNELS["64 bit, p2m outside"], GIB)
-    assert len(built.memory.first) <= layout.nr_pages // 512
+    assert len(built.memory.runs) <= layout.nr_pages // 512
     assert built.memory.lookup_range(range(layout.nr_pages, layout.nr_pages + 2)).tolist() == [int(NO_FRAME)] * 2
 
 
@@ -167,11 +168,8 @@ def test_lookup_range_equals_lookup(runs: list[tuple[int, int, int]], start: int
     for gap, pages, _ in runs:
         first.append(at + gap)
         at += gap + pages
-    memory = FrameMap(
-        np.array(first, np.int64),
-        np.array([n for _, n, _ in runs], np.int64),
-        np.array([m for *_, m in runs], np.uint64),
-    )
+    pfns = Runs(np.array(first, np.uint64), np.array([n for _, n, _ in runs], np.int64))
+    memory = FrameMap(pfns, np.array([m for *_, m in runs], np.uint64))
     each = memory.lookup(np.arange(start, start + count, dtype=np.uint64))
     assert memory.lookup_range(range(start, start + count)).tolist() == each.tolist()
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.frames import columns
 from tests.support.saved_files import piped
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
@@ -65,8 +66,8 @@ def memory(path: Path) -> dict[int, tuple[int, bytes]]:
     """Type and content of each pfn."""
     with SavedDomain.open(str(path)) as saved:
         found = {}
-        for start, count, kind in zip(*saved.contents.index.extents, strict=True):
-            pfns = np.arange(count, dtype=np.uint64) + start
+        for start, count, kind in columns(saved.contents.index.extents):
+            pfns = np.arange(start, start + count, dtype=np.uint64)
             pages = saved.frames.pages(pfns) if HAS_DATA[kind] else np.empty((len(pfns), 0), np.uint8)
             found.update({int(pfn): (int(kind), page.tobytes()) for pfn, page in zip(pfns, pages, strict=True)})
         return found

@@ -21,8 +21,9 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VGCF_IN_KERNEL
 from xenpv.export.export import export
 from xenpv.export.formats import elf
-from xenpv.export.formats.content import Pages
+from xenpv.export.formats.content import runs_with_data
 from xenpv.export.formats.mapped import direct_map
+from xenpv.runs import Runs
 from xenpv.source.open import open_domain
 
 NT_PRSTATUS, CRASH_INFO = 1, 0x100_0001
@@ -170,7 +171,7 @@ def test_its_own_p2m_names_each_pfn_by_itself(tmp_path: Path) -> None:
 def test_more_segments_than_the_header_can_count(tmp_path: Path) -> None:
     """65535 and more: the number is in section header 0, and each page that is not there is in no segment."""
     frames = Sparse(70_000)
-    pages = Pages.of(frames.extents())
+    pages = runs_with_data(frames.extents())
     head = elf.Headers(pages, 8, 0, direct=0xFFFF_8880_0000_0000).packed(b"")
     core = tmp_path / "head"
     core.write_bytes(head)
@@ -186,7 +187,7 @@ def test_more_segments_than_the_header_can_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [65_533, 65_534])
 def test_the_number_of_segments_at_its_limit(number: int, tmp_path: Path) -> None:
-    head = elf.Headers(Pages.of(Sparse(number).extents()), 8, 0).packed(b"")
+    head = elf.Headers(runs_with_data(Sparse(number).extents()), 8, 0).packed(b"")
     (tmp_path / "head").write_bytes(head)
     with (tmp_path / "head").open("rb") as file:
         assert elf_file(file).num_segments() == number + 1
@@ -198,7 +199,7 @@ def test_the_direct_map_is_found_where_it_is(tmp_path: Path) -> None:
     l4, l3 = (step.table for step in domain.walk(domain.vaddrs[0])[:2])
     domain.table(l4)[slot], domain.table(l3)[0] = domain.table(l4)[511], domain.table(l3)[510]
     with opened(domain, tmp_path) as kept:
-        base = direct_map(kept, Pages.of(kept.extents()))
+        base = direct_map(kept, runs_with_data(kept.extents()))
         assert base == 0xFFFF << 48 | slot << 39
         out = tmp_path / "core"
         export(kept, str(out), "elf")
@@ -232,7 +233,7 @@ def test_what_real_xens_saved(recipe: Recipe, tmp_path: Path) -> None:
     core = tmp_path / "vector.elf"
     with open_domain(str(data)) as kept:
         export(kept, str(core), "elf")
-        pages = Pages.of(kept.extents())
+        pages = runs_with_data(kept.extents())
         found = physical(core)
         for pfns in pages.batches(256):
             there = kept.frames.pages(pfns)
@@ -243,17 +244,17 @@ def test_what_real_xens_saved(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_places_and_batches_are_those_of_a_list_of_pfns() -> None:
     first, count = np.array([3, 10, 4096, 1 << 40], np.uint64), np.array([2, 1, 100, 3], np.int64)
-    pages = Pages(first, count)
+    pages = Runs(first, count)
     listed = [pfn for a, n in zip(first.tolist(), count.tolist(), strict=True) for pfn in range(a, a + n)]
     for size in (1, 2, 7, 64, 1000):
         got = [batch.tolist() for batch in pages.batches(size)]
         assert [pfn for batch in got for pfn in batch] == listed
         assert all(len(batch) == size for batch in got[:-1])
     asked = np.array([0, 2, 3, 4, 5, 10, 11, 4195, 4196, (1 << 40) + 2, (1 << 64) - 1], np.uint64)
-    assert pages.places(asked).tolist() == [listed.index(p) if p in listed else -1 for p in asked.tolist()]
-    none = Pages(first[:0], count[:0])
+    assert pages.positions(asked).tolist() == [listed.index(p) if p in listed else -1 for p in asked.tolist()]
+    none = Runs(first[:0], count[:0])
     assert list(none.batches(5)) == []
-    assert none.places(asked).tolist() == [-1] * len(asked)
+    assert none.positions(asked).tolist() == [-1] * len(asked)
     kept = np.arange(len(listed)) % 3 != 0
     assert [p for b in pages.where(kept).batches(9) for p in b.tolist()] == [
         p for p, k in zip(listed, kept, strict=True) if k

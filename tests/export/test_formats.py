@@ -21,7 +21,7 @@ from tests.support.writers.vmcoreinfo import text
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import RequestError
 from xenpv.export.export import FORMATS, export
-from xenpv.export.formats.content import Pages
+from xenpv.export.formats.content import runs_with_data
 from xenpv.source.open import open_domain
 
 
@@ -128,7 +128,7 @@ def test_a_core_of_an_hvm_domain_has_pfns(tmp_path: Path) -> None:
     path.write_bytes(bytes(hvm_stream(pages=16)))
     with open_domain(str(path)) as kept:
         export(kept, str(out), "dumpcore")
-        (pfns,) = Pages.of(kept.extents()).batches(100)
+        (pfns,) = runs_with_data(kept.extents()).batches(100)
     found = sections(out)
     assert found[".xen_pfn"][1] == pfns.astype("<u8").tobytes()
     assert ".xen_p2m" not in found
@@ -140,7 +140,7 @@ def test_an_hvm_domain_goes_into_each_format(form: str, tmp_path: Path) -> None:
     path, out = tmp_path / "hvm.save", tmp_path / "hvm.out"
     path.write_bytes(bytes(hvm_stream(pages=16)))
     with open_domain(str(path)) as kept:
-        pages = Pages.of(kept.extents()).total
+        pages = runs_with_data(kept.extents()).total
         assert export(kept, str(out), form).pages == pages > 10
 
 
@@ -187,7 +187,7 @@ def test_a_kdump_has_the_guests_own_uts_name(tmp_path: Path) -> None:
 
 
 def test_a_kdump_of_a_domain_that_is_larger_than_a_batch(tmp_path: Path) -> None:
-    """Pages in the order of their pfns, though several threads pack them; those of zeros are there once."""
+    """Runs in the order of their pfns, though several threads pack them; those of zeros are there once."""
     domain = pv_domain(pfns=range(3000))
     for pfn in domain.places.data[100:1500]:
         domain.pages[pfn][:] = bytes(PAGE)

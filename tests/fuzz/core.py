@@ -55,7 +55,7 @@ def look(domain: CoreDomain) -> None:
     kinds = domain.frames.types(LOOK_AT)
     last = -1
     for extents in domain.extents():
-        for start, count in zip(extents.start.tolist(), extents.pages.tolist(), strict=True):
+        for start, count in zip(extents.first.tolist(), extents.pages.tolist(), strict=True):
             assert start > last
             last = start + count - 1
             pfns = np.arange(start, start + min(count, 200), dtype=np.uint64)

@@ -19,7 +19,7 @@ from xenpv.errors import GuestError
 from xenpv.frames import I64, NO_FRAME, U64
 from xenpv.memory.anchors import Anchors, Form
 from xenpv.memory.p2m import P2M, reading
-from xenpv.memory.radix import Runs
+from xenpv.runs import FrameRuns
 
 NONE = int(NO_FRAME)
 SPREAD = [*range(200), 1030, 1031, 5000, 0x1_2345]
@@ -31,7 +31,7 @@ def p2m_of(domain: Domain) -> P2M:
 
 
 def over(frames: DictFrames, pfns: U64, entries: int, width: Width = 8) -> P2M:
-    return P2M(width, entries, Runs.of(pfns), reading(frames))
+    return P2M(width, entries, FrameRuns.from_frames(pfns), reading(frames))
 
 
 def lookup(p2m: P2M, pfns: list[int]) -> list[int | None]:

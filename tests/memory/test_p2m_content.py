@@ -17,8 +17,8 @@ from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Mask
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.p2m import P2M
 from xenpv.memory.publish import words
-from xenpv.memory.radix import Runs
 from xenpv.memory.survey import Kind, survey
+from xenpv.runs import FrameRuns
 
 NONE = int(NO_FRAME)
 MARKED = [int(FOREIGN) | 7, int(IDENTITY) | 9]
@@ -50,7 +50,9 @@ def p2ms(draw: st.DrawFn, width: Width, *, shared: bool = True) -> Drawn:
     end = len(frames) * per_leaf
     entries = end - draw(st.sampled_from([0, 1, per_leaf // 2, per_leaf - 1])) if frames else 0
     naive = [int(content[frame][at]) if frame in content else None for frame in frames for at in range(per_leaf)]
-    return Drawn(P2M(width, entries, Runs.of(array(*frames)), machine.read), list(frames), naive[:entries])
+    return Drawn(
+        P2M(width, entries, FrameRuns.from_frames(array(*frames)), machine.read), list(frames), naive[:entries]
+    )
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -148,7 +150,7 @@ def test_numbers_near_2_to_the_64_do_not_wrap(cells: int) -> None:
 
 def test_counts_above_2_to_the_53_are_exact() -> None:
     """A float would not tell 2^53 + 1 from 2^53."""
-    frames = Runs(np.array([0, 1, (1 << 53) + 1]), np.array([1, 1 << 53, 1]), array(7, 8, 8))
+    frames = FrameRuns(np.array([0, 1, (1 << 53) + 1]), np.array([1, 1 << 53, 1]), array(7, 8, 8))
     p2m = P2M(8, 512 * ((1 << 53) + 2), frames, Machine().read)
     assert (p2m.distinct.first.tolist(), p2m.distinct.count.tolist()) == ([0, 1], [1, (1 << 53) + 1])
     assert p2m.used == 1024
@@ -160,7 +162,7 @@ def test_the_last_leaf_of_all_has_its_pfns() -> None:
     machine = Machine()
     [leaf] = machine.put(words(np.arange(512, dtype=np.uint64)[None], 8)).tolist()
     place = np.array([(1 << 55) - 1])
-    p2m = P2M(8, (1 << 64) - 1, Runs(place, np.array([1]), array(leaf)), machine.read)
+    p2m = P2M(8, (1 << 64) - 1, FrameRuns(place, np.array([1]), array(leaf)), machine.read)
     [leaves] = p2m.content()
     assert leaves.pfns[0, [0, 511]].tolist() == [(1 << 64) - 512, (1 << 64) - 1]
     assert leaves.mfns[0, [0, 510, 511]].tolist() == [0, 510, NONE]
@@ -176,7 +178,7 @@ def test_a_guest_that_writes_meanwhile_cannot_make_a_survey_contradict_itself() 
     def read(mfns: U64) -> tuple[U8, Mask]:
         return live[np.zeros(len(mfns), np.int64)] if len(mfns) != 1 else live, np.ones(len(mfns), np.bool_)
 
-    p2m = P2M(8, 512, Runs.of(array(7)), read)
+    p2m = P2M(8, 512, FrameRuns.from_frames(array(7)), read)
     for leaves in p2m.content():
         live.fill(0xFF)
         assert leaves.mfns.tolist() == [[0] * 512]

@@ -18,7 +18,7 @@ from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U64
 from xenpv.memory.anchors import Anchors, Form, capacity
 from xenpv.memory.p2m import P2M, entries_in
 from xenpv.memory.publish import TABLE, put_leaves, put_page_tables, put_tree, tree_anchors, words
-from xenpv.memory.radix import Runs
+from xenpv.runs import FrameRuns
 
 NONE = int(NO_FRAME)
 SHAPES: list[tuple[Width, Form, int]] = [
@@ -28,7 +28,7 @@ SHAPES: list[tuple[Width, Form, int]] = [
 ]
 LIST_AT: dict[Width, int] = {8: 0xFFFF_C900_0000_0000, 4: 0x4000_0000}
 MFNS: dict[Width, int] = {8: 1 << 40, 4: 1 << 30}
-NOTHING = Runs.of(np.empty(0, np.uint64))
+NOTHING = FrameRuns.from_frames(np.empty(0, np.uint64))
 
 
 def reach(width: Width, form: Form, levels: int) -> int:
@@ -43,7 +43,7 @@ class Published:
     """A p2m as a guest would write it, and what shared info says of it."""
 
     machine: Machine
-    leaves: Runs
+    leaves: FrameRuns
     anchors: Anchors
 
 
@@ -54,7 +54,9 @@ def publish(shape: tuple[Width, Form, int], pfns: U64, mfns: U64, entries: int, 
     if form is not Form.LINEAR:
         return Published(machine, leaves, tree_anchors(form, leaves, entries, width, machine.put, levels=levels))
     first = vaddr >> 12 & (1 << 36) - 1
-    below = put_page_tables(Runs(leaves.first + first, leaves.count, leaves.frame), 3 if width == 8 else 2, machine.put)
+    below = put_page_tables(
+        FrameRuns(leaves.first + first, leaves.count, leaves.frame), 3 if width == 8 else 2, machine.put
+    )
     top = np.zeros(512, np.uint64)
     for slot, count, frame in zip(below.first, below.count, below.frame, strict=True):
         top[slot : slot + count] = frame << np.uint64(12) | np.uint64(TABLE if width == 8 else PTE_P)
@@ -189,7 +191,7 @@ def test_a_32_bit_anchor_has_no_mark() -> None:
 
 def test_leaves_beyond_a_trees_reach_are_not_lost_in_silence() -> None:
     with pytest.raises(RequestError) as e:
-        put_tree(Runs(np.array([512]), np.array([1]), array(7)), 2, 8, Machine().put)
+        put_tree(FrameRuns(np.array([512]), np.array([1]), array(7)), 2, 8, Machine().put)
     assert (e.value.needed, e.value.available) == (513, 512)
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from xenpv.errors import GuestError
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask
 from xenpv.memory import radix
-from xenpv.memory.radix import Runs, build, walk
+from xenpv.memory.radix import build, walk
+from xenpv.runs import FrameRuns
 
 ENTRIES = 512
 
@@ -158,7 +159,7 @@ def test_each_table_is_read_once_however_its_places_lie() -> None:
 
 
 def test_no_runs_know_no_place() -> None:
-    nothing = Runs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
+    nothing = FrameRuns(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
     assert nothing.frame_of(np.array([0, 5])).tolist() == [int(NO_FRAME)] * 2
 
 
@@ -173,11 +174,11 @@ def spread(runs: list[tuple[int, int]]) -> list[int]:
     return [frame for frame, count in runs for _ in range(count)][: SIZE**4]
 
 
-def of_places(frames: list[int]) -> Runs:
-    return Runs.of(np.array([frame or int(NO_FRAME) for frame in frames], np.uint64))
+def of_places(frames: list[int]) -> FrameRuns:
+    return FrameRuns.from_frames(np.array([frame or int(NO_FRAME) for frame in frames], np.uint64))
 
 
-def flat(runs: Runs) -> dict[int, int]:
+def flat(runs: FrameRuns) -> dict[int, int]:
     """Frame by place, and no place is there twice."""
     found: dict[int, int] = {}
     for first, count, frame in zip(runs.first.tolist(), runs.count.tolist(), runs.frame.tolist(), strict=True):
@@ -201,7 +202,7 @@ def test_runs_are_what_an_array_of_frames_says(what: list[tuple[int, int]], star
     places = range(start, start + length)
     none = int(NO_FRAME)
     assert flat(runs.gaps(places)) == {place: none for place in places if place not in named}
-    assert flat(runs.filled(places, 5)) == dict(sorted((dict.fromkeys(places, 5) | named).items()))
+    assert flat(runs.fill_gaps(places, 5)) == dict(sorted((dict.fromkeys(places, 5) | named).items()))
 
 
 @given(PLACES, st.integers(1, 4))
@@ -251,9 +252,9 @@ def test_what_is_built_a_walk_finds_and_no_table_is_made_twice(what: list[tuple[
     st.lists(st.sampled_from([5, 6, int(NO_FRAME)]), max_size=12),
 )
 def test_apart_is_where_the_frames_differ(ours: list[int], theirs: list[int]) -> None:
-    mine, other = Runs.of(np.array(ours, np.uint64)), Runs.of(np.array(theirs, np.uint64))
+    mine, other = FrameRuns.from_frames(np.array(ours, np.uint64)), FrameRuns.from_frames(np.array(theirs, np.uint64))
     padded = theirs + [int(NO_FRAME)] * len(ours)
     expected = [frame if frame != padded[at] else int(NO_FRAME) for at, frame in enumerate(ours)]
-    apart = mine.apart(other)
+    apart = mine.difference(other)
     assert apart.frame_of(np.arange(len(ours))).tolist() == expected
     assert (apart.count > 0).all()

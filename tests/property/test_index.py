@@ -70,7 +70,7 @@ def test_the_last_entry_of_a_pfn_counts(records: list[list[tuple[int, int, int]]
 def test_extents_are_disjoint_ascending_and_complete(records: list[list[tuple[int, int, int]]]) -> None:
     index, model = build(records, look_between=False)
     index.types(looked_at)
-    start, pages, kinds = index.extents
+    start, pages, kinds = index.extents.first, index.extents.pages, index.extents.type
     flat = {int(s) + i: int(kind) for s, n, kind in zip(start, pages.tolist(), kinds, strict=True) for i in range(n)}
     assert flat == {pfn: kind for pfn, (kind, _) in model.pages.items()}
     ends = start + pages.astype(np.uint64)
@@ -109,4 +109,4 @@ def test_many_records_are_as_good_as_one() -> None:
         100 + PAGE,
         100 + (n - 1) * (16 + 2 * PAGE) + PAGE,
     ]
-    assert len(index.extents[0]) <= n
+    assert len(index.extents) <= n

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.frames import words
+from tests.support.frames import columns, words
 from tests.support.writers.build import USER_VADDR, pattern, pv_domain
 from tests.support.writers.core import Core, core_of, hvm_core
 from tests.support.writers.domain import Domain
@@ -89,7 +89,7 @@ def test_extents_are_runs_of_one_type(width: Width, tmp_path: Path) -> None:
         found: dict[int, int] = {}
         last = -1
         for extents in core.extents():
-            for start, pages, kind in zip(*(column.tolist() for column in extents), strict=True):
+            for start, pages, kind in columns(extents):
                 assert start > last
                 assert HAS_DATA[kind]
                 last = start + pages - 1
@@ -124,7 +124,7 @@ def test_an_hvm_core_has_gfns(tmp_path: Path) -> None:
         for pfn, content in pages.items():
             assert core.memory.page(pfn) == content
         assert core.frames.types(array(5, 99, 0x10_0000)).tolist() == [0, ABSENT, 0]
-        assert [(e.start.tolist(), e.pages.tolist()) for e in core.extents()] == [([0, 0x10_0000], [16, 1])]
+        assert [(e.first.tolist(), e.pages.tolist()) for e in core.extents()] == [([0, 0x10_0000], [16, 1])]
         assert core.memory.read_virtual(0xFFFF_FFFF_8100_1000, 64) == pages[1][:64]
         one = core.registers(1)
         assert one is not None
@@ -292,7 +292,7 @@ def test_a_section_beyond_all_files(tmp_path: Path) -> None:
     _, core = made()
     core.offsets, core.sizes = {".xen_pages": (1 << 64) - 8}, {".xen_pages": 0}
     with opened(core, tmp_path, Told()) as back:
-        assert not [extents for extents in back.extents() if len(extents.start)]
+        assert not [extents for extents in back.extents() if len(extents.first)]
 
 
 def test_other_processes_are_found_by_xens_own_entry(tmp_path: Path) -> None:

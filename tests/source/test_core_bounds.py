@@ -55,7 +55,7 @@ def test_a_large_core_is_opened_by_its_list(tmp_path: Path) -> None:
     more = np.stack([extra, extra + np.uint64(0x4000_0000)], axis=1).tobytes()
     path = sparse(core, len(core.pages) + len(extra), more, tmp_path / "large.core")
     with bounded(), CoreDomain.open(str(path)) as back:
-        assert len(back.page_list.extents[0]) <= 8
+        assert len(back.page_list.runs) <= 8
         assert back.page_list.pfns_of(array(0x4010_0007)).tolist() == [0x10_0007]
         assert not back.frames.pages(array(0x18_0000)).any()
         assert back.memory.read_virtual(domain.vaddrs[3], 100) == bytes(domain.pages[3])[:100]
@@ -73,7 +73,7 @@ def test_a_list_that_is_a_hole_is_refused_at_once(told: bool, tmp_path: Path) ->
 
 def test_a_list_in_too_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is an end to what is taken in, whatever is in the list."""
-    monkeypatch.setattr("xenpv.memory.spans.ROWS_MAX", 50)
+    monkeypatch.setattr("xenpv.runs.ROWS_MAX", 50)
     _, core = made()
     core.p2m[:] = 0
     with pytest.raises(Unsupported, match="a list of 0x66 pages has more than 0x32 runs"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.frames import columns
 from tests.support.saving import saved, suspended
 from xenpv.abi.declare import Width
 from xenpv.frames import HAS_DATA
@@ -40,7 +41,7 @@ def pfns_of(domain: Domain) -> np.ndarray:
     """All pfns with content, by its extents, which have to ascend."""
     parts = []
     for extents in domain.extents():
-        for start, pages, kind in zip(*(column.tolist() for column in extents), strict=True):
+        for start, pages, kind in columns(extents):
             if HAS_DATA[kind]:
                 parts.append(np.arange(start, start + pages, dtype=np.uint64))
     pfns = np.concatenate(parts)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.frames import columns
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import hvm_stream
@@ -58,7 +59,7 @@ def told(file: Path, index: bool = True) -> list[object]:
     """All that is known of a saved domain, its memory included."""
     with opened(file, index) as saved:
         pfns = saved.contents.index.pfns(HAS_DATA)
-        tables = [column.tolist() for column in saved.contents.index.extents]
+        tables = columns(saved.contents.index.extents)
         twice = saved.contents.index.duplicates
         return [describe(saved, records=True), tables, twice, saved.frames.pages(pfns).tobytes(), saved.contents.vcpus]
 
@@ -236,7 +237,7 @@ def test_one_that_was_made_to_lie(file: Path) -> None:
         beside(file).write_bytes(bad)
         with opened(file) as saved:
             accepted += saved.contents.index.sent != 0
-            for start, pages, kind in zip(*(c.tolist() for c in saved.contents.index.extents), strict=True):
+            for start, pages, kind in columns(saved.contents.index.extents):
                 some = np.arange(start, start + min(pages, 64), dtype=np.uint64)
                 try:
                     saved.frames.pages(some)

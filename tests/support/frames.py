@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tests.support.writers.domain import Domain
 from xenpv.errors import Fault
 from xenpv.frames import ABSENT, PAGE_SIZE, U8, U64, Mask
+from xenpv.runs import Extents
 
 
 @dataclass
@@ -77,3 +78,8 @@ class Machine:
             if mfn in self.content:
                 pages[i], there[i] = self.content[mfn], True
         return pages, there
+
+
+def columns(extents: Extents) -> list[tuple[int, int, int]]:
+    """Return first pfn, pages and type of each extent."""
+    return list(zip(extents.first.tolist(), extents.pages.tolist(), extents.type.tolist(), strict=True))

@@ -14,7 +14,7 @@ from tests.support.writers.vmcoreinfo import text
 from xenpv.abi.declare import Width
 from xenpv.export.export import Exported, export
 from xenpv.frames import ABSENT, I64, U8, U64, PageType
-from xenpv.memory.domain import Extents
+from xenpv.runs import Extents
 from xenpv.source.open import FileDomain, open_path
 
 PAGE = 4096

@@ -15,7 +15,7 @@ import numpy as np
 
 from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenpv.errors import HostError, RequestError
-from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64, DomId
+from xenpv.frames import PAGES_PER_BATCH, U8, U64, DomId
 from xenpv.host.protocol import Ring, Toolstack
 from xenpv.host.xenstore_nodes import SLACK
 from xenpv.image import start
@@ -25,47 +25,10 @@ from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.pagetables import cr3_of, localise
 from xenpv.memory.physmap import CHUNK, ORDER
 from xenpv.memory.publish import words
-from xenpv.memory.radix import counting
+from xenpv.runs import FrameMap, Runs, group_rows
 
 _EXTENTS_PER_CALL = 4096  # 8 GiB in one populate_physmap()
 _MFN_4G = 0x10_0000  # the frame at machine address 4 GiB
-
-
-@dataclass(frozen=True, slots=True)
-class FrameMap:
-    """The frames that a domain was given: ``count`` pages from pfn ``first`` on have the mfns from ``mfn`` on.
-
-    Ascending. As runs, since a list of all would be as large as the p2m: 512 times what extents of 2 MiB take.
-    """
-
-    first: I64
-    count: I64
-    mfn: U64
-
-    def lookup(self, pfns: U64) -> U64:
-        """The mfn of each pfn, NO_FRAME where there is no memory."""
-        if not len(self.first):
-            return np.full(pfns.shape, NO_FRAME)
-        at = pfns.astype(np.int64)
-        row = np.searchsorted(self.first, at, "right") - 1
-        inside = (row >= 0) & (at < self.first[row] + self.count[row])
-        return np.where(inside, self.mfn[row] + (at - self.first[row]).astype(np.uint64), NO_FRAME)
-
-    def lookup_range(self, pfns: range) -> U64:
-        """The mfns of consecutive pfns, which takes no search for each."""
-        rows = slice(
-            max(int(np.searchsorted(self.first, pfns.start, "right")) - 1, 0),
-            int(np.searchsorted(self.first, pfns.stop)),
-        )
-        first, count, mfn = self.first[rows], self.count[rows], self.mfn[rows].astype(np.int64)
-        begin: I64 = np.maximum(first, pfns.start)
-        length: I64 = np.maximum(np.minimum(first + count, pfns.stop) - begin, 0)
-        found = counting(mfn + begin - first, length).view(np.uint64)
-        if len(found) == len(pfns):
-            return found
-        out = np.full(len(pfns), NO_FRAME)
-        out[counting(begin - pfns.start, length)] = found
-        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +112,7 @@ def _populate(host: Toolstack, domid: DomId, layout: Layout, report: ProgressCal
     Raises:
         HostError: The host has too few pages.
     """
-    runs: list[tuple[I64, I64, U64]] = []
+    runs: list[tuple[Runs, U64]] = []
     populated = 0
     for pfns in layout.ranges:
         for first, end, order in _populate_calls(pfns):
@@ -159,7 +122,7 @@ def _populate(host: Toolstack, domid: DomId, layout: Layout, report: ProgressCal
                 extents = np.arange(pfn, end, extent, dtype=np.uint64)
                 mfns = host.populate_physmap(domid, extents, order=try_order)
                 if len(mfns):
-                    runs.append(_as_runs(extents[: len(mfns)].astype(np.int64), mfns, extent))
+                    runs.append(_as_runs(extents[: len(mfns)], mfns, extent))
                 pfn += len(mfns) * extent
                 if pfn >= end:
                     break
@@ -168,8 +131,7 @@ def _populate(host: Toolstack, domid: DomId, layout: Layout, report: ProgressCal
             if pfn < end:
                 problem = f"dom{domid}: the host gave only {populated:#x} of {layout.nr_pages:#x} pages"
                 raise HostError(problem, op="populate_physmap", domid=domid)
-    first_pfns, counts, first_mfns = zip(*runs, strict=True)
-    return FrameMap(np.concatenate(first_pfns), np.concatenate(counts), np.concatenate(first_mfns))
+    return FrameMap(Runs.concatenate(pfns for pfns, _ in runs), np.concatenate([mfns for _, mfns in runs]))
 
 
 def _populate_calls(pfns: range) -> Iterator[tuple[int, int, int]]:
@@ -181,12 +143,10 @@ def _populate_calls(pfns: range) -> Iterator[tuple[int, int, int]]:
         yield whole, pfns.stop, 0
 
 
-def _as_runs(pfns: I64, mfns: U64, extent: int) -> tuple[I64, I64, U64]:
-    """Join extents of ``extent`` pages that continue each other: first pfns, page counts and first mfns of the runs."""
-    begins_run = np.ones(len(pfns), np.bool_)
-    begins_run[1:] = mfns[1:] != mfns[:-1] + np.uint64(extent)
-    rows = np.flatnonzero(begins_run)
-    return pfns[rows], np.diff(np.append(rows, len(pfns))) * extent, mfns[rows]
+def _as_runs(pfns: U64, mfns: U64, extent: int) -> tuple[Runs, U64]:
+    """Join extents of ``extent`` pages that continue each other: the runs, and the first mfn of each."""
+    starts, extents = group_rows(np.diff(mfns) != extent, len(pfns))
+    return Runs(pfns[starts], extents * extent), mfns[starts]
 
 
 def _batches(pfns: range) -> Iterator[range]:

@@ -257,8 +257,8 @@ def _print_vcpus(vcpus: list[dict[str, Any]]) -> None:
 def describe_core(core: CoreDomain) -> dict[str, Any]:
     """Everything that show says of a core, as plain values; frame numbers and addresses are numbers, sizes in bytes."""
     layout, anchors = core.layout, None if core.hvm else core.anchors
-    first, count = core.page_list.extents
-    pages = int(count.sum())
+    runs = core.page_list.runs
+    pages = runs.total
     out: dict[str, Any] = {
         "file": core.name,
         "size": core.source.size,
@@ -269,8 +269,8 @@ def describe_core(core: CoreDomain) -> dict[str, Any]:
         "pages": pages,
         "memory": pages * PAGE_SIZE,
         "pages_announced": layout.announced,
-        "runs": len(first),
-        "last_pfn": int(first[-1]) + int(count[-1]) - 1 if len(first) else -1,
+        "runs": len(runs),
+        "last_pfn": runs.stop - 1,
         "shared_info": core.shared_info() is not None,
     }
     if anchors is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from io import BytesIO
-from itertools import pairwise
 from typing import IO
 
 import numpy as np
@@ -19,6 +18,7 @@ from xenpv.convert.repack import BATCH, Marks, has_data
 from xenpv.errors import Malformed, Unsupported
 from xenpv.frames import PAGE_SIZE, U8, U64, first_bad
 from xenpv.io.tempfile import unlinked_file
+from xenpv.runs import group_rows
 from xenpv.source.saved import FilePages
 from xenpv.stream import delta
 from xenpv.stream.events import PageDeltas
@@ -72,9 +72,9 @@ class DeltaStore:
         content[need] = self._before(pfns[need], deltas.offset)
         for page, at in zip(content, starts, strict=True):
             delta.apply_changes(deltas.data, at, page.data)
-        for run in _runs(pfns):
-            self._file.seek(int(pfns[run.start]) * PAGE_SIZE)
-            self._file.write(content[run].data)
+        for pfn, rows in _runs(pfns):
+            self._file.seek(pfn * PAGE_SIZE)
+            self._file.write(content[rows].data)
         self._marks.put(pfns, _MADE)
         self.name(entries)
 
@@ -95,9 +95,10 @@ class DeltaStore:
     def _made(self, pfns: U64) -> U8:
         assert self._file is not None
         content = bytearray(len(pfns) * PAGE_SIZE)
-        for run in _runs(pfns):
-            self._file.seek(int(pfns[run.start]) * PAGE_SIZE)
-            content[run.start * PAGE_SIZE : run.stop * PAGE_SIZE] = self._file.read((run.stop - run.start) * PAGE_SIZE)
+        for pfn, rows in _runs(pfns):
+            self._file.seek(pfn * PAGE_SIZE)
+            length = (rows.stop - rows.start) * PAGE_SIZE
+            content[rows.start * PAGE_SIZE : rows.stop * PAGE_SIZE] = self._file.read(length)
         return np.frombuffer(content, np.uint8).reshape(-1, PAGE_SIZE)
 
     def pages(self) -> Iterator[tuple[U64, ReadInto]]:
@@ -116,7 +117,8 @@ class DeltaStore:
             self._file = None
 
 
-def _runs(pfns: U64) -> Iterator[slice]:
-    """Where pfns grow by one."""
-    edges = [0, *(np.flatnonzero(np.diff(pfns) != 1) + 1).tolist(), len(pfns)]
-    yield from (slice(first, last) for first, last in pairwise(edges) if first < last)
+def _runs(pfns: U64) -> Iterator[tuple[int, slice]]:
+    """Iterate over runs of consecutive pfns, in any order: the first pfn, and the rows of the run."""
+    starts, sizes = group_rows(np.diff(pfns) != 1, len(pfns))
+    for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+        yield int(pfns[start]), slice(start, start + size)

@@ -15,9 +15,9 @@ import numpy as np
 from xenpv.diff.fields import Field, differing, ranges
 from xenpv.diff.records import records_differ
 from xenpv.errors import Fault, RequestError
-from xenpv.frames import ABSENT, HAS_DATA, I64, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64, Frames, type_name
+from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64, Frames, type_name
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.spans import batches
+from xenpv.runs import Extents, align
 from xenpv.source.domain import Domain
 
 
@@ -116,49 +116,12 @@ def _of_vcpu(domain: Domain, vcpu: int) -> dict[str, int | None] | None:
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Runs:
-    """Where both domains have one type each: first pfn, number of pages, and the types."""
-
-    start: U64
-    pages: I64
-    a: U8
-    b: U8
-
-
-def _runs(a: Domain, b: Domain) -> _Runs:
-    extents = [_extents(one) for one in (a, b)]
-    edges = np.unique(np.concatenate([edge for start, end, _ in extents for edge in (start, end)]))
-    if not len(edges):
-        none = np.empty(0, np.uint64)
-        return _Runs(none, none.astype(np.int64), np.empty(0, np.uint8), np.empty(0, np.uint8))
-    start, end = edges[:-1], edges[1:]
-    kinds = []
-    for first, behind, kind in extents:
-        row = np.searchsorted(first, start, "right") - 1
-        inside = (row >= 0) & (start < behind[row]) if len(first) else np.zeros(len(start), np.bool_)
-        kinds.append(
-            np.where(inside, kind[row], np.uint8(ABSENT)) if len(kind) else np.full(len(start), ABSENT, np.uint8)
-        )
-    there = (kinds[0] != ABSENT) | (kinds[1] != ABSENT)
-    return _Runs(start[there], (end - start)[there].astype(np.int64), kinds[0][there], kinds[1][there])
-
-
-def _extents(domain: Domain) -> tuple[U64, U64, U8]:
-    pieces = list(domain.extents())
-    if not pieces:
-        return np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.uint8)
-    start, pages, kind = (np.concatenate(column) for column in zip(*pieces, strict=True))
-    return start, start + pages.astype(np.uint64), kind
-
-
 def _compare_pages(a: Domain, b: Domain, out: Difference, keep: int, progress: ProgressCallback | None) -> None:
-    runs = _runs(a, b)
-    _count_types(runs, out, keep)
-    both = HAS_DATA[runs.a] & HAS_DATA[runs.b]
-    total = int(runs.pages[both].sum())
+    of_a, of_b = align(*(Extents.concatenate(one.extents()) for one in (a, b)))
+    _count_types(of_a, of_b, out, keep)
+    both = of_a[HAS_DATA[of_a.type] & HAS_DATA[of_b.type]]
     p2m = _p2m_pages(a, b)
-    for _, pfns in batches(runs.start[both], runs.pages[both], PAGES_PER_BATCH):
+    for pfns in both.batches(PAGES_PER_BATCH):
         pages = [_pages(one.frames, pfns, one.name) for one in (a, b)]
         apart = np.flatnonzero((pages[0].view(np.uint64) != pages[1].view(np.uint64)).any(axis=1))
         out.compared += len(pfns)
@@ -172,17 +135,17 @@ def _compare_pages(a: Domain, b: Domain, out: Difference, keep: int, progress: P
                 where = ranges(pages[0][at].tobytes(), pages[1][at].tobytes())
                 out.first.append(Page(int(pfns[at]), type_name(int(types[i])), str(what[i]), where))
         if progress is not None:
-            progress(Progress(out.compared * PAGE_SIZE, total * PAGE_SIZE, unit="bytes"))
+            progress(Progress(out.compared * PAGE_SIZE, both.total * PAGE_SIZE, unit="bytes"))
 
 
-def _count_types(runs: _Runs, out: Difference, keep: int) -> None:
-    apart = np.flatnonzero(runs.a != runs.b)
-    pairs = runs.a[apart].astype(np.uint16) << np.uint16(8) | runs.b[apart]
+def _count_types(of_a: Extents, of_b: Extents, out: Difference, keep: int) -> None:
+    apart = np.flatnonzero(of_a.type != of_b.type)
+    pairs = of_a.type[apart].astype(np.uint16) << np.uint16(8) | of_b.type[apart]
     for pair in np.unique(pairs).tolist():
         of = apart[pairs == pair]
-        start, pages = runs.start[of], runs.pages[of]
-        first = [pfn for _, pfns in batches(start[:keep], pages[:keep], PAGES_PER_BATCH, keep) for pfn in pfns.tolist()]
-        out.types.append(Types(type_name(pair >> 8), type_name(pair & 0xFF), int(pages.sum()), first))
+        runs = of_a[of]
+        first = [pfn for pfns in runs[:keep].batches(PAGES_PER_BATCH, keep) for pfn in pfns.tolist()]
+        out.types.append(Types(type_name(pair >> 8), type_name(pair & 0xFF), runs.total, first))
 
 
 def _pages(frames: Frames, pfns: U64, name: str) -> U8:
@@ -194,5 +157,5 @@ def _pages(frames: Frames, pfns: U64, name: str) -> U8:
 
 def _p2m_pages(a: Domain, b: Domain) -> U64:
     """The pfns of the p2m's frames, as far as they are known; their content is the old hosts' mfns."""
-    found = [one.saved.contents.p2m_leaf_runs[2] for one in (a, b) if one.saved is not None]
+    found = [one.saved.contents.p2m_leaf_runs.frame for one in (a, b) if one.saved is not None]
     return np.unique(np.concatenate([*found, np.empty(0, np.uint64)]))

@@ -61,8 +61,8 @@ def _data(record: object) -> bytes | None:
 def _p2m(a: Contents, b: Contents) -> Iterator[Field]:
     if a.end_pfn != b.end_pfn:
         yield Field("p2m", "entries", f"{a.end_pfn + 1:#x}", f"{b.end_pfn + 1:#x}")
-    if not all(map(np.array_equal, a.p2m_leaf_runs, b.p2m_leaf_runs)):
-        yield Field("p2m", "frames", f"{len(a.p2m_leaf_runs[0])} runs", f"{len(b.p2m_leaf_runs[0])} other runs")
+    if not a.p2m_leaf_runs.equals(b.p2m_leaf_runs):
+        yield Field("p2m", "frames", f"{len(a.p2m_leaf_runs)} runs", f"{len(b.p2m_leaf_runs)} other runs")
 
 
 def _start_info(saved: SavedDomain) -> np.void | None:

@@ -11,18 +11,19 @@ import numpy as np
 
 from xenpv.errors import RequestError, XenPVError
 from xenpv.export.formats import dumpcore, elf, kdump, lime, notes, raw
-from xenpv.export.formats.content import Hole, Pages, Piece, joined
+from xenpv.export.formats.content import Hole, Piece, runs_with_data
 from xenpv.export.formats.identity import Identity
 from xenpv.export.formats.mapped import direct_map, kernel_maps
 from xenpv.export.kdump_writer import write_kdump
 from xenpv.export.machine_frames import Machine
-from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, U8, U64, filled
+from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, PFNS_PER_SCAN, U8, U64, filled
 from xenpv.io.atomic_output import Output
 from xenpv.io.background import BackgroundWorker
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.p2m import reading
 from xenpv.memory.registers import Registers
 from xenpv.memory.vmcoreinfo import LONGEST, Search, find_vmcoreinfo, value
+from xenpv.runs import Runs
 from xenpv.source.domain import Domain
 
 _PIPE_HOLES = 1 << 30  # bytes of zeros that a pipe gets at most, and not more than that, or …
@@ -61,7 +62,7 @@ def export(
             if progress is not None:
                 progress(Progress(min(done, total) * PAGE_SIZE, total * PAGE_SIZE, unit="bytes"))
     exported = job.exported
-    exported.pages, exported.last_pfn, exported.bytes = total, job.pages.end - 1, out.written
+    exported.pages, exported.last_pfn, exported.bytes = total, job.pages.stop - 1, out.written
     if exported.lost:
         job.remark(f"{exported.lost} pages could not be read, or were given back meanwhile: they are zeros")
     if domain.stale_page_tables:
@@ -70,11 +71,11 @@ def export(
     return exported
 
 
-def pages_of(domain: Domain) -> Pages:
+def pages_of(domain: Domain) -> Runs:
     """The pages that have content; of a file that was cut off, those before its end."""
-    pages = Pages.of(domain.extents())
+    pages = runs_with_data(domain.extents())
     if domain.error is not None:
-        kept = [domain.has_content(pfns) for pfns in pages.batches(1 << 20)]
+        kept = [domain.has_content(pfns) for pfns in pages.batches(PFNS_PER_SCAN)]
         pages = pages.where(np.concatenate([*kept, np.empty(0, np.bool_)]))
     return pages
 
@@ -89,7 +90,7 @@ class _Job:
         self.remark = self.exported.remarks.append
 
     @cached_property
-    def pages(self) -> Pages:
+    def pages(self) -> Runs:
         """The pages that have content."""
         return pages_of(self.domain)
 
@@ -131,11 +132,11 @@ class _Job:
             names = ["Linux" if text else "unknown", "unknown", release, "unknown", "x86_64" if width == 8 else "i686"]
             return b"".join(name.encode()[:64].ljust(65, b"\0") for name in names)
 
-    def contents(self, change: Callable[[U64, U8], U8] | None = None) -> Callable[[Pages], Iterator[U8]]:
+    def contents(self, change: Callable[[U64, U8], U8] | None = None) -> Callable[[Runs], Iterator[U8]]:
         """Read pages in batches. Those that cannot be read are zeros, and counted."""
         read = reading(self.domain.frames)
 
-        def batches(pages: Pages) -> Iterator[U8]:
+        def batches(pages: Runs) -> Iterator[U8]:
             for pfns in pages.batches(PAGES_PER_BATCH):
                 content, readable = read(pfns)
                 self.exported.lost += len(pfns) - int(np.count_nonzero(readable))
@@ -173,12 +174,12 @@ def _lime(job: _Job, out: Output) -> Iterator[int]:
 
 
 def _raw(job: _Job, out: Output) -> Iterator[int]:
-    absent = job.pages.end - job.pages.total
+    absent = job.pages.stop - job.pages.total
     if absent and not out.sparse and absent * PAGE_SIZE > max(_PIPE_HOLES, job.pages.total * PAGE_SIZE * _PIPE_TIMES):
         what = f"{absent} pfns have no page, which a pipe would be given as zeros: give a file's name, which gets holes"
-        raise RequestError(f"{what}, or take elf or lime", needed=job.pages.end, available=job.pages.total)
+        raise RequestError(f"{what}, or take elf or lime", needed=job.pages.stop, available=job.pages.total)
     if absent:
-        job.remark(f"{absent} pfns up to {job.pages.end - 1:#x} have no page; a raw file shows them as zeros")
+        job.remark(f"{absent} pfns up to {job.pages.stop - 1:#x} have no page; a raw file shows them as zeros")
     return _written(out, raw.dump(job.pages), job)
 
 
@@ -204,8 +205,8 @@ def _kdump(job: _Job, out: Output) -> Iterator[int]:
     vcpus = max((vcpu + 1 for vcpu, known in job.registers.items() if known is not None), default=0)
     if identity is not None:
         described += identity.note()
-        own = Pages(np.array([identity.first], np.uint64), np.array([identity.pages], np.int64))
-        pages = joined(np.append(pages.first, own.first), np.append(pages.pages, own.pages))
+        own = Runs(np.array([identity.first], np.uint64), np.array([identity.pages], np.int64))
+        pages = Runs.concatenate([pages, own]).merged()
     try:
         phys_base = int(value(job.text or b"", "NUMBER(phys_base)") or "0")
     except ValueError:
@@ -231,7 +232,7 @@ def _written(
     done = 0
     with BackgroundWorker() as worker:
         for piece in pieces:
-            if isinstance(piece, Pages):
+            if isinstance(piece, Runs):
                 for content in contents(piece):
                     put = partial(_put, out, content, job.exported)
                     worker.submit(put) if out.is_regular_file else put()

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from xenpv.errors import RequestError
-from xenpv.export.formats.content import Hole, Pages
+from xenpv.export.formats.content import Hole
 from xenpv.export.formats.kdump import DESCRIPTOR, PFNS_MAX, Header, bitmap, pack
 from xenpv.frames import PAGE_SIZE, U8, U64
 from xenpv.io.atomic_output import Output
+from xenpv.runs import Runs
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     Packed = Future[tuple[list[bytes | None], U64]]
 
 
-def write_kdump(out: Output, header: Header, pages: Pages, contents: Iterable[U8]) -> Iterator[int]:
+def write_kdump(out: Output, header: Header, pages: Runs, contents: Iterable[U8]) -> Iterator[int]:
     """Write it; how many pages are done, now and then.
 
     ``contents`` are those of ``pages``, in order, uint8 (n, 4096) each time. Raises RequestError for an output that
@@ -29,8 +30,8 @@ def write_kdump(out: Output, header: Header, pages: Pages, contents: Iterable[U8
     """
     if not out.sparse:
         raise RequestError("kdump says where each page is before the first of them: it needs a file, not a pipe")
-    if pages.end > PFNS_MAX:
-        raise RequestError(f"kdump ends at pfn {PFNS_MAX:#x}, and the last is {pages.end - 1:#x}", needed=pages.end)
+    if pages.stop > PFNS_MAX:
+        raise RequestError(f"kdump ends at pfn {PFNS_MAX:#x}, and the last is {pages.stop - 1:#x}", needed=pages.stop)
     out.write([header.before(pages)])
     for _ in range(2):
         for piece in bitmap(pages):

@@ -25,7 +25,8 @@ from xenpv.memory.anchors import Anchors, capacity
 from xenpv.memory.p2m import entries_in
 from xenpv.memory.pagetables import as_entries, cr3_of, place_of
 from xenpv.memory.publish import put_page_tables, tree_anchors, words
-from xenpv.memory.radix import Runs, build
+from xenpv.memory.radix import build
+from xenpv.runs import FrameRuns
 
 
 class KernelP2M:
@@ -132,7 +133,7 @@ class KernelP2M:
 
     def _map(self, view: GuestView, frames: U64) -> None:
         """Map the list anew, leaves at ``places`` being ``frames``."""
-        runs = self._filled(view, Runs(self.places, np.ones_like(self.places), frames))
+        runs = self._filled(view, FrameRuns(self.places, np.ones_like(self.places), frames))
         shared = self._frames(view, self._missing) << np.uint64(PAGE_SHIFT) | np.uint64(PAGE)
         taken = [np.empty(0, np.uint64)]
 
@@ -142,19 +143,19 @@ class KernelP2M:
             taken.append(self.pages.put_tables(view, tables))
             return self._frames(view, taken[-1])
 
-        at = Runs(runs.first + place_of(self.vaddr), runs.count, runs.frame)
+        at = FrameRuns(runs.first + place_of(self.vaddr), runs.count, runs.frame)
         taken.append(self.pages.hook(view, put_page_tables(at, 1, put, PAGE)))
         self.pages.give(view, self._tables)
         self._tables = np.concatenate(taken)
 
-    def _filled(self, view: GuestView, leaves: Runs) -> Runs:
+    def _filled(self, view: GuestView, leaves: FrameRuns) -> FrameRuns:
         """With the shared leaf wherever there is none; it comes into being when it is first wanted."""
         total = -(-self.entries // self.per_leaf)
         if len(self.places) == total:
             return leaves
         if not len(self._missing):
             self._missing = self.pages.put(view, words(np.full((1, self.per_leaf), NO_FRAME), self.width))
-        return leaves.filled(range(total), int(self._frames(view, self._missing)[0]))
+        return leaves.fill_gaps(range(total), int(self._frames(view, self._missing)[0]))
 
     def _frames(self, view: GuestView, pfns: U64) -> U64:
         return view.frames_at(self.pages.vaddrs(pfns))
@@ -195,7 +196,7 @@ class KernelP2M:
             return self._frames(view, pfns)
 
         frames = view.frames_at(self._at(self.places.astype(np.uint64)))
-        leaves = self._filled(view, Runs(self.places, np.ones_like(self.places), frames))
+        leaves = self._filled(view, FrameRuns(self.places, np.ones_like(self.places), frames))
         if form.hidden:
             encode = partial(words, width=self.width)
             third = build(leaves, 2, self.per_leaf, encode, put)

@@ -17,7 +17,7 @@ from xenpv.frames import I64, U8, U64
 from xenpv.host.model.guest_view import GuestView
 from xenpv.memory.pagetables import place_of
 from xenpv.memory.publish import TABLE, put_page_tables
-from xenpv.memory.radix import Runs
+from xenpv.runs import FrameRuns
 
 # Where things are in the address space. A kernel knows where it was linked to; the others are of whole top entries that
 # the builder leaves empty: 64-bit as litmus has them, 32-bit one GiB each.
@@ -156,7 +156,7 @@ class KernelPages:
         place = place_of(MAPPED[self.width].start) // ENTRIES
         places = np.arange(place, place + len(self._tables))
         frames = view.frames_at(self.vaddrs(self._tables))
-        old, self._upper = self._upper, self.hook(view, Runs(places, np.ones_like(places), frames))
+        old, self._upper = self._upper, self.hook(view, FrameRuns(places, np.ones_like(places), frames))
         self.give(view, old)
         self._spare = np.append(self._spare, np.arange(first * ENTRIES, len(self._tables) * ENTRIES))
 
@@ -194,7 +194,7 @@ class KernelPages:
 
     # page tables
 
-    def hook(self, view: GuestView, tables: Runs) -> U64:
+    def hook(self, view: GuestView, tables: FrameRuns) -> U64:
         """Hang L1 tables into the top table, by new ones between; what hung there goes. The pfns of the new ones.
 
         Each top entry is replaced by one store, so that an address behind it leads to the old or to the new.

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault
-from xenpv.frames import I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64, Frames, Pfn, Vaddr, first_bad
+from xenpv.frames import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U64, Frames, Pfn, Vaddr, first_bad
 from xenpv.memory.p2m import reading
 from xenpv.memory.pagetables import Walk, translate, walk
 from xenpv.memory.paging import PV, Paging
 from xenpv.memory.registers import Registers
-
-
-class Extents(NamedTuple):
-    """Runs of consecutive pfns of one page type, ascending: first pfn, number of pages, type; arrays of one length."""
-
-    start: U64
-    pages: I64
-    type: U8
+from xenpv.runs import Extents
 
 
 class PagedDomain(Protocol):

@@ -19,7 +19,8 @@ from xenpv.errors import Fault, GuestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PAGE_SIZE, PAGES_IN_CACHE, U8, U64, Frames, Mask
 from xenpv.memory.anchors import Anchors, Form, Way
 from xenpv.memory.pagetables import frames_of_tables
-from xenpv.memory.radix import Read, Runs, Unreadable, counting, walk
+from xenpv.memory.radix import Read, Unreadable, walk
+from xenpv.runs import FrameRuns, expand_runs, group_rows
 
 _MARKS = FOREIGN | IDENTITY
 
@@ -54,7 +55,7 @@ class P2M:
 
     width: Width
     entries: int
-    leaves: Runs
+    leaves: FrameRuns
     read: Read
     unreadable: list[Unreadable] = field(default_factory=list)
 
@@ -85,17 +86,17 @@ class P2M:
         else:
             decode = partial(_frames_of_tree, width=anchors.width, resolve=resolve)
             found, unreadable = walk(read, root, way.tables, places, decode)
-        leaves = Runs(found.first - way.first, found.count, found.frame)
+        leaves = FrameRuns(found.first - way.first, found.count, found.frame)
         return cls(anchors.width, anchors.max_pfn, leaves, read, unreadable)
 
     @cached_property
-    def distinct(self) -> Runs:
+    def distinct(self) -> FrameRuns:
         """Each leaf's frame once, ascending by place: its first place, and in how many it stands."""
         if not len(self.leaves):
             return self.leaves
         alike = self.leaves[np.argsort(self.leaves.frame, kind="stable")]
-        row = np.flatnonzero(np.append(True, alike.frame[1:] != alike.frame[:-1]))
-        once = Runs(alike.first[row], np.add.reduceat(alike.count, row), alike.frame[row])
+        row, _ = group_rows(alike.frame[1:] != alike.frame[:-1], len(alike))
+        once = FrameRuns(alike.first[row], np.add.reduceat(alike.count, row), alike.frame[row])
         return once[np.argsort(once.first)]
 
     @property
@@ -112,18 +113,20 @@ class P2M:
         return min(self.entries, (first + 1) * self.per_leaf)
 
     @property
-    def holes(self) -> Runs:
+    def holes(self) -> FrameRuns:
         """The places without a leaf."""
         return self.leaves.gaps(range(self.places))
 
-    def content(self, places: I64 | None = None, *, lost: Callable[[Runs], None] | None = None) -> Iterator[Leaves]:
+    def content(
+        self, places: I64 | None = None, *, lost: Callable[[FrameRuns], None] | None = None
+    ) -> Iterator[Leaves]:
         """The table piece by piece: each leaf once, at its first place; or the leaves at ``places``.
 
         Leaves that cannot be read are left out; ``lost`` is told of them.
         """
         which = self.distinct
         if places is not None:
-            which = Runs(places, np.ones(len(places), np.int64), self.leaves.frame_of(places))
+            which = FrameRuns(places, np.ones(len(places), np.int64), self.leaves.frame_of(places))
             which = which[which.frame != NO_FRAME]
         for i in range(0, len(which), PAGES_IN_CACHE):
             some = which[i : i + PAGES_IN_CACHE]
@@ -148,8 +151,7 @@ class P2M:
         place, at = (n.astype(np.int64) for n in np.divmod(pfns, np.uint64(self.per_leaf)))  # a pfn may be above 2^63
         out = np.full(len(pfns), NO_FRAME)
         # Neighbours are mostly asked for together: what follows is done for runs of pfns of one leaf.
-        first = np.flatnonzero(np.append(True, place[1:] != place[:-1])) if len(place) else np.empty(0, np.int64)
-        count = np.diff(np.append(first, len(place)))
+        first, count = group_rows(place[1:] != place[:-1], len(place))
         wanted, back = np.unique(self.leaves.frame_of(place[first]), return_inverse=True)
         wanted = wanted[wanted != NO_FRAME]  # the last, if it is there at all
         order = np.argsort(back, kind="stable")
@@ -158,7 +160,7 @@ class P2M:
             some = wanted[i : i + PAGES_IN_CACHE]
             pages, readable = self.read(some)
             runs = order[bounds[i] : bounds[i + len(some)]]
-            mine, row = counting(first[runs], count[runs]), np.repeat(back[runs] - i, count[runs])
+            mine, row = expand_runs(first[runs], count[runs]), np.repeat(back[runs] - i, count[runs])
             found = entries_in(pages, self.width)[row, at[mine]]
             out[mine] = np.where(readable[row], found, NO_FRAME)
         out[pfns >= np.uint64(self.entries)] = NO_FRAME

@@ -16,7 +16,8 @@ from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import RequestError
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, U8, U64
 from xenpv.memory.anchors import DEPTHS, MARK, MARKED_LEVELS, Anchors, Form, capacity
-from xenpv.memory.radix import Put, Runs, build
+from xenpv.memory.radix import Put, build
+from xenpv.runs import FrameRuns
 
 TABLE = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D  # the flags of an entry that names a table
 _MFNS_32 = 1 << 30  # frames that 32-bit entries can name
@@ -37,7 +38,7 @@ def words(mfns: U64, width: Width) -> U8:
     return np.ascontiguousarray(mfns, f"<u{width}").view(np.uint8).reshape(-1, PAGE_SIZE)
 
 
-def put_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: Put) -> Runs:
+def put_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: Put) -> FrameRuns:
     """Write the leaves of a p2m of so many entries in which ``pfns`` (ascending) have ``mfns``, and no other has any.
 
     A leaf for every part that has a frame; all others share one leaf of INVALID_MFN, which a guest maps read-only.
@@ -55,14 +56,14 @@ def put_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: Put) -> Ru
         table = np.full((len(some), per_leaf), NO_FRAME)
         table[rows, pfns[inside] % np.uint64(per_leaf)] = mfns[inside]
         held[i : i + len(some)] = put(words(table, width))
-    leaves = Runs(places, np.ones(len(places), np.int64), held)
+    leaves = FrameRuns(places, np.ones(len(places), np.int64), held)
     if len(places) == total:
         return leaves
     [missing] = put(words(np.full((1, per_leaf), NO_FRAME), width)).tolist()
-    return leaves.filled(range(total), missing)
+    return leaves.fill_gaps(range(total), missing)
 
 
-def put_tree(leaves: Runs, levels: int, width: Width, put: Put) -> int:
+def put_tree(leaves: FrameRuns, levels: int, width: Width, put: Put) -> int:
     """Write the tables of a tree of so many levels (leaves counted) above some leaves; the frame of its top.
 
     Raises RequestError when a leaf lies beyond what such a tree reaches.
@@ -78,7 +79,7 @@ def put_tree(leaves: Runs, levels: int, width: Width, put: Put) -> int:
     return int(frame[0])
 
 
-def put_page_tables(frames: Runs, levels: int, put: Put, flags: int = TABLE) -> Runs:
+def put_page_tables(frames: FrameRuns, levels: int, put: Put, flags: int = TABLE) -> FrameRuns:
     """Write so many levels of page tables that map ``frames``, whose places are page numbers of the address space.
 
     ``flags`` are those of the L1 entries. What they name in the level above is returned: which entry (counted from
@@ -88,7 +89,7 @@ def put_page_tables(frames: Runs, levels: int, put: Put, flags: int = TABLE) -> 
     return build(low, levels - 1, PAGE_SIZE // 8, partial(_ptes, flags=TABLE), put)
 
 
-def tree_anchors(form: Form, leaves: Runs, entries: int, width: Width, put: Put, *, levels: int = 3) -> Anchors:
+def tree_anchors(form: Form, leaves: FrameRuns, entries: int, width: Width, put: Put, *, levels: int = 3) -> Anchors:
     """Write the tables of a tree in one of its forms, and what shared info must say of it.
 
     ``levels`` is of a rooted tree. Raises RequestError when the form cannot express so many entries.

@@ -8,13 +8,13 @@ is never unrolled.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from xenpv.errors import GuestError
 from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64, Mask
+from xenpv.runs import FrameRuns, expand_runs
 
 ROWS_MAX = 1 << 24  # runs of leaves: twice what 16 TiB of pages in no order take
 SHARED_MAX = 1 << 20  # of them by way of tables that stand in several places: such tables map nothing, or are wrong
@@ -27,67 +27,6 @@ Put = Callable[[U8], U64]
 """put(pages): keep pages, uint8 (n, 4096), somewhere; the frame of each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """Places of one level, ascending and apart: ``count`` places from ``first`` on all name ``frame``."""
-
-    first: I64
-    count: I64
-    frame: U64
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    def __getitem__(self, rows: slice | I64 | Mask) -> Runs:
-        return Runs(self.first[rows], self.count[rows], self.frame[rows])
-
-    def frame_of(self, places: I64) -> U64:
-        """The frame of each place, NO_FRAME where there is none."""
-        if not len(self):
-            return np.full(places.shape, NO_FRAME)
-        row = np.searchsorted(self.first, places, "right") - 1
-        inside = (row >= 0) & (places < self.first[row] + self.count[row])
-        return np.where(inside, self.frame[row], NO_FRAME)
-
-    def gaps(self, places: range) -> Runs:
-        """The parts of ``places`` that no run covers, NO_FRAME for a frame."""
-        first, stop = (np.clip(at, places.start, places.stop) for at in (self.first, self.first + self.count))
-        starts = np.append(places.start, stop)
-        count = np.append(first, places.stop) - starts
-        there = count > 0
-        return Runs(starts[there], count[there], np.full(np.count_nonzero(there), NO_FRAME))
-
-    def filled(self, places: range, frame: int) -> Runs:
-        """These runs, and one frame everywhere else in ``places``."""
-        gaps = self.gaps(places)
-        return _in_order([self, Runs(gaps.first, gaps.count, np.full(len(gaps), frame, np.uint64))])
-
-    def below(self, stop: int) -> Runs:
-        """What of these runs lies at places below ``stop``."""
-        some = self[self.first < stop]
-        return Runs(some.first, np.minimum(some.count, stop - some.first), some.frame)
-
-    def apart(self, other: Runs) -> Runs:
-        """The parts of these runs in which ``other`` names another frame, or none."""
-        cuts = np.concatenate([self.first, self.first + self.count, other.first, other.first + other.count])
-        cuts.sort(kind="stable")  # each part is in order already, which np.unique would make nothing of
-        cuts = cuts[np.append(True, cuts[1:] != cuts[:-1])[: len(cuts)]]
-        mine = self.frame_of(cuts)
-        there = (mine != NO_FRAME) & (mine != other.frame_of(cuts))  # never at the last cut, where all runs end
-        return Runs(cuts[there], np.diff(np.append(cuts, cuts[-1:]))[there], mine[there])
-
-    @classmethod
-    def of(cls, frames: U64) -> Runs:
-        """Of an array of frames, one for each place from 0 on; NO_FRAME for none."""
-        starts = np.flatnonzero(np.append(True, frames[1:] != frames[:-1])) if len(frames) else np.empty(0, np.int64)
-        count = np.diff(np.append(starts, len(frames)))
-        there = frames[starts] != NO_FRAME
-        return cls(starts[there], count[there], frames[starts][there])
-
-
-_NOTHING = Runs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
-
-
 class Unreadable(NamedTuple):
     """A table that could not be read: its frame, its level above the leaves, and the first of its places."""
 
@@ -98,20 +37,20 @@ class Unreadable(NamedTuple):
 
 def walk(
     read: Read, root: int, levels: int, places: range, frames_of: Callable[[U8, int], U64]
-) -> tuple[Runs, list[Unreadable]]:
+) -> tuple[FrameRuns, list[Unreadable]]:
     """The leaves behind ``places`` of a tree whose top table is ``root``, ``levels`` tables above the leaves.
 
     ``frames_of(pages, level)`` turns pages of tables, uint8 (n, 4096), into the frames that their entries name, uint64
     (n, entries), NO_FRAME for none; level 1 is the one above the leaves. Raises GuestError when there are more than
     ROWS_MAX runs, more than SHARED_MAX by sharing tables, or more than UNREADABLE_MAX tables that cannot be read.
     """
-    nodes = Runs(np.zeros(1, np.int64), np.ones(1, np.int64), np.array([root], np.uint64))
+    nodes = FrameRuns(np.zeros(1, np.int64), np.ones(1, np.int64), np.array([root], np.uint64))
     unreadable: list[Unreadable] = []
     for level in range(levels, 0, -1):
         by_frame = np.argsort(nodes.frame, kind="stable")
         distinct, start = np.unique(nodes.frame[by_frame], return_index=True)
         bounds = np.append(start, len(nodes))
-        parts, rows = [_NOTHING], 0
+        parts, rows = [FrameRuns.empty()], 0
         for i in range(0, len(distinct), PAGES_PER_BATCH):
             tables = distinct[i : i + PAGES_PER_BATCH]
             of_them = slice(bounds[i], bounds[i + len(tables)])
@@ -129,12 +68,12 @@ def walk(
             rows += len(parts[-1])
             if rows > ROWS_MAX:
                 raise GuestError(f"the tables below frame {root:#x} name more than {ROWS_MAX} runs of frames")
-        nodes = _in_order(parts)
+        nodes = FrameRuns.in_order(parts)
     unreadable.sort(key=lambda table: (-table.level, table.place))
     return nodes, unreadable
 
 
-def _below(nodes: Runs, entries: U64, which: I64, places: range) -> Runs:
+def _below(nodes: FrameRuns, entries: U64, which: I64, places: range) -> FrameRuns:
     """What the tables at some nodes name, as runs within ``places`` of the next level.
 
     ``which`` of the tables each node is, ascending. Of each table its own runs are found once; they are unrolled for
@@ -155,20 +94,20 @@ def _below(nodes: Runs, entries: U64, which: I64, places: range) -> Runs:
         what = f"tables that are shared name more than {SHARED_MAX} runs of frames"
         raise GuestError(f"{what}: frame {worst:#x}, a table, stands in {int(stands.max())} places")
     node = np.repeat(np.arange(len(nodes)), times)
-    first = counting(nodes.first, times)
+    first = expand_runs(nodes.first, times)
     spans = np.where(uniform, nodes.count, 1)[node]
     of_node = runs[which[node]]
-    row = counting((np.cumsum(runs) - runs)[which[node]], of_node)
+    row = expand_runs((np.cumsum(runs) - runs)[which[node]], of_node)
     start = np.repeat(first, of_node) * size + at[row]
     count = (end - at)[row] * np.repeat(spans, of_node)
     frame = entries[table, at][row]
     low = np.maximum(start, places.start)
     high = np.minimum(start + count, places.stop)
     keep = (frame != NO_FRAME) & (low < high)
-    return Runs(low[keep], (high - low)[keep], frame[keep])
+    return FrameRuns(low[keep], (high - low)[keep], frame[keep])
 
 
-def build(nodes: Runs, levels: int, size: int, encode: Callable[[U64], U8], put: Put) -> Runs:
+def build(nodes: FrameRuns, levels: int, size: int, encode: Callable[[U64], U8], put: Put) -> FrameRuns:
     """The tables above some nodes, level by level; the runs of tables of the last level. The inverse of walk.
 
     ``encode`` turns the frames that tables of ``size`` entries name, uint64 (n, size), NO_FRAME for none, into pages.
@@ -179,7 +118,7 @@ def build(nodes: Runs, levels: int, size: int, encode: Callable[[U64], U8], put:
     return nodes
 
 
-def _above(nodes: Runs, size: int, encode: Callable[[U64], U8], put: Put) -> Runs:
+def _above(nodes: FrameRuns, size: int, encode: Callable[[U64], U8], put: Put) -> FrameRuns:
     stop = nodes.first + nodes.count
     low, high = -(-nodes.first // size), stop // size  # the tables that a run fills from end to end
     whole = low < high
@@ -188,12 +127,15 @@ def _above(nodes: Runs, size: int, encode: Callable[[U64], U8], put: Put) -> Run
     for i in range(0, len(filling), PAGES_PER_BATCH):
         some = filling[i : i + PAGES_PER_BATCH]
         shared[i : i + len(some)] = put(encode(np.repeat(some[:, None], size, axis=1)))
-    uniform = Runs(low[whole], (high - low)[whole], shared[which])
+    uniform = FrameRuns(low[whole], (high - low)[whole], shared[which])
     # What is left of each run lies before its first whole table, behind its last, or all within one table.
     head = np.where(whole, low * size, np.minimum(stop, low * size))
     tail = np.maximum(np.where(whole, high * size, nodes.first), head)
-    pieces = _in_order(
-        [Runs(nodes.first, head - nodes.first, nodes.frame), Runs(tail, np.maximum(stop - tail, 0), nodes.frame)]
+    pieces = FrameRuns.in_order(
+        [
+            FrameRuns(nodes.first, head - nodes.first, nodes.frame),
+            FrameRuns(tail, np.maximum(stop - tail, 0), nodes.frame),
+        ]
     )
     pieces = pieces[pieces.count > 0]
     tables, first_piece = np.unique(pieces.first // size, return_index=True)
@@ -203,27 +145,7 @@ def _above(nodes: Runs, size: int, encode: Callable[[U64], U8], put: Put) -> Run
         named, mine = tables[i : i + PAGES_PER_BATCH], pieces[bounds[i] : bounds[min(i + PAGES_PER_BATCH, len(tables))]]
         content = np.full((len(named), size), NO_FRAME)
         row = np.searchsorted(named, mine.first // size)
-        at = counting(row * size + mine.first % size, mine.count)
+        at = expand_runs(row * size + mine.first % size, mine.count)
         content.reshape(-1)[at] = np.repeat(mine.frame, mine.count)
         frames[i : i + len(named)] = put(encode(content))
-    return _in_order([uniform, Runs(tables, np.ones(len(tables), np.int64), frames)])
-
-
-def _joined(parts: list[Runs]) -> Runs:
-    return Runs(
-        np.concatenate([p.first for p in parts]),
-        np.concatenate([p.count for p in parts]),
-        np.concatenate([p.frame for p in parts]),
-    )
-
-
-def _in_order(parts: list[Runs]) -> Runs:
-    joined = _joined(parts)
-    return joined[np.argsort(joined.first, kind="stable")]
-
-
-def counting(first: I64, count: I64) -> I64:
-    """first, first + 1, … of each run, ``count`` of them, one run behind the other."""
-    ends = np.cumsum(count)
-    starts: I64 = np.repeat(first - (ends - count), count)
-    return np.add(starts, np.arange(len(starts)))
+    return FrameRuns.in_order([uniform, FrameRuns(tables, np.ones(len(tables), np.int64), frames)])

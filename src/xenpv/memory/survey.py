@@ -9,7 +9,7 @@ import numpy as np
 
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, U8, U64, Mask
 from xenpv.memory.p2m import P2M, Leaves, is_own
-from xenpv.memory.radix import Runs
+from xenpv.runs import FrameRuns
 
 
 class Kind(IntEnum):
@@ -50,9 +50,9 @@ def survey(p2m: P2M, cells: int = 512) -> Survey:
     own = np.zeros(-(-p2m.entries // cell), np.int64)
     pages, first = dict.fromkeys(Kind, 0), {}
     end = _shared_at_the_end(p2m)
-    unreadable = Runs.of(np.empty(0, np.uint64))
+    unreadable = FrameRuns.from_frames(np.empty(0, np.uint64))
 
-    def lost(leaves: Runs) -> None:
+    def lost(leaves: FrameRuns) -> None:
         nonlocal unreadable
         unreadable = unreadable if len(unreadable) else leaves
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask, filled
-from xenpv.memory.domain import Extents
 from xenpv.memory.p2m import reading
-from xenpv.memory.spans import batches
 from xenpv.report.parts import NOTHING, Collector, Parts
+from xenpv.runs import Extents
 
 _AT_ONCE = 256  # pages: 1 MiB, which stays in the processor's cache
 _TABLE = np.uint64(1 << 63)  # beside a pfn: the page is a page table
@@ -66,10 +65,9 @@ def content_of(
     keys, read = _Hash(), reading(memory)
     zero_at, looked_at, unread = Collector(), 0, 0
     seen: list[tuple[U64, U64]] = []  # pfns, bit 63: a table; and hashes
-    wanted = HAS_DATA[extents.type]
-    pages, kinds = extents.pages[wanted], extents.type[wanted]
-    for row, every in batches(extents.start[wanted], pages, _AT_ONCE, limit):
-        marks = np.where(IS_TABLE[kinds[row]], _TABLE, np.uint64(0))
+    with_data = extents[HAS_DATA[extents.type]]
+    for every, types in with_data.typed_batches(_AT_ONCE, limit):
+        marks = np.where(IS_TABLE[types], _TABLE, np.uint64(0))
         there = np.ones(len(every), np.bool_) if kept is None else kept(every)
         content, readable = read(every[there])
         pfns, content = every[there][readable], content[readable]
@@ -84,7 +82,7 @@ def content_of(
     hashes = np.concatenate([np.empty((0, 2), np.uint64), *(some for _, some in seen)])
     found = zero_at.all
     zero = int(found.pages.sum())
-    return _alike(marked, hashes, Content(looked_at, int(pages.sum()) - looked_at, unread, zero, zero_at=found))
+    return _alike(marked, hashes, Content(looked_at, with_data.total - looked_at, unread, zero, zero_at=found))
 
 
 def _alike(marked: U64, hashes: U64, so_far: Content) -> Content:

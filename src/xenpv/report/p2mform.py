@@ -13,8 +13,9 @@ from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SIZE, U8, U64
 from xenpv.memory.anchors import Anchors, Form, Way
 from xenpv.memory.p2m import P2M, entries_in
 from xenpv.memory.pagetables import frames_of_tables
-from xenpv.memory.radix import Read, Runs, walk
+from xenpv.memory.radix import Read, walk
 from xenpv.report.parts import Parts
+from xenpv.runs import FrameRuns
 from xenpv.source.domain import Domain
 
 _SHOWN = 7  # nodes of a level that are told one by one
@@ -109,7 +110,7 @@ class _Tree:
         if depth:
             runs, _ = walk(self.read, root, depth, here, partial(self._named, above=above))
         else:
-            runs = Runs(np.array([here.start]), np.ones(1, np.int64), np.array([root], np.uint64))
+            runs = FrameRuns(np.array([here.start]), np.ones(1, np.int64), np.array([root], np.uint64))
         return Level(_name(self.way, above), *_counts(runs), _nodes(runs, shift, places, self.anchors))
 
     def _named(self, pages: U8, level: int, above: int) -> U64:
@@ -147,14 +148,14 @@ def _name(way: Way, above: int) -> str:
     return names[above - 1] if above <= len(names) and way.form is Form.TREE else f"level {above + 1}"
 
 
-def _counts(runs: Runs) -> tuple[int, int, int]:
+def _counts(runs: FrameRuns) -> tuple[int, int, int]:
     """How many different ones, in how many places, and how many of them in several."""
     frame, row = np.unique(runs.frame, return_inverse=True)
     times = np.bincount(row, runs.count, len(frame))
     return len(frame), int(runs.count.sum()), int(np.count_nonzero(times > 1))
 
 
-def _nodes(runs: Runs, shift: int, places: range, anchors: Anchors) -> list[Node]:
+def _nodes(runs: FrameRuns, shift: int, places: range, anchors: Anchors) -> list[Node]:
     rows = list(range(len(runs)))
     if len(runs) > _SHOWN:
         rows = [*rows[: _SHOWN - 2], *rows[-2:]]

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from xenpv.frames import ABSENT, HAS_DATA, IS_POPULATED, IS_TABLE, PINNED, U64, PageType
-from xenpv.memory.domain import Extents
 from xenpv.report.parts import NOTHING, Collector, Parts, axis
+from xenpv.runs import Extents
 
 _ROWS = 4096  # of each kind
 
@@ -40,14 +40,12 @@ def whole(pieces: Iterable[Extents]) -> tuple[Extents, dict[int, Parts]]:
     by_type: dict[int, Collector] = {}
     for piece in pieces:
         there = IS_POPULATED[piece.type] | (piece.type == PageType.BROKEN)
-        extents = Extents(piece.start[there], piece.pages[there], piece.type[there])
+        extents = piece[there]
         for kind in np.unique(extents.type).tolist():
             mine = extents.type == kind
-            by_type.setdefault(kind, Collector()).add(Parts.of(extents.start[mine], extents.pages[mine]))
+            by_type.setdefault(kind, Collector()).add(Parts.of(extents.first[mine], extents.pages[mine]))
         exact.append(extents)
-    columns = [np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.uint8)]
-    start, pages, kinds = (np.concatenate([empty, *(piece[i] for piece in exact)]) for i, empty in enumerate(columns))
-    return Extents(start, pages, kinds), {kind: found.all for kind, found in sorted(by_type.items())}
+    return Extents.concatenate(exact), {kind: found.all for kind, found in sorted(by_type.items())}
 
 
 def pfn_map(

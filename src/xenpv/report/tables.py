@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
-from xenpv.frames import I64, IS_POPULATED, IS_TABLE, PAGES_PER_BATCH, PINNED, U64, Frames, Mask
-from xenpv.memory.domain import Extents
+from xenpv.frames import IS_POPULATED, IS_TABLE, PAGES_PER_BATCH, PINNED, U64, Frames, Mask
 from xenpv.memory.p2m import reading
 from xenpv.memory.pagetables import GLOBAL, NO_PFN, as_entries, frames
-from xenpv.memory.spans import batches
+from xenpv.runs import Extents, Runs
 
 FLAGS = {"RW": PTE_RW, "US": PTE_US, "A": PTE_A, "D": PTE_D, "G": GLOBAL, "PSE": PTE_PSE, "NX": PTE_NX}
 TABLES_MAX = 1 << 22  # that are read: 16 GiB of them map 8 TiB
@@ -65,14 +64,12 @@ def table_stats(
         if level.pinned is not None:
             level.pinned += pages if kind & PINNED else 0
     populated = IS_POPULATED[extents.type]
-    total = int(extents.pages[is_table].sum())
-    stats = TableStats([levels[n] for n in (4, 3, 2, 1)], int(extents.pages[populated].sum()))
+    total = extents[is_table].total
+    stats = TableStats([levels[n] for n in (4, 3, 2, 1)], extents[populated].total)
     stats.left_out = max(0, total - TABLES_MAX)
-    mapping = _Mapped(extents.start[populated], extents.pages[populated]) if stats.populated <= PAGES_MAX else None
+    mapping = _Mapped(extents[populated]) if stats.populated <= PAGES_MAX else None
     read, done = reading(memory), 0
-    for number, tables in _batches(
-        extents.start[is_table], extents.pages[is_table], extents.type[is_table].astype(np.int64) & 7
-    ):
+    for number, tables in _batches(extents[is_table]):
         pages, readable = read(tables)
         _count(levels[number], as_entries(pages[readable]), stats, mapping)
         levels[number].unread += int(np.count_nonzero(~readable))
@@ -87,14 +84,13 @@ def table_stats(
     return stats
 
 
-def _batches(start: U64, pages: I64, level: I64) -> Iterator[tuple[int, U64]]:
+def _batches(tables: Extents) -> Iterator[tuple[int, U64]]:
     """The pfns of tables, some of one level at a time, TABLES_MAX of them at most."""
     room = TABLES_MAX
     for n in range(4, 0, -1):
-        of_level = level == n
-        for _, tables in batches(start[of_level], pages[of_level], PAGES_PER_BATCH, room):
-            yield n, tables
-            room -= len(tables)
+        for pfns in tables[tables.type & np.uint8(7) == n].batches(PAGES_PER_BATCH, room):
+            yield n, pfns
+            room -= len(pfns)
 
 
 def _count(level: LevelStats, entries: U64, stats: TableStats, mapping: _Mapped | None) -> None:
@@ -116,18 +112,14 @@ def _count(level: LevelStats, entries: U64, stats: TableStats, mapping: _Mapped 
 class _Mapped:
     """How often each page of a domain is mapped: bit 0 once or more, bit 1 more than once, bit 2 writable."""
 
-    def __init__(self, start: U64, pages: I64) -> None:
-        self._start, self._pages = start, pages.astype(np.uint64)
-        self._before = np.cumsum(pages) - pages
-        self.times = np.zeros(int(pages.sum()), np.uint8)
+    def __init__(self, pages: Runs) -> None:
+        self._pages = pages
+        self.times = np.zeros(pages.total, np.uint8)
 
     def add(self, pfns: U64, writable: Mask) -> None:
-        if not len(self._start):
-            return
-        row = np.maximum(np.searchsorted(self._start, pfns, "right") - 1, 0)
-        within = pfns - self._start[row]
-        there = within < self._pages[row]  # what lies below the first page wraps around
-        place = self._before[row[there]] + within[there].astype(np.int64)
+        place = self._pages.positions(pfns)
+        there = place >= 0
+        place = place[there]
         self.times[place[writable[there]]] |= 4
         once, count = np.unique(place, return_counts=True)
         self.times[once[(count > 1) | (self.times[once] & 1 != 0)]] |= 2

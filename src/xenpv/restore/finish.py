@@ -36,7 +36,6 @@ from xenpv.memory.p2m import P2M
 from xenpv.memory.pagetables import cr3_frame, cr3_of
 from xenpv.memory.physmap import CHUNK
 from xenpv.memory.publish import words
-from xenpv.memory.radix import Runs
 from xenpv.restore.pages import MemoryLoader
 from xenpv.stream.contents import Contents, Vcpu
 
@@ -166,7 +165,7 @@ class StreamComplete:
         Marks of foreign and identity pages are lost, as in libxenguest: they named frames of the old host.
         """
         width, entries = self.width, self.contents.end_pfn + 1
-        p2m = P2M(width, entries, Runs(*self.contents.p2m_leaf_runs), _never_read)
+        p2m = P2M(width, entries, self.contents.p2m_leaf_runs, _never_read)
         if len(holes := p2m.holes):
             leaf = f"p2m_frame_list[{int(holes.first[0])}]"
             raise GuestError(f"{self.name}: the stream has no {leaf}: a leaf of the p2m is missing")

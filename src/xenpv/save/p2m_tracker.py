@@ -13,7 +13,7 @@ from xenpv.errors import GuestError, RequestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PFNS_PER_BATCH, U64, DomId, first_bad
 from xenpv.host.protocol import Mover
 from xenpv.memory.p2m import P2M, Leaves, is_own
-from xenpv.memory.radix import Runs
+from xenpv.runs import FrameRuns
 from xenpv.save.state_records import bad_mfn
 from xenpv.source.live import LiveDomain
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
@@ -56,7 +56,7 @@ class SavedP2M:
         self.frames_moved = False
         self.told = 0  # entries that a receiver knows of: it cannot know of fewer again
         self._as_runs = False
-        self._told = Runs.of(np.empty(0, np.uint64))  # the pfn of each leaf that it knows
+        self._told = FrameRuns.from_frames(np.empty(0, np.uint64))  # the pfn of each leaf that it knows
         wide = np.dtype(np.uint32 if host.max_mfn() < 0xFFFF_FFFF else np.uint64)
         self._nothing = np.uint64((1 << 8 * wide.itemsize) - 1)  # in what is remembered of an entry: it named no frame
         self._remembered: U32or64 = np.empty((0, 0), wide)  # of the leaves of p2m.distinct, in their order
@@ -166,7 +166,7 @@ class SavedP2M:
         """Leaves read once each; refuses one that cannot be, or that holds pages and stands in two places."""
         name, distinct = self.live.name, self.p2m.distinct
 
-        def lost(leaves: Runs) -> None:
+        def lost(leaves: FrameRuns) -> None:
             what = f"{name}: p2m_frame_list[{int(leaves.first[0])}], mfn {int(leaves.frame[0]):#x},"
             raise GuestError(f"{what} cannot be read")
 
@@ -237,8 +237,8 @@ class SavedP2M:
         p2m, distinct = self.p2m, self.p2m.distinct
         order = np.argsort(distinct.frame)
         pfns = self._leaf_pfns[order][np.searchsorted(distinct.frame[order], p2m.leaves.frame)]
-        leaves = Runs(p2m.leaves.first, p2m.leaves.count, pfns)
-        news = leaves.apart(self._told)
+        leaves = FrameRuns(p2m.leaves.first, p2m.leaves.count, pfns)
+        news = leaves.difference(self._told)
         begin, end = (int(news.first[0]), int(news.first[-1] + news.count[-1])) if len(news) else (p2m.places, 0)
         if p2m.entries > self.told:
             begin, end = min(begin, p2m.places - 1), p2m.places
@@ -282,7 +282,7 @@ def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:
     return pfns
 
 
-def _runs(leaves: Runs) -> U64:
+def _runs(leaves: FrameRuns) -> U64:
     """As XENPV_P2M_LEAVES has them."""
     begins = np.flatnonzero(np.append(True, leaves.frame[1:] != leaves.frame[:-1]))  # a walk ends runs with its tables
     count = np.add.reduceat(leaves.count, begins).astype(np.uint64)

@@ -20,10 +20,11 @@ from xenpv.findings import Rule, Severity
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask, PageType, Pfn
 from xenpv.io.stream_input import Input
 from xenpv.memory.anchors import Anchors
-from xenpv.memory.domain import DomainMemory, Extents
+from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, reading
 from xenpv.memory.pagetables import as_entries, normalise, normalise_pages, top_frame
 from xenpv.memory.registers import Registers
+from xenpv.runs import Extents
 from xenpv.source.core_page_tables import Search, Tables
 from xenpv.source.core_pages import CorePages
 from xenpv.source.domain import Domain
@@ -181,7 +182,7 @@ class CoreDomain(Domain):
                     continue
                 tops += [] if top is None else [top]
         pages = self.page_list
-        search = Search(pages.raw, self.width, pages.pfns_of, pages.mfns_of, *pages.extents)
+        search = Search(pages.raw, self.width, pages.pfns_of, pages.mfns_of, pages.runs)
         return search.tables(np.array(tops, np.uint64))
 
     def memory_of(self, vcpu: int) -> DomainMemory:
@@ -196,10 +197,9 @@ class CoreDomain(Domain):
 
     def extents(self) -> Iterator[Extents]:
         """Which pages there are: all in one piece."""
-        first, count = self.page_list.extents
-        tables = self.frames.tables
+        runs, tables = self.page_list.runs, self.frames.tables
         # Cut where a run of tables of one level begins or ends.
-        whole = np.concatenate([first, first + count.astype(np.uint64), tables.pfns, tables.pfns + np.uint64(1)])
+        whole = np.concatenate([runs.first, runs.end, tables.pfns, tables.pfns + np.uint64(1)])
         cuts = np.unique(whole)
         kinds = tables.level_of(cuts)
         there = self.page_list.raw.kept(cuts)

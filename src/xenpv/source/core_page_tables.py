@@ -21,8 +21,9 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW, XEN_PAE_L2_FIRST
-from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64, Frames, Mask
+from xenpv.frames import NO_FRAME, PAGES_PER_BATCH, U8, U64, Frames, Mask
 from xenpv.memory.pagetables import NO_PFN, Translate, allowed_flags, as_entries, frames, is_xen_slot
+from xenpv.runs import Runs
 
 LINEAR_PT_SLOT = 258  # of an L4: xen.git:xen/arch/x86/include/asm/config.h
 _MFN_END = 1 << 35  # 128 TiB: Xen knows no memory beyond (xen/arch/x86/include/asm/config.h, with CONFIG_BIGMEM)
@@ -56,16 +57,15 @@ class Tables(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Looks for page tables. ``raw``: pages as they are in the core; ``pfn_of`` and ``mfn_of`` translate; ``first`` and
-    ``count``: the runs of pfns that the core has.
+    """Looks for page tables. ``raw``: pages as they are in the core; ``pfn_of`` and ``mfn_of`` translate; ``runs``:
+    the pfns that the core has.
     """
 
     raw: Frames
     width: Width
     pfn_of: Translate
     mfn_of: Translate
-    first: U64
-    count: I64
+    runs: Runs
 
     def tables(self, tops: U64) -> Tables:
         """All page tables. ``tops``: pfns of the vcpus' top tables."""
@@ -155,7 +155,7 @@ class Search:
 
     def _mapped(self, l1s: U64) -> tuple[_Marks, _Marks]:
         """The pages that tables of level 1 map, and those that they map writable."""
-        mapped, writable = _Marks(self.first, self.count), _Marks(self.first, self.count)
+        mapped, writable = _Marks(self.runs), _Marks(self.runs)
         for tables in _some(l1s):
             entries = as_entries(self.raw.pages(tables))
             mapped.put(self._pfns(frames(entries[entries & _P != 0])))
@@ -166,28 +166,21 @@ class Search:
 class _Marks:
     """A mark for each page of the core: a byte, and none for pfns that it has not."""
 
-    def __init__(self, first: U64, count: I64) -> None:
-        self._first = first
-        self._before = np.cumsum(count) - count  # pages in front of each run
-        self._marked = np.zeros(int(count.sum()), np.bool_)
-
-    def _places(self, pfns: U64) -> I64:
-        row = np.searchsorted(self._first, pfns, "right") - 1
-        return self._before[row] + (pfns - self._first[row]).astype(np.int64)
+    def __init__(self, runs: Runs) -> None:
+        self._runs = runs
+        self._marked = np.zeros(runs.total, np.bool_)
 
     def put(self, pfns: U64) -> None:
         """Mark pages of the core."""
-        self._marked[self._places(pfns)] = True
+        self._marked[self._runs.positions(pfns)] = True
 
     def has(self, pfns: U64) -> Mask:
         """Which pages of the core are marked."""
-        return np.asarray(self._marked[self._places(pfns)])
+        return np.asarray(self._marked[self._runs.positions(pfns)])
 
     def pfns(self, *, but: _Marks) -> U64:
         """The pages that are marked here, and not there: ascending."""
-        place = np.flatnonzero(self._marked & ~but._marked)
-        row = np.searchsorted(self._before, place, "right") - 1
-        return self._first[row] + (place - self._before[row]).astype(np.uint64)
+        return self._runs.pfns_at(np.flatnonzero(self._marked & ~but._marked))
 
 
 def _is_l4(entries: U64, mfns: U64) -> Mask:

@@ -10,10 +10,10 @@ import numpy as np
 
 from xenpv.abi.dumpcore import INVALID
 from xenpv.errors import GuestError, Unsupported
-from xenpv.frames import I64, PAGE_SIZE, PFNS_PER_SCAN, U64, PageType, first_bad
+from xenpv.frames import PAGE_SIZE, PFNS_PER_SCAN, U64, PageType, first_bad
 from xenpv.io.stream_input import Input
 from xenpv.memory.pagetables import NO_PFN
-from xenpv.memory.spans import Spans
+from xenpv.runs import Extents, FrameMap, Runs
 from xenpv.source.saved import FilePages
 from xenpv.stream import dumpcore
 from xenpv.stream.dumpcore import Layout, Report
@@ -32,15 +32,15 @@ class CorePages:
         self._source = source
         self._layout = layout
         try:
-            self._where = Spans.of((pfns, rows) for pfns, _, rows in self._entries(report))
+            self._where = FrameMap.from_pieces((pfns, rows) for pfns, _, rows in self._entries(report))
         except GuestError as e:
             raise Unsupported(f"a list of {layout.present:#x} pages has {e}", offset=layout.table.offset) from e
         if self._where.repeated:
-            what = f"pfn {self._where.again:#x} is listed twice, and {self._where.repeated - 1} others"
+            what = f"pfn {self._where.first_repeated:#x} is listed twice, and {self._where.repeated - 1} others"
             report(dumpcore.REPEATED, what, layout.table.offset)
-        offset = (self._where.to.astype(np.int64)) * PAGE_SIZE + layout.content.offset
-        kind = np.full(len(offset), PageType.NOTAB, np.uint8)
-        self.index = PageIndex.from_extents(self._where.first, self._where.count, kind, offset)
+        offset = self._where.target.astype(np.int64) * PAGE_SIZE + layout.content.offset
+        types = np.full(len(offset), PageType.NOTAB, np.uint8)
+        self.index = PageIndex.from_extents(Extents(self.runs.first, self.runs.pages, types), offset)
         self.raw = FilePages(source.fd, self.index, self.index, source.start, what="the core")
 
     def _entries(self, report: Report | None = None) -> Iterator[tuple[U64, U64, U64]]:
@@ -78,22 +78,22 @@ class CorePages:
             )
 
     @cached_property
-    def _pfn_of(self) -> Spans:
-        return Spans.of((mfns, pfns) for pfns, mfns, _ in self._entries())
+    def _pfn_of(self) -> FrameMap:
+        return FrameMap.from_pieces((mfns, pfns) for pfns, mfns, _ in self._entries())
 
     @cached_property
-    def _mfn_of(self) -> Spans:
-        return Spans.of((pfns, mfns) for pfns, mfns, _ in self._entries())
+    def _mfn_of(self) -> FrameMap:
+        return FrameMap.from_pieces((pfns, mfns) for pfns, mfns, _ in self._entries())
 
     def pfns_of(self, mfns: U64) -> U64:
         """The pfn of each mfn, NO_FRAME for one that is in the core nowhere."""
-        return self._pfn_of.find(mfns)
+        return self._pfn_of.lookup(mfns)
 
     def mfns_of(self, pfns: U64) -> U64:
         """The mfn of each pfn, NO_FRAME for one that is in the core nowhere."""
-        return self._mfn_of.find(pfns)
+        return self._mfn_of.lookup(pfns)
 
     @property
-    def extents(self) -> tuple[U64, I64]:
-        """The pfns that there are, as runs: first, and how many."""
-        return self._where.first, self._where.count
+    def runs(self) -> Runs:
+        """The pfns that the core has."""
+        return self._where.runs

@@ -23,6 +23,7 @@ from xenpv.errors import RequestError
 from xenpv.frames import HAS_DATA, IS_KNOWN, PAGE_SIZE
 from xenpv.io.atomic_output import Output
 from xenpv.io.stream_input import Input
+from xenpv.runs import Extents
 from xenpv.stream.contents import Contents
 from xenpv.stream.events import SkippedPageData
 from xenpv.stream.index import PageIndex
@@ -93,14 +94,14 @@ class KeptIndex:
         head = os.pread(fd, _HEADER.size, 0)
         if len(head) < _HEADER.size:
             return None
-        magic, *same, extents, runs, twice, sent, repeated = _HEADER.unpack(head)
+        magic, *same, rows, runs, twice, sent, repeated = _HEADER.unpack(head)
         if magic != _MAGIC or tuple(same) != state:
             return None
         stream = state.size - state.start
         # An entry of a stream takes 8 bytes of it, and a record more; so many there can be, and no more are read.
-        if extents > stream // 8 or runs > stream // 16 or twice > _TWICE_MAX or max(sent, repeated) > stream // 8:
+        if rows > stream // 8 or runs > stream // 16 or twice > _TWICE_MAX or max(sent, repeated) > stream // 8:
             return None
-        arrays = [(_EXTENT, extents), (_RUN, runs), (_TWICE, twice)]
+        arrays = [(_EXTENT, rows), (_RUN, runs), (_TWICE, twice)]
         if size != _HEADER.size + sum(dtype.itemsize * count for dtype, count in arrays) + _DIGEST:
             return None
         body = os.pread(fd, size - _HEADER.size, _HEADER.size)
@@ -113,9 +114,8 @@ class KeptIndex:
         if not (_possible_extents(found[0], stream) and _possible_runs(found[1], stream)):
             return None
         of = found[0]
-        index = PageIndex.from_extents(
-            of["start"].copy(), of["pages"].copy(), of["type"].astype(np.uint8), of["offset"].copy()
-        )
+        extents = Extents(of["start"].copy(), of["pages"].copy(), of["type"].astype(np.uint8))
+        index = PageIndex.from_extents(extents, of["offset"].copy())
         index.sent, index.repeated = sent, repeated
         index.duplicates = [(int(pfn), int(offset)) for pfn, offset in found[2].tolist()]
         return cls(index, {run[0]: SkippedPageData(*run) for run in found[1].tolist()})
@@ -130,10 +130,10 @@ def keep(path: str, source: Input, contents: Contents, state: State) -> bool:
     runs = _runs(contents)
     if runs is None or State.of(source) != state or not _replaceable(path + SUFFIX):
         return False
-    start, pages, kind = contents.index.extents
-    extents = np.empty(len(start), _EXTENT)
-    extents["start"], extents["pages"], extents["type"] = start, pages, kind
-    extents["offset"] = contents.index.offsets(start)
+    known = contents.index.extents
+    extents = np.empty(len(known), _EXTENT)
+    extents["start"], extents["pages"], extents["type"] = known.first, known.pages, known.type
+    extents["offset"] = contents.index.offsets(known.first)
     twice = np.array(contents.index.duplicates[:_TWICE_MAX], _TWICE)
     counts = len(extents), len(runs), len(twice), contents.index.sent, contents.index.repeated
     head = _HEADER.pack(_MAGIC, *state, *counts)

@@ -16,10 +16,11 @@ from xenpv.errors import Fault, GuestError, HostError
 from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, first_bad
 from xenpv.host.protocol import DomainInfo, Host
 from xenpv.memory.anchors import Anchors, Way
-from xenpv.memory.domain import DomainMemory, Extents
+from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, is_own
 from xenpv.memory.pagetables import normalise_pages, top_frame
 from xenpv.memory.registers import Registers
+from xenpv.runs import Extents
 from xenpv.source.domain import Domain
 from xenpv.text import size
 
@@ -209,8 +210,7 @@ class LiveDomain(Domain):
     def extents(self) -> Iterator[Extents]:
         """Which pages it has, as Domain has it."""
         for pfns, kinds in self.kinds():
-            at = np.flatnonzero(np.append(True, (np.diff(pfns) != 1) | (kinds[1:] != kinds[:-1]))[: len(pfns)])
-            yield Extents(pfns[at], np.diff(np.append(at, len(pfns))), kinds[at])
+            yield Extents.from_types(pfns, kinds)
 
     @cached_property
     def frames(self) -> LiveFrames:

@@ -23,11 +23,11 @@ from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
 from xenpv.io.tempfile import unlinked_file
 from xenpv.memory.anchors import Anchors
-from xenpv.memory.domain import DomainMemory, Extents
+from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, reading
 from xenpv.memory.pagetables import cr3_frame
-from xenpv.memory.radix import Runs
 from xenpv.memory.registers import Registers
+from xenpv.runs import Extents
 from xenpv.source.config import Config, config_of
 from xenpv.source.domain import Domain
 from xenpv.stream.contents import Contents
@@ -202,7 +202,7 @@ class SavedDomain(Domain):
         """Which of these pages a P2M_FRAMES record named so far."""
         record, frames = self._p2m_pages
         if record is not self.contents.p2m_record:
-            frames = np.unique(self.contents.p2m_leaf_runs[2])
+            frames = np.unique(self.contents.p2m_leaf_runs.frame)
             self._p2m_pages = self.contents.p2m_record, frames
         if not len(frames):
             return np.zeros(len(pfns), np.bool_)
@@ -320,7 +320,7 @@ class SavedDomain(Domain):
 
     def extents(self) -> Iterator[Extents]:
         """Which pages the stream named, by its index: all in one piece."""
-        yield Extents(*self.contents.index.extents)
+        yield self.contents.index.extents
 
     def shared_info(self) -> bytes | None:
         """The 4096 bytes of its shared info page, None if they did not come."""
@@ -412,7 +412,7 @@ class SavedDomain(Domain):
         """The p2m by the frames that the stream names; its content is the mfns of the host that saved."""
         contents = self.contents
         if self._p2m is None or self._p2m[0] is not contents.p2m_record:
-            p2m = P2M(contents.width, contents.end_pfn + 1, Runs(*contents.p2m_leaf_runs), self.read_p2m_frames)
+            p2m = P2M(contents.width, contents.end_pfn + 1, contents.p2m_leaf_runs, self.read_p2m_frames)
             self._p2m = contents.p2m_record, p2m
         return self._p2m[1]
 

@@ -6,12 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from xenpv.frames import HAS_DATA, PAGE_SHIFT, U8, U64
+from xenpv.frames import HAS_DATA, PAGE_SHIFT, PAGES_PER_BATCH, U8, U64
 from xenpv.memory.domain import PagedDomain
 from xenpv.memory.p2m import reading
-from xenpv.memory.spans import batches
-
-_BATCH = 1024  # pages read at once: 4 MiB
 
 
 def iter_pages(domain: PagedDomain) -> Iterator[tuple[int, int, bytes]]:
@@ -49,9 +46,7 @@ def _batches(domain: PagedDomain) -> Iterator[tuple[U64, U8, U8]]:
     """Yield pfns, page types and content of pages that have content and can be read, some at a time."""
     read = reading(domain.frames)
     for extents in domain.extents():
-        has_data = HAS_DATA[extents.type]
-        types = extents.type[has_data]
-        for rows, pfns in batches(extents.start[has_data], extents.pages[has_data], _BATCH):
+        for pfns, types in extents[HAS_DATA[extents.type]].typed_batches(PAGES_PER_BATCH):
             pages, readable = read(pfns)
             if readable.any():
-                yield pfns[readable], types[rows[readable]], pages[readable]
+                yield pfns[readable], types[readable], pages[readable]

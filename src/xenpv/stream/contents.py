@@ -8,7 +8,8 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
-from xenpv.frames import I64, NO_FRAME, PAGE_SIZE, U64
+from xenpv.frames import NO_FRAME, PAGE_SIZE, U64
+from xenpv.runs import FrameRuns
 from xenpv.stream import framing, libxl, records
 from xenpv.stream.envelope import Envelope
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader, SkippedPageData
@@ -132,17 +133,14 @@ class Contents:
         self.record_groups.append(RecordGroup(event.offset, event.name, length))
 
     @property
-    def p2m_leaf_runs(self) -> tuple[I64, I64, U64]:
-        """The p2m's leaves, whichever record named them: runs of places that one leaf stands in, ascending: the first
-        place, how many, and the leaf's pfn. Places that no record named are in none.
+    def p2m_leaf_runs(self) -> FrameRuns:
+        """The p2m's leaves, whichever record named them: which pfn has the leaf of each place.
+
+        Places that no record named are in no run.
         """
         if isinstance(self.p2m_record, records.P2MLeaves):
-            return self.p2m_record.runs
-        frames = self.p2m_frames
-        starts = np.flatnonzero(np.append(True, frames[1:] != frames[:-1])[: len(frames)])
-        count = np.diff(np.append(starts, len(frames)))
-        there = frames[starts] != NO_FRAME
-        return starts[there], count[there], frames[starts][there]
+            return FrameRuns(*self.p2m_record.runs)
+        return FrameRuns.from_frames(self.p2m_frames)
 
     def _take_pv_info(self, event: records.X86PVInfo) -> None:
         """The first one counts, as for a restorer; contexts that came before it may have been of another width."""

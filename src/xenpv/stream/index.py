@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 
 from xenpv.frames import ABSENT, HAS_DATA, I64, PAGE_SIZE, U8, U64, Mask
+from xenpv.runs import Extents, expand_runs, group_rows
 from xenpv.stream.pagedata import PFN_MASK, PageData
 
 _PFN_MASK = np.uint64(PFN_MASK)
@@ -32,16 +33,14 @@ class PageIndex:
         self.sent = 0  # entries in all records, repeats counted
         self.repeated = 0  # entries that a later one overrode; known after the first look-up
         self.duplicates: list[tuple[int, int]] = []  # pfns that one record names twice, and the entry's byte offset
-        self._start = np.empty(0, np.uint64)
-        self._pages = np.empty(0, np.int64)
-        self._type = np.empty(0, np.uint8)
+        self._extents = Extents.empty()
         self._offset = np.empty(0, np.int64)
 
     @classmethod
-    def from_extents(cls, start: U64, pages: I64, kind: U8, offset: I64) -> Self:
-        """An index of these extents, which ascend and are apart; ``offset`` is -1 where there is no content."""
+    def from_extents(cls, extents: Extents, offset: I64) -> Self:
+        """Return an index of these extents; ``offset`` is that of each one's first page, -1 without content."""
         index = cls()
-        index._start, index._pages, index._type, index._offset = start, pages, kind, offset
+        index._extents, index._offset = extents, offset
         return index
 
     def add(self, record: PageData) -> None:
@@ -98,7 +97,8 @@ class PageIndex:
         self._to_extents()
         if not self._parts:
             return
-        old = [] if not len(self._start) else [(self._start, self._pages, self._type, self._offset)]
+        merged = self._extents
+        old = [] if not len(merged) else [(merged.first, merged.pages, merged.type, self._offset)]
         start, pages, kind, offset = (np.concatenate(c) for c in zip(*old, *self._parts, strict=True))
         self._parts = []
         by_pfn = np.argsort(start, kind="stable")
@@ -107,12 +107,13 @@ class PageIndex:
             start, pages, kind, offset = self._last_wins(start, pages, kind, offset)
         else:
             start, pages, kind, offset = start[by_pfn], pages[by_pfn], kind[by_pfn], offset[by_pfn]
-        self._start, self._pages, self._type, self._offset = start, pages, kind, offset
+        self._extents, self._offset = Extents(start, pages, kind), offset
 
     def _last_wins(self, start: U64, pages: I64, kind: U8, offset: I64) -> tuple[U64, I64, U8, I64]:
         """Extents that overlap, page by page: for each pfn the last; then runs again."""
-        pfn, which, within = _expand(start, pages)
+        pfn, which = expand_runs(start, pages), np.repeat(np.arange(len(start)), pages)
         kinds = kind[which]
+        within = (pfn - start[which]).astype(np.int64)
         offsets = np.where(offset[which] >= 0, offset[which] + within * PAGE_SIZE, -1)
         order = np.argsort(pfn, kind="stable")
         pfn, kinds, offsets = pfn[order], kinds[order], offsets[order]
@@ -121,63 +122,40 @@ class PageIndex:
         pfn, kinds, offsets = pfn[last], kinds[last], offsets[last]
         goes_on = (np.diff(pfn) == 1) & (kinds[1:] == kinds[:-1])
         goes_on &= np.where(offsets[1:] >= 0, np.diff(offsets) == PAGE_SIZE, offsets[:-1] < 0)
-        at = np.flatnonzero(np.append(True, ~goes_on))
-        return pfn[at], np.diff(np.append(at, len(pfn))), kinds[at], offsets[at]
-
-    def _find(self, pfns: U64) -> tuple[I64, Mask]:
-        """For each pfn the extent that may hold it, and whether it does."""
-        self._settle()
-        row = np.searchsorted(self._start, pfns, "right") - 1
-        if not len(self._start):
-            return row, np.zeros(pfns.shape, np.bool_)
-        inside = (row >= 0) & (pfns - self._start[row] < self._pages[row].astype(np.uint64))
-        return row, inside
+        at, count = group_rows(~goes_on, len(pfn))
+        return pfn[at], count, kinds[at], offsets[at]
 
     def types(self, pfns: U64) -> U8:
-        """Page type of each pfn, ABSENT where it never came."""
-        row, inside = self._find(pfns)
-        return (
-            np.where(inside, self._type[row], np.uint8(ABSENT))
-            if len(self._type)
-            else np.full(pfns.shape, ABSENT, np.uint8)
-        )
+        """Return the page type of each pfn, ABSENT where it never came; of the shape of ``pfns``."""
+        types = np.append(self.extents.type, np.uint8(ABSENT))  # row -1, which is none, is the last element
+        return np.asarray(types[self.extents.rows_of(pfns)])
 
     def offsets(self, pfns: U64) -> I64:
-        """Byte offset of each page's content, -1 where there is none."""
-        row, inside = self._find(pfns)
-        if not len(self._offset):
-            return np.full(pfns.shape, -1, np.int64)
+        """Return the byte offset of each page's content, -1 where there is none; of the shape of ``pfns``."""
+        extents = self.extents
+        row = extents.rows_of(pfns)
+        if not len(extents):
+            return row
         first = self._offset[row]
-        within = (pfns - self._start[row]).astype(np.int64)
-        return np.where(inside & (first >= 0), first + within * PAGE_SIZE, np.int64(-1))
+        within = (pfns - extents.first[row]).astype(np.int64)
+        return np.where((row >= 0) & (first >= 0), first + within * PAGE_SIZE, np.int64(-1))
 
     def count(self) -> dict[int, int]:
-        """How many pages of each type there are."""
-        self._settle()
-        counts = np.bincount(self._type, weights=self._pages, minlength=16)
+        """Return the number of pages of each type that there is."""
+        counts = np.bincount(self.extents.type, weights=self.extents.pages, minlength=16)
         return {kind: int(n) for kind, n in enumerate(counts) if n}
 
     def pfns(self, wanted: Mask) -> U64:
-        """The pfns, ascending, whose type is in ``wanted`` (a table indexed by type, such as frames.IS_TABLE)."""
-        self._settle()
-        of = wanted[self._type]
-        return _expand(self._start[of], self._pages[of])[0]
+        """Return the pfns, ascending, whose type is in ``wanted``: a table indexed by type, such as frames.IS_TABLE."""
+        return self.extents[wanted[self.extents.type]].pfns
 
     @property
     def last_pfn(self) -> int:
         """The highest pfn that came, -1 for none."""
-        self._settle()
-        return int(self._start[-1]) + int(self._pages[-1]) - 1 if len(self._start) else -1
+        return self.extents.stop - 1
 
     @property
-    def extents(self) -> tuple[U64, I64, U8]:
-        """Start pfn, number of pages and type of each extent, ascending by pfn."""
+    def extents(self) -> Extents:
+        """Every page that came, once."""
         self._settle()
-        return self._start, self._pages, self._type
-
-
-def _expand(start: U64, pages: I64) -> tuple[U64, I64, I64]:
-    """Runs, page by page: the pfn, the number of its run, and its place within it."""
-    which = np.repeat(np.arange(len(start)), pages)
-    within = np.arange(len(which)) - np.repeat(np.cumsum(pages) - pages, pages)
-    return start[which] + within.astype(np.uint64), which, within
+        return self._extents

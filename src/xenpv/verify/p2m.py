@@ -14,7 +14,7 @@ from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, U64, Pag
 from xenpv.host.xenstore_nodes import SLACK
 from xenpv.memory.anchors import Anchors, Way
 from xenpv.memory.p2m import P2M, is_own
-from xenpv.memory.radix import Runs, counting
+from xenpv.runs import FrameRuns, expand_runs
 from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.records import X86PVP2MFrames
@@ -73,10 +73,10 @@ def _frames(saved: SavedDomain, findings: Findings) -> I64:
     return np.union1d(np.union1d(holes, bad), again)
 
 
-def _places(saved: SavedDomain, runs: Runs) -> I64:
+def _places(saved: SavedDomain, runs: FrameRuns) -> I64:
     """The places of some runs of the p2m: all that X86_PV_P2M_FRAMES named, one by one; else the first of each run."""
     each = isinstance(saved.contents.p2m_record, X86PVP2MFrames)
-    return counting(runs.first, runs.count) if each else runs.first
+    return expand_runs(runs.first, runs.count) if each else runs.first
 
 
 def _place(saved: SavedDomain, i: np.int64 | int) -> dict[str, Any]:
@@ -121,14 +121,14 @@ def _shared(saved: SavedDomain) -> tuple[I64, I64]:
 def _parts_with_pages(saved: SavedDomain) -> I64:
     """The numbers of the p2m frames, ascending, whose part of the domain has populated pages."""
     per_frame, frames = np.uint64(saved.p2m.per_leaf), saved.p2m.places
-    start, pages, kind = saved.contents.index.extents
-    mine = IS_POPULATED[kind]
-    first = (start[mine] // per_frame).astype(np.int64)
-    last = ((start[mine] + pages[mine].astype(np.uint64) - np.uint64(1)) // per_frame).astype(np.int64)
+    extents = saved.contents.index.extents
+    populated = extents[IS_POPULATED[extents.type]]
+    first = (populated.first // per_frame).astype(np.int64)
+    last = ((populated.end - np.uint64(1)) // per_frame).astype(np.int64)
     first, last = first[first < frames], np.minimum(last[first < frames], frames - 1)
     # Extents ascend, and one may begin in the part that the one before it ends in.
     first = np.maximum(first, np.append(-1, np.maximum.accumulate(last))[: len(first)] + 1)
-    return counting(first, np.maximum(last - first + 1, 0))
+    return expand_runs(first, np.maximum(last - first + 1, 0))
 
 
 def _extent(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
@@ -174,12 +174,12 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
             findings.add(rules.NOT_CHECKED, what, **place)
             continue
         found, named = walked.leaves, p2m.leaves
-        only_named = named.apart(found)
+        only_named = named.difference(found)
         only_named = only_named[found.frame_of(only_named.first) == NO_FRAME]
-        differ = np.append(_places(saved, found.apart(named)), _places(saved, only_named))
+        differ = np.append(_places(saved, found.difference(named)), _places(saved, only_named))
 
         def describe(
-            at: np.int64, way: Way = way, found: Runs = found, named: Runs = named
+            at: np.int64, way: Way = way, found: FrameRuns = found, named: FrameRuns = named
         ) -> tuple[str, dict[str, Any]]:
             one = np.array([at])
             guests, ours = int(found.frame_of(one)[0]), int(named.frame_of(one)[0])

@@ -17,8 +17,8 @@ from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.anchors import DEPTHS, Form, Way, capacity
 from xenpv.memory.p2m import P2M, Leaves, is_own
 from xenpv.memory.pagetables import BITS_PER_LEVEL
-from xenpv.memory.radix import Runs
 from xenpv.memory.survey import Kind, Survey, survey
+from xenpv.runs import FrameRuns
 from xenpv.source.live import LiveDomain
 
 _M2P = "arch-x86/xen.h; mfn_in_pseudophysmap()"
@@ -92,7 +92,7 @@ class PhysmapCheck:
             elif walked is None:
                 self._entries(p2m, way)
             else:  # leaves that the best way leads to are checked
-                self._entries(replace(p2m, leaves=p2m.leaves.apart(walked.leaves)), way)
+                self._entries(replace(p2m, leaves=p2m.leaves.difference(walked.leaves)), way)
         changed = live.changed() if walked is not None else None
         if changed is not None:
             findings.add(GENERATION, changed)
@@ -186,7 +186,7 @@ class PhysmapCheck:
 
             self.findings.add_each(SHARED, mapping, describe)
 
-    def _lost_leaves(self, way: Way, leaves: Runs) -> None:
+    def _lost_leaves(self, way: Way, leaves: FrameRuns) -> None:
         per_leaf = PAGE_SIZE // self.live.info.width
 
         def describe(row: np.int64) -> tuple[str, dict[str, int]]:

@@ -6,8 +6,6 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from tests.support.writers import legacy
 from tests.support.writers.legacy import Legacy
 from tests.support.writers.stream import Piece, Stream
@@ -52,8 +50,7 @@ def as_v1(path: Path, wire: Legacy) -> Stream:
 
 
 def _pages(saved: SavedDomain, wire: Legacy) -> Iterator[Piece]:
-    start, count, _ = saved.contents.index.extents
-    pfns = np.concatenate([np.arange(n, dtype=np.uint64) + s for s, n in zip(start, count, strict=True)])
+    pfns = saved.contents.index.extents.pfns
     for first in range(0, len(pfns), BATCH):
         some = pfns[first : first + BATCH]
         types = saved.frames.types(some)

@@ -16,9 +16,10 @@ from xenpv.abi import dumpcore as abi
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT, XEN_VIRT_64
 from xenpv.export.formats import notes
-from xenpv.export.formats.content import Pages, Piece, padded
+from xenpv.export.formats.content import Piece, padded
 from xenpv.export.formats.elf import IDENT, MACHINE
 from xenpv.frames import PAGE_SIZE, PFNS_PER_BATCH, U64
+from xenpv.runs import Runs
 
 CONTEXT_SIZE = VCPU_GUEST_CONTEXT.size(8)  # of either width: xl writes a union of both
 _SHT_PROGBITS, _SHT_STRTAB = 1, 3
@@ -53,7 +54,7 @@ class _Section(NamedTuple):
         return abi.SHDR.pack(name, self.kind, 0, 0, offset, self.size, 0, 0, self.align, self.entry)
 
 
-def core(pages: Pages, header: Header, mfn_of: Callable[[U64], U64] | None) -> Iterator[Piece]:
+def core(pages: Runs, header: Header, mfn_of: Callable[[U64], U64] | None) -> Iterator[Piece]:
     """The file. ``mfn_of`` gives the machine frame of each pfn of a PV domain; None for one that is HVM or PVH."""
     table, entry = (abi.SEC_PFN, abi.PFN_ENTRY) if mfn_of is None else (abi.SEC_P2M, abi.P2M_ENTRY)
     described = _notes(header, pages.total)

@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from xenpv.abi.declare import Width
 from xenpv.abi.dumpcore import EM_386, EM_X86_64, ET_CORE
-from xenpv.export.formats.content import Pages, padded
+from xenpv.export.formats.content import padded
 from xenpv.export.formats.identity import Identity
 from xenpv.export.formats.mapped import NOTHING, Mapped
 from xenpv.frames import PAGE_SHIFT, PAGE_SIZE
+from xenpv.runs import Runs
 
 EHDR = np.dtype([
     ("ident", "S16"), ("type", "<u2"), ("machine", "<u2"), ("version", "<u4"), ("entry", "<u8"), ("phoff", "<u8"),
@@ -52,7 +53,7 @@ class Headers:
     Every run of pages is one segment, however many there are: a page that is not there is in none.
     """
 
-    pages: Pages
+    pages: Runs
     width: Width
     room: int
     direct: int | None = None
@@ -107,11 +108,11 @@ class Headers:
         physical = pages.first << np.uint64(PAGE_SHIFT)
         elsewhere = np.full(len(mapped.first), _NO_PADDR)
         for some, runs, paddr in (
-            (segments[1:split], Mapped(vaddr, *pages), physical),
+            (segments[1:split], Mapped(vaddr, pages.first, pages.pages), physical),
             (segments[end:], mapped, elsewhere),
         ):
             some["type"], some["flags"], some["align"] = _PT_LOAD, _RWX, PAGE_SIZE
-            some["offset"] = content + pages.places(runs.first) * PAGE_SIZE
+            some["offset"] = content + pages.positions(runs.first) * PAGE_SIZE
             some["vaddr"], some["paddr"] = runs.vaddr, paddr
             some["filesz"] = some["memsz"] = runs.pages * PAGE_SIZE
         if identity is not None:

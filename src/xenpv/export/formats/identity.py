@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from xenpv.export.formats import notes
-from xenpv.export.formats.content import Pages
 from xenpv.frames import ENTRIES, FOREIGN, NO_FRAME, PAGES_PER_BATCH, U64
+from xenpv.runs import Runs
 
 END_MAX = ENTRIES**3  # pfns that such a tree holds
 _XEN_ELFNOTE_CRASH_INFO = 0x100_0001  # xen.git:xen/include/public/elfnote.h
@@ -33,14 +33,14 @@ class Identity:
     leaves: U64  # which: pfn // 512, ascending
 
     @classmethod
-    def of(cls, pages: Pages) -> Identity | None:
+    def of(cls, pages: Runs) -> Identity | None:
         """The tree for these pages; None if it cannot hold them."""
-        if pages.end > END_MAX:
+        if pages.stop > END_MAX:
             return None
         begin, end = pages.first // np.uint64(ENTRIES), pages.first + pages.pages.astype(np.uint64) - np.uint64(1)
-        runs = Pages(begin, (end // np.uint64(ENTRIES) - begin).astype(np.int64) + 1)
+        runs = Runs(begin, (end // np.uint64(ENTRIES) - begin).astype(np.int64) + 1)
         leaves = np.unique(runs.pfns)
-        return cls(pages.end, -(-pages.end // ENTRIES**2), leaves)
+        return cls(pages.stop, -(-pages.stop // ENTRIES**2), leaves)
 
     @property
     def pages(self) -> int:

@@ -15,8 +15,9 @@ from functools import partial
 
 import numpy as np
 
-from xenpv.export.formats.content import Hole, Pages, padded
+from xenpv.export.formats.content import Hole, padded
 from xenpv.frames import PAGE_SIZE, U8, U64, filled
+from xenpv.runs import Runs
 
 DESCRIPTOR = np.dtype([("offset", "<i8"), ("size", "<u4"), ("flags", "<u4"), ("page_flags", "<u8")])
 FLAGS = {"zlib": 0x1, "zstd": 0x20}  # DUMP_DH_COMPRESSED_*: of the header, and of each page that got smaller
@@ -41,9 +42,9 @@ class Header:
     compression: str
     phys_base: int = 0
 
-    def before(self, pages: Pages) -> bytes:
+    def before(self, pages: Runs) -> bytes:
         """Both headers, and the notes."""
-        text, end = self.text or b"", pages.end
+        text, end = self.text or b"", pages.stop
         room = padded(bytes(_SUB_HEADER.size) + self.notes)
         at = PAGE_SIZE + _SUB_HEADER.size
         of_text = at + self.notes.index(text) if text else 0
@@ -55,11 +56,11 @@ class Header:
         return padded(head) + padded(sub + self.notes)
 
 
-def bitmap(pages: Pages) -> Iterator[bytes | Hole]:
+def bitmap(pages: Runs) -> Iterator[bytes | Hole]:
     """A bit for each pfn, lowest first, up to whole blocks. Blocks without a page are holes."""
     begin = pages.first.astype(np.int64)
     end, at = begin + pages.pages, 0
-    runs = Pages((begin // _BITS).astype(np.uint64), (end - 1) // _BITS - begin // _BITS + 1)
+    runs = Runs((begin // _BITS).astype(np.uint64), (end - 1) // _BITS - begin // _BITS + 1)
     blocks = np.unique(runs.pfns).astype(np.int64)
     for some in np.split(
         blocks, np.flatnonzero((np.diff(blocks) != 1) | (np.arange(1, len(blocks)) % _AT_ONCE == 0)) + 1

@@ -12,12 +12,12 @@ import numpy as np
 
 from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES
 from xenpv.errors import XenPVError
-from xenpv.export.formats.content import Pages
 from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, U64
 from xenpv.memory import radix
 from xenpv.memory.p2m import reading
 from xenpv.memory.pagetables import BITS_PER_LEVEL, frames_of_tables, place_of, translate
 from xenpv.memory.paging import PV
+from xenpv.runs import Runs, group_rows
 from xenpv.source.domain import Domain
 
 LINUX_DIRECT_MAP = {8: 0xFFFF_8880_0000_0000, 4: 0xC000_0000}  # Linux, arch/x86/include/asm/page_types.h, 4 levels
@@ -40,7 +40,7 @@ class Mapped(NamedTuple):
 NOTHING = Mapped(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))
 
 
-def direct_map(domain: Domain, pages: Pages) -> int | None:
+def direct_map(domain: Domain, pages: Runs) -> int | None:
     """The virtual address that pfn 0 has in the kernel's direct map; None where none is found."""
     if domain.memory.top is None or not len(pages.first):
         return None
@@ -81,7 +81,7 @@ def _candidates(domain: Domain) -> list[int]:
     return list(dict.fromkeys([LINUX_DIRECT_MAP[width], *found]))
 
 
-def kernel_maps(domain: Domain, pages: Pages, direct: int | None) -> Mapped:
+def kernel_maps(domain: Domain, pages: Runs, direct: int | None) -> Mapped:
     """What vcpu 0's tables map in the kernel's half beside the direct map; the longest runs, if they are too many.
 
     What stands at several addresses (a p2m's missing leaf, Linux's espfix stacks, 65536 times a few pages) is had at
@@ -90,7 +90,7 @@ def kernel_maps(domain: Domain, pages: Pages, direct: int | None) -> Mapped:
     memory, width = domain.memory, domain.width
     if memory.top is None or domain.hvm:
         return NOTHING
-    start = place_of(direct) + pages.end if direct is not None and width == 8 else _KERNEL_HALF[width]
+    start = place_of(direct) + pages.stop if direct is not None and width == 8 else _KERNEL_HALF[width]
     places = range(start, _ALL[width])
     if not places:
         return NOTHING
@@ -100,11 +100,10 @@ def kernel_maps(domain: Domain, pages: Pages, direct: int | None) -> Mapped:
         )
     except XenPVError:
         return NOTHING
-    place = pages.places(runs.frame)
+    place = pages.positions(runs.frame)
     there = place >= 0
     at, pfn, place = runs.first[there], runs.frame[there], place[there]
-    cut = np.flatnonzero(np.append(True, (np.diff(at) != 1) | (np.diff(pfn) != 1) | (np.diff(place) != 1))[: len(at)])
-    count = np.diff(np.append(cut, len(at)))
+    cut, count = group_rows((np.diff(at) != 1) | (np.diff(pfn) != 1) | (np.diff(place) != 1), len(at))
     vaddr = at[cut].astype(np.uint64) << np.uint64(PAGE_SHIFT)
     if width == 8:
         vaddr |= np.uint64(0xFFFF << 48)
