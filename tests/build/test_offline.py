@@ -47,7 +47,6 @@ def test_build_file_verifies_and_holds_start_of_day(kernel: str, tmp_path: Path)
     file.write_bytes(sink.data)
     report = verify(str(file))
     assert [str(finding) for finding in report.findings] == []
-    report.close()
     with SavedDomain.open(str(file)) as saved:
         config = config_of(saved.contents)
         assert config is not None

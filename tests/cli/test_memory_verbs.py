@@ -329,7 +329,7 @@ def test_demo(form: str, name: str, tmp_path: Path) -> None:
     assert "pages are the same here as they were there (by digest)" in ran.out
     assert "every entry of its p2m agrees with the m2p, and every frame of the domain is in it" in ran.out
     for saved in ("large.save", "demo.save"):
-        assert f"{saved}: restores, as far as can be told without doing it" in ran.out
+        assert f"{saved}: should restore" in ran.out
     assert "Next, with files of your own:" in ran.out
     shown = xenpv("show", "--json", file).json
     assert shown["config"]["name"] == "demo"

@@ -17,7 +17,7 @@ def test_a_good_file(good: Path, domain: Domain) -> None:
     ran = xenpv("verify", good)
     assert (ran.code, ran.err) == (0, "")
     pages = len(domain.pages)
-    what = f"restores, as far as can be told without doing it: {pages} pages and every page table are sound"
+    what = f"should restore: {pages} pages and every page table are sound"
     assert ran.out == f"{good}: {what}\n"
 
 
@@ -99,7 +99,7 @@ def test_keep_is_a_number(good: Path, keep: str) -> None:
 def test_a_pipe(good: Path, bad: Path) -> None:
     ran = xenpv("verify", "-", stdin=good.read_bytes())
     assert ran.code == 0
-    assert ran.out.startswith("standard input: restores")
+    assert ran.out.startswith("standard input: should restore")
     ran = xenpv("verify", "-", stdin=bad.read_bytes())
     assert ran.code == 1
     assert ran.out.splitlines()[:-1] == xenpv("verify", bad).out.splitlines()[:-1]

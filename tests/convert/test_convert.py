@@ -54,7 +54,6 @@ def converted(data: bytes, out: Path, **wish: Any) -> Converted:
     finally:
         taken.close()
     report = verify(str(out))
-    report.close()
     assert report.ok, list(map(str, report.findings))
     assert [str(f) for f in report.findings] == [str(f) for f in done.findings]
     assert out.stat().st_mode & 0o777 == 0o600
@@ -455,7 +454,6 @@ def test_what_would_not_restore_is_refused(tmp_path: Path, out: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["in"]
     done = convert(taken, str(out), ConvertOptions(Kind.LIBXC), force=True)
     report = verify(str(out))
-    report.close()
     assert [str(f) for f in report.findings] == [str(f) for f in done.findings]
     assert not report.ok
     taken.close()

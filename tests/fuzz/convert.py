@@ -73,7 +73,6 @@ def target(data: bytes, n: int) -> None:
         finally:
             taken.close()
         report = verify(str(out))
-        report.close()
         assert report.ok, [str(finding) for finding in report.findings]
         assert report.pages <= done.pages
         assert done.bytes_out == out.stat().st_size
@@ -85,7 +84,6 @@ def faulty(path: Path) -> bool:
         report = verify(str(path))
     except StreamError:
         return True
-    report.close()
     return len(report.findings) > 0
 
 

@@ -41,7 +41,6 @@ def judge(source: str | Input, deep: bool) -> Report | StreamError:
         report = verify(source, deep=deep)
     except StreamError as e:
         return e
-    report.close()
     return report
 
 
@@ -81,7 +80,7 @@ def said(found: Report | StreamError) -> object:
         return repr(found)
     if {rule.name for rule in found.findings.count} & {"page-data-size", "truncated", "record-order"}:
         return "not all pages are there, or are told for what they are only behind them: of a pipe fewer are had"
-    return [str(finding) for finding in found.findings], found.pages, found.fatal
+    return [str(finding) for finding in found.findings], found.pages, str(found.error)
 
 
 if __name__ == "__main__":

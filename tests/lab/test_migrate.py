@@ -33,7 +33,6 @@ def test_litmus_is_saved_and_restored(host: lab.Host, options: str) -> None:
     assert "can be saved" in result.text
     assert "litmus" not in result.text.splitlines()[-1]
     report = verify(str(result.outputs / "saved"))
-    report.close()
     assert [str(finding) for finding in report.findings] == []
     assert freed(host) >= free + 15
     host.run("xenpv restore /tmp/saved").check()

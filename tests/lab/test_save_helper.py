@@ -43,7 +43,6 @@ def there_and_back(guest: Guest) -> None:
     result = host.run(f"{OURS} xl save litmus /tmp/saved && {OURS} xl restore /tmp/saved && mv /tmp/saved .").check()
     guest.lives("new domain")
     report = verify(str(result.outputs / "saved"))
-    report.close()
     assert [str(finding) for finding in report.findings] == []
     run(host, f"{OURS} xl save litmus /tmp/saved && xl restore /tmp/saved")
     guest.lives("new domain")

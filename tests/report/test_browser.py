@@ -18,9 +18,11 @@ from tests.support.browser import Page
 from tests.support.requirements import cannot_run
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
+from xenpv.findings import Findings
 from xenpv.report.gather import Checked, gather
 from xenpv.report.page import page as page_of
-from xenpv.verify.stream import verify
+from xenpv.source.saved import SavedDomain
+from xenpv.verify.stream import verify_domain
 
 pytestmark = pytest.mark.browser
 
@@ -48,10 +50,10 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Broken:
         domain.table(table)[400:402] = domain.entries << 12 | 1
     save = tmp_path_factory.mktemp("broken") / "made.save"
     save.write_bytes(domain.to_bytes())
-    report = verify(str(save))
-    assert report.saved is not None
-    facts = gather(report.saved, Checked("so it is", report.ok, report.findings), content_pages=1 << 20)
-    report.close()
+    findings = Findings()
+    with SavedDomain.open(str(save), on_breach=findings.add_breach) as saved:
+        report = verify_domain(saved, findings)
+        facts = gather(saved, Checked("so it is", report.ok, findings), content_pages=1 << 20)
     return domain, page_of(facts)
 
 

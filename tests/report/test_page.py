@@ -20,7 +20,7 @@ from xenpv.errors import RequestError
 from xenpv.findings import Findings, Rule, Severity
 from xenpv.report.gather import Checked, Facts, gather
 from xenpv.report.page import page
-from xenpv.verify.stream import verify
+from xenpv.source.saved import SavedDomain
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\x1b[2J--></script>"
 _SAID = Rule("report-test", HOSTILE, HOSTILE, Severity.ERROR)
@@ -63,14 +63,10 @@ def hostile_facts(tmp_path: Path) -> Facts:
     file = tmp_path / "<img src=x onerror=alert(3)>.save"
     stream = domain.to_stream(config=json.dumps(config, ensure_ascii=False).encode() + b"\0")
     file.write_bytes(bytes(stream))
-    report = verify(str(file))
-    assert report.saved is not None
     findings = Findings()
     findings.add(_SAID, HOSTILE, pfn=5, record=HOSTILE, offset=7)
-    try:
-        return gather(report.saved, Checked(HOSTILE, ok=False, findings=findings), content_pages=1000)
-    finally:
-        report.close()
+    with SavedDomain.open(str(file)) as saved:
+        return gather(saved, Checked(HOSTILE, ok=False, findings=findings), content_pages=1000)
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:

@@ -102,7 +102,6 @@ def verify_bytes(data: bytes) -> list[str]:
         file.write(data)
         file.flush()
         report = verify(file.name, kind=Kind.LIBXC)
-        report.close()
         return [str(finding) for finding in report.findings]
 
 

@@ -42,7 +42,6 @@ class Verdict:
 def judge(source: Path | str | Input, **how: Any) -> Verdict:
     """Verify a file, or what is open."""
     report = verify(source if isinstance(source, Input) else str(source), **how)
-    report.close()
     return Verdict(report)
 
 

@@ -210,7 +210,6 @@ def test_a_descriptor_in_the_midst_of_a_file(tmp_path: Path) -> None:
         fd = os.dup(file.fileno())
         os.lseek(fd, 1400, os.SEEK_SET)
         report = verify(Input(fd, "the descriptor"))
-        report.close()
     assert [f.offset for f in report.findings] == [flaw]
 
 
@@ -218,7 +217,6 @@ def test_a_pipe_is_read_to_its_end_so_that_its_writer_finishes() -> None:
     data = pv_domain().to_bytes() + bytes(1 << 20)
     with piped(data) as fd:
         report = verify(Input(os.dup(fd), "pipe"))
-        report.close()
         assert os.read(fd, 1) == b""
     (finding,) = report.findings
     assert finding.rule.name == "trailing-data"

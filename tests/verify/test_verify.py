@@ -212,8 +212,8 @@ def test_a_file_cut_anywhere_is_told_at_the_record_where_it_ends(tmp_path: Path)
                 (finding,) = verdict.found
                 assert finding.offset is not None
                 assert at <= finding.offset <= cut
-                assert verdict.report.fatal is not None
-                assert f"{finding.offset:#x}" in verdict.report.fatal
+                assert verdict.report.error is not None
+                assert verdict.report.error.offset == finding.offset
                 assert not verdict.report.ok
         at = end
 

@@ -206,11 +206,9 @@ def _saved() -> bool:
 def _verified(path: str, name: str) -> bool:
     with progress_bar("verifying") as bar:
         report = verify(path, progress=bar)
-    assert report.saved is not None
-    with report.saved as saved:
-        report.name = saved.source.name = name
-        _say_findings(report.findings)
-        _say(summary(report))
+    report.name = name
+    _say_findings(report.findings)
+    _say(summary(report))
     return report.ok
 
 

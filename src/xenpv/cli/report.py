@@ -16,7 +16,7 @@ from xenpv.report.gather import Checked, gather
 from xenpv.report.page import page
 from xenpv.source.domain import Domain
 from xenpv.verify.physmap import PhysmapCheck
-from xenpv.verify.stream import Report, judge
+from xenpv.verify.stream import verify_domain
 
 
 @click.command()
@@ -60,10 +60,9 @@ def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain,
     findings = Findings(keep)
     with open_target(target, pause=pause, allow_hvm=True, on_breach=findings.add_breach) as domain:
         if domain.saved is not None:
-            found = Report(target, findings)
             with progress_bar("verifying") as bar:
-                judge(domain.saved, found, bar)
-            verdict = found.verdict
+                result = verify_domain(domain.saved, findings, bar)
+            verdict = result.verdict
         elif domain.live is not None:
             with progress_bar("checking") as bar:
                 PhysmapCheck(domain.live, findings, progress=bar).run()

@@ -60,7 +60,6 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
     """
     with progress_bar("verifying") as bar:
         report = verify_file(file, deep=not framing, keep=keep, progress=bar)
-    report.close()
     failed = not report.ok or (strict and len(report.findings) > 0)
     if as_json:
         print_json(report.to_json())

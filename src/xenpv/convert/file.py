@@ -54,13 +54,12 @@ def write(conversion: Conversion, sink: Callable[[Buffers], None], *, force: boo
     done, on_its_way = conversion.done, _OnItsWay(conversion, sink)
     try:
         report = verify(on_its_way)
-        report.close()
     except _Raised as e:
         raise e.error from None
     finally:
         conversion.close()
     done.findings = list(report.findings)
-    if report.fatal is not None or not (report.ok or force):
+    if report.error is not None or not (report.ok or force):
         errors = [finding for finding in report.findings if finding.severity is Severity.ERROR]
         raise Refused(errors, errors[0].offset or 0)
     sink(on_its_way.held)

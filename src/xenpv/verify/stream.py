@@ -1,6 +1,6 @@
-"""Will it restore? The whole answer for one saved domain, in one pass.
+"""Verifies a saved domain: one pass finds everything that would keep it from being restored.
 
-Framing alone needs no NumPy, whose import takes longer than framing most files: what does is imported where it is used.
+A check of framing alone imports no NumPy, which takes longer to load than most files take to check.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """What was found.
+    """What verify found in one saved domain.
 
-    ``pages`` is the number of pages with content (as often as they were sent, for framing only), ``fatal`` the
-    sentence at which the stream could not be read on, ``deep`` whether all was checked; ``saved`` the domain, held
-    open, when it was.
+    Attributes:
+        name: The path, or "-" for standard input.
+        findings: All findings.
+        guest: PV or HVM; None if the stream does not say.
+        pages: Pages with content. Without ``deep``, a page counts as often as it was sent.
+        deep: Whether the domain itself was checked, and not only its framing.
+        error: The error at which reading ended early, or None.
     """
 
     name: str
@@ -38,32 +42,26 @@ class Report:
     guest: Guest | None = None
     pages: int = 0
     deep: bool = False
-    fatal: str | None = None
-    saved: SavedDomain | None = None
+    error: StreamError | None = None
 
     @property
     def ok(self) -> bool:
-        """No error was found: as far as can be told without restoring it, it restores."""
+        """Whether there is no error: the domain should restore."""
         return self.findings.errors == 0
 
     @property
     def verdict(self) -> str:
-        """The answer in a sentence."""
+        """The result in one sentence."""
         if not self.ok:
-            cut = "; nothing was checked behind the first place that cannot be read" if self.fatal else ""
-            return f"would not restore as it was saved{cut}"
+            unchecked = "; nothing after the first unreadable record was checked" if self.error else ""
+            return f"would not restore as it was saved{unchecked}"
         if self.deep:
-            return "restores, as far as can be told without doing it"
+            return "should restore"
         domain = " of this HVM domain" if self.guest is Guest.HVM else ""
         return f"framing, order and records{domain} are sound"
 
-    def close(self) -> None:
-        """Close the domain, if it is held open."""
-        if self.saved is not None:
-            self.saved.close()
-
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for --json."""
+        """Return the report as plain values, for --json."""
         return {
             "file": self.name,
             "ok": self.ok,
@@ -85,67 +83,88 @@ def verify(
     keep: int = 20,
     progress: ProgressCallback | None = None,
 ) -> Report:
-    """Check a saved domain, a path ("-": standard input) or an Input: all rules in one pass.
+    """Check a saved domain against all rules in one pass.
 
-    Not ``deep``: framing, order and records only. ``keep`` findings of each rule are kept, all are counted. Raises
-    RequestError when the path cannot be opened, and Unsupported when it holds no stream at all. Close the report when
-    done.
+    Args:
+        source: A path ("-": standard input), or an Input, which is closed.
+        deep: Check the domain, too; otherwise only framing, order and records.
+        kind: The envelope (default: detected).
+        keep: Findings to keep of each rule. All are counted.
+        progress: Called while the file is read and while it is checked.
+
+    Returns:
+        The report. A broken file gives a report as well.
+
+    Raises:
+        RequestError: The path cannot be opened.
+        StreamError: The file holds no stream at all.
     """
     source = Input.open(source) if isinstance(source, str) else source
-    report = Report(source.name, Findings(keep))
-    (_deep if deep else _framing)(source, report, kind, progress)
-    return report
+    findings = Findings(keep)
+    if not deep:
+        return _verify_framing(source, findings, kind, progress)
+    from xenpv.source.saved import SavedDomain  # noqa: PLC0415  NumPy
+
+    with SavedDomain.of(source, on_breach=findings.add_breach, kind=kind, progress=progress) as saved:
+        return verify_domain(saved, findings, progress)
 
 
-def _framing(source: Input, report: Report, kind: Kind | None, progress: ProgressCallback | None) -> None:
-    complete = False
-    try:
-        for event in source.events(Reader(on_breach=report.findings.add_breach, kind=kind), progress):
-            if isinstance(event, PageData):
-                report.pages += event.pages
-            elif isinstance(event, DomainHeader):
-                report.guest = event.guest
-            elif isinstance(event, End):
-                complete = True
-    except StreamError as e:
-        _ends_early(report, e)
-    finally:
-        source.close()
-    _trailing(source, report, complete)
+def verify_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallback | None = None) -> Report:
+    """Check an open saved domain against all rules.
 
+    Args:
+        saved: The domain, which stays open.
+        findings: The findings of reading it: open it with ``on_breach=findings.add_breach``. More are added.
+        progress: Called after each batch.
 
-def _deep(source: Input, report: Report, kind: Kind | None, progress: ProgressCallback | None) -> None:
-    from xenpv.source.saved import SavedDomain  # noqa: PLC0415
-
-    saved = SavedDomain.of(source, on_breach=report.findings.add_breach, kind=kind, progress=progress)
-    judge(saved, report, progress)
-
-
-def judge(saved: SavedDomain, report: Report, progress: ProgressCallback | None = None) -> None:
-    """Check all of a domain that was opened with ``report.findings.add_breach``; the report holds it from then on."""
-    from xenpv.frames import HAS_DATA  # noqa: PLC0415
+    Raises:
+        StreamError: The file holds no stream at all.
+    """
+    from xenpv.frames import HAS_DATA  # noqa: PLC0415  NumPy
     from xenpv.verify.domain import check_domain  # noqa: PLC0415
 
-    report.saved, contents = saved, saved.contents
+    contents = saved.contents
+    report = Report(saved.source.name, findings)
     if saved.error is not None:
-        _ends_early(report, saved.error)
-    _trailing(saved.source, report, contents.complete)
+        _end_early(report, saved.error)
+    _check_trailing_data(saved.source, report, contents.complete)
     report.pages = sum(n for page_type, n in contents.index.count().items() if HAS_DATA[page_type])
     report.guest = contents.domain.guest if contents.domain else None
     if report.guest is Guest.PV and contents.pv_info is not None:
-        check_domain(saved, report.findings, progress)
+        check_domain(saved, findings, progress)
         report.deep = True
+    return report
 
 
-def _ends_early(report: Report, error: StreamError) -> None:
-    """Note where reading ended. What has no finding is no stream at all: nothing was verified, the error goes on."""
+def _verify_framing(source: Input, findings: Findings, kind: Kind | None, progress: ProgressCallback | None) -> Report:
+    """Check framing, order and records."""
+    report, complete = Report(source.name, findings), False
+    try:
+        for event in source.events(Reader(on_breach=findings.add_breach, kind=kind), progress):
+            match event:
+                case PageData():
+                    report.pages += event.pages
+                case DomainHeader():
+                    report.guest = event.guest
+                case End():
+                    complete = True
+    except StreamError as e:
+        _end_early(report, e)
+    finally:
+        source.close()
+    _check_trailing_data(source, report, complete)
+    return report
+
+
+def _end_early(report: Report, error: StreamError) -> None:
+    """Note the error at which reading ended. Without a finding the file is no stream at all: raise the error."""
     if not report.findings.errors:
-        report.close()
         raise error
-    report.fatal = str(error)
+    report.error = error
 
 
-def _trailing(source: Input, report: Report, complete: bool) -> None:
-    if complete and report.fatal is None and source.trailing > 0:
+def _check_trailing_data(source: Input, report: Report, complete: bool) -> None:
+    """Report bytes after the end of a complete stream."""
+    if complete and report.error is None and source.trailing > 0:
         message = f"{source.trailing} bytes follow the end of the stream"
         report.findings.add(rules.TRAILING, message, offset=source.size - source.trailing)
