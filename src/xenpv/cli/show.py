@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from xenpv.abi.x86 import VGCF_IN_KERNEL
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.cli.target import INDEX, open_file
-from xenpv.cli.terminal import FILE, JSON, print_json, print_table
+from xenpv.cli.terminal import FILE, JSON, print_field, print_json, print_table
 from xenpv.errors import Fault, GuestError
 from xenpv.frames import HAS_DATA, PAGE_SIZE, PageType
-from xenpv.source.config import config_of
+from xenpv.memory.anchors import Anchors
+from xenpv.source.config import Config
 from xenpv.source.core import CoreDomain
 from xenpv.source.domain import Domain
 from xenpv.source.saved import SavedDomain
@@ -20,18 +20,25 @@ from xenpv.stream.order import Guest
 from xenpv.text import printable, size
 
 _TSC_MODES = ("default", "always emulated", "never emulated", "PVRDTSCP")
+_VCPU_RECORDS = ("basic", "extended", "xsave", "msrs")
 
 
 @click.command()
 @FILE
+@click.option("-v", "--verbose", is_flag=True, help="List every record with its offset, and the configuration.")
 @INDEX
-@click.option("-v", "--verbose", is_flag=True, help="List all records with their offsets, and the configuration.")
 @JSON
 def show(file: str, verbose: bool, as_json: bool) -> None:
-    """What this file is, a save file or a core: which domain, from which Xen, its memory, p2m and vcpus.
+    """Show what a save file or core contains: which domain, from which Xen, its memory, p2m and vcpus.
 
-    Reads the records and passes over page content, so a file of any size takes a moment. Nothing is verified beyond
-    what reading needs: see xenpv verify.
+    Only the records are read, not the pages, so even a large file takes a moment. `xenpv verify` checks the file.
+
+    \b
+    Examples:
+      xenpv show dom.save
+      xenpv show -v dom.save                  every record with its offset, and the configuration
+      xenpv show --json dom.save | jq .config
+      xenpv show dom.core                     a core of xl dump-core
     """
     with open_file(file) as domain:
         if domain.origin == "dumped":
@@ -43,11 +50,11 @@ def show(file: str, verbose: bool, as_json: bool) -> None:
 
 
 def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
-    """Everything that show says, as plain values; frame numbers and addresses are numbers, sizes in bytes."""
+    """Return the description of a saved domain that --json prints. Sizes are in bytes."""
     contents = saved.contents
     assert contents.domain is not None
     assert contents.image is not None
-    config = config_of(contents)
+    config = saved.config
     counts = contents.index.count()
     pages = sum(n for kind, n in counts.items() if HAS_DATA[kind])
     out: dict[str, Any] = {
@@ -92,31 +99,36 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
     return out
 
 
-def _config(config: Any) -> dict[str, Any]:
+def _config(config: Config) -> dict[str, Any]:
     fields = ("format", "name", "uuid", "type", "max_memkb", "target_memkb", "max_vcpus")
     return {field: getattr(config, field) for field in fields}
 
 
 def _pv(saved: SavedDomain) -> dict[str, Any]:
+    """Describe what only PV domains have."""
     contents = saved.contents
-    anchors = saved.anchors
     p2m: dict[str, Any] = {"end_pfn": contents.end_pfn, "frames": saved.p2m.places}
-    if anchors is not None:
-        p2m |= {
-            "form": anchors.names,
-            "max_pfn": anchors.max_pfn,
-            "frame_list_list": anchors.frame_list_list,
-            "p2m_cr3": anchors.p2m_cr3,
-            "p2m_vaddr": anchors.p2m_vaddr,
-            "p2m_generation": anchors.p2m_generation,
-        }
+    if saved.anchors is not None:
+        p2m |= _anchors(saved.anchors, "frame_list_list")
     info = contents.pv_info
     return {
         "width": info.guest_width if info else None,
         "levels": info.pt_levels if info else None,
         "p2m": p2m,
         "start_info": _start_info(saved),
-        "vcpus": [_vcpu(saved, vcpu) for vcpu in sorted(contents.vcpus)],
+        "vcpus": [_pv_vcpu(saved, vcpu) for vcpu in sorted(contents.vcpus)],
+    }
+
+
+def _anchors(anchors: Anchors, frame_list_list: str) -> dict[str, Any]:
+    """Describe a p2m's anchors; the frame list list has another key in save files than in cores."""
+    return {
+        "form": anchors.names,
+        "max_pfn": anchors.max_pfn,
+        frame_list_list: anchors.frame_list_list,
+        "p2m_cr3": anchors.p2m_cr3,
+        "p2m_vaddr": anchors.p2m_vaddr,
+        "p2m_generation": anchors.p2m_generation,
     }
 
 
@@ -140,122 +152,49 @@ def _start_info(saved: SavedDomain) -> dict[str, Any] | None:
     }
 
 
-def _vcpu(saved: SavedDomain, vcpu: int) -> dict[str, Any]:
-    context = saved.vcpu_context(vcpu)
+def _pv_vcpu(saved: SavedDomain, vcpu: int) -> dict[str, Any]:
+    """Describe a vcpu: its records, and its registers if its context is in the stream."""
     records = saved.contents.vcpus[vcpu]
     out: dict[str, Any] = {
         "vcpu": vcpu,
-        "records": [kind for kind in ("basic", "extended", "xsave", "msrs") if getattr(records, kind) is not None],
+        "records": [kind for kind in _VCPU_RECORDS if getattr(records, kind) is not None],
     }
+    context = saved.vcpu_context(vcpu)
     if context is None:
         return out
-    regs, wide = context["user_regs"], saved.contents.width == 8
-    user = saved.cr3(vcpu, user=True)
-    return out | {
-        "ip": int(regs["rip" if wide else "eip"]),
-        "sp": int(regs["rsp" if wide else "esp"]),
-        "cs": int(regs["cs"]),
-        "flags": int(regs["rflags" if wide else "eflags"]),
-        "mode": "kernel" if int(context["flags"]) & VGCF_IN_KERNEL else "user",
-        "cr3_pfn": saved.cr3(vcpu),
-        "user_cr3_pfn": user,
-        "gdt_entries": int(context["gdt_ents"]),
-        "vm_assist": int(context["vm_assist"]),
+    out |= _registers(saved, vcpu) or {}
+    return out | {"gdt_entries": int(context["gdt_ents"]), "vm_assist": int(context["vm_assist"])}
+
+
+def _registers(domain: Domain, vcpu: int) -> dict[str, Any] | None:
+    """Describe a vcpu's registers; None if they are not known. A cr3 that names no page of the domain is None."""
+    registers = domain.registers(vcpu)
+    if registers is None:
+        return None
+    try:
+        cr3, user_cr3 = domain.cr3(vcpu), domain.cr3(vcpu, user=True)
+    except GuestError:
+        cr3 = user_cr3 = None
+    out = {
+        "ip": registers.ip,
+        "sp": registers.sp,
+        "cs": registers.segments["cs"],
+        "flags": registers.flags,
+        "mode": "kernel" if registers.in_kernel else "user",
+        "cr3_pfn": cr3,
+        "user_cr3_pfn": user_cr3,
     }
+    return out | ({"width": registers.width, "paging": registers.paging.name} if domain.hvm else {})
 
 
-def print_description(saved: SavedDomain, d: dict[str, Any], *, verbose: bool) -> None:
-    """What describe() found, for people."""
-    config = d["config"] or {}
-    name = f' "{printable(config["name"])}"' if config.get("name") else ""
-    bits = f", {d['width'] * 8}-bit with {d['levels']} levels of page tables" if d.get("width") else ""
-    source = "converted from a legacy stream" if d["xen"].startswith("0.") else f"saved by Xen {d['xen']}"
-    end = "complete" if d["complete"] else click.style("cut off", fg="red")
-    click.echo(click.style(f"{d['domain_type']} domain{name}", bold=True) + f"{bits}, {source}, {end}")
-    _line("envelope", f"{d['envelope']}, libxc stream version {d['stream_version']}, {size(d['size'])}")
-    if config.get("uuid"):
-        _line("uuid", printable(config["uuid"]))
-    limits = [f"{what} {size(kib * 1024)}" for what, kib in _memory_limits(config) if kib]
-    _line("memory", ", ".join([f"{size(d['memory_in_stream'])} in the stream", *limits]))
-    _line("pages", ", ".join(f"{n} {kind}" for kind, n in d["pages"].items()))
-    if d["entries_repeated"]:
-        _line("", f"{d['entries_sent']} sent, {d['entries_repeated']} of them again later")
-    if d["checkpoints"]:
-        _line("checkpoints", str(d["checkpoints"]))
-    if d["domain_type"] == "PV":
-        _print_pv(d)
-    else:
-        _line("hvm", f"{len(d['hvm']['params'] or {})} parameters, {d['hvm']['context_bytes']} bytes of context")
-    if d["tsc"]:
-        mode = dict(enumerate(_TSC_MODES)).get(d["tsc"]["mode"], str(d["tsc"]["mode"]))
-        _line(
-            "tsc",
-            f"{mode}, {d['tsc']['khz']} kHz, {d['tsc']['nsec'] / 1e9:.3f} s, incarnation {d['tsc']['incarnation']}",
-        )
-    policy = d["cpu_policy"]
-    _line("cpu policy", f"{policy['cpuid_leaves']} CPUID leaves, {policy['msrs']} MSRs")
-    if d["trailing_bytes"] > 0:
-        _line("", click.style(f"{d['trailing_bytes']} bytes follow the end of the stream", fg="yellow"))
-    if d.get("vcpus"):
-        _print_vcpus(d["vcpus"])
-    if d.get("hvm") and d["hvm"]["vcpus"]:
-        print_vcpus(d["hvm"]["vcpus"])
-    if verbose:
-        rows = [
-            [f"{r['offset']:#x}", r["name"], str(r["count"]), str(r["length"]), str(r["pages"] or "")]
-            for r in d["records"]
-        ]
-        print_table("Records", ["offset#", "record", "count#", "bytes#", "pages#"], rows)
-        full = config_of(saved.contents)
-        if full is not None:
-            click.echo(click.style("Configuration", bold=True) + f"\n{printable(full.text)}")
-
-
-def _memory_limits(config: dict[str, Any]) -> list[tuple[str, int | None]]:
-    return [("target", config.get("target_memkb")), ("maximum", config.get("max_memkb"))]
-
-
-def _print_pv(d: dict[str, Any]) -> None:
-    p2m, start = d["p2m"], d["start_info"]
-    _line(
-        "p2m",
-        f"pfns 0 to {p2m['end_pfn']:#x} in {p2m['frames']} frames" + (f"; {p2m['form']}" if "form" in p2m else ""),
-    )
-    if "form" in p2m:
-        anchors = [f"max_pfn {p2m['max_pfn']:#x}", f"frame list list mfn {p2m['frame_list_list']:#x}"]
-        if p2m["p2m_cr3"]:
-            anchors += [f"list at {p2m['p2m_vaddr']:#x}", f"generation {p2m['p2m_generation']}"]
-        _line("", ", ".join(anchors))
-    if start and "error" in start:
-        _line("start info", click.style(f"pfn {start['pfn']:#x}: {start['error']}", fg="red"))
-    elif start:
-        frames = f"xenstore pfn {start['store_pfn']:#x}, console pfn {start['console_pfn']:#x}"
-        _line("start info", f"pfn {start['pfn']:#x}, {frames}")
-        if start["cmd_line"]:
-            _line("command line", printable(start["cmd_line"]))
-
-
-def _line(label: str, text: str) -> None:
-    click.echo(f"  {label:<13}{text}")
-
-
-def _print_vcpus(vcpus: list[dict[str, Any]]) -> None:
-    rows = []
-    for v in vcpus:
-        if "ip" not in v:
-            rows.append([str(v["vcpu"]), "", "", "", "", "", ", ".join(v["records"])])
-            continue
-        user = "" if v["user_cr3_pfn"] is None else f"{v['user_cr3_pfn']:#x}"
-        place = [f"{v['ip']:#x}", f"{v['sp']:#x}", v["mode"], f"{v['cr3_pfn']:#x}", user]
-        rows.append([str(v["vcpu"]), *place, ", ".join(v["records"])])
-    print_table("", ["vcpu#", "ip", "sp", "mode", "cr3 pfn", "user cr3 pfn", "records"], rows)
-
-
-# --- cores, and the vcpus of HVM domains -----------------------------------------------------------------------------
+def describe_vcpus(domain: Domain) -> list[dict[str, Any]]:
+    """Return the description of every vcpu whose registers are known."""
+    described = ((vcpu, _registers(domain, vcpu)) for vcpu in domain.vcpus)
+    return [{"vcpu": vcpu} | registers for vcpu, registers in described if registers is not None]
 
 
 def describe_core(core: CoreDomain) -> dict[str, Any]:
-    """Everything that show says of a core, as plain values; frame numbers and addresses are numbers, sizes in bytes."""
+    """Return the description of a core that --json prints. Sizes are in bytes."""
     layout, anchors = core.layout, None if core.hvm else core.anchors
     runs = core.page_list.runs
     pages = runs.total
@@ -274,63 +213,116 @@ def describe_core(core: CoreDomain) -> dict[str, Any]:
         "shared_info": core.shared_info() is not None,
     }
     if anchors is not None:
-        out["p2m"] = {
-            "form": anchors.names,
-            "max_pfn": anchors.max_pfn,
-            "frame_list_list_mfn": anchors.frame_list_list,
-            "p2m_cr3": anchors.p2m_cr3,
-            "p2m_vaddr": anchors.p2m_vaddr,
-            "p2m_generation": anchors.p2m_generation,
-        }
+        out["p2m"] = _anchors(anchors, "frame_list_list_mfn")
     return out | {"vcpus": describe_vcpus(core)}
 
 
-def describe_vcpus(domain: Domain) -> list[dict[str, Any]]:
-    """Where each vcpu was. A top table that is no page of the domain is None."""
-    out = []
-    for vcpu in domain.vcpus:
-        registers = domain.registers(vcpu)
-        if registers is None:
-            continue
-        try:
-            tops = [domain.cr3(vcpu), domain.cr3(vcpu, user=True)]
-        except GuestError:
-            tops = [None, None]
-        one = {
-            "vcpu": vcpu,
-            "ip": registers.ip,
-            "sp": registers.sp,
-            "cs": registers.segments["cs"],
-            "flags": registers.flags,
-            "mode": "kernel" if registers.in_kernel else "user",
-            "cr3_pfn": tops[0],
-            "user_cr3_pfn": tops[1],
-        }
-        out.append(one | ({"width": registers.width, "paging": registers.paging.name} if domain.hvm else {}))
-    return out
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
-def print_core(d: dict[str, Any]) -> None:
-    """What describe_core() found, for people."""
-    xen = f" on Xen {printable(d['xen'])}" if d["xen"] else ""
-    what = f"{d['domain_type']} domain"
-    click.echo(
-        click.style(what, bold=True) + f", {d['width'] * 8}-bit, a core of {d['format']}{xen}, {size(d['size'])}"
+def print_description(saved: SavedDomain, facts: dict[str, Any], *, verbose: bool) -> None:
+    """Print what describe() returned, and with ``verbose`` the records and the configuration."""
+    config = facts["config"] or {}
+    name = f' "{printable(config["name"])}"' if config.get("name") else ""
+    bits = f", {facts['width'] * 8}-bit with {facts['levels']} levels of page tables" if facts.get("width") else ""
+    source = "converted from a legacy stream" if facts["xen"].startswith("0.") else f"saved by Xen {facts['xen']}"
+    completeness = "complete" if facts["complete"] else click.style("cut off", fg="red")
+    click.echo(click.style(f"{facts['domain_type']} domain{name}", bold=True) + f"{bits}, {source}, {completeness}")
+    print_field(
+        "envelope", f"{facts['envelope']}, libxc stream version {facts['stream_version']}, {size(facts['size'])}"
     )
-    lost = d["pages_announced"] - d["pages"]
-    lacks = click.style(f"; {lost} more were announced", fg="yellow") if lost else ""
-    click.echo(f"  {'pages':<13}{d['pages']} ({size(d['memory'])}), pfns up to {max(d['last_pfn'], 0):#x}{lacks}")
-    if p2m := d.get("p2m"):
-        click.echo(f"  {'p2m':<13}{p2m['form']}, max_pfn {p2m['max_pfn']:#x}")
-    print_vcpus(d["vcpus"])
+    if config.get("uuid"):
+        print_field("uuid", printable(config["uuid"]))
+    limits = [("target", config.get("target_memkb")), ("maximum", config.get("max_memkb"))]
+    sizes = [f"{size(facts['memory_in_stream'])} in the stream"]
+    sizes += [f"{limit} {size(kib * 1024)}" for limit, kib in limits if kib]
+    print_field("memory", ", ".join(sizes))
+    print_field("pages", ", ".join(f"{count} {page_type}" for page_type, count in facts["pages"].items()))
+    if facts["entries_repeated"]:
+        print_field("", f"{facts['entries_sent']} sent, {facts['entries_repeated']} of them repeated later")
+    if facts["checkpoints"]:
+        print_field("checkpoints", str(facts["checkpoints"]))
+    if facts["domain_type"] == "PV":
+        _print_pv(facts)
+    else:
+        print_field(
+            "hvm", f"{len(facts['hvm']['params'] or {})} parameters, {facts['hvm']['context_bytes']} bytes of context"
+        )
+    if tsc := facts["tsc"]:
+        mode = dict(enumerate(_TSC_MODES)).get(tsc["mode"], str(tsc["mode"]))
+        print_field("tsc", f"{mode}, {tsc['khz']} kHz, {tsc['nsec'] / 1e9:.3f} s, incarnation {tsc['incarnation']}")
+    policy = facts["cpu_policy"]
+    print_field("cpu policy", f"{policy['cpuid_leaves']} CPUID leaves, {policy['msrs']} MSRs")
+    if facts["trailing_bytes"] > 0:
+        print_field("", click.style(f"{facts['trailing_bytes']} bytes follow the end of the stream", fg="yellow"))
+    if vcpus := facts["hvm"]["vcpus"] if "hvm" in facts else facts["vcpus"]:
+        print_vcpus(vcpus)
+    if verbose:
+        rows = [
+            [
+                f"{record['offset']:#x}",
+                record["name"],
+                str(record["count"]),
+                str(record["length"]),
+                str(record["pages"] or ""),
+            ]
+            for record in facts["records"]
+        ]
+        print_table("Records", ["offset#", "record", "count#", "bytes#", "pages#"], rows)
+        if saved.config is not None:
+            click.echo(click.style("Configuration", bold=True) + f"\n{printable(saved.config.text)}")
+
+
+def _print_pv(facts: dict[str, Any]) -> None:
+    p2m, start = facts["p2m"], facts["start_info"]
+    print_field(
+        "p2m",
+        f"pfns 0 to {p2m['end_pfn']:#x} in {p2m['frames']} frames" + (f"; {p2m['form']}" if "form" in p2m else ""),
+    )
+    if "form" in p2m:
+        anchors = [f"max_pfn {p2m['max_pfn']:#x}", f"frame list list mfn {p2m['frame_list_list']:#x}"]
+        if p2m["p2m_cr3"]:
+            anchors += [f"list at {p2m['p2m_vaddr']:#x}", f"generation {p2m['p2m_generation']}"]
+        print_field("", ", ".join(anchors))
+    if start and "error" in start:
+        print_field("start info", click.style(f"pfn {start['pfn']:#x}: {start['error']}", fg="red"))
+    elif start:
+        frames = f"xenstore pfn {start['store_pfn']:#x}, console pfn {start['console_pfn']:#x}"
+        print_field("start info", f"pfn {start['pfn']:#x}, {frames}")
+        if start["cmd_line"]:
+            print_field("command line", printable(start["cmd_line"]))
+
+
+def print_core(facts: dict[str, Any]) -> None:
+    """Print what describe_core() returned."""
+    xen = f" on Xen {printable(facts['xen'])}" if facts["xen"] else ""
+    heading = click.style(f"{facts['domain_type']} domain", bold=True)
+    click.echo(f"{heading}, {facts['width'] * 8}-bit, a core of {facts['format']}{xen}, {size(facts['size'])}")
+    missing = facts["pages_announced"] - facts["pages"]
+    warning = click.style(f"; {missing} announced pages are missing", fg="yellow") if missing else ""
+    print_field(
+        "pages", f"{facts['pages']} ({size(facts['memory'])}), pfns up to {max(facts['last_pfn'], 0):#x}{warning}"
+    )
+    if p2m := facts.get("p2m"):
+        print_field("p2m", f"{p2m['form']}, max_pfn {p2m['max_pfn']:#x}")
+    print_vcpus(facts["vcpus"])
 
 
 def print_vcpus(vcpus: list[dict[str, Any]]) -> None:
-    """A table of what describe_vcpus() found."""
-    hvm = any("paging" in v for v in vcpus)
+    """Print a table of vcpus. Those of an HVM domain have a paging mode, those of a PV stream have records."""
+    hvm, stream = any("paging" in vcpu for vcpu in vcpus), any("records" in vcpu for vcpu in vcpus)
     rows = []
-    for v in vcpus:
-        frames = ["" if v[top] is None else f"{v[top]:#x}" for top in ("cr3_pfn", "user_cr3_pfn")]
-        own = [frames[0], v["paging"]] if hvm else frames
-        rows.append([str(v["vcpu"]), f"{v['ip']:#x}", f"{v['sp']:#x}", v["mode"], *own])
-    print_table("", ["vcpu#", "ip", "sp", "mode", "cr3 pfn", "paging" if hvm else "user cr3 pfn"], rows)
+    for vcpu in vcpus:
+        row = [str(vcpu["vcpu"])]
+        if "ip" in vcpu:
+            row += [f"{vcpu['ip']:#x}", f"{vcpu['sp']:#x}", vcpu["mode"], _pfn(vcpu["cr3_pfn"])]
+            row += [vcpu["paging"] if hvm else _pfn(vcpu["user_cr3_pfn"])]
+        else:
+            row += [""] * 5
+        rows.append(row + ([", ".join(vcpu["records"])] if stream else []))
+    columns = ["vcpu#", "ip", "sp", "mode", "cr3 pfn", "paging" if hvm else "user cr3 pfn"]
+    print_table("", columns + (["records"] if stream else []), rows)
+
+
+def _pfn(pfn: int | None) -> str:
+    return "" if pfn is None else f"{pfn:#x}"
