@@ -81,7 +81,7 @@ def test_standard_output_and_input(move: Move, tmp_path: Path, monkeypatch: pyte
 def test_its_configuration_goes_with_it(move: Move, tmp_path: Path) -> None:
     """Xl's own, where xl knows it; else what can be told."""
     for config in (b"", CONFIG.replace(b'"pv"', b'"pv", "of": "xl"')):
-        move.source._domains[move.guest.domid].config = config
+        move.source.hypervisor.domains[move.guest.domid].config = config
         file = tmp_path / "web.save"
         assert xenpv("save", "-c", NAME, file).code == 0
         assert move.runs_here()
@@ -139,7 +139,7 @@ def test_a_disk_that_is_full(move: Move, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_guest_that_does_not_suspend(move: Move, tmp_path: Path) -> None:
-    move.source.attend(move.guest.domid, None)
+    move.source.set_time_slice(move.guest.domid, None)
     ran = xenpv("save", "--timeout", "0.05", NAME, tmp_path / "web.save")
     stays(move, tmp_path, ran, "did not suspend in 0.05 s")
 

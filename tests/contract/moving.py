@@ -172,8 +172,8 @@ def a_policy_that_cannot_be_given_is_refused_by_name(host: Mover, width: Width) 
         for policy, number, named in (
             (CpuPolicy(leaves=leaf), errno.ERANGE, "leaf 0x12345"),
             (CpuPolicy(msrs=msr), errno.ERANGE, "MSR 0x12345"),
-            (CpuPolicy(leaves=before.leaves[:-1]), errno.EINVAL, "bytes are no array of struct xen_cpuid_leaf"),
-            (CpuPolicy(msrs=before.msrs + b"x"), errno.EINVAL, "bytes are no array of struct xen_msr_entry"),
+            (CpuPolicy(leaves=before.leaves[:-1]), errno.EINVAL, "struct xen_cpuid_leaf"),
+            (CpuPolicy(msrs=before.msrs + b"x"), errno.EINVAL, "struct xen_msr_entry"),
             (CpuPolicy(leaves=leaf * 1000), errno.E2BIG, "1000 leaves and 0 MSRs"),
             (CpuPolicy(msrs=msr * 1000), errno.E2BIG, "0 leaves and 1000 MSRs"),
         ):

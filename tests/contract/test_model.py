@@ -57,7 +57,7 @@ def test_running(width: Width) -> None:
         guest.do("write_pattern", free, next(numbers))
         guest.do("poll")
 
-    guest.host.attend(guest.domid, lambda: guest.do("poll"))
+    guest.host.set_time_slice(guest.domid, lambda: guest.do("poll"))
     written = all_that_changes_is_in_the_log(guest.host, guest.domid, go)
     assert len(free) <= written["changed"] <= written["logged"] < 30
     a_request_that_was_not_seen_is_taken_back(guest.host, guest.domid, go)

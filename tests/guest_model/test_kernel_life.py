@@ -29,7 +29,7 @@ def test_suspended_and_restored_elsewhere(width: Width, form: str) -> None:
     guest.do("move", guest.do("free")[:5], pfns(5, 70_000))
     free = guest.do("free")
     guest.do("write_pattern", free, 7)
-    guest.host.notify(guest.domid, guest.kernel.port)
+    guest.host.hypervisor.send_event(guest.domid, guest.kernel.port)
     assert guest.do("poll") is None
     info = guest.host.info(guest.domid)
     assert (info.shutdown, info.shutdown_reason) == (True, SHUTDOWN_SUSPEND)
@@ -126,7 +126,7 @@ def test_what_is_wrong_on_purpose_is_named(width: Width, form: str) -> None:
         assert corrupt(guest, pfn, wrong) == [(rule, pfn), ("physmap-lost", pfn)]
     assert corrupt(guest, pfn, int(NO_FRAME)) == [("physmap-lost", pfn)]
     assert corrupt(guest, pfn, right) == []
-    guest.host.machphys_update(guest.domid, array(right), array(1 << 20))
+    guest.host.hypervisor.machphys_update(guest.domid, array(right), array(1 << 20))
     assert ("physmap-stale", pfn) in corrupt(guest, pfn, right)
 
 

@@ -58,7 +58,7 @@ def test_one_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() -> Non
         move.guest.do("write_pattern", move.pfns[len(some) :], move.counter)
         live()
 
-    move.source.attend(move.guest.domid, passes)
+    move.source.set_time_slice(move.guest.domid, passes)
     ended = move.start(live=Precopy(max_iterations=4))
     assert ended.here is None
     assert move.counter > 8
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused_before_it_is_sent(prepare: Callable[[Move]
 
 def test_a_domain_whose_uuid_is_there() -> None:
     move = Move.ready()
-    move.source._domains[move.guest.domid].uuid = UUID
+    move.source.hypervisor.domains[move.guest.domid].uuid = UUID
     move.target.create(8, max_pages=1, name="other", uuid=UUID)
     assert "here already: dom1 (other)" in str(move.start().here)
     assert move.runs_here()
@@ -141,7 +141,7 @@ def test_memory_that_runs_short_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("live", [None, Precopy()], ids=["suspended", "live"])
 def test_a_guest_that_does_not_suspend_runs_on(live: Precopy | None) -> None:
     move = Move.ready()
-    move.source.attend(move.guest.domid, lambda: None)
+    move.source.set_time_slice(move.guest.domid, lambda: None)
     ended = move.start(timeout=0.05, live=live)
     assert isinstance(ended.here, GuestError)
     assert move.runs_here()
@@ -152,7 +152,7 @@ def test_a_guest_that_does_not_suspend_runs_on(live: Precopy | None) -> None:
 @pytest.mark.parametrize("live", [None, Precopy()], ids=["suspended", "live"])
 def test_a_guest_that_crashes_meanwhile(live: Precopy | None) -> None:
     move = Move.ready()
-    move.source.attend(move.guest.domid, lambda: move.source.shutdown(move.guest.domid, 3))
+    move.source.set_time_slice(move.guest.domid, lambda: move.source.hypervisor.shutdown(move.guest.domid, 3))
     ended = move.start(live=live)
     assert isinstance(ended.here, GuestError)
     assert "crashed" in str(ended.here)
@@ -239,13 +239,13 @@ def test_ctrl_c(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     if where == "before":
-        move.source.attend(move.guest.domid, interrupted)
+        move.source.set_time_slice(move.guest.domid, interrupted)
     else:
         monkeypatch.setattr(move.source, "vcpu_state", interrupted)
     ended = move.start()
     assert isinstance(ended.here, KeyboardInterrupt)
     monkeypatch.undo()
-    move.source.attend(move.guest.domid, move.live)
+    move.source.set_time_slice(move.guest.domid, move.live)
     assert move.runs_here()
     assert move.nothing_there()
 

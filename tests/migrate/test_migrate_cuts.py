@@ -78,7 +78,7 @@ def test_what_goes_there(whole: tuple[Cut, Cut], live: Precopy | None, lost: boo
         tally[end] += 1
         assert len(os.listdir("/proc/self/fd")) == before, "a descriptor is left open"
         move = Move(move.guest, Move.ready().target, move.pfns)
-        move.source.attend(move.guest.domid, move.live)
+        move.source.set_time_slice(move.guest.domid, move.live)
     assert tally["here"] > 12
     assert tally["undecided, here"] >= (1 if lost else 0)
     print(f"\n{sum(tally.values())} cuts: {dict(tally)}")

@@ -136,7 +136,7 @@ def test_what_was_looked_up_in_a_leaf_that_is_none_any_more_is_sent_again() -> N
             leaf.view("<u8")[0, :60] = leaf.view("<u8")[0, :60][::-1].copy()
             host.write_frames(domid, old, leaf)
             top = np.array([guest.live.anchors.frame_list_list], np.uint64)
-            host.guest_wrote(domid, np.concatenate([new, old, host.frames.read(top).view("<u8")[0, :1]]))
+            host.hypervisor.mark_dirty(domid, np.concatenate([new, old, host.frames.read(top).view("<u8")[0, :1]]))
         return host.map_frames(domid, mfns)
 
     attend(guest, [write])
@@ -323,7 +323,10 @@ def test_a_host_that_cannot_is_found_out_before_a_byte_is_written() -> None:
 @pytest.mark.parametrize("live", [Precopy(), None])
 def test_a_guest_that_does_not_suspend_though_it_was_said_to(live: Precopy | None) -> None:
     guest = Guest.boot("linear")
-    for spoil, why in ((lambda: None, "runs"), (lambda: guest.host.shutdown(guest.domid, 3), "shut down for reason 3")):
+    for spoil, why in (
+        (lambda: None, "runs"),
+        (lambda: guest.host.hypervisor.shutdown(guest.domid, 3), "shut down for reason 3"),
+    ):
         with pytest.raises(GuestError, match=f"dom1 .litmus. has not suspended: it {why}"):
             save(guest.host, guest.domid, Heap(), live=live, suspend=spoil)
         is_off(guest)

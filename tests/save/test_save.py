@@ -161,7 +161,7 @@ def test_pages_without_content_go_in_long_records() -> None:
 
     def page_types(domid: DomId, mfns: U64) -> U8:
         kinds = guest.host.page_types(domid, mfns)
-        kinds[(kinds == PageType.NOTAB) & ~guest.host.frames.written(mfns)] = PageType.XALLOC
+        kinds[(kinds == PageType.NOTAB) & ~guest.host.frames.was_written(mfns)] = PageType.XALLOC
         return kinds
 
     heap = Heap()

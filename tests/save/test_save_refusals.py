@@ -105,7 +105,7 @@ def test_a_leaf_that_m2p_does_not_know_is_named() -> None:
     guest = Guest.boot("tree3")
     guest.do("suspend")
     leaf = guest.live.p2m.leaves.frame[3:4]
-    guest.host.machphys_update(guest.domid, leaf, np.array([5], np.uint64))
+    guest.host.hypervisor.machphys_update(guest.domid, leaf, np.array([5], np.uint64))
     e = refused(guest)
     assert f"Bad mfn for p2m_frame_list[3]: mfn {int(leaf[0]):#x}, m2p[{int(leaf[0]):#x}] = 0x5" in str(e)
 

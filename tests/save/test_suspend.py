@@ -45,7 +45,7 @@ def test_one_that_does_not_react() -> None:
 
 def test_one_that_has_seen_it_and_takes_its_time() -> None:
     guest = Guest.boot("linear")
-    guest.host.attend(guest.domid, lambda: guest.host.store.write("/local/domain/1/control/shutdown", b""))
+    guest.host.set_time_slice(guest.domid, lambda: guest.host.store.write("/local/domain/1/control/shutdown", b""))
     with pytest.raises(GuestError, match="has seen the request, and may still obey it"):
         suspend(guest.host, guest.domid, timeout=0.02)
 
@@ -53,7 +53,7 @@ def test_one_that_has_seen_it_and_takes_its_time() -> None:
 @pytest.mark.parametrize(("reason", "how"), [(0, "powered off"), (1, "rebooted"), (3, "crashed"), (77, "reason 77")])
 def test_one_that_ends_meanwhile(reason: int, how: str) -> None:
     guest = Guest.boot("linear")
-    guest.host.attend(guest.domid, lambda: guest.host.shutdown(guest.domid, reason))
+    guest.host.set_time_slice(guest.domid, lambda: guest.host.hypervisor.shutdown(guest.domid, reason))
     with pytest.raises(GuestError, match=f"{how}, and cannot suspend"):
         suspend(guest.host, guest.domid)
     assert guest.host.shutdown_request(guest.domid) == ""
@@ -69,14 +69,14 @@ def test_one_that_is_paused() -> None:
     with pytest.raises(RequestError, match="is paused, and cannot suspend: unpause it first"):
         suspend(guest.host, guest.domid)
     guest.host.unpause(guest.domid)
-    guest.host.attend(guest.domid, lambda: guest.host.pause(guest.domid))
+    guest.host.set_time_slice(guest.domid, lambda: guest.host.pause(guest.domid))
     with pytest.raises(GuestError, match="it was paused meanwhile"):
         suspend(guest.host, guest.domid, timeout=0.02)
 
 
 def test_one_that_goes_away() -> None:
     guest = Guest.boot("linear")
-    guest.host.attend(guest.domid, lambda: guest.host.destroy(guest.domid))
+    guest.host.set_time_slice(guest.domid, lambda: guest.host.destroy(guest.domid))
     with pytest.raises(HostError, match="no such domain"):
         suspend(guest.host, guest.domid)
 

@@ -164,10 +164,10 @@ def test_the_user_half_has_a_table_of_its_own() -> None:
     guest = Guest()
     host, domid = guest.host, guest.made.domid
     table, slot = guest.made.entry_of(40)
-    host.mmu_update(domid, [(table, slot, int(guest.made.mfns[40]) << 12 | READ_ONLY)])
+    host.hypervisor.mmu_update(domid, [(table, slot, int(guest.made.mfns[40]) << 12 | READ_ONLY)])
     host.write_frames(domid, guest.made.mfns[40:41], page({}))
-    host.pin(domid, int(guest.made.mfns[40]), 4)
-    host.load_top(domid, int(guest.made.mfns[40]), user=True)
+    host.hypervisor.pin(domid, int(guest.made.mfns[40]), 4)
+    host.hypervisor.load_cr3(domid, int(guest.made.mfns[40]), user=True)
     assert guest.live.cr3(0, user=True) == guest.live.memory.user_top == 40
 
 

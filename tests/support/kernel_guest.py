@@ -16,7 +16,6 @@ from xenpv.findings import Findings, Severity
 from xenpv.frames import NO_FRAME, U64, DomId
 from xenpv.guest_model.kernel import Kernel
 from xenpv.guest_model.p2m_forms import FORMS
-from xenpv.host.model.guest_view import GuestView
 from xenpv.host.model.host import ModelHost
 from xenpv.memory.p2m import P2M
 from xenpv.source.live import LiveDomain
@@ -110,4 +109,4 @@ def rings(guest: Guest) -> tuple[int, int]:
 
 
 def register(guest: Guest, name: str) -> int:
-    return GuestView(guest.host, guest.domid).register(name)
+    return guest.host.guest_view(guest.domid).register(name)

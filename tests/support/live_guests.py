@@ -71,7 +71,7 @@ def attend(guest: Guest, steps: Iterable[Step | None] = ()) -> None:
         if guest.host.info(guest.domid).shutdown_reason is None:
             guest.do("poll")
 
-    guest.host.attend(guest.domid, passes)
+    guest.host.set_time_slice(guest.domid, passes)
 
 
 def copied(guest: Guest, host: Any = None, **how: Any) -> tuple[Copied, Summary]:

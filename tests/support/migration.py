@@ -99,7 +99,7 @@ class Move:
         pfns = guest.do("free")
         guest.do("write_pattern", pfns, 7)
         move = cls(guest, ModelHost(MEMORY), pfns)
-        guest.host.attend(guest.domid, move.live)
+        guest.host.set_time_slice(guest.domid, move.live)
         return move
 
     @property
@@ -163,7 +163,7 @@ class Move:
             assert self.guest.do("resume") is True, "it must see that its suspend was cancelled"
             self.suspended = False
         self._pattern(self.guest)
-        assert self.source._domains[self.guest.domid].dirty is None, "log-dirty is on"
+        assert self.source.hypervisor.domains[self.guest.domid].dirty_log is None, "log-dirty is on"
         check(self.source)
         return True
 

@@ -99,8 +99,8 @@ def make(host: ModelHost, width: Width = 8, pages: int = 1024, *, order: int = 0
     mfns = (mfns[:, None] + pfns(1 << order)).reshape(-1)
     made = tables_of(host, domid, width, mfns)
     at = int(host.frames.entries(made.entry_of(1)[0])[1])
-    host.mmu_update(domid, [(*made.entry_of(1), at & ~PTE_RW)])
-    host.pin(domid, made.top, 4 if width == 8 else 3)
+    host.hypervisor.mmu_update(domid, [(*made.entry_of(1), at & ~PTE_RW)])
+    host.hypervisor.pin(domid, made.top, 4 if width == 8 else 3)
     host.set_vcpu_context(domid, 0, context(made))
     shared = np.zeros(1, SHARED_INFO[width])
     shared["arch"]["max_pfn"] = pages

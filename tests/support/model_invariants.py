@@ -30,37 +30,37 @@ def check(host: ModelHost) -> None:
     count += (rows.flags & PINNED) != 0
 
     def refer(mfns: np.ndarray, *, typed: bool) -> None:
-        at = table.row(mfns)
+        at = table.rows_of(mfns)
         np.add.at(count, at, 1)
         if typed:
             np.add.at(types, at, 1)
 
     tables = live[(rows.flags[live] & VALIDATED != 0) & (rows.type[live] <= 4) & (rows.type[live] > 0)]
-    for row, mfn in zip(tables.tolist(), table.mfns(tables).tolist(), strict=True):
-        assert rows.types[row] > 0, f"{mfn:#x} is a validated table that nothing uses"
+    for row, mfn in zip(tables.tolist(), table.mfns_of(tables).tolist(), strict=True):
+        assert rows.type_count[row] > 0, f"{mfn:#x} is a validated table that nothing uses"
         level, width = int(rows.type[row]), host.info(DomId(int(rows.owner[row]) - 1)).width
         slots = ~is_xen_slot(level, width, last_pae_l2=bool(rows.flags[row] & PAE_XEN_L2))
         ptes = table.entries(mfn)[slots]
         ptes = ptes[ptes & np.uint64(PTE_P) != 0]
         targets = frames(ptes)
-        assert (table.owner(targets) == rows.owner[row]).all(), f"L{level} {mfn:#x} maps what is not its domain's"
+        assert (table.owners(targets) == rows.owner[row]).all(), f"L{level} {mfn:#x} maps what is not its domain's"
         writable = ptes & np.uint64(PTE_RW) != 0
         if level == 1:
             refer(targets[~writable], typed=False)
             refer(targets[writable], typed=True)
-            assert (rows.type[table.row(targets[writable])] == WRITABLE).all(), f"L1 {mfn:#x} can write a table"
+            assert (rows.type[table.rows_of(targets[writable])] == WRITABLE).all(), f"L1 {mfn:#x} can write a table"
         else:
             refer(targets[targets != mfn], typed=True)
-            kinds = rows.type[table.row(targets)]
+            kinds = rows.type[table.rows_of(targets)]
             assert ((kinds == level - 1) | ((kinds == level) & ~writable)).all()
     for info in host.domains():
         for vcpu in range(info.max_vcpu + 1):
-            held = host.held_by_vcpu(info.domid, vcpu)
+            held = host.hypervisor.vcpu_frames(info.domid, vcpu)
             refer(np.array([mfn for mfn in held if mfn], np.uint64), typed=True)
-    np.testing.assert_array_equal(rows.count[live], count[live])
-    np.testing.assert_array_equal(rows.types[live], types[live])
+    np.testing.assert_array_equal(rows.ref_count[live], count[live])
+    np.testing.assert_array_equal(rows.type_count[live], types[live])
     free = np.flatnonzero(rows.owner == NOBODY)
-    for column in (rows.count, rows.types, rows.flags, rows.type, rows.content):
+    for column in (rows.ref_count, rows.type_count, rows.flags, rows.type, rows.content):
         assert not column[free].any()
     for info in host.domains():
         mine = table.owned(info.domid + 1)

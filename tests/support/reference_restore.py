@@ -27,7 +27,7 @@ def restored_from(path: Path, target: ModelHost, *, suspended: bool = False) -> 
         pfns = contents.index.pfns(HAS_DATA)
         domid = target.create(width, max_pages=len(pfns) + 8)
         target.populate_physmap(domid, np.zeros(7, np.uint64))  # so that on the same seed mfns do not come out the same
-        target.decrease_reservation(domid, target.frames.owned(domid + 1)[1:])
+        target.hypervisor.decrease_reservation(domid, target.frames.owned(domid + 1)[1:])
         new = target.populate_physmap(domid, pfns)
         assert len(new) == len(pfns)
         at = dict(zip(pfns.tolist(), new.tolist(), strict=True))
@@ -63,7 +63,7 @@ def restored_from(path: Path, target: ModelHost, *, suspended: bool = False) -> 
         gdt[:used] = [at[pfn] for pfn in gdt[:used].tolist()]
         for pfn, kind in zip(pfns.tolist(), kinds.tolist(), strict=True):
             if kind & 8:
-                target.pin(domid, at[pfn], kind & 7)
+                target.hypervisor.pin(domid, at[pfn], kind & 7)
         anchor = SHARED_INFO.offset(width, "arch.pfn_to_mfn_frame_list_list")
         shared[anchor : anchor + width] = bytes(width)
         if suspended:
@@ -73,5 +73,5 @@ def restored_from(path: Path, target: ModelHost, *, suspended: bool = False) -> 
         target.set_vcpu_context(domid, 0, context.tobytes())
         target.unpause(domid)
         if suspended:
-            target.shutdown(domid, SHUTDOWN_SUSPEND)
+            target.hypervisor.shutdown(domid, SHUTDOWN_SUSPEND)
         return domid

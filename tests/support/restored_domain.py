@@ -24,7 +24,7 @@ def restored(source: ModelHost, domid: DomId, target: ModelHost) -> DomId:
     assert len(np.unique(pfns)) == info.pages
     other = target.create(width, max_pages=info.max_pages)
     target.populate_physmap(other, np.zeros(7, np.uint64))  # so that on the same seed mfns do not come out the same
-    target.decrease_reservation(other, target.frames.owned(other + 1)[1:])
+    target.hypervisor.decrease_reservation(other, target.frames.owned(other + 1)[1:])
     new = target.populate_physmap(other, pfns)
 
     def moved(mfns: U64) -> U64:
@@ -63,7 +63,7 @@ def restored(source: ModelHost, domid: DomId, target: ModelHost) -> DomId:
     start["store_mfn"] = by_pfn[int(start["store_mfn"][0])]
     start["console"]["domU"]["mfn"] = by_pfn[int(start["console"]["domU"]["mfn"][0])]
     target.write_frames(other, new, pages)
-    target.pin(other, cr3, 4 if width == 8 else 3)
+    target.hypervisor.pin(other, cr3, 4 if width == 8 else 3)
     shared = bytearray(source.shared_info(domid))
     at = SHARED_INFO.offset(width, "arch.pfn_to_mfn_frame_list_list")
     shared[at : at + width] = bytes(width)

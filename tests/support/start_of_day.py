@@ -77,7 +77,7 @@ def start(
     if outside:
         n_tables, l4[1] = _outside(host, day, n_list)
     _write(host, day, tables, l4, flags=TABLE if width == 8 else PTE_P)
-    host.pin(domid, int(top[0]), 4 if width == 8 else 3)
+    host.hypervisor.pin(domid, int(top[0]), 4 if width == 8 else 3)
     start_info = np.zeros(1, START_INFO[width])
     start_info["magic"], start_info["nr_pages"] = START_INFO_MAGIC[width], pages
     start_info["shared_info"] = host.info(domid).shared_info_mfn * PAGE_SIZE

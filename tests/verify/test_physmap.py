@@ -129,7 +129,7 @@ def test_a_frame_that_m2p_knows_and_no_entry_has_is_named() -> None:
     guest = Guest()
     guest.put(3, INVALID_MFN[8])
     assert guest.findings() == [("physmap-lost", 3)]
-    guest.host.machphys_update(guest.made.domid, guest.entries[3:4], np.array([INVALID_MFN[8]], np.uint64))
+    guest.host.hypervisor.machphys_update(guest.made.domid, guest.entries[3:4], np.array([INVALID_MFN[8]], np.uint64))
     assert guest.findings() == [("physmap-lost", None)]
 
 
@@ -161,7 +161,9 @@ def test_a_change_meanwhile_is_a_warning_and_no_error(monkeypatch: pytest.Monkey
             done.append(True)
             guest.put(3, b)
             guest.put(9, a)
-            guest.host.machphys_update(guest.made.domid, np.array([a, b], np.uint64), np.array([9, 3], np.uint64))
+            guest.host.hypervisor.machphys_update(
+                guest.made.domid, np.array([a, b], np.uint64), np.array([9, 3], np.uint64)
+            )
         return original(mfns)
 
     live = guest.live

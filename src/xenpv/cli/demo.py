@@ -124,7 +124,7 @@ class _Guest:
     def start(self) -> None:
         self.host.run(self.domid, self.kernel.boot)
         self.host.run(self.domid, lambda view: self.kernel.write_pattern(view, self.pages, 0))
-        self.host.attend(self.domid, self.work)
+        self.host.set_time_slice(self.domid, self.work)
 
     def work(self) -> None:
         """Write to a fifth of the pages, and suspend if it is asked to."""

@@ -168,10 +168,10 @@ class Kernel:
 
     def poll(self, view: GuestView) -> None:
         """Suspend if the toolstack asks for it, by the event channel or by control/shutdown; else nothing."""
-        if view.take_event(self.port):
+        if view.consume_event(self.port):
             self.suspend(view)
-        if view.store_read(CONTROL) == b"suspend":
-            view.store_write(CONTROL, b"")
+        if view.xenstore_read(CONTROL) == b"suspend":
+            view.xenstore_write(CONTROL, b"")
             self.suspend(view)
 
     def suspend(self, view: GuestView) -> NoReturn:
@@ -203,7 +203,7 @@ class Kernel:
 
     def _offer_suspend(self, view: GuestView) -> None:
         self.port = view.alloc_event_channel()
-        view.store_write(SUSPEND_KEY, str(self.port).encode())
+        view.xenstore_write(SUSPEND_KEY, str(self.port).encode())
 
     def _mfn(self, view: GuestView, pfn: int) -> int:
         return int(self.p2m.lookup(view, np.array([pfn], np.uint64))[0])

@@ -107,7 +107,7 @@ class KernelP2M:
             return
         self._fits(entries)
         blank = self.pages.put(view, words(np.full((len(new), self.per_leaf), NO_FRAME), self.width))
-        frames = np.append(view.frames_at(self._at(self.places.astype(np.uint64))), self._frames(view, blank))
+        frames = np.append(view.translate_pages(self._at(self.places.astype(np.uint64))), self._frames(view, blank))
         places = np.append(self.places, new.astype(np.int64))
         order = np.argsort(places)
         self.entries, self.places = entries, places[order]
@@ -158,7 +158,7 @@ class KernelP2M:
         return leaves.fill_gaps(range(total), int(self._frames(view, self._missing)[0]))
 
     def _frames(self, view: GuestView, pfns: U64) -> U64:
-        return view.frames_at(self.pages.vaddrs(pfns))
+        return view.translate_pages(self.pages.vaddrs(pfns))
 
     # publishing
 
@@ -174,7 +174,7 @@ class KernelP2M:
         if self.form.linear:
             anchors = replace(
                 anchors,
-                p2m_cr3=cr3_of(view.top, self.width),
+                p2m_cr3=cr3_of(view.guest_table, self.width),
                 p2m_vaddr=self.vaddr,
                 p2m_generation=self.generation,
             )
@@ -195,7 +195,7 @@ class KernelP2M:
             self._tree = np.append(self._tree, pfns)
             return self._frames(view, pfns)
 
-        frames = view.frames_at(self._at(self.places.astype(np.uint64)))
+        frames = view.translate_pages(self._at(self.places.astype(np.uint64)))
         leaves = self._filled(view, FrameRuns(self.places, np.ones_like(self.places), frames))
         if form.hidden:
             encode = partial(words, width=self.width)

@@ -155,7 +155,7 @@ class KernelPages:
         self._tables = np.append(self._tables, self.put_tables(view, np.zeros((tables, PAGE_SIZE), np.uint8)))
         place = place_of(MAPPED[self.width].start) // ENTRIES
         places = np.arange(place, place + len(self._tables))
-        frames = view.frames_at(self.vaddrs(self._tables))
+        frames = view.translate_pages(self.vaddrs(self._tables))
         old, self._upper = self._upper, self.hook(view, FrameRuns(places, np.ones_like(places), frames))
         self.give(view, old)
         self._spare = np.append(self._spare, np.arange(first * ENTRIES, len(self._tables) * ENTRIES))
@@ -190,7 +190,7 @@ class KernelPages:
 
     def _set_flags(self, view: GuestView, pfns: U64, flags: int) -> None:
         vaddrs = self.vaddrs(pfns)
-        view.update_va_mapping(vaddrs, view.frames_at(vaddrs) << np.uint64(PAGE_SHIFT) | np.uint64(flags))
+        view.update_va_mapping(vaddrs, view.translate_pages(vaddrs) << np.uint64(PAGE_SHIFT) | np.uint64(flags))
 
     # page tables
 
@@ -203,12 +203,14 @@ class KernelPages:
 
         def put(pages: U8) -> U64:
             taken.append(self.put_tables(view, pages))
-            return view.frames_at(self.vaddrs(taken[-1]))
+            return view.translate_pages(self.vaddrs(taken[-1]))
 
         tops = put_page_tables(tables, LEVELS[self.width] - 2, put, TABLE)
         flags = TABLE if self.width == 8 else PTE_P
         for first, count, frame in zip(tops.first.tolist(), tops.count.tolist(), tops.frame.tolist(), strict=True):
-            view.mmu_update([(view.top, slot, frame << PAGE_SHIFT | flags) for slot in range(first, first + count)])
+            view.mmu_update(
+                [(view.guest_table, slot, frame << PAGE_SHIFT | flags) for slot in range(first, first + count)]
+            )
         return np.concatenate(taken)
 
 

@@ -16,7 +16,7 @@ from xenpv.errors import Fault, HostError
 from xenpv.frames import DomId
 from xenpv.host.model.guest_view import GuestView
 from xenpv.host.model.host import SHUTDOWN_SUSPEND, ModelHost
-from xenpv.host.model.xenstore import ModelStore
+from xenpv.host.model.xenstore import ModelXenStore
 
 BOTH = pytest.mark.parametrize("width", [8, 4])
 
@@ -123,7 +123,7 @@ def test_pages_in_any_order(width: Width) -> None:
 
     def guest(view: GuestView) -> None:
         vaddrs = array(*map(made.vaddr, wanted))
-        assert view.frames_at(vaddrs).tolist() == made.mfns[wanted].tolist()
+        assert view.translate_pages(vaddrs).tolist() == made.mfns[wanted].tolist()
         content = np.arange(len(wanted), dtype=np.uint8)[:, None].repeat(4096, axis=1)
         view.write_pages(vaddrs, content)
         assert view.read_pages(vaddrs)[:, 77].tolist() == [3, 1, 2, 3, 4]
@@ -145,7 +145,7 @@ def test_many_entries_at_once_are_as_one_after_another(seed: int) -> None:
     for host in hosts:
         mades.append(made := make(host, width, 700))
         if seed % 4 > 1:
-            host.decrease_reservation(made.domid, made.mfns[20:24])  # gone as soon as nothing maps them
+            host.hypervisor.decrease_reservation(made.domid, made.mfns[20:24])  # gone as soon as nothing maps them
     made = mades[0]
     others = made.mfns[random.choice([*range(15, 30), *range(100, 110), 99 if seed % 4 else 699], 30)] << np.uint64(12)
     slots = random.choice(np.append(np.arange(15, 30), 512 + np.arange(15)), 30, replace=seed % 8 == 7)
@@ -162,14 +162,14 @@ def test_many_entries_at_once_are_as_one_after_another(seed: int) -> None:
     except HostError as e:
         errors.append(e.errno)
     try:
-        hosts[1].mmu_update(made.domid, updates)
+        hosts[1].hypervisor.mmu_update(made.domid, updates)
         errors.append(None)
     except HostError as e:
         errors.append(e.errno)
     assert errors[0] == errors[1]
     for mfn in made.l1:
         np.testing.assert_array_equal(hosts[0].frames.entries(int(mfn)), hosts[1].frames.entries(int(mfn)))
-    for name in ("owner", "type", "flags", "types", "count"):
+    for name in ("owner", "type", "flags", "type_count", "ref_count"):
         np.testing.assert_array_equal(getattr(hosts[0].frames.rows, name), getattr(hosts[1].frames.rows, name))
     check(hosts[0])
 
@@ -203,7 +203,7 @@ def test_what_the_registers_say(width: Width) -> None:
         view.shutdown(SHUTDOWN_SUSPEND, 0xABC)
 
     host.run(made.domid, guest)
-    view = GuestView(host, made.domid)
+    view = host.guest_view(made.domid)
     assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 0, 0xABC)
 
 
@@ -229,8 +229,8 @@ def test_what_is_dirty() -> None:
     assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == [8, 9]
     host.run(made.domid, lambda view: view.mmu_update([(*made.entry_of(30), 0)]))
     assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == host.m2p(array(made.entry_of(30)[0])).tolist()
-    host.pin(made.domid, int(made.mfns[30]), 1)
-    host.machphys_update(made.domid, made.mfns[31:32], array(1 << 34))
+    host.hypervisor.pin(made.domid, int(made.mfns[30]), 1)
+    host.hypervisor.machphys_update(made.domid, made.mfns[31:32], array(1 << 34))
     assert host.dirty_pfns(made.domid, 1 << 35, clean=True).tolist() == [30, 1 << 34]
     host.log_dirty(made.domid, on=False)
     host.log_dirty(made.domid, on=True)
@@ -245,8 +245,8 @@ def test_suspending_by_xenstore_and_resuming() -> None:
     host.store.watch(node, "token", lambda path, _: seen.append(path))
 
     def guest(view: GuestView) -> str:
-        if view.store_read("control/shutdown") == b"suspend":
-            view.store_write("control/shutdown", b"")
+        if view.xenstore_read("control/shutdown") == b"suspend":
+            view.xenstore_write("control/shutdown", b"")
             view.shutdown(SHUTDOWN_SUSPEND)
         return "running"
 
@@ -268,9 +268,9 @@ def test_suspending_by_xenstore_and_resuming() -> None:
 def test_events_come_once() -> None:
     host = ModelHost(1 << 30)
     made = make(host, 8, 64)
-    host.notify(made.domid, 3)
-    host.notify(made.domid, 3)
-    assert host.run(made.domid, lambda view: [view.take_event(n) for n in (2, 3, 3)]) == [False, True, False]
+    host.hypervisor.send_event(made.domid, 3)
+    host.hypervisor.send_event(made.domid, 3)
+    assert host.run(made.domid, lambda view: [view.consume_event(n) for n in (2, 3, 3)]) == [False, True, False]
 
 
 @BOTH
@@ -281,14 +281,14 @@ def test_shared_info_is_the_guests_to_write(width: Width) -> None:
     host.run(made.domid, lambda view: view.write_shared_info(b"\x05", at))
     assert int(SHARED_INFO.read(host.shared_info(made.domid), width)["arch"]["p2m_generation"]) == 5
     mfn = host.info(made.domid).shared_info_mfn
-    host.mmu_update(made.domid, [(*made.entry_of(9), mfn << 12 | READ_ONLY | 2)])
+    host.hypervisor.mmu_update(made.domid, [(*made.entry_of(9), mfn << 12 | READ_ONLY | 2)])
     host.run(made.domid, lambda view: view.write(made.vaddr(9) + at, b"\x07"))
     assert int(SHARED_INFO.read(host.shared_info(made.domid), width)["arch"]["p2m_generation"]) == 7
     check(host)
 
 
 def test_a_store_keeps_parents_and_loses_children() -> None:
-    store = ModelStore()
+    store = ModelXenStore()
     store.write("/a/b/c", b"1")
     store.write("/a/d", b"2")
     assert (store.list("/"), store.list("/a"), store.read("/a/b"), store.read("/x")) == (["a"], ["b", "d"], b"", None)

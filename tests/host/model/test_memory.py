@@ -60,7 +60,7 @@ def test_a_full_host_gives_what_it_has() -> None:
     assert 400 < extents < 512
     assert len(host.populate_physmap(domid, pfns(1024))) == 0
     mfns = host.frames.owned(domid + 1)
-    assert host.decrease_reservation(domid, mfns[mfns >= 1 << 12][:7]) == 7
+    assert host.hypervisor.decrease_reservation(domid, mfns[mfns >= 1 << 12][:7]) == 7
     assert len(host.populate_physmap(domid, pfns(1024))) == 7
     check(host)
     host.destroy(domid)
@@ -82,9 +82,9 @@ def test_decreasing_stops_at_the_first_that_is_not_the_domains() -> None:
     host = ModelHost(GIB)
     a, b = host.create(max_pages=8), host.create(max_pages=8)
     mine, theirs = host.populate_physmap(a, pfns(8)), host.populate_physmap(b, pfns(8))
-    assert host.decrease_reservation(a, np.concatenate([mine[:2], theirs[:1], mine[2:]])) == 2
-    assert host.decrease_reservation(a, array(int(mine[3]), int(mine[3]))) == 1
-    assert host.decrease_reservation(a, array(host.info(a).shared_info_mfn)) == 0
+    assert host.hypervisor.decrease_reservation(a, np.concatenate([mine[:2], theirs[:1], mine[2:]])) == 2
+    assert host.hypervisor.decrease_reservation(a, array(int(mine[3]), int(mine[3]))) == 1
+    assert host.hypervisor.decrease_reservation(a, array(host.info(a).shared_info_mfn)) == 0
     assert host.info(a).pages == 5
     assert host.m2p(mine[:2]).tolist() == [NONE, NONE]
     assert host.page_types(a, mine[:3]).tolist() == [PageType.XTAB, PageType.XTAB, 0]
@@ -95,11 +95,11 @@ def test_a_frame_that_is_mapped_stays_until_it_is_not() -> None:
     host = ModelHost(GIB)
     made = make(host, 8, 64)
     frame = made.mfns[5:6]
-    assert host.decrease_reservation(made.domid, frame) == 1
+    assert host.hypervisor.decrease_reservation(made.domid, frame) == 1
     assert host.info(made.domid).pages == 64
     assert host.m2p(frame).tolist() == [5]
     check(host)
-    host.mmu_update(made.domid, [(*made.entry_of(5), 0)])
+    host.hypervisor.mmu_update(made.domid, [(*made.entry_of(5), 0)])
     assert host.info(made.domid).pages == 63
     assert host.m2p(frame).tolist() == [NONE]
     check(host)
@@ -111,11 +111,11 @@ def test_what_is_freed_comes_back_blank() -> None:
     mfns = host.populate_physmap(domid, pfns(2048))
     ones: U8 = np.ones((2048, 4096), np.uint8)
     host.write_frames(domid, mfns, ones)
-    assert host.decrease_reservation(domid, mfns) == 2048
+    assert host.hypervisor.decrease_reservation(domid, mfns) == 2048
     again = host.populate_physmap(domid, pfns(120_000))
     assert np.isin(mfns, again).any()
     assert not host.map_frames(domid, again[np.isin(again, mfns)])[0].any()
-    host.mmu_update(domid, [(int(again[0]), 9, 1)])
+    host.hypervisor.mmu_update(domid, [(int(again[0]), 9, 1)])
     assert np.count_nonzero(host.map_frames(domid, again[:1])[0]) == 1, "and so does memory that content was kept in"
 
 
@@ -135,10 +135,10 @@ def test_extents_are_taken_back_whole(touched: bool) -> None:
     mfns = host.populate_physmap(domid, array(0, 512), 9)
     if touched:
         host.write_frames(domid, mfns[:1] + np.uint64(3), page({1: 1}))
-    assert host.decrease_reservation(domid, mfns, 9) == 2
+    assert host.hypervisor.decrease_reservation(domid, mfns, 9) == 2
     assert host.info(domid).pages == 0
     assert host.m2p(mfns).tolist() == [NONE, NONE]
-    assert host.decrease_reservation(domid, mfns, 9) == 0
+    assert host.hypervisor.decrease_reservation(domid, mfns, 9) == 0
     check(host)
 
 
@@ -147,12 +147,12 @@ def test_the_m2p_says_what_the_owner_says() -> None:
     domid = host.create(max_pages=600)
     mfns = host.populate_physmap(domid, array(0), 9)
     far = 1 << 31
-    host.machphys_update(domid, mfns + np.uint64(7), array(far + 5))
+    host.hypervisor.machphys_update(domid, mfns + np.uint64(7), array(far + 5))
     assert host.m2p(mfns + np.uint64(6)).tolist() == [6]
     assert host.m2p(mfns + np.uint64(7)).tolist() == [far + 5]
     other = host.info(DomId(0)).shared_info_mfn
     with pytest.raises(HostError) as e:
-        host.machphys_update(domid, array(int(mfns[0]), other, int(mfns[0]) + 1), array(50, 51, 52))
+        host.hypervisor.machphys_update(domid, array(int(mfns[0]), other, int(mfns[0]) + 1), array(50, 51, 52))
     assert (e.value.errno, e.value.domid) == (errno.EINVAL, domid)
     assert host.m2p(array(int(mfns[0]), other, int(mfns[0]) + 1)).tolist() == [50, NONE, 1]
 
@@ -202,5 +202,5 @@ def test_a_pte_of_an_untouched_extent() -> None:
     domid = host.create(max_pages=1024)
     one, two = host.populate_physmap(domid, array(0, 512), 9).tolist()
     host.write_frames(domid, array(one), page({0: (two + 5) << 12 | TABLE}))
-    host.pin(domid, one, 1)
+    host.hypervisor.pin(domid, one, 1)
     check(host)

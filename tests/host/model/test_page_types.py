@@ -50,7 +50,7 @@ class Bare:
         return self.mfns[n] << 12 | flags
 
     def pin(self, n: int, level: int) -> None:
-        self.host.pin(self.domid, self.mfns[n], level)
+        self.host.hypervisor.pin(self.domid, self.mfns[n], level)
 
     def types(self, *frames: int) -> list[int]:
         return [int(t) for t in self.host.page_types(self.domid, array(*(self.mfns[n] for n in frames)))]
@@ -77,7 +77,7 @@ def test_pinning_an_l4_types_all_below_it_and_unpinning_untypes_it() -> None:
     b.pin(4, 4)
     assert b.types(0, 1, 2, 3, 4) == [0, 1, 2, 3, PageType.L4TAB_PIN]
     check(b.host)
-    b.host.unpin(b.domid, b.mfns[4])
+    b.host.hypervisor.unpin(b.domid, b.mfns[4])
     assert b.types(0, 1, 2, 3, 4) == [0] * 5
     check(b.host)
     b.fill(1, {})
@@ -88,7 +88,7 @@ def test_a_table_below_may_be_pinned_too_and_then_stays() -> None:
     tree(b)
     b.pin(4, 4)
     b.pin(2, 2)
-    b.host.unpin(b.domid, b.mfns[4])
+    b.host.hypervisor.unpin(b.domid, b.mfns[4])
     assert b.types(1, 2, 3, 4) == [1, PageType.L2TAB_PIN, 0, 0]
     check(b.host)
 
@@ -97,8 +97,8 @@ def test_pins_are_not_counted() -> None:
     b = bare()
     b.pin(1, 1)
     refused(lambda: b.pin(1, 1), errno.EINVAL, "already pinned")
-    b.host.unpin(b.domid, b.mfns[1])
-    refused(lambda: b.host.unpin(b.domid, b.mfns[1]), errno.EINVAL, "not pinned")
+    b.host.hypervisor.unpin(b.domid, b.mfns[1])
+    refused(lambda: b.host.hypervisor.unpin(b.domid, b.mfns[1]), errno.EINVAL, "not pinned")
     check(b.host)
 
 
@@ -106,7 +106,7 @@ def test_only_the_domains_own_frames_become_tables() -> None:
     b = bare()
     [theirs] = b.host.populate_physmap(b.host.create(max_pages=1), pfns(1)).tolist()
     for mfn in (theirs, b.host.max_mfn() + 1, (1 << 40) - 1):
-        refused(lambda mfn=mfn: b.host.pin(b.domid, mfn, 1), errno.EINVAL)  # type: ignore[misc]
+        refused(lambda mfn=mfn: b.host.hypervisor.pin(b.domid, mfn, 1), errno.EINVAL)  # type: ignore[misc]
         b.fill(2, {0: mfn << 12 | TABLE})
         refused(lambda: b.pin(2, 2), errno.EINVAL)
 
@@ -162,7 +162,7 @@ def test_nothing_mapped_writable_becomes_a_table() -> None:
     b.pin(1, 1)
     for level in (1, 2, 3, 4):
         refused(lambda level=level: b.pin(2, level), errno.EINVAL)  # type: ignore[misc]
-    b.host.mmu_update(b.domid, [(b.mfns[1], 0, 0)])
+    b.host.hypervisor.mmu_update(b.domid, [(b.mfns[1], 0, 0)])
     b.pin(2, 4)
 
 
@@ -220,7 +220,7 @@ def test_xens_slots_are_ignored_then_filled_and_refused() -> None:
     theirs = array(*(found[i] >> 12 & (1 << 40) - 1 for i in XEN_L4_SLOTS if found[i] and i != 258))
     assert (b.host.page_types(b.domid, theirs) == PageType.XTAB).all()
     for slot in (256, 271):
-        refused(lambda slot=slot: b.host.mmu_update(b.domid, [(b.mfns[4], slot, 0)]), errno.EINVAL)  # type: ignore[misc]
+        refused(lambda slot=slot: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[4], slot, 0)]), errno.EINVAL)  # type: ignore[misc]
     check(b.host)
 
 
@@ -235,15 +235,15 @@ def test_linear_tables_are_read_only_and_one_deep() -> None:
     check(b.host)
     b.fill(6, {300: b.pte(5, READ_ONLY)})
     refused(lambda: b.pin(6, 4), errno.EINVAL)  # one that has linear entries itself
-    refused(lambda: b.host.mmu_update(b.domid, [(b.mfns[4], 301, b.pte(5, READ_ONLY))]), errno.EINVAL)
-    b.host.mmu_update(b.domid, [(b.mfns[5], 300, 0)])
+    refused(lambda: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[4], 301, b.pte(5, READ_ONLY))]), errno.EINVAL)
+    b.host.hypervisor.mmu_update(b.domid, [(b.mfns[5], 300, 0)])
     b.pin(6, 4)
     check(b.host)
     b.fill(7, {300: b.pte(8, READ_ONLY)})
     b.fill(1, {0: b.pte(8)})
     b.pin(1, 1)
     refused(lambda: b.pin(7, 4), errno.EINVAL)  # one that is no table
-    b.host.mmu_update(b.domid, [(b.mfns[1], 0, 0)])
+    b.host.hypervisor.mmu_update(b.domid, [(b.mfns[1], 0, 0)])
     b.pin(7, 4)
     assert b.types(8) == [PageType.L3TAB]  # nor must it be: it becomes what an entry of an L4 names
     check(b.host)
@@ -254,21 +254,23 @@ def test_mmu_update_takes_the_new_and_gives_back_the_old() -> None:
     tree(b)
     b.pin(4, 4)
     l1 = b.mfns[1]
-    b.host.mmu_update(b.domid, [(l1, 9, b.pte(5)), (l1, 10, b.pte(5, READ_ONLY))])
+    b.host.hypervisor.mmu_update(b.domid, [(l1, 9, b.pte(5)), (l1, 10, b.pte(5, READ_ONLY))])
     check(b.host)
     b.pin(0, 1)  # no longer mapped writable
-    refused(lambda: b.host.mmu_update(b.domid, [(l1, 11, b.pte(6)), (l1, 9, b.pte(2)), (l1, 0, 0)]), errno.EBUSY)
+    refused(
+        lambda: b.host.hypervisor.mmu_update(b.domid, [(l1, 11, b.pte(6)), (l1, 9, b.pte(2)), (l1, 0, 0)]), errno.EBUSY
+    )
     assert [b.entries(1)[i] >> 12 & (1 << 40) - 1 for i in (9, 11)] == [b.mfns[5], b.mfns[6]], "up to the bad one"
-    b.host.mmu_update(b.domid, [(b.mfns[3], 9, b.pte(2, READ_ONLY)), (b.mfns[2], 9, 0)])
+    b.host.hypervisor.mmu_update(b.domid, [(b.mfns[3], 9, b.pte(2, READ_ONLY)), (b.mfns[2], 9, 0)])
     assert b.types(1, 2, 3) == [0, 2, 3]
-    refused(lambda: b.host.mmu_update(b.domid, [(b.mfns[2], 0, b.pte(3))]), errno.EINVAL)
-    refused(lambda: b.host.mmu_update(DomId(0), [(l1, 9, 0)]), errno.EINVAL)
+    refused(lambda: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[2], 0, b.pte(3))]), errno.EINVAL)
+    refused(lambda: b.host.hypervisor.mmu_update(DomId(0), [(l1, 9, 0)]), errno.EINVAL)
     check(b.host)
 
 
 def test_mmu_update_writes_what_is_no_table() -> None:
     b = bare()
-    b.host.mmu_update(b.domid, [(b.mfns[7], 3, 0xFFF)])
+    b.host.hypervisor.mmu_update(b.domid, [(b.mfns[7], 3, 0xFFF)])
     assert b.entries(7)[3] == 0xFFF
 
 
@@ -285,9 +287,9 @@ def test_pae_top_tables() -> None:
     b.pin(3, 3)
     assert b.entries(3)[4:] == [0] * 508
     assert all(b.entries(2)[XEN_PAE_L2_FIRST:])
-    refused(lambda: b.host.mmu_update(b.domid, [(b.mfns[2], 511, 0)]), errno.EPERM)
-    refused(lambda: b.host.mmu_update(b.domid, [(b.mfns[3], 3, 0)]), errno.EINVAL)
-    b.host.mmu_update(b.domid, [(b.mfns[4], 511, 0), (b.mfns[3], 0, 0)])
+    refused(lambda: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[2], 511, 0)]), errno.EPERM)
+    refused(lambda: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[3], 3, 0)]), errno.EINVAL)
+    b.host.hypervisor.mmu_update(b.domid, [(b.mfns[4], 511, 0), (b.mfns[3], 0, 0)])
     check(b.host)
 
 
@@ -307,11 +309,11 @@ def test_the_last_pae_l2_is_any_table_again_once_it_is_let_go() -> None:
     b = bare(4)
     pae(b)
     b.pin(3, 3)
-    b.host.unpin(b.domid, b.mfns[3])
+    b.host.hypervisor.unpin(b.domid, b.mfns[3])
     b.fill(2, {XEN_PAE_L2_FIRST: b.pte(1)})
     b.pin(2, 2)
     assert b.types(1) == [PageType.L1TAB]
-    b.host.mmu_update(b.domid, [(b.mfns[2], 511, 0)])
+    b.host.hypervisor.mmu_update(b.domid, [(b.mfns[2], 511, 0)])
     check(b.host)
 
 
@@ -348,12 +350,12 @@ def test_pae_top_tables_lie_below_4_gib_once_the_domain_has_begun() -> None:
     mfns = host.populate_physmap(domid, pfns(2048) * np.uint64(512), 9)
     high, low = array(*mfns[mfns >= 1 << 20].tolist()), array(*mfns[mfns < 1 << 20].tolist())
     host.write_frames(domid, high[:1], page({3: int(high[1]) << 12 | PTE_P}))
-    host.pin(domid, int(high[0]), 3)
-    host.unpin(domid, int(high[0]))
+    host.hypervisor.pin(domid, int(high[0]), 3)
+    host.hypervisor.unpin(domid, int(high[0]))
     host.write_frames(domid, low[:1], page({3: int(low[1]) << 12 | PTE_P}))
     made = Made(domid, 4, low[4:], low[:1], 0, 0, int(low[0]))
     host.set_vcpu_context(domid, 0, context(made))
-    refused(lambda: host.pin(domid, int(high[0]), 3), errno.ERANGE)
+    refused(lambda: host.hypervisor.pin(domid, int(high[0]), 3), errno.ERANGE)
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -362,13 +364,13 @@ def test_a_context_holds_its_tables_and_its_gdt(width: Width) -> None:
     domid = host.create(width, max_pages=64, vcpus=2)
     made = tables_of(host, domid, width, host.populate_physmap(domid, pfns(64)))
     refused(lambda: host.vcpu_context(domid, 0), errno.ENODATA)
-    host.mmu_update(domid, [(*made.entry_of(1), int(made.mfns[1]) << 12 | READ_ONLY)])
+    host.hypervisor.mmu_update(domid, [(*made.entry_of(1), int(made.mfns[1]) << 12 | READ_ONLY)])
     host.set_vcpu_context(domid, 0, context(made))
     check(host)
     assert host.vcpu_context(domid, 0) == context(made)
     assert host.page_types(domid, array(made.top)).tolist() == [4 if width == 8 else 3]
     refused(lambda: host.write_frames(domid, made.mfns[1:2], page({})), errno.EBUSY)
-    refused(lambda: host.mmu_update(domid, [(int(made.mfns[1]), 0, 0)]), errno.EINVAL)
+    refused(lambda: host.hypervisor.mmu_update(domid, [(int(made.mfns[1]), 0, 0)]), errno.EINVAL)
     data = np.frombuffer(bytearray(context(made)), VCPU_GUEST_CONTEXT[width])
     data["user_regs"]["cs"] = 9
     host.set_vcpu_context(domid, 0, data.tobytes())
@@ -383,13 +385,13 @@ def test_a_context_holds_its_tables_and_its_gdt(width: Width) -> None:
 def test_loading_a_top_table_lets_the_old_one_go() -> None:
     host = ModelHost(1 << 30)
     made = make(host, 8, 64)
-    host.mmu_update(made.domid, [(*made.entry_of(2), 0), (*made.entry_of(3), 0)])
+    host.hypervisor.mmu_update(made.domid, [(*made.entry_of(2), 0), (*made.entry_of(3), 0)])
     empty, other = int(made.mfns[2]), int(made.mfns[3])
-    host.load_top(made.domid, empty)
-    host.load_top(made.domid, other, user=True)
+    host.hypervisor.load_cr3(made.domid, empty)
+    host.hypervisor.load_cr3(made.domid, other, user=True)
     assert host.page_types(made.domid, array(made.top, empty, other)).tolist() == [PageType.L4TAB_PIN, 4, 4]
-    host.unpin(made.domid, made.top)
+    host.hypervisor.unpin(made.domid, made.top)
     assert host.page_types(made.domid, array(made.top)).tolist() == [0]
-    host.load_top(made.domid, 0, user=True)
-    refused(lambda: host.load_top(made.domid, host.max_mfn() + 1), errno.EINVAL)
+    host.hypervisor.load_cr3(made.domid, 0, user=True)
+    refused(lambda: host.hypervisor.load_cr3(made.domid, host.max_mfn() + 1), errno.EINVAL)
     check(host)

@@ -37,7 +37,7 @@ ops = st.one_of(
 
 def state(host: ModelHost) -> bytes:
     rows = host.frames.rows
-    return b"".join(column.tobytes() for column in (rows.owner, rows.count, rows.types, rows.m2p))
+    return b"".join(column.tobytes() for column in (rows.owner, rows.ref_count, rows.type_count, rows.m2p))
 
 
 def do(host: ModelHost, domid: Any, mfns: Any, op: tuple[Any, ...]) -> None:
@@ -48,22 +48,22 @@ def do(host: ModelHost, domid: Any, mfns: Any, op: tuple[Any, ...]) -> None:
         case ("fill", n, entries):
             host.write_frames(domid, mfns[n : n + 1], page({e[0]: pte(e) for e in entries}))
         case ("pin", n, kind):
-            host.pin(domid, int(mfns[n]), kind)
+            host.hypervisor.pin(domid, int(mfns[n]), kind)
         case ("unpin", n):
-            host.unpin(domid, int(mfns[n]))
+            host.hypervisor.unpin(domid, int(mfns[n]))
         case ("update", n, at):
-            host.mmu_update(domid, [(int(mfns[n]), at[0], pte(at))])
+            host.hypervisor.mmu_update(domid, [(int(mfns[n]), at[0], pte(at))])
         case ("decrease", n):
-            host.decrease_reservation(domid, mfns[n : n + 1])
+            host.hypervisor.decrease_reservation(domid, mfns[n : n + 1])
         case ("populate", n):
             host.populate_physmap(domid, pfns(n, 5000))
         case ("m2p", n, pfn):
-            host.machphys_update(domid, mfns[n : n + 1], array(0x10_0000_0000 + pfn))
+            host.hypervisor.machphys_update(domid, mfns[n : n + 1], array(0x10_0000_0000 + pfn))
         case ("load_top", n, user):
-            host.load_top(domid, int(mfns[n]), user=user)
+            host.hypervisor.load_cr3(domid, int(mfns[n]), user=user)
         case ("foreign", n, bits):
             other = host.info(type(domid)(0)).shared_info_mfn
-            host.mmu_update(domid, [(int(mfns[n]), 7, other << 12 | bits)])
+            host.hypervisor.mmu_update(domid, [(int(mfns[n]), 7, other << 12 | bits)])
         case _:
             raise AssertionError(op)
 
@@ -91,7 +91,7 @@ def test_counts_stay_right_and_refusals_change_nothing(width: Width, steps: list
 
 def unmap(host: ModelHost, made: Any) -> None:
     """Take the frames that things are done to out of the domain's own tables, so that they may become any type."""
-    host.mmu_update(made.domid, [(*made.entry_of(n), 0) for n in range(FRAMES) if n != 1])
+    host.hypervisor.mmu_update(made.domid, [(*made.entry_of(n), 0) for n in range(FRAMES) if n != 1])
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -99,6 +99,6 @@ def test_a_made_domain_has_right_counts(width: Width) -> None:
     host = ModelHost(1 << 30)
     made = make(host, width, 600)
     check(host)
-    host.unpin(made.domid, made.top)
+    host.hypervisor.unpin(made.domid, made.top)
     check(host)
     assert np.count_nonzero(host.page_types(made.domid, made.mfns)) > 3, "cr3 still holds them"

@@ -1,4 +1,4 @@
-"""Which pages of a domain were written, as Xen's log-dirty mode keeps it: a sparse bitmap by pfn."""
+"""The log of which pages a domain has written, as Xen's log-dirty mode keeps it: a sparse bitmap by pfn."""
 
 from __future__ import annotations
 
@@ -6,41 +6,39 @@ import numpy as np
 
 from xenpv.frames import U64, Mask
 
-_PER_NODE = 1 << 15  # pfns in a page of bitmap
+_NODE_PFNS = 1 << 15  # pfns of one page of bitmap
 
 
 class DirtyLog:
-    """A bitmap of pfns; what is beyond reason (INVALID_M2P_ENTRY) is not kept."""
+    """A bitmap of pfns. Ignores pfns from LIMIT on, such as INVALID_M2P_ENTRY."""
 
     LIMIT = 1 << 52
 
     def __init__(self) -> None:
         self._nodes: dict[int, Mask] = {}
-        self.count = 0  # of bits set since the log was last cleaned
 
     def mark(self, pfns: U64) -> None:
+        """Log that these pages were written."""
         pfns = np.unique(pfns[pfns < np.uint64(self.LIMIT)])
         nodes = (pfns >> np.uint64(15)).astype(np.int64)
         for node in np.unique(nodes).tolist():
             bits = self._nodes.get(node)
             if bits is None:
-                bits = self._nodes[node] = np.zeros(_PER_NODE, np.bool_)
-            at = (pfns[nodes == node] & np.uint64(_PER_NODE - 1)).astype(np.int64)
-            self.count += int(np.count_nonzero(~bits[at]))
-            bits[at] = True
+                bits = self._nodes[node] = np.zeros(_NODE_PFNS, np.bool_)
+            offsets = (pfns[nodes == node] & np.uint64(_NODE_PFNS - 1)).astype(np.int64)
+            bits[offsets] = True
 
     def peek(self, pages: int) -> U64:
-        """The dirty pfns below ``pages``, ascending."""
-        found = [
-            (np.flatnonzero(self._nodes[node]) + node * _PER_NODE).astype(np.uint64) for node in sorted(self._nodes)
+        """Return the dirty pfns below ``pages``, ascending."""
+        by_node = [
+            (np.flatnonzero(self._nodes[node]) + node * _NODE_PFNS).astype(np.uint64) for node in sorted(self._nodes)
         ]
-        pfns = np.concatenate(found) if found else np.empty(0, np.uint64)
+        pfns = np.concatenate(by_node) if by_node else np.empty(0, np.uint64)
         return pfns[pfns < np.uint64(pages)]
 
     def clean(self, pages: int) -> U64:
-        """What peek gives, and forget it. As in Xen, a page of bitmap that ``pages`` ends in is forgotten whole."""
+        """Return what peek returns, and clear it: as in Xen, up to the end of a page of bitmap."""
         pfns = self.peek(pages)
-        for node in [node for node in self._nodes if node * _PER_NODE < pages]:
+        for node in [node for node in self._nodes if node * _NODE_PFNS < pages]:
             del self._nodes[node]
-        self.count = 0
         return pfns

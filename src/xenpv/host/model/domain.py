@@ -1,9 +1,8 @@
-"""What ModelHost knows of a domain, but for its frames."""
+"""What the modelled hypervisor keeps of a domain and its vcpus, except for frames."""
 
 from __future__ import annotations
 
 import errno
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -12,29 +11,96 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, VCPU_GUEST_CONTEXT
 from xenpv.frames import DomId
+from xenpv.host.model.cpu_state import CPU_KHZ, initial_cpu_policy, initial_vcpu_state
 from xenpv.host.model.dirty_log import DirtyLog
-from xenpv.host.model.page_types import DESCRIPTORS, Owner, PageTypes, Refused
-from xenpv.host.model.vcpu_state import CPU_KHZ, bare_policy, bare_state
+from xenpv.host.model.page_types import DESCRIPTORS, HypercallError, Owner, PageTypes
 from xenpv.host.protocol import CpuPolicy, DomainInfo, TscInfo, VcpuState
 from xenpv.memory.pagetables import cr3_frame, cr3_of
 
 PAE_EXTENDED_CR3 = 1 << 3  # VMASST_TYPE_pae_extended_cr3
+_GDT_ENTRIES_MAX = 14 * 512  # FIRST_RESERVED_GDT_ENTRY: those above are Xen's
 
 
 @dataclass
 class Vcpu:
-    """A vcpu: its context as it was set, and which frames Xen holds for it."""
+    """A vcpu: its context, and the frames that Xen holds for it (named as in struct arch_vcpu of Xen)."""
 
-    context: bytes | None = None  # None until it was set: not initialised
-    top: int = 0  # mfn of its top table
-    user_top: int = 0  # of the user half's, 64-bit only
-    gdt: tuple[int, ...] = ()
-    state: VcpuState = field(default_factory=bare_state)
+    context: bytes | None = None  # as it was set; None: not initialised
+    guest_table: int = 0  # mfn of its top-level page table
+    guest_table_user: int = 0  # mfn of the top-level page table of its user half; 64-bit only, 0: none
+    gdt_frames: tuple[int, ...] = ()
+    state: VcpuState = field(default_factory=initial_vcpu_state)
+
+    def set_context(self, types: PageTypes, owner: Owner, data: bytes) -> None:
+        """XEN_DOMCTL_setvcpucontext: load cr3 and the GDT, which validates the tables below. Raises HypercallError.
+
+        An initialised vcpu keeps its tables and its GDT.
+
+        Source: xen.git:xen/arch/x86/domain.c: arch_set_info_guest()
+        """
+        context = VCPU_GUEST_CONTEXT.read(data, owner.width)
+        guest_table = cr3_frame(int(context["ctrlreg"][3]), owner.width)
+        guest_table_user = cr3_frame(int(context["ctrlreg"][1]), 8) if owner.width == 8 else 0
+        gdt_entries = int(context["gdt_ents"])
+        if gdt_entries > _GDT_ENTRIES_MAX:
+            raise HypercallError(errno.EINVAL, f"a GDT of {gdt_entries} entries overlaps Xen's own entries")
+        gdt_frames = tuple(context["gdt_frames"][: -(-gdt_entries // 512)].tolist())
+        if self.context is not None:
+            if (guest_table, guest_table_user, gdt_frames) != (
+                self.guest_table,
+                self.guest_table_user,
+                self.gdt_frames,
+            ):
+                raise HypercallError(errno.EOPNOTSUPP, "an initialised vcpu keeps its tables and its GDT")
+            self.context = data
+            return
+        references = [(mfn, DESCRIPTORS) for mfn in gdt_frames] + [(guest_table, LEVELS[owner.width])]
+        references += [(guest_table_user, 4)] if guest_table_user else []
+        taken = list[int]()
+        try:
+            for mfn, page_type in references:
+                types.get_page_type(owner, mfn, page_type)
+                taken.append(mfn)
+        except HypercallError:
+            for mfn in reversed(taken):
+                types.put_page_type(owner, mfn)
+            raise
+        self.context, self.gdt_frames = data, gdt_frames
+        self.guest_table, self.guest_table_user = guest_table, guest_table_user
+
+    def get_context(self, width: Width) -> bytes:
+        """XEN_DOMCTL_getvcpucontext: the context, with the tables that are loaded now."""
+        assert self.context is not None
+        context = np.frombuffer(bytearray(self.context), VCPU_GUEST_CONTEXT[width])
+        ctrlreg = context["ctrlreg"][0]
+        ctrlreg[3] = cr3_of(self.guest_table, width)
+        if width == 8:
+            ctrlreg[1] = self.guest_table_user << 12
+        return context.tobytes()
+
+    def load_guest_table(self, types: PageTypes, owner: Owner, mfn: int) -> None:
+        """MMUEXT_NEW_BASEPTR. Raises HypercallError."""
+        if mfn == self.guest_table:
+            return
+        types.get_page_type(owner, mfn, LEVELS[owner.width])
+        if self.guest_table:
+            types.put_page_type(owner, self.guest_table)
+        self.guest_table = mfn
+
+    def load_guest_table_user(self, types: PageTypes, owner: Owner, mfn: int) -> None:
+        """MMUEXT_NEW_USER_BASEPTR; 0 for none. Raises HypercallError."""
+        if mfn == self.guest_table_user:
+            return
+        if mfn:
+            types.get_page_type(owner, mfn, 4)
+        if self.guest_table_user:
+            types.put_page_type(owner, self.guest_table_user)
+        self.guest_table_user = mfn
 
 
 @dataclass
-class Domain:
-    """One domain."""
+class ModelDomain:
+    """A domain of the model."""
 
     domid: DomId
     width: Width
@@ -42,33 +108,35 @@ class Domain:
     uuid: str | None
     vcpus: list[Vcpu]
     max_pages: int = 0
-    memory_map: int | None = None  # pages, from pfn 0 on, that it is told it has; None: nobody said
+    memory_map_pages: int | None = None  # what XENMEM_memory_map tells the guest: this many from pfn 0; None: not set
     shared_info_mfn: int = 0
     pauses: int = 1
     shutdown_reason: int | None = None
-    dirty: DirtyLog | None = None
-    ports: list[int] = field(default_factory=list)  # who may bind each event channel that was allocated, port 1 first
-    events: Counter[int] = field(default_factory=Counter)  # by port
-    grants: dict[int, int] = field(default_factory=dict)  # mfn by reserved entry of its grant table
+    dirty_log: DirtyLog | None = None  # None: log-dirty is disabled
+    ports: list[int] = field(default_factory=list)  # the domid that may bind each event channel, port 1 first
+    pending_events: set[int] = field(default_factory=set)  # ports
+    grants: dict[int, int] = field(default_factory=dict)  # mfn by reserved entry of the grant table
     vm_assist: int = 0
     tsc: TscInfo = field(default_factory=lambda: TscInfo(khz=CPU_KHZ, incarnation=1))
     has_run: bool = False
-    policy: CpuPolicy = field(default_factory=bare_policy)
-    config: bytes = b""  # what it is made by, for xl
-    passes: Callable[[], None] | None = None  # what it does as time passes
+    policy: CpuPolicy = field(default_factory=initial_cpu_policy)
+    config: bytes = b""  # its configuration, as libxl keeps it
+    time_slice: Callable[[], None] | None = None  # see ModelHost.set_time_slice
 
     @property
-    def number(self) -> int:
-        """Of its frames' owner."""
+    def owner_id(self) -> int:
+        """The number of this owner in the frame table."""
         return self.domid + 1
 
     @property
     def owner(self) -> Owner:
+        """The domain as page types know it."""
         started = bool(self.vcpus) and self.vcpus[0].context is not None
-        low = self.width == 4 and started and not self.vm_assist & PAE_EXTENDED_CR3
-        return Owner(self.number, self.width, low)
+        low_l3 = self.width == 4 and started and not self.vm_assist & PAE_EXTENDED_CR3
+        return Owner(self.owner_id, self.width, low_l3)
 
     def info(self, pages: int) -> DomainInfo:
+        """Return the DomainInfo of a domain that holds so many pages."""
         return DomainInfo(
             domid=self.domid,
             name=self.name,
@@ -84,65 +152,3 @@ class Domain:
             shutdown_reason=self.shutdown_reason,
             dying=False,
         )
-
-
-def set_context(domain: Domain, types: PageTypes, vcpu: Vcpu, data: bytes) -> None:
-    """XEN_DOMCTL_setvcpucontext, xen.git:xen/arch/x86/domain.c: arch_set_info_guest(). Raises Refused.
-
-    Loading cr3 validates the tables below it. A vcpu that was set once keeps its tables and its GDT.
-    """
-    context = VCPU_GUEST_CONTEXT.read(data, domain.width)
-    top = cr3_frame(int(context["ctrlreg"][3]), domain.width)
-    user_top = cr3_frame(int(context["ctrlreg"][1]), 8) if domain.width == 8 else 0
-    entries = int(context["gdt_ents"])
-    if entries > 14 * 512:
-        raise Refused(errno.EINVAL, f"a GDT of {entries} entries reaches into Xen's own")
-    gdt = tuple(context["gdt_frames"][: -(-entries // 512)].tolist())
-    if vcpu.context is not None:
-        if (top, user_top, gdt) != (vcpu.top, vcpu.user_top, vcpu.gdt):
-            raise Refused(errno.EOPNOTSUPP, "an initialised vcpu keeps its tables and its GDT")
-        vcpu.context = data
-        return
-    owner, taken = domain.owner, list[int]()
-    wanted = [(mfn, DESCRIPTORS) for mfn in gdt] + [(top, LEVELS[domain.width])]
-    try:
-        for mfn, kind in wanted + ([(user_top, 4)] if user_top else []):
-            types.get(owner, mfn, kind)
-            taken.append(mfn)
-    except Refused:
-        for mfn in reversed(taken):
-            types.put(owner, mfn)
-        raise
-    vcpu.context, vcpu.top, vcpu.user_top, vcpu.gdt = data, top, user_top, gdt
-
-
-def get_context(domain: Domain, vcpu: Vcpu) -> bytes:
-    """The context, with the tables that are loaded now."""
-    assert vcpu.context is not None
-    context = np.frombuffer(bytearray(vcpu.context), VCPU_GUEST_CONTEXT[domain.width])
-    ctrlreg = context["ctrlreg"][0]
-    ctrlreg[3] = cr3_of(vcpu.top, domain.width)
-    if domain.width == 8:
-        ctrlreg[1] = vcpu.user_top << 12
-    return context.tobytes()
-
-
-def load_top(domain: Domain, types: PageTypes, vcpu: Vcpu, mfn: int) -> None:
-    """MMUEXT_NEW_BASEPTR. Raises Refused."""
-    if mfn == vcpu.top:
-        return
-    types.get(domain.owner, mfn, LEVELS[domain.width])
-    if vcpu.top:
-        types.put(domain.owner, vcpu.top)
-    vcpu.top = mfn
-
-
-def load_user_top(domain: Domain, types: PageTypes, vcpu: Vcpu, mfn: int) -> None:
-    """MMUEXT_NEW_USER_BASEPTR; 0 for none. Raises Refused."""
-    if mfn == vcpu.user_top:
-        return
-    if mfn:
-        types.get(domain.owner, mfn, 4)
-    if vcpu.user_top:
-        types.put(domain.owner, vcpu.user_top)
-    vcpu.user_top = mfn

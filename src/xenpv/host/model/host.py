@@ -1,38 +1,46 @@
-"""ModelHost: Xen's memory rules in process, so that what needs a hypervisor can be tried and tested without one.
-
-It keeps the Host, Toolstack and Mover protocols, and has the calls that a guest needs to live in what was made. The
-rules are xen.git:xen/arch/x86/mm.c's and xen/common/memory.c's, and so are the errnos; where it and Xen differ, it is
-wrong.
-"""
+"""ModelHost: Xen's memory rules in process, to test and try without a hypervisor what needs one."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from struct import pack
 from typing import TypeVar
 
 import numpy as np
 
-from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
+from xenpv.abi.declare import Width
 from xenpv.errors import HostError
-from xenpv.frames import I64, U8, U64, DomId, PageType
-from xenpv.host.model.domain import Domain, get_context, load_top, load_user_top, set_context
-from xenpv.host.model.frame_table import ALLOCATED, ORDER, PER_EXTENT, PINNED, SPECIAL, VALIDATED
-from xenpv.host.model.guest_view import GuestView, Stopped
-from xenpv.host.model.move import ModelMove
-from xenpv.host.protocol import DomainInfo, XenVersion
+from xenpv.frames import PAGE_SIZE, U8, U64, DomId, PageType
+from xenpv.host import xenstore_nodes
+from xenpv.host.model.cpu_state import updated_cpu_policy, updated_tsc_info, updated_vcpu_state
+from xenpv.host.model.dirty_log import DirtyLog
+from xenpv.host.model.domain import ModelDomain, Vcpu
+from xenpv.host.model.frame_table import ORDER, PER_EXTENT, PINNED, SPECIAL, VALIDATED
+from xenpv.host.model.guest_view import GuestShutDown, GuestView
+from xenpv.host.model.hypervisor import Hypervisor
+from xenpv.host.model.xenstore import ModelXenStore
+from xenpv.host.protocol import DOM0, CpuPolicy, Daemons, DomainInfo, Ring, TscInfo, VcpuState, XenVersion
 
 T = TypeVar("T")
 
 SHUTDOWN_SUSPEND = 2
-DOM0_PAGES = 64 << 8  # 64 MiB
+MAX_VCPUS = 8192  # MAX_VIRT_CPUS of xen.git:xen/arch/x86/include/asm/config.h
+_DOM0_PAGES = 64 << 8  # 64 MiB
+_HYPERCALLS = PAGE_SIZE // 32
+_IRET = 23  # the one hypercall that does not return, and whose code differs
 
 
-class ModelHost(ModelMove):
-    """A host of ``size`` bytes, up to 16 TiB, with a dom0 on it. The same ``seed`` hands out the same frames.
+class ModelHost:
+    """A host with a dom0, as the Mover protocol has it. What guests call is in ``hypervisor``.
 
-    ``sparse``: it says of pages nobody wrote that they have no content, which Xen does not know: who saves a domain
-    then has little to write.
+    Args:
+        size: Bytes of memory, up to 16 TiB. Memory that is never touched costs nothing.
+        version: The Xen that it passes for.
+        seed: The same seed allocates the same frames.
+        sparse: Report pages that were never written as having no content (XALLOC). Xen cannot tell them, but a save
+            has little to write then.
 
     >>> host = ModelHost(8 << 30)
     >>> domid = host.create(max_pages=1024)
@@ -44,242 +52,375 @@ class ModelHost(ModelMove):
     def __init__(
         self, size: int = 16 << 30, *, version: XenVersion | None = None, seed: int = 0, sparse: bool = False
     ) -> None:
-        super().__init__(size, version or XenVersion(4, 17, ".5"), seed)
+        self.hypervisor = Hypervisor(size, seed)
+        self.frames, self.types = self.hypervisor.frames, self.hypervisor.types
+        self.store = ModelXenStore()
+        self._version = version or XenVersion(4, 17, ".5")
         self._sparse = sparse
-        dom0 = self.create(8, max_pages=DOM0_PAGES, name="Domain-0")
-        self.populate_physmap(dom0, np.arange(0, DOM0_PAGES, PER_EXTENT, dtype=np.uint64), order=ORDER)
-        self._domains[dom0].pauses = 0
+        self._next_domid = 0
+        dom0 = self.create(8, max_pages=_DOM0_PAGES, name="Domain-0")
+        self.populate_physmap(dom0, np.arange(0, _DOM0_PAGES, PER_EXTENT, dtype=np.uint64), order=ORDER)
+        self.hypervisor.domains[dom0].pauses = 0
 
-    # the Host protocol
+    # -- the Host protocol
 
     def version(self) -> XenVersion:
-        """Which Xen it passes for."""
+        """See Host."""
         return self._version
 
     def domains(self) -> list[DomainInfo]:
-        """All domains, ascending by domid, dom0 included."""
-        return [self.info(DomId(domid)) for domid in sorted(self._domains)]
+        """See Host."""
+        return [self.info(DomId(domid)) for domid in sorted(self.hypervisor.domains)]
 
     def info(self, domid: DomId) -> DomainInfo:
-        """One domain. HostError (ESRCH) when it is not there."""
-        domain = self._domain("getdomaininfo", domid)
-        return domain.info(self.frames.pages[domain.number])
+        """See Host."""
+        domain = self.hypervisor.domain("getdomaininfo", domid)
+        return domain.info(self.frames.pages[domain.owner_id])
 
     def max_mfn(self) -> int:
-        """The highest machine frame."""
+        """See Host."""
         return self.frames.max_mfn
 
     def map_frames(self, domid: DomId, mfns: U64) -> tuple[U8, U8]:
-        """Content of a domain's frames, and for each whether it could be mapped."""
-        ours = self._ours("map_frames", domid, mfns)
+        """See Host. The content is a copy."""
+        owned = self.hypervisor.is_owned("map_frames", domid, mfns)
         pages = self.frames.read(mfns)
-        pages[~ours] = 0
-        return pages, ours.astype(np.uint8)
+        pages[~owned] = 0
+        return pages, owned.astype(np.uint8)
 
     def m2p(self, mfns: U64) -> U64:
-        """The pfn that the machine-to-phys table has for each mfn, all ones where none."""
-        return self.frames.m2p(mfns)
+        """See Host."""
+        return self.hypervisor.m2p(mfns)
 
     def page_types(self, domid: DomId, mfns: U64) -> U8:
-        """As getpageframeinfo3: XTAB for what is not the domain's or Xen's own, a table only while validated."""
-        domain = self._domain("getpageframeinfo3", domid)
+        """See Host. Only a validated table has a table's type; Xen's own pages are XTAB."""
+        domain = self.hypervisor.domain("getpageframeinfo3", domid)
         out = np.full(len(mfns), PageType.XALLOC if self._sparse else PageType.NOTAB, np.uint8)
-        touched = ~self.frames.untouched(mfns, domain.number)  # few of a large domain are
+        touched = ~self.frames.is_untouched(mfns, domain.owner_id)  # few pages of a large domain are touched
         out[touched] = self._types_of_touched(domid, mfns[touched])
         return out
 
     def _types_of_touched(self, domid: DomId, mfns: U64) -> U8:
-        ours = self._ours("getpageframeinfo3", domid, mfns)
-        kind, flags = self.frames.types(mfns)
-        out = np.where((kind >= 1) & (kind <= 4), kind, 0).astype(np.uint8)
+        owned = self.hypervisor.is_owned("getpageframeinfo3", domid, mfns)
+        types, flags = self.frames.types(mfns)
+        out = np.where((types >= 1) & (types <= 4), types, 0).astype(np.uint8)
         pinned = (flags & PINNED) != 0
         out[pinned] |= np.uint8(8)
         out[~pinned & ((flags & VALIDATED) == 0)] = PageType.NOTAB
         if self._sparse:
-            out[(out == PageType.NOTAB) & ~self.frames.written(mfns)] = PageType.XALLOC
-        out[~ours | ((flags & SPECIAL) != 0)] = PageType.XTAB
+            out[(out == PageType.NOTAB) & ~self.frames.was_written(mfns)] = PageType.XALLOC
+        out[~owned | ((flags & SPECIAL) != 0)] = PageType.XTAB
         return out
 
     def vcpu_context(self, domid: DomId, vcpu: int) -> bytes:
-        """The vcpu_guest_context. HostError: EINVAL for no such vcpu, ENODATA for one that was never set."""
-        domain, v = self._vcpu("getvcpucontext", domid, vcpu)
-        if v.context is None:
-            raise self._refusal("getvcpucontext", domid, errno.ENODATA, f"vcpu {vcpu} is not initialised")
-        return get_context(domain, v)
+        """See Host. HostError: ENODATA for a vcpu whose context was never set."""
+        return self.hypervisor.vcpu_context(domid, vcpu)
 
     def shared_info(self, domid: DomId) -> bytes:
-        """The 4096 bytes of the shared info page."""
-        mfn = self._domain("shared_info", domid).shared_info_mfn
-        return self.frames.read(np.array([mfn], np.uint64)).tobytes()
+        """See Host."""
+        return self.hypervisor.shared_info(domid)
 
     def pause(self, domid: DomId) -> None:
-        """Stop it, counted. Not dom0, where the asker runs."""
-        domain = self._domain("pausedomain", domid)
-        if domid == 0:
-            raise self._refusal("pausedomain", domid, errno.EINVAL, "the domain that asks")
+        """See Host."""
+        domain = self.hypervisor.domain("pausedomain", domid)
+        if domid == DOM0:
+            raise self.hypervisor.error("pausedomain", domid, errno.EINVAL, "dom0 cannot pause itself")
         domain.pauses += 1
 
     def unpause(self, domid: DomId) -> None:
-        """Take one pause back."""
-        domain = self._domain("unpausedomain", domid)
+        """See Host."""
+        domain = self.hypervisor.domain("unpausedomain", domid)
         if not domain.pauses:
-            raise self._refusal("unpausedomain", domid, errno.EINVAL, "not paused")
+            raise self.hypervisor.error("unpausedomain", domid, errno.EINVAL, "not paused")
         domain.pauses -= 1
         domain.has_run = True
 
-    # what a toolstack does, and guests do too
+    # -- the Toolstack protocol
+
+    def create(
+        self,
+        width: Width = 8,
+        *,
+        vcpus: int = 1,
+        max_pages: int = 0,
+        name: str | None = None,
+        uuid: str | None = None,
+    ) -> DomId:
+        """See Toolstack."""
+        if not 1 <= vcpus <= MAX_VCPUS:
+            raise self.hypervisor.error("createdomain", None, errno.EINVAL, f"{vcpus} vcpus")
+        domid = DomId(self._next_domid)
+        domain = ModelDomain(domid, width, name, uuid, [Vcpu() for _ in range(vcpus)], max_pages)
+        with self.hypervisor.host_errors("createdomain", None):
+            domain.shared_info_mfn = self.frames.alloc_special(domain.owner_id)
+        self._next_domid += 1
+        self.hypervisor.domains[domid] = domain
+        self._write_nodes(xenstore_nodes.created(domid, name, uuid))
+        return domid
+
+    def set_width(self, domid: DomId, width: Width) -> None:
+        """See Toolstack."""
+        domain = self.hypervisor.domain("set_address_size", domid)
+        if width == domain.width:
+            return
+        if width == 8:
+            raise self.hypervisor.error("set_address_size", domid, errno.EINVAL, "a 32-bit domain stays one")
+        if self.frames.pages[domain.owner_id]:
+            raise self.hypervisor.error("set_address_size", domid, errno.EACCES, "the domain has memory")
+        domain.width = width
+
+    def destroy(self, domid: DomId) -> None:
+        """See Toolstack."""
+        domain = self.hypervisor.domain("destroydomain", domid)
+        if domid == DOM0:
+            raise self.hypervisor.error("destroydomain", domid, errno.EINVAL, "dom0 cannot destroy itself")
+        self.types.forget_owner(domain.owner_id)
+        self.frames.free_all(domain.owner_id)
+        del self.hypervisor.domains[domid]
+        uuid_is_shared = any(other.uuid == domain.uuid for other in self.hypervisor.domains.values())
+        for path in xenstore_nodes.all_of(domid, self.daemons(), None if uuid_is_shared else domain.uuid):
+            self.store.remove(path)
+            parent = path.rpartition("/")[0]
+            while parent.startswith(f"{xenstore_nodes.home(DOM0)}/") and not self.store.list(parent):
+                self.store.remove(parent)
+                parent = parent.rpartition("/")[0]
+
+    def rename(self, domid: DomId, name: str) -> None:
+        """See Toolstack."""
+        domain = self.hypervisor.domain("rename", domid)
+        domain.name = name
+        self._write_nodes(xenstore_nodes.named(domid, name, domain.uuid))
 
     def set_max_mem(self, domid: DomId, pages: int) -> None:
-        """How many pages it may have. Fewer than it has is no error: it just gets no more."""
-        self._domain("max_mem", domid).max_pages = pages
+        """See Toolstack."""
+        self.hypervisor.domain("max_mem", domid).max_pages = pages
+
+    def set_memory_map(self, domid: DomId, pages: int) -> None:
+        """See Toolstack."""
+        self.hypervisor.domain("set_memory_map", domid).memory_map_pages = pages
+
+    def free_pages(self) -> int:
+        """See Toolstack."""
+        return self.frames.free_count
 
     def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
-        """Give it memory: at each of ``pfns`` a frame, or with order 9 an extent of 512. The (first) mfns.
+        """See Toolstack."""
+        return self.hypervisor.populate_physmap(domid, pfns, order)
 
-        As in Xen, as many as fit: fewer mfns than pfns when max_mem or the host is exhausted.
+    @contextlib.contextmanager
+    def map_writable(self, domid: DomId, mfns: U64) -> Iterator[U8]:
+        """See Toolstack. The array is a copy, which is written back when the block ends.
+
+        As on Xen, log-dirty does not see these writes: it logs what guests write, and what Xen writes for them.
         """
-        domain = self._domain("populate_physmap", domid)
-        self._order("populate_physmap", domid, order)
-        room = max(domain.max_pages - self.frames.pages[domain.number], 0) >> order
-        take = self.frames.take_extents if order else self.frames.take_frames
-        return take(domain.number, pfns[:room].astype(np.uint64), compat=domain.width == 4)
+        domain = self._check_writable("map_writable", domid, mfns)
+        pages = self.frames.read(mfns)
+        rows = self.types.get_writable(mfns)
+        try:
+            yield pages
+        finally:
+            if self.hypervisor.domains.get(domid) is domain:
+                self.frames.write(mfns, pages)
+                self.types.put_writable(rows)
 
-    def decrease_reservation(self, domid: DomId, mfns: U64, order: int = 0) -> int:
-        """Take memory away. How many extents were: as in Xen, up to the first that is not the domain's.
+    def write_frames(self, domid: DomId, mfns: U64, pages: U8) -> None:
+        """See Toolstack."""
+        self._check_writable("write_frames", domid, mfns)
+        self.frames.write(mfns, pages)
 
-        A frame that something still refers to (a mapping, a pin) stays the domain's until nothing does.
-        """
-        domain = self._domain("decrease_reservation", domid)
-        self._order("decrease_reservation", domid, order)
-        mfns = mfns.astype(np.uint64)
-        if order:
-            return self._decrease_extents(domain, mfns)
-        if len(np.unique(mfns)) < len(mfns):
-            return next((i for i, m in enumerate(mfns) if not self._decrease(domain, mfns[i : i + 1])), len(mfns))
-        return self._decrease(domain, mfns)
+    def init_hypercall_page(self, domid: DomId, mfn: int) -> None:
+        """See Toolstack."""
+        op, frame = "hypercall_init", np.array([mfn], np.uint64)
+        domain = self.hypervisor.domain(op, domid)
+        self._check_ownership(op, domid, frame)
+        if not self.types.can_map_writable(domain.owner, frame)[0]:
+            raise self.hypervisor.error(op, domid, errno.EPERM, f"mfn {mfn:#x} is not writable")
+        self.frames.write(frame, _hypercall_page(domain.width))
 
-    def machphys_update(self, domid: DomId, mfns: U64, pfns: U64) -> None:
-        """Say which pfn each of the domain's frames is (MMU_MACHPHYS_UPDATE)."""
-        domain = self._domain("mmu_update", domid)
-        bad = ~self._ours("mmu_update", domid, mfns)
-        n = int(np.argmax(bad)) if bad.any() else len(mfns)
-        rows = self.frames.row(mfns[:n])  # may make the arrays longer, so it comes first
-        self.frames.rows.m2p[rows] = pfns[:n]
-        self._mark(domain, pfns[:n])
-        if n < len(mfns):
-            raise self._refusal("mmu_update", domid, errno.EINVAL, f"mfn {int(mfns[n]):#x} is not the domain's")
-
-    def mmu_update(self, domid: DomId, updates: Sequence[tuple[int, int, int]]) -> None:
-        """Write page-table entries: (mfn of the table, slot, entry) each, up to the first that Xen refuses."""
-        domain = self._domain("mmu_update", domid)
-        with self._refusing("mmu_update", domid):
-            for mfn, slot, pte in updates:
-                self.types.update(domain.owner, mfn, slot, pte)
-
-    def update_l1(self, domid: DomId, mfn: int, slots: I64, ptes: U64) -> None:
-        """Write entries of one L1 table, one after another up to the first that Xen refuses; the same as mmu_update."""
-        domain = self._domain("mmu_update", domid)
-        with self._refusing("mmu_update", domid):
-            self.types.update_l1(domain.owner, mfn, slots, ptes)
-
-    def pin(self, domid: DomId, mfn: int, level: int) -> None:
-        """Make a frame a table of that level, for good, and validate all below it."""
-        domain = self._domain("mmuext_op", domid)
-        with self._refusing("mmuext_op", domid):
-            self.types.pin(domain.owner, mfn, level)
-
-    def unpin(self, domid: DomId, mfn: int) -> None:
-        """Take a pin back."""
-        domain = self._domain("mmuext_op", domid)
-        with self._refusing("mmuext_op", domid):
-            self.types.unpin(domain.owner, mfn)
-
-    def load_top(self, domid: DomId, mfn: int, *, vcpu: int = 0, user: bool = False) -> None:
-        """Load a vcpu's top table, or its user half's: MMUEXT_NEW_BASEPTR and NEW_USER_BASEPTR, which guests do."""
-        domain, v = self._vcpu("mmuext_op", domid, vcpu)
-        with self._refusing("mmuext_op", domid):
-            (load_user_top if user else load_top)(domain, self.types, v, mfn)
+    def pin_tables(self, domid: DomId, mfns: U64, levels: U8) -> None:
+        """See Toolstack."""
+        domain = self.hypervisor.domain("mmuext_op", domid)
+        with self.hypervisor.host_errors("mmuext_op", domid):
+            for mfn, level in zip(mfns.tolist(), levels.tolist(), strict=True):
+                self.types.pin(domain.owner, mfn, level)
 
     def set_vcpu_context(self, domid: DomId, vcpu: int, context: bytes) -> None:
-        """Set a vcpu's context; cr3 and gdt_frames hold mfns, and are validated."""
-        domain, v = self._vcpu("setvcpucontext", domid, vcpu)
-        if len(context) != VCPU_GUEST_CONTEXT.size(domain.width):
-            raise self._refusal("setvcpucontext", domid, errno.EINVAL, f"a context of {len(context)} bytes")
-        with self._refusing("setvcpucontext", domid):
-            set_context(domain, self.types, v, bytes(context))
+        """See Toolstack."""
+        self.hypervisor.set_vcpu_context(domid, vcpu, context)
 
-    # shutdown, events
+    def write_shared_info(self, domid: DomId, data: bytes, offset: int = 0) -> None:
+        """See Toolstack."""
+        self.hypervisor.write_shared_info(domid, data, offset)
 
-    def shutdown(self, domid: DomId, reason: int) -> None:
-        """Shut a domain down (SCHEDOP_remote_shutdown); the first reason stays."""
-        domain = self._domain("shutdown", domid)
-        if domain.shutdown_reason is None:
-            domain.shutdown_reason = reason
+    def daemons(self) -> Daemons:
+        """See Toolstack. Both are in dom0."""
+        return Daemons()
 
-    def alloc_event_channel(self, domid: DomId, remote: int = 0) -> int:
-        """A port of the domain, from 1 on, to which ``remote`` may bind (EVTCHNOP_alloc_unbound)."""
-        ports = self._domain("evtchn_alloc_unbound", domid).ports
-        ports.append(remote)
-        return len(ports)
+    def alloc_event_channel(self, domid: DomId, remote: DomId = DOM0) -> int:
+        """See Toolstack."""
+        return self.hypervisor.alloc_event_channel(domid, remote)
 
-    def notify(self, domid: DomId, port: int) -> None:
-        """Send an event."""
-        self._domain("evtchn_send", domid).events[port] += 1
+    def seed_grants(self, domid: DomId, *, console: int, xenstore: int) -> None:
+        """See Toolstack."""
+        self._check_ownership("seed_grants", domid, np.array([console, xenstore], np.uint64))
+        self.hypervisor.domain("seed_grants", domid).grants.update({0: console, 1: xenstore})
 
-    def run(self, domid: DomId, guest: Callable[[GuestView], T]) -> T | None:
-        """Run a guest's program on vcpu 0 until it returns, or shuts down: then None.
+    def introduce(self, domid: DomId, *, console: Ring, xenstore: Ring) -> None:
+        """See Toolstack. Writes the nodes of the rings; no daemon looks at them."""
+        domain = self.hypervisor.domain("introduce", domid)
+        if 1 not in domain.grants:
+            raise self.hypervisor.error("introduce", domid, errno.EINVAL, "xenstored has no grant for its ring")
+        info = domain.info(self.frames.pages[domain.owner_id])
+        self._write_nodes(xenstore_nodes.introduced(info, self.daemons(), console, xenstore))
 
-        HostError when the domain cannot run: paused, shut down, or its vcpu never set.
+    def set_configuration(self, domid: DomId, config: bytes) -> None:
+        """See Toolstack."""
+        self.hypervisor.domain("userdata", domid).config = config
+
+    def configuration(self, domid: DomId) -> bytes | None:
+        """See Toolstack."""
+        return self.hypervisor.domain("userdata", domid).config or None
+
+    def _write_nodes(self, nodes: list[xenstore_nodes.Node]) -> None:
+        for node in nodes:
+            self.store.write(node.path, node.value.encode())
+
+    def _check_writable(self, op: str, domid: DomId, mfns: U64) -> ModelDomain:
+        """Return the domain; HostError unless all frames are its own and can be mapped writable."""
+        domain = self.hypervisor.domain(op, domid)
+        self._check_ownership(op, domid, mfns)
+        writable = self.types.can_map_writable(domain.owner, mfns)
+        if not writable.all():
+            reason = f"mfn {int(mfns[np.argmin(writable)]):#x} cannot be mapped writable"
+            raise self.hypervisor.error(op, domid, errno.EBUSY, reason)
+        return domain
+
+    def _check_ownership(self, op: str, domid: DomId, mfns: U64) -> None:
+        """Raise HostError (EINVAL) unless all frames are the domain's memory. Xen's pages for it are not."""
+        owned = self.hypervisor.is_owned(op, domid, mfns) & ((self.frames.types(mfns)[1] & SPECIAL) == 0)
+        if not owned.all():
+            reason = f"mfn {int(mfns[np.argmin(owned)]):#x} is not the domain's"
+            raise self.hypervisor.error(op, domid, errno.EINVAL, reason)
+
+    # -- the Mover protocol
+
+    def vcpu_state(self, domid: DomId, vcpu: int) -> VcpuState:
+        """See Mover."""
+        state = self.hypervisor.vcpu("get_ext_vcpucontext", domid, vcpu)[1].state
+        return state._replace(extended=pack("<I", vcpu) + state.extended[4:])
+
+    def set_vcpu_state(self, domid: DomId, vcpu: int, state: VcpuState) -> None:
+        """See Mover."""
+        domain, v = self.hypervisor.vcpu("set_ext_vcpucontext", domid, vcpu)
+        with self.hypervisor.host_errors("set_ext_vcpucontext", domid):
+            v.state = updated_vcpu_state(v.state, state, domain.width)
+
+    def tsc_info(self, domid: DomId) -> TscInfo:
+        """See Mover. The domain's clock does not advance."""
+        return self.hypervisor.domain("gettscinfo", domid).tsc
+
+    def set_tsc_info(self, domid: DomId, info: TscInfo) -> None:
+        """See Mover."""
+        domain = self.hypervisor.domain("settscinfo", domid)
+        with self.hypervisor.host_errors("settscinfo", domid):
+            domain.tsc = updated_tsc_info(info)
+
+    def cpu_policy(self, domid: DomId) -> CpuPolicy:
+        """See Mover."""
+        return self.hypervisor.domain("get_cpu_policy", domid).policy
+
+    def set_cpu_policy(self, domid: DomId, policy: CpuPolicy) -> None:
+        """See Mover."""
+        domain = self.hypervisor.domain("set_cpu_policy", domid)
+        if domain.has_run:
+            raise self.hypervisor.error("set_cpu_policy", domid, errno.EEXIST, "the domain runs or has run already")
+        with self.hypervisor.host_errors("set_cpu_policy", domid):
+            domain.policy = updated_cpu_policy(domain.policy, policy)
+
+    def log_dirty(self, domid: DomId, *, on: bool) -> None:
+        """See Mover."""
+        domain = self.hypervisor.domain("shadow_op", domid)
+        if on == (domain.dirty_log is not None):
+            reason = f"log-dirty is {'enabled' if on else 'disabled'} already"
+            raise self.hypervisor.error("shadow_op", domid, errno.EINVAL, reason)
+        domain.dirty_log = DirtyLog() if on else None
+
+    def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
+        """See Mover. The guest gets a time slice first (see set_time_slice)."""
+        self._run_time_slice(domid)
+        domain = self.hypervisor.domain("shadow_op", domid)
+        if domain.dirty_log is None:
+            raise self.hypervisor.error("shadow_op", domid, errno.EINVAL, "log-dirty is disabled")
+        return domain.dirty_log.clean(pages) if clean else domain.dirty_log.peek(pages)
+
+    def request_shutdown(self, domid: DomId, value: str) -> None:
+        """See Mover. The guest gets a time slice after it (see set_time_slice)."""
+        pending = self.shutdown_request(domid)
+        if value or pending:
+            self.store.write(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL}", value.encode())
+        self._run_time_slice(domid)
+
+    def shutdown_request(self, domid: DomId) -> str:
+        """See Mover."""
+        self.hypervisor.domain("xenstore", domid)
+        return (self.store.read(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL}") or b"").decode()
+
+    def resume(self, domid: DomId) -> None:
+        """See Mover."""
+        self.hypervisor.domain("resumedomain", domid).shutdown_reason = None
+
+    # -- running guests
+
+    def guest_view(self, domid: DomId) -> GuestView:
+        """Return what a guest program sees of this host."""
+        return GuestView(self.hypervisor, self.store, domid)
+
+    def run(self, domid: DomId, program: Callable[[GuestView], T]) -> T | None:
+        """Run a guest's program on vcpu 0.
+
+        Returns:
+            What the program returns; None if it shuts the domain down.
+
+        Raises:
+            HostError: The domain cannot run: it is paused, has shut down, or has no vcpu context.
         """
-        domain = self._domain("run", domid)
-        for no, why in (
+        domain = self.hypervisor.domain("run", domid)
+        for cannot_run, reason in (
             (domain.pauses, "is paused"),
             (domain.shutdown_reason is not None, "has shut down"),
             (domain.vcpus[0].context is None, "has no vcpu context"),
         ):
-            if no:
-                raise HostError(f"dom{domid} {why}", op="run", domid=domid)
+            if cannot_run:
+                raise HostError(f"dom{domid} {reason}", op="run", domid=domid)
         try:
-            return guest(GuestView(self, domid))
-        except Stopped:
+            return program(self.guest_view(domid))
+        except GuestShutDown:
             return None
 
-    def guest_wrote(self, domid: DomId, mfns: U64) -> None:
-        """A guest wrote these frames through its own mappings; GuestView says so."""
-        self._mark(self._domain("run", domid), self.frames.m2p(mfns))
+    def set_time_slice(self, domid: DomId, time_slice: Callable[[], None] | None) -> None:
+        """Set what a guest does while time passes.
 
-    def take_event(self, domid: DomId, port: int) -> bool:
-        """Whether an event is pending; it is not any longer, then. GuestView asks."""
-        events = self._domain("run", domid).events
-        pending, events[port] = events[port] > 0, 0
-        return pending
+        The model has no threads. It calls ``time_slice`` each time its dirty pfns are read or its shutdown request
+        changes, unless the domain is paused or has shut down.
+        """
+        self.hypervisor.domain("run", domid).time_slice = time_slice
 
-    def held_by_vcpu(self, domid: DomId, vcpu: int = 0) -> tuple[int, ...]:
-        """The mfns that Xen holds for a vcpu: its top table, its user half's (0: none), its GDT."""
-        v = self._vcpu("getvcpucontext", domid, vcpu)[1]
-        return (v.top, v.user_top, *v.gdt)
+    def _run_time_slice(self, domid: DomId) -> None:
+        domain = self.hypervisor.domain("run", domid)
+        if domain.time_slice is not None and not domain.pauses and domain.shutdown_reason is None:
+            domain.time_slice()
 
-    # our own
 
-    def _order(self, op: str, domid: DomId, order: int) -> None:
-        if order not in {0, ORDER}:
-            raise self._refusal(op, domid, errno.EINVAL, f"order {order}: the model has 0 and {ORDER}")
+def _hypercall_page(width: Width) -> U8:
+    """Return the code that Xen writes to a hypercall page, uint8 (1, 4096).
 
-    def _decrease(self, domain: Domain, mfns: U64) -> int:
-        bad = ~self._ours("decrease_reservation", domain.domid, mfns)
-        bad |= (self.frames.types(mfns)[1] & SPECIAL) != 0
-        n = int(np.argmax(bad)) if bad.any() else len(mfns)
-        rows = self.frames.row(mfns[:n])
-        rows = rows[(self.frames.rows.flags[rows] & ALLOCATED) != 0]
-        self.frames.rows.flags[rows] &= np.uint8(~ALLOCATED & 0xFF)
-        self.frames.drop(rows)
-        return n
-
-    def _decrease_extents(self, domain: Domain, mfns: U64) -> int:
-        for i, mfn in enumerate(mfns):
-            frames = mfn + np.arange(PER_EXTENT, dtype=np.uint64)
-            aligned = int(mfn) % PER_EXTENT == 0 and self._ours("decrease_reservation", domain.domid, mfns[i : i + 1])
-            whole = aligned and self.frames.drop_extents(mfns[i : i + 1]).all()
-            if not whole and self._decrease(domain, frames) < PER_EXTENT:
-                return i
-        return len(mfns)
+    Source: xen.git:xen/arch/x86/pv/hypercall.c
+    """
+    prologue, epilogue = ("51 41 53", "0f 05 41 5b 59 c3") if width == 8 else ("", "cd 82 c3")
+    page = np.zeros((_HYPERCALLS, 32), np.uint8)
+    for number in range(_HYPERCALLS):
+        end = epilogue[:5] if number == _IRET else epilogue
+        push = "50" if number == _IRET else ""
+        code = bytes.fromhex(f"{prologue} {push} b8 {number:02x} 00 00 00 {end}")
+        page[number, : len(code)] = np.frombuffer(code, np.uint8)
+    return page.reshape(1, PAGE_SIZE)

@@ -1,8 +1,10 @@
-"""Xen's rules of page types, as ModelHost keeps them (xen.git:xen/arch/x86/mm.c, its head comment first).
+"""Xen's rules for page types, as the model keeps them.
 
-A frame is of one type at a time, and changes it only when nothing uses it as that type: a table of one level,
-descriptors, or mapped writable. So no guest can write its own page tables: Xen checks every entry when a frame becomes
-a table (pinned, loaded as cr3, or named by an entry of a table), and each change of one after that.
+A frame has one type at a time: a page table of one level, descriptors, or writable. Its type changes only while nothing
+uses it as that type. So no guest can write its own page tables. Xen checks every entry when a frame becomes a table
+(because it is pinned, loaded as cr3, or named by an entry of another table), and then each change of an entry.
+
+Source: xen.git:xen/arch/x86/mm.c, in the first place its head comment
 """
 
 from __future__ import annotations
@@ -29,318 +31,328 @@ from xenpv.memory.pagetables import allowed_flags, frame, frames, is_xen_slot
 
 DESCRIPTORS = 5
 _GLOBAL = 1 << 8
-_GUEST_KERNEL = 1 << 52  # how Xen marks a 64-bit kernel's pages, which it maps with US as all others
-_NO_MFN = PTE_FRAME_MASK >> 12  # INVALID_MFN as far as an entry can hold it
-_LOW_4G = 1 << 20
+_GUEST_KERNEL = 1 << 52  # _PAGE_GUEST_KERNEL: Xen's mark for pages of a 64-bit kernel, which are mapped with US, too
+_INVALID_MFN = PTE_FRAME_MASK >> 12  # as far as an entry can hold it
+_MFN_4_GIB = 1 << 20
 
 
-class Refused(Exception):
-    """Xen's answer is no: an errno, and why."""
+class HypercallError(Exception):
+    """Xen refuses a hypercall: with an errno, and for a reason."""
 
-    def __init__(self, errno_: int, why: str) -> None:
-        super().__init__(why)
-        self.errno = errno_
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(reason)
+        self.errno = number
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A domain as page types see it. ``low_l3``: its PAE top tables must lie below 4 GiB."""
+    """A domain as page types know it. ``low_l3``: its PAE top-level tables must lie below 4 GiB."""
 
-    number: int
+    id: int
     width: Width
     low_l3: bool = False
 
 
 class PageTypes:
-    """Types and references of all frames. ``dirtied`` is told of each table that comes, goes or changes."""
+    """Types and references of all frames.
 
-    def __init__(self, table: FrameTable, dirtied: Callable[[int, int], None]) -> None:
+    Args:
+        table: The frames.
+        mark_dirty: Called with owner and mfn of each table that is promoted, demoted or changed.
+    """
+
+    def __init__(self, table: FrameTable, mark_dirty: Callable[[int, int], None]) -> None:
         self._frames = table
         self._rows = table.rows
-        self._dirtied = dirtied
-        self._linear: Counter[int] = Counter()  # entries of a table that map tables of its own level; < 0: mapped so
+        self._mark_dirty = mark_dirty
+        # Entries that map a table of the same level: > 0 for the table that has them, < 0 for one that they map.
+        self._linear_count: Counter[int] = Counter()
 
-    # references
+    # -- references
 
-    def get(self, owner: Owner, mfn: int, kind: int, *, pae_xen_l2: bool = False) -> None:
-        """Use a frame as a type, which takes a reference. Raises Refused, and has changed nothing then."""
-        row = self._frames.row_of(mfn, owner.number)
+    def get_page_type(self, owner: Owner, mfn: int, page_type: int, *, pae_xen_l2: bool = False) -> None:
+        """Take a reference to a frame as a page type. If that is impossible, HypercallError, and nothing changes."""
+        row = self._frames.row_if_owned(mfn, owner.id)
         if row < 0:
-            raise Refused(errno.EINVAL, f"mfn {mfn:#x} is not the domain's")
+            raise HypercallError(errno.EINVAL, f"mfn {mfn:#x} is not the domain's")
         rows = self._rows
         flag = PAE_XEN_L2 if pae_xen_l2 else 0
-        if rows.types[row] == 0:
-            rows.type[row] = kind
+        if rows.type_count[row] == 0:
+            rows.type[row] = page_type
             rows.flags[row] = int(rows.flags[row]) & ~(VALIDATED | PAE_XEN_L2) | flag
-            rows.types[row] += 1
-            rows.count[row] += 1
+            rows.type_count[row] += 1
+            rows.ref_count[row] += 1
             try:
-                self._promote(owner, mfn, kind, pae_xen_l2=pae_xen_l2)
-            except Refused:
-                rows.types[row] -= 1
-                rows.count[row] -= 1
+                self._promote(owner, mfn, page_type, pae_xen_l2=pae_xen_l2)
+            except HypercallError:
+                rows.type_count[row] -= 1
+                rows.ref_count[row] -= 1
                 raise
             rows.flags[row] |= VALIDATED
             return
-        if rows.type[row] != kind or int(rows.flags[row]) & PAE_XEN_L2 != flag:
-            raise Refused(errno.EINVAL, f"mfn {mfn:#x} is used as type {rows.type[row]}, not {kind}")
-        rows.types[row] += 1
-        rows.count[row] += 1
+        if rows.type[row] != page_type or int(rows.flags[row]) & PAE_XEN_L2 != flag:
+            raise HypercallError(errno.EINVAL, f"mfn {mfn:#x} is in use as type {rows.type[row]}, not {page_type}")
+        rows.type_count[row] += 1
+        rows.ref_count[row] += 1
 
-    def put(self, owner: Owner, mfn: int) -> None:
-        """Give back what get took."""
+    def put_page_type(self, owner: Owner, mfn: int) -> None:
+        """Drop a reference that get_page_type took."""
         rows = self._rows
-        row = self._frames.row_of(mfn, owner.number)
-        if rows.types[row] == 1 and 1 <= rows.type[row] <= 4:
+        row = self._frames.row_if_owned(mfn, owner.id)
+        if rows.type_count[row] == 1 and 1 <= rows.type[row] <= 4:
             rows.flags[row] = int(rows.flags[row]) & ~VALIDATED
             self._demote(owner, mfn, int(rows.type[row]), pae_xen_l2=bool(rows.flags[row] & PAE_XEN_L2))
-        rows.types[row] -= 1
-        self._frames.drop(np.array([row]))
+        rows.type_count[row] -= 1
+        self._frames.put_refs(np.array([row]))
 
-    # a frame becomes a table, or ceases to be one
+    # -- promotion and demotion: a frame becomes a table, or ceases to be one
 
-    def _promote(self, owner: Owner, mfn: int, kind: int, *, pae_xen_l2: bool) -> None:
-        if not 1 <= kind <= 4:
+    def _promote(self, owner: Owner, mfn: int, page_type: int, *, pae_xen_l2: bool) -> None:
+        if not 1 <= page_type <= 4:
             return
-        self._dirtied(owner.number, mfn)
-        if kind == 1:
+        self._mark_dirty(owner.id, mfn)
+        if page_type == 1:
             self._promote_l1(owner, mfn)
             return
         entries = self._frames.entries(mfn)
-        if kind == 3 and owner.width == 4:
-            if owner.low_l3 and mfn >= _LOW_4G:
-                raise Refused(errno.ERANGE, f"a PAE top table must lie below 4 GiB, not at mfn {mfn:#x}")
+        if page_type == 3 and owner.width == 4:
+            if owner.low_l3 and mfn >= _MFN_4_GIB:
+                raise HypercallError(errno.ERANGE, f"a PAE top table must lie below 4 GiB, not at mfn {mfn:#x}")
             entries[4:] = 0
             if not int(entries[3]) & PTE_P:
-                raise Refused(errno.EINVAL, f"L3[3] of mfn {mfn:#x} is not present")
-        xen = is_xen_slot(kind, owner.width, last_pae_l2=pae_xen_l2)
-        done: list[int] = []
+                raise HypercallError(errno.EINVAL, f"L3[3] of mfn {mfn:#x} is not present")
+        xen = is_xen_slot(page_type, owner.width, last_pae_l2=pae_xen_l2)
+        taken: list[int] = []
         try:
             for slot in np.flatnonzero(((entries & np.uint64(PTE_P)) != 0) & ~xen).tolist():
-                self._get_entry(owner, mfn, kind, slot, int(entries[slot]))
-                done.append(slot)
-        except Refused:
-            for slot in done:
-                self._put_entry(owner, mfn, kind, int(entries[slot]))
+                self._get_page_from_entry(owner, mfn, page_type, slot, int(entries[slot]))
+                taken.append(slot)
+        except HypercallError:
+            for slot in taken:
+                self._put_page_from_entry(owner, mfn, page_type, int(entries[slot]))
             raise
-        for slot in done:
-            entries[slot] = _adjusted(int(entries[slot]), kind, owner.width)
-        _fill_xen_slots(entries, kind, xen, mfn)
+        for slot in taken:
+            entries[slot] = _adjust_entry(int(entries[slot]), page_type, owner.width)
+        _fill_xen_slots(entries, page_type, xen, mfn)
 
-    def _demote(self, owner: Owner, mfn: int, kind: int, *, pae_xen_l2: bool) -> None:
-        self._dirtied(owner.number, mfn)
+    def _demote(self, owner: Owner, mfn: int, page_type: int, *, pae_xen_l2: bool) -> None:
+        self._mark_dirty(owner.id, mfn)
         entries = self._frames.entries(mfn)
         present = (entries & np.uint64(PTE_P)) != 0
-        if kind == 1:
-            self._unmap(entries[present])
+        if page_type == 1:
+            self._put_pages_from_l1(entries[present])
             return
-        xen = is_xen_slot(kind, owner.width, last_pae_l2=pae_xen_l2)
+        xen = is_xen_slot(page_type, owner.width, last_pae_l2=pae_xen_l2)
         for slot in np.flatnonzero(present & ~xen).tolist():
-            self._put_entry(owner, mfn, kind, int(entries[slot]))
+            self._put_page_from_entry(owner, mfn, page_type, int(entries[slot]))
 
-    def _get_entry(self, owner: Owner, table: int, level: int, slot: int, pte: int) -> None:
-        """Take what an entry of an L2, L3 or L4 table needs."""
+    def _get_page_from_entry(self, owner: Owner, table: int, level: int, slot: int, pte: int) -> None:
+        """Take the references of an entry of an L2, L3 or L4 table."""
         if pte & ~PTE_FRAME_MASK & ~allowed_flags(level, owner.width):
-            raise Refused(errno.EINVAL, f"L{level}[{slot}] of mfn {table:#x} has flags that may not be ({pte:#x})")
+            raise HypercallError(errno.EINVAL, f"L{level}[{slot}] of mfn {table:#x} has forbidden flags ({pte:#x})")
         last = owner.width == 4 and level == 3 and slot == 3
         target = int(frame(pte))
         try:
-            self.get(owner, target, level - 1, pae_xen_l2=last)
-        except Refused as e:
+            self.get_page_type(owner, target, level - 1, pae_xen_l2=last)
+        except HypercallError as e:
             pae_l3 = owner.width == 4 and level == 3
-            if e.errno != errno.EINVAL or pae_l3 or not self._get_linear(owner, table, level, pte):
+            if e.errno != errno.EINVAL or pae_l3 or not self._get_linear_pagetable(owner, table, level, pte):
                 raise
             return
-        if last and self._rows.types[self._frames.row_of(target, owner.number)] != 1:
-            self.put(owner, target)
-            raise Refused(errno.EINVAL, f"the L2 of L3[3] of mfn {table:#x} stands elsewhere too")
+        if last and self._rows.type_count[self._frames.row_if_owned(target, owner.id)] != 1:
+            self.put_page_type(owner, target)
+            raise HypercallError(errno.EINVAL, f"the L2 of L3[3] of mfn {table:#x} is in use elsewhere")
 
-    def _get_linear(self, owner: Owner, table: int, level: int, pte: int) -> bool:
-        """A table may map tables of its own level, read-only; those that do may not be mapped so themselves."""
+    def _get_linear_pagetable(self, owner: Owner, table: int, level: int, pte: int) -> bool:
+        """Take the reference of an entry that maps a table of its own level. Whether that is allowed.
+
+        It must be read-only, and a table that has such entries must not be mapped by one.
+        """
         target = int(frame(pte))
         if pte & PTE_RW:
             return False
         if target == table:
             return True
-        row = self._frames.row_of(target, owner.number)
-        if row < 0 or self._linear[table] < 0 or self._linear[target] > 0:
+        row = self._frames.row_if_owned(target, owner.id)
+        if row < 0 or self._linear_count[table] < 0 or self._linear_count[target] > 0:
             return False
         if self._rows.type[row] != level or not self._rows.flags[row] & VALIDATED:
             return False
-        self._linear[table] += 1
-        self._linear[target] -= 1
-        self._rows.types[row] += 1
-        self._rows.count[row] += 1
+        self._linear_count[table] += 1
+        self._linear_count[target] -= 1
+        self._rows.type_count[row] += 1
+        self._rows.ref_count[row] += 1
         return True
 
-    def _put_entry(self, owner: Owner, table: int, level: int, pte: int) -> None:
+    def _put_page_from_entry(self, owner: Owner, table: int, level: int, pte: int) -> None:
         target = int(frame(pte))
         if not pte & PTE_P or target == table:
             return
-        if self._rows.type[self._frames.row_of(target, owner.number)] == level:
-            self._linear[table] -= 1
-            self._linear[target] += 1
-        self.put(owner, target)
+        if self._rows.type[self._frames.row_if_owned(target, owner.id)] == level:
+            self._linear_count[table] -= 1
+            self._linear_count[target] += 1
+        self.put_page_type(owner, target)
 
-    # L1 tables, all entries at once
+    # -- L1 tables, all entries at once
 
     def _promote_l1(self, owner: Owner, mfn: int) -> None:
         entries = self._frames.entries(mfn)
         present = (entries & np.uint64(PTE_P)) != 0
-        self._map(owner, mfn, entries[present], np.flatnonzero(present))
+        self._get_pages_from_l1(owner, mfn, entries[present], np.flatnonzero(present))
         if owner.width == 8:
-            entries[present] = _adjusted_l1(entries[present])
+            entries[present] = _adjust_l1_entries(entries[present])
 
-    def _map(self, owner: Owner, table: int, ptes: U64, slots: I64) -> None:
-        """Take what entries of an L1 table need, or refuse for the first that may not be."""
+    def _get_pages_from_l1(self, owner: Owner, table: int, ptes: U64, slots: I64) -> None:
+        """Take the references of entries of an L1 table. If one is bad, HypercallError, and nothing changes."""
         mfns = frames(ptes)
         writable = (ptes & np.uint64(PTE_RW)) != 0
-        answer = np.zeros(len(ptes), np.int64)
-        ours = self._frames.owner(mfns) == owner.number
-        rows = self._frames.row(mfns[ours])
+        errnos = np.zeros(len(ptes), np.int64)
+        owned = self._frames.owners(mfns) == owner.id
+        rows = self._frames.rows_of(mfns[owned])
         busy = writable.copy()
-        busy[ours] &= (self._rows.types[rows] > 0) & (self._rows.type[rows] != WRITABLE)
-        answer[busy | ~ours] = errno.EBUSY
+        busy[owned] &= (self._rows.type_count[rows] > 0) & (self._rows.type[rows] != WRITABLE)
+        errnos[busy | ~owned] = errno.EBUSY
         beyond = ~self._frames.valid(mfns)
-        answer[beyond] = np.where(mfns[beyond] == _NO_MFN, errno.EINVAL, errno.EPERM)
+        errnos[beyond] = np.where(mfns[beyond] == _INVALID_MFN, errno.EINVAL, errno.EPERM)
         disallowed = ~(PTE_FRAME_MASK | allowed_flags(1, owner.width)) & (1 << 64) - 1
-        answer[(ptes & np.uint64(disallowed)) != 0] = errno.EINVAL
-        if answer.any():
-            at = int(np.argmax(answer != 0))
-            why = f"L1[{slots[at]}] of mfn {table:#x} may not be {int(ptes[at]):#x}"
-            raise Refused(int(answer[at]), why)
-        _add(self._rows.count, rows)
+        errnos[(ptes & np.uint64(disallowed)) != 0] = errno.EINVAL
+        if errnos.any():
+            first = int(np.argmax(errnos != 0))
+            reason = f"L1[{slots[first]}] of mfn {table:#x} must not be {int(ptes[first]):#x}"
+            raise HypercallError(int(errnos[first]), reason)
+        _increment(self._rows.ref_count, rows)
         rows = rows[writable]
         self._rows.type[rows] = WRITABLE
-        _add(self._rows.types, rows)
+        _increment(self._rows.type_count, rows)
 
-    def _unmap(self, ptes: U64) -> None:
-        rows = self._frames.row(frames(ptes))
-        used, times = np.unique(rows[(ptes & np.uint64(PTE_RW)) != 0], return_counts=True)
-        self._rows.types[used] -= times.astype(np.uint32)
-        self._frames.drop(*np.unique(rows, return_counts=True))
+    def _put_pages_from_l1(self, ptes: U64) -> None:
+        rows = self._frames.rows_of(frames(ptes))
+        written, counts = np.unique(rows[(ptes & np.uint64(PTE_RW)) != 0], return_counts=True)
+        self._rows.type_count[written] -= counts.astype(np.uint32)
+        self._frames.put_refs(*np.unique(rows, return_counts=True))
 
-    # what guests and toolstacks ask for
+    # -- what hypercalls ask for
 
     def pin(self, owner: Owner, mfn: int, level: int) -> None:
-        """MMUEXT_PIN_L1_TABLE to L4. A 32-bit domain's L4 is not there, and pinning one is ignored."""
+        """MMUEXT_PIN_L1_TABLE to L4. A 32-bit domain has no L4; Xen ignores that one. Raises HypercallError."""
         if level == 4 and owner.width == 4:
             return
-        self.get(owner, mfn, level)
-        row = self._frames.row_of(mfn, owner.number)
+        self.get_page_type(owner, mfn, level)
+        row = self._frames.row_if_owned(mfn, owner.id)
         if self._rows.flags[row] & PINNED:
-            self.put(owner, mfn)
-            raise Refused(errno.EINVAL, f"mfn {mfn:#x} already pinned")
+            self.put_page_type(owner, mfn)
+            raise HypercallError(errno.EINVAL, f"mfn {mfn:#x} is already pinned")
         self._rows.flags[row] |= PINNED
-        self._dirtied(owner.number, mfn)
+        self._mark_dirty(owner.id, mfn)
 
     def unpin(self, owner: Owner, mfn: int) -> None:
-        """MMUEXT_UNPIN_TABLE."""
-        row = self._frames.row_of(mfn, owner.number)
+        """MMUEXT_UNPIN_TABLE. Raises HypercallError."""
+        row = self._frames.row_if_owned(mfn, owner.id)
         if row < 0:
-            raise Refused(errno.EINVAL, f"mfn {mfn:#x} bad, or bad owner")
+            raise HypercallError(errno.EINVAL, f"mfn {mfn:#x} does not exist, or is not the domain's")
         if not self._rows.flags[row] & PINNED:
-            raise Refused(errno.EINVAL, f"mfn {mfn:#x} not pinned")
+            raise HypercallError(errno.EINVAL, f"mfn {mfn:#x} is not pinned")
         self._rows.flags[row] = int(self._rows.flags[row]) & ~PINNED
-        self._dirtied(owner.number, mfn)
-        self.put(owner, mfn)
+        self._mark_dirty(owner.id, mfn)
+        self.put_page_type(owner, mfn)
 
-    def update(self, owner: Owner, mfn: int, slot: int, pte: int) -> None:
-        """MMU_NORMAL_PT_UPDATE of one entry: the new one is checked, what the old one took is given back."""
-        row = self._frames.row_of(mfn, owner.number)
+    def update_entry(self, owner: Owner, mfn: int, slot: int, pte: int) -> None:
+        """MMU_NORMAL_PT_UPDATE: take the new entry's references, drop the old one's. Raises HypercallError."""
+        row = self._frames.row_if_owned(mfn, owner.id)
         if row < 0:
-            raise Refused(errno.EINVAL, "Could not get page for normal update")
-        kind = int(self._rows.type[row]) if self._rows.types[row] else 0
-        if kind == DESCRIPTORS:
-            raise Refused(errno.EINVAL, f"mfn {mfn:#x} holds descriptors")
+            raise HypercallError(errno.EINVAL, f"mfn {mfn:#x} is not the domain's")
+        page_type = int(self._rows.type[row]) if self._rows.type_count[row] else 0
+        if page_type == DESCRIPTORS:
+            raise HypercallError(errno.EINVAL, f"mfn {mfn:#x} holds descriptors")
         entries = self._frames.entries(mfn)
         old = int(entries[slot])
-        if 1 <= kind <= 4:
+        if 1 <= page_type <= 4:
             pae_xen_l2 = bool(self._rows.flags[row] & PAE_XEN_L2)
-            if kind == 3 and owner.width == 4 and slot >= 3:
-                raise Refused(errno.EINVAL, f"L3[{slot}] of mfn {mfn:#x} of a 32-bit domain stays as it is")
-            if is_xen_slot(kind, owner.width, last_pae_l2=pae_xen_l2)[slot]:
-                no = errno.EPERM if kind == 2 else errno.EINVAL
-                raise Refused(no, f"L{kind}[{slot}] of mfn {mfn:#x} is Xen's own slot")
-            if pte & PTE_P and kind == 1:
-                self._map(owner, mfn, np.array([pte], np.uint64), np.array([slot]))
+            if page_type == 3 and owner.width == 4 and slot >= 3:
+                raise HypercallError(errno.EINVAL, f"L3[{slot}] of mfn {mfn:#x} of a 32-bit domain cannot change")
+            if is_xen_slot(page_type, owner.width, last_pae_l2=pae_xen_l2)[slot]:
+                number = errno.EPERM if page_type == 2 else errno.EINVAL
+                raise HypercallError(number, f"L{page_type}[{slot}] of mfn {mfn:#x} is one of Xen's slots")
+            if pte & PTE_P and page_type == 1:
+                self._get_pages_from_l1(owner, mfn, np.array([pte], np.uint64), np.array([slot]))
             elif pte & PTE_P:
-                self._get_entry(owner, mfn, kind, slot, pte)
-        entries[slot] = _adjusted(pte, kind, owner.width) if kind else pte
-        self._dirtied(owner.number, mfn)
-        if kind == 1 and old & PTE_P:
-            self._unmap(np.array([old], np.uint64))
-        elif 2 <= kind <= 4:
-            self._put_entry(owner, mfn, kind, old)
+                self._get_page_from_entry(owner, mfn, page_type, slot, pte)
+        entries[slot] = _adjust_entry(pte, page_type, owner.width) if page_type else pte
+        self._mark_dirty(owner.id, mfn)
+        if page_type == 1 and old & PTE_P:
+            self._put_pages_from_l1(np.array([old], np.uint64))
+        elif 2 <= page_type <= 4:
+            self._put_page_from_entry(owner, mfn, page_type, old)
 
-    def update_l1(self, owner: Owner, mfn: int, slots: I64, ptes: U64) -> None:
-        """What update does for one entry after another of an L1 table, at once where the order cannot tell."""
-        row = self._frames.row_of(mfn, owner.number)
+    def update_l1_entries(self, owner: Owner, mfn: int, slots: I64, ptes: U64) -> None:
+        """Update entries of an L1 table, with the result that update_entry has one by one. Raises HypercallError."""
+        row = self._frames.row_if_owned(mfn, owner.id)
         entries = self._frames.entries(mfn)
         old = entries[slots]
-        present, replaced = (ptes & np.uint64(PTE_P)) != 0, (old & np.uint64(PTE_P)) != 0
-        other = frames(ptes) != frames(old)
-        # A frame that one entry drops may be gone when the next one takes it: Xen sees that, all at once does not.
-        again = np.isin(frames(ptes[present & other]), frames(old[replaced & other])).any()
-        if self._rows.type[row] == 1 and not again and len(np.unique(slots)) == len(slots):
+        present, was_present = (ptes & np.uint64(PTE_P)) != 0, (old & np.uint64(PTE_P)) != 0
+        moved = frames(ptes) != frames(old)
+        # If one entry drops the last reference to a frame, a later one cannot take it. All at once would not notice.
+        reused = np.isin(frames(ptes[present & moved]), frames(old[was_present & moved])).any()
+        if self._rows.type[row] == 1 and not reused and len(np.unique(slots)) == len(slots):
             try:
-                self._map(owner, mfn, ptes[present], slots[present])
-            except Refused:
-                pass  # those in front of it are to be written all the same
+                self._get_pages_from_l1(owner, mfn, ptes[present], slots[present])
+            except HypercallError:
+                pass  # the entries before it must be written: one by one below
             else:
                 entries[slots] = ptes
                 if owner.width == 8:
-                    entries[slots[present]] = _adjusted_l1(ptes[present])
-                self._dirtied(owner.number, mfn)
-                self._unmap(old[replaced])
+                    entries[slots[present]] = _adjust_l1_entries(ptes[present])
+                self._mark_dirty(owner.id, mfn)
+                self._put_pages_from_l1(old[was_present])
                 return
         for slot, pte in zip(slots.tolist(), ptes.tolist(), strict=True):
-            self.update(owner, mfn, slot, pte)
+            self.update_entry(owner, mfn, slot, pte)
 
-    def writable(self, owner: Owner, mfns: U64) -> Mask:
-        """Which of an owner's frames could be mapped writable now."""
-        ours: Mask = self._frames.owner(mfns) == owner.number
-        rows = self._frames.row(mfns[ours])
-        ours[ours] = (self._rows.types[rows] == 0) | (self._rows.type[rows] == WRITABLE)
-        return ours
+    def can_map_writable(self, owner: Owner, mfns: U64) -> Mask:
+        """Return which frames are the owner's and could be mapped writable now."""
+        owned: Mask = self._frames.owners(mfns) == owner.id
+        rows = self._frames.rows_of(mfns[owned])
+        owned[owned] = (self._rows.type_count[rows] == 0) | (self._rows.type[rows] == WRITABLE)
+        return owned
 
-    def hold_writable(self, mfns: U64) -> I64:
-        """Use frames that could be mapped writable as such, until let_go of what this gives."""
-        rows = np.unique(self._frames.row(mfns))
+    def get_writable(self, mfns: U64) -> I64:
+        """Take a reference to frames as writable, which must be possible. Their rows, for put_writable."""
+        rows = np.unique(self._frames.rows_of(mfns))
         self._rows.type[rows] = WRITABLE
-        self._rows.types[rows] += np.uint32(1)
-        self._rows.count[rows] += np.uint32(1)
+        self._rows.type_count[rows] += np.uint32(1)
+        self._rows.ref_count[rows] += np.uint32(1)
         return rows
 
-    def let_go(self, rows: I64) -> None:
-        """Give back what hold_writable took."""
-        self._rows.types[rows] -= np.uint32(1)
-        self._frames.drop(rows)
+    def put_writable(self, rows: I64) -> None:
+        """Drop the references that get_writable took."""
+        self._rows.type_count[rows] -= np.uint32(1)
+        self._frames.put_refs(rows)
 
-    def forget(self, owner: int) -> None:
-        """A domain goes, and its tables with it."""
-        for mfn in [mfn for mfn in self._linear if self._frames.row_of(mfn, owner) >= 0]:
-            del self._linear[mfn]
-
-
-def _add(column: np.ndarray, rows: I64) -> None:
-    rows, times = np.unique(rows, return_counts=True)
-    column[rows] += times.astype(np.uint32)
+    def forget_owner(self, owner: int) -> None:
+        """Forget the linear page tables of a domain that is being destroyed."""
+        for mfn in [mfn for mfn in self._linear_count if self._frames.row_if_owned(mfn, owner) >= 0]:
+            del self._linear_count[mfn]
 
 
-def _adjusted(pte: int, level: int, width: Width) -> int:
-    """An entry as Xen stores it."""
+def _increment(column: np.ndarray, rows: I64) -> None:
+    """Add 1 for each row, which may appear several times."""
+    rows, counts = np.unique(rows, return_counts=True)
+    column[rows] += counts.astype(np.uint32)
+
+
+def _adjust_entry(pte: int, level: int, width: Width) -> int:
+    """Return an entry as Xen stores it (adjust_guest_l2e and so on)."""
     if not pte & PTE_P or level > 4:
         return pte
     if width == 4:
         return pte | PTE_US | PTE_RW if level == 3 else pte
     if level > 1:
         return pte | PTE_US
-    return int(_adjusted_l1(np.array([pte], np.uint64))[0])
+    return int(_adjust_l1_entries(np.array([pte], np.uint64))[0])
 
 
-def _adjusted_l1(ptes: U64) -> U64:
-    """Present L1 entries of a 64-bit guest: its kernel runs in ring 3 as its processes do, and so needs US."""
+def _adjust_l1_entries(ptes: U64) -> U64:
+    """Return present L1 entries of a 64-bit guest as Xen stores them: its kernel runs in ring 3, and so needs US."""
     kernel = (ptes & np.uint64(PTE_US)) == 0
     out = ptes | np.uint64(PTE_US)
     out[kernel] |= np.uint64(_GUEST_KERNEL)
@@ -349,11 +361,11 @@ def _adjusted_l1(ptes: U64) -> U64:
 
 
 def _fill_xen_slots(entries: U64, level: int, xen: Mask, mfn: int) -> None:
-    """What a validated table has in Xen's slots: entries that are none of the guest's, and name no frame of it."""
+    """Fill Xen's slots of a validated table, as Xen does, with entries that name no frame of the guest."""
     if level == 3 or not xen.any():
         return
-    own = RESERVED // 2 << 21 | PTE_P | PTE_RW | PTE_A | PTE_D
-    entries[xen] = own | (PTE_PSE if level == 2 else PTE_NX)
+    xen_pte = RESERVED // 2 << 21 | PTE_P | PTE_RW | PTE_A | PTE_D
+    entries[xen] = xen_pte | (PTE_PSE if level == 2 else PTE_NX)
     if level == 4:
         slots = np.flatnonzero(xen)
         entries[slots[1]] = 0
