@@ -1,10 +1,10 @@
-"""Numbers and foreign text, for people."""
+"""Numbers as text, and text of others made safe for a terminal."""
 
 from __future__ import annotations
 
 
 def size(n: float) -> str:
-    """Bytes: "96.0 MiB"."""
+    """Return a size in bytes as text: "96.0 MiB"."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "bytes" else f"{n:.1f} {unit}"
@@ -12,8 +12,11 @@ def size(n: float) -> str:
     return f"{n:.1f} TiB"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: "1 error", "2 errors"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def printable(text: str) -> str:
-    """Text out of a file, which may be hostile: control characters would let it write all over the terminal, and those
-    that turn the reading direction hide what it says.
-    """
+    """Replace the characters of a hostile text that could control the terminal or change the reading direction."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)

@@ -1,78 +1,82 @@
-"""``xenpv diff``: what is not the same in two domains."""
+"""``xenpv diff``: what differs between two domains."""
 
 from __future__ import annotations
 
 import click
 
 from xenpv.cli.target import INDEX, PAUSE, is_running, open_target
-from xenpv.cli.terminal import JSON, print_json, print_table, progress_bar
+from xenpv.cli.terminal import JSON, QUIET, keep_option, print_json, print_table, progress_bar
 from xenpv.diff.diff import Difference, Page
 from xenpv.diff.diff import diff as compare
-from xenpv.text import printable
+from xenpv.text import counted, printable
 
-_RANGES = 4  # of a page, in a line
+_RANGES = 4  # shown of a page, in its line
 
 
 @click.command()
 @click.argument("a", metavar="A")
 @click.argument("b", metavar="B")
-@click.option("--first", "keep", type=click.IntRange(min=0), default=20, show_default=True, metavar="N",
-              help="Pages of each kind to name; all are counted.")  # fmt: skip
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing; the exit status is the answer.")
+@keep_option(20, "--first", each="pages of each kind")
+@QUIET
 @PAUSE
 @INDEX
 @JSON
 def diff(a: str, b: str, keep: int, quiet: bool, pause: bool, as_json: bool) -> int:
-    """What differs between two domains, by page and by record.
+    """Compare two domains by page and by record.
 
-    A and B are save files, cores of xl dump-core or running domains (by id, uuid or name), of any version and in any
-    envelope. Pages are compared by pfn, page tables with pfns in their entries; of two save files also start info,
-    shared info, vcpus and all other records, field by field.
+    A and B are save files of any version and envelope, cores of xl dump-core, or running domains (id, uuid or name).
+    Pages are compared by pfn, and page tables with pfns in their entries. For two save files, start info, shared info,
+    vcpus and all other records are compared field by field.
 
     \b
-    xenpv diff before.save after.save
-    xenpv diff --first 1000 --json old.save new.save | jq .pages
-    xenpv diff dom.save dom.core
-    xenpv diff --pause web web.save            what a running domain has written since (in dom0)
+    Examples:
+      xenpv diff before.save after.save
+      xenpv diff --keep 1000 --json old.save new.save | jq .pages
+      xenpv diff dom.save dom.core
+      xenpv diff --pause web web.save            what a running domain wrote since its save
 
-    Exit status: 0 nothing differs, 1 something does or it failed.
+    \b
+    Exit status:
+      0  nothing differs
+      1  something differs, or an error
     """
     with (
         open_target(a, pause=pause and is_running(a), allow_hvm=True) as one,
         open_target(b, pause=pause and is_running(b), allow_hvm=True) as other,
         progress_bar("comparing") as bar,
     ):
-        found = compare(one, other, keep=keep, progress=bar)
+        difference = compare(one, other, keep=keep, progress=bar)
     if as_json:
-        print_json(found.to_json())
+        print_json(difference.to_json())
     elif not quiet:
-        _print(found)
-    return 0 if found.same else 1
+        _print(difference)
+    return 0 if difference.same else 1
 
 
-def _print(found: Difference) -> None:
-    if found.types:
-        rows = [[str(t.pages), t.a, t.b, " ".join(f"{pfn:#x}" for pfn in t.first)] for t in found.types]
+def _print(difference: Difference) -> None:
+    if difference.types:
+        rows = [[str(types.pages), types.a, types.b, " ".join(map(hex, types.first))] for types in difference.types]
         print_table("Page types", ["pages#", "in A", "in B", "first pfns"], rows)
-    if found.first:
-        rows = [[f"{page.pfn:#x}", page.type, page.what, _where(page)] for page in found.first]
-        print_table("Page content", ["pfn#", "type", "what", "bytes that differ"], rows)
-        if found.differ > len(found.first):
-            click.echo(f"… and {found.differ - len(found.first)} more pages")
-    if found.fields:
-        rows = [[f.where, f.name, printable(f.a), printable(f.b)] for f in found.fields]
-        print_table("Records", ["where", "field", "in A", "in B"], rows)
-    if found.same:
-        click.echo(f"nothing differs: {found.compared} pages are the same")
+    if difference.first:
+        rows = [[f"{page.pfn:#x}", page.type, page.what, _byte_ranges(page)] for page in difference.first]
+        print_table("Page content", ["pfn#", "type", "content", "differing bytes"], rows)
+        if difference.differ > len(difference.first):
+            click.echo(f"… and {difference.differ - len(difference.first)} more pages")
+    if difference.fields:
+        rows = [[field.where, field.name, printable(field.a), printable(field.b)] for field in difference.fields]
+        print_table("Records", ["record", "field", "in A", "in B"], rows)
+    if difference.same:
+        click.echo(f"nothing differs: {difference.compared} pages are the same")
         return
-    kinds = ", ".join(f"{n} of {name}" for name, n in sorted(found.kinds.items()))
-    others = sum(types.pages for types in found.types)
-    differ = f"{found.differ} of {found.compared} pages differ" + (f" ({kinds})" if kinds else "")
-    fields = "1 field of records differs" if len(found.fields) == 1 else f"{len(found.fields)} fields of records differ"
-    click.echo(f"{differ}; {others} are of another type or in one only; {fields}")
+    kinds = ", ".join(f"{count} of {kind}" for kind, count in sorted(difference.kinds.items()))
+    content = f"{difference.differ} of {difference.compared} pages differ" + (f" ({kinds})" if kinds else "")
+    other_types = sum(types.pages for types in difference.types)
+    fields = counted(len(difference.fields), "field")
+    click.echo(f"{content}; {other_types} have another type or are in one domain only; {fields} of records differ")
 
 
-def _where(page: Page) -> str:
-    told = [f"{first:#x}-{behind - 1:#x}" for first, behind in page.ranges[:_RANGES]]
-    more = len(page.ranges) - len(told)
-    return ", ".join(told) + (f" and {more} more" if more else "")
+def _byte_ranges(page: Page) -> str:
+    """List the first ranges of bytes that differ: "0x8-0xf, 0x20-0x27 and 3 more"."""
+    shown = [f"{start:#x}-{end - 1:#x}" for start, end in page.ranges[:_RANGES]]
+    more = len(page.ranges) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

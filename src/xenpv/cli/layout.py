@@ -16,7 +16,7 @@ from xenpv.image.drawing import svg
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, Segment, Span, plan
 from xenpv.image.request import Request
-from xenpv.text import printable, size
+from xenpv.text import counted, printable, size
 
 _FLAGS = {SIF_MOD_START_PFN: "MOD_START_PFN", SIF_VIRT_P2M_4TOOLS: "VIRT_P2M_4TOOLS"}
 _COLOURS = {
@@ -144,7 +144,7 @@ def _flag_names(flags: int) -> list[str]:
 
 def _print_layout(file: str, layout: Layout) -> None:
     info, registers = layout.start_info, layout.registers
-    vcpus = f"{layout.vcpus} vcpu{'s' if layout.vcpus > 1 else ''}"
+    vcpus = counted(layout.vcpus, "vcpu")
     click.echo(f"{printable(file)}: {layout.guest_type}, {size(layout.nr_pages * PAGE_SIZE)}, {vcpus}")
     place = "outside the initial mapping" if layout.p2m_outside else "inside the initial mapping"
     print_field("p2m list", f"{layout.p2m_entries:#x} entries, {place}")
