@@ -254,7 +254,7 @@ def test_compressed_pages_come_with_the_pfns_before_them() -> None:
     )
     assert got.error is None
     found = [event for event in got.events if isinstance(event, PageDeltas)]
-    entries = [np.frombuffer(event.entries, "<u8") & np.uint64(0xFFFF) for event in found]
+    entries = [np.frombuffer(event.raw, "<u8") & np.uint64(0xFFFF) for event in found]
     assert [pfns.tolist() for pfns in entries] == [[3, 4, 5], [6]] or sum(map(len, entries)) == 4
     assert b"".join(event.data for event in found) == data + whole_page(b)
 
@@ -364,7 +364,7 @@ def test_many_pages_of_a_byte_each_come_in_batches() -> None:
     got = deltas(*named, W.compressed(bytes(4800)))
     found = [event for event in got.events if isinstance(event, PageDeltas)]
     assert [len(event.ends) for event in found] == [1024] * 4 + [704]
-    assert [len(event.entries) for event in found] == [8 * 1024] * 4 + [8 * 704]
+    assert [len(event.raw) for event in found] == [8 * 1024] * 4 + [8 * 704]
     got = deltas(*[W.pages([(pfn, NOTAB) for pfn in range(48)], [])] * 1400)
     assert type(got.error) is Malformed
     assert (got.error.rule, got.error.record) == ("legacy", "legacy chunk 48")

@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from xenpv.cli.terminal import JSON, print_json, progress_bar
-from xenpv.convert.convert import Converted, ConvertOptions
-from xenpv.convert.file import Refused
+from xenpv.convert.convert import ConversionResult, ConvertOptions
+from xenpv.convert.file import NotRestorable
 from xenpv.convert.file import convert as convert_file
 from xenpv.errors import RequestError
 from xenpv.io.stream_input import Input
@@ -18,7 +18,7 @@ from xenpv.stream.order import Guest
 from xenpv.stream.reader import Reader
 from xenpv.text import size
 
-_STYLES = {b"{": "json", b"<": "xml", b"(": "sexp"}
+_FORMATS = {b"{": "json", b"<": "xml", b"(": "sexp"}
 
 
 @click.command()
@@ -71,66 +71,73 @@ def convert(
     if (width is None) is not (guest is None):
         raise click.UsageError("say --width and --guest, or neither")
     toolstack = None if width is None else (int(width) // 8, Guest.PV if guest == "pv" else Guest.HVM)
-    text, style = _read(config) if config else (None, "json")
+    text, config_format = _read_config(config) if config else (None, "json")
     reader = Reader(legacy=LegacyFormat(toolstack=toolstack))
-    options = ConvertOptions(Kind(kind) if kind else None, text, style, batch, drop_zero, drop_emulator)
-    taken = Input.open(source)
+    options = ConvertOptions(Kind(kind) if kind else None, text, config_format, batch, drop_zero, drop_emulator)
+    stream = Input.open(source)
     try:
         with progress_bar("converting") as bar:
-            done = convert_file(taken, out, options, reader=reader, force=force, progress=bar)
-    except Refused as e:
+            result = convert_file(stream, out, options, reader=reader, force=force, progress=bar)
+    except NotRestorable as e:
         for finding in e.findings[1:]:
             click.echo(f"{finding.severity}: {finding}", err=True)  # standard output may be the stream
         raise
     finally:
-        taken.close()
+        stream.close()
     if as_json:
         if out != "-":
-            print_json(_json(done, out))
+            print_json(_json(result, out))
     else:
-        _tell(done, out)
+        _print_summary(result, out)
     return 0
 
 
-def _read(path: str) -> tuple[bytes, str]:
+def _read_config(path: str) -> tuple[bytes, str]:
     with Path(path).open("rb") as file:
         text = file.read(CONFIG_MAX)
     if not text.strip():
         raise RequestError(f"{path}: is empty, not a domain's configuration")
-    return text, _STYLES.get(text.lstrip()[:1], "xl")
+    return text, _FORMATS.get(text.lstrip()[:1], "xl")
 
 
-def _json(done: Converted, out: str) -> dict[str, object]:
+def _json(result: ConversionResult, out: str) -> dict[str, object]:
     return {
-        "from": {"file": done.name, "envelope": done.source, "version": done.version, "bytes": done.bytes_in},
-        "to": {"file": out, "envelope": done.kind, "version": 3, "bytes": done.bytes_out},
-        "domain_type": None if done.guest is None else done.guest.name,
-        "pages": done.pages,
-        "dropped": done.dropped,
-        "saved": done.saved,
-        "checkpoints": done.checkpoints,
-        "cut_off": done.cut_off,
-        "left_out": done.left_out,
-        "findings": [finding.to_json() for finding in done.findings],
+        "from": {
+            "file": result.name,
+            "envelope": result.source_kind,
+            "version": result.version,
+            "bytes": result.bytes_in,
+        },
+        "to": {"file": out, "envelope": result.kind, "version": 3, "bytes": result.bytes_out},
+        "domain_type": None if result.guest is None else result.guest.name,
+        "pages": result.pages,
+        "dropped": result.zero_pages,
+        "saved": result.bytes_saved,
+        "checkpoints": result.checkpoints,
+        "cut_off": result.truncated,
+        "left_out": result.omitted,
+        "findings": [finding.to_json() for finding in result.findings],
     }
 
 
-def _tell(done: Converted, out: str) -> None:
-    """On stderr, as above."""
-    guest = "" if done.guest is None else f" ({done.guest.name})"
-    was = f"{done.source}, version {done.version}{guest}"
+def _print_summary(result: ConversionResult, out: str) -> None:
+    """Print a summary on stderr, since standard output may be the stream."""
+    guest = "" if result.guest is None else f" ({result.guest.name})"
+    was = f"{result.source_kind}, version {result.version}{guest}"
     where = "standard output" if out == "-" else out
-    click.echo(f"{done.name}: {was}, {size(done.bytes_in)}", err=True)
-    click.echo(f"{where}: {done.kind}, version 3, {done.pages} pages, {size(done.bytes_out)}", err=True)
-    if done.dropped:
-        click.echo(f"{done.dropped} pages of zeros came without content: {size(done.saved)} saved", err=True)
-    if done.checkpoints:
-        click.echo(f"{done.checkpoints} checkpoints, of which the last whole one counts", err=True)
-    if done.cut_off:
-        click.echo(f"what follows it was left out: {done.cut_off}", err=True)
-    if done.left_out:
-        click.echo(f"left out: {', '.join(sorted(set(done.left_out)))}", err=True)
-    if done.kind is Kind.XL and not done.config:
+    click.echo(f"{result.name}: {was}, {size(result.bytes_in)}", err=True)
+    click.echo(f"{where}: {result.kind}, version 3, {result.pages} pages, {size(result.bytes_out)}", err=True)
+    if result.zero_pages:
+        click.echo(
+            f"{result.zero_pages} pages of zeros came without content: {size(result.bytes_saved)} saved", err=True
+        )
+    if result.checkpoints:
+        click.echo(f"{result.checkpoints} checkpoints, of which the last whole one counts", err=True)
+    if result.truncated:
+        click.echo(f"what follows it was left out: {result.truncated}", err=True)
+    if result.omitted:
+        click.echo(f"left out: {', '.join(sorted(set(result.omitted)))}", err=True)
+    if result.kind is Kind.XL and not result.has_config:
         click.echo("it carries no configuration: xl restore CONFIG FILE, or --config", err=True)
-    for finding in done.findings:
+    for finding in result.findings:
         click.echo(f"{finding.severity}: {finding}", err=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from xenpv.convert.convert import Buffers, Conversion, ConvertOptions
-from xenpv.convert.file import write
+from xenpv.convert.file import write_verified
 from xenpv.errors import XenPVError
 from xenpv.io.atomic_output import Output
 from xenpv.io.stream_input import Input
@@ -43,28 +43,28 @@ def convert(
     kind: Kind = Kind.LIBXC,
     xl: bool = False,
     skip_qemu: bool = False,
-    say: Callable[[str], None],
+    print_line: Callable[[str], None],
 ) -> None:
     """Convert one stream of a toolstack of so many bits, up to its last byte. Raises XenPVError and OSError."""
     # libxl's stream has qemu's state whatever was asked, as in the original.
     legacy = LegacyFormat(toolstack=(width // 8, guest), emulator=kind is Kind.LIBXL or not skip_qemu)
     reader = Reader(kind=Kind.XL if xl else None, legacy=legacy)
 
-    def seen(event: Event) -> None:
-        say(f"{event.offset:#x}: {event.name}")
+    def print_event(event: Event) -> None:
+        print_line(f"{event.offset:#x}: {event.name}")
 
-    conversion = Conversion(source, reader, ConvertOptions(kind, drop_emulator=True), seen=seen)
+    conversion = Conversion(source, reader, ConvertOptions(kind, drop_emulator=True), on_event=print_event)
     first = True
 
     def sink(buffers: Buffers) -> None:
         nonlocal first
         if first and xl and buffers:
             flag = XL_FLAG_STREAMV2 if kind is Kind.LIBXL else 0
-            buffers = [*xl_header(conversion.config, conversion.style, stream_flag=flag), *buffers]
+            buffers = [*xl_header(conversion.config, conversion.config_format, stream_flag=flag), *buffers]
         first &= not buffers
         out.write(buffers)
 
-    write(conversion, sink)
+    write_verified(conversion, sink)
     if kind is Kind.LIBXC:
         for record in conversion.emulators:
             if isinstance(record, EmulatorContext):
@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
                 kind=Kind(options.format),
                 xl=options.xl,
                 skip_qemu=options.skip_qemu,
-                say=info,
+                print_line=info,
             )
     except XenPVError as e:
         error(f"Stream Error:\n{e}")

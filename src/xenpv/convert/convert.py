@@ -1,14 +1,12 @@
-"""Any saved domain, of any version of the stream and in any envelope, as one of version 3 in another.
+"""Conversion of a saved domain, of any version of the stream and in any envelope, to version 3 in any envelope.
 
-Reader in, writer out; convert_file.py has the files, and the check of what comes out.
+A Reader takes the input apart and a Writer makes the output. file.py has the files, and verifies what comes out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-
-import numpy as np
 
 from xenpv.convert.remus import DeltaStore
 from xenpv.convert.repack import BATCH_MAX, Batch, PageRepacker
@@ -30,8 +28,8 @@ from xenpv.stream.writer import Writer
 Buffers = list[Buffer]
 
 _EMULATORS = {Section.QEMU_TRAD, Section.QEMU_XEN, Section.DEMU, Section.VARSTORED, Section.SWTPM0, Section.SWTPM}
-# What no target needs: a converted stream has one checkpoint, its end, and no receiver that compares.
-_LEFT_OUT = (
+# A converted stream has one checkpoint, its end, and no receiver that compares.
+_OMITTED = (
     records.Checkpoint
     | records.Verify
     | libxl.LibxcContext
@@ -48,15 +46,15 @@ class ConvertOptions:
     Attributes:
         kind: the envelope of the result; None keeps the input's.
         config: the domain's configuration to carry; None keeps the input's.
-        style: the format of ``config``: "json", "xl", "xml" or "sexp".
+        config_format: the format of ``config``: "json", "xl", "xml" or "sexp".
         batch: pages of each PAGE_DATA record; None keeps the input's records.
         drop_zero: send pages of zeros without content.
-        drop_emulator: leave out a device model's state that the result has no place for, instead of refusing.
+        drop_emulator: leave out a device model's state that the result cannot carry, instead of refusing.
     """
 
     kind: Kind | None = None
     config: bytes | None = None
-    style: str = "json"
+    config_format: str = "json"
     batch: int | None = None
     drop_zero: bool = False
     drop_emulator: bool = False
@@ -67,114 +65,145 @@ class ConvertOptions:
 
 
 @dataclass
-class Converted:
-    """What was made of what. ``version``: 1 to 3; sizes in bytes; ``dropped``: pages of zeros, now without content.
+class ConversionResult:
+    """What a conversion read and wrote.
 
-    ``checkpoints``: how many the input had, all of them in the result; ``cut_off``: why the input ended behind the last
-    one, if it did. ``findings`` are those of `verify`.
+    Attributes:
+        name: the name of the input.
+        source_kind: the envelope of the input.
+        version: of the input's libxc stream, 1 (legacy) to 3.
+        guest: the type of the domain; None before its header was read.
+        kind: the envelope of the output.
+        pages: pages with content in the output.
+        zero_pages: pages of zeros that are now without content.
+        bytes_in: bytes of the input's stream.
+        bytes_out: bytes of the output.
+        checkpoints: checkpoints of the input. The output has the content of the last whole one.
+        truncated: why the input ended after the last checkpoint, if it did.
+        has_config: whether the output carries a configuration.
+        omitted: what the output does not have: names of records and of emulators.
+        findings: what ``verify`` finds in the output.
     """
 
     name: str
-    source: Kind = Kind.LIBXC
+    source_kind: Kind = Kind.LIBXC
     version: int = 3
     guest: Guest | None = None
     kind: Kind = Kind.LIBXC
     pages: int = 0
-    dropped: int = 0
+    zero_pages: int = 0
     bytes_in: int = 0
     bytes_out: int = 0
     checkpoints: int = 0
-    cut_off: str | None = None
-    config: bool = False
-    left_out: list[str] = field(default_factory=list)
+    truncated: str | None = None
+    has_config: bool = False
+    omitted: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
 
     @property
-    def saved(self) -> int:
-        """Bytes of page content that were left out."""
-        return self.dropped * PAGE_SIZE
+    def bytes_saved(self) -> int:
+        """Bytes of page content that ``drop_zero`` left out."""
+        return self.zero_pages * PAGE_SIZE
 
 
 class Conversion:
-    """One stream on its way. ``pieces`` gives what is to be written, in order. ``seen`` is told each event.
+    """One stream that is being converted. ``output`` is read once, to its end; ``close`` frees temporary files.
 
-    What its envelope carried is in ``config``, of the format ``style``; a device model's state in ``emulators``.
+    Args:
+        source: the input.
+        reader: reads it; with a LegacyFormat, if it may be a legacy stream.
+        options: how to convert it.
+        progress: told how far it is.
+        on_event: told each event of the reader.
+
+    Attributes:
+        result: filled in on the way, complete at the end of ``output``.
+        config: the configuration in the input's envelope, of the format ``config_format``.
+        emulators: the device model's state, of each kind and index the last record.
     """
 
     def __init__(
         self,
         source: Input,
         reader: Reader,
-        wish: ConvertOptions,
+        options: ConvertOptions,
         progress: ProgressCallback | None = None,
-        seen: Callable[[Event], None] | None = None,
+        on_event: Callable[[Event], None] | None = None,
     ) -> None:
-        self.done = Converted(source.name)
-        self.config, self.style = b"", ""  # of the input's envelope
+        self.result = ConversionResult(source.name)
+        self.config, self.config_format = b"", ""
         self.emulators: list[libxl.EmulatorRecord] = []
-        self._seen = seen
+        self._on_event = on_event
         self._source = source
         self._reader = reader
-        self._wish = wish
+        self._options = options
         self._progress = progress
-        self._writer: Writer | None = None
-        self._version = 0  # of the input
-        self._bare = True  # nothing wraps it
-        self._static = False  # static data has ended
-        self._cutter = PageRepacker(wish.batch, drop_zero=wish.drop_zero)
-        self._changed = DeltaStore(source.fd if source.seekable else None, source.start)
-        self._kept: Checkpoints | None = None
+        self._started_writer: Writer | None = None
+        self._version = 0  # of the input's image header
+        self._has_envelope = False
+        self._static_data_ended = False
+        self._repacker = PageRepacker(options.batch, drop_zero=options.drop_zero)
+        self._deltas = DeltaStore(source.fd if source.seekable else None, source.start)
+        self._checkpoint: Checkpoints | None = None  # events since the last checkpoint
 
-    def pieces(self) -> Iterator[Buffers]:
-        """All of it. Raises what the reader and the writer raise, RequestError for what the target has no place for."""
+    def output(self) -> Iterator[Buffers]:
+        """Yield the buffers of the output, in order.
+
+        Raises:
+            StreamError: the input cannot be read, or its records cannot be written as they are.
+            RequestError: the output cannot carry the configuration.
+            Unsupported: the output cannot carry the device model's state.
+        """
         try:
             ended = False
             for event in self._events():
-                if self._seen is not None:
-                    self._seen(event)
+                if self._on_event is not None:
+                    self._on_event(event)
                 if isinstance(event, records.Checkpoint | records.End):
-                    yield from self._checkpoint(event)
+                    yield from self._convert_checkpoint(event)
                     ended |= isinstance(event, records.End)
-                if self._kept is None or ended:
-                    yield from self._see(event, self._source.take)
+                if self._checkpoint is None or ended:
+                    yield from self._convert(event, self._source.take)
                 else:
-                    self._kept.keep(event, self._source.take)
-            yield from self._end()
+                    self._checkpoint.keep(event, self._source.take)
+            yield from self._finish()
         finally:
             self.close()
 
     def _events(self) -> Iterator[Event]:
-        """The reader's; one that breaks off behind a checkpoint ends there."""
+        """Yield the reader's events. An input that ends after a checkpoint ends there."""
         try:
             yield from self._source.events(self._reader, self._progress, taking=True)
         except Truncated as e:
-            if self._kept is None:
+            if self._checkpoint is None:
                 raise
-            self.done.cut_off = str(e)
-            self._kept.close()
-            self._kept = None
+            self.result.truncated = str(e)
+            self._checkpoint.close()
+            self._checkpoint = None
             yield records.End(offset=e.offset)
 
-    def _checkpoint(self, event: Event) -> Iterator[Buffers]:
-        """What came behind the last checkpoint counts."""
-        if self._kept is not None:
-            for kept, take in self._kept.release():
-                yield from self._see(kept, take)
+    def _convert_checkpoint(self, event: Event) -> Iterator[Buffers]:
+        """Convert the events since the last checkpoint, which are whole now."""
+        if self._checkpoint is not None:
+            for kept, read_into in self._checkpoint.release():
+                yield from self._convert(kept, read_into)
         if isinstance(event, records.Checkpoint):
-            self.done.checkpoints += 1
-            self._kept = self._kept or Checkpoints()
+            self.result.checkpoints += 1
+            self._checkpoint = self._checkpoint or Checkpoints()
 
-    def _see(self, event: Event, take: ReadInto) -> Iterator[Buffers]:
+    def _convert(self, event: Event, read_into: ReadInto) -> Iterator[Buffers]:
+        """Convert one event; ``read_into`` gives the page content of a PAGE_DATA record."""
         match event:
             case Envelope():
-                self._bare = False
-                self.done.source, self.config, self.style = event.kind, event.config, event.config_format
-            case LibxlHeader() if self._bare:
-                self.done.source = Kind.LIBXL
+                self._has_envelope = True
+                self.result.source_kind = event.kind
+                self.config, self.config_format = event.config, event.config_format
+            case LibxlHeader() if not self._has_envelope:
+                self.result.source_kind = Kind.LIBXL
             case SectionHeader():
-                self._section(event)
+                self._convert_section(event)
             case libxl.EmulatorRecord():
-                # Of each kind the last one counts: a checkpoint has them all.
+                # A checkpoint has all emulator records, so the last one of each kind counts.
                 same = [e for e in self.emulators if (type(e), e.index) == (type(event), event.index)]
                 self.emulators = [e for e in self.emulators if e not in same] + [event]
             case ImageHeader():
@@ -182,93 +211,103 @@ class Conversion:
             case DomainHeader():
                 yield self._start(event)
             case PageDeltas():
-                self._changed.change(event)
-            case PageData() if self._changed.begun:
-                self._changed.name(event.entries)
+                self._deltas.apply(event)
+            case PageData() if self._deltas.has_deltas:
+                self._deltas.set_types(event.entries)
             case PageData():
                 if self._reader.is_legacy:
-                    self._changed.plain(event)
+                    self._deltas.add_base(event)
                 yield from self._end_static_data(event)
-                yield from self._write(self._cutter.put(event.entries, take))
+                yield from self._write_pages(self._repacker.add(event.entries, read_into))
             case framing.Unknown():
-                self.done.left_out.append(event.name)
+                self.result.omitted.append(event.name)
             case records.HvmParams() if not event.params:
-                pass  # a writer of version 2 could leave it so
-            case framing.Record() if not isinstance(event, _LEFT_OUT):
+                pass  # a writer of version 2 may leave it empty
+            case framing.Record() if not isinstance(event, _OMITTED):
                 if isinstance(event, records.End):
-                    for entries, taken in self._changed.pages():
-                        yield from self._write(self._cutter.put(entries, taken))
-                yield from self._write(self._cutter.flush())
+                    for entries, read_content in self._deltas.pages():
+                        yield from self._write_pages(self._repacker.add(entries, read_content))
+                yield from self._write_pages(self._repacker.flush())
                 yield from self._end_static_data(event)
                 if isinstance(event, records.X86PVP2MFrames | records.P2MLeaves):
                     leaves = event.p2m_pfns if isinstance(event, records.X86PVP2MFrames) else event.runs[2]
-                    self._cutter.keep = np.union1d(self._cutter.keep, leaves)
-                yield self._to.send(event)
+                    self._repacker.keep_content(leaves)
+                yield self._writer.send(event)
 
     @property
-    def _to(self) -> Writer:
-        assert self._writer is not None, "a domain header comes before all records"
-        return self._writer
+    def _writer(self) -> Writer:
+        assert self._started_writer is not None, "a domain header comes before all records"
+        return self._started_writer
 
     def _start(self, header: DomainHeader) -> Buffers:
-        done, wish = self.done, self._wish
-        legacy = self._reader.is_legacy
-        done.version, done.guest = self._version or 1, header.guest
-        done.kind = wish.kind or done.source
-        config, style = (self.config, self.style) if wish.config is None else (wish.config, wish.style)
-        if wish.config is None and style not in envelope.CONFIG_FORMATS[done.kind]:
-            config = b""
-        done.config = bool(config)
-        head = envelope.envelope_header(done.kind, config, style)
-        xen = (header.xen_major, header.xen_minor)
-        self._writer = Writer(envelope.INNER_KIND[done.kind], guest=header.guest, xen=xen, legacy=legacy)
-        self._static = self._version == 3
-        return [*head, *self._writer.start()]
+        """Start the output with the headers of its envelope and streams."""
+        result, options = self.result, self._options
+        result.version, result.guest = self._version or 1, header.guest
+        result.kind = options.kind or result.source_kind
+        if options.config is not None:
+            config, config_format = options.config, options.config_format
+        elif self.config_format in envelope.CONFIG_FORMATS[result.kind]:
+            config, config_format = self.config, self.config_format
+        else:
+            config, config_format = b"", ""
+        result.has_config = bool(config)
+        head = envelope.envelope_header(result.kind, config, config_format)
+        self._started_writer = Writer(
+            envelope.INNER_KIND[result.kind],
+            guest=header.guest,
+            xen=(header.xen_major, header.xen_minor),
+            legacy=self._reader.is_legacy,
+        )
+        self._static_data_ended = self._version == 3
+        return [*head, *self._started_writer.start()]
 
     def _end_static_data(self, event: Event) -> Iterator[Buffers]:
-        """Where a stream of version 2 does not say it, as readers infer it (order.py)."""
+        """Write the STATIC_DATA_END that a stream of version 2 does not have, where order.py infers it."""
         if isinstance(event, records.StaticDataEnd):
-            self._static = True
-        first = PageData if self.done.guest is Guest.HVM else records.X86PVP2MFrames
-        if not self._static and isinstance(event, first):
-            self._static = True
-            yield self._to.send(records.StaticDataEnd())
+            self._static_data_ended = True
+        first = PageData if self.result.guest is Guest.HVM else records.X86PVP2MFrames
+        if not self._static_data_ended and isinstance(event, first):
+            self._static_data_ended = True
+            yield self._writer.send(records.StaticDataEnd())
 
-    def _write(self, batches: Iterator[Batch]) -> Iterator[Buffers]:
+    def _write_pages(self, batches: Iterator[Batch]) -> Iterator[Buffers]:
         for entries, contents in batches:
-            yield self._to.pages(entries.tobytes(), [content.reshape(-1).data for content in contents])
+            yield self._writer.pages(entries.tobytes(), [content.reshape(-1).data for content in contents])
 
-    def _section(self, event: SectionHeader) -> None:
+    def _convert_section(self, event: SectionHeader) -> None:
         if event.section is Section.XENOPS:
-            self.config, self.style = event.data, "sexp"
+            self.config, self.config_format = event.data, "sexp"
         elif event.section in _EMULATORS:
-            self._no_place(str(event.section), event.offset)
+            self._omit_emulator(str(event.section), event.offset)
 
-    def _no_place(self, what: str, offset: int) -> None:
-        if not self._wish.drop_emulator:
-            why = f"the device model's state ({what}) has no place in the result"
-            raise Unsupported(f"{why}, and without it an HVM domain does not start as it was", offset=offset)
-        self.done.left_out.append(what)
+    def _omit_emulator(self, name: str, offset: int) -> None:
+        """Leave out a device model's state, if the options allow it. Raises Unsupported otherwise."""
+        if not self._options.drop_emulator:
+            kind = self.result.kind
+            what = f"a {kind} file cannot carry the device model's state ({name}), which an HVM domain needs to resume"
+            raise Unsupported(what, offset=offset)
+        self.result.omitted.append(name)
 
-    def _end(self) -> Iterator[Buffers]:
-        """What follows libxc's stream."""
-        if envelope.INNER_KIND[self.done.kind] is Kind.LIBXL:
+    def _finish(self) -> Iterator[Buffers]:
+        """Write what follows libxc's stream, and complete the result."""
+        result = self.result
+        if envelope.INNER_KIND[result.kind] is Kind.LIBXL:
             for record in self.emulators:
-                yield self._to.send(record)
-            yield self._to.send(libxl.LibxlEnd())
+                yield self._writer.send(record)
+            yield self._writer.send(libxl.LibxlEnd())
         else:
             for record in self.emulators:
-                self._no_place(record.name, record.offset)
-        if tail := envelope.envelope_trailer(self.done.kind):
-            yield tail
-        self.done.pages, self.done.dropped = self._cutter.pages, self._cutter.dropped
-        self.done.bytes_in = self._reader.offset
+                self._omit_emulator(record.name, record.offset)
+        if trailer := envelope.envelope_trailer(result.kind):
+            yield trailer
+        result.pages, result.zero_pages = self._repacker.pages, self._repacker.zero_pages
+        result.bytes_in = self._reader.offset
         if self._source.trailing:
-            self.done.left_out.append(f"{self._source.trailing} bytes behind the stream")
+            result.omitted.append(f"{self._source.trailing} bytes after the stream")
 
     def close(self) -> None:
-        """Give temporary files back."""
-        self._changed.close()
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
+        """Free temporary files; calling it again does no harm."""
+        self._deltas.close()
+        if self._checkpoint is not None:
+            self._checkpoint.close()
+            self._checkpoint = None

@@ -1,14 +1,14 @@
-"""A saved domain converted into a file or a pipe, and checked on its way.
+"""Conversion of a saved domain into a file or a pipe, verified while it is written.
 
-What comes out goes through `verify` and is held back by one piece: the last one, without which no receiver starts a
-domain, is written when nothing was found. So what verify refuses is never whole, in a pipe either.
+The last buffers of the output are written only after ``verify`` found no error. No receiver starts a domain without
+them, so an output that verify refuses is never complete, in a pipe either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from xenpv.convert.convert import Buffers, Conversion, Converted, ConvertOptions
+from xenpv.convert.convert import Buffers, Conversion, ConversionResult, ConvertOptions
 from xenpv.errors import StreamError
 from xenpv.findings import Finding, Severity
 from xenpv.io.atomic_output import Output
@@ -20,70 +20,87 @@ from xenpv.stream.reader import Reader
 from xenpv.verify.stream import verify
 
 
-class Refused(StreamError):
-    """What would come out does not restore. ``findings``: why."""
+class NotRestorable(StreamError):
+    """The output of a conversion would not restore. ``findings``: why."""
 
     def __init__(self, findings: list[Finding], offset: int) -> None:
         more = f", and {len(findings) - 1} more" if len(findings) > 1 else ""
-        super().__init__(f"the result would not restore as it was saved: {findings[0]}{more}", offset=offset)
+        super().__init__(f"the result would not restore: {findings[0]}{more}", offset=offset)
         self.findings = findings
 
 
 def convert(
     source: Input,
     path: str,
-    wish: ConvertOptions,
+    options: ConvertOptions,
     *,
     reader: Reader | None = None,
     force: bool = False,
     progress: ProgressCallback | None = None,
-) -> Converted:
-    """Convert a saved domain into the file at ``path`` ("-": standard output), which has its name when it is whole.
+) -> ConversionResult:
+    """Convert a saved domain into a file, which appears only when it is complete.
 
-    Raises StreamError for an input that cannot be read, Refused for what `verify` finds an error in, unless ``force``;
-    RequestError for what the target has no place for; OSError for the output. Then there is no file, and what came out
-    of a pipe has no end.
+    After an error there is no file, and what came out of a pipe has no end.
+
+    Args:
+        source: the input.
+        path: the output; "-" is standard output.
+        options: how to convert.
+        reader: reads the input; the default detects all kinds of stream.
+        force: write the output even if verify finds errors in it.
+        progress: told how far it is.
+
+    Raises:
+        StreamError: the input cannot be read.
+        NotRestorable: ``verify`` finds errors in the output.
+        RequestError: the output cannot carry what it should.
+        OSError: the output cannot be written.
     """
-    conversion = Conversion(source, reader or Reader(legacy=LegacyFormat()), wish, progress)
+    conversion = Conversion(source, reader or Reader(legacy=LegacyFormat()), options, progress)
     with Output.open(path) as out:
-        return write(conversion, out.write, force=force)
+        return write_verified(conversion, out.write, force=force)
 
 
-def write(conversion: Conversion, sink: Callable[[Buffers], None], *, force: bool = False) -> Converted:
-    """As ``convert``, to whatever takes buffers."""
-    done, on_its_way = conversion.done, _OnItsWay(conversion, sink)
+def write_verified(
+    conversion: Conversion, write: Callable[[Buffers], None], *, force: bool = False
+) -> ConversionResult:
+    """Hand the output of a conversion to ``write``, as ``convert`` does; return the result."""
+    result, output = conversion.result, _ConvertedInput(conversion, write)
     try:
-        report = verify(on_its_way)
-    except _Raised as e:
+        report = verify(output)
+    except _ConversionFailed as e:
         raise e.error from None
     finally:
         conversion.close()
-    done.findings = list(report.findings)
+    result.findings = list(report.findings)
     if report.error is not None or not (report.ok or force):
         errors = [finding for finding in report.findings if finding.severity is Severity.ERROR]
-        raise Refused(errors, errors[0].offset or 0)
-    sink(on_its_way.held)
-    done.bytes_out = on_its_way.size
-    return done
+        raise NotRestorable(errors, errors[0].offset or 0)
+    write(output.unwritten)
+    result.bytes_out = output.size
+    return result
 
 
-class _Raised(Exception):
-    """The conversion ended with an error: of the input, where verify would take it for one of the output."""
+class _ConversionFailed(Exception):
+    """Carries a StreamError of the input past verify, which takes StreamErrors for those of the output."""
 
     def __init__(self, error: StreamError) -> None:
         super().__init__(str(error))
         self.error = error
 
 
-class _OnItsWay(Input):
-    """What comes out of a conversion, as an input of verify's. ``held`` is the piece that is not written yet."""
+class _ConvertedInput(Input):
+    """The output of a conversion, as an input of verify, which writes it on the way.
 
-    def __init__(self, conversion: Conversion, sink: Callable[[Buffers], None]) -> None:
-        self.name = conversion.done.name
+    ``unwritten``: the last buffers; they are written when the next ones come.
+    """
+
+    def __init__(self, conversion: Conversion, write: Callable[[Buffers], None]) -> None:
+        self.name = conversion.result.name
         self.fd, self.exact, self.seekable, self.start, self.size, self.trailing = -1, False, False, 0, 0, 0
-        self.held: Buffers = []
-        self._pieces = conversion.pieces()
-        self._sink = sink
+        self.unwritten: Buffers = []
+        self._output = conversion.output()
+        self._write = write
 
     def close(self) -> None:
         """There is nothing to close."""
@@ -95,25 +112,25 @@ class _OnItsWay(Input):
         *,
         taking: bool = False,  # noqa: ARG002
     ) -> Iterator[Event]:
-        """All events of the reader, fed with each piece, behind which the one before is written."""
-        while (piece := self._piece()) is not None:
-            self._sink(self.held)
-            self.held = piece
-            for buffer in piece:
+        """Feed the output to the reader and yield its events; write the buffers before the last ones."""
+        while (buffers := self._next_buffers()) is not None:
+            self._write(self.unwritten)
+            self.unwritten = buffers
+            for buffer in buffers:
                 reader.feed(buffer)
                 self.size += len(buffer)
-            yield from _events_of(reader)
+            yield from _available_events(reader)
         reader.feed_eof()
-        yield from _events_of(reader)
+        yield from _available_events(reader)
         self.trailing = reader.trailing
 
-    def _piece(self) -> Buffers | None:
+    def _next_buffers(self) -> Buffers | None:
         try:
-            return next(self._pieces, None)
+            return next(self._output, None)
         except StreamError as e:
-            raise _Raised(e) from e
+            raise _ConversionFailed(e) from e
 
 
-def _events_of(reader: Reader) -> Iterator[Event]:
+def _available_events(reader: Reader) -> Iterator[Event]:
     while (event := reader.next_event()) is not None:
         yield event

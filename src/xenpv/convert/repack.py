@@ -1,4 +1,4 @@
-"""PAGE_DATA on its way from one stream to another: cut anew, and page content left out."""
+"""PAGE_DATA between two streams: pages packed into other records, and page content left out."""
 
 from __future__ import annotations
 
@@ -10,120 +10,130 @@ from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64, Mask, PageType, filled
 from xenpv.stream.framing import RECORD_LENGTH_MAX
 from xenpv.stream.pagedata import PFN_MASK, RESERVED_MASK, TYPE_SHIFT, ReadInto
 
-BATCH = 1024  # pages of a record, as libxenguest has them
+BATCH = 1024  # pages of a record of libxenguest's
 BATCH_MAX = (RECORD_LENGTH_MAX - 8) // (8 + PAGE_SIZE)
 
-_PIECE_SHIFT = 12  # pfns of one piece of Marks: no more bytes than a page that made it
+_CHUNK_SHIFT = 12  # a chunk of PfnMarks has no more bytes than the page that made it
 
 Batch = tuple[U64, list[U8]]
 """Entries as in PAGE_DATA, and the content of those that have some, in arrays of shape (n, 4096)."""
 
 
-class Marks:
-    """A number from 1 to 255 for some pfns, as they come, and 0 for all others. Its memory follows where they lie."""
+class PfnMarks:
+    """A number from 0 to 255 for each pfn, 0 at first. Memory follows where the others lie."""
 
     def __init__(self) -> None:
-        self._pieces: dict[int, U8] = {}
+        self._chunks: dict[int, U8] = {}
 
-    def put(self, pfns: U64, marks: U8 | int) -> None:
-        """Give some their number, each its own or all the same; the last one counts."""
+    def set(self, pfns: U64, marks: U8 | int) -> None:
+        """Set the numbers of pfns, each its own or all the same; the last one of a pfn counts."""
         marks = np.broadcast_to(np.asarray(marks, np.uint8), pfns.shape)
-        for number, of, within in _pieces(pfns):
-            self._pieces.setdefault(number, np.zeros(1 << _PIECE_SHIFT, np.uint8))[within[of]] = marks[of]
+        for number, selected, within in _split_chunks(pfns):
+            self._chunks.setdefault(number, np.zeros(1 << _CHUNK_SHIFT, np.uint8))[within[selected]] = marks[selected]
 
-    def of(self, pfns: U64) -> U8:
-        """The number of each."""
+    def get(self, pfns: U64) -> U8:
+        """Return the number of each pfn."""
         out = np.zeros(len(pfns), np.uint8)
-        for number, of, within in _pieces(pfns):
-            if number in self._pieces:
-                out[of] = self._pieces[number][within[of]]
+        for number, selected, within in _split_chunks(pfns):
+            if number in self._chunks:
+                out[selected] = self._chunks[number][within[selected]]
         return out
 
     def __iter__(self) -> Iterator[tuple[U64, U8]]:
-        """The pfns that have one, ascending, and their numbers; some at a time."""
-        for number in sorted(self._pieces):
-            marks = self._pieces[number]
+        """Yield the pfns whose number is not 0, ascending, and their numbers, chunk by chunk."""
+        for number in sorted(self._chunks):
+            marks = self._chunks[number]
             within = np.flatnonzero(marks)
-            yield within.astype(np.uint64) + np.uint64(number << _PIECE_SHIFT), marks[within]
+            yield within.astype(np.uint64) + np.uint64(number << _CHUNK_SHIFT), marks[within]
 
 
-def _pieces(pfns: U64) -> Iterator[tuple[int, Mask, U64]]:
-    """The number of each piece that pfns lie in, which of them do, and where within it all would."""
-    numbers, within = pfns >> np.uint64(_PIECE_SHIFT), pfns & np.uint64((1 << _PIECE_SHIFT) - 1)
+def _split_chunks(pfns: U64) -> Iterator[tuple[int, Mask, U64]]:
+    """Yield for each chunk its number, which pfns lie in it, and the place of every pfn within its own chunk."""
+    numbers, within = pfns >> np.uint64(_CHUNK_SHIFT), pfns & np.uint64((1 << _CHUNK_SHIFT) - 1)
     for number in np.unique(numbers).tolist():
         yield number, numbers == number, within
 
 
 class PageRepacker:
-    """Cuts pages into records.
+    """Packs pages into PAGE_DATA records.
 
-    ``batch``: so many pages to a record, whatever they were in before; None leaves records as they are, and cuts those
-    that have more than libxenguest's. ``drop_zero``: a page that holds nothing but zeros comes as XALLOC, without
-    content, unless its pfn is one of ``keep`` or came with other content before.
+    Args:
+        batch: pages of each record. None keeps the input's records, but splits those larger than libxenguest's.
+        drop_zero: send a page of zeros as XALLOC, without content. Excepted are pfns of ``keep_content``, and those
+            that came with other content before.
+
+    Attributes:
+        pages: pages with content in the records so far.
+        zero_pages: pages of zeros that were sent without content.
     """
 
     def __init__(self, batch: int | None = None, *, drop_zero: bool = False) -> None:
-        self.pages = 0  # with content
-        self.dropped = 0
-        self.keep = np.empty(0, np.uint64)  # ascending
+        self.pages = 0
+        self.zero_pages = 0
+        self._keep = np.empty(0, np.uint64)  # ascending
         self._batch = batch or BATCH
-        self._join = batch is not None
-        self._filled = Marks() if drop_zero else None
+        self._join_records = batch is not None
+        self._nonzero = PfnMarks() if drop_zero else None  # pfns that came with content other than zeros
         self._entries = np.empty(0, np.uint64)
         self._contents: list[U8] = []
 
-    def put(self, entries: U64, take: ReadInto) -> Iterator[Batch]:
-        """A record's entries, and what its content is taken from; the records that are full now."""
+    def keep_content(self, pfns: U64) -> None:
+        """Send these pfns with their content, even if it is zeros."""
+        self._keep = np.union1d(self._keep, pfns)
+
+    def add(self, entries: U64, read_into: ReadInto) -> Iterator[Batch]:
+        """Add a record's entries, whose content ``read_into`` gives; yield the records that are full now."""
         entries = entries & np.uint64(~RESERVED_MASK & (1 << 64) - 1)
         for first in range(0, len(entries), self._batch):
-            some = entries[first : first + self._batch]
-            content = np.empty((int(np.count_nonzero(has_data(some))), PAGE_SIZE), np.uint8)
-            take(content.reshape(-1).data)
-            if self._filled is not None:
-                some, content = self._without_zeros(some, content)
+            batch = entries[first : first + self._batch]
+            content = np.empty((int(np.count_nonzero(has_data(batch))), PAGE_SIZE), np.uint8)
+            read_into(content.reshape(-1).data)
+            if self._nonzero is not None:
+                batch, content = self._drop_zero_pages(batch, content)
             self.pages += len(content)
-            if not self._join:
-                yield some, [content]
+            if not self._join_records:
+                yield batch, [content]
                 continue
-            if np.isin(some & np.uint64(PFN_MASK), self._entries & np.uint64(PFN_MASK)).any():
-                yield from self.flush()  # in one record a pfn stands once
-            self._entries = np.append(self._entries, some)
+            if np.isin(batch & np.uint64(PFN_MASK), self._entries & np.uint64(PFN_MASK)).any():
+                yield from self.flush()  # a pfn may come only once in a record
+            self._entries = np.append(self._entries, batch)
             self._contents.append(content)
             if len(self._entries) >= self._batch:
-                yield self._full()
+                yield self._take_full_record()
 
-    def _full(self) -> Batch:
+    def _take_full_record(self) -> Batch:
         entries, self._entries = self._entries[: self._batch], self._entries[self._batch :]
         contents, self._contents = self._contents, []
-        over = int(np.count_nonzero(has_data(self._entries)))
-        if over:
+        pages_left = int(np.count_nonzero(has_data(self._entries)))
+        if pages_left:
             last = contents[-1]
-            contents[-1], self._contents = last[:-over], [last[-over:]]
+            contents[-1], self._contents = last[:-pages_left], [last[-pages_left:]]
         return entries, contents
 
     def flush(self) -> Iterator[Batch]:
-        """What is not full, because something else than pages follows."""
+        """Yield the record that is not full, since a record of another type follows."""
         if len(self._entries):
             entries, contents = self._entries, self._contents
             self._entries, self._contents = entries[:0], []
             yield entries, contents
 
-    def _without_zeros(self, entries: U64, content: U8) -> tuple[U64, U8]:
-        assert self._filled is not None
-        at = np.flatnonzero(has_data(entries))
-        pfns = entries[at] & np.uint64(PFN_MASK)
-        full = filled(content)
-        zero = ~full & (entries[at] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
-        zero &= ~np.isin(pfns, self.keep) & (self._filled.of(pfns) == 0)
-        self._filled.put(pfns[full], 1)
-        if not zero.any():
+    def _drop_zero_pages(self, entries: U64, content: U8) -> tuple[U64, U8]:
+        """Return the entries and content of a batch without the content of pages of zeros."""
+        assert self._nonzero is not None
+        with_data = np.flatnonzero(has_data(entries))
+        pfns = entries[with_data] & np.uint64(PFN_MASK)
+        nonzero = filled(content)
+        drop = ~nonzero & (entries[with_data] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
+        drop &= ~np.isin(pfns, self._keep) & (self._nonzero.get(pfns) == 0)
+        self._nonzero.set(pfns[nonzero], 1)
+        if not drop.any():
             return entries, content
-        self.dropped += int(np.count_nonzero(zero))
+        self.zero_pages += int(np.count_nonzero(drop))
         entries = entries.copy()
-        entries[at[zero]] = pfns[zero] | np.uint64(PageType.XALLOC << TYPE_SHIFT)
-        return entries, content[~zero]
+        entries[with_data[drop]] = pfns[drop] | np.uint64(PageType.XALLOC << TYPE_SHIFT)
+        return entries, content[~drop]
 
 
 def has_data(entries: U64) -> Mask:
-    """Which entries have content."""
+    """Return which entries of PAGE_DATA have content."""
     return np.asarray(HAS_DATA[(entries >> np.uint64(TYPE_SHIFT)).astype(np.uint8)])

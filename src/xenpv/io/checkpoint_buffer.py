@@ -46,7 +46,7 @@ class Checkpoints:
                     self._write(some)
                     left -= len(some)
             case PageDeltas():
-                self._kept += len(event.entries) + _END * len(event.ends)
+                self._kept += len(event.raw) + _END * len(event.ends)
                 self._write(memoryview(event.data))
             case Record():
                 self._kept += event.length

@@ -97,14 +97,16 @@ class SkippedPageData:
 
 @dataclass(frozen=True, slots=True)
 class PageDeltas:
-    """Pages of a legacy stream by what has changed in them since they were last sent (delta.py).
+    """Pages of a legacy stream, as what changed in them since they were last sent (delta.py).
 
-    ``entries`` as in PAGE_DATA, little-endian; the first page with content begins at byte 0 of ``data``, each next one
-    where ``ends`` says that the one before it ends.
+    Attributes:
+        raw: entries as in PAGE_DATA, little-endian.
+        ends: for each page with content, where it ends in ``data``; the first begins at byte 0.
+        data: the deltas.
     """
 
     offset: int
-    entries: bytes = field(repr=False)
+    raw: bytes = field(repr=False)
     ends: list[int] = field(repr=False)
     data: bytes = field(repr=False)
     name = "compressed pages"
