@@ -1,1 +1,1 @@
-"""Checking whether a saved domain would restore."""
+"""Verifies saved domains offline, and the physmap of running ones."""

@@ -1,4 +1,4 @@
-"""All checks of what a saved PV domain describes, beyond its framing."""
+"""Runs all checks of a saved PV domain that go beyond framing."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from xenpv.source.config import config_of
 from xenpv.source.saved import SavedDomain
 from xenpv.verify.heuristics import check_resume
 from xenpv.verify.p2m import check_p2m
-from xenpv.verify.page_tables import TableChecks
+from xenpv.verify.page_tables import PageTableChecks
 from xenpv.verify.vcpus import check_start_info, check_vcpus
 
 
 def check_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallback | None = None) -> None:
-    """Check vcpus, start info, p2m and every page table of a PV domain; ``findings`` takes what is wrong."""
+    """Check vcpus, start info, p2m and every page table of a PV domain.
+
+    Args:
+        saved: The domain.
+        findings: Gets the findings.
+        progress: Called after each batch of page tables.
+    """
     config = config_of(saved.contents)
     check_vcpus(saved, findings, config)
     check_start_info(saved, findings)
     check_resume(saved, findings)
     check_p2m(saved, findings, config)
-    TableChecks(saved, findings, saved.gdt_pfns()).run(progress)
+    PageTableChecks(saved, findings, saved.gdt_pfns()).run(progress)
