@@ -23,9 +23,9 @@ from lab import guests
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, Mask
 from xenpv.host.protocol import DomainInfo, XenVersion
-from xenpv.memory.anchors import Form
+from xenpv.memory.anchors import P2MForm
 from xenpv.memory.p2m import P2M
-from xenpv.memory.publish import put_leaves, tree_anchors
+from xenpv.memory.publish import write_leaves, write_tree_anchors
 from xenpv.memory.survey import Kind, survey
 from xenpv.runs import FrameRuns
 from xenpv.source.live import LiveDomain
@@ -52,9 +52,12 @@ class FlatHost:
         self.list.reshape(-1, EXTENT)[:] = extents[:, None] * np.uint64(EXTENT) + np.arange(EXTENT, dtype=np.uint64)
         self.table: U64 = np.full(entries * 2, NO_FRAME)
         self.table[self.list] = np.arange(entries, dtype=np.uint64)
-        runs = FrameRuns(np.arange(leaves), np.ones(leaves, np.int64), np.arange(1, leaves + 1, dtype=np.uint64))
+        frames = np.arange(1, leaves + 1, dtype=np.uint64)
+        runs = FrameRuns(np.arange(leaves), np.ones(leaves, np.int64), frames)
         shared = bytearray(PAGE_SIZE)
-        for offset, store in tree_anchors(Form.ROOTED, runs, entries, 8, self.put, levels=4).stores():
+        for offset, store in write_tree_anchors(
+            P2MForm.ROOTED, runs, entries, 8, self.put, levels=4
+        ).shared_info_writes():
             shared[offset : offset + len(store)] = store
         self.shared = bytes(shared)
 
@@ -124,7 +127,7 @@ def check(entries: int) -> None:
         raise SystemExit(f"the check found what is not there: {[str(f) for f in findings]}")
     print(f"check of {entries} entries ({entries * PAGE_SIZE >> 30} GiB of pages): {checked:.2f} s")
     print(f"  {checked / copy:.1f} times NumPy's copy of the same {entries * 8 >> 20} MiB ({copy:.2f} s)")
-    walk = least(lambda: live.walk_p2m(live.anchors.ways[0]))
+    walk = least(lambda: live.walk_p2m(live.anchors.roots[0]))
     print(f"  walk of the tables alone: {walk:.3f} s; survey of the leaves: {least(lambda: survey(live.p2m)):.2f} s")
 
 
@@ -135,9 +138,9 @@ class Sparse:
         self.frames: dict[int, U8] = {}
         total, entries = 64 << 8, 16 << 28
         pfns = np.concatenate([np.arange(256, dtype=np.uint64) + np.uint64(i * (entries // 64)) for i in range(64)])
-        leaves = put_leaves(pfns, pfns[::-1].copy() + np.uint64(1 << 33), entries, 8, self.put)
+        leaves = write_leaves(pfns, pfns[::-1].copy() + np.uint64(1 << 33), entries, 8, self.put)
         assert len(pfns) == total
-        self.anchors = tree_anchors(Form.ROOTED, leaves, entries, 8, self.put, levels=5)
+        self.anchors = write_tree_anchors(P2MForm.ROOTED, leaves, entries, 8, self.put, levels=5)
 
     def put(self, pages: U8) -> U64:
         first = len(self.frames) + 1  # frame 0 is none, in a tree
@@ -149,7 +152,7 @@ class Sparse:
 
     def walk(self) -> int:
         """Walk and survey it; how many pages it has."""
-        p2m = P2M.walk(self.anchors, self.anchors.ways[0], self.read)
+        p2m = P2M.from_root(self.anchors, self.anchors.roots[0], self.read)
         return survey(p2m).pages[Kind.OWN]
 
 
@@ -188,7 +191,7 @@ out = {}
 with XenHost() as host:
     for name in sys.argv[2:]:
         live = LiveDomain(host, find_domain(host, name))
-        way = live.anchors.ways[-1]
+        way = live.anchors.roots[-1]
 
         def walk():
             p2m = live.walk_p2m(way)
@@ -245,7 +248,7 @@ with XenHost() as host:
         seconds = time.monotonic() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         how = "with the owner of each" if owner else "quick"
-        print(f"  {live.anchors.names}, max_pfn {live.anchors.max_pfn:#x}:", end=" ")
+        print(f"  {live.anchors.form_names}, max_pfn {live.anchors.max_pfn:#x}:", end=" ")
         print(f"checked ({how}) in {seconds:.0f} s, {peak} MiB")
         for finding in findings:
             print(f"    {finding.severity}: {finding}")

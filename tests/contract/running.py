@@ -17,7 +17,7 @@ from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.frames import U8, U64, DomId
 from xenpv.host.protocol import Mover
-from xenpv.memory.p2m import is_own
+from xenpv.memory.p2m import names_local_frame
 from xenpv.source.live import LiveDomain
 
 SUSPEND = 2  # SHUTDOWN_suspend
@@ -36,8 +36,8 @@ def paused(host: Mover, domid: DomId) -> Iterator[None]:
 def contents(host: Mover, domid: DomId) -> tuple[U64, U8]:
     """All its pages, by the p2m: their pfns, ascending, and what they hold."""
     live = LiveDomain(host, host.info(domid))
-    pfns = [leaves.pfns[is_own(leaves.mfns)] for leaves in live.p2m.content()]
-    mfns = [leaves.mfns[is_own(leaves.mfns)] for leaves in live.p2m.content()]
+    pfns = [leaves.pfns[names_local_frame(leaves.mfns)] for leaves in live.p2m.content()]
+    mfns = [leaves.mfns[names_local_frame(leaves.mfns)] for leaves in live.p2m.content()]
     numbers, frames = np.concatenate(pfns), np.concatenate(mfns)
     pages = np.empty((len(numbers), PAGE_SIZE), np.uint8)
     for at in range(0, len(numbers), 1024):

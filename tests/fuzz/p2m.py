@@ -22,7 +22,7 @@ from xenpv.errors import GuestError, HostError, XenPVError
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType
 from xenpv.host.protocol import DomainInfo, XenVersion
-from xenpv.memory.anchors import MARK, MARKED_LEVELS, Anchors, Form, capacity
+from xenpv.memory.anchors import MARKED_TREE_BIT, MARKED_TREE_LEVELS, Anchors, P2MForm, tree_capacity
 from xenpv.memory.p2m import P2M
 from xenpv.memory.survey import Kind, survey
 from xenpv.source.live import LiveDomain
@@ -36,8 +36,8 @@ MEMORY = 512 * MIB  # what radix.SHARED_MAX runs take, a few times over
 class TinyHost:
     """A host of a few frames, with one domain. What its guest writes while it is read, ``flicker`` says."""
 
-    def __init__(self, rng: Random, width: Width, form: Form) -> None:
-        self.rng, self.width, self.ptes = rng, width, (form is Form.LINEAR) == (rng.random() < 0.9)
+    def __init__(self, rng: Random, width: Width, form: P2MForm) -> None:
+        self.rng, self.width, self.ptes = rng, width, (form is P2MForm.LINEAR) == (rng.random() < 0.9)
         self.content = np.array([page(rng, width, ptes=self.ptes) for _ in range(FRAMES)])
         self.flicker = rng.random() < 0.5
         self.pfns = np.array([rng.choice([mfn, mfn, mfn, number(rng, 8)]) for mfn in range(FRAMES)], np.uint64)
@@ -124,22 +124,26 @@ def page(rng: Random, width: Width, *, ptes: bool) -> U8:
     return table.view(np.uint8)
 
 
-def anchors(rng: Random, width: Width, form: Form) -> Anchors:
+def anchors(rng: Random, width: Width, form: P2MForm) -> Anchors:
     """Of one form, to as many pfns as it reaches, or fewer."""
     full, mfn = INVALID_MFN[width], rng.randrange(1, OWN)
     levels = rng.randint(2, 8)
-    depth = {Form.ROOTED: levels, Form.MARKED: MARKED_LEVELS}.get(form, 3)
+    depth = {P2MForm.ROOTED: levels, P2MForm.MARKED: MARKED_TREE_LEVELS}.get(form, 3)
     reach = (
-        1 << 43 if form is Form.LINEAR and width == 8 else 1 << 28 if form is Form.LINEAR else capacity(depth, width)
+        1 << 43
+        if form is P2MForm.LINEAR and width == 8
+        else 1 << 28
+        if form is P2MForm.LINEAR
+        else tree_capacity(depth, width)
     )
     most = min(reach, full)
-    frame_list_list = {Form.TREE: mfn, Form.MARKED: (mfn | MARK) & full}.get(form, full)
+    frame_list_list = {P2MForm.TREE: mfn, P2MForm.MARKED: (mfn | MARKED_TREE_BIT) & full}.get(form, full)
     vaddr = {8: 0xFFFF_8800_0000_0000, 4: 0x4000_0000}[width] + rng.randrange(1 << 15) * PAGE_SIZE
     return Anchors(
         width,
         rng.choice([most, most - rng.randrange(min(most, 2000)), rng.randint(0, most), rng.randrange(5000)]),
         frame_list_list,
-        p2m_cr3=mfn << 12 if form is Form.LINEAR else 0,
+        p2m_cr3=mfn << 12 if form is P2MForm.LINEAR else 0,
         p2m_vaddr=vaddr,
         p2m_levels=levels,
         p2m_root=mfn,
@@ -154,20 +158,20 @@ def target(data: bytes, n: int) -> None:
 
 
 def judge(rng: Random, width: Width) -> None:
-    form = rng.choice(list(Form))
+    form = rng.choice(list(P2MForm))
     host = TinyHost(rng, width, form)
     shared = bytearray(PAGE_SIZE)
-    stores = anchors(rng, width, form).stores()
+    stores = anchors(rng, width, form).shared_info_writes()
     if rng.random() < 0.3:
         stores.append((rng.choice(stores)[0], number(rng, width).to_bytes(width, "little")))
     for at, store in stores:
         shared[at : at + width] = store
     host.content[FRAMES - 1] = np.frombuffer(shared, np.uint8)
     live = LiveDomain(host, host.info(DomId(1)))
-    for way in live.anchors.ways:
+    for root in live.anchors.roots:
         for resolve in (None, lambda mfns: np.where(mfns < np.uint64(OWN), mfns ^ np.uint64(1), NO_FRAME)):
             try:
-                p2m = P2M.walk(live.anchors, way, live.read_p2m_frames, resolve)
+                p2m = P2M.from_root(live.anchors, root, live.read_p2m_frames, resolve)
             except GuestError:
                 continue
             look(p2m, rng, changes=host.flicker)

@@ -31,9 +31,9 @@ def test_every_form_is_published_and_agrees(width: Width, form: str, outside: bo
     guest = Guest.boot(form, width, 4000, outside=outside, order=0)
     assert guest.agrees() == []
     anchors = guest.live.anchors
-    assert len(anchors.ways) == (2 if form == "both" else 1)
+    assert len(anchors.roots) == (2 if form == "both" else 1)
     shown = parse_form(form)
-    assert anchors.ways[-1].levels == (3 if shown.hidden else shown.levels) or shown.linear
+    assert anchors.roots[-1].levels == (3 if shown.hidden else shown.levels) or shown.linear
     assert walked(guest.live.p2m) == dict(enumerate(guest.day.mfns.tolist()))
 
 
@@ -49,8 +49,8 @@ def test_what_publishes_nothing_says_so(width: Width, form: str, words: str) -> 
 @BOTH
 def test_the_leaves_are_the_pages_of_the_builders_list(width: Width) -> None:
     guest = Guest.boot("both", width)
-    for way in guest.live.anchors.ways:
-        frames = guest.live.walk_p2m(way).leaves.frame
+    for root in guest.live.anchors.roots:
+        frames = guest.live.walk_p2m(root).leaves.frame
         np.testing.assert_array_equal(frames, guest.day.mfns[guest.day.list :][: len(frames)])
 
 
@@ -101,7 +101,7 @@ def test_three_levels_of_four_are_shown() -> None:
     guest.do("spread", 600 * GIB, 7)
     with pytest.raises(GuestError, match="exposes 3 levels of its p2m, which reach pfn 0x7ffffff"):
         assert guest.live.p2m
-    p2m = guest.live.walk_p2m(guest.live.anchors.ways[0], 512 * GIB)
+    p2m = guest.live.walk_p2m(guest.live.anchors.roots[0], 512 * GIB)
     assert [mfn for pfn, mfn in walked(p2m).items()] == guest.entries(array(*walked(p2m))).tolist()
     assert 3072 - 439 < len(walked(p2m)) < 4096
     beside = Guest.boot("both")

@@ -157,7 +157,9 @@ def test_tables_map_just_that_and_writable_all_but_themselves(case: tuple[Kernel
         return pages.view(np.uint8).reshape(-1, 4096), np.ones(len(wanted), np.bool_)
 
     levels = LEVELS[layout.width]
-    found, unreadable = radix.walk(read, layout.registers.cr3_pfn, levels, range(1 << 9 * levels), frames_of_tables)
+    found, unreadable = radix.walk_tree(
+        read, layout.registers.cr3_pfn, levels, range(1 << 9 * levels), frames_of_tables
+    )
     assert unreadable == []
     assert (found.count == 1).all()
     expected = sorted((span.place + n, span.first + n) for span in layout.mapped for n in range(span.count))

@@ -51,7 +51,7 @@ from xenpv.errors import GuestError
 from xenpv.findings import Findings, Severity
 from xenpv.host.protocol import find_domain
 from xenpv.host.xen.host import XenHost
-from xenpv.memory.p2m import is_own
+from xenpv.memory.p2m import names_local_frame
 from xenpv.memory.survey import survey
 
 out = {}
@@ -69,7 +69,7 @@ with XenHost() as host:
             said["p2m"] = describe(live, live.p2m, survey(live.p2m))
             said["entries"] = []
             for leaves in live.p2m.content():
-                own = is_own(leaves.mfns)
+                own = names_local_frame(leaves.mfns)
                 said["entries"] += list(zip(leaves.pfns[own].tolist(), leaves.mfns[own].tolist()))
         except GuestError as e:
             said["refused"] = str(e)

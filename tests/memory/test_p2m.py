@@ -17,8 +17,8 @@ from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import GuestError
 from xenpv.frames import I64, NO_FRAME, U64
-from xenpv.memory.anchors import Anchors, Form
-from xenpv.memory.p2m import P2M, reading
+from xenpv.memory.anchors import Anchors, P2MForm
+from xenpv.memory.p2m import P2M, frame_reader
 from xenpv.runs import FrameRuns
 
 NONE = int(NO_FRAME)
@@ -31,7 +31,7 @@ def p2m_of(domain: Domain) -> P2M:
 
 
 def over(frames: DictFrames, pfns: U64, entries: int, width: Width = 8) -> P2M:
-    return P2M(width, entries, FrameRuns.from_frames(pfns), reading(frames))
+    return P2M(width, entries, FrameRuns.from_frames(pfns), frame_reader(frames))
 
 
 def lookup(p2m: P2M, pfns: list[int]) -> list[int | None]:
@@ -47,17 +47,17 @@ def pieces(p2m: P2M, places: I64 | None = None) -> dict[int, list[int]]:
     }
 
 
-def walked(domain: Domain, form: Form, anchors: Anchors | None = None) -> list[int]:
+def walked(domain: Domain, form: P2MForm, anchors: Anchors | None = None) -> list[int]:
     """The frames of the p2m, by place, as the guest's anchors lead there."""
     p2m, anchors = p2m_of(domain), anchors or anchors_of(domain)
-    [way] = [way for way in anchors.ways if way.form is form]
-    found = P2M.walk(anchors, way, p2m.read, p2m.pfns_of)
+    [root] = [root for root in anchors.roots if root.form is form]
+    found = P2M.from_root(anchors, root, p2m.read, p2m.pfns_of)
     frames: list[int] = found.leaves.frame_of(np.arange(p2m.places)).tolist()
     return frames
 
 
 def anchors_of(domain: Domain) -> Anchors:
-    return Anchors.of(bytes(domain.shared_page), domain.width)
+    return Anchors.from_shared_info(bytes(domain.shared_page), domain.width)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_a_huge_table_of_shared_frames_costs_next_to_nothing() -> None:
 def test_anchors_and_form(width: Width, linear: bool, tree: bool, names: str) -> None:
     domain = pv_domain(width=width, linear=linear, tree=tree)
     anchors = anchors_of(domain)
-    assert anchors.names == names
+    assert anchors.form_names == names
     assert anchors.width == width
     assert anchors.max_pfn == domain.entries
     if linear:
@@ -186,9 +186,9 @@ def test_anchors_are_where_the_header_says(width: Width) -> None:
     at = {8: (3088, 3096, 3112, 3120, 3128, 3136, 3144), 4: (2316, 2320, 2328, 2332, 2336, 2344, 2348)}[width]
     for i, offset in enumerate(at):
         page[offset] = i + 1
-    assert Anchors.of(bytes(page), width) == Anchors(width, 1, 2, 3, 4, 5, 6, 7)
+    assert Anchors.from_shared_info(bytes(page), width) == Anchors(width, 1, 2, 3, 4, 5, 6, 7)
     again = bytearray(4096)
-    for offset, store in Anchors.of(bytes(page), width).stores():
+    for offset, store in Anchors.from_shared_info(bytes(page), width).shared_info_writes():
         again[offset : offset + width] = store
     assert again == page
     assert SHARED_INFO.offset(width, "arch.max_pfn") == at[0]
@@ -201,7 +201,7 @@ def test_anchors_are_where_the_header_says(width: Width) -> None:
 @pytest.mark.parametrize("width", [8, 4])
 def test_list_and_tree_lead_to_the_frames(width: Width, pfns: list[int]) -> None:
     domain = pv_domain(width=width, pfns=pfns, linear=True, tree=True)
-    for form in (Form.LINEAR, Form.TREE):
+    for form in (P2MForm.LINEAR, P2MForm.TREE):
         assert walked(domain, form) == domain.p2m_pfns.tolist()
 
 
@@ -214,7 +214,7 @@ def test_a_list_that_straddles_tables(width: Width) -> None:
     p2m = p2m_of(domain)
     if width == 8:
         assert vaddr >> 30 != vaddr + p2m.places * 4096 - 1 >> 30, "in two L2 tables"
-    assert walked(domain, Form.LINEAR) == domain.p2m_pfns.tolist()
+    assert walked(domain, P2MForm.LINEAR) == domain.p2m_pfns.tolist()
 
 
 def changed(domain: Domain, changes: Mapping[str, int]) -> Anchors:
@@ -243,7 +243,7 @@ def test_a_list_that_cannot_be_there(vaddr: int, width: Width) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
     anchors = changed(domain, {"p2m_vaddr": vaddr})
     with pytest.raises(GuestError, match=f"Bad virtual p2m address range {vaddr:#x}-"):
-        walked(domain, Form.LINEAR, anchors)
+        walked(domain, P2MForm.LINEAR, anchors)
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -252,7 +252,7 @@ def test_the_last_possible_place_of_a_list(width: Width) -> None:
     domain = pv_domain(width=width)
     anchors = changed(domain, {"p2m_vaddr": vaddr})
     assert p2m_of(domain).places == 1
-    assert walked(domain, Form.LINEAR, anchors) == [NONE]
+    assert walked(domain, P2MForm.LINEAR, anchors) == [NONE]
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -260,13 +260,13 @@ def test_a_cr3_that_nobody_knows(width: Width) -> None:
     domain = pv_domain(width=width)
     anchors = changed(domain, {"p2m_cr3": domain.cr3(0x1_2345)})
     with pytest.raises(GuestError, match=r"Bad p2m_cr3 value 0x[0-9a-f]+: no pfn has mfn 0x12345"):
-        walked(domain, Form.LINEAR, anchors)
+        walked(domain, P2MForm.LINEAR, anchors)
 
 
 def test_a_list_with_holes() -> None:
     domain = pv_domain(pfns=SPREAD)
     domain.set_pte(domain.p2m_vaddr + 2 * 4096, 0)
-    found = np.array(walked(domain, Form.LINEAR), np.uint64)
+    found = np.array(walked(domain, P2MForm.LINEAR), np.uint64)
     assert found[2] == NO_FRAME
     assert np.flatnonzero(found != domain.p2m_pfns).tolist() == [2]
 
@@ -276,28 +276,28 @@ def test_a_tree_with_a_bad_root(width: Width) -> None:
     domain = pv_domain(width=width, tree=True)
     anchors = changed(domain, {"pfn_to_mfn_frame_list_list": 0x1_2345})
     with pytest.raises(GuestError, match="Bad mfn 0x12345 for p2m frame list list: no pfn has it"):
-        walked(domain, Form.TREE, anchors)
+        walked(domain, P2MForm.TREE, anchors)
 
 
 def test_the_mark_of_four_levels_is_never_taken_for_three() -> None:
     """Bit 61, the proposal of 2014."""
     domain = pv_domain(tree=True, linear=False)
     anchors = changed(domain, {"pfn_to_mfn_frame_list_list": domain.mfns[domain.places.tree_top] | 1 << 61})
-    [way] = anchors.ways
-    assert (way.form, way.levels, way.root) == (Form.MARKED, 4, domain.mfns[domain.places.tree_top])
+    [root] = anchors.roots
+    assert (root.form, root.levels, root.frame) == (P2MForm.MARKED, 4, domain.mfns[domain.places.tree_top])
 
 
 def test_a_bad_frame_list_is_a_hole() -> None:
     domain = pv_domain(tree=True, pfns=[*range(100), 0x10_0000])
     domain.p2m_frame(domain.places.tree_top)[1] = 0x1_2345
-    found = np.array(walked(domain, Form.TREE), np.uint64)
+    found = np.array(walked(domain, P2MForm.TREE), np.uint64)
     assert np.flatnonzero(found == NO_FRAME).tolist() == list(range(512, min(1024, len(found))))
 
 
 def test_a_tree_with_a_bad_leaf_has_a_gap_there() -> None:
     domain = pv_domain(tree=True, pfns=SPREAD)
     domain.p2m_frame(domain.places.tree_mid[0])[2] = 0x1_2345
-    found = np.array(walked(domain, Form.TREE), np.uint64)
+    found = np.array(walked(domain, P2MForm.TREE), np.uint64)
     assert np.flatnonzero(found != domain.p2m_pfns).tolist() == [2]
     assert found[2] == NO_FRAME
 
@@ -306,7 +306,7 @@ def test_a_tree_with_a_bad_leaf_has_a_gap_there() -> None:
 def test_a_tree_has_three_levels_and_no_more(width: Width, per: int) -> None:
     """512 GiB for a 64-bit guest, 4 TiB for a 32-bit one: refused beyond, never truncated."""
     domain = pv_domain(width=width, tree=True)
-    most = anchors_of(domain).ways[-1], replace(anchors_of(domain), max_pfn=per**3)
-    assert most[1].places(most[0]) == range(per * per)
+    most = anchors_of(domain).roots[-1], replace(anchors_of(domain), max_pfn=per**3)
+    assert most[1].leaf_places(most[0]) == range(per * per)
     with pytest.raises(GuestError, match=f"max_pfn {per**3:#x} too large for p2m tree: the guest exposes 3 levels"):
-        replace(anchors_of(domain), max_pfn=per**3 + 1).places(most[0])
+        replace(anchors_of(domain), max_pfn=per**3 + 1).leaf_places(most[0])

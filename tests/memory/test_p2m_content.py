@@ -16,7 +16,7 @@ from xenpv.abi.xen import INVALID_MFN
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Mask
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.p2m import P2M
-from xenpv.memory.publish import words
+from xenpv.memory.publish import encode_entries
 from xenpv.memory.survey import Kind, survey
 from xenpv.runs import FrameRuns
 
@@ -44,7 +44,7 @@ def p2ms(draw: st.DrawFn, width: Width, *, shared: bool = True) -> Drawn:
             at, n = draw(st.integers(0, per_leaf - 1)), draw(st.sampled_from([1, 2, 300]))
             row[at : at + n] = draw(st.sampled_from([NONE, 0, 1, 5, 6, *MARKED]))
         leaves.append(row)
-    names = [BAD, NONE, *machine.put(words(np.array(leaves), width)).tolist()]
+    names = [BAD, NONE, *machine.put(encode_entries(np.array(leaves), width)).tolist()]
     content = dict(zip(names[2:], leaves, strict=True))
     frames = draw(st.permutations(names)) if not shared else draw(st.lists(st.sampled_from(names), max_size=6))
     end = len(frames) * per_leaf
@@ -137,9 +137,9 @@ def test_numbers_near_2_to_the_64_do_not_wrap(cells: int) -> None:
     """A rooted tree of 8 levels over 2^64 - 1 entries: all tables one page that names itself, and is the leaf, too."""
     machine = Machine()
     [loop] = machine.put(np.zeros((1, PAGE_SIZE), np.uint8)).tolist()
-    machine.content[loop] = words(np.full((1, 512), loop, np.uint64), 8)[0]
+    machine.content[loop] = encode_entries(np.full((1, 512), loop, np.uint64), 8)[0]
     anchors = Anchors(8, (1 << 64) - 1, INVALID_MFN[8], p2m_levels=8, p2m_root=loop)
-    p2m = P2M.walk(anchors, anchors.ways[0], machine.read)
+    p2m = P2M.from_root(anchors, anchors.roots[0], machine.read)
     assert (p2m.places, p2m.distinct.count.tolist(), p2m.used) == (1 << 55, [1 << 55], 512)
     found = survey(p2m, cells)
     assert found.pages == {kind: (1 << 64) - 1 if kind is Kind.OWN else 0 for kind in Kind}
@@ -160,7 +160,7 @@ def test_counts_above_2_to_the_53_are_exact() -> None:
 
 def test_the_last_leaf_of_all_has_its_pfns() -> None:
     machine = Machine()
-    [leaf] = machine.put(words(np.arange(512, dtype=np.uint64)[None], 8)).tolist()
+    [leaf] = machine.put(encode_entries(np.arange(512, dtype=np.uint64)[None], 8)).tolist()
     place = np.array([(1 << 55) - 1])
     p2m = P2M(8, (1 << 64) - 1, FrameRuns(place, np.array([1]), array(leaf)), machine.read)
     [leaves] = p2m.content()

@@ -12,7 +12,7 @@ from xenpv.abi.declare import Width
 from xenpv.errors import Fault
 from xenpv.frames import NO_FRAME, Pfn, Vaddr
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import reading
+from xenpv.memory.p2m import frame_reader
 from xenpv.memory.pagetables import translate, walk
 from xenpv.memory.paging import OFF, PV, Paging, paging_of
 
@@ -127,7 +127,7 @@ def test_many_at_once_are_what_they_are_one_by_one(mode: Paging) -> None:
     vaddrs = [*low, *far, *(((1 << 64) - 1 - vaddr) for vaddr in far)]
     width: Width = 8 if mode.wide else 4
     one_by_one = [walk(frames, Pfn(1), Vaddr(vaddr), width, mode).pfn for vaddr in vaddrs]
-    found = translate(reading(frames), Pfn(1), np.array(vaddrs, np.uint64), mode)
+    found = translate(frame_reader(frames), Pfn(1), np.array(vaddrs, np.uint64), mode)
     assert [None if pfn == NO_FRAME else int(pfn) for pfn in found] == one_by_one
     assert len({pfn for pfn in one_by_one if pfn is not None}) > 10
     assert None in one_by_one

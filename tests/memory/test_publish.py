@@ -15,27 +15,34 @@ from xenpv.abi.x86 import PTE_P
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import GuestError, RequestError
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U64
-from xenpv.memory.anchors import Anchors, Form, capacity
-from xenpv.memory.p2m import P2M, entries_in
-from xenpv.memory.publish import TABLE, put_leaves, put_page_tables, put_tree, tree_anchors, words
+from xenpv.memory.anchors import Anchors, P2MForm, tree_capacity
+from xenpv.memory.p2m import P2M, decode_entries
+from xenpv.memory.publish import (
+    TABLE_FLAGS,
+    encode_entries,
+    write_leaves,
+    write_page_tables,
+    write_tree,
+    write_tree_anchors,
+)
 from xenpv.runs import FrameRuns
 
 NONE = int(NO_FRAME)
-SHAPES: list[tuple[Width, Form, int]] = [
-    *((width, Form.ROOTED, levels) for width in (8, 4) for levels in (2, 3, 4, 5, 6, 7, 8)),
-    *((width, form, 3) for width in (8, 4) for form in (Form.TREE, Form.LINEAR)),
-    (8, Form.MARKED, 4),
+SHAPES: list[tuple[Width, P2MForm, int]] = [
+    *((width, P2MForm.ROOTED, levels) for width in (8, 4) for levels in (2, 3, 4, 5, 6, 7, 8)),
+    *((width, form, 3) for width in (8, 4) for form in (P2MForm.TREE, P2MForm.LINEAR)),
+    (8, P2MForm.MARKED, 4),
 ]
 LIST_AT: dict[Width, int] = {8: 0xFFFF_C900_0000_0000, 4: 0x4000_0000}
 MFNS: dict[Width, int] = {8: 1 << 40, 4: 1 << 30}
 NOTHING = FrameRuns.from_frames(np.empty(0, np.uint64))
 
 
-def reach(width: Width, form: Form, levels: int) -> int:
+def reach(width: Width, form: P2MForm, levels: int) -> int:
     """The first pfn that does not fit."""
-    if form is Form.LINEAR:
+    if form is P2MForm.LINEAR:
         return 1 << (42 if width == 8 else 29)
-    return min(capacity(levels, width), 1 << 45, (1 << 8 * width) - 1)
+    return min(tree_capacity(levels, width), 1 << 45, (1 << 8 * width) - 1)
 
 
 @dataclass
@@ -47,26 +54,26 @@ class Published:
     anchors: Anchors
 
 
-def publish(shape: tuple[Width, Form, int], pfns: U64, mfns: U64, entries: int, *, vaddr: int = 0) -> Published:
+def publish(shape: tuple[Width, P2MForm, int], pfns: U64, mfns: U64, entries: int, *, vaddr: int = 0) -> Published:
     width, form, levels = shape
     machine = Machine(MFNS[width])
-    leaves = put_leaves(pfns, mfns, entries, width, machine.put)
-    if form is not Form.LINEAR:
-        return Published(machine, leaves, tree_anchors(form, leaves, entries, width, machine.put, levels=levels))
+    leaves = write_leaves(pfns, mfns, entries, width, machine.put)
+    if form is not P2MForm.LINEAR:
+        return Published(machine, leaves, write_tree_anchors(form, leaves, entries, width, machine.put, levels=levels))
     first = vaddr >> 12 & (1 << 36) - 1
-    below = put_page_tables(
+    below = write_page_tables(
         FrameRuns(leaves.first + first, leaves.count, leaves.frame), 3 if width == 8 else 2, machine.put
     )
     top = np.zeros(512, np.uint64)
     for slot, count, frame in zip(below.first, below.count, below.frame, strict=True):
-        top[slot : slot + count] = frame << np.uint64(12) | np.uint64(TABLE if width == 8 else PTE_P)
+        top[slot : slot + count] = frame << np.uint64(12) | np.uint64(TABLE_FLAGS if width == 8 else PTE_P)
     [root] = machine.put(top.view(np.uint8)[None]).tolist()
     cr3 = root << 12 if width == 8 else (root << 12 | root >> 20) & 0xFFFF_FFFF
     return Published(machine, leaves, Anchors(width, entries, INVALID_MFN[width], p2m_cr3=cr3, p2m_vaddr=vaddr))
 
 
 @st.composite
-def tables(draw: st.DrawFn, shape: tuple[Width, Form, int]) -> tuple[U64, U64, int]:
+def tables(draw: st.DrawFn, shape: tuple[Width, P2MForm, int]) -> tuple[U64, U64, int]:
     """(pfns ascending, their entries, how many entries the table has), a few of them side by side."""
     limit = reach(*shape)
     some = draw(st.lists(st.integers(0, limit - 1), max_size=8))
@@ -89,23 +96,23 @@ def tables(draw: st.DrawFn, shape: tuple[Width, Form, int]) -> tuple[U64, U64, i
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[1].name}-{shape[2]}-of-{shape[0]}")
 @settings(max_examples=max(8, settings().max_examples // 4))
 @given(data=st.data())
-def test_what_is_published_is_what_a_walk_finds(shape: tuple[Width, Form, int], data: st.DataObject) -> None:
+def test_what_is_published_is_what_a_walk_finds(shape: tuple[Width, P2MForm, int], data: st.DataObject) -> None:
     """abi-p2m-root.md: "an entry of a page above the leaves is the mfn of a page one level down, or INVALID_MFN";
     "a leaf's entry is the mfn of the pfn, INVALID_MFN, or marked FOREIGN or IDENTITY"."""
     width, form, _ = shape
     pfns, mfns, entries = data.draw(tables(shape))
     places = -(-entries * width // PAGE_SIZE)
     room = (1 << 64) - LIST_AT[8] if width == 8 else 0xF580_0000 - LIST_AT[4]
-    slack = data.draw(st.integers(0, (room >> 12) - places)) if form is Form.LINEAR else 0
+    slack = data.draw(st.integers(0, (room >> 12) - places)) if form is P2MForm.LINEAR else 0
     published = publish(shape, pfns, mfns, entries, vaddr=LIST_AT[width] + slack * PAGE_SIZE)
     page = bytearray(PAGE_SIZE)
-    for at, store in published.anchors.stores():
+    for at, store in published.anchors.shared_info_writes():
         page[at : at + width] = store
-    anchors = Anchors.of(bytes(page), width)
+    anchors = Anchors.from_shared_info(bytes(page), width)
     assert anchors == published.anchors
-    [way] = anchors.ways
-    assert way.form is form
-    p2m = P2M.walk(anchors, way, published.machine.read)
+    [root] = anchors.roots
+    assert root.form is form
+    p2m = P2M.from_root(anchors, root, published.machine.read)
     assert (p2m.unreadable, p2m.entries, p2m.places, len(p2m.holes)) == ([], entries, places, 0)
     assert p2m.lookup(pfns).tolist() == mfns.tolist()
     there = set(pfns.tolist())
@@ -132,9 +139,9 @@ def test_what_is_published_is_what_a_walk_finds(shape: tuple[Width, Form, int], 
 @given(data=st.data())
 def test_one_missing_leaf_is_shared_by_all_parts_without_a_frame(width: Width, data: st.DataObject) -> None:
     """abi-p2m-root.md: "pages may be shared among parts in which no pfn has a frame"."""
-    pfns, mfns, entries = data.draw(tables((width, Form.ROOTED, 6)))
+    pfns, mfns, entries = data.draw(tables((width, P2MForm.ROOTED, 6)))
     machine = Machine(MFNS[width])
-    leaves = put_leaves(pfns, mfns, entries, width, machine.put)
+    leaves = write_leaves(pfns, mfns, entries, width, machine.put)
     per_leaf = PAGE_SIZE // width
     parts = {pfn // per_leaf for pfn in pfns.tolist()}
     assert len(machine.content) == len(parts) + (len(parts) * per_leaf < entries)
@@ -145,60 +152,60 @@ def test_one_missing_leaf_is_shared_by_all_parts_without_a_frame(width: Width, d
     missing = {frame for at, frame in zip(first, leaves.frame.tolist(), strict=True) if at not in parts}
     assert len(missing) <= 1
     for frame in missing:
-        assert entries_in(machine.content[frame][None], width).tolist() == [[NONE] * per_leaf]
+        assert decode_entries(machine.content[frame][None], width).tolist() == [[NONE] * per_leaf]
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] is not Form.LINEAR], ids=str)
-def test_a_tree_takes_what_it_reaches_and_not_one_more(shape: tuple[Width, Form, int]) -> None:
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[1] is not P2MForm.LINEAR], ids=str)
+def test_a_tree_takes_what_it_reaches_and_not_one_more(shape: tuple[Width, P2MForm, int]) -> None:
     """abi-p2m-root.md: "capacity is fpp^p2m_levels pages; a reader must refuse max_pfn beyond it, naming both"."""
     width, form, levels = shape
     word = (1 << 8 * width) - 1
     most = min((PAGE_SIZE // width) ** levels, word)
     machine = Machine(MFNS[width])
-    leaves = put_leaves(array(most - 1), array(77), most, width, machine.put)
-    anchors = tree_anchors(form, leaves, most, width, machine.put, levels=levels)
-    p2m = P2M.walk(anchors, anchors.ways[0], machine.read)
+    leaves = write_leaves(array(most - 1), array(77), most, width, machine.put)
+    anchors = write_tree_anchors(form, leaves, most, width, machine.put, levels=levels)
+    p2m = P2M.from_root(anchors, anchors.roots[0], machine.read)
     assert p2m.lookup(array(most - 1, most - 2, 0)).tolist() == [77, NONE, NONE]
     assert p2m.distinct.count.sum() == p2m.places == -(-most * width // PAGE_SIZE)
     with pytest.raises(RequestError) as e:
-        tree_anchors(form, leaves, most + 1, width, machine.put, levels=levels)
+        write_tree_anchors(form, leaves, most + 1, width, machine.put, levels=levels)
     assert (e.value.needed, e.value.available) == (most + 1, most)
     if most < word:
         more = Anchors(
             width, most + 1, anchors.frame_list_list, p2m_levels=anchors.p2m_levels, p2m_root=anchors.p2m_root
         )
         with pytest.raises(GuestError, match=f"which reach pfn {most - 1:#x}; its max_pfn is {most + 1:#x}"):
-            P2M.walk(more, more.ways[0], machine.read)
+            P2M.from_root(more, more.roots[0], machine.read)
 
 
 def test_the_classic_tree_reaches_512_gib() -> None:
     """abi-p2m-root.md: "three levels, which reach 512 GiB for a 64-bit guest"."""
-    assert capacity(3, 8) == 1 << 27 == (512 << 30) // PAGE_SIZE
-    assert capacity(3, 4) == 1 << 30
+    assert tree_capacity(3, 8) == 1 << 27 == (512 << 30) // PAGE_SIZE
+    assert tree_capacity(3, 4) == 1 << 30
 
 
 @pytest.mark.parametrize("levels", [0, 1, 9, 64])
 def test_a_tree_of_no_depth_is_not_made(levels: int) -> None:
     """abi-p2m-root.md: "p2m_levels must be from 2 to 8"."""
     with pytest.raises(RequestError, match="2 to 8 may be"):
-        tree_anchors(Form.ROOTED, NOTHING, 0, 8, Machine().put, levels=levels)
+        write_tree_anchors(P2MForm.ROOTED, NOTHING, 0, 8, Machine().put, levels=levels)
 
 
 def test_a_32_bit_anchor_has_no_mark() -> None:
     with pytest.raises(RequestError, match="no bit 61"):
-        tree_anchors(Form.MARKED, NOTHING, 0, 4, Machine().put)
+        write_tree_anchors(P2MForm.MARKED, NOTHING, 0, 4, Machine().put)
 
 
 def test_leaves_beyond_a_trees_reach_are_not_lost_in_silence() -> None:
     with pytest.raises(RequestError) as e:
-        put_tree(FrameRuns(np.array([512]), np.array([1]), array(7)), 2, 8, Machine().put)
+        write_tree(FrameRuns(np.array([512]), np.array([1]), array(7)), 2, 8, Machine().put)
     assert (e.value.needed, e.value.available) == (513, 512)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_p2m_of_nothing(shape: tuple[Width, Form, int]) -> None:
+def test_a_p2m_of_nothing(shape: tuple[Width, P2MForm, int]) -> None:
     published = publish(shape, array(), array(), 0, vaddr=LIST_AT[shape[0]])
-    p2m = P2M.walk(published.anchors, published.anchors.ways[0], published.machine.read)
+    p2m = P2M.from_root(published.anchors, published.anchors.roots[0], published.machine.read)
     assert (p2m.places, p2m.used, len(p2m.leaves), p2m.unreadable) == (0, 0, 0, [])
     assert p2m.lookup(array(0, 1)).tolist() == [NONE, NONE]
 
@@ -215,15 +222,15 @@ def test_an_entry_that_32_bits_cannot_hold_is_not_written(mfn: int) -> None:
     page[0, 5] = mfn
     if plain >> 30 and mfn != NONE:
         with pytest.raises(RequestError):
-            words(page, 4)
+            encode_entries(page, 4)
     else:
         assume(mfn & 0xFFFF_FFFF != 0x3FFF_FFFF or mfn >> 62 != 3)  # would read as INVALID_MFN
-        assert entries_in(words(page, 4), 4).tolist() == page.tolist()
+        assert decode_entries(encode_entries(page, 4), 4).tolist() == page.tolist()
 
 
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=4, max_size=4))
 def test_every_64_bit_entry_is_kept(mfns: list[int]) -> None:
-    assert entries_in(words(array(*mfns * 128)[None], 8), 8).tolist() == [mfns * 128]
+    assert decode_entries(encode_entries(array(*mfns * 128)[None], 8), 8).tolist() == [mfns * 128]
 
 
 # --- in which order, and which first ---------------------------------------------------------------------------------
@@ -234,32 +241,32 @@ def test_what_makes_others_valid_is_stored_last(width: Width) -> None:
     """abi-p2m-root.md: "a reader that sees p2m_levels sees the rest"; and so of p2m_cr3 (arch-x86/xen.h)."""
     whole = Anchors(width, 5, INVALID_MFN[width], 7 << 12, 0x4000_0000, 2, 3, 9)
     page, seen = bytearray(PAGE_SIZE), []
-    for at, store in whole.stores():
+    for at, store in whole.shared_info_writes():
         page[at : at + width] = store
-        seen.append(Anchors.of(bytes(page), width))
+        seen.append(Anchors.from_shared_info(bytes(page), width))
     assert seen[-1] == whole
-    assert [[way.form for way in anchors.ways] for anchors in seen[-3:]] == [
+    assert [[root.form for root in anchors.roots] for anchors in seen[-3:]] == [
         [],
-        [Form.ROOTED],
-        [Form.LINEAR, Form.ROOTED],
+        [P2MForm.ROOTED],
+        [P2MForm.LINEAR, P2MForm.ROOTED],
     ]
-    assert not any(anchors.ways for anchors in seen[:-2])
+    assert not any(anchors.roots for anchors in seen[:-2])
     assert seen[-2] == replace(whole, p2m_cr3=0)
 
 
 @pytest.mark.parametrize(
     ("frame_list_list", "forms"),
     [
-        (INVALID_MFN[8], [Form.LINEAR, Form.ROOTED]),
-        (5 | 1 << 61, [Form.LINEAR, Form.MARKED]),
-        (5, [Form.LINEAR, Form.TREE]),
-        (0, [Form.LINEAR]),
+        (INVALID_MFN[8], [P2MForm.LINEAR, P2MForm.ROOTED]),
+        (5 | 1 << 61, [P2MForm.LINEAR, P2MForm.MARKED]),
+        (5, [P2MForm.LINEAR, P2MForm.TREE]),
+        (0, [P2MForm.LINEAR]),
     ],
 )
-def test_the_list_comes_first_and_a_tree_is_of_one_form(frame_list_list: int, forms: list[Form]) -> None:
+def test_the_list_comes_first_and_a_tree_is_of_one_form(frame_list_list: int, forms: list[P2MForm]) -> None:
     """abi-p2m-root.md: "the linear list, then the rooted tree, then the marked tree, then the three-level"."""
     anchors = Anchors(8, 5, frame_list_list, 7 << 12, 0, 0, 3, 9)
-    assert [way.form for way in anchors.ways] == forms
-    assert [way.form for way in replace(anchors, p2m_cr3=0).ways] == forms[1:]
-    without = [form for form in forms if form is not Form.ROOTED]
-    assert [way.form for way in replace(anchors, p2m_levels=0).ways] == without
+    assert [root.form for root in anchors.roots] == forms
+    assert [root.form for root in replace(anchors, p2m_cr3=0).roots] == forms[1:]
+    without = [form for form in forms if form is not P2MForm.ROOTED]
+    assert [root.form for root in replace(anchors, p2m_levels=0).roots] == without

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from xenpv.errors import GuestError
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask
 from xenpv.memory import radix
-from xenpv.memory.radix import build, walk
+from xenpv.memory.radix import build_tree, walk_tree
 from xenpv.runs import FrameRuns
 
 ENTRIES = 512
@@ -67,7 +67,7 @@ def trees(draw: st.DrawFn) -> tuple[Tables, int]:
 def test_as_if_each_place_were_walked(tree: tuple[Tables, int], start: int, data: st.DataObject) -> None:
     tables, levels = tree
     stop = min(512**3, start + data.draw(st.integers(1, 200_000)))
-    runs, _ = walk(tables.read, 1, levels, range(start, stop), entries)
+    runs, _ = walk_tree(tables.read, 1, levels, range(start, stop), entries)
     assert np.all(runs.first[1:] >= runs.first[:-1] + runs.count[:-1])
     assert not len(runs) or (runs.first[0] >= start and runs.first[-1] + runs.count[-1] <= stop)
     places = np.array(sorted({start, stop - 1, *(data.draw(st.integers(start, stop - 1)) for _ in range(20))}))
@@ -84,7 +84,7 @@ def test_what_is_shared_is_read_once_and_stays_one_run() -> None:
     tables.tables |= {12: missing[2].copy(), 13: missing[3].copy(), 14: missing[4].copy()}
     tables.tables[12][7] = 77
     tables.tables[13][0], tables.tables[14][0], tables.tables[5][0] = 12, 13, 14
-    runs, unreadable = walk(tables.read, 5, 4, range(512**4), entries)
+    runs, unreadable = walk_tree(tables.read, 5, 4, range(512**4), entries)
     assert unreadable == []
     assert tables.reads == 7
     assert len(runs) < 10
@@ -95,15 +95,15 @@ def test_what_is_shared_is_read_once_and_stays_one_run() -> None:
 def test_tables_that_cannot_be_read_are_named() -> None:
     top = np.zeros(ENTRIES, np.uint64)
     top[3:5] = 9
-    runs, unreadable = walk(Tables({1: top}).read, 1, 2, range(512**2), entries)
+    runs, unreadable = walk_tree(Tables({1: top}).read, 1, 2, range(512**2), entries)
     assert len(runs) == 0
     assert [(u.frame, u.level, u.place) for u in unreadable] == [(9, 1, 3)]
-    assert walk(Tables({}).read, 1, 2, range(5), entries)[1][0].level == 2
+    assert walk_tree(Tables({}).read, 1, 2, range(5), entries)[1][0].level == 2
 
 
 def test_a_table_that_is_its_own_leaf_ends() -> None:
     loop = np.full(ENTRIES, 1, np.uint64)
-    runs, _ = walk(Tables({1: loop}).read, 1, 4, range(512**4), entries)
+    runs, _ = walk_tree(Tables({1: loop}).read, 1, 4, range(512**4), entries)
     assert (len(runs), runs.count.tolist(), runs.frame.tolist()) == (1, [512**4], [1])
 
 
@@ -111,7 +111,7 @@ def test_sharing_cannot_be_made_to_explode() -> None:
     """A table whose entries alternate between two tables that do the same: 512^3 rows, if one let it."""
     mixed = np.array([1, 2] * 256, np.uint64)
     with pytest.raises(GuestError, match=r"shared name more than 1048576 runs of frames: frame 0x1, a table, stands"):
-        walk(Tables({1: mixed, 2: mixed}).read, 1, 4, range(512**4), entries)
+        walk_tree(Tables({1: mixed, 2: mixed}).read, 1, 4, range(512**4), entries)
 
 
 def test_runs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +119,10 @@ def test_runs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = np.arange(1000, 2024).astype(np.uint64)
     tables = Tables({1: np.array([2, 3] + [0] * 510, np.uint64), 2: leaves[:512], 3: leaves[512:]})
     monkeypatch.setattr(radix, "ROWS_MAX", 1024)
-    assert len(walk(tables.read, 1, 2, range(512**2), entries)[0]) == 1024
+    assert len(walk_tree(tables.read, 1, 2, range(512**2), entries)[0]) == 1024
     monkeypatch.setattr(radix, "ROWS_MAX", 1023)
     with pytest.raises(GuestError, match="below frame 0x1 name more than 1023 runs of frames"):
-        walk(tables.read, 1, 2, range(512**2), entries)
+        walk_tree(tables.read, 1, 2, range(512**2), entries)
 
 
 def test_runs_by_sharing_are_bounded_more_tightly(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,22 +130,22 @@ def test_runs_by_sharing_are_bounded_more_tightly(monkeypatch: pytest.MonkeyPatc
     leaves = np.arange(1000, 2024).astype(np.uint64)
     tables = Tables({1: np.array([2, 3] * 256, np.uint64), 2: leaves[:512], 3: leaves[512:]})
     monkeypatch.setattr(radix, "SHARED_MAX", 512 * 512 - 1024)
-    assert len(walk(tables.read, 1, 2, range(512**2), entries)[0]) == 512 * 512
+    assert len(walk_tree(tables.read, 1, 2, range(512**2), entries)[0]) == 512 * 512
     monkeypatch.setattr(radix, "SHARED_MAX", 512 * 512 - 1025)
     with pytest.raises(GuestError, match="frame 0x2, a table, stands in 256 places"):
-        walk(tables.read, 1, 2, range(512**2), entries)
+        walk_tree(tables.read, 1, 2, range(512**2), entries)
 
 
 def test_what_every_part_shares_and_is_no_table_is_named_once() -> None:
     """Two tables that are not there, in 2^17 places each; and 2^17 that are not, each for itself."""
     tables = Tables({1: np.array([2, 3] * 256, np.uint64)})
     tables.tables |= {2: np.full(ENTRIES, 99, np.uint64), 3: np.full(ENTRIES, 98, np.uint64)}
-    _, unreadable = walk(tables.read, 1, 3, range(512**3), entries)
+    _, unreadable = walk_tree(tables.read, 1, 3, range(512**3), entries)
     assert [(u.frame, u.level, u.place) for u in unreadable] == [(99, 1, 0), (98, 1, 512)]
     many = {2 + i: np.arange(1000 + 512 * i, 1512 + 512 * i).astype(np.uint64) for i in range(256)}
     top = np.array([*many, *[0] * 256], np.uint64)
     with pytest.raises(GuestError, match="more than 65536 tables below frame 0x1 cannot be read"):
-        walk(Tables({1: top, **many}).read, 1, 3, range(512**3), entries)
+        walk_tree(Tables({1: top, **many}).read, 1, 3, range(512**3), entries)
 
 
 def test_each_table_is_read_once_however_its_places_lie() -> None:
@@ -153,7 +153,7 @@ def test_each_table_is_read_once_however_its_places_lie() -> None:
     names = np.arange(10, 522).astype(np.uint64)
     tables = Tables({1: np.array([2, 3] * 256, np.uint64), 2: names, 3: names[::-1].copy()})
     tables.tables |= {int(frame): np.full(ENTRIES, 5, np.uint64) for frame in names}
-    runs, _ = walk(tables.read, 1, 3, range(512**3), entries)
+    runs, _ = walk_tree(tables.read, 1, 3, range(512**3), entries)
     assert tables.reads == 1 + 2 + 512
     assert (int(runs.count.sum()), np.unique(runs.frame).tolist()) == (512**3, [5])
 
@@ -228,7 +228,7 @@ def test_what_is_built_a_walk_finds_and_no_table_is_made_twice(what: list[tuple[
             len(wanted), np.bool_
         )
 
-    top = build(of_places(frames), levels, SIZE, encode, put)
+    top = build_tree(of_places(frames), levels, SIZE, encode, put)
     level, tables = frames, 0
     for _ in range(levels):
         level += [0] * (-len(level) % SIZE)
@@ -242,7 +242,7 @@ def test_what_is_built_a_walk_finds_and_no_table_is_made_twice(what: list[tuple[
         assert len(top) == 0
         return
     assert (top.first.tolist(), top.count.tolist()) == ([0], [1])
-    runs, unreadable = walk(read, int(top.frame[0]), levels, range(len(frames)), named)
+    runs, unreadable = walk_tree(read, int(top.frame[0]), levels, range(len(frames)), named)
     assert unreadable == []
     assert flat(runs) == {place: frame for place, frame in enumerate(frames) if frame}
 

@@ -13,7 +13,7 @@ from tests.support.kernel_guest import SOME, Guest
 from tests.support.writers.build import pv_domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_PSE
-from xenpv.memory.anchors import Form
+from xenpv.memory.anchors import P2MForm
 from xenpv.report.drawing import picture_of
 from xenpv.report.p2mform import Shape, leaves_at, shapes_of
 from xenpv.source.saved import SavedDomain
@@ -56,7 +56,7 @@ def test_a_running_domain(width: Width, form: str) -> None:
     p2m = live.p2m
     assert live.p2m_names_mfns
     best = shapes_of(live, live.anchors)[0]
-    assert best.linear == (live.anchors.ways[0].form is Form.LINEAR)
+    assert best.linear == (live.anchors.roots[0].form is P2MForm.LINEAR)
     assert best.error is None
     leaf = best.levels[-1]
     assert (leaf.frames, leaf.places) == (len(p2m.distinct), p2m.places)

@@ -35,7 +35,7 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SIF_INITDOMAIN, SIF_MOD_START_PFN, SIF_PRIVILEGED, SIF_VIRT_P2M_4TOOLS
 from xenpv.host.model.host import ModelHost
 from xenpv.io.stream_input import Input
-from xenpv.memory.p2m import entries_in
+from xenpv.memory.p2m import decode_entries
 from xenpv.restore.restore import Restored, restore
 from xenpv.save.save import save
 from xenpv.stream.envelope import Kind
@@ -74,7 +74,7 @@ def test_restore_equals_reference_that_uses_no_stream(width: Width) -> None:
         assert start_info(host, ours.domid, page)[field] == start_info(other, theirs.domid, page)[field]
     for leaf in guest.host.m2p(guest.live.p2m.distinct.frame).tolist():  # entry by entry, as pfns
         entries = [
-            entries_in(on.frames.read(np.array([mfn_of(on, who, leaf)], np.uint64)), width)[0]
+            decode_entries(on.frames.read(np.array([mfn_of(on, who, leaf)], np.uint64)), width)[0]
             for on, who in ((host, ours.domid), (other, theirs.domid))
         ]
         actual, expected = (on.m2p(mfns) for on, mfns in zip((host, other), entries, strict=True))

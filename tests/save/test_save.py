@@ -47,9 +47,9 @@ from xenpv.host.model.host import ModelHost
 from xenpv.host.protocol import DomainInfo, VcpuState
 from xenpv.io.progress import Phase, Progress
 from xenpv.io.stream_input import Input
-from xenpv.memory.p2m import is_own
+from xenpv.memory.p2m import names_local_frame
 from xenpv.memory.pagetables import as_entries, frames
-from xenpv.memory.publish import words
+from xenpv.memory.publish import encode_entries
 from xenpv.restore.restore import restore_domain
 from xenpv.save.save import BATCH, ENTRIES_MAX, save
 from xenpv.source.saved import SavedDomain
@@ -485,5 +485,5 @@ def test_the_domain_is_as_it_was(tmp_path: Path) -> None:
         for leaves in domain.p2m.content():
             wanted = leaves.pfns.reshape(-1)
             np.testing.assert_array_equal(leaves.mfns.reshape(-1), guest.live.p2m.lookup(wanted))
-            assert is_own(leaves.mfns[leaves.mfns != NO_FRAME]).all()
-            assert len(words(leaves.mfns, 8)) == len(leaves.mfns)
+            assert names_local_frame(leaves.mfns[leaves.mfns != NO_FRAME]).all()
+            assert len(encode_entries(leaves.mfns, 8)) == len(leaves.mfns)

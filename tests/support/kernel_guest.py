@@ -71,8 +71,8 @@ class Guest:
         findings = list(self.findings())
         assert [str(f) for f in findings if f.severity is not Severity.NOTE] == []
         live = self.live
-        for way in live.anchors.ways:
-            p2m = live.walk_p2m(way)
+        for root in live.anchors.roots:
+            p2m = live.walk_p2m(root)
             assert p2m.entries == self.kernel.p2m.entries
             assert not p2m.unreadable
             for leaves in p2m.content():

@@ -8,9 +8,9 @@ from xenpv.abi.x86 import PTE_FRAME_MASK, PTE_P, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.frames import I64, IS_TABLE, PAGE_SIZE, U64, DomId
 from xenpv.host.model.host import ModelHost
-from xenpv.memory.p2m import entries_in, is_own
+from xenpv.memory.p2m import decode_entries, names_local_frame
 from xenpv.memory.pagetables import cr3_frame, frames, is_xen_slot
-from xenpv.memory.publish import words
+from xenpv.memory.publish import encode_entries
 from xenpv.source.live import LiveDomain
 
 
@@ -47,9 +47,9 @@ def restored(source: ModelHost, domid: DomId, target: ModelHost) -> DomId:
         ) << np.uint64(12)
     p2m = LiveDomain(source, info).p2m
     rows: I64 = np.searchsorted(old, p2m.distinct.frame)
-    leaves = entries_in(pages[rows], width).copy()
-    leaves[is_own(leaves)] = moved(leaves[is_own(leaves)])
-    pages[rows] = words(leaves, width)
+    leaves = decode_entries(pages[rows], width).copy()
+    leaves[names_local_frame(leaves)] = moved(leaves[names_local_frame(leaves)])
+    pages[rows] = encode_entries(leaves, width)
 
     context = np.frombuffer(bytearray(source.vcpu_context(domid, 0)), VCPU_GUEST_CONTEXT[width])
     regs = context["user_regs"]

@@ -33,14 +33,14 @@ def test_every_form_is_found_and_agrees_with_the_m2p(width: Width, form: str) ->
     wanted = np.array([0, 1, PAGES - 1, PAGES], np.uint64)
     assert p2m.lookup(wanted).tolist() == [*guest.entries[[0, 1, -1]].tolist(), int(NO_FRAME)]
     assert p2m.pfns_of(guest.entries).tolist() == list(range(PAGES))
-    assert (p2m.entries, len(p2m.distinct), len(guest.live.anchors.ways)) == (PAGES, PAGES // guest.per, 1)
+    assert (p2m.entries, len(p2m.distinct), len(guest.live.anchors.roots)) == (PAGES, PAGES // guest.per, 1)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 6])
 def test_a_rooted_tree_of_any_depth(levels: int) -> None:
     guest = Guest(form="rooted", levels=levels)
     assert guest.rules() == set()
-    assert guest.live.anchors.ways[0].name == f"rooted tree of {levels} levels (proposed)"
+    assert guest.live.anchors.roots[0].name == f"rooted tree of {levels} levels (proposed)"
 
 
 @pytest.mark.parametrize("levels", [1, 9, 1 << 40])

@@ -24,7 +24,7 @@ from xenpv.image.layout import Layout, Part
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.pagetables import cr3_of, localise
 from xenpv.memory.physmap import CHUNK, ORDER
-from xenpv.memory.publish import words
+from xenpv.memory.publish import encode_entries
 from xenpv.runs import FrameMap, Runs, group_rows
 
 _EXTENTS_PER_CALL = 4096  # 8 GiB in one populate_physmap()
@@ -253,7 +253,7 @@ class _Builder:
             mfns = self.memory.lookup_range(range(first, first + len(batch) * entries_per_page))
             mfns[max(layout.p2m_entries - first, 0) :] = 0  # after the list's end, on its last page
             with self.host.map_writable(self.domid, self.memory.lookup_range(batch)) as pages:
-                pages[:] = words(mfns.reshape(len(batch), entries_per_page), layout.width)
+                pages[:] = encode_entries(mfns.reshape(len(batch), entries_per_page), layout.width)
             self.report(Progress(batch.stop - segment.first, segment.pages, "writing the p2m", "pages"))
 
     def _write_page_tables(self) -> None:

@@ -84,7 +84,7 @@ def _publish_p2m(host: Mover, built: Built, layout: Layout) -> None:
     top = int(built.memory.lookup_range(range(layout.registers.cr3_pfn, layout.registers.cr3_pfn + 1))[0])
     linear_list = cr3_of(top, layout.width), layout.start_info.mfn_list
     anchors = Anchors(layout.width, layout.p2m_entries, INVALID_MFN[layout.width], *linear_list)
-    for offset, store in anchors.stores():
+    for offset, store in anchors.shared_info_writes():
         host.write_shared_info(built.domid, store, offset)
 
 

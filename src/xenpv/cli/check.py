@@ -54,7 +54,7 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
             check_p2m(domain.saved, findings, domain.config)
             notes(survey(domain.p2m), findings)
             reference, last_pfn = "the stream's pages", domain.saved.contents.end_pfn
-        forms = domain.anchors.names if domain.anchors else "unknown"
+        forms = domain.anchors.form_names if domain.anchors else "unknown"
         name = domain.name
     if as_json:
         kept = [finding.to_json() for finding in findings]

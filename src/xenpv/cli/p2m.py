@@ -88,7 +88,7 @@ def describe(domain: Domain, table: P2M | None, found: Survey | None) -> dict[st
     """The p2m as plain values: its anchors, and what was found by them, if anything was."""
     anchors = domain.anchors
     running = domain.live is not None
-    out: dict[str, Any] = {"name": domain.name, "running": running, "form": anchors.names if anchors else None}
+    out: dict[str, Any] = {"name": domain.name, "running": running, "form": anchors.form_names if anchors else None}
     if anchors is not None:
         out |= _anchors(anchors)
     if table is None or found is None:
@@ -108,7 +108,7 @@ def describe(domain: Domain, table: P2M | None, found: Survey | None) -> dict[st
 
 def _anchors(anchors: Anchors) -> dict[str, Any]:
     return {
-        "forms": [way.name for way in anchors.ways],
+        "forms": [root.name for root in anchors.roots],
         "max_pfn": anchors.max_pfn,
         "frame_list_list_mfn": anchors.frame_list_list,
         "p2m_cr3": anchors.p2m_cr3,

@@ -123,7 +123,7 @@ def _pv(saved: SavedDomain) -> dict[str, Any]:
 def _anchors(anchors: Anchors, frame_list_list: str) -> dict[str, Any]:
     """Describe a p2m's anchors; the frame list list has another key in save files than in cores."""
     return {
-        "form": anchors.names,
+        "form": anchors.form_names,
         "max_pfn": anchors.max_pfn,
         frame_list_list: anchors.frame_list_list,
         "p2m_cr3": anchors.p2m_cr3,

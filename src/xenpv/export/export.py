@@ -20,7 +20,7 @@ from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, PFNS_PER_SCAN, U8, U64, fil
 from xenpv.io.atomic_output import Output
 from xenpv.io.background import BackgroundWorker
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.p2m import reading
+from xenpv.memory.p2m import frame_reader
 from xenpv.memory.registers import Registers
 from xenpv.memory.vmcoreinfo import LONGEST, Search, find_vmcoreinfo, value
 from xenpv.runs import Runs
@@ -134,7 +134,7 @@ class _Job:
 
     def contents(self, change: Callable[[U64, U8], U8] | None = None) -> Callable[[Runs], Iterator[U8]]:
         """Read pages in batches. Those that cannot be read are zeros, and counted."""
-        read = reading(self.domain.frames)
+        read = frame_reader(self.domain.frames)
 
         def batches(pages: Runs) -> Iterator[U8]:
             for pfns in pages.batches(PAGES_PER_BATCH):

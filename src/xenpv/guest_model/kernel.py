@@ -23,7 +23,7 @@ from xenpv.guest_model.p2m_forms import Published, parse_form
 from xenpv.host.model.guest_view import GuestView
 from xenpv.host.model.host import SHUTDOWN_SUSPEND
 from xenpv.host.xenstore_nodes import CONTROL
-from xenpv.memory.p2m import is_own
+from xenpv.memory.p2m import names_local_frame
 
 SUSPEND_KEY = "device/suspend/event-channel"
 _COUNTER_SHIFT = np.uint64(40)
@@ -152,7 +152,7 @@ class Kernel:
         if own.any():
             raise RequestError(f"pfn {int(pfns[own][0]):#x} is the kernel's own")
         mfns = self.p2m.lookup(view, pfns)
-        bad = ~is_own(mfns)
+        bad = ~names_local_frame(mfns)
         if bad.any() or len(np.unique(pfns)) < len(pfns):
             why = f"pfn {int(pfns[bad][0]):#x} has no page" if bad.any() else "a pfn stands there twice"
             raise RequestError(why)

@@ -21,11 +21,11 @@ from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64
 from xenpv.guest_model.kernel_pages import LIST, PAGE, KernelPages, StartInfo
 from xenpv.guest_model.p2m_forms import Published
 from xenpv.host.model.guest_view import GuestView
-from xenpv.memory.anchors import Anchors, capacity
-from xenpv.memory.p2m import entries_in
+from xenpv.memory.anchors import Anchors, tree_capacity
+from xenpv.memory.p2m import decode_entries
 from xenpv.memory.pagetables import as_entries, cr3_of, place_of
-from xenpv.memory.publish import put_page_tables, tree_anchors, words
-from xenpv.memory.radix import build
+from xenpv.memory.publish import encode_entries, write_page_tables, write_tree_anchors
+from xenpv.memory.radix import build_tree
 from xenpv.runs import FrameRuns
 
 
@@ -58,15 +58,15 @@ class KernelP2M:
         out = np.full(len(pfns), NO_FRAME)
         rows = np.flatnonzero(pfns < np.uint64(self.entries))
         for vaddrs, which, leaf, at in self._by_leaf(pfns[rows]):
-            out[rows[which]] = entries_in(view.read_pages(vaddrs), self.width)[leaf, at]
+            out[rows[which]] = decode_entries(view.read_pages(vaddrs), self.width)[leaf, at]
         return out
 
     def store(self, view: GuestView, pfns: U64, mfns: U64) -> None:
         """Set entries, of pfns that ``reach`` was asked for. Fault for one in the shared leaf."""
         for vaddrs, which, leaf, at in self._by_leaf(pfns):
-            table = entries_in(view.read_pages(vaddrs), self.width).copy()
+            table = decode_entries(view.read_pages(vaddrs), self.width).copy()
             table[leaf, at] = mfns[which]
-            view.write_pages(vaddrs, words(table, self.width))
+            view.write_pages(vaddrs, encode_entries(table, self.width))
 
     def populated(self, view: GuestView, first: int = 0) -> U64:
         """The pfns from ``first`` on whose entry is not INVALID_MFN, ascending."""
@@ -74,7 +74,7 @@ class KernelP2M:
         places = self.places[self.places >= first // self.per_leaf]
         for i in range(0, len(places), PAGES_PER_BATCH):
             some = places[i : i + PAGES_PER_BATCH].astype(np.uint64)
-            mfns = entries_in(view.read_pages(self._at(some)), self.width)
+            mfns = decode_entries(view.read_pages(self._at(some)), self.width)
             pfns = (some * np.uint64(self.per_leaf))[:, None] + np.arange(self.per_leaf, dtype=np.uint64)
             found.append(pfns[(mfns != NO_FRAME) & (pfns >= np.uint64(first))])
         return np.concatenate(found)
@@ -106,7 +106,7 @@ class KernelP2M:
         if not len(new) and entries == self.entries:
             return
         self._fits(entries)
-        blank = self.pages.put(view, words(np.full((len(new), self.per_leaf), NO_FRAME), self.width))
+        blank = self.pages.put(view, encode_entries(np.full((len(new), self.per_leaf), NO_FRAME), self.width))
         frames = np.append(view.translate_pages(self._at(self.places.astype(np.uint64))), self._frames(view, blank))
         places = np.append(self.places, new.astype(np.int64))
         order = np.argsort(places)
@@ -126,7 +126,7 @@ class KernelP2M:
             what = f"a p2m list of {entries:#x} entries does not fit a {8 * self.width}-bit kernel, with {room:#x}"
             raise RequestError(what, needed=entries, available=room)
         if self.form.tree and not self.form.linear:
-            reach = capacity(self.form.levels, self.width)
+            reach = tree_capacity(self.form.levels, self.width)
             if entries > reach:
                 what = f"a p2m of {entries:#x} entries does not fit {self.form.name}, which reaches {reach:#x}"
                 raise RequestError(what, needed=entries, available=reach)
@@ -144,7 +144,7 @@ class KernelP2M:
             return self._frames(view, taken[-1])
 
         at = FrameRuns(runs.first + place_of(self.vaddr), runs.count, runs.frame)
-        taken.append(self.pages.hook(view, put_page_tables(at, 1, put, PAGE)))
+        taken.append(self.pages.hook(view, write_page_tables(at, 1, put, PAGE)))
         self.pages.give(view, self._tables)
         self._tables = np.concatenate(taken)
 
@@ -154,7 +154,7 @@ class KernelP2M:
         if len(self.places) == total:
             return leaves
         if not len(self._missing):
-            self._missing = self.pages.put(view, words(np.full((1, self.per_leaf), NO_FRAME), self.width))
+            self._missing = self.pages.put(view, encode_entries(np.full((1, self.per_leaf), NO_FRAME), self.width))
         return leaves.fill_gaps(range(total), int(self._frames(view, self._missing)[0]))
 
     def _frames(self, view: GuestView, pfns: U64) -> U64:
@@ -180,7 +180,7 @@ class KernelP2M:
             )
         levels = SHARED_INFO.offset(self.width, "arch") + P2M_LEVELS_AT[self.width]
         self._write(view, levels, bytes(self.width))
-        for at, data in anchors.stores():
+        for at, data in anchors.shared_info_writes():
             self._write(view, at, data)
         self.pages.give(view, old)
 
@@ -198,15 +198,15 @@ class KernelP2M:
         frames = view.translate_pages(self._at(self.places.astype(np.uint64)))
         leaves = self._filled(view, FrameRuns(self.places, np.ones_like(self.places), frames))
         if form.hidden:
-            encode = partial(words, width=self.width)
-            third = build(leaves, 2, self.per_leaf, encode, put)
-            build(third, form.levels - 3, self.per_leaf, encode, put)  # known to the kernel alone
+            encode = partial(encode_entries, width=self.width)
+            third = build_tree(leaves, 2, self.per_leaf, encode, put)
+            build_tree(third, form.levels - 3, self.per_leaf, encode, put)  # known to the kernel alone
             return Anchors(self.width, self.entries, int(third.frame_of(np.zeros(1, np.int64))[0]))
         shown = self.entries
         if form.linear:  # beside the list, a tree shows what it can, as Linux's does
-            shown = min(shown, capacity(form.levels, self.width))
+            shown = min(shown, tree_capacity(form.levels, self.width))
             leaves = leaves.below(-(-shown // self.per_leaf))
-        anchors = tree_anchors(form.tree, leaves, shown, self.width, put, levels=form.levels)
+        anchors = write_tree_anchors(form.tree, leaves, shown, self.width, put, levels=form.levels)
         return replace(anchors, max_pfn=self.entries)
 
     def _say(self, view: GuestView, name: str, value: int) -> None:

@@ -16,7 +16,7 @@ from xenpv.errors import Fault, GuestError, RequestError
 from xenpv.frames import I64, U8, U64
 from xenpv.host.model.guest_view import GuestView
 from xenpv.memory.pagetables import place_of
-from xenpv.memory.publish import TABLE, put_page_tables
+from xenpv.memory.publish import TABLE_FLAGS, write_page_tables
 from xenpv.runs import FrameRuns
 
 # Where things are in the address space. A kernel knows where it was linked to; the others are of whole top entries that
@@ -205,8 +205,8 @@ class KernelPages:
             taken.append(self.put_tables(view, pages))
             return view.translate_pages(self.vaddrs(taken[-1]))
 
-        tops = put_page_tables(tables, LEVELS[self.width] - 2, put, TABLE)
-        flags = TABLE if self.width == 8 else PTE_P
+        tops = write_page_tables(tables, LEVELS[self.width] - 2, put, TABLE_FLAGS)
+        flags = TABLE_FLAGS if self.width == 8 else PTE_P
         for first, count, frame in zip(tops.first.tolist(), tops.count.tolist(), tops.frame.tolist(), strict=True):
             view.mmu_update(
                 [(view.guest_table, slot, frame << PAGE_SHIFT | flags) for slot in range(first, first + count)]

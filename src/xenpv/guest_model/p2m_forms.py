@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xenpv.errors import RequestError
-from xenpv.memory.anchors import DEPTHS, MARKED_LEVELS, Form
+from xenpv.memory.anchors import MARKED_TREE_LEVELS, ROOTED_TREE_LEVELS, P2MForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Published:
 
     name: str
     linear: bool = False
-    tree: Form | None = None
+    tree: P2MForm | None = None
     levels: int = 3
     hidden: bool = False
     set_up: bool = True
@@ -28,11 +28,11 @@ FORMS = {
     form.name: form
     for form in (
         Published("linear", linear=True),
-        Published("both", linear=True, tree=Form.TREE),
-        Published("tree3", tree=Form.TREE),
-        Published("tree4hidden", tree=Form.TREE, levels=4, hidden=True),
-        Published("marked", tree=Form.MARKED, levels=MARKED_LEVELS),
-        *(Published(f"rooted{levels}", tree=Form.ROOTED, levels=levels) for levels in DEPTHS),
+        Published("both", linear=True, tree=P2MForm.TREE),
+        Published("tree3", tree=P2MForm.TREE),
+        Published("tree4hidden", tree=P2MForm.TREE, levels=4, hidden=True),
+        Published("marked", tree=P2MForm.MARKED, levels=MARKED_TREE_LEVELS),
+        *(Published(f"rooted{levels}", tree=P2MForm.ROOTED, levels=levels) for levels in ROOTED_TREE_LEVELS),
         Published("none", set_up=False),
         Published("invalid"),
     )

@@ -15,7 +15,7 @@ from xenpv.abi.x86 import ENTRIES, PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_P, PTE_RW, 
 from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.frames import NO_FRAME, PAGES_PER_BATCH, U64
 from xenpv.image.layout import Layout, Span
-from xenpv.memory.publish import TABLE
+from xenpv.memory.publish import TABLE_FLAGS
 
 L1_FLAGS = PTE_P | PTE_RW | PTE_A  # RW is not set for a page table
 
@@ -38,7 +38,7 @@ def entries(layout: Layout, span: Span, rows: range) -> U64:
     for below in layout.spans(span.level - 1):
         low, high = (min(max(at - int(places[0]), 0), len(places)) for at in (below.place, below.place + below.count))
         frames[low:high] = places[low:high] - np.uint64(below.place) + np.uint64(below.first)
-    flags = np.full(places.shape, TABLE if span.level > 1 else L1_FLAGS, np.uint64)
+    flags = np.full(places.shape, TABLE_FLAGS if span.level > 1 else L1_FLAGS, np.uint64)
     if span.level == 1:
         for pfns in layout.read_only:
             flags[(frames >= np.uint64(pfns.start)) & (frames < np.uint64(pfns.stop))] &= np.uint64(~PTE_RW & 0xFFF)

@@ -1,4 +1,4 @@
-"""Where a guest says its p2m is: the p2m fields of shared info, and the forms of p2m that they can mean."""
+"""The p2m fields of shared info, by which a guest exposes its p2m, and the forms that they can mean."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from xenpv.errors import GuestError
 from xenpv.frames import PAGE_SIZE, Vaddr
 from xenpv.memory.pagetables import canonical, cr3_frame, in_xen, place_of
 
-MARK = 1 << 61  # of the marked tree
-MARKED_LEVELS = 4
-DEPTHS = range(2, 9)  # levels that a rooted tree may have (docs/reference/abi-p2m-root.md)
+MARKED_TREE_BIT = 1 << 61  # in pfn_to_mfn_frame_list_list
+MARKED_TREE_LEVELS = 4
+ROOTED_TREE_LEVELS = range(2, 9)  # levels that a rooted tree may have (docs/reference/abi-p2m-root.md)
 
 
-class Form(StrEnum):
-    """How a guest shows its p2m to the outside (docs/explanation/p2m.md)."""
+class P2MForm(StrEnum):
+    """How a guest exposes its p2m (docs/explanation/p2m.md)."""
 
     LINEAR = "linear virtual list"
     ROOTED = "rooted tree"
@@ -27,35 +27,42 @@ class Form(StrEnum):
     TREE = "three-level tree"
 
 
-class Way(NamedTuple):
-    """One way to the p2m: its form, the frame of its top table, and how many tables lie above the leaves.
+class P2MRoot(NamedTuple):
+    """Where a walk of the p2m begins.
 
-    ``first`` is the place of the first leaf below that table: 0 in a tree, a page number of the address space in
-    page tables.
+    Attributes:
+        form: how the p2m is exposed.
+        frame: the frame of the top table.
+        table_levels: levels of tables above the leaves.
+        first_place: the place of the p2m's first leaf among all that the top table reaches: 0 in a tree, a page number
+            of the address space in page tables.
     """
 
-    form: Form
-    root: int
-    tables: int
-    first: int = 0
+    form: P2MForm
+    frame: int
+    table_levels: int
+    first_place: int = 0
 
     @property
     def levels(self) -> int:
-        """Levels of the tree, its leaves being the first."""
-        return self.tables + 1
+        """Levels of the tree; its leaves are the first."""
+        return self.table_levels + 1
 
     @property
     def name(self) -> str:
-        """For people. What was proposed and never merged is called so."""
-        proposed = self.form in {Form.ROOTED, Form.MARKED}
+        """The form for people, marked as proposed where no kernel has it."""
+        proposed = self.form in {P2MForm.ROOTED, P2MForm.MARKED}
         return f"{self.form} of {self.levels} levels (proposed)" if proposed else str(self.form)
 
 
 @dataclass(frozen=True, slots=True)
 class Anchors:
-    """The p2m fields of arch_shared_info. ``max_pfn`` is the number of entries; frames are mfns of the guest's host.
+    """The p2m fields of arch_shared_info. Frames are mfns of the guest's host.
 
-    p2m_levels and p2m_root are a proposal (docs/reference/abi-p2m-root.md), 0 in every guest that knows nothing of it.
+    Attributes:
+        max_pfn: the number of p2m entries.
+        frame_list_list: pfn_to_mfn_frame_list_list.
+        p2m_levels: a proposal (docs/reference/abi-p2m-root.md), as p2m_root is; both are 0 in every other guest.
     """
 
     width: Width
@@ -68,85 +75,88 @@ class Anchors:
     p2m_root: int = 0
 
     @classmethod
-    def of(cls, shared_info: bytes, width: Width) -> Anchors:
-        """From the bytes of a shared info page."""
+    def from_shared_info(cls, shared_info: bytes, width: Width) -> Anchors:
+        """Read the fields from the bytes of a shared info page."""
         return cls(width, *(int.from_bytes(shared_info[at : at + width], "little") for at in _offsets(width)))
 
-    def stores(self) -> list[tuple[int, bytes]]:
-        """(offset in shared info, bytes) each, in the order in which a guest publishes.
+    def shared_info_writes(self) -> list[tuple[int, bytes]]:
+        """Return what a guest writes to shared info to publish this p2m: offset and bytes, in that order.
 
-        What makes others valid comes last: p2m_levels and p2m_cr3, which are 0 until then.
+        p2m_levels and p2m_cr3 come last: while they are 0, nobody reads the others.
         """
         at = dict(zip(_FIELDS, _offsets(self.width), strict=True))
         order = ["p2m_root", "frame_list_list", "max_pfn", "p2m_generation", "p2m_vaddr", "p2m_levels", "p2m_cr3"]
         return [(at[name], getattr(self, name).to_bytes(self.width, "little")) for name in order]
 
     @property
-    def ways(self) -> list[Way]:
-        """The ways that are valid at once, best first: linear list, rooted tree, marked tree, tree.
+    def roots(self) -> list[P2MRoot]:
+        """The roots that are valid at once, best first: linear list, rooted tree, marked tree, tree.
 
-        The list is valid if p2m_cr3 is not 0. The rooted tree is if p2m_levels is not 0 and
-        pfn_to_mfn_frame_list_list is INVALID_MFN; the marked tree has bit 61 set there. An anchor of 0 is "not set up
-        yet", all ones "look elsewhere".
+        The list is valid if p2m_cr3 is not 0. The rooted tree is valid if p2m_levels is not 0 and
+        pfn_to_mfn_frame_list_list is INVALID_MFN. The marked tree has bit 61 set there. A frame_list_list of 0 means
+        "not set up yet", all ones "look elsewhere".
         """
         width, anchor = self.width, self.frame_list_list
-        found = []
+        roots = []
         if self.p2m_cr3:
-            root = cr3_frame(self.p2m_cr3, width)
-            found.append(Way(Form.LINEAR, root, LEVELS[width], place_of(self.p2m_vaddr)))
+            frame = cr3_frame(self.p2m_cr3, width)
+            roots.append(P2MRoot(P2MForm.LINEAR, frame, LEVELS[width], place_of(self.p2m_vaddr)))
         if anchor == INVALID_MFN[width]:
             if self.p2m_levels:
-                found.append(Way(Form.ROOTED, self.p2m_root, self.p2m_levels - 1))
-        elif width == 8 and anchor & MARK:
-            found.append(Way(Form.MARKED, anchor & ~MARK, MARKED_LEVELS - 1))
+                roots.append(P2MRoot(P2MForm.ROOTED, self.p2m_root, self.p2m_levels - 1))
+        elif width == 8 and anchor & MARKED_TREE_BIT:
+            roots.append(P2MRoot(P2MForm.MARKED, anchor & ~MARKED_TREE_BIT, MARKED_TREE_LEVELS - 1))
         elif anchor:
-            found.append(Way(Form.TREE, anchor, 2))
-        return found
+            roots.append(P2MRoot(P2MForm.TREE, anchor, 2))
+        return roots
 
     @property
-    def names(self) -> str:
+    def form_names(self) -> str:
         """All forms that are valid at once, for people; "none"."""
-        return " and ".join(way.name for way in self.ways) or "none"
+        return " and ".join(root.name for root in self.roots) or "none"
 
-    def why_none(self) -> str:
-        """What an anchor that leads nowhere means."""
+    def explain_no_root(self) -> str:
+        """Say what a frame_list_list that leads nowhere means."""
         state = (
             "not set up yet" if not self.frame_list_list else "to be looked for elsewhere, and nothing else is there"
         )
         return f"its anchor is {self.frame_list_list:#x}, which is {state}"
 
-    def places(self, way: Way) -> range:
-        """The places of the leaves below the way's top table.
+    def leaf_places(self, root: P2MRoot) -> range:
+        """Return the places of the p2m's leaves among all that the root's top table reaches.
 
-        Raises GuestError, in words, when the anchors cannot be right or do not reach far enough.
+        Raises:
+            GuestError: the anchors cannot be right, or do not reach as far as max_pfn.
         """
-        count = -(-self.max_pfn * self.width // PAGE_SIZE)
-        if way.form is Form.LINEAR:
-            self.list_at(count)
-        elif way.levels not in DEPTHS:
-            raise GuestError(f"p2m_levels {way.levels} is not a depth: {DEPTHS.start} to {DEPTHS.stop - 1} are")
-        elif self.max_pfn > (reach := capacity(way.levels, self.width)):
+        leaves = -(-self.max_pfn * self.width // PAGE_SIZE)
+        if root.form is P2MForm.LINEAR:
+            self.linear_p2m_vaddr(leaves)
+        elif root.levels not in ROOTED_TREE_LEVELS:
+            allowed = f"{ROOTED_TREE_LEVELS.start} to {ROOTED_TREE_LEVELS.stop - 1}"
+            raise GuestError(f"p2m_levels {root.levels} is not a depth: {allowed} are")
+        elif self.max_pfn > (reach := tree_capacity(root.levels, self.width)):
             raise GuestError(
-                f"max_pfn {self.max_pfn - 1:#x} too large for p2m tree: the guest exposes {way.levels} levels of its "
+                f"max_pfn {self.max_pfn - 1:#x} too large for p2m tree: the guest exposes {root.levels} levels of its "
                 f"p2m, which reach pfn {reach - 1:#x}; its max_pfn is {self.max_pfn:#x}: publish the linear list "
                 f"(p2m_cr3), which has no such limit"
             )
-        return range(way.first, way.first + count)
+        return range(root.first_place, root.first_place + leaves)
 
-    def list_at(self, frames: int) -> Vaddr:
-        """p2m_vaddr, where a list of so many frames may lie.
+    def linear_p2m_vaddr(self, leaves: int) -> Vaddr:
+        """Return p2m_vaddr once it is known to suit a list of so many leaves.
 
-        Aligned, canonical, not in Xen's hole. Raises GuestError.
+        Raises:
+            GuestError: it is not aligned, not canonical, or the list would reach into Xen's own addresses.
         """
-        first, last = self.p2m_vaddr, self.p2m_vaddr + max(frames, 1) * PAGE_SIZE - 1
+        first, last = self.p2m_vaddr, self.p2m_vaddr + max(leaves, 1) * PAGE_SIZE - 1
         outside = last >> 64 or not (canonical(first) and canonical(last)) if self.width == 8 else last >> 32
         if outside or in_xen(first, self.width) or in_xen(last, self.width) or first % PAGE_SIZE:
             raise GuestError(f"Bad virtual p2m address range {first:#x}-{last:#x}")
         return Vaddr(first)
 
 
-def capacity(levels: int, width: Width) -> int:
-    """How many pfns a tree of so many levels can hold: 2^27 (512 GiB) for the classic three of a 64-bit guest."""
+def tree_capacity(levels: int, width: Width) -> int:
+    """Return how many pfns a tree of so many levels holds: 2^27 (512 GiB) for three levels of a 64-bit guest."""
     return int((PAGE_SIZE // width) ** levels)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault
 from xenpv.frames import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U64, Frames, Pfn, Vaddr, first_bad
-from xenpv.memory.p2m import reading
+from xenpv.memory.p2m import frame_reader
 from xenpv.memory.pagetables import Walk, translate, walk
 from xenpv.memory.paging import PV, Paging
 from xenpv.memory.registers import Registers
@@ -94,7 +94,7 @@ class DomainMemory:
         if table is None or paging.refuses(vaddr) or paging.refuses(last) or vaddr >> 63 != last >> 63:
             raise self._fault(vaddr, top) or self._fault(last, top) or _changed(vaddr)
         vaddrs = np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(vaddr)
-        found = translate(reading(self.tables or self.frames), table, vaddrs, paging)
+        found = translate(frame_reader(self.tables or self.frames), table, vaddrs, paging)
         if (lost := first_bad(found == NO_FRAME)) is not None:
             at = vaddr if not lost else (vaddr & -PAGE_SIZE) + lost * PAGE_SIZE
             raise self._fault(at, top) or _changed(at)

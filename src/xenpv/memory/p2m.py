@@ -1,7 +1,7 @@
 """The p2m of a domain, saved or running, in whatever form the guest shows it.
 
-A running domain's tables are machine frames and hold machine frames. In a save file page tables hold pfns, the p2m's
-own content is mfns of the host that saved, and nothing but that content translates them: ``resolve`` does.
+A running domain's tables are machine frames and hold machine frames. In a save file page tables hold pfns, and the
+p2m holds mfns of the host that saved; nothing but that p2m translates them back.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import Fault, GuestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PAGE_SIZE, PAGES_IN_CACHE, U8, U64, Frames, Mask
-from xenpv.memory.anchors import Anchors, Form, Way
+from xenpv.memory.anchors import Anchors, P2MForm, P2MRoot
 from xenpv.memory.pagetables import frames_of_tables
-from xenpv.memory.radix import Read, Unreadable, walk
+from xenpv.memory.radix import ReadFrames, UnreadableTable, walk_tree
 from xenpv.runs import FrameRuns, expand_runs, group_rows
 
 _MARKS = FOREIGN | IDENTITY
@@ -56,8 +56,8 @@ class P2M:
     width: Width
     entries: int
     leaves: FrameRuns
-    read: Read
-    unreadable: list[Unreadable] = field(default_factory=list)
+    read: ReadFrames
+    unreadable: list[UnreadableTable] = field(default_factory=list)
 
     @property
     def per_leaf(self) -> int:
@@ -69,24 +69,32 @@ class P2M:
         return -(-self.entries // self.per_leaf)
 
     @classmethod
-    def walk(cls, anchors: Anchors, way: Way, read: Read, resolve: Callable[[U64], U64] | None = None) -> P2M:
-        """Follow one way. Raises GuestError, in words, when the anchors cannot be right or do not reach far enough.
+    def from_root(
+        cls, anchors: Anchors, root: P2MRoot, read: ReadFrames, to_pfns: Callable[[U64], U64] | None = None
+    ) -> P2M:
+        """Walk the tables below a root.
 
-        ``resolve`` turns mfns in anchors and trees into what ``read`` takes, NO_FRAME for one that nobody knows; None
-        where they are the same.
+        Args:
+            anchors: the fields that ``root`` is one of.
+            root: where to begin.
+            read: reads frames, by what ``to_pfns`` returns.
+            to_pfns: translates the mfns in anchors and trees, NO_FRAME for an unknown one; None if ``read`` takes mfns.
+
+        Raises:
+            GuestError: the anchors cannot be right, or do not reach as far as max_pfn.
         """
-        places = anchors.places(way)
-        root = way.root
-        if resolve is not None:
-            root = int(resolve(np.array([root], np.uint64))[0])
-            if root == int(NO_FRAME):
-                raise GuestError(_no_root(anchors, way))
-        if way.form is Form.LINEAR:
-            found, unreadable = walk(read, root, way.tables, places, frames_of_tables)
+        places = anchors.leaf_places(root)
+        top = root.frame
+        if to_pfns is not None:
+            top = int(to_pfns(np.array([top], np.uint64))[0])
+            if top == int(NO_FRAME):
+                raise GuestError(_unknown_root(anchors, root))
+        if root.form is P2MForm.LINEAR:
+            decode: Callable[[U8, int], U64] = frames_of_tables
         else:
-            decode = partial(_frames_of_tree, width=anchors.width, resolve=resolve)
-            found, unreadable = walk(read, root, way.tables, places, decode)
-        leaves = FrameRuns(found.first - way.first, found.count, found.frame)
+            decode = partial(_frames_of_tree, width=anchors.width, to_pfns=to_pfns)
+        found, unreadable = walk_tree(read, top, root.table_levels, places, decode)
+        leaves = FrameRuns(found.first - root.first_place, found.count, found.frame)
         return cls(anchors.width, anchors.max_pfn, leaves, read, unreadable)
 
     @cached_property
@@ -137,7 +145,7 @@ class P2M:
                 some, pages = some[readable], pages[readable]
             if not len(some):
                 continue
-            mfns = entries_in(pages, self.width).copy()
+            mfns = decode_entries(pages, self.width).copy()
             beyond = (int(some.first[-1]) + 1) * self.per_leaf - self.entries
             if beyond > 0:
                 mfns[-1, self.per_leaf - beyond :] = NO_FRAME
@@ -161,7 +169,7 @@ class P2M:
             pages, readable = self.read(some)
             runs = order[bounds[i] : bounds[i + len(some)]]
             mine, row = expand_runs(first[runs], count[runs]), np.repeat(back[runs] - i, count[runs])
-            found = entries_in(pages, self.width)[row, at[mine]]
+            found = decode_entries(pages, self.width)[row, at[mine]]
             out[mine] = np.where(readable[row], found, NO_FRAME)
         out[pfns >= np.uint64(self.entries)] = NO_FRAME
         return out
@@ -184,7 +192,7 @@ class P2M:
         return found[back].reshape(mfns.shape)
 
 
-def is_own(mfns: U64) -> Mask:
+def names_local_frame(mfns: U64) -> Mask:
     """Entries that claim a frame.
 
     Neither INVALID_MFN nor marked FOREIGN or IDENTITY. Whether they are right, m2p says.
@@ -192,7 +200,7 @@ def is_own(mfns: U64) -> Mask:
     return np.asarray(mfns & _MARKS == 0)
 
 
-def entries_in(pages: U8, width: Width) -> U64:
+def decode_entries(pages: U8, width: Width) -> U64:
     """Leaves of a guest of that width, uint8 (n, 4096), as entries, uint64 (n, entries).
 
     NO_FRAME for INVALID_MFN; the marks of a 32-bit guest's entries are where those of a 64-bit guest are.
@@ -205,7 +213,7 @@ def entries_in(pages: U8, width: Width) -> U64:
     return np.where(table == np.uint64(INVALID_MFN[4]), NO_FRAME, table & ~(_MARKS >> np.uint64(32)) | marks)
 
 
-def reading(memory: Frames) -> Read:
+def frame_reader(memory: Frames) -> ReadFrames:
     """Read a domain's memory by pfn."""
 
     def read(pfns: U64) -> tuple[U8, Mask]:
@@ -224,14 +232,14 @@ def reading(memory: Frames) -> Read:
     return read
 
 
-def _no_root(anchors: Anchors, way: Way) -> str:
-    if way.form is Form.LINEAR:
-        return f"Bad p2m_cr3 value {anchors.p2m_cr3:#x}: no pfn has mfn {way.root:#x}"
-    return f"Bad mfn {way.root:#x} for p2m frame list list: no pfn has it"
+def _unknown_root(anchors: Anchors, root: P2MRoot) -> str:
+    if root.form is P2MForm.LINEAR:
+        return f"Bad p2m_cr3 value {anchors.p2m_cr3:#x}: no pfn has mfn {root.frame:#x}"
+    return f"Bad mfn {root.frame:#x} for p2m frame list list: no pfn has it"
 
 
-def _frames_of_tree(pages: U8, _level: int, width: Width, resolve: Callable[[U64], U64] | None) -> U64:
-    """The frames that pages above the leaves name: there 0 is none, in a leaf it is frame 0."""
-    table = entries_in(pages, width)
+def _frames_of_tree(pages: U8, _level: int, width: Width, to_pfns: Callable[[U64], U64] | None) -> U64:
+    """The frames that tables above the leaves name: there 0 is none, in a leaf it is frame 0."""
+    table = decode_entries(pages, width)
     table = np.where(table == 0, NO_FRAME, table)
-    return table if resolve is None else resolve(table)
+    return table if to_pfns is None else to_pfns(table)

@@ -32,7 +32,7 @@ from xenpv.abi.x86 import (
 from xenpv.errors import Fault
 from xenpv.frames import ENTRIES, IS_TABLE, NO_FRAME, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
 from xenpv.memory.paging import PV, Paging
-from xenpv.memory.radix import Read
+from xenpv.memory.radix import ReadFrames
 
 BITS_PER_LEVEL = 9
 AVAILABLE = 0x0000_0000_0000_0E00  # software's own bits 9 to 11
@@ -214,7 +214,7 @@ def walk(memory: Frames, top: Pfn, vaddr: Vaddr, width: Width = 8, paging: Pagin
     return Walk(vaddr, tuple(steps), table)
 
 
-def translate(read: Read, top: Pfn, vaddrs: U64, paging: Paging) -> U64:
+def translate(read: ReadFrames, top: Pfn, vaddrs: U64, paging: Paging) -> U64:
     """The pfns behind many virtual addresses that ``paging`` does not refuse, NO_FRAME for one that is not mapped.
 
     Each table is read once.

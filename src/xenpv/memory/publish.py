@@ -15,15 +15,22 @@ from xenpv.abi.x86 import PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import RequestError
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, U8, U64
-from xenpv.memory.anchors import DEPTHS, MARK, MARKED_LEVELS, Anchors, Form, capacity
-from xenpv.memory.radix import Put, build
+from xenpv.memory.anchors import (
+    MARKED_TREE_BIT,
+    MARKED_TREE_LEVELS,
+    ROOTED_TREE_LEVELS,
+    Anchors,
+    P2MForm,
+    tree_capacity,
+)
+from xenpv.memory.radix import StorePages, build_tree
 from xenpv.runs import FrameRuns
 
-TABLE = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D  # the flags of an entry that names a table
+TABLE_FLAGS = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D  # the flags of an entry that names a table
 _MFNS_32 = 1 << 30  # frames that 32-bit entries can name
 
 
-def words(mfns: U64, width: Width) -> U8:
+def encode_entries(mfns: U64, width: Width) -> U8:
     """Entries, uint64 of shape (n, entries a page), as pages of a guest of that width; p2m.entries_in undoes it.
 
     Raises RequestError for a frame that a 32-bit guest's entry cannot hold: above it are the marks.
@@ -38,7 +45,7 @@ def words(mfns: U64, width: Width) -> U8:
     return np.ascontiguousarray(mfns, f"<u{width}").view(np.uint8).reshape(-1, PAGE_SIZE)
 
 
-def put_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: Put) -> FrameRuns:
+def write_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: StorePages) -> FrameRuns:
     """Write the leaves of a p2m of so many entries in which ``pfns`` (ascending) have ``mfns``, and no other has any.
 
     A leaf for every part that has a frame; all others share one leaf of INVALID_MFN, which a guest maps read-only.
@@ -55,57 +62,62 @@ def put_leaves(pfns: U64, mfns: U64, entries: int, width: Width, put: Put) -> Fr
         rows = np.searchsorted(some, at[inside])
         table = np.full((len(some), per_leaf), NO_FRAME)
         table[rows, pfns[inside] % np.uint64(per_leaf)] = mfns[inside]
-        held[i : i + len(some)] = put(words(table, width))
+        held[i : i + len(some)] = put(encode_entries(table, width))
     leaves = FrameRuns(places, np.ones(len(places), np.int64), held)
     if len(places) == total:
         return leaves
-    [missing] = put(words(np.full((1, per_leaf), NO_FRAME), width)).tolist()
+    [missing] = put(encode_entries(np.full((1, per_leaf), NO_FRAME), width)).tolist()
     return leaves.fill_gaps(range(total), missing)
 
 
-def put_tree(leaves: FrameRuns, levels: int, width: Width, put: Put) -> int:
+def write_tree(leaves: FrameRuns, levels: int, width: Width, put: StorePages) -> int:
     """Write the tables of a tree of so many levels (leaves counted) above some leaves; the frame of its top.
 
     Raises RequestError when a leaf lies beyond what such a tree reaches.
     """
-    reach = capacity(levels - 1, width)
+    reach = tree_capacity(levels - 1, width)
     needed = int(leaves.first[-1] + leaves.count[-1]) if len(leaves) else 0
     if needed > reach:
         what = f"{needed:#x} leaves do not fit a tree of {levels} levels, which reaches {reach:#x}"
         raise RequestError(what, needed=needed, available=reach)
-    encode = partial(words, width=width)
-    top = build(leaves, levels - 1, PAGE_SIZE // width, encode, put)
+    encode = partial(encode_entries, width=width)
+    top = build_tree(leaves, levels - 1, PAGE_SIZE // width, encode, put)
     frame = top.frame if len(top) else put(encode(np.full((1, PAGE_SIZE // width), NO_FRAME)))
     return int(frame[0])
 
 
-def put_page_tables(frames: FrameRuns, levels: int, put: Put, flags: int = TABLE) -> FrameRuns:
+def write_page_tables(frames: FrameRuns, levels: int, put: StorePages, flags: int = TABLE_FLAGS) -> FrameRuns:
     """Write so many levels of page tables that map ``frames``, whose places are page numbers of the address space.
 
     ``flags`` are those of the L1 entries. What they name in the level above is returned: which entry (counted from
     address 0) names which table; hooking them in is the guest's to do.
     """
-    low = build(frames, 1, PAGE_SIZE // 8, partial(_ptes, flags=flags), put)
-    return build(low, levels - 1, PAGE_SIZE // 8, partial(_ptes, flags=TABLE), put)
+    low = build_tree(frames, 1, PAGE_SIZE // 8, partial(_ptes, flags=flags), put)
+    return build_tree(low, levels - 1, PAGE_SIZE // 8, partial(_ptes, flags=TABLE_FLAGS), put)
 
 
-def tree_anchors(form: Form, leaves: FrameRuns, entries: int, width: Width, put: Put, *, levels: int = 3) -> Anchors:
+def write_tree_anchors(
+    form: P2MForm, leaves: FrameRuns, entries: int, width: Width, put: StorePages, *, levels: int = 3
+) -> Anchors:
     """Write the tables of a tree in one of its forms, and what shared info must say of it.
 
     ``levels`` is of a rooted tree. Raises RequestError when the form cannot express so many entries.
     """
-    depth = {Form.TREE: 3, Form.MARKED: MARKED_LEVELS, Form.ROOTED: levels}[form]
-    if depth not in DEPTHS:
-        raise RequestError(f"a tree of {depth} levels: {DEPTHS.start} to {DEPTHS.stop - 1} may be", needed=depth)
-    if entries > (reach := min(capacity(depth, width), (1 << 8 * width) - 1)):  # max_pfn is a word of the guest's
+    depth = {P2MForm.TREE: 3, P2MForm.MARKED: MARKED_TREE_LEVELS, P2MForm.ROOTED: levels}[form]
+    if depth not in ROOTED_TREE_LEVELS:
+        raise RequestError(
+            f"a tree of {depth} levels: {ROOTED_TREE_LEVELS.start} to {ROOTED_TREE_LEVELS.stop - 1} may be",
+            needed=depth,
+        )
+    if entries > (reach := min(tree_capacity(depth, width), (1 << 8 * width) - 1)):  # max_pfn is a word of the guest's
         what = f"a p2m of {entries:#x} entries does not fit a {form} of {depth} levels, which reaches {reach:#x}"
         raise RequestError(what, needed=entries, available=reach)
-    if form is Form.MARKED and width == 4:
+    if form is P2MForm.MARKED and width == 4:
         raise RequestError("a 32-bit guest's anchor has no bit 61 to mark a tree with")
-    root = put_tree(leaves, depth, width, put)
-    if form is Form.ROOTED:
+    root = write_tree(leaves, depth, width, put)
+    if form is P2MForm.ROOTED:
         return Anchors(width, entries, INVALID_MFN[width], p2m_levels=depth, p2m_root=root)
-    return Anchors(width, entries, root | MARK if form is Form.MARKED else root)
+    return Anchors(width, entries, root | MARKED_TREE_BIT if form is P2MForm.MARKED else root)
 
 
 def _ptes(frames: U64, flags: int) -> U8:

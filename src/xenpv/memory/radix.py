@@ -20,14 +20,14 @@ ROWS_MAX = 1 << 24  # runs of leaves: twice what 16 TiB of pages in no order tak
 SHARED_MAX = 1 << 20  # of them by way of tables that stand in several places: such tables map nothing, or are wrong
 UNREADABLE_MAX = 1 << 16  # tables: more than a p2m of 16 TiB has
 
-Read = Callable[[U64], tuple[U8, Mask]]
+ReadFrames = Callable[[U64], tuple[U8, Mask]]
 """read(frames): their content, uint8 (n, 4096), and for each whether it could be read."""
 
-Put = Callable[[U8], U64]
+StorePages = Callable[[U8], U64]
 """put(pages): keep pages, uint8 (n, 4096), somewhere; the frame of each."""
 
 
-class Unreadable(NamedTuple):
+class UnreadableTable(NamedTuple):
     """A table that could not be read: its frame, its level above the leaves, and the first of its places."""
 
     frame: int
@@ -35,9 +35,9 @@ class Unreadable(NamedTuple):
     place: int
 
 
-def walk(
-    read: Read, root: int, levels: int, places: range, frames_of: Callable[[U8, int], U64]
-) -> tuple[FrameRuns, list[Unreadable]]:
+def walk_tree(
+    read: ReadFrames, root: int, levels: int, places: range, frames_of: Callable[[U8, int], U64]
+) -> tuple[FrameRuns, list[UnreadableTable]]:
     """The leaves behind ``places`` of a tree whose top table is ``root``, ``levels`` tables above the leaves.
 
     ``frames_of(pages, level)`` turns pages of tables, uint8 (n, 4096), into the frames that their entries name, uint64
@@ -45,7 +45,7 @@ def walk(
     ROWS_MAX runs, more than SHARED_MAX by sharing tables, or more than UNREADABLE_MAX tables that cannot be read.
     """
     nodes = FrameRuns(np.zeros(1, np.int64), np.ones(1, np.int64), np.array([root], np.uint64))
-    unreadable: list[Unreadable] = []
+    unreadable: list[UnreadableTable] = []
     for level in range(levels, 0, -1):
         by_frame = np.argsort(nodes.frame, kind="stable")
         distinct, start = np.unique(nodes.frame[by_frame], return_index=True)
@@ -62,7 +62,7 @@ def walk(
             if len(unreadable) + len(lost) > UNREADABLE_MAX:
                 raise GuestError(f"more than {UNREADABLE_MAX} tables below frame {root:#x} cannot be read")
             first = some.first[bounds[i : i + len(tables)] - bounds[i]]
-            unreadable += [Unreadable(int(tables[at]), level, int(first[at])) for at in lost]
+            unreadable += [UnreadableTable(int(tables[at]), level, int(first[at])) for at in lost]
             shift = (entries.shape[1].bit_length() - 1) * (level - 1)
             parts.append(_below(some, entries, which, range(places.start >> shift, (places.stop - 1 >> shift) + 1)))
             rows += len(parts[-1])
@@ -107,7 +107,7 @@ def _below(nodes: FrameRuns, entries: U64, which: I64, places: range) -> FrameRu
     return FrameRuns(low[keep], (high - low)[keep], frame[keep])
 
 
-def build(nodes: FrameRuns, levels: int, size: int, encode: Callable[[U64], U8], put: Put) -> FrameRuns:
+def build_tree(nodes: FrameRuns, levels: int, size: int, encode: Callable[[U64], U8], put: StorePages) -> FrameRuns:
     """The tables above some nodes, level by level; the runs of tables of the last level. The inverse of walk.
 
     ``encode`` turns the frames that tables of ``size`` entries name, uint64 (n, size), NO_FRAME for none, into pages.
@@ -118,7 +118,7 @@ def build(nodes: FrameRuns, levels: int, size: int, encode: Callable[[U64], U8],
     return nodes
 
 
-def _above(nodes: FrameRuns, size: int, encode: Callable[[U64], U8], put: Put) -> FrameRuns:
+def _above(nodes: FrameRuns, size: int, encode: Callable[[U64], U8], put: StorePages) -> FrameRuns:
     stop = nodes.first + nodes.count
     low, high = -(-nodes.first // size), stop // size  # the tables that a run fills from end to end
     whole = low < high

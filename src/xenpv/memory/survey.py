@@ -8,7 +8,7 @@ from enum import IntEnum
 import numpy as np
 
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, U8, U64, Mask
-from xenpv.memory.p2m import P2M, Leaves, is_own
+from xenpv.memory.p2m import P2M, Leaves, names_local_frame
 from xenpv.runs import FrameRuns
 
 
@@ -57,7 +57,7 @@ def survey(p2m: P2M, cells: int = 512) -> Survey:
         unreadable = unreadable if len(unreadable) else leaves
 
     for leaves in p2m.content(lost=lost):
-        mine = is_own(leaves.mfns)
+        mine = names_local_frame(leaves.mfns)
         count = np.count_nonzero(mine, axis=1)
         pages[Kind.OWN] += _times(count, leaves.times)
         if count.any() and Kind.OWN not in first:

@@ -13,13 +13,13 @@ from xenpv.host.domain_names import INCOMING
 from xenpv.host.protocol import DomainInfo, Mover
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import undisturbed
-from xenpv.memory.anchors import Form
+from xenpv.memory.anchors import P2MForm
 from xenpv.migrate.channel import Conversation, Tell, Undecided, nobody
 from xenpv.migrate.protocol import RECEIVER, VERSIONS, Offer, Stage, Word
 from xenpv.migrate.transport import Link
 from xenpv.restore.restore import restore_domain
 
-_FORMS = {str(form) for form in Form}
+_FORMS = {str(form) for form in P2MForm}
 _SPARE = 256  # pages that a domain takes beside its own: vcpus, grant table, shared info
 
 

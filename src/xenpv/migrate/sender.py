@@ -112,7 +112,7 @@ def _offer(host: Host, leaving: Leaving, protocol: int, *, live: bool, paused: b
         pages=info.pages,
         max_pages=info.max_pages,
         entries=anchors.max_pfn,
-        forms=[str(way.form) for way in anchors.ways],
+        forms=[str(root.form) for root in anchors.roots],
         xen=f"{version.major}.{version.minor}{version.extra}",
         live=live,
         paused=paused,

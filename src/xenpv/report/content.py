@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask, filled
-from xenpv.memory.p2m import reading
+from xenpv.memory.p2m import frame_reader
 from xenpv.report.parts import NOTHING, Collector, Parts
 from xenpv.runs import Extents
 
@@ -62,7 +62,7 @@ def content_of(
 
     Pages are told apart by a hash under keys of this moment, so that no guest can have two of its pages taken for one.
     """
-    keys, read = _Hash(), reading(memory)
+    keys, read = _Hash(), frame_reader(memory)
     zero_at, looked_at, unread = Collector(), 0, 0
     seen: list[tuple[U64, U64]] = []  # pfns, bit 63: a table; and hashes
     with_data = extents[HAS_DATA[extents.type]]

@@ -10,10 +10,10 @@ import numpy as np
 
 from xenpv.errors import GuestError
 from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SIZE, U8, U64
-from xenpv.memory.anchors import Anchors, Form, Way
-from xenpv.memory.p2m import P2M, entries_in
+from xenpv.memory.anchors import Anchors, P2MForm, P2MRoot
+from xenpv.memory.p2m import P2M, decode_entries
 from xenpv.memory.pagetables import frames_of_tables
-from xenpv.memory.radix import Read, walk
+from xenpv.memory.radix import ReadFrames, walk_tree
 from xenpv.report.parts import Parts
 from xenpv.runs import FrameRuns
 from xenpv.source.domain import Domain
@@ -68,7 +68,7 @@ class Shape:
 def shapes_of(domain: Domain, anchors: Anchors) -> list[Shape]:
     """Return every form in which the domain exposes its p2m by these anchors, the best first."""
     resolve = None if domain.p2m_names_mfns else domain.p2m.pfns_of
-    return [_shape(anchors, way, domain.read_p2m_frames, resolve) for way in anchors.ways]
+    return [_shape(anchors, root, domain.read_p2m_frames, resolve) for root in anchors.roots]
 
 
 def leaves_at(p2m: P2M, *, mfns: bool) -> Parts:
@@ -84,45 +84,45 @@ class _Tree:
     """A way to the p2m, to be walked level by level."""
 
     anchors: Anchors
-    way: Way
-    read: Read
+    root: P2MRoot
+    read: ReadFrames
     resolve: Callable[[U64], U64] | None
 
     @property
     def linear(self) -> bool:
-        return self.way.form is Form.LINEAR
+        return self.root.form is P2MForm.LINEAR
 
     def levels(self) -> Iterator[Level]:
         """From the top table down. Raises GuestError."""
-        places, root = self.anchors.places(self.way), self.way.root
+        places, top = self.anchors.leaf_places(self.root), self.root.frame
         if self.resolve is not None:
-            root = int(self.resolve(np.array([root], np.uint64))[0])
-            if root == int(NO_FRAME):
-                raise GuestError(f"no pfn has mfn {self.way.root:#x}, which its anchor names")
-        for depth in range(self.way.tables + 1):
-            yield self._level(root, depth, places)
+            top = int(self.resolve(np.array([top], np.uint64))[0])
+            if top == int(NO_FRAME):
+                raise GuestError(f"no pfn has mfn {self.root.frame:#x}, which its anchor names")
+        for depth in range(self.root.table_levels + 1):
+            yield self._level(top, depth, places)
 
-    def _level(self, root: int, depth: int, places: range) -> Level:
-        above = self.way.tables - depth  # how many levels lie below it, leaves included
+    def _level(self, top: int, depth: int, places: range) -> Level:
+        above = self.root.table_levels - depth  # how many levels lie below it, leaves included
         per_table = ENTRIES if self.linear else PAGE_SIZE // self.anchors.width
         shift = (per_table.bit_length() - 1) * above
         here = range(places.start >> shift, (max(places.stop, places.start + 1) - 1 >> shift) + 1)
         if depth:
-            runs, _ = walk(self.read, root, depth, here, partial(self._named, above=above))
+            runs, _ = walk_tree(self.read, top, depth, here, partial(self._named, above=above))
         else:
-            runs = FrameRuns(np.array([here.start]), np.ones(1, np.int64), np.array([root], np.uint64))
-        return Level(_name(self.way, above), *_counts(runs), _nodes(runs, shift, places, self.anchors))
+            runs = FrameRuns(np.array([here.start]), np.ones(1, np.int64), np.array([top], np.uint64))
+        return Level(_name(self.root, above), *_counts(runs), _nodes(runs, shift, places, self.anchors))
 
     def _named(self, pages: U8, level: int, above: int) -> U64:
         if self.linear:
             return frames_of_tables(pages, level + above)
-        table = entries_in(pages, self.anchors.width)
+        table = decode_entries(pages, self.anchors.width)
         table = np.where(table == 0, NO_FRAME, table)
         return table if self.resolve is None else self.resolve(table)
 
 
-def _shape(anchors: Anchors, way: Way, read: Read, resolve: Callable[[U64], U64] | None) -> Shape:
-    tree, levels, error = _Tree(anchors, way, read, resolve), [], None
+def _shape(anchors: Anchors, root: P2MRoot, read: ReadFrames, resolve: Callable[[U64], U64] | None) -> Shape:
+    tree, levels, error = _Tree(anchors, root, read, resolve), [], None
     try:
         for level in tree.levels():
             levels.append(level)  # noqa: PERF402  those above the one that fails are kept
@@ -131,21 +131,21 @@ def _shape(anchors: Anchors, way: Way, read: Read, resolve: Callable[[U64], U64]
     fields = {"max_pfn": anchors.max_pfn, "frame_list_list": anchors.frame_list_list}
     if tree.linear:
         fields = {"p2m_cr3": anchors.p2m_cr3, "p2m_vaddr": anchors.p2m_vaddr, "p2m_generation": anchors.p2m_generation}
-    elif way.form is Form.ROOTED:
+    elif root.form is P2MForm.ROOTED:
         fields = {"p2m_levels": anchors.p2m_levels, "p2m_root": anchors.p2m_root}
     told = {name: f"{value:#x}" for name, value in fields.items()}
     vaddr = anchors.p2m_vaddr if tree.linear else None
     per_leaf = PAGE_SIZE // anchors.width
-    return Shape(way.name, tree.linear, told, levels, anchors.max_pfn, per_leaf, vaddr, error)
+    return Shape(root.name, tree.linear, told, levels, anchors.max_pfn, per_leaf, vaddr, error)
 
 
-def _name(way: Way, above: int) -> str:
+def _name(root: P2MRoot, above: int) -> str:
     if above == 0:
         return "leaf"
-    if way.form is Form.LINEAR:
+    if root.form is P2MForm.LINEAR:
         return f"L{above} table"
     names = ["frame list", "frame list list"]
-    return names[above - 1] if above <= len(names) and way.form is Form.TREE else f"level {above + 1}"
+    return names[above - 1] if above <= len(names) and root.form is P2MForm.TREE else f"level {above + 1}"
 
 
 def _counts(runs: FrameRuns) -> tuple[int, int, int]:

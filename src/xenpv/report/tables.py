@@ -9,7 +9,7 @@ import numpy as np
 
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
 from xenpv.frames import IS_POPULATED, IS_TABLE, PAGES_PER_BATCH, PINNED, U64, Frames, Mask
-from xenpv.memory.p2m import reading
+from xenpv.memory.p2m import frame_reader
 from xenpv.memory.pagetables import GLOBAL, NO_PFN, as_entries, frames
 from xenpv.runs import Extents, Runs
 
@@ -68,7 +68,7 @@ def table_stats(
     stats = TableStats([levels[n] for n in (4, 3, 2, 1)], extents[populated].total)
     stats.left_out = max(0, total - TABLES_MAX)
     mapping = _Mapped(extents[populated]) if stats.populated <= PAGES_MAX else None
-    read, done = reading(memory), 0
+    read, done = frame_reader(memory), 0
     for number, tables in _batches(extents[is_table]):
         pages, readable = read(tables)
         _count(levels[number], as_entries(pages[readable]), stats, mapping)

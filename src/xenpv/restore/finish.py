@@ -35,7 +35,7 @@ from xenpv.host.protocol import DomainInfo, Mover, Ring, TscInfo, VcpuState
 from xenpv.memory.p2m import P2M
 from xenpv.memory.pagetables import cr3_frame, cr3_of
 from xenpv.memory.physmap import CHUNK
-from xenpv.memory.publish import words
+from xenpv.memory.publish import encode_entries
 from xenpv.restore.pages import MemoryLoader
 from xenpv.stream.contents import Contents, Vcpu
 
@@ -178,7 +178,7 @@ class StreamComplete:
                 self._mfn_of(f"p2m_frame_list[{int(leaves.first[row])}]", int(leaves.frame[row]))
             chunk_numbers = leaves.first[:, None] * chunks + np.arange(chunks)
             mfns = self.physmap.of_chunks(chunk_numbers.astype(np.uint64).reshape(-1)).reshape(len(leaves), per_leaf)
-            content = words(mfns, width)
+            content = encode_entries(mfns, width)
             with self.host.map_writable(self.domid, self.physmap.mfns(leaves.frame)) as pages:
                 excess = (int(leaves.first[-1]) + 1) * per_leaf - entries
                 if excess > 0:  # the last leaf has other data after the end of the p2m

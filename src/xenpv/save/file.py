@@ -50,7 +50,9 @@ def preflight(host: Mover, domid: DomId, *, stock: bool = True) -> Seen:
     seen = look(host, domid, stock=stock)
     info, p2m = host.info(domid), seen.p2m
     size = seen.total * (8 + PAGE_SIZE) + p2m.places * 8 + (info.max_vcpu + 1) * _VCPU + _RECORDS
-    return Seen(seen.live.name, seen.live.anchors.names, p2m.entries, seen.total, seen.foreign, seen.identity, size)
+    return Seen(
+        seen.live.name, seen.live.anchors.form_names, p2m.entries, seen.total, seen.foreign, seen.identity, size
+    )
 
 
 def configuration(host: Mover, domid: DomId) -> bytes:

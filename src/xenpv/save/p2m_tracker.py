@@ -12,7 +12,7 @@ import numpy.typing as npt
 from xenpv.errors import GuestError, RequestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PFNS_PER_BATCH, U64, DomId, first_bad
 from xenpv.host.protocol import Mover
-from xenpv.memory.p2m import P2M, Leaves, is_own
+from xenpv.memory.p2m import P2M, Leaves, names_local_frame
 from xenpv.runs import FrameRuns
 from xenpv.save.state_records import bad_mfn
 from xenpv.source.live import LiveDomain
@@ -122,7 +122,7 @@ class SavedP2M:
         self.foreign = self.identity = self.total = 0
         for leaves in self._read(None):
             mfns, times = leaves.mfns, leaves.times
-            self.total += int(np.count_nonzero(is_own(mfns)))
+            self.total += int(np.count_nonzero(names_local_frame(mfns)))
             marked = mfns != NO_FRAME
             foreign = marked & (mfns & FOREIGN != 0)
             identity = marked & ~foreign & (mfns & IDENTITY != 0)
@@ -132,7 +132,7 @@ class SavedP2M:
     def named(self) -> Iterator[Named]:
         """All that it names, ascending, some leaves at a time."""
         for leaves in self._read(None):
-            own = is_own(leaves.mfns)
+            own = names_local_frame(leaves.mfns)
             yield leaves.pfns[own], leaves.mfns[own]
 
     def changes(self, dirty: U64 | None = None) -> Iterator[Named]:
@@ -143,7 +143,7 @@ class SavedP2M:
         first = self.p2m.distinct.first
         for leaves in self._read(places):
             row = np.searchsorted(first, leaves.first)
-            own = is_own(leaves.mfns)
+            own = names_local_frame(leaves.mfns)
             now = np.where(own, leaves.mfns, self._nothing).astype(self._left.dtype)
             then = self._remembered[row]
             self._remembered[row] = now
@@ -159,7 +159,7 @@ class SavedP2M:
         for i in range(0, len(pfns), PFNS_PER_BATCH):
             some = pfns[i : i + PFNS_PER_BATCH]
             mfns = self.p2m.lookup(some)
-            own = is_own(mfns)
+            own = names_local_frame(mfns)
             yield some[own], mfns[own]
 
     def _read(self, places: I64 | None) -> Iterator[Leaves]:
@@ -172,7 +172,7 @@ class SavedP2M:
 
         for leaves in self.p2m.content(places, lost=lost):
             times = distinct.count[np.searchsorted(distinct.first, leaves.first)]
-            own = np.count_nonzero(is_own(leaves.mfns), axis=1)
+            own = np.count_nonzero(names_local_frame(leaves.mfns), axis=1)
             if (at := first_bad((own > 0) & (times > 1))) is not None:
                 what = f"{name}: p2m_frame_list[{int(leaves.first[at])}] holds {own[at]} pages, and stands in"
                 raise GuestError(f"{what} {int(times[at])} places: after a restore one would overwrite the other")

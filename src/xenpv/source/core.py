@@ -21,7 +21,7 @@ from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask, PageType, Pfn
 from xenpv.io.stream_input import Input
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import P2M, reading
+from xenpv.memory.p2m import P2M, frame_reader
 from xenpv.memory.pagetables import as_entries, normalise, normalise_pages, top_frame
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
@@ -215,16 +215,16 @@ class CoreDomain(Domain):
     def anchors(self) -> Anchors | None:
         """What shared info says of the p2m; frames in it are mfns."""
         shared = self.shared_info()
-        return None if shared is None else Anchors.of(shared, self.width)
+        return None if shared is None else Anchors.from_shared_info(shared, self.width)
 
     @property
     def has_p2m(self) -> bool:
         """Whether shared info leads to a p2m."""
-        return self.anchors is not None and bool(self.anchors.ways)
+        return self.anchors is not None and bool(self.anchors.roots)
 
     def read_p2m_frames(self, frames: U64) -> tuple[U8, Mask]:
         """Read machine frames as they are in the core, and tell which of them are there."""
-        return reading(self.page_list.raw)(self.page_list.pfns_of(frames))
+        return frame_reader(self.page_list.raw)(self.page_list.pfns_of(frames))
 
     @property
     def knows_pins(self) -> bool:
@@ -240,10 +240,10 @@ class CoreDomain(Domain):
     def p2m(self) -> P2M:
         """The guest's own p2m, by the best way. Raises GuestError when it shows none, or it cannot be right."""
         anchors = self.anchors
-        if anchors is None or not anchors.ways:
-            why = "it has no shared info" if anchors is None else anchors.why_none()
+        if anchors is None or not anchors.roots:
+            why = "it has no shared info" if anchors is None else anchors.explain_no_root()
             raise GuestError(f"{self.name} shows no p2m: {why}")
-        return P2M.walk(anchors, anchors.ways[0], self.read_p2m_frames)
+        return P2M.from_root(anchors, anchors.roots[0], self.read_p2m_frames)
 
 
 class CoreFrames:

@@ -15,9 +15,9 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import Fault, GuestError, HostError
 from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, first_bad
 from xenpv.host.protocol import DomainInfo, Host
-from xenpv.memory.anchors import Anchors, Way
+from xenpv.memory.anchors import Anchors, P2MRoot
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import P2M, is_own
+from xenpv.memory.p2m import P2M, names_local_frame
 from xenpv.memory.pagetables import normalise_pages, top_frame
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
@@ -97,7 +97,7 @@ class LiveDomain(Domain):
 
     def read_anchors(self) -> Anchors:
         """Read the anchors in shared info, as they are now."""
-        return Anchors.of(self.host.shared_info(self.info.domid), self.info.width)
+        return Anchors.from_shared_info(self.host.shared_info(self.info.domid), self.info.width)
 
     @cached_property
     def anchors(self) -> Anchors:
@@ -107,24 +107,24 @@ class LiveDomain(Domain):
     @property
     def has_p2m(self) -> bool:
         """Whether shared info leads to a p2m."""
-        return bool(self.anchors.ways)
+        return bool(self.anchors.roots)
 
     def read_p2m_frames(self, frames: U64) -> tuple[U8, Mask]:
         """Map machine frames of the domain, and tell which could be mapped."""
         pages, mapped = self.host.map_frames(self.info.domid, frames)
         return pages, mapped.astype(np.bool_)
 
-    def walk_p2m(self, way: Way, entries: int | None = None) -> P2M:
+    def walk_p2m(self, root: P2MRoot, entries: int | None = None) -> P2M:
         """Its p2m by one way, or its first ``entries``. Raises GuestError when it cannot be right."""
         anchors = self.anchors if entries is None else replace(self.anchors, max_pfn=entries)
-        return P2M.walk(anchors, way, self.read_p2m_frames)
+        return P2M.from_root(anchors, root, self.read_p2m_frames)
 
     @cached_property
     def p2m(self) -> P2M:
         """Its p2m by the best way. Raises GuestError when there is none, or it cannot be right."""
-        if not self.anchors.ways:
-            raise GuestError(f"dom{self.info.domid} exposes no p2m: {self.anchors.why_none()}")
-        return self.walk_p2m(self.anchors.ways[0])
+        if not self.anchors.roots:
+            raise GuestError(f"dom{self.info.domid} exposes no p2m: {self.anchors.explain_no_root()}")
+        return self.walk_p2m(self.anchors.roots[0])
 
     def changed(self) -> str | None:
         """What has become of its p2m since it was first walked: None if it is the same, else a sentence.
@@ -139,13 +139,13 @@ class LiveDomain(Domain):
             return f"p2m_generation went from {then.p2m_generation:#x} to {now.p2m_generation:#x} meanwhile: look again"
         if now != then:
             return "the anchors in shared info are not what they were: the p2m has moved, look again"
-        if then.ways:
+        if then.roots:
             try:
                 before = self.p2m.leaves
             except GuestError:
                 return None  # the best way has led nowhere from the first
             try:
-                again = self.walk_p2m(then.ways[0]).leaves
+                again = self.walk_p2m(then.roots[0]).leaves
             except GuestError as e:
                 return f"the p2m is no more: {e}"
             for a, b in ((again.first, before.first), (again.count, before.count), (again.frame, before.frame)):
@@ -202,7 +202,7 @@ class LiveDomain(Domain):
     def kinds(self, first: int = 0) -> Iterator[tuple[U64, U8]]:
         """The pfns from ``first`` on that have a frame of the domain, ascending and in pieces, with their types."""
         for leaves in self.p2m.content():
-            own = is_own(leaves.mfns) & (leaves.pfns >= np.uint64(first))
+            own = names_local_frame(leaves.mfns) & (leaves.pfns >= np.uint64(first))
             kinds = self.host.page_types(self.info.domid, leaves.mfns[own])
             there = kinds != PageType.XTAB
             yield leaves.pfns[own][there], kinds[there]
@@ -235,7 +235,7 @@ class LiveFrames:
 
     def _types(self, mfns: U64) -> U8:
         types = np.full(mfns.shape, ABSENT, np.uint8)
-        own = is_own(mfns)
+        own = names_local_frame(mfns)
         types[own] = self._domain.host.page_types(self._domain.info.domid, mfns[own])
         types[types == PageType.XTAB] = ABSENT
         return types

@@ -24,7 +24,7 @@ from xenpv.io.stream_input import Input
 from xenpv.io.tempfile import unlinked_file
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import P2M, reading
+from xenpv.memory.p2m import P2M, frame_reader
 from xenpv.memory.pagetables import cr3_frame
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
@@ -391,7 +391,7 @@ class SavedDomain(Domain):
     def anchors(self) -> Anchors | None:
         """What shared info says of the p2m; frames in it are mfns of the host that saved."""
         shared = self.contents.shared_info
-        return None if shared is None else Anchors.of(shared.data, self.contents.width)
+        return None if shared is None else Anchors.from_shared_info(shared.data, self.contents.width)
 
     @property
     def has_p2m(self) -> bool:
@@ -405,7 +405,7 @@ class SavedDomain(Domain):
 
     def read_p2m_frames(self, frames: U64) -> tuple[U8, Mask]:
         """Read pages by pfn, and tell which could be read."""
-        return reading(self._frames)(frames)
+        return frame_reader(self._frames)(frames)
 
     @property
     def p2m(self) -> P2M:

@@ -8,7 +8,7 @@ import numpy as np
 
 from xenpv.frames import HAS_DATA, PAGE_SHIFT, PAGES_PER_BATCH, U8, U64
 from xenpv.memory.domain import PagedDomain
-from xenpv.memory.p2m import reading
+from xenpv.memory.p2m import frame_reader
 
 
 def iter_pages(domain: PagedDomain) -> Iterator[tuple[int, int, bytes]]:
@@ -44,7 +44,7 @@ def _search(domain: PagedDomain, data: bytes) -> Iterator[int]:
 
 def _batches(domain: PagedDomain) -> Iterator[tuple[U64, U8, U8]]:
     """Yield pfns, page types and content of pages that have content and can be read, some at a time."""
-    read = reading(domain.frames)
+    read = frame_reader(domain.frames)
     for extents in domain.extents():
         for pfns, types in extents[HAS_DATA[extents.type]].typed_batches(PAGES_PER_BATCH):
             pages, readable = read(pfns)

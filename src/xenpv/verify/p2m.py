@@ -12,8 +12,8 @@ from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, U64, PageType, type_name
 from xenpv.host.xenstore_nodes import SLACK
-from xenpv.memory.anchors import Anchors, Way
-from xenpv.memory.p2m import P2M, is_own
+from xenpv.memory.anchors import Anchors, P2MRoot
+from xenpv.memory.p2m import P2M, names_local_frame
 from xenpv.runs import FrameRuns, expand_runs
 from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain
@@ -158,19 +158,19 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
     header = saved.contents.domain
     # Savers of the legacy format cleared it, and no restorer wants it: the guest writes it again when it resumes.
     cleared = header is not None and header.xen_major == 0 and anchors.frame_list_list == 0
-    if not anchors.ways and not cleared:
+    if not anchors.roots and not cleared:
         what = f"neither p2m_cr3 nor pfn_to_mfn_frame_list_list ({anchors.frame_list_list:#x}) leads to a p2m"
         findings.add(rules.P2M_ANCHOR, what, **place)
     reach = replace(anchors, max_pfn=p2m.entries)
-    for way in anchors.ways:
+    for root in anchors.roots:
         try:
-            walked = P2M.walk(reach, way, p2m.read, p2m.pfns_of)
+            walked = P2M.from_root(reach, root, p2m.read, p2m.pfns_of)
         except GuestError as e:
-            findings.add(rules.P2M_ANCHOR, f"{way.name}: {e}", **place)
+            findings.add(rules.P2M_ANCHOR, f"{root.name}: {e}", **place)
             continue
         if walked.unreadable and not saved.source.seekable:
             lost = walked.unreadable[0]
-            what = f"{way.name}: its table at pfn {lost.frame:#x} had gone by before it was known to be one"
+            what = f"{root.name}: its table at pfn {lost.frame:#x} had gone by before it was known to be one"
             findings.add(rules.NOT_CHECKED, what, **place)
             continue
         found, named = walked.leaves, p2m.leaves
@@ -179,12 +179,12 @@ def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
         differ = np.append(_places(saved, found.difference(named)), _places(saved, only_named))
 
         def describe(
-            at: np.int64, way: Way = way, found: FrameRuns = found, named: FrameRuns = named
+            at: np.int64, root: P2MRoot = root, found: FrameRuns = found, named: FrameRuns = named
         ) -> tuple[str, dict[str, Any]]:
             one = np.array([at])
             guests, ours = int(found.frame_of(one)[0]), int(named.frame_of(one)[0])
             by_guest = "a hole" if guests == int(NO_FRAME) else f"pfn {guests:#x}"
-            what = f"{way.name}: entry {at} is {by_guest}, the stream's p2m frame is pfn {ours:#x}"
+            what = f"{root.name}: entry {at} is {by_guest}, the stream's p2m frame is pfn {ours:#x}"
             return what, {**place, "entry": int(at)}
 
         findings.add_each(rules.P2M_ANCHOR, np.sort(differ), describe)
@@ -208,7 +208,7 @@ def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
     for leaves in saved.p2m.content(places):
         pfns, mfns = leaves.pfns, leaves.mfns
         types = saved.frames.types(pfns)
-        own = is_own(mfns)
+        own = names_local_frame(mfns)
         there = IS_POPULATED[types]
         missing = own & ~there & (types != PageType.BROKEN)
         for rule, wrong in (

@@ -14,8 +14,8 @@ from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule, Severity
 from xenpv.frames import NO_FRAME, PAGE_SIZE, PFNS_PER_SCAN, U64, PageType
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.anchors import DEPTHS, Form, Way, capacity
-from xenpv.memory.p2m import P2M, Leaves, is_own
+from xenpv.memory.anchors import ROOTED_TREE_LEVELS, P2MForm, P2MRoot, tree_capacity
+from xenpv.memory.p2m import P2M, Leaves, names_local_frame
 from xenpv.memory.pagetables import BITS_PER_LEVEL
 from xenpv.memory.survey import Kind, Survey, survey
 from xenpv.runs import FrameRuns
@@ -68,60 +68,60 @@ class PhysmapCheck:
     def run(self) -> None:
         """Check everything. Raises HostError when the domain goes meanwhile."""
         live, findings = self.live, self.findings
-        if not live.anchors.ways:
-            findings.add(REACH, f"dom{live.info.domid} exposes no p2m: {live.anchors.why_none()}")
+        if not live.anchors.roots:
+            findings.add(REACH, f"dom{live.info.domid} exposes no p2m: {live.anchors.explain_no_root()}")
             return
         walked: P2M | None = None
-        for way in live.anchors.ways:
+        for root in live.anchors.roots:
             try:
-                p2m = live.p2m if way == live.anchors.ways[0] else live.walk_p2m(way, self._reach(way))
+                p2m = live.p2m if root == live.anchors.roots[0] else live.walk_p2m(root, self._reach(root))
             except GuestError as e:
-                findings.add(REACH, f"{way.name}: {e}")
+                findings.add(REACH, f"{root.name}: {e}")
                 continue
             for lost in p2m.unreadable:
-                bits = BITS_PER_LEVEL if way.form is Form.LINEAR else p2m.per_leaf.bit_length() - 1
-                first = max((lost.place << bits * lost.level) - way.first, 0)
+                bits = BITS_PER_LEVEL if root.form is P2MForm.LINEAR else p2m.per_leaf.bit_length() - 1
+                first = max((lost.place << bits * lost.level) - root.first_place, 0)
                 what = f"the table at mfn {lost.frame:#x}, {lost.level} above the leaves, is not the domain's"
-                findings.add(TABLE, f"{way.name}: {what}", pfn=first * p2m.per_leaf)
-            if way == live.anchors.ways[0]:
-                confirmed = self._entries(p2m, way)
+                findings.add(TABLE, f"{root.name}: {what}", pfn=first * p2m.per_leaf)
+            if root == live.anchors.roots[0]:
+                confirmed = self._entries(p2m, root)
                 if confirmed < p2m.entries:
                     notes(survey(p2m), findings)
                 self._lost(p2m, confirmed)
                 walked = p2m
             elif walked is None:
-                self._entries(p2m, way)
+                self._entries(p2m, root)
             else:  # leaves that the best way leads to are checked
-                self._entries(replace(p2m, leaves=p2m.leaves.difference(walked.leaves)), way)
+                self._entries(replace(p2m, leaves=p2m.leaves.difference(walked.leaves)), root)
         changed = live.changed() if walked is not None else None
         if changed is not None:
             findings.add(GENERATION, changed)
 
-    def _reach(self, way: Way) -> int:
+    def _reach(self, root: P2MRoot) -> int:
         """How many entries to look at by this way.
 
         A tree beside the list may show less than all, as Linux's does beyond 512 GiB; alone it may not.
         """
         anchors = self.live.anchors
-        if way.form is Form.LINEAR or way == anchors.ways[0] or way.levels not in DEPTHS:
+        if root.form is P2MForm.LINEAR or root == anchors.roots[0] or root.levels not in ROOTED_TREE_LEVELS:
             return anchors.max_pfn
-        reach = capacity(way.levels, anchors.width)
+        reach = tree_capacity(root.levels, anchors.width)
         if reach < anchors.max_pfn:
-            what = f"{way.name}: reaches pfn {reach - 1:#x} only, the {anchors.ways[0].name} {anchors.max_pfn - 1:#x}"
+            what = f"{root.name}: reaches pfn {reach - 1:#x} only, the {anchors.roots[0].name} {anchors.max_pfn - 1:#x}"
             self.findings.add(PARTIAL, f"{what}: tools that know no other refuse this domain")
         return min(reach, anchors.max_pfn)
 
     # --- p2m to m2p --------------------------------------------------------------------------------------------------
 
-    def _entries(self, p2m: P2M, way: Way) -> int:
+    def _entries(self, p2m: P2M, root: P2MRoot) -> int:
         """Check every entry; how many are frames of the domain of which m2p gives the pfn back."""
         host, max_mfn = self.live.host, np.uint64(self.live.host.max_mfn())
         confirmed, seen = 0, 0
-        for leaves in p2m.content(lost=partial(self._lost_leaves, way)):
+        for leaves in p2m.content(lost=partial(self._lost_leaves, root)):
             pfns, mfns = leaves.pfns.reshape(-1), leaves.mfns.reshape(-1)
             inside = mfns <= max_mfn  # INVALID_MFN, FOREIGN and IDENTITY are above any frame
             if not inside.all():
-                wrong = ~inside & is_own(mfns)
+                wrong = ~inside & names_local_frame(mfns)
                 self._wrong(p2m, pfns[wrong])
                 pfns, mfns = pfns[inside], mfns[inside]
             right = host.m2p(mfns) == pfns
@@ -150,7 +150,7 @@ class PhysmapCheck:
         host, domid = self.live.host, self.live.info.domid
         mfns = p2m.lookup(pfns)
         back = host.m2p(mfns)
-        own, beyond = is_own(mfns), mfns > np.uint64(host.max_mfn())
+        own, beyond = names_local_frame(mfns), mfns > np.uint64(host.max_mfn())
         others = own & ~beyond
         others[others] = host.page_types(domid, mfns[others]) == PageType.XTAB
         stale = own & ~beyond & ~others & (back != pfns)
@@ -177,7 +177,7 @@ class PhysmapCheck:
     def _shared(self, leaves: Leaves) -> None:
         several = leaves.times > 1
         if several.any():
-            mapping = np.flatnonzero(several)[is_own(leaves.mfns[several]).any(axis=1)]
+            mapping = np.flatnonzero(several)[names_local_frame(leaves.mfns[several]).any(axis=1)]
 
             def describe(row: np.int64) -> tuple[str, dict[str, int]]:
                 pfn = int(leaves.pfns[row, 0])
@@ -186,12 +186,12 @@ class PhysmapCheck:
 
             self.findings.add_each(SHARED, mapping, describe)
 
-    def _lost_leaves(self, way: Way, leaves: FrameRuns) -> None:
+    def _lost_leaves(self, root: P2MRoot, leaves: FrameRuns) -> None:
         per_leaf = PAGE_SIZE // self.live.info.width
 
         def describe(row: np.int64) -> tuple[str, dict[str, int]]:
             pfn, mfn = int(leaves.first[row]) * per_leaf, int(leaves.frame[row])
-            return f"{way.name}: the leaf of pfn {pfn:#x}, mfn {mfn:#x}, is not the domain's", {"pfn": pfn}
+            return f"{root.name}: the leaf of pfn {pfn:#x}, mfn {mfn:#x}, is not the domain's", {"pfn": pfn}
 
         self.findings.add_each(LEAF, np.arange(len(leaves)), describe)
 

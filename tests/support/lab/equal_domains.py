@@ -60,7 +60,7 @@ class Side:
         """The machine frames behind virtual pages, by the domain's own page tables."""
         place = vaddr >> 12 & (1 << 36) - 1
         top = int(self.context["ctrlreg"][3]) >> 12
-        runs, _ = radix.walk(self.read, top, 4, range(place, place + pages), frames_of_tables)
+        runs, _ = radix.walk_tree(self.read, top, 4, range(place, place + pages), frames_of_tables)
         return runs.frame_of(np.arange(place, place + pages))
 
     def normal(self, pfns: range) -> tuple[U8, U8]:

@@ -14,7 +14,7 @@ from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES
 from xenpv.errors import XenPVError
 from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, U64
 from xenpv.memory import radix
-from xenpv.memory.p2m import reading
+from xenpv.memory.p2m import frame_reader
 from xenpv.memory.pagetables import BITS_PER_LEVEL, frames_of_tables, place_of, translate
 from xenpv.memory.paging import PV
 from xenpv.runs import Runs, group_rows
@@ -66,7 +66,7 @@ def _mapped_at(domain: Domain, vaddrs: U64) -> U64:
     top = memory.top
     good = np.array([not paging.refuses(vaddr) for vaddr in vaddrs.tolist()], np.bool_)
     if top is not None:
-        out[good] = translate(reading(memory.tables or memory.frames), top, vaddrs[good], paging)
+        out[good] = translate(frame_reader(memory.tables or memory.frames), top, vaddrs[good], paging)
     return out
 
 
@@ -95,8 +95,8 @@ def kernel_maps(domain: Domain, pages: Runs, direct: int | None) -> Mapped:
     if not places:
         return NOTHING
     try:
-        runs, _ = radix.walk(
-            reading(memory.tables or memory.frames), memory.top, LEVELS[width], places, frames_of_tables
+        runs, _ = radix.walk_tree(
+            frame_reader(memory.tables or memory.frames), memory.top, LEVELS[width], places, frames_of_tables
         )
     except XenPVError:
         return NOTHING
