@@ -6,7 +6,7 @@ import click
 
 from xenpv.cli.target import INDEX, PAUSE, is_running, open_target
 from xenpv.cli.terminal import JSON, QUIET, keep_option, print_json, print_table, progress_bar
-from xenpv.diff.diff import Difference, Page
+from xenpv.diff.diff import Difference, PageDifference
 from xenpv.diff.diff import diff as compare
 from xenpv.text import counted, printable
 
@@ -58,7 +58,7 @@ def _print(difference: Difference) -> None:
         rows = [[str(types.pages), types.a, types.b, " ".join(map(hex, types.first))] for types in difference.types]
         print_table("Page types", ["pages#", "in A", "in B", "first pfns"], rows)
     if difference.first:
-        rows = [[f"{page.pfn:#x}", page.type, page.what, _byte_ranges(page)] for page in difference.first]
+        rows = [[f"{page.pfn:#x}", page.type, page.kind, _byte_ranges(page)] for page in difference.first]
         print_table("Page content", ["pfn#", "type", "content", "differing bytes"], rows)
         if difference.differ > len(difference.first):
             click.echo(f"… and {difference.differ - len(difference.first)} more pages")
@@ -75,7 +75,7 @@ def _print(difference: Difference) -> None:
     click.echo(f"{content}; {other_types} have another type or are in one domain only; {fields} of records differ")
 
 
-def _byte_ranges(page: Page) -> str:
+def _byte_ranges(page: PageDifference) -> str:
     """List the first ranges of bytes that differ: "0x8-0xf, 0x20-0x27 and 3 more"."""
     shown = [f"{start:#x}-{end - 1:#x}" for start, end in page.ranges[:_RANGES]]
     more = len(page.ranges) - len(shown)

@@ -1,7 +1,7 @@
-"""What differs between two domains: page by page, and field by field by the names of abi/.
+"""Comparison of two domains: page by page, and field by field by the names of abi/.
 
-Pages of any two domains, wherever they are; records only where both are streams. Both are read in batches: memory
-follows the number of extents, not of pages.
+Any two domains have pages and registers to compare; two streams have all their records. Pages are read in batches, so
+that memory follows the number of extents.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from xenpv.diff.fields import Field, differing, ranges
-from xenpv.diff.records import records_differ
+from xenpv.diff.fields import FieldDifference, compare_values, differing_ranges
+from xenpv.diff.records import compare_records
 from xenpv.errors import Fault, RequestError
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64, Frames, type_name
 from xenpv.io.progress import Progress, ProgressCallback
@@ -22,18 +22,28 @@ from xenpv.source.domain import Domain
 
 
 @dataclass(frozen=True)
-class Page:
-    """A page whose content differs: ``ranges`` of bytes, first and behind the last. ``what`` it is, in a word."""
+class PageDifference:
+    """A page whose content differs.
+
+    Attributes:
+        pfn: its pfn.
+        type: its page type in the first domain.
+        kind: "page table", "p2m" or "data".
+        ranges: the bytes that differ: offset of the first, and offset after the last.
+    """
 
     pfn: int
     type: str
-    what: str
+    kind: str
     ranges: list[tuple[int, int]]
 
 
 @dataclass
-class Types:
-    """Pages that are of one type in the first domain and of another in the second; ``absent`` where there are none."""
+class TypeDifference:
+    """Pages that have type ``a`` in the first domain and ``b`` in the second; "absent" where there is no page.
+
+    ``first``: the first pfns.
+    """
 
     a: str
     b: str
@@ -43,25 +53,36 @@ class Types:
 
 @dataclass
 class Difference:
-    """``compared``: pages whose content was; ``differ``: of those; ``first``: the first of them, ``kinds``: how many by
-    what they are. ``types``: pages that are not of one type in both. ``fields``: everything else.
+    """What differs between two domains.
+
+    Attributes:
+        a: name of the first domain.
+        b: name of the second domain.
+        compared: pages that have content in both.
+        differ: pages whose content differs.
+        first: the first of those.
+        kinds: how many pages differ, by PageDifference.kind.
+        types: pages that do not have the same type in both.
+        fields: fields of records and registers.
     """
 
     a: str
     b: str
     compared: int = 0
     differ: int = 0
-    first: list[Page] = field(default_factory=list)
+    first: list[PageDifference] = field(default_factory=list)
     kinds: dict[str, int] = field(default_factory=dict)
-    types: list[Types] = field(default_factory=list)
-    fields: list[Field] = field(default_factory=list)
+    types: list[TypeDifference] = field(default_factory=list)
+    fields: list[FieldDifference] = field(default_factory=list)
 
     @property
     def same(self) -> bool:
+        """Whether nothing differs."""
         return not (self.differ or self.types or self.fields)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for --json."""
+        """Return plain values, for --json."""
+        first = [{"pfn": page.pfn, "type": page.type, "what": page.kind, "ranges": page.ranges} for page in self.first]
         return {
             "a": self.a,
             "b": self.b,
@@ -70,92 +91,100 @@ class Difference:
                 "compared": self.compared,
                 "differ": self.differ,
                 "kinds": self.kinds,
-                "first": [vars(page) for page in self.first],
+                "first": first,
                 "types": [vars(types) for types in self.types],
             },
-            "fields": [vars(one) for one in self.fields],
+            "fields": [vars(difference) for difference in self.fields],
         }
 
 
 def diff(a: Domain, b: Domain, *, keep: int = 20, progress: ProgressCallback | None = None) -> Difference:
-    """Compare two domains. ``keep``: of how many pages the bytes are told; all are counted.
+    """Compare two domains.
 
-    Raises RequestError for a stream out of a pipe, whose pages are gone, Fault for a page that goes meanwhile.
+    Args:
+        a: the first domain.
+        b: the second domain.
+        keep: describe so many pages of each kind of difference; all are counted.
+        progress: told how far it is.
+
+    Raises:
+        RequestError: a domain is a stream from a pipe, whose pages are gone.
+        Fault: a running domain gave up a page meanwhile.
     """
-    for one in (a, b):
-        if not one.seekable:
-            raise RequestError(f"{one.name}: is a pipe, which passes once; compare files")
-    out = Difference(a.name, b.name)
-    _compare_pages(a, b, out, keep, progress)
+    for domain in (a, b):
+        if not domain.seekable:
+            raise RequestError(f"{domain.name}: a pipe can be read only once; compare files")
+    difference = Difference(a.name, b.name)
+    _compare_pages(a, b, difference, keep, progress)
     if a.hvm != b.hvm or a.width != b.width:
-        kinds = [f"{'HVM' if one.hvm else 'PV'}, {one.width * 8} bits" for one in (a, b)]
-        out.fields.append(Field("domain", "type", *kinds))
-        return out
-    if a.saved is not None and b.saved is not None:
-        out.fields += records_differ(a.saved, b.saved)
+        kinds = [f"{'HVM' if domain.hvm else 'PV'}, {domain.width * 8} bits" for domain in (a, b)]
+        difference.fields.append(FieldDifference("domain", "type", *kinds))
+    elif a.saved is not None and b.saved is not None:
+        difference.fields += compare_records(a.saved, b.saved)
     else:
-        out.fields += _registers(a, b)
-    return out
+        difference.fields += _compare_registers(a, b)
+    return difference
 
 
-def _registers(a: Domain, b: Domain) -> Iterator[Field]:
-    """What any domain tells of its vcpus."""
+def _compare_registers(a: Domain, b: Domain) -> Iterator[FieldDifference]:
     for vcpu in sorted({*a.vcpus, *b.vcpus}):
-        yield from differing(f"vcpu{vcpu}", *(_of_vcpu(one, vcpu) for one in (a, b)))
+        yield from compare_values(f"vcpu{vcpu}", *(_registers(domain, vcpu) for domain in (a, b)))
 
 
-def _of_vcpu(domain: Domain, vcpu: int) -> dict[str, int | None] | None:
-    """Registers by name, flat; of cr3 the table's pfn, since a running domain's register has an mfn."""
+def _registers(domain: Domain, vcpu: int) -> dict[str, int | None] | None:
+    """Return a vcpu's registers by name. cr3 is the table's pfn, as a running domain's register has an mfn."""
     registers = domain.registers(vcpu)
     if registers is None:
         return None
-    named = {**registers.general, **registers.segments, **registers.control}
-    return {**named, "fs_base": registers.fs_base, "gs_base": registers.gs_base, "cr3": domain.cr3(vcpu)}
+    values = {**registers.general, **registers.segments, **registers.control}
+    return {**values, "fs_base": registers.fs_base, "gs_base": registers.gs_base, "cr3": domain.cr3(vcpu)}
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
 
 
-def _compare_pages(a: Domain, b: Domain, out: Difference, keep: int, progress: ProgressCallback | None) -> None:
-    of_a, of_b = align(*(Extents.concatenate(one.extents()) for one in (a, b)))
-    _count_types(of_a, of_b, out, keep)
-    both = of_a[HAS_DATA[of_a.type] & HAS_DATA[of_b.type]]
-    p2m = _p2m_pages(a, b)
+def _compare_pages(a: Domain, b: Domain, difference: Difference, keep: int, progress: ProgressCallback | None) -> None:
+    extents_a, extents_b = align(*(Extents.concatenate(domain.extents()) for domain in (a, b)))
+    _compare_types(extents_a, extents_b, difference, keep)
+    both = extents_a[HAS_DATA[extents_a.type] & HAS_DATA[extents_b.type]]
+    p2m_pfns = _p2m_pfns(a, b)
     for pfns in both.batches(PAGES_PER_BATCH):
-        pages = [_pages(one.frames, pfns, one.name) for one in (a, b)]
-        apart = np.flatnonzero((pages[0].view(np.uint64) != pages[1].view(np.uint64)).any(axis=1))
-        out.compared += len(pfns)
-        out.differ += len(apart)
-        if len(apart):
-            types = a.frames.types(pfns[apart])
-            what = np.where(IS_TABLE[types], "page table", np.where(np.isin(pfns[apart], p2m), "p2m", "data"))
-            for name, count in zip(*np.unique(what, return_counts=True), strict=True):
-                out.kinds[str(name)] = out.kinds.get(str(name), 0) + int(count)
-            for i, at in enumerate(apart[: max(0, keep - len(out.first))].tolist()):
-                where = ranges(pages[0][at].tobytes(), pages[1][at].tobytes())
-                out.first.append(Page(int(pfns[at]), type_name(int(types[i])), str(what[i]), where))
+        pages = [_read_pages(domain.frames, pfns, domain.name) for domain in (a, b)]
+        rows = np.flatnonzero((pages[0].view(np.uint64) != pages[1].view(np.uint64)).any(axis=1))
+        difference.compared += len(pfns)
+        difference.differ += len(rows)
+        if len(rows):
+            types = a.frames.types(pfns[rows])
+            kinds = np.where(IS_TABLE[types], "page table", np.where(np.isin(pfns[rows], p2m_pfns), "p2m", "data"))
+            for kind, count in zip(*np.unique(kinds, return_counts=True), strict=True):
+                difference.kinds[str(kind)] = difference.kinds.get(str(kind), 0) + int(count)
+            for i, row in enumerate(rows[: max(0, keep - len(difference.first))].tolist()):
+                ranges = differing_ranges(pages[0][row].tobytes(), pages[1][row].tobytes())
+                page = PageDifference(int(pfns[row]), type_name(int(types[i])), str(kinds[i]), ranges)
+                difference.first.append(page)
         if progress is not None:
-            progress(Progress(out.compared * PAGE_SIZE, both.total * PAGE_SIZE, unit="bytes"))
+            progress(Progress(difference.compared * PAGE_SIZE, both.total * PAGE_SIZE, unit="bytes"))
 
 
-def _count_types(of_a: Extents, of_b: Extents, out: Difference, keep: int) -> None:
-    apart = np.flatnonzero(of_a.type != of_b.type)
-    pairs = of_a.type[apart].astype(np.uint16) << np.uint16(8) | of_b.type[apart]
+def _compare_types(a: Extents, b: Extents, difference: Difference, keep: int) -> None:
+    """Count the pages of each pair of types that differ; the extents have the same pfns."""
+    rows = np.flatnonzero(a.type != b.type)
+    pairs = a.type[rows].astype(np.uint16) << np.uint16(8) | b.type[rows]
     for pair in np.unique(pairs).tolist():
-        of = apart[pairs == pair]
-        runs = of_a[of]
+        runs = a[rows[pairs == pair]]
         first = [pfn for pfns in runs[:keep].batches(PAGES_PER_BATCH, keep) for pfn in pfns.tolist()]
-        out.types.append(Types(type_name(pair >> 8), type_name(pair & 0xFF), runs.total, first))
+        difference.types.append(TypeDifference(type_name(pair >> 8), type_name(pair & 0xFF), runs.total, first))
 
 
-def _pages(frames: Frames, pfns: U64, name: str) -> U8:
+def _read_pages(frames: Frames, pfns: U64, name: str) -> U8:
+    """Return the content of pages, shape (n, 4096). Raises Fault, with the domain's name."""
     try:
         return frames.pages(pfns)
     except Fault as e:
         raise Fault(f"{name}: {e}", space=e.space, address=e.address) from e
 
 
-def _p2m_pages(a: Domain, b: Domain) -> U64:
-    """The pfns of the p2m's frames, as far as they are known; their content is the old hosts' mfns."""
-    found = [one.saved.contents.p2m_leaf_runs.frame for one in (a, b) if one.saved is not None]
-    return np.unique(np.concatenate([*found, np.empty(0, np.uint64)]))
+def _p2m_pfns(a: Domain, b: Domain) -> U64:
+    """Return the pfns of the p2m's frames that streams name; their content is the old hosts' mfns."""
+    frames = [domain.saved.contents.p2m_leaf_runs.frame for domain in (a, b) if domain.saved is not None]
+    return np.unique(np.concatenate([*frames, np.empty(0, np.uint64)]))

@@ -1,4 +1,4 @@
-"""Structs, dictionaries and bytes compared: which members differ, by their names."""
+"""Comparison of structs, dictionaries and bytes: which members differ, by their names."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from typing import Any
 
 import numpy as np
 
-_RANGES = 8  # of bytes that differ, told one by one
-_MEMBERS = 64  # of one struct or array
+_RANGES_MAX = 8  # differing ranges of bytes that are described
+_ELEMENTS_MAX = 64  # differing elements of one array that are described
 
 
 @dataclass(frozen=True)
-class Field:
-    """One member that differs: ``where`` ("vcpu0 basic"), its ``name``, and what it is in both, for people."""
+class FieldDifference:
+    """One member that differs.
+
+    Attributes:
+        where: the record or struct, such as "vcpu0 basic".
+        name: the member; empty if one of the two has no such record.
+        a: its value in the first domain, for people.
+        b: its value in the second domain.
+    """
 
     where: str
     name: str
@@ -22,85 +29,83 @@ class Field:
     b: str
 
 
-def differing(where: str, a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> Iterator[Field]:
-    """Members of two dictionaries; None where one is not there at all."""
+def compare_values(where: str, a: Mapping[str, Any] | None, b: Mapping[str, Any] | None) -> Iterator[FieldDifference]:
+    """Compare two dictionaries by key; None is an absent one."""
     if a is None or b is None:
-        if a is not b:
-            yield Field(where, "", _there(a), _there(b))
+        yield from _compare_presence(where, a, b)
         return
     for name in dict.fromkeys([*a, *b]):
         if a.get(name) != b.get(name):
-            yield Field(where, name, _shown(a.get(name)), _shown(b.get(name)))
+            yield FieldDifference(where, name, _format(a.get(name)), _format(b.get(name)))
 
 
-def structs_differ(where: str, a: np.void | None, b: np.void | None) -> Iterator[Field]:
-    """Members of two structs of one dtype, those of nested ones by their paths; what is padding is passed over."""
+def compare_structs(where: str, a: np.void | None, b: np.void | None) -> Iterator[FieldDifference]:
+    """Compare two structs of one dtype by member, nested ones by their paths; padding does not count."""
     if a is None or b is None:
-        if a is not b:
-            yield Field(where, "", _there(a), _there(b))
+        yield from _compare_presence(where, a, b)
         return
-    yield from _members(where, "", a, b)
+    yield from _compare_members(where, "", a, b)
 
 
-def bytes_differ(where: str, a: bytes | None, b: bytes | None) -> Iterator[Field]:
-    """Two blobs, by the ranges that differ."""
-    if a == b:
-        return
+def compare_bytes(where: str, a: bytes | None, b: bytes | None) -> Iterator[FieldDifference]:
+    """Compare two blobs by the ranges of bytes that differ; None is an absent one."""
     if a is None or b is None:
-        yield Field(where, "", _there(a), _there(b))
+        yield from _compare_presence(where, a, b)
     elif len(a) != len(b):
-        yield Field(where, "length", f"{len(a)} bytes", f"{len(b)} bytes")
+        yield FieldDifference(where, "length", f"{len(a)} bytes", f"{len(b)} bytes")
     else:
-        told = ranges(a, b)
-        for first, behind in told[:_RANGES]:
-            name = f"bytes {first:#x} to {behind - 1:#x}"
-            yield Field(where, name, _hex(a[first:behind]), _hex(b[first:behind]))
-        if len(told) > _RANGES:
-            yield Field(where, "more ranges", str(len(told) - _RANGES), str(len(told) - _RANGES))
+        ranges = differing_ranges(a, b)
+        for start, end in ranges[:_RANGES_MAX]:
+            name = f"bytes {start:#x} to {end - 1:#x}"
+            yield FieldDifference(where, name, _hex(a[start:end]), _hex(b[start:end]))
+        if len(ranges) > _RANGES_MAX:
+            more = str(len(ranges) - _RANGES_MAX)
+            yield FieldDifference(where, "more ranges", more, more)
 
 
-def ranges(a: bytes, b: bytes) -> list[tuple[int, int]]:
-    """The runs of bytes in which two blobs of one length differ: first, and behind the last."""
-    apart = np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8)
-    edges = np.flatnonzero(np.diff(apart, prepend=False, append=False))
-    return [(int(first), int(behind)) for first, behind in edges.reshape(-1, 2)]
+def differing_ranges(a: bytes, b: bytes) -> list[tuple[int, int]]:
+    """Return the ranges in which two blobs of one length differ: offset of the first byte, offset after the last."""
+    differs = np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8)
+    edges = np.flatnonzero(np.diff(differs, prepend=False, append=False))
+    return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]
 
 
-def _members(where: str, path: str, a: Any, b: Any) -> Iterator[Field]:
-    fields = a.dtype.fields
-    if fields:
-        for name in fields:
-            if not name.lstrip("_").startswith("pad"):
-                yield from _values(where, f"{path}.{name}" if path else name, a[name], b[name])
+def _compare_presence(where: str, a: object, b: object) -> Iterator[FieldDifference]:
+    """Compare two of which one or both are absent."""
+    if a is not b:
+        yield FieldDifference(where, "", *("absent" if value is None else "present" for value in (a, b)))
 
 
-def _values(where: str, path: str, a: Any, b: Any) -> Iterator[Field]:
+def _compare_members(where: str, path: str, a: Any, b: Any) -> Iterator[FieldDifference]:
+    for name in a.dtype.fields or ():
+        if not name.lstrip("_").startswith("pad"):
+            yield from _compare_member(where, f"{path}.{name}" if path else name, a[name], b[name])
+
+
+def _compare_member(where: str, path: str, a: Any, b: Any) -> Iterator[FieldDifference]:
+    """Compare one member: a nested struct, an array or a scalar."""
     if a.tobytes() == b.tobytes():
         return
     if a.dtype.fields and not a.shape:
-        yield from _members(where, path, a, b)
+        yield from _compare_members(where, path, a, b)
     elif a.shape:
-        size = a.dtype.itemsize
-        raw = [np.ascontiguousarray(one).view(np.uint8).reshape(-1, size) for one in (a, b)]
-        apart = np.flatnonzero((raw[0] != raw[1]).any(axis=1)).tolist()
-        for at in apart[:_MEMBERS]:
-            yield from _values(where, f"{path}[{at}]", a[at], b[at])
-        if len(apart) > _MEMBERS:
-            yield Field(where, f"{path}[…]", f"{len(apart) - _MEMBERS} more", f"{len(apart) - _MEMBERS} more")
+        raw = [np.ascontiguousarray(array).view(np.uint8).reshape(-1, a.dtype.itemsize) for array in (a, b)]
+        differing = np.flatnonzero((raw[0] != raw[1]).any(axis=1)).tolist()
+        for i in differing[:_ELEMENTS_MAX]:
+            yield from _compare_member(where, f"{path}[{i}]", a[i], b[i])
+        if len(differing) > _ELEMENTS_MAX:
+            more = f"{len(differing) - _ELEMENTS_MAX} more"
+            yield FieldDifference(where, f"{path}[…]", more, more)
     else:
-        yield Field(where, path, _shown(a.item()), _shown(b.item()))
+        yield FieldDifference(where, path, _format(a.item()), _format(b.item()))
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if value is None:
         return "absent"
     if isinstance(value, int):
         return f"{value:#x}"
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
-
-
-def _there(value: object) -> str:
-    return "absent" if value is None else "present"
 
 
 def _hex(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""What two streams say of their domains beside pages: every record, field by field."""
+"""Comparison of the records of two streams, field by field; pages are in diff.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 
 from xenpv.abi.xen import SHARED_INFO, START_INFO
-from xenpv.diff.fields import Field, bytes_differ, differing, structs_differ
+from xenpv.diff.fields import FieldDifference, compare_bytes, compare_structs, compare_values
 from xenpv.errors import Fault
 from xenpv.source.config import config_of
 from xenpv.source.saved import SavedDomain
@@ -16,31 +16,28 @@ from xenpv.stream.contents import Contents, Vcpu
 from xenpv.stream.framing import Record
 
 
-def records_differ(a: SavedDomain, b: SavedDomain) -> Iterator[Field]:
-    """Of two streams of domains of one type and width."""
-    one, other = a.contents, b.contents
-    yield from differing("stream", _headers(one), _headers(other))
-    configs = [None if config is None else config.text for config in map(config_of, (one, other))]
-    yield from bytes_differ("configuration", *(None if text is None else text.encode() for text in configs))
-    yield from differing("X86_TSC_INFO", _members(one.tsc), _members(other.tsc))
-    yield from bytes_differ("X86_CPUID_POLICY", _data(one.cpuid_policy), _data(other.cpuid_policy))
-    yield from bytes_differ("X86_MSR_POLICY", _data(one.msr_policy), _data(other.msr_policy))
-    yield from _p2m(one, other)
-    yield from structs_differ("start info", _start_info(a), _start_info(b))
-    yield from structs_differ("shared info", _shared_info(a), _shared_info(b))
-    for number in sorted({*one.vcpus, *other.vcpus}):
-        yield from _vcpu(number, a, b)
-    params = [
-        None if c.hvm_params is None else {str(k): v for k, v in c.hvm_params.params.items()} for c in (one, other)
-    ]
-    yield from differing("HVM_PARAMS", *params)
-    yield from bytes_differ("HVM_CONTEXT", _data(one.hvm_context), _data(other.hvm_context))
-    emulators = [{(e.name, e.index): e.data for e in c.emulators} for c in (one, other)]
+def compare_records(a: SavedDomain, b: SavedDomain) -> Iterator[FieldDifference]:
+    """Compare all records of two domains of one type and width."""
+    contents = a.contents, b.contents
+    yield from compare_values("stream", *map(_header_values, contents))
+    configs = [config_of(one) for one in contents]
+    yield from compare_bytes("configuration", *(None if config is None else config.text.encode() for config in configs))
+    yield from compare_values("X86_TSC_INFO", *(_field_values(one.tsc) for one in contents))
+    yield from compare_bytes("X86_CPUID_POLICY", *(_data(one.cpuid_policy) for one in contents))
+    yield from compare_bytes("X86_MSR_POLICY", *(_data(one.msr_policy) for one in contents))
+    yield from _compare_p2m(*contents)
+    yield from compare_structs("start info", _start_info(a), _start_info(b))
+    yield from compare_structs("shared info", _shared_info(a), _shared_info(b))
+    for vcpu in sorted({*contents[0].vcpus, *contents[1].vcpus}):
+        yield from _compare_vcpu(vcpu, a, b)
+    yield from compare_values("HVM_PARAMS", *map(_hvm_params, contents))
+    yield from compare_bytes("HVM_CONTEXT", *(_data(one.hvm_context) for one in contents))
+    emulators = [{(record.name, record.index): record.data for record in one.emulators} for one in contents]
     for name, index in dict.fromkeys(chain(*emulators)):
-        yield from bytes_differ(f"{name} {index}", *(found.get((name, index)) for found in emulators))
+        yield from compare_bytes(f"{name} {index}", *(records.get((name, index)) for records in emulators))
 
 
-def _headers(contents: Contents) -> dict[str, object]:
+def _header_values(contents: Contents) -> dict[str, object]:
     domain, image = contents.domain, contents.image
     return {
         "envelope": None if contents.envelope is None else str(contents.envelope.kind),
@@ -49,8 +46,15 @@ def _headers(contents: Contents) -> dict[str, object]:
     }
 
 
-def _members(record: Record | None) -> dict[str, object] | None:
+def _field_values(record: Record | None) -> dict[str, object] | None:
+    """Return the fixed fields of a record by name."""
     return None if record is None else {name: getattr(record, name) for name in record.FIELDS.names}
+
+
+def _hvm_params(contents: Contents) -> dict[str, int] | None:
+    """Return HVM parameters by index."""
+    record = contents.hvm_params
+    return None if record is None else {str(index): value for index, value in record.params.items()}
 
 
 def _data(record: object) -> bytes | None:
@@ -58,14 +62,16 @@ def _data(record: object) -> bytes | None:
     return None if data is None else bytes(data)
 
 
-def _p2m(a: Contents, b: Contents) -> Iterator[Field]:
+def _compare_p2m(a: Contents, b: Contents) -> Iterator[FieldDifference]:
     if a.end_pfn != b.end_pfn:
-        yield Field("p2m", "entries", f"{a.end_pfn + 1:#x}", f"{b.end_pfn + 1:#x}")
-    if not a.p2m_leaf_runs.equals(b.p2m_leaf_runs):
-        yield Field("p2m", "frames", f"{len(a.p2m_leaf_runs)} runs", f"{len(b.p2m_leaf_runs)} other runs")
+        yield FieldDifference("p2m", "entries", f"{a.end_pfn + 1:#x}", f"{b.end_pfn + 1:#x}")
+    runs_a, runs_b = a.p2m_leaf_runs, b.p2m_leaf_runs
+    if not runs_a.equals(runs_b):
+        yield FieldDifference("p2m", "frames", f"{len(runs_a)} runs", f"{len(runs_b)} other runs")
 
 
 def _start_info(saved: SavedDomain) -> np.void | None:
+    """Return the start info; None if no vcpu names it or its page did not come."""
     pfn = saved.start_info_pfn
     if pfn is None:
         return None
@@ -80,9 +86,10 @@ def _shared_info(saved: SavedDomain) -> np.void | None:
     return None if page is None else SHARED_INFO.read(page, saved.width)
 
 
-def _vcpu(number: int, a: SavedDomain, b: SavedDomain) -> Iterator[Field]:
-    yield from structs_differ(f"vcpu{number}", a.vcpu_context(number), b.vcpu_context(number))
-    found = [one.contents.vcpus.get(number, Vcpu()) for one in (a, b)]
+def _compare_vcpu(number: int, a: SavedDomain, b: SavedDomain) -> Iterator[FieldDifference]:
+    yield from compare_structs(f"vcpu{number}", a.vcpu_context(number), b.vcpu_context(number))
+    vcpus = [saved.contents.vcpus.get(number, Vcpu()) for saved in (a, b)]
     for name in ("extended", "xsave", "msrs"):
-        blobs = [getattr(vcpu, name) for vcpu in found]
-        yield from bytes_differ(f"vcpu{number} {name}", *(None if blob is None else blob.context for blob in blobs))
+        records = [getattr(vcpu, name) for vcpu in vcpus]
+        blobs = [None if record is None else record.context for record in records]
+        yield from compare_bytes(f"vcpu{number} {name}", *blobs)
