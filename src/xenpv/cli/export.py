@@ -1,4 +1,4 @@
-"""``xenpv export``: a domain's memory for other tools."""
+"""``xenpv export``: a domain's memory in the formats of other tools."""
 
 from __future__ import annotations
 
@@ -28,76 +28,89 @@ from xenpv.text import printable, size
     type=click.Choice(list(FORMATS)),
     default="elf",
     show_default=True,
-    help="What is to be written; see below.",
+    help="Format of OUT; see above.",
 )
 @click.option("--compression", type=click.Choice(list(FLAGS)), default="zlib", show_default=True,
-              help="Of kdump's pages. All readers know zlib, zstd is faster.")  # fmt: skip
-@click.option("--partial", is_flag=True, help="Export what is there of a FILE that was cut off or is damaged.")
+              help="Compression of kdump pages: every reader knows zlib, zstd is faster.")  # fmt: skip
+@click.option("--partial", is_flag=True, help="Export the readable part of a FILE that is cut off or damaged.")
 @INDEX
 @PAUSE
 @JSON
 def export(source: str, out: str, form: str, compression: str, partial: bool, pause: bool, as_json: bool) -> None:
-    """Write a domain's memory to OUT as other tools read it; "-" writes to a pipe.
+    """Write a domain's memory to OUT in the format of another tool; "-" writes to a pipe.
 
-    SOURCE is a saved domain, or a running one (in dom0), which runs on meanwhile unless --pause is said: pages are then
-    of different moments. Page tables of PV domains have pfns in the place of mfns, so that tools which know nothing of
-    Xen can walk them. Of pages that are not there nothing is written; OUT can be read by its owner only, and has its
-    name only when it is whole.
-
-    \b
-    elf       a core by physical address, as of a crashed Linux: drgn, gdb, crash, Volatility
-    lime      LiME: each run of pages behind its addresses
-    raw       the bytes as they are, with holes where no page is
-    dumpcore  what `xl dump-core` writes, mfns in page tables
-    kdump     makedumpfile's compressed format: drgn, crash; not to a pipe
+    DOM is a running domain (id, uuid or name), FILE a save file or a core. A running domain keeps running unless
+    --pause is given; its pages are then from different moments. Page tables of PV domains hold pfns in place of mfns,
+    so that tools that know nothing of Xen can walk them. Missing pages are left out. Only the owner can read OUT, which
+    appears only when it is complete.
 
     \b
-    xenpv export web.save web.elf
-    drgn -c web.elf -s vmlinux         gdb vmlinux web.elf, crash vmlinux web.elf, vol -f web.elf
-    xenpv export --pause web - | zstd > web.elf.zst
+    Formats:
+      elf       a core by physical address, as of a crashed Linux: drgn, gdb, crash, Volatility
+      lime      LiME: each run of pages after its addresses
+      raw       the bytes themselves, with holes for missing pages
+      dumpcore  as xl dump-core writes it, with mfns in page tables
+      kdump     makedumpfile's compressed format: drgn, crash; not to a pipe
+
+    \b
+    Examples:
+      xenpv export web.save web.elf
+      xenpv export --format kdump --compression zstd web.save web.kdump
+      xenpv export --pause web - | zstd > web.elf.zst
+
+    \b
+    Then:
+      drgn -c web.elf -s vmlinux
+      crash vmlinux web.elf
+      gdb vmlinux web.elf
+      vol -f web.elf linux.pslist
     """
-    wrong: list[str] = []
+    breaches: list[str] = []
 
-    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:  # noqa: ARG001  as a BreachHandler
-        wrong.append(f"{message} (at {offset:#x}{f' in {record}' if record else ''})")
+    def add_breach(rule: Rule, message: str, offset: int, record: str | None) -> None:  # noqa: ARG001  as a BreachHandler
+        breaches.append(f"{message} (at {offset:#x}{f' in {record}' if record else ''})")
 
     try:
-        with open_target(source, pause=pause, allow_hvm=True, on_breach=fault if partial else None) as domain:
+        with open_target(source, pause=pause, allow_hvm=True, on_breach=add_breach if partial else None) as domain:
             if partial and domain.live is not None:
-                raise RequestError(f"{domain.name}: runs; only a file can be there in part")
+                raise RequestError(f"{domain.name} is a running domain; --partial is for files")
             if not domain.seekable:
-                raise RequestError("a pipe passes by once, and this needs all pages twice: put it into a file first")
+                raise RequestError("export reads every page twice, a pipe can be read once: save it to a file first")
             with progress_bar("exporting") as bar:
-                done = export_to(domain, out, form, compression=compression, progress=bar)
+                exported = export_to(domain, out, form, compression=compression, progress=bar)
             if domain.live is not None and not pause:
-                done.remarks.append("it ran meanwhile: pages are of different moments (--pause stops it for as long)")
-            done.remarks += _missing(domain, wrong, done.last_pfn)
+                exported.remarks.append(
+                    "the domain was running: pages are from different moments (--pause prevents that)"
+                )
+            exported.remarks += _missing_parts(domain, breaches, exported.last_pfn)
             name = domain.name
     except StreamError as e:
         if partial:
             raise
-        raise RequestError(f"{e}; --partial exports what is there") from e
+        raise RequestError(f"{e}; --partial exports the readable part") from e
     if as_json:
-        print_json({"source": name, "out": out, "format": form, **asdict(done)})
+        print_json({"source": name, "out": out, "format": form, **asdict(exported)})
         return
-    told = f"{done.pages} pages, {size(done.pages * PAGE_SIZE)}, {done.zeros} of them zeros"
-    click.echo(printable(f"{name}: {told}, to {out}"), err=True)
-    for remark in done.remarks:
+    counts = f"{exported.pages} pages, {size(exported.pages * PAGE_SIZE)}, {exported.zeros} of them zeros"
+    click.echo(printable(f"{name}: {counts}, to {out}"), err=True)
+    for remark in exported.remarks:
         click.echo(printable(f"xenpv: note: {remark}"), err=True)
 
 
-def _missing(domain: Domain, wrong: list[str], last_pfn: int) -> list[str]:
-    """What is wrong with a file, and what of a saved domain did not come."""
-    out = [wrong[0] + (f", and {len(wrong) - 1} more faults" if len(wrong) > 1 else "")] if wrong else []
+def _missing_parts(domain: Domain, breaches: list[str], last_pfn: int) -> list[str]:
+    """Return remarks on a damaged file: its first breach, and what is missing from its end."""
+    more = f", and {len(breaches) - 1} more faults" if len(breaches) > 1 else ""
+    remarks = [breaches[0] + more] if breaches else []
     saved = domain.saved
     if saved is None:
-        return out
+        return remarks
     contents = saved.contents
     if not saved.pages_complete:
-        out.append(f"the file ends among the pages: the last that is there is pfn {last_pfn:#x}")
+        remarks.append(f"the file ends among the pages; the last one is pfn {last_pfn:#x}")
         if contents.end_pfn > last_pfn:
-            out[-1] += f", and the p2m reaches to {contents.end_pfn:#x}"
+            remarks[-1] += f", the p2m ends at {contents.end_pfn:#x}"
     if not contents.complete and not domain.hvm:
-        gone = [what for what, there in (("vcpus", contents.vcpus), ("shared info", contents.shared_info)) if not there]
-        out += [f"missing: {' and '.join(gone)}"] if gone else []
-    return out
+        parts = {"vcpus": contents.vcpus, "shared info": contents.shared_info}
+        missing = [name for name, part in parts.items() if not part]
+        remarks += [f"missing: {' and '.join(missing)}"] if missing else []
+    return remarks

@@ -1,4 +1,4 @@
-"""``xenpv list``: the domains of the Xen below us."""
+"""``xenpv list``: the domains of this host."""
 
 from __future__ import annotations
 
@@ -43,11 +43,19 @@ def list(as_json: bool) -> None:  # noqa: A001  the verb's name
 
 
 def state(domain: DomainInfo) -> str:
-    """What a domain does, in a word or two."""
+    """List the domains of this host: id, name, uuid, memory, vcpus, state and type.
+
+    Needs root in dom0. It only reads.
+
+    \b
+    Examples:
+      xenpv list
+      xenpv list --json | jq '.[] | select(.hvm | not) | .name'     the PV domains
+    """
     if domain.dying:
         return "dying"
     if domain.shutdown:
         reason = domain.shutdown_reason
-        known = reason is not None and reason < len(_SHUTDOWN_REASONS)
-        return f"shut down: {_SHUTDOWN_REASONS[reason] if known and reason is not None else reason}"
+        name = None if reason is None else dict(enumerate(_SHUTDOWN_REASONS)).get(reason)
+        return f"shut down: {name or reason}"
     return "paused" if domain.paused else "running"

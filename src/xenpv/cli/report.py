@@ -1,4 +1,4 @@
-"""``xenpv report``: a domain as a page to look at."""
+"""``xenpv report``: an HTML report about a domain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import click
 
 from xenpv.cli.target import PAUSE, TARGET, open_target
-from xenpv.cli.terminal import JSON, NUMBER, print_json, progress_bar
+from xenpv.cli.terminal import JSON, NUMBER, keep_option, print_json, progress_bar
 from xenpv.findings import Findings
 from xenpv.frames import PAGE_SIZE
 from xenpv.io.atomic_output import Output
@@ -21,42 +21,42 @@ from xenpv.verify.stream import verify_domain
 
 @click.command()
 @TARGET
-@click.option("-o", "--output", type=click.Path(allow_dash=True), metavar="PAGE",
-              help='Where the page goes; "-" is standard output.')  # fmt: skip
+@click.option("-o", "--output", type=click.Path(allow_dash=True), metavar="HTML",
+              help='File of the report; "-" is standard output.')  # fmt: skip
 @click.option("--content", type=NUMBER, default="16G", show_default=True, metavar="SIZE",
-              help="Look for zero and duplicate pages in so much of the memory; 0: in none.")  # fmt: skip
-@click.option("--keep", type=click.IntRange(min=0), default=50, show_default=True, metavar="N",
-              help="Findings to show of each rule; all are counted.")  # fmt: skip
+              help="Look for zero and duplicate pages in so much memory; 0 skips this.")  # fmt: skip
+@keep_option(50)
 @PAUSE
 @JSON
 def report(target: str, output: str | None, content: int, keep: int, pause: bool, as_json: bool) -> None:
-    """A domain as a page that people look at: who it is, its map, its p2m, page tables, vcpus, and what is wrong.
+    """Write an HTML report about a domain: identity, memory map, p2m, page tables, vcpus, and what is wrong.
 
-    One HTML file that needs nothing else and loads nothing. It holds registers and the configuration, so only its
-    owner can read it. What verify finds is linked with the places on the map. A file that is broken is shown as far
-    as it can be read; a running domain runs on meanwhile, unless --pause is given.
+    The report is one HTML file that loads nothing else. It contains registers and the configuration, so only its owner
+    can read it. Findings of verify are linked with their places on the map. The report covers the readable part of a
+    damaged file. A running domain keeps running unless --pause is given.
 
     \b
-    xenpv report dom.save -o report.html
-    xenpv report web -o web.html --pause       a running domain (in dom0)
-    xenpv report 1tib.save -o big.html --content 0
-    xenpv report dom.save --json | jq .page_tables
+    Examples:
+      xenpv report dom.save -o report.html
+      xenpv report web -o web.html --pause                 a running domain
+      xenpv report 1tib.save -o big.html --content 0       faster: does not read every page
+      xenpv report dom.save --json | jq .page_tables
     """
     if output is None and not as_json:
-        raise click.UsageError("say where the page goes: -o report.html")
-    with _looked_at(target, pause=pause, keep=keep) as (domain, checked), progress_bar() as bar:
+        raise click.UsageError("name the file of the report: -o report.html")
+    with _checked_domain(target, pause=pause, keep=keep) as (domain, checked), progress_bar() as bar:
         facts = gather(domain, checked, content_pages=content // PAGE_SIZE, progress=bar)
     if output is not None:
-        whole = page(facts).encode()
+        html = page(facts).encode()
         with Output.open(output) as out:
-            out.write([whole])
+            out.write([html])
     if as_json:
         print_json(facts.to_json())
 
 
 @contextmanager
-def _looked_at(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, Checked]]:
-    """What people mean by a name, and what is found in it."""
+def _checked_domain(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, Checked]]:
+    """Open a domain and check all that can be checked of it."""
     findings = Findings(keep)
     with open_target(target, pause=pause, allow_hvm=True, on_breach=findings.add_breach) as domain:
         if domain.saved is not None:

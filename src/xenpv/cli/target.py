@@ -16,7 +16,7 @@ from xenpv.source.open import FileDomain, open_path, open_running
 from xenpv.stream.rules import BreachHandler
 
 TARGET = click.argument("target", metavar="DOM|FILE")
-PAUSE = click.option("--pause", is_flag=True, help="Pause a running domain meanwhile; without, it runs on.")
+PAUSE = click.option("--pause", is_flag=True, help="Pause a running domain meanwhile; otherwise it keeps running.")
 
 
 VCPU = click.option("--vcpu", default=0, show_default=True, metavar="N", help="Use the page tables of this vcpu.")
@@ -33,8 +33,8 @@ INDEX = click.option(
     default=None,
     expose_value=False,
     callback=_remember_index,
-    help="Keep the index of a save file in FILE.xpvi beside it, and use it, or do not. Unasked it is kept of files of "
-    "8 GiB and more, where the folder can be written to.",
+    show_default="for files of 8 GiB and more, if the folder is writable",
+    help="Keep an index of a save file in FILE.xpvi, and use it to open the file faster.",
 )
 
 

@@ -13,37 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 
 from tests.support.gcc import NoCompiler, evaluate, header_folders
+from tests.support.host_stub import HostStub, domain_info
 from tests.support.requirements import cannot_run
 from xenpv.abi.declare import Struct
-from xenpv.cli.list import list as list_verb
-from xenpv.cli.list import state
 from xenpv.errors import HostError
 from xenpv.frames import I64, U64, DomId
-from xenpv.host.protocol import DomainInfo, find_domain
+from xenpv.host.protocol import find_domain
 from xenpv.host.xen import domctl, libxen, xenstore
 from xenpv.host.xen.host import XenHost
 from xenpv.host.xen.m2p import M2P
 
 ALL_ONES = (1 << 64) - 1
-
-
-def domain(domid: int, name: str | None = None, uuid: str | None = None, **changes: Any) -> DomainInfo:
-    fields: dict[str, Any] = {
-        "hvm": False,
-        "width": 8,
-        "pages": 1024,
-        "max_pages": 1024,
-        "shared_info_mfn": 5,
-        "max_vcpu": 1,
-        "paused": False,
-        "shutdown": False,
-        "shutdown_reason": None,
-        "dying": False,
-    }
-    return DomainInfo(DomId(domid), name, uuid, **{**fields, **changes})
 
 
 @pytest.fixture
@@ -171,25 +153,11 @@ def test_the_m2p_is_mapped_where_it_is_asked_about_and_nowhere_else() -> None:
     assert memory.mapped == 3
 
 
-class Host:
-    """A list of domains, as much of a host as find_domain() needs."""
-
-    def __init__(self, *domains: DomainInfo) -> None:
-        self._domains = domains
-
-    def domains(self) -> list[DomainInfo]:
-        return list(self._domains)
-
-    def info(self, domid: DomId) -> DomainInfo:
-        for one in self._domains:
-            if one.domid == domid:
-                return one
-        raise libxen.host_error("getdomaininfo", errno.ESRCH, domid)
-
-
 def test_find() -> None:
     uuid = "01234567-89ab-cdef-0123-456789abcdef"
-    host: Any = Host(domain(0), domain(3, "web", uuid), domain(4, "5"), domain(6, "twin"), domain(7, "twin"))
+    host: Any = HostStub(
+        domain_info(0), domain_info(3, "web", uuid), domain_info(4, "5"), domain_info(6, "twin"), domain_info(7, "twin")
+    )
     for text in ("3", "web", uuid, uuid.upper(), uuid.replace("-", "")):
         assert find_domain(host, text).domid == 3, text
     with pytest.raises(HostError, match=r"dom5: .*no such domain"):
@@ -198,40 +166,6 @@ def test_find() -> None:
         find_domain(host, "mail")
     with pytest.raises(HostError, match="'twin' may be any of dom6, dom7; say its id"):
         find_domain(host, "twin")
-
-
-def test_list_says_what_each_domain_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    domains = [
-        domain(0, "Domain-0"),
-        domain(1, "a", "01234567-89ab-cdef-0123-456789abcdef", paused=True, width=4),
-        domain(2, None, shutdown=True, shutdown_reason=3, pages=1 << 28),
-        domain(3, "evil\x1b[2J", shutdown=True, shutdown_reason=77, hvm=True),
-        domain(4, dying=True, max_vcpu=-1),
-    ]
-
-    class Opened(Host):
-        def __enter__(self) -> Host:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-    monkeypatch.setattr("xenpv.cli.list.XenHost", lambda: Opened(*domains))
-    out = CliRunner().invoke(list_verb, [], catch_exceptions=False).output
-    for text in (
-        "Domain-0",
-        "running",
-        "paused",
-        "PV, 32-bit",
-        "shut down: crash",
-        "1.0 TiB",
-        "evil?[2J",
-        "HVM or PVH",
-    ):
-        assert text in out, text
-    assert [state(d) for d in domains[3:]] == ["shut down: 77", "dying"]
-    out = CliRunner().invoke(list_verb, ["--json"], catch_exceptions=False).output
-    assert '"memory": 1099511627776' in out
-    assert '"uuid": "01234567-89ab-cdef-0123-456789abcdef"' in out
 
 
 STRUCTS = (
