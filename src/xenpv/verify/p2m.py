@@ -1,7 +1,11 @@
-"""Checks of a saved PV domain's p2m: its frames, its extent, the guest's own anchors, and the pages that it maps."""
+"""Checks a saved PV domain's p2m: its leaves, its end, the guest's own anchors, and the pages that it maps.
+
+A *place* is the index of a leaf in the p2m: place n has the entries from pfn ``n * per_leaf`` on.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +16,7 @@ from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, U64, PageType, type_name
 from xenpv.host.xenstore_nodes import SLACK
-from xenpv.memory.anchors import Anchors, P2MRoot
+from xenpv.memory.anchors import Anchors
 from xenpv.memory.p2m import P2M, names_local_frame
 from xenpv.runs import FrameRuns, expand_runs
 from xenpv.source.config import Config
@@ -24,230 +28,262 @@ _NO_PLACES = np.empty(0, np.int64)
 
 
 def check_p2m(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
-    """Everything that is wrong with the p2m and with which pages there are."""
-    doubtful = _frames(saved, findings)
+    """Check the p2m of a domain, and whether it maps exactly the pages that are in the stream."""
+    suspect = _check_leaves(saved, findings)
     if saved.anchors is not None:
-        _extent(saved, saved.anchors, findings)
-        doubtful = np.union1d(doubtful, _anchors(saved, saved.anchors, findings))
-    _pages(saved, findings, doubtful)
-    _limit(saved, findings, config)
+        _check_end(saved, saved.anchors, findings)
+        suspect = np.union1d(suspect, _check_anchors(saved, saved.anchors, findings))
+    _check_mapped_pages(saved, findings, suspect)
+    _check_pages(saved, findings)
+    _check_memory_limit(saved, findings, config)
 
 
-def _frames(saved: SavedDomain, findings: Findings) -> I64:
-    """What update_guest_p2m() demands of every frame, and that no frame is there twice; gives the places that fail."""
+# --- leaves ----------------------------------------------------------------------------------------------------------
+
+
+def _check_leaves(saved: SavedDomain, findings: Findings) -> I64:
+    """Check each leaf as update_guest_p2m() does, and that no two populated places share one; return bad places."""
     record, p2m = saved.contents.p2m_record, saved.p2m
     if record is None:
         return _NO_PLACES
     if isinstance(record, X86PVP2MFrames) and record.start_pfn % p2m.per_leaf:
-        what = f"start pfn {record.start_pfn:#x} is within a p2m frame"
-        findings.add(rules.P2M_START, what, offset=record.offset, record=record.name)
-    holes = _places(saved, p2m.holes)
-    findings.add_each(rules.P2M_FRAME, holes, lambda i: (f"p2m_frame_list[{i}] was never sent", _place(saved, i)))
+        message = f"start pfn {record.start_pfn:#x} is not the first of a leaf"
+        findings.add(rules.P2M_START, message, offset=record.offset, record=record.name)
+    holes = _places_to_report(saved, p2m.holes)
+
+    def describe_hole(place: np.int64) -> tuple[str, dict[str, Any]]:
+        return f"p2m_frame_list[{place}] was never sent", _locate(saved, int(place))
+
+    findings.add_each(rules.P2M_FRAME, holes, describe_hole)
     leaves = p2m.leaves
     types = saved.frames.types(leaves.frame)
-    beyond = leaves.frame > np.uint64(saved.contents.end_pfn)
-    wrong = beyond | (types != PageType.NOTAB)
+    bad = (leaves.frame > np.uint64(saved.contents.end_pfn)) | (types != PageType.NOTAB)
     if not saved.pages_complete:
-        wrong &= types != ABSENT
-
-    def describe_bad(at: np.int64) -> tuple[str, dict[str, Any]]:
-        i, row = int(at), int(np.searchsorted(leaves.first, at, "right")) - 1
-        pfn = int(leaves.frame[row])
-        if beyond[row]:
-            end = saved.contents.end_pfn
-            return f"pfn ({pfn:#x}) for p2m_frame_list[{i}] out of range (last pfn {end:#x})", _place(saved, i)
-        if IS_POPULATED[types[row]]:
-            return f"pfn ({pfn:#x}) for p2m_frame_list[{i}] has bad type {type_name(int(types[row]))}", _place(saved, i)
-        return f"p2m_frame_list[{i}] (pfn {pfn:#x}) has bad mfn: the stream has no such page", _place(saved, i)
-
-    def describe_again(two: tuple[np.int64, np.int64]) -> tuple[str, dict[str, Any]]:
-        i, other = int(two[0]), int(two[1])
-        pfn = int(leaves.frame_of(np.array([i]))[0])
-        what = f"p2m_frame_list[{i}] and [{other}] are both pfn {pfn:#x}, and hold pages of the domain"
-        return what, _place(saved, i)
-
-    bad = _places(saved, leaves[wrong])
-    findings.add_each(rules.P2M_FRAME, bad, describe_bad)
-    again, first_place = _shared(saved)
-    findings.add_each(rules.P2M_REPEATED, np.column_stack([again, first_place]), describe_again)
-    return np.union1d(np.union1d(holes, bad), again)
+        bad &= types != ABSENT
+    bad_places = _places_to_report(saved, leaves[bad])
+    findings.add_each(rules.P2M_FRAME, bad_places, partial(_describe_bad_leaf, saved))
+    shared, other_places = _populated_places_with_shared_leaf(saved)
+    pairs = np.column_stack([shared, other_places])
+    findings.add_each(rules.P2M_REPEATED, pairs, partial(_describe_shared_leaf, saved))
+    return np.union1d(np.union1d(holes, bad_places), shared)
 
 
-def _places(saved: SavedDomain, runs: FrameRuns) -> I64:
-    """The places of some runs of the p2m: all that X86_PV_P2M_FRAMES named, one by one; else the first of each run."""
-    each = isinstance(saved.contents.p2m_record, X86PVP2MFrames)
-    return expand_runs(runs.first, runs.count) if each else runs.first
+def _describe_bad_leaf(saved: SavedDomain, at: np.int64) -> tuple[str, dict[str, Any]]:
+    """Describe a leaf that update_guest_p2m() refuses, in its words."""
+    place, pfn = int(at), _leaf_at(saved, int(at))
+    page_type = int(saved.frames.types(np.array([pfn], np.uint64))[0])
+    end = saved.contents.end_pfn
+    if pfn > end:
+        message = f"pfn ({pfn:#x}) for p2m_frame_list[{place}] out of range (last pfn {end:#x})"
+    elif IS_POPULATED[page_type]:
+        message = f"pfn ({pfn:#x}) for p2m_frame_list[{place}] has bad type {type_name(page_type)}"
+    else:
+        message = f"p2m_frame_list[{place}] (pfn {pfn:#x}) has bad mfn: the stream has no such page"
+    return message, _locate(saved, place)
 
 
-def _place(saved: SavedDomain, i: np.int64 | int) -> dict[str, Any]:
-    """Where in the last record a place of the p2m is named."""
+def _describe_shared_leaf(saved: SavedDomain, pair: I64) -> tuple[str, dict[str, Any]]:
+    place, other = int(pair[0]), int(pair[1])
+    pfn = _leaf_at(saved, place)
+    message = f"p2m_frame_list[{place}] and [{other}] are both pfn {pfn:#x}, and hold pages of the domain"
+    return message, _locate(saved, place)
+
+
+def _leaf_at(saved: SavedDomain, place: int) -> int:
+    """Return the pfn of the leaf at a place."""
+    return int(saved.p2m.leaves.frame_of(np.array([place]))[0])
+
+
+def _places_to_report(saved: SavedDomain, runs: FrameRuns) -> I64:
+    """Return the places that get a finding: all of a listing of frames, otherwise the first of each run."""
+    lists_each_place = isinstance(saved.contents.p2m_record, X86PVP2MFrames)
+    return runs.places if lists_each_place else runs.first
+
+
+def _locate(saved: SavedDomain, place: int) -> dict[str, Any]:
+    """Return the fields of a finding that locate a place of the p2m in the last record that names leaves."""
     record = saved.contents.p2m_record
     assert record is not None
     offset = None
     if isinstance(record, X86PVP2MFrames):
-        at = int(i) - record.start_pfn // saved.p2m.per_leaf
-        offset = record.offset + 16 + at * 8 if 0 <= at < len(record.p2m_pfns) else None
-    pfn = int(saved.p2m.leaves.frame_of(np.array([i]))[0])
-    return {"offset": offset, "record": record.name, "pfn": pfn, "entry": int(i)}
+        row = place - record.start_pfn // saved.p2m.per_leaf
+        offset = record.offset + 16 + row * 8 if 0 <= row < len(record.p2m_pfns) else None
+    return {"offset": offset, "record": record.name, "pfn": _leaf_at(saved, place), "entry": place}
 
 
-def _shared(saved: SavedDomain) -> tuple[I64, I64]:
-    """Places of the p2m that have pages and yet share their frame, and for each another place of that frame.
+def _populated_places_with_shared_leaf(saved: SavedDomain) -> tuple[I64, I64]:
+    """Return populated places that share their leaf, and for each another place with that leaf.
 
-    Kernels share one frame among the parts where nothing is, and that does no harm: the restorer writes the same
-    nothing there again and again. Only where a part with pages shares its frame will one overwrite the other. Of
-    several such parts with one frame the first is not named.
+    Kernels share one leaf among all places without pages. This is harmless: the restorer writes the same content each
+    time. A populated place must not share its leaf, since the other place's content would overwrite it. Of several
+    populated places with one leaf the first is left out.
     """
     leaves, shared = saved.p2m.leaves, saved.p2m.distinct
     shared = shared[shared.count > 1]
     if not len(shared):
         return _NO_PLACES, _NO_PLACES
     shared = shared[np.argsort(shared.frame)]
-    last = np.zeros(len(shared), np.int64)
     row = np.minimum(np.searchsorted(shared.frame, leaves.frame), len(shared) - 1)
-    mine = shared.frame[row] == leaves.frame
-    last[row[mine]] = (leaves.first + leaves.count - 1)[mine]
-    parts = _parts_with_pages(saved)
-    frames = leaves.frame_of(parts)
-    at = np.minimum(np.searchsorted(shared.frame, frames), len(shared) - 1)
-    parts, at = parts[shared.frame[at] == frames], at[shared.frame[at] == frames]
-    _, first_part, sharing = np.unique(at, return_index=True, return_counts=True)
-    of = np.delete(at, first_part[sharing > 1])
-    wrong = np.delete(parts, first_part[sharing > 1])
-    other = shared.first[of]
-    return wrong, np.where(other == wrong, last[of], other)
+    is_shared = shared.frame[row] == leaves.frame
+    last_place = np.zeros(len(shared), np.int64)
+    last_place[row[is_shared]] = (leaves.end - 1)[is_shared]
+    places = _populated_places(saved)
+    frames = leaves.frame_of(places)
+    row = np.minimum(np.searchsorted(shared.frame, frames), len(shared) - 1)
+    is_shared = shared.frame[row] == frames
+    places, row = places[is_shared], row[is_shared]
+    _, first, users = np.unique(row, return_index=True, return_counts=True)
+    places, row = np.delete(places, first[users > 1]), np.delete(row, first[users > 1])
+    first_place = shared.first[row]
+    return places, np.where(first_place == places, last_place[row], first_place)
 
 
-def _parts_with_pages(saved: SavedDomain) -> I64:
-    """The numbers of the p2m frames, ascending, whose part of the domain has populated pages."""
-    per_frame, frames = np.uint64(saved.p2m.per_leaf), saved.p2m.places
+def _populated_places(saved: SavedDomain) -> I64:
+    """Return the places, ascending, that have entries of populated pages."""
+    per_leaf, places = np.uint64(saved.p2m.per_leaf), saved.p2m.places
     extents = saved.contents.index.extents
     populated = extents[IS_POPULATED[extents.type]]
-    first = (populated.first // per_frame).astype(np.int64)
-    last = ((populated.end - np.uint64(1)) // per_frame).astype(np.int64)
-    first, last = first[first < frames], np.minimum(last[first < frames], frames - 1)
-    # Extents ascend, and one may begin in the part that the one before it ends in.
+    first = (populated.first // per_leaf).astype(np.int64)
+    last = ((populated.end - np.uint64(1)) // per_leaf).astype(np.int64)
+    first, last = first[first < places], np.minimum(last[first < places], places - 1)
+    # Extents ascend, and one may begin at the place where the one before it ends.
     first = np.maximum(first, np.append(-1, np.maximum.accumulate(last))[: len(first)] + 1)
     return expand_runs(first, np.maximum(last - first + 1, 0))
 
 
-def _extent(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
-    """The saver starts from max_pfn - 1, max_pfn being a count, and may drop identical entries at the top."""
-    shared = saved.contents.shared_info
-    assert shared is not None
-    place = {"offset": shared.offset, "record": shared.name}
-    if saved.contents.end_pfn > anchors.max_pfn - 1:
-        what = f"the p2m goes to pfn {saved.contents.end_pfn:#x}, shared info's max_pfn is {anchors.max_pfn:#x}"
-        findings.add(rules.P2M_EXTENT, what, **place)
-    elif saved.contents.end_pfn < anchors.max_pfn - 1 and (saved.contents.end_pfn + 1) % saved.p2m.per_leaf:
-        what = f"the p2m ends within a frame, at pfn {saved.contents.end_pfn:#x}, shared info's max_pfn is "
-        findings.add(rules.P2M_EXTENT, what + f"{anchors.max_pfn:#x}", **place)
+# --- anchors ---------------------------------------------------------------------------------------------------------
+
+
+def _check_end(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
+    """Check the end of the p2m against max_pfn, which is a count: savers may drop identical leaves at the end."""
+    shared_info = saved.contents.shared_info
+    assert shared_info is not None
+    place = {"offset": shared_info.offset, "record": shared_info.name}
+    end_pfn, max_pfn = saved.contents.end_pfn, anchors.max_pfn
+    if end_pfn > max_pfn - 1:
+        message = f"the p2m ends at pfn {end_pfn:#x}, and shared info's max_pfn is {max_pfn:#x}"
+        findings.add(rules.P2M_EXTENT, message, **place)
+    elif end_pfn < max_pfn - 1 and (end_pfn + 1) % saved.p2m.per_leaf:
+        message = f"the p2m ends within a leaf, at pfn {end_pfn:#x}, and shared info's max_pfn is {max_pfn:#x}"
+        findings.add(rules.P2M_EXTENT, message, **place)
     if anchors.p2m_cr3 and anchors.p2m_generation & 1:
-        what = f"p2m_generation {anchors.p2m_generation:#x} is odd: the p2m was being changed"
-        findings.add(rules.P2M_GENERATION, what, **place)
+        message = f"p2m_generation {anchors.p2m_generation:#x} is odd: the p2m was being changed"
+        findings.add(rules.P2M_GENERATION, message, **place)
 
 
-def _anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
-    """Walk the p2m as the saver did, from the anchors that it left in shared info; gives the places that differ."""
-    shared, p2m = saved.contents.shared_info, saved.p2m
-    assert shared is not None
+def _check_anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
+    """Walk the p2m from the anchors in shared info, as the saver did; return the places whose leaf differs."""
+    shared_info, p2m = saved.contents.shared_info, saved.p2m
+    assert shared_info is not None
     if not len(p2m.leaves):
         return _NO_PLACES
-    doubtful = _NO_PLACES
-    place = {"offset": shared.offset, "record": shared.name}
+    suspect = _NO_PLACES
+    place = {"offset": shared_info.offset, "record": shared_info.name}
     header = saved.contents.domain
-    # Savers of the legacy format cleared it, and no restorer wants it: the guest writes it again when it resumes.
+    # Savers of the legacy format cleared the tree's anchor. No restorer reads it: the guest sets it when it resumes.
     cleared = header is not None and header.xen_major == 0 and anchors.frame_list_list == 0
     if not anchors.roots and not cleared:
-        what = f"neither p2m_cr3 nor pfn_to_mfn_frame_list_list ({anchors.frame_list_list:#x}) leads to a p2m"
-        findings.add(rules.P2M_ANCHOR, what, **place)
-    reach = replace(anchors, max_pfn=p2m.entries)
+        message = f"neither p2m_cr3 nor pfn_to_mfn_frame_list_list ({anchors.frame_list_list:#x}) leads to a p2m"
+        findings.add(rules.P2M_ANCHOR, message, **place)
     for root in anchors.roots:
         try:
-            walked = P2M.from_root(reach, root, p2m.read, p2m.pfns_of)
+            walked = P2M.from_root(replace(anchors, max_pfn=p2m.entries), root, p2m.read, p2m.pfns_of)
         except GuestError as e:
             findings.add(rules.P2M_ANCHOR, f"{root.name}: {e}", **place)
             continue
         if walked.unreadable and not saved.source.seekable:
-            lost = walked.unreadable[0]
-            what = f"{root.name}: its table at pfn {lost.frame:#x} had gone by before it was known to be one"
-            findings.add(rules.NOT_CHECKED, what, **place)
+            pfn = walked.unreadable[0].frame
+            message = f"{root.name}: the pipe had passed pfn {pfn:#x} before it proved to be a table of the p2m"
+            findings.add(rules.NOT_CHECKED, message, **place)
             continue
-        found, named = walked.leaves, p2m.leaves
-        only_named = named.difference(found)
-        only_named = only_named[found.frame_of(only_named.first) == NO_FRAME]
-        differ = np.append(_places(saved, found.difference(named)), _places(saved, only_named))
-
-        def describe(
-            at: np.int64, root: P2MRoot = root, found: FrameRuns = found, named: FrameRuns = named
-        ) -> tuple[str, dict[str, Any]]:
-            one = np.array([at])
-            guests, ours = int(found.frame_of(one)[0]), int(named.frame_of(one)[0])
-            by_guest = "a hole" if guests == int(NO_FRAME) else f"pfn {guests:#x}"
-            what = f"{root.name}: entry {at} is {by_guest}, the stream's p2m frame is pfn {ours:#x}"
-            return what, {**place, "entry": int(at)}
-
-        findings.add_each(rules.P2M_ANCHOR, np.sort(differ), describe)
-        if len(differ) * 2 < len(_places(saved, named)):  # else it is the anchor that is to be doubted
-            doubtful = np.union1d(doubtful, differ)
-    return doubtful
+        only_sent = p2m.leaves.difference(walked.leaves)
+        only_sent = only_sent[walked.leaves.frame_of(only_sent.first) == NO_FRAME]
+        changed = walked.leaves.difference(p2m.leaves)
+        differing = np.sort(np.append(_places_to_report(saved, changed), _places_to_report(saved, only_sent)))
+        findings.add_each(rules.P2M_ANCHOR, differing, partial(_describe_differing_leaf, root.name, walked, p2m, place))
+        if len(differing) * 2 < len(_places_to_report(saved, p2m.leaves)):  # otherwise the anchor is wrong
+            suspect = np.union1d(suspect, differing)
+    return suspect
 
 
-def _pages(saved: SavedDomain, findings: Findings, doubtful: I64) -> None:
-    """Each pfn that the p2m maps is in the stream, and the other way round.
+def _describe_differing_leaf(
+    root: str, walked: P2M, sent: P2M, place: Mapping[str, Any], at: np.int64
+) -> tuple[str, dict[str, Any]]:
+    """Describe a leaf that the guest's own p2m names otherwise than the stream."""
+    guest_pfn, sent_pfn = (int(p2m.leaves.frame_of(np.array([at]))[0]) for p2m in (walked, sent))
+    guest = "a hole" if guest_pfn == int(NO_FRAME) else f"pfn {guest_pfn:#x}"
+    message = f"{root}: entry {at} is {guest}, the stream's p2m frame is pfn {sent_pfn:#x}"
+    return message, {**place, "entry": int(at)}
 
-    What stands in ``doubtful`` places of the p2m is not the p2m's, perhaps, and would give a finding for each entry.
+
+# --- pages -----------------------------------------------------------------------------------------------------------
+
+
+def _check_mapped_pages(saved: SavedDomain, findings: Findings, suspect: I64) -> None:
+    """Check that the p2m maps exactly the pages of the stream.
+
+    Args:
+        saved: The domain.
+        findings: Gets the findings.
+        suspect: Places to skip: their leaf is perhaps none, and would give a finding for each entry.
     """
-    places = np.union1d(saved.p2m.distinct.first, _parts_with_pages(saved))
-    places = np.setdiff1d(places, doubtful, assume_unique=True)
-    frames = saved.p2m.leaves.frame_of(places)
-    gone = ~saved.frames.kept(frames) & HAS_DATA[saved.frames.types(frames)]
-    if not saved.source.seekable and saved.pages_complete and np.any(gone):
-        what = "frames of the p2m had gone by before a record named them: what they map was not compared"
-        findings.add(rules.NOT_CHECKED, what, offset=saved.contents.p2m_record and saved.contents.p2m_record.offset)
-    for leaves in saved.p2m.content(places):
-        pfns, mfns = leaves.pfns, leaves.mfns
+    places = np.union1d(saved.p2m.distinct.first, _populated_places(saved))
+    places = np.setdiff1d(places, suspect, assume_unique=True)
+    leaves = saved.p2m.leaves.frame_of(places)
+    if not saved.source.seekable and saved.pages_complete:
+        not_kept = ~saved.frames.kept(leaves) & HAS_DATA[saved.frames.types(leaves)]
+        if np.any(not_kept):
+            message = "the pipe had passed leaves of the p2m before a record named them: their entries are not checked"
+            offset = saved.contents.p2m_record and saved.contents.p2m_record.offset
+            findings.add(rules.NOT_CHECKED, message, offset=offset)
+    for batch in saved.p2m.content(places):
+        pfns, mfns = batch.pfns, batch.mfns
         types = saved.frames.types(pfns)
-        own = names_local_frame(mfns)
-        there = IS_POPULATED[types]
-        missing = own & ~there & (types != PageType.BROKEN)
-        for rule, wrong in (
+        mapped, populated = names_local_frame(mfns), IS_POPULATED[types]
+        missing = mapped & ~populated & (types != PageType.BROKEN)
+        for rule, bad in (
             (rules.PAGE_MISSING, missing if saved.pages_complete else np.zeros_like(missing)),
-            (rules.PAGE_UNMAPPED, ~own & there),
+            (rules.PAGE_UNMAPPED, ~mapped & populated),
         ):
-            found = np.column_stack([pfns[wrong], mfns[wrong], types[wrong].astype(np.uint64)])
-            findings.add_each(rule, found, partial(_describe_entry, saved, rule))
-    for pfn, offset in saved.contents.index.duplicates:
-        what = f"pfn {pfn:#x} is in the same PAGE_DATA record twice"
-        findings.add(rules.PAGE_REPEATED, what, offset=offset, record="PAGE_DATA", pfn=pfn)
-    broken = saved.contents.index.count().get(PageType.BROKEN, 0)
-    if broken:
-        what = f"{broken} pages are marked BROKEN: their content was lost to a memory error"
-        pfn = int(saved.contents.index.pfns(np.arange(256) == PageType.BROKEN)[0])
-        findings.add(rules.PAGE_BROKEN, what, pfn=pfn)
+            entries = np.column_stack([pfns[bad], mfns[bad], types[bad].astype(np.uint64)])
+            findings.add_each(rule, entries, partial(_describe_entry, saved, rule))
 
 
 def _describe_entry(saved: SavedDomain, rule: Rule, entry: U64) -> tuple[str, dict[str, Any]]:
-    pfn, mfn, kind = (int(n) for n in entry)
-    place = {"offset": _offset_of_entry(saved, pfn), "pfn": pfn}
+    """Describe an entry of the p2m that does not fit the pages of the stream: pfn, mfn and page type."""
+    pfn, mfn, page_type = (int(n) for n in entry)
+    place = {"offset": _entry_offset(saved, pfn), "pfn": pfn}
     if rule is rules.PAGE_UNMAPPED:
         return f"pfn {pfn:#x} is in the stream, but the p2m has no frame for it ({mfn:#x})", place
-    how = "is not in the stream" if kind == ABSENT else f"is in the stream as {type_name(kind)}"
-    return f"the p2m maps pfn {pfn:#x} (to mfn {mfn:#x} of the old host), which {how}", place
+    problem = "is not in the stream" if page_type == ABSENT else f"is in the stream as {type_name(page_type)}"
+    return f"the p2m maps pfn {pfn:#x} (to mfn {mfn:#x} of the old host), which {problem}", place
 
 
-def _offset_of_entry(saved: SavedDomain, pfn: int) -> int | None:
-    """The byte offset of a pfn's p2m entry."""
+def _entry_offset(saved: SavedDomain, pfn: int) -> int | None:
+    """Return the byte offset of a pfn's p2m entry in the file, None if its leaf is not there."""
     place, entry = divmod(pfn, saved.p2m.per_leaf)
-    frame = int(saved.contents.index.offsets(saved.p2m.leaves.frame_of(np.array([place])))[0])
-    return frame + entry * saved.contents.width if frame >= 0 else None
+    page = int(saved.contents.index.offsets(saved.p2m.leaves.frame_of(np.array([place])))[0])
+    return page + entry * saved.contents.width if page >= 0 else None
 
 
-def _limit(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
+def _check_pages(saved: SavedDomain, findings: Findings) -> None:
+    """Report pfns that one record names twice, and pages that are marked BROKEN."""
+    index = saved.contents.index
+    for pfn, offset in index.duplicates:
+        message = f"pfn {pfn:#x} is in the same PAGE_DATA record twice"
+        findings.add(rules.PAGE_REPEATED, message, offset=offset, record="PAGE_DATA", pfn=pfn)
+    broken = index.count().get(PageType.BROKEN, 0)
+    if broken:
+        message = f"{broken} pages are marked BROKEN: their content was lost to a memory error"
+        findings.add(rules.PAGE_BROKEN, message, pfn=int(index.pfns(np.arange(256) == PageType.BROKEN)[0]))
+
+
+def _check_memory_limit(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
+    """Check that the configuration allows as many pages as are populated."""
     if config is None or config.max_memkb is None:
         return
-    pages = sum(n for kind, n in saved.contents.index.count().items() if IS_POPULATED[kind])
+    pages = sum(n for page_type, n in saved.contents.index.count().items() if IS_POPULATED[page_type])
     allowed = config.max_memkb // 4 + SLACK
     if pages > allowed:
-        what = f"{pages} pages are populated, the configuration's maxmem of {config.max_memkb} KiB allows {allowed}"
-        findings.add(rules.MEMORY_LIMIT, what)
+        message = f"{pages} pages are populated; maxmem of the configuration, {config.max_memkb} KiB, allows {allowed}"
+        findings.add(rules.MEMORY_LIMIT, message)
