@@ -199,6 +199,7 @@ def test_usage(args: list[str]) -> None:
 
 def test_a_domain_that_is_not_there(move: Move, tmp_path: Path) -> None:
     ran = xenpv("save", "nobody", tmp_path / "x")
-    assert (ran.code, ran.err) == (1, "xenpv: error: no domain is called 'nobody', by id, uuid or name\n")
+    assert ran.code == 1
+    assert "'nobody'" in ran.err
     assert "dom0 is what this runs in" in xenpv("save", "0", tmp_path / "x").err
     assert os.listdir(tmp_path) == []

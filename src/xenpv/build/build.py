@@ -17,7 +17,7 @@ from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import PAGES_PER_BATCH, U8, U64, DomId
 from xenpv.host.protocol import Ring, Toolstack
-from xenpv.host.xenstore_nodes import SLACK
+from xenpv.host.xenstore_nodes import MAX_MEM_SLACK
 from xenpv.image import start
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
@@ -76,7 +76,9 @@ def build(
         HostError: Xen refuses something.
     """
     _check(host, layout, ramdisk)
-    domid = host.create(layout.width, vcpus=layout.vcpus, max_pages=layout.nr_pages + SLACK, name=name, uuid=uuid)
+    domid = host.create(
+        layout.width, vcpus=layout.vcpus, max_pages=layout.nr_pages + MAX_MEM_SLACK, name=name, uuid=uuid
+    )
     try:
         report = progress or (lambda _progress: None)
         host.set_memory_map(domid, layout.p2m_entries)

@@ -22,7 +22,7 @@ from xenpv.guest_model.kernel_pages import LINKED_AT, KernelPages, StartInfo
 from xenpv.guest_model.p2m_forms import Published, parse_form
 from xenpv.host.model.guest_view import GuestView
 from xenpv.host.model.host import SHUTDOWN_SUSPEND
-from xenpv.host.xenstore_nodes import CONTROL
+from xenpv.host.xenstore_nodes import CONTROL_SHUTDOWN
 from xenpv.memory.p2m import names_local_frame
 
 SUSPEND_KEY = "device/suspend/event-channel"
@@ -170,8 +170,8 @@ class Kernel:
         """Suspend if the toolstack asks for it, by the event channel or by control/shutdown; else nothing."""
         if view.consume_event(self.port):
             self.suspend(view)
-        if view.xenstore_read(CONTROL) == b"suspend":
-            view.xenstore_write(CONTROL, b"")
+        if view.xenstore_read(CONTROL_SHUTDOWN) == b"suspend":
+            view.xenstore_write(CONTROL_SHUTDOWN, b"")
             self.suspend(view)
 
     def suspend(self, view: GuestView) -> NoReturn:

@@ -1,6 +1,6 @@
-"""What a domain's name ends with while it moves, as xl has it."""
+"""Suffixes that a domain's name has while it migrates, as with xl."""
 
 from __future__ import annotations
 
-INCOMING = "--incoming"  # what a domain's name ends with until it is this side's, as xl has it
-AWAY = "--migratedaway"  # and once it was given away, until that is known to have gone well
+INCOMING = "--incoming"  # on the receiving side, until the domain is committed there
+AWAY = "--migratedaway"  # on the sending side, from the commit until the receiver has confirmed it

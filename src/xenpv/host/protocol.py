@@ -1,7 +1,8 @@
-"""The hypervisor as xenpv needs it: protocols that hosts in process and on real Xen both keep (tests/contract).
+"""Protocols of a hypervisor, and the values that they pass.
 
-Host is the read side: no call changes a domain, but for pause and unpause, which only ``--pause`` asks for. Toolstack
-adds what builds a domain, Mover what saves, restores and migrates one.
+Host only inspects domains, except that it can pause them. Toolstack builds domains, Mover saves, restores and migrates
+them. ModelHost and XenHost keep all three, which tests/contract proves. Every call raises HostError, with the
+operation, the domain and the errno, if Xen refuses it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ DOM0 = DomId(0)
 
 
 class XenVersion(NamedTuple):
-    """Which Xen this is: 4 and 17 of "4.17.5", and the rest as Xen says it (".5")."""
+    """The version of a Xen: 4, 17 and ".5" for "4.17.5"."""
 
     major: int
     minor: int
@@ -29,10 +30,22 @@ class XenVersion(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class DomainInfo:
-    """A domain as the hypervisor and xenstore know it. ``name`` and ``uuid`` are None where nobody gave one.
+    """A domain as hypervisor and xenstore describe it.
 
-    ``pages`` is what it holds, ``max_pages`` what it may; ``shared_info_mfn`` the frame of its shared info;
-    ``max_vcpu`` its highest vcpu's number.
+    Attributes:
+        domid: Its number.
+        name: Its name in xenstore; None if it has none.
+        uuid: Its handle; None if it has none.
+        hvm: Whether it is HVM or PVH, not PV.
+        width: Bytes of a word of its guest.
+        pages: How many pages it has.
+        max_pages: How many pages it may have.
+        shared_info_mfn: The frame of its shared info.
+        max_vcpu: Its highest vcpu number; -1 if it has no vcpu.
+        paused: Whether a toolstack has paused it.
+        shutdown: Whether it has shut down.
+        shutdown_reason: SHUTDOWN_*; None while it has not shut down.
+        dying: Whether it is being destroyed.
     """
 
     domid: DomId
@@ -51,7 +64,7 @@ class DomainInfo:
 
     @property
     def label(self) -> str:
-        """For people: "dom5 (web)"."""
+        """The domain for people: "dom5 (web)"."""
         return f"dom{self.domid}" + (f" ({self.name})" if self.name else "")
 
     @property
@@ -61,72 +74,79 @@ class DomainInfo:
 
 
 class Host(Protocol):
-    """A hypervisor. Every call raises HostError, with the operation, domain and errno, when Xen says no."""
+    """A hypervisor whose domains can be inspected."""
 
     def version(self) -> XenVersion:
-        """Which Xen it is."""
+        """Return the version of Xen."""
 
     def domains(self) -> list[DomainInfo]:
-        """All domains, ascending by domid, dom0 included."""
+        """Return all domains, ascending by domid, including dom0."""
 
     def info(self, domid: DomId) -> DomainInfo:
-        """One domain. HostError (ESRCH) when it is not there, or has gone meanwhile."""
+        """Return one domain. HostError (ESRCH) if it does not exist, or not any more."""
 
     def max_mfn(self) -> int:
-        """The highest machine frame of the host: no mfn above it is anybody's."""
+        """Return the highest machine frame number of the host."""
 
     def map_frames(self, domid: DomId, mfns: U64) -> tuple[U8, U8]:
-        """Content of a domain's machine frames, read-only: uint8 (n, 4096), and for each whether it could be mapped
-        (0 or 1).
+        """Return the content of a domain's machine frames, read-only.
 
-        Frames that cannot be mapped (not the domain's, beyond the host) read as zeroes. The array may be a live
-        mapping, which shows what the domain writes, and lasts as long as anything refers to it: copy what to keep.
+        Args:
+            domid: The domain.
+            mfns: Its frames, in any order; a frame may appear several times.
+
+        Returns:
+            The frames, uint8 (n, 4096), and whether each could be mapped, uint8 (n,), 0 or 1. A frame that is not the
+            domain's, or beyond the host, is 0 and all zeroes. The first array may be a mapping that shows what the
+            domain writes, and lasts as long as anything refers to it: copy what must not change.
         """
 
     def m2p(self, mfns: U64) -> U64:
-        """The pfn that Xen's machine-to-phys table has for each mfn.
+        """Return the pfn of each frame by Xen's machine-to-phys table, for whatever domain.
 
-        All ones beyond max_mfn. Whose pfn, it does not say.
+        It is all ones for a frame beyond max_mfn.
         """
 
     def page_types(self, domid: DomId, mfns: U64) -> U8:
-        """The page type (abi.domctl.PageType) of each frame, as getpageframeinfo3 gives it.
+        """Return the page type (abi.domctl.PageType) of each frame, as XEN_DOMCTL_getpageframeinfo3 does.
 
-        XTAB for frames not the domain's. Xen 4.14 names a table's type also for a frame that was one, and is none now.
+        It is XTAB for a frame that is not the domain's. Xen 4.14 reports the type of a former page table, too.
         """
 
     def vcpu_context(self, domid: DomId, vcpu: int) -> bytes:
-        """The vcpu_guest_context of a vcpu; cr3 and gdt_frames hold mfns."""
+        """Return the vcpu_guest_context of a vcpu; cr3 and gdt_frames hold mfns. HostError (EINVAL): no such vcpu."""
 
     def shared_info(self, domid: DomId) -> bytes:
-        """The 4096 bytes of its shared info page, now."""
+        """Return the current content of the shared info page, 4096 bytes."""
 
     def pause(self, domid: DomId) -> None:
-        """Stop all its vcpus, counted: as many unpauses start it again."""
+        """Pause a domain. Pauses are counted: it takes as many unpauses to let it run again."""
 
     def unpause(self, domid: DomId) -> None:
-        """Take one pause back."""
+        """Undo one pause."""
 
 
 class Ring(NamedTuple):
-    """A page that a domain shares with a daemon: its mfn, and the domain's event channel that rings the bell."""
+    """A page that a domain shares with a daemon: its mfn, and the domain's event channel for it."""
 
     mfn: int
     port: int
 
 
 class Daemons(NamedTuple):
-    """The domains in which xenconsoled and xenstored run: dom0, unless a host gives them domains of their own."""
+    """The domains in which xenconsoled and xenstored run: dom0, unless the host has domains of their own for them."""
 
     console: DomId = DOM0
     xenstore: DomId = DOM0
 
 
 class VcpuState(NamedTuple):
-    """What a vcpu has beyond its vcpu_guest_context, each as the bytes of its stream record; empty where it has none.
+    """The state of a vcpu beyond its vcpu_guest_context, as the bytes of its stream records. Empty: it has none.
 
-    ``extended`` is struct xen_domctl_ext_vcpucontext, ``xsave`` what getvcpuextstate gives, ``msrs`` an array of
-    struct xen_domctl_vcpu_msr.
+    Attributes:
+        extended: struct xen_domctl_ext_vcpucontext.
+        xsave: The xsave area, as XEN_DOMCTL_getvcpuextstate returns it.
+        msrs: Array of struct xen_domctl_vcpu_msr.
     """
 
     extended: bytes = b""
@@ -135,7 +155,7 @@ class VcpuState(NamedTuple):
 
 
 class TscInfo(NamedTuple):
-    """How a domain sees the TSC, as XEN_DOMCTL_gettscinfo has it. ``nsec`` is what has elapsed on its clock."""
+    """How a domain sees the TSC, as XEN_DOMCTL_gettscinfo returns it. ``nsec`` is the time elapsed on its clock."""
 
     mode: int = 0
     khz: int = 0
@@ -144,7 +164,7 @@ class TscInfo(NamedTuple):
 
 
 class CpuPolicy(NamedTuple):
-    """What a domain is told of its CPU: arrays of struct xen_cpuid_leaf and of struct xen_msr_entry."""
+    """What a domain learns about its CPU: arrays of struct xen_cpuid_leaf and of struct xen_msr_entry."""
 
     leaves: bytes = b""
     msrs: bytes = b""
@@ -167,101 +187,125 @@ class Toolstack(Host, Protocol):
         name: str | None = None,
         uuid: str | None = None,
     ) -> DomId:
-        """A PV domain without memory, paused once, with the nodes that libxl gives a new domain in xenstore.
+        """Create a PV domain without memory, paused once, with the xenstore nodes of a new domain of libxl.
 
-        HostError: EINVAL for fewer vcpus than 1 or more than Xen has for PV, EOPNOTSUPP where width is 4 and this Xen
-        runs no 32-bit PV domains, ENOMEM. There is no new domain, then.
+        Raises:
+            HostError: No domain was created. EINVAL: no vcpu, or more than Xen allows a PV domain; EOPNOTSUPP: this
+                Xen runs no 32-bit PV domains; ENOMEM.
         """
 
     def set_width(self, domid: DomId, width: Width) -> None:
-        """Make a domain that has no memory yet one for 32-bit guests. One that is of that width already stays so.
+        """Make a domain without memory a domain for 32-bit guests. Setting its own width again does nothing.
 
-        HostError: EINVAL for 64 bit where it was made 32, EACCES when it has memory, EOPNOTSUPP where this Xen runs no
-        32-bit PV domains.
+        Raises:
+            HostError: EINVAL: a 32-bit domain cannot become 64-bit; EACCES: it has memory; EOPNOTSUPP: this Xen runs
+                no 32-bit PV domains.
         """
 
     def destroy(self, domid: DomId) -> None:
-        """End a domain, free what it has, and remove its nodes from xenstore.
+        """Destroy a domain, free its memory, and remove its nodes from xenstore.
 
-        To be called as often as it takes: one that was interrupted goes on where it was. HostError: ESRCH when there
-        is no such domain, EINVAL for the domain that asks.
+        If it is interrupted, call it again: it continues where it stopped.
+
+        Raises:
+            HostError: ESRCH: no such domain; EINVAL: dom0.
         """
 
     def rename(self, domid: DomId, name: str) -> None:
-        """What it is called from now on. HostError: ESRCH."""
+        """Change a domain's name in xenstore. HostError (ESRCH): no such domain."""
 
     def set_max_mem(self, domid: DomId, pages: int) -> None:
-        """How many pages it may have. Fewer than it has is no error: it just gets no more."""
+        """Limit how many pages a domain may have. It keeps what it has already."""
 
     def set_memory_map(self, domid: DomId, pages: int) -> None:
-        """What a guest is told that asks for its memory map: memory from pfn 0 on, so many pages, and nothing else.
+        """Set the memory map of a domain to RAM from pfn 0 on, ``pages`` pages.
 
-        Without, Linux leaves 8 MiB of pfns at the end for memory that it may get later.
+        Without a memory map, Linux reserves 8 MiB of pfns at the end for memory that it may get later.
         """
 
     def free_pages(self) -> int:
-        """How many pages the host has left for domains, as far as anybody can tell before asking for them."""
+        """Return how many pages are free for domains. Another toolstack may take them at any moment."""
 
     def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
-        """Give it memory: at each of ``pfns`` a frame, or with order 9 an extent of 512. The (first) mfns.
+        """Allocate memory for a domain. Its content is undefined.
 
-        As many as fit, from the first on: fewer mfns than pfns when max_mem or the host is exhausted. m2p has the pfns
-        of what was given. The content is whatever it was.
+        Args:
+            domid: The domain.
+            pfns: The pfn of each frame; with ``order`` 9 the first pfn of each extent of 512 frames.
+            order: 0 or 9.
+
+        Returns:
+            The (first) mfns, uint64. There are fewer than ``pfns`` if set_max_mem or the host does not allow more; then
+            only the first extents were populated. The m2p has the pfns of all.
         """
 
     def map_writable(self, domid: DomId, mfns: U64) -> AbstractContextManager[U8]:
-        """Frames to write to, uint8 (n, 4096), each named once: what they hold, until the block ends.
+        """Map frames writable until the block ends: their content, uint8 (n, 4096).
 
-        Until then they are in use as writable pages, and cannot become page tables. HostError, before the block is
-        entered: EINVAL for a frame not the domain's, EBUSY for one that is a page table.
+        No frame may appear twice. Until the block ends the frames are in use as writable pages, and cannot become page
+        tables.
+
+        Raises:
+            HostError: Before the block starts. EINVAL: a frame is not the domain's; EBUSY: it is a page table.
         """
 
     def write_frames(self, domid: DomId, mfns: U64, pages: U8) -> None:
-        """Write whole frames. All or none; errors are those of map_writable."""
+        """Write whole frames, all or none. HostError as map_writable."""
 
     def init_hypercall_page(self, domid: DomId, mfn: int) -> None:
-        """Fill a frame with the code that makes hypercalls, 32 bytes for each.
+        """Fill a frame with the code of hypercalls, 32 bytes each.
 
-        HostError: EINVAL for a frame not the domain's, EPERM for a page table.
+        Raises:
+            HostError: EINVAL: the frame is not the domain's; EPERM: it is a page table.
         """
 
     def pin_tables(self, domid: DomId, mfns: U64, levels: U8) -> None:
-        """Make each frame a table of its level (1 to 4), for good, and validate all below it; up to the first refused.
+        """Pin page tables, one after another up to the first that Xen refuses. This validates all below each.
 
-        HostError, which names that one: EINVAL for a frame not the domain's, pinned before, in use as a table of
-        another level, or with an entry that may not be; EBUSY where a table would be writable.
+        Args:
+            domid: The domain.
+            mfns: The tables.
+            levels: The level of each, 1 to 4.
+
+        Raises:
+            HostError: Names the refused table. EINVAL: it is not the domain's, already pinned, in use as another type,
+                or has a bad entry; EBUSY: a table would be writable.
         """
 
     def set_vcpu_context(self, domid: DomId, vcpu: int, context: bytes) -> None:
-        """Set a vcpu's vcpu_guest_context; cr3 and gdt_frames hold mfns, and are validated.
+        """Set the vcpu_guest_context of a vcpu. cr3 and gdt_frames hold mfns, which Xen validates.
 
-        HostError: EINVAL for no such vcpu, a context of another size, or frames that are not what they have to be.
+        Raises:
+            HostError: EINVAL: no such vcpu, a wrong size, or frames that cannot be of the types required.
         """
 
     def write_shared_info(self, domid: DomId, data: bytes, offset: int = 0) -> None:
-        """Write into the shared info page. EINVAL beyond its end."""
+        """Write into the shared info page. HostError (EINVAL) beyond its end."""
 
     def daemons(self) -> Daemons:
-        """Whom a domain's event channels and grants for console and xenstore are for."""
+        """Return the domains of xenconsoled and xenstored, for event channels and grants."""
 
     def alloc_event_channel(self, domid: DomId, remote: DomId = DOM0) -> int:
-        """A port of the domain, from 1 on, to which ``remote`` may bind (EVTCHNOP_alloc_unbound)."""
+        """Allocate a port of the domain, from 1 on, to which ``remote`` may bind (EVTCHNOP_alloc_unbound)."""
 
     def seed_grants(self, domid: DomId, *, console: int, xenstore: int) -> None:
-        """Let the daemons map these two mfns: the grant table's entries 0 and 1, which are kept for them.
+        """Grant the daemons two frames, by the reserved entries 0 and 1 of the grant table.
 
-        HostError: EINVAL for a frame not the domain's.
+        Raises:
+            HostError: EINVAL: a frame is not the domain's.
         """
 
     def introduce(self, domid: DomId, *, console: Ring, xenstore: Ring) -> None:
-        """Make xenstored and xenconsoled serve the domain's rings, and tell xl and the guest about them.
+        """Introduce a domain to xenstored and xenconsoled, and write the nodes that xl and the guest look for.
 
-        Its grants must be seeded. Memory and vcpus are those that it has now.
+        Seed its grants, and give it its memory and its vcpus, before: the nodes describe it as it is now.
         """
 
     def set_configuration(self, domid: DomId, config: bytes) -> None:
-        """Keep what it is made by, as libxl_domain_config_to_json() has it: without, xl does not save it (xl save) nor
-        list it in full (xl list -l). It goes with the domain. HostError: ESRCH.
+        """Store a domain's configuration for xl, as libxl_domain_config_to_json() writes it.
+
+        Without one, xl does not save a domain (xl save) and does not list it in full (xl list -l). ``destroy`` removes
+        it. HostError (ESRCH): no such domain.
         """
 
     def configuration(self, domid: DomId) -> bytes | None:
@@ -269,64 +313,81 @@ class Toolstack(Host, Protocol):
 
 
 class Mover(Toolstack, Protocol):
-    """A host from which domains can be moved, and to which."""
+    """A host from which domains can be saved and migrated, and on which they can be restored."""
 
     def vcpu_state(self, domid: DomId, vcpu: int) -> VcpuState:
-        """What the vcpu has beyond its context. HostError: EINVAL for no such vcpu."""
+        """Return the state of a vcpu beyond its context. HostError (EINVAL): no such vcpu."""
 
     def set_vcpu_state(self, domid: DomId, vcpu: int, state: VcpuState) -> None:
-        """Set what is not empty, once the context is set. HostError: EINVAL for what Xen does not take."""
+        """Set the parts of a vcpu's state that are not empty. Set its context before.
+
+        Raises:
+            HostError: EINVAL: no such vcpu, or Xen refuses the state.
+        """
 
     def tsc_info(self, domid: DomId) -> TscInfo:
-        """How the domain sees the TSC."""
+        """Return how the domain sees the TSC."""
 
     def set_tsc_info(self, domid: DomId, info: TscInfo) -> None:
-        """Set it, before the domain runs."""
+        """Set how the domain sees the TSC, before it first runs."""
 
     def cpu_policy(self, domid: DomId) -> CpuPolicy:
-        """What the domain is told of its CPU."""
+        """Return what the domain learns about its CPU."""
 
     def set_cpu_policy(self, domid: DomId, policy: CpuPolicy) -> None:
-        """Set it, before the domain runs. HostError names the leaf or MSR that this host cannot give."""
+        """Set what the domain learns about its CPU, before it first runs.
+
+        Raises:
+            HostError: Names a leaf or MSR whose value this host cannot provide. EEXIST: the domain has run.
+        """
 
     def log_dirty(self, domid: DomId, *, on: bool) -> None:
-        """Begin or end keeping which pages are written.
+        """Enable or disable log-dirty mode, in which Xen logs the pages that a domain writes.
 
-        HostError: EINVAL when it is on, or off, already, EOPNOTSUPP where this Xen cannot (no shadow paging for PV).
+        Raises:
+            HostError: EINVAL: it is enabled, or disabled, already; EOPNOTSUPP: this Xen has no log-dirty mode for PV
+                domains (no shadow paging).
         """
 
     def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
-        """The pfns below ``pages`` that were written, ascending; with ``clean``, and begin anew.
+        """Return the pfns below ``pages`` that were written, ascending; with ``clean``, clear the log.
 
-        HostError: EINVAL when log-dirty is off.
+        Raises:
+            HostError: EINVAL: log-dirty is disabled; ENOMEM: Xen had too little memory for the log.
         """
 
     def request_shutdown(self, domid: DomId, value: str) -> None:
-        """Ask the guest for something, by control/shutdown in xenstore: "suspend". Empty: take back what was asked."""
+        """Ask the guest to suspend, by writing "suspend" to control/shutdown in xenstore.
+
+        An empty ``value`` withdraws a request that the guest has not seen yet.
+        """
 
     def shutdown_request(self, domid: DomId) -> str:
-        """What is asked of the guest still; a guest that has seen it makes it empty."""
+        """Return the pending request in control/shutdown. A guest that sees one makes it empty."""
 
     def resume(self, domid: DomId) -> None:
-        """Let a domain that shut down run on, as after a suspend that was cancelled."""
+        """Let a domain that has shut down run on, as after a cancelled suspend."""
 
 
 def find_domain(host: Host, text: str) -> DomainInfo:
-    """The domain that people mean by its id, uuid or name: digits are an id, as xl has it. HostError if there is none.
+    """Return the domain with this id, uuid or name. Digits are an id, as for xl.
 
-    A name that looks like a uuid is found when no domain has that uuid.
+    A name that looks like a uuid is found only if no domain has that uuid.
+
+    Raises:
+        HostError: There is no such domain, or several have this name.
     """
     if text.isascii() and text.isdigit():
         return host.info(DomId(int(text)))
     domains = host.domains()
     try:
-        wanted = str(UUID(text))
+        uuid = str(UUID(text))
     except ValueError:
-        wanted = ""
-    found = [d for d in domains if wanted and d.uuid == wanted] or [d for d in domains if d.name == text]
-    if not found:
-        raise HostError(f"no domain is called {text!r}, by id, uuid or name", op="find", errno=errno.ESRCH)
-    if len(found) > 1:
-        which = ", ".join(f"dom{d.domid}" for d in found)
-        raise HostError(f"{text!r} may be any of {which}; say its id", op="find")
-    return found[0]
+        uuid = ""
+    matches = [d for d in domains if uuid and d.uuid == uuid] or [d for d in domains if d.name == text]
+    if not matches:
+        raise HostError(f"no domain has the id, uuid or name {text!r}", op="find", errno=errno.ESRCH)
+    if len(matches) > 1:
+        ids = ", ".join(f"dom{d.domid}" for d in matches)
+        raise HostError(f"{text!r} may be any of {ids}; use the id", op="find")
+    return matches[0]

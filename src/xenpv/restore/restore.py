@@ -17,7 +17,7 @@ from xenpv.errors import RequestError, Unsupported
 from xenpv.findings import Rule, Severity
 from xenpv.frames import IS_POPULATED, U64, DomId
 from xenpv.host.protocol import CpuPolicy, DomainInfo, Mover, Ring
-from xenpv.host.xenstore_nodes import SLACK
+from xenpv.host.xenstore_nodes import MAX_MEM_SLACK
 from xenpv.io.checkpoint_buffer import Checkpoints
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
@@ -146,7 +146,7 @@ def restore_domain(
             if new_name is not None and other.name == new_name:
                 raise RequestError(f"dom{other.domid} is called {new_name!r} already: give another name")
         uuid = config.uuid if config else None
-        domid = host.create(width, vcpus=vcpus, max_pages=pages + SLACK, name=new_name, uuid=uuid)
+        domid = host.create(width, vcpus=vcpus, max_pages=pages + MAX_MEM_SLACK, name=new_name, uuid=uuid)
         created.append(domid)
         host.set_memory_map(domid, pages)
         daemons = host.daemons()

@@ -15,7 +15,7 @@ import numpy as np
 from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, U64, PageType, type_name
-from xenpv.host.xenstore_nodes import SLACK
+from xenpv.host.xenstore_nodes import MAX_MEM_SLACK
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.p2m import P2M, names_local_frame
 from xenpv.runs import FrameRuns, expand_runs
@@ -283,7 +283,7 @@ def _check_memory_limit(saved: SavedDomain, findings: Findings, config: Config |
     if config is None or config.max_memkb is None:
         return
     pages = sum(n for page_type, n in saved.contents.index.count().items() if IS_POPULATED[page_type])
-    allowed = config.max_memkb // 4 + SLACK
+    allowed = config.max_memkb // 4 + MAX_MEM_SLACK
     if pages > allowed:
         message = f"{pages} pages are populated; maxmem of the configuration, {config.max_memkb} KiB, allows {allowed}"
         findings.add(rules.MEMORY_LIMIT, message)

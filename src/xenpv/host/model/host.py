@@ -155,7 +155,7 @@ class ModelHost:
             domain.shared_info_mfn = self.frames.alloc_special(domain.owner_id)
         self._next_domid += 1
         self.hypervisor.domains[domid] = domain
-        self._write_nodes(xenstore_nodes.created(domid, name, uuid))
+        self._write_nodes(xenstore_nodes.creation_nodes(domid, name, uuid))
         return domid
 
     def set_width(self, domid: DomId, width: Width) -> None:
@@ -178,7 +178,7 @@ class ModelHost:
         self.frames.free_all(domain.owner_id)
         del self.hypervisor.domains[domid]
         uuid_is_shared = any(other.uuid == domain.uuid for other in self.hypervisor.domains.values())
-        for path in xenstore_nodes.all_of(domid, self.daemons(), None if uuid_is_shared else domain.uuid):
+        for path in xenstore_nodes.root_paths(domid, self.daemons(), None if uuid_is_shared else domain.uuid):
             self.store.remove(path)
             parent = path.rpartition("/")[0]
             while parent.startswith(f"{xenstore_nodes.home(DOM0)}/") and not self.store.list(parent):
@@ -189,7 +189,7 @@ class ModelHost:
         """See Toolstack."""
         domain = self.hypervisor.domain("rename", domid)
         domain.name = name
-        self._write_nodes(xenstore_nodes.named(domid, name, domain.uuid))
+        self._write_nodes(xenstore_nodes.name_nodes(domid, name, domain.uuid))
 
     def set_max_mem(self, domid: DomId, pages: int) -> None:
         """See Toolstack."""
@@ -271,7 +271,7 @@ class ModelHost:
         if 1 not in domain.grants:
             raise self.hypervisor.error("introduce", domid, errno.EINVAL, "xenstored has no grant for its ring")
         info = domain.info(self.frames.pages[domain.owner_id])
-        self._write_nodes(xenstore_nodes.introduced(info, self.daemons(), console, xenstore))
+        self._write_nodes(xenstore_nodes.introduction_nodes(info, self.daemons(), console, xenstore))
 
     def set_configuration(self, domid: DomId, config: bytes) -> None:
         """See Toolstack."""
@@ -357,13 +357,13 @@ class ModelHost:
         """See Mover. The guest gets a time slice after it (see set_time_slice)."""
         pending = self.shutdown_request(domid)
         if value or pending:
-            self.store.write(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL}", value.encode())
+            self.store.write(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL_SHUTDOWN}", value.encode())
         self._run_time_slice(domid)
 
     def shutdown_request(self, domid: DomId) -> str:
         """See Mover."""
         self.hypervisor.domain("xenstore", domid)
-        return (self.store.read(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL}") or b"").decode()
+        return (self.store.read(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL_SHUTDOWN}") or b"").decode()
 
     def resume(self, domid: DomId) -> None:
         """See Mover."""

@@ -1,9 +1,9 @@
-"""The numbers and structs that XenHost's hypercalls take, version by version where they differ.
+"""Numbers and structs of the hypercalls that XenHost makes, by Xen version where they differ.
 
-Domctls and sysctls have no stable interface: they go by the structs declared here, for the versions in INTERFACES and
-no others. tests/host has gcc hold them against the public headers of each.
+The interface of domctls and sysctls is not stable: XenHost supports the versions in INTERFACES and no others. A test
+in tests/host/xen checks all of it against Xen's public headers with gcc.
 
-xen.git:xen/include/public/{version,memory,event_channel,grant_table,sysctl,domctl}.h, arch-x86/xen.h
+Source: xen.git:xen/include/public/{version,memory,event_channel,grant_table,sysctl,domctl}.h, arch-x86/xen.h
 """
 
 from __future__ import annotations

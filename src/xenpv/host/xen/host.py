@@ -298,7 +298,7 @@ class XenHost:
             self.set_width(domid, width)
             self._calls.domctl(domctl.MAX_VCPUS, "max_vcpus", domid, domctl.VCPUS, max=vcpus)
             self.set_max_mem(domid, max_pages)
-            self._xenstore().write(domid, xenstore_nodes.created(domid, name, uuid))
+            self._xenstore().write(domid, xenstore_nodes.creation_nodes(domid, name, uuid))
         except BaseException:
             with contextlib.suppress(HostError):
                 self.destroy(domid)
@@ -355,14 +355,14 @@ class XenHost:
         if any(info.uuid == uuid for info in self.domains() if info.domid != domid):
             uuid = None
         # Remove the nodes last: nobody who saw the domain alive writes to them any more.
-        nodes_existed = store.remove(domid, xenstore_nodes.all_of(domid, daemons, uuid))
+        nodes_existed = store.remove(domid, xenstore_nodes.root_paths(domid, daemons, uuid))
         if no_such_domain and not nodes_existed:
             raise no_such_domain
 
     def rename(self, domid: DomId, name: str) -> None:
         """See Toolstack."""
         info = self.info(domid)
-        self._xenstore().write(domid, xenstore_nodes.named(domid, name, info.uuid))
+        self._xenstore().write(domid, xenstore_nodes.name_nodes(domid, name, info.uuid))
 
     def set_max_mem(self, domid: DomId, pages: int) -> None:
         """See Toolstack."""
@@ -529,7 +529,7 @@ class XenHost:
     def introduce(self, domid: DomId, *, console: Ring, xenstore: Ring) -> None:
         """See Toolstack."""
         store = self._xenstore()
-        store.write(domid, xenstore_nodes.introduced(self.info(domid), self.daemons(), console, xenstore))
+        store.write(domid, xenstore_nodes.introduction_nodes(self.info(domid), self.daemons(), console, xenstore))
         store.introduce(domid, xenstore.mfn, xenstore.port)
 
     def set_configuration(self, domid: DomId, config: bytes) -> None:
@@ -583,7 +583,7 @@ class XenHost:
         """See Mover. A guest that has seen a request empties the node itself: there is nothing to withdraw then."""
         self._getdomaininfo(domid)
         home = xenstore_nodes.home(domid)
-        path = f"{home}/{xenstore_nodes.CONTROL}"
+        path = f"{home}/{xenstore_nodes.CONTROL_SHUTDOWN}"
 
         def is_needed(read: Callable[[str], str | None]) -> bool:
             if read(home) is None:
@@ -597,7 +597,7 @@ class XenHost:
         self._getdomaininfo(domid)
         store = self._xenstore()
         store.check_reachable("xenstore", domid)
-        return store.read(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL}") or ""
+        return store.read(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL_SHUTDOWN}") or ""
 
     def resume(self, domid: DomId) -> None:
         """See Mover."""
