@@ -227,11 +227,11 @@ rm -f /tmp/pipe /tmp/half; mkfifo /tmp/pipe
 (head -c 3000000 > /dev/null; touch /tmp/half; exec sleep 300) < /tmp/pipe & reader=$!
 {ours} xl save litmus /tmp/pipe 2> said & xl=$!
 until [ -e /tmp/half ]; do sleep .2; done; sleep 1
-helper=$(pgrep -f 'cli.save_helper --[s]ave')
+helper=$(pgrep -f 'save_helper.program --[s]ave')
 {act}
 wait $xl; echo "status $?"
-for i in $(seq 100); do pgrep -f 'cli.save_helper --[s]ave' > /dev/null || break; sleep .1; done
-kill $reader; cat said; ! pgrep -f 'cli.save_helper --[s]ave'
+for i in $(seq 100); do pgrep -f 'save_helper.program --[s]ave' > /dev/null || break; sleep .1; done
+kill $reader; cat said; ! pgrep -f 'save_helper.program --[s]ave'
 """
 
 
@@ -291,7 +291,7 @@ def test_a_restore_that_is_killed(host: lab.Host) -> None:
         (head -c 3000000 /tmp/saved; touch /tmp/half; exec sleep 300) > /tmp/pipe & writer=$!
         {OURS} xl restore /tmp/pipe 2> said & xl=$!
         until [ -e /tmp/half ]; do sleep .2; done; sleep 1
-        pkill -KILL -f 'cli.save_helper --[r]estore'
+        pkill -KILL -f 'save_helper.program --[r]estore'
         wait $xl; echo "status $?"; kill $writer; cat said
         """,
     )

@@ -73,8 +73,8 @@ def test_what_ends_on_the_way(hosts: Hosts) -> None:
         guest = boot(pair.here, NAME, "p2m=both dirty=200", vcpus=2)
         free = freed(pair.there)
         for host, what in (
-            (pair.here, "cli.save_helper --[s]ave"),
-            (pair.there, "cli.save_helper --[r]estore"),
+            (pair.here, "save_helper.program --[s]ave"),
+            (pair.there, "save_helper.program --[r]estore"),
             (pair.here, "tests.lab.[l]ink 10"),
             (pair.there, "xl [m]igrate-receive"),
         ):
