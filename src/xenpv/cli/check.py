@@ -10,7 +10,7 @@ from xenpv.errors import RequestError
 from xenpv.findings import Findings
 from xenpv.memory.survey import survey
 from xenpv.verify.p2m import check_p2m
-from xenpv.verify.physmap import PhysmapCheck, notes
+from xenpv.verify.physmap import PhysmapCheck, add_survey_notes
 
 
 @click.command()
@@ -52,7 +52,7 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
             raise RequestError(f"{target}: nothing to check the p2m against: {reason}")
         else:
             check_p2m(domain.saved, findings, domain.config)
-            notes(survey(domain.p2m), findings)
+            add_survey_notes(survey(domain.p2m), findings)
             reference, last_pfn = "the stream's pages", domain.saved.contents.end_pfn
         forms = domain.anchors.form_names if domain.anchors else "unknown"
         name = domain.name

@@ -1,11 +1,12 @@
-"""The p2m of a running domain held against Xen's m2p, both ways. The two of them are the physmap.
+"""Cross-checks a running domain's p2m against Xen's m2p. Both together are the physmap.
 
-A running domain changes what we look at: what disagrees is read again, and is only a finding if it still does.
+A running domain may change an entry during the check. An entry that disagrees is read again, and is a finding only if
+it still disagrees.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -34,8 +35,10 @@ STALE = Rule("physmap-stale", "m2p of an entry's mfn gives the pfn back", _M2P)
 LOST = Rule("physmap-lost", "every frame of the domain is the entry of the pfn that m2p says", _M2P)
 SHARED = Rule("physmap-shared", "a leaf that stands in several places maps nothing", "else its pfns have one mfn")
 GENERATION = Rule("physmap-generation", "p2m_generation is even, and the p2m the same after as before", _SHARED_INFO)
-CHANGED = Rule("physmap-changed", "no entry changes while it is looked at", "look again, or pause it", Severity.WARNING)
-PARTIAL = Rule("physmap-partial", "every way leads to all of the p2m", _SHARED_INFO, _NOTE)
+CHANGED = Rule(
+    "physmap-changed", "no entry changes during the check", "check again, or pause the domain", Severity.WARNING
+)
+PARTIAL = Rule("physmap-partial", "every root leads to all of the p2m", _SHARED_INFO, _NOTE)
 _KINDS = {
     Kind.HOLE: (Rule("physmap-hole", "every part of the p2m has a leaf", _SHARED_INFO, _NOTE), "are in no leaf"),
     Kind.INVALID: (Rule("physmap-invalid", "every pfn has a frame", _SHARED_INFO, _NOTE), "have none (INVALID_MFN)"),
@@ -45,148 +48,166 @@ _KINDS = {
     ),
     Kind.IDENTITY: (
         Rule("physmap-identity", "no entry is a machine frame of its own number", "Linux's IDENTITY_FRAME_BIT", _NOTE),
-        "stand for machine frames of their own number (IDENTITY)",
+        "stand for machine frames of the same number (IDENTITY)",
     ),
 }
-_ASKED = 1 << 16  # stale entries of which the other pfn is looked up, which may be anywhere; more are only called stale
+_LOOKUPS_MAX = 1 << 16  # stale entries whose m2p pfn is looked up, anywhere in the p2m; further ones are only STALE
 
 
-@dataclass
 class PhysmapCheck:
-    """One pass over the p2m of a domain, by every way that is open; ``run`` it.
+    """Checks the p2m of a running domain by all its roots, and the m2p of its frames.
 
-    ``owner``: whether to ask of every entry who owns its frame. Without, a frame of another domain that has the same
-    pfn there goes unseen; with, Xen is asked once for every 1024 frames.
+    Args:
+        live: The domain.
+        findings: Gets the findings.
+        owner: Ask Xen for the owner of every frame, in batches. Otherwise another domain's frame is overlooked if it
+            has the same pfn there.
+        progress: Called after each batch.
     """
 
-    live: LiveDomain
-    findings: Findings
-    owner: bool = True
-    progress: ProgressCallback | None = None
-    _asked: int = field(default=0, init=False)
+    def __init__(
+        self, live: LiveDomain, findings: Findings, *, owner: bool = True, progress: ProgressCallback | None = None
+    ) -> None:
+        self.live = live
+        self.findings = findings
+        self.owner = owner
+        self.progress = progress
+        self._host = live.host
+        self._domid = live.info.domid
+        self._lookups = 0
 
     def run(self) -> None:
-        """Check everything. Raises HostError when the domain goes meanwhile."""
+        """Check everything.
+
+        Raises:
+            HostError: The domain is destroyed during the check.
+        """
         live, findings = self.live, self.findings
-        if not live.anchors.roots:
-            findings.add(REACH, f"dom{live.info.domid} exposes no p2m: {live.anchors.explain_no_root()}")
+        roots = live.anchors.roots
+        if not roots:
+            findings.add(REACH, f"dom{self._domid} exposes no p2m: {live.anchors.explain_no_root()}")
             return
-        walked: P2M | None = None
-        for root in live.anchors.roots:
+        best: P2M | None = None
+        for root in roots:
             try:
-                p2m = live.p2m if root == live.anchors.roots[0] else live.walk_p2m(root, self._reach(root))
+                p2m = live.p2m if root == roots[0] else live.walk_p2m(root, self._entries_to_check(root))
             except GuestError as e:
                 findings.add(REACH, f"{root.name}: {e}")
                 continue
-            for lost in p2m.unreadable:
-                bits = BITS_PER_LEVEL if root.form is P2MForm.LINEAR else p2m.per_leaf.bit_length() - 1
-                first = max((lost.place << bits * lost.level) - root.first_place, 0)
-                what = f"the table at mfn {lost.frame:#x}, {lost.level} above the leaves, is not the domain's"
-                findings.add(TABLE, f"{root.name}: {what}", pfn=first * p2m.per_leaf)
-            if root == live.anchors.roots[0]:
-                confirmed = self._entries(p2m, root)
+            self._report_unreadable_tables(p2m, root)
+            if root == roots[0]:
+                confirmed = self._check_entries(p2m, root)
                 if confirmed < p2m.entries:
-                    notes(survey(p2m), findings)
-                self._lost(p2m, confirmed)
-                walked = p2m
-            elif walked is None:
-                self._entries(p2m, root)
-            else:  # leaves that the best way leads to are checked
-                self._entries(replace(p2m, leaves=p2m.leaves.difference(walked.leaves)), root)
-        changed = live.changed() if walked is not None else None
-        if changed is not None:
-            findings.add(GENERATION, changed)
+                    add_survey_notes(survey(p2m), findings)
+                self._check_m2p(p2m, confirmed)
+                best = p2m
+            elif best is None:
+                self._check_entries(p2m, root)
+            else:  # the leaves that both roots lead to are checked already
+                self._check_entries(replace(p2m, leaves=p2m.leaves.difference(best.leaves)), root)
+        change = live.changed() if best is not None else None
+        if change is not None:
+            findings.add(GENERATION, change)
 
-    def _reach(self, root: P2MRoot) -> int:
-        """How many entries to look at by this way.
+    def _entries_to_check(self, root: P2MRoot) -> int:
+        """Return how many entries a root must lead to.
 
-        A tree beside the list may show less than all, as Linux's does beyond 512 GiB; alone it may not.
+        A tree beside a linear list may reach less than max_pfn, as Linux's does beyond 512 GiB. An only root may not.
         """
         anchors = self.live.anchors
-        if root.form is P2MForm.LINEAR or root == anchors.roots[0] or root.levels not in ROOTED_TREE_LEVELS:
+        best = anchors.roots[0]
+        if root.form is P2MForm.LINEAR or root == best or root.levels not in ROOTED_TREE_LEVELS:
             return anchors.max_pfn
-        reach = tree_capacity(root.levels, anchors.width)
-        if reach < anchors.max_pfn:
-            what = f"{root.name}: reaches pfn {reach - 1:#x} only, the {anchors.roots[0].name} {anchors.max_pfn - 1:#x}"
-            self.findings.add(PARTIAL, f"{what}: tools that know no other refuse this domain")
-        return min(reach, anchors.max_pfn)
+        capacity = tree_capacity(root.levels, anchors.width)
+        if capacity < anchors.max_pfn:
+            problem = f"{root.name}: reaches only pfn {capacity - 1:#x}, the {best.name} {anchors.max_pfn - 1:#x}"
+            self.findings.add(PARTIAL, f"{problem}: tools that know no other form refuse this domain")
+        return min(capacity, anchors.max_pfn)
+
+    def _report_unreadable_tables(self, p2m: P2M, root: P2MRoot) -> None:
+        bits = BITS_PER_LEVEL if root.form is P2MForm.LINEAR else p2m.per_leaf.bit_length() - 1
+        for table in p2m.unreadable:
+            first = max((table.place << bits * table.level) - root.first_place, 0)
+            problem = f"the table at mfn {table.frame:#x}, {table.level} above the leaves, is not the domain's"
+            self.findings.add(TABLE, f"{root.name}: {problem}", pfn=first * p2m.per_leaf)
 
     # --- p2m to m2p --------------------------------------------------------------------------------------------------
 
-    def _entries(self, p2m: P2M, root: P2MRoot) -> int:
-        """Check every entry; how many are frames of the domain of which m2p gives the pfn back."""
-        host, max_mfn = self.live.host, np.uint64(self.live.host.max_mfn())
-        confirmed, seen = 0, 0
-        for leaves in p2m.content(lost=partial(self._lost_leaves, root)):
+    def _check_entries(self, p2m: P2M, root: P2MRoot) -> int:
+        """Check every entry; return how many name a frame of the domain whose m2p gives the pfn back."""
+        max_mfn = np.uint64(self._host.max_mfn())
+        confirmed, checked = 0, 0
+        for leaves in p2m.content(lost=partial(self._report_unreadable_leaves, root)):
             pfns, mfns = leaves.pfns.reshape(-1), leaves.mfns.reshape(-1)
-            inside = mfns <= max_mfn  # INVALID_MFN, FOREIGN and IDENTITY are above any frame
-            if not inside.all():
-                wrong = ~inside & names_local_frame(mfns)
-                self._wrong(p2m, pfns[wrong])
-                pfns, mfns = pfns[inside], mfns[inside]
-            right = host.m2p(mfns) == pfns
-            if not right.all():
-                self._wrong(p2m, pfns[~right])
-                pfns, mfns = pfns[right], mfns[right]
-            confirmed += self._owned(p2m, pfns, mfns)
-            self._shared(leaves)
-            seen += int(leaves.times.sum())
+            in_host = mfns <= max_mfn  # INVALID_MFN, FOREIGN and IDENTITY are above any frame
+            if not in_host.all():
+                self._report_entries(p2m, pfns[~in_host & names_local_frame(mfns)])
+                pfns, mfns = pfns[in_host], mfns[in_host]
+            agrees = self._host.m2p(mfns) == pfns
+            if not agrees.all():
+                self._report_entries(p2m, pfns[~agrees])
+                pfns, mfns = pfns[agrees], mfns[agrees]
+            confirmed += self._check_owner(p2m, pfns, mfns)
+            self._check_shared_leaves(leaves)
+            checked += int(leaves.times.sum())
             if self.progress is not None:
-                self.progress(Progress(seen, p2m.places, "checking the p2m", "leaves"))
+                self.progress(Progress(checked, p2m.places, "checking the p2m", "leaves"))
         return confirmed
 
-    def _owned(self, p2m: P2M, pfns: U64, mfns: U64) -> int:
+    def _check_owner(self, p2m: P2M, pfns: U64, mfns: U64) -> int:
+        """Check that the domain owns each frame; return how many it owns."""
         if not self.owner:
             return len(mfns)
-        others = self.live.host.page_types(self.live.info.domid, mfns) == PageType.XTAB
-        if others.any():
-            self._wrong(p2m, pfns[others])
-        return len(mfns) - int(np.count_nonzero(others))
+        not_own = self._host.page_types(self._domid, mfns) == PageType.XTAB
+        if not_own.any():
+            self._report_entries(p2m, pfns[not_own])
+        return len(mfns) - int(np.count_nonzero(not_own))
 
-    def _wrong(self, p2m: P2M, pfns: U64) -> None:
-        """Say of each pfn what is wrong with its entry: the "m2p doesn't match p2m" of old, in words."""
+    def _report_entries(self, p2m: P2M, pfns: U64) -> None:
+        """Read entries that disagree once more, and report what is wrong: libxenguest's "m2p doesn't match p2m"."""
         if not len(pfns):
             return
-        host, domid = self.live.host, self.live.info.domid
+        host = self._host
         mfns = p2m.lookup(pfns)
-        back = host.m2p(mfns)
-        own, beyond = names_local_frame(mfns), mfns > np.uint64(host.max_mfn())
-        others = own & ~beyond
-        others[others] = host.page_types(domid, mfns[others]) == PageType.XTAB
-        stale = own & ~beyond & ~others & (back != pfns)
+        m2p_pfns = host.m2p(mfns)
+        local, beyond = names_local_frame(mfns), mfns > np.uint64(host.max_mfn())
+        not_own = local & ~beyond
+        not_own[not_own] = host.page_types(self._domid, mfns[not_own]) == PageType.XTAB
+        stale = local & ~beyond & ~not_own & (m2p_pfns != pfns)
         twice = np.zeros_like(stale)
-        asked = np.flatnonzero(stale)[: max(0, _ASKED - self._asked)]
-        twice[asked] = p2m.lookup(back[asked]) == mfns[asked]
-        self._asked += len(asked)
-        moving = p2m.lookup(pfns) != mfns  # since we read it just now
-        wrong = (own & beyond | others | stale) & ~moving
-        found = np.column_stack([pfns, mfns, back])
-        for rule, which, says in (
+        looked_up = np.flatnonzero(stale)[: max(0, _LOOKUPS_MAX - self._lookups)]
+        twice[looked_up] = p2m.lookup(m2p_pfns[looked_up]) == mfns[looked_up]
+        self._lookups += len(looked_up)
+        is_stable = p2m.lookup(pfns) == mfns
+        wrong = (local & beyond | not_own | stale) & is_stable
+        rows = np.column_stack([pfns, mfns, m2p_pfns])
+        for rule, mask, text in (
             (BEYOND, wrong & beyond, "pfn {0:#x} has mfn {1:#x}, the host's last is {last:#x}"),
-            (NOT_OWN, wrong & others, "pfn {0:#x} has mfn {1:#x}, which is not a frame of the domain"),
+            (NOT_OWN, wrong & not_own, "pfn {0:#x} has mfn {1:#x}, which is not a frame of the domain"),
             (TWICE, wrong & twice, "pfns {0:#x} and {2:#x} both have mfn {1:#x}; m2p says {2:#x}"),
-            (STALE, wrong & stale & ~twice, "pfn {0:#x} has mfn {1:#x}, of which m2p says pfn {2:#x}"),
-            (CHANGED, ~wrong, "the entry of pfn {0:#x} changed while it was looked at"),
+            (STALE, wrong & stale & ~twice, "pfn {0:#x} has mfn {1:#x}, and m2p gives pfn {2:#x} for it"),
+            (CHANGED, ~wrong, "the entry of pfn {0:#x} changed during the check"),
         ):
 
-            def describe(one: U64, says: str = says) -> tuple[str, dict[str, int]]:
-                return says.format(*one.tolist(), last=host.max_mfn()), {"pfn": int(one[0])}
+            def describe(row: U64, text: str = text) -> tuple[str, dict[str, int]]:
+                return text.format(*row.tolist(), last=host.max_mfn()), {"pfn": int(row[0])}
 
-            self.findings.add_each(rule, found[which], describe)
+            self.findings.add_each(rule, rows[mask], describe)
 
-    def _shared(self, leaves: Leaves) -> None:
-        several = leaves.times > 1
-        if several.any():
-            mapping = np.flatnonzero(several)[names_local_frame(leaves.mfns[several]).any(axis=1)]
+    def _check_shared_leaves(self, leaves: Leaves) -> None:
+        """Report leaves that stand in several places and map pages."""
+        shared = leaves.times > 1
+        if shared.any():
+            mapping = np.flatnonzero(shared)[names_local_frame(leaves.mfns[shared]).any(axis=1)]
 
             def describe(row: np.int64) -> tuple[str, dict[str, int]]:
                 pfn = int(leaves.pfns[row, 0])
-                what = f"the leaf of pfn {pfn:#x} stands in {int(leaves.times[row])} places, and maps pages"
-                return what, {"pfn": pfn}
+                message = f"the leaf of pfn {pfn:#x} stands in {int(leaves.times[row])} places, and maps pages"
+                return message, {"pfn": pfn}
 
             self.findings.add_each(SHARED, mapping, describe)
 
-    def _lost_leaves(self, root: P2MRoot, leaves: FrameRuns) -> None:
+    def _report_unreadable_leaves(self, root: P2MRoot, leaves: FrameRuns) -> None:
         per_leaf = PAGE_SIZE // self.live.info.width
 
         def describe(row: np.int64) -> tuple[str, dict[str, int]]:
@@ -197,39 +218,40 @@ class PhysmapCheck:
 
     # --- m2p to p2m --------------------------------------------------------------------------------------------------
 
-    def _lost(self, p2m: P2M, confirmed: int) -> None:
-        """Find the frames of the domain that are no pfn's entry. Only if it has more than were confirmed."""
-        host, domid = self.live.host, self.live.info.domid
-        lost = host.info(domid).pages - confirmed
+    def _check_m2p(self, p2m: P2M, confirmed: int) -> None:
+        """Find the frames of the domain that no entry names, if it has more frames than entries were confirmed."""
+        host = self._host
+        remaining = host.info(self._domid).pages - confirmed
         frames = host.max_mfn() + 1
         for first in range(0, frames, PFNS_PER_SCAN):
-            if lost <= 0:
+            if remaining <= 0:
                 return
             mfns = np.arange(first, min(first + PFNS_PER_SCAN, frames), dtype=np.uint64)
             pfns = host.m2p(mfns)
-            inside = pfns < np.uint64(p2m.entries)
-            inside[inside] = host.page_types(domid, mfns[inside]) != PageType.XTAB
-            mfns, pfns = mfns[inside], pfns[inside]  # only what is ours: others' pfns would have us read all the p2m
+            own = pfns < np.uint64(p2m.entries)
+            own[own] = host.page_types(self._domid, mfns[own]) != PageType.XTAB
+            mfns, pfns = mfns[own], pfns[own]  # other domains' pfns would make us read all of the p2m
             entries = p2m.lookup(pfns)
-            found = np.column_stack([mfns, pfns, entries])[entries != mfns]
-            self.findings.add_each(LOST, found, _describe_lost)
-            lost -= len(found)
+            lost = np.column_stack([mfns, pfns, entries])[entries != mfns]
+            self.findings.add_each(LOST, lost, _describe_lost)
+            remaining -= len(lost)
             if self.progress is not None:
                 self.progress(Progress(first, frames, "checking the m2p", "frames"))
-        if lost > 0:
-            self.findings.add(LOST, f"{lost} frames of the domain are no pfn's entry, and m2p has no pfn for them")
+        if remaining > 0:
+            message = f"{remaining} frames of the domain are in no entry, and m2p has no pfn for them"
+            self.findings.add(LOST, message)
 
 
-def notes(found: Survey, findings: Findings) -> None:
-    """Say how many pfns have no frame of the domain, and why: nothing of it need be wrong."""
-    for kind, (rule, what) in _KINDS.items():
-        if found.pages[kind]:
-            first = found.first.get(kind)
-            where = "" if first is None else f", the first is {first:#x}"
-            findings.add(rule, f"{found.pages[kind]} pfns {what}{where}", pfn=first)
+def _describe_lost(row: U64) -> tuple[str, dict[str, int]]:
+    mfn, pfn, entry = row.tolist()
+    contradiction = "has none" if entry == int(NO_FRAME) else f"has {entry:#x}"
+    return f"mfn {mfn:#x} is the domain's, m2p gives pfn {pfn:#x} for it, which {contradiction}", {"pfn": pfn}
 
 
-def _describe_lost(one: U64) -> tuple[str, dict[str, int]]:
-    mfn, pfn, entry = one.tolist()
-    has = "has none" if entry == int(NO_FRAME) else f"has {entry:#x}"
-    return f"mfn {mfn:#x} is the domain's, m2p says as pfn {pfn:#x}, which {has}", {"pfn": pfn}
+def add_survey_notes(result: Survey, findings: Findings) -> None:
+    """Add a note for each kind of pfn without a frame of the domain: none of them need be wrong."""
+    for kind, (rule, description) in _KINDS.items():
+        if result.pages[kind]:
+            first = result.first.get(kind)
+            suffix = "" if first is None else f", the first is {first:#x}"
+            findings.add(rule, f"{result.pages[kind]} pfns {description}{suffix}", pfn=first)
