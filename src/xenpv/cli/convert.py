@@ -1,4 +1,4 @@
-"""``xenpv convert``: a saved domain of any version and envelope into one of today's."""
+"""``xenpv convert``: a saved domain of any version and envelope to the current stream version."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from xenpv.stream.envelope import CONFIG_MAX, Kind
 from xenpv.stream.legacy import LegacyFormat
 from xenpv.stream.order import Guest
 from xenpv.stream.reader import Reader
-from xenpv.text import size
+from xenpv.text import counted, size
 
 _FORMATS = {b"{": "json", b"<": "xml", b"(": "sexp"}
 
@@ -24,19 +24,20 @@ _FORMATS = {b"{": "json", b"<": "xml", b"(": "sexp"}
 @click.command()
 @click.argument("source", metavar="IN", type=click.Path(allow_dash=True))
 @click.argument("out", metavar="OUT", type=click.Path(allow_dash=True))
-@click.option("--to", "kind", type=click.Choice([str(kind) for kind in Kind]), help="The envelope; IN's unless said.")
-@click.option("--config", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
-              help="What OUT carries: JSON or xl's text for xl, XML for libvirt; IN's, if that fits.")  # fmt: skip
-@click.option("--batch", type=int, metavar="N", help="Cut PAGE_DATA anew, N pages to a record; as in IN unless said.")
-@click.option("--drop-zero", is_flag=True, help="Leave out the content of pages that are zero: see above.")
-@click.option(
-    "--drop-emulator", is_flag=True, help="Leave out an HVM domain's device model, if OUT has no place for it."
-)
-@click.option(
-    "--width", type=click.Choice(["32", "64"]), help="Bits of the toolstack of a legacy IN, if not by looking."
-)
-@click.option("--guest", type=click.Choice(["pv", "hvm"]), help="What a legacy IN holds, if not by looking.")
-@click.option("--force", is_flag=True, help="Write OUT even if it would not restore; what is wrong is said.")
+@click.option("--to", "kind", type=click.Choice([str(kind) for kind in Kind]), show_default="that of IN",
+              help="Envelope of OUT.")  # fmt: skip
+@click.option("--config", type=click.Path(exists=True, dir_okay=False), metavar="FILE", show_default="that of IN",
+              help="Configuration to store in OUT: JSON or xl's text for xl, XML for libvirt.")  # fmt: skip
+@click.option("--batch", type=int, metavar="N", show_default="as in IN",
+              help="Repack the pages, N to a PAGE_DATA record.")  # fmt: skip
+@click.option("--drop-zero", is_flag=True, help="Leave out the content of zero pages; safe only as described above.")
+@click.option("--drop-emulator", is_flag=True,
+              help="Leave out an HVM domain's device model if OUT has no place for it.")  # fmt: skip
+@click.option("--width", type=click.Choice(["32", "64"]), show_default="by looking",
+              help="Bits of the toolstack that wrote a legacy IN.")  # fmt: skip
+@click.option("--guest", type=click.Choice(["pv", "hvm"]), show_default="by looking",
+              help="Type of the domain in a legacy IN.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Write OUT even if it would not restore; print the errors.")
 @JSON
 def convert(
     source: str,
@@ -51,25 +52,26 @@ def convert(
     force: bool,
     as_json: bool,
 ) -> int:
-    """Convert a saved domain to the stream of today (version 3), in any envelope.
+    """Convert a saved domain to the current stream version (3), in any envelope.
 
-    IN is a save file of any age: legacy streams of before Xen 4.6 (of 32- and 64-bit toolstacks, PV and HVM, under
-    Remus with compressed pages too), version 2 and 3; of xl, libvirt, xenopsd, or bare libxl and libxc. "-" is a pipe,
-    on either side. Under Remus the last whole checkpoint counts.
+    IN is a save file of any age: a legacy stream of before Xen 4.6 (PV or HVM, of a 32-bit or 64-bit toolstack, also
+    with pages that Remus compressed), or version 2 or 3; of xl, libvirt or xenopsd, or a bare libxl or libxc stream. IN
+    and OUT may be "-", a pipe. Of a Remus stream the last complete checkpoint counts.
 
-    What comes out passes `xenpv verify`, or it is refused: then there is no OUT, and a pipe has no end.
+    OUT passes `xenpv verify`; otherwise there is no OUT, and a pipe gets no end.
 
-    --drop-zero makes OUT smaller, and is safe only where Xen was started with scrub-domheap: elsewhere a page without
-    content may come up with what another domain left there.
+    --drop-zero makes OUT smaller. It is safe only if Xen runs with scrub-domheap; otherwise a page without content may
+    hold what another domain left there.
 
     \b
-    xenpv convert old.save new.save            what xl restore of today takes
-    xenpv convert --to libxc dom.save dom.libxc
-    xenpv convert --to libvirt --config dom.xml dom.save dom.img
-    zstd -dc old.save.zst | xenpv convert - new.save
+    Examples:
+      xenpv convert old.save new.save                  a stream of before Xen 4.6, for today's xl restore
+      xenpv convert --to libxc dom.save dom.libxc
+      xenpv convert --to libvirt --config dom.xml dom.save dom.img
+      zstd -dc old.save.zst | xenpv convert - new.save
     """
     if (width is None) is not (guest is None):
-        raise click.UsageError("say --width and --guest, or neither")
+        raise click.UsageError("give both --width and --guest, or neither")
     toolstack = None if width is None else (int(width) // 8, Guest.PV if guest == "pv" else Guest.HVM)
     text, config_format = _read_config(config) if config else (None, "json")
     reader = Reader(legacy=LegacyFormat(toolstack=toolstack))
@@ -86,21 +88,22 @@ def convert(
         stream.close()
     if as_json:
         if out != "-":
-            print_json(_json(result, out))
+            print_json(_describe(result, out))
     else:
         _print_summary(result, out)
     return 0
 
 
 def _read_config(path: str) -> tuple[bytes, str]:
+    """Return the text of a configuration and its format."""
     with Path(path).open("rb") as file:
         text = file.read(CONFIG_MAX)
     if not text.strip():
-        raise RequestError(f"{path}: is empty, not a domain's configuration")
+        raise RequestError(f"{path}: is empty; a configuration has some text")
     return text, _FORMATS.get(text.lstrip()[:1], "xl")
 
 
-def _json(result: ConversionResult, out: str) -> dict[str, object]:
+def _describe(result: ConversionResult, out: str) -> dict[str, object]:
     return {
         "from": {
             "file": result.name,
@@ -123,21 +126,20 @@ def _json(result: ConversionResult, out: str) -> dict[str, object]:
 def _print_summary(result: ConversionResult, out: str) -> None:
     """Print a summary on stderr, since standard output may be the stream."""
     guest = "" if result.guest is None else f" ({result.guest.name})"
-    was = f"{result.source_kind}, version {result.version}{guest}"
-    where = "standard output" if out == "-" else out
-    click.echo(f"{result.name}: {was}, {size(result.bytes_in)}", err=True)
-    click.echo(f"{where}: {result.kind}, version 3, {result.pages} pages, {size(result.bytes_out)}", err=True)
+    shown = "standard output" if out == "-" else out
+    lines = [
+        f"{result.name}: {result.source_kind}, version {result.version}{guest}, {size(result.bytes_in)}",
+        f"{shown}: {result.kind}, version 3, {result.pages} pages, {size(result.bytes_out)}",
+    ]
     if result.zero_pages:
-        click.echo(
-            f"{result.zero_pages} pages of zeros came without content: {size(result.bytes_saved)} saved", err=True
-        )
+        lines.append(f"{result.zero_pages} zero pages have no content: {size(result.bytes_saved)} saved")
     if result.checkpoints:
-        click.echo(f"{result.checkpoints} checkpoints, of which the last whole one counts", err=True)
+        lines.append(f"{counted(result.checkpoints, 'checkpoint')}; OUT is the last complete one")
     if result.truncated:
-        click.echo(f"what follows it was left out: {result.truncated}", err=True)
+        lines.append(f"IN is cut off after it: {result.truncated}")
     if result.omitted:
-        click.echo(f"left out: {', '.join(sorted(set(result.omitted)))}", err=True)
+        lines.append(f"left out: {', '.join(sorted(set(result.omitted)))}")
     if result.kind is Kind.XL and not result.has_config:
-        click.echo("it carries no configuration: xl restore CONFIG FILE, or --config", err=True)
-    for finding in result.findings:
-        click.echo(f"{finding.severity}: {finding}", err=True)
+        lines.append("OUT has no configuration: use xl restore CONFIG FILE, or --config")
+    lines += [f"{finding.severity}: {finding}" for finding in result.findings]
+    click.echo("\n".join(lines), err=True)

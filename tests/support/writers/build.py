@@ -62,6 +62,14 @@ def pv_domain(
     )
 
 
+def pv_domain_with_gdt() -> Domain:
+    """Return a domain of 64 pages with two vcpus whose GDT frames are not zero, so that no page is lost by chance."""
+    domain = pv_domain(pfns=range(64), vcpus=2)
+    for pfn in domain.places.gdt:
+        domain.pages[pfn][:8] = b"segments"
+    return domain
+
+
 class _Builder:
     def __init__(self, width: Width, pfns: Sequence[int], p2m_vaddr: int) -> None:
         self.width, self.levels, self.order = width, LEVELS[width], pfns
