@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from xenpv.build.build import Built
     from xenpv.convert.convert import ConversionResult, ConvertOptions
     from xenpv.host.protocol import Mover
-    from xenpv.migrate.sender import Given
+    from xenpv.migrate.sender import SentDomain
     from xenpv.restore.restore import Restored
-    from xenpv.save.file import Ended
-    from xenpv.save.precopy import Precopy
+    from xenpv.save.file import SavedFile
+    from xenpv.save.precopy import PrecopyPolicy
     from xenpv.save.save import Summary
 
 
@@ -38,7 +38,7 @@ def save(
     timeout: float = 60.0,
     progress: ProgressCallback | None = None,
     host: Mover | None = None,
-) -> Ended:
+) -> SavedFile:
     """Suspend a running domain, save it to a file, and destroy it.
 
     The file appears only when it is complete. After an error the domain runs on, and there is no file.
@@ -55,7 +55,7 @@ def save(
     Raises:
         RequestError: The domain cannot be saved as it is.
         GuestError: The guest's p2m or page tables are damaged.
-        HostError: There is no such domain, or Xen refused an operation.
+        HostError: There is no such domain, or Xen refused an operation. The message says if the domain stays suspended.
         OSError: The file cannot be written.
     """
     from xenpv.host.protocol import find_domain  # noqa: PLC0415  NumPy
@@ -63,9 +63,7 @@ def save(
 
     with _open_host(host) as on:
         domid = find_domain(on, name).domid
-        return save_file(
-            on, domid, path, timeout=timeout, keep=keep, paused=paused, say=lambda _: None, progress=progress
-        )
+        return save_file(on, domid, path, suspend_timeout=timeout, keep=keep, paused=paused, progress=progress)
 
 
 def restore(
@@ -107,12 +105,12 @@ def migrate(
     name: str,
     destination: str,
     *,
-    live: bool | Precopy = True,
+    live: bool | PrecopyPolicy = True,
     paused: bool = False,
     timeout: float = 60.0,
     progress: ProgressCallback | None = None,
     host: Mover | None = None,
-) -> Given:
+) -> SentDomain:
     """Move a running domain to another host, where ``xenpv receive`` runs or is started by ssh.
 
     Exactly one side may run the domain at any moment. After an error it runs on here.
@@ -120,7 +118,7 @@ def migrate(
     Args:
         name: The domain's number, uuid or name.
         destination: A host to reach by ssh, or ``tcp:HOST:PORT``, ``unix:PATH``, ``fd:IN,OUT``.
-        live: Send memory while the domain runs. A Precopy says when to stop it. False stops it first.
+        live: Send memory while the domain runs. A PrecopyPolicy says when to stop it. False stops it first.
         paused: Leave the domain paused on the other host.
         timeout: Seconds that the guest may take to suspend.
         progress: Called while memory is sent.
@@ -133,16 +131,18 @@ def migrate(
         OSError: The other side cannot be reached, or the connection dropped.
     """
     from xenpv.host.protocol import find_domain  # noqa: PLC0415  NumPy
-    from xenpv.migrate.sender import give  # noqa: PLC0415
+    from xenpv.migrate.sender import send_domain  # noqa: PLC0415
     from xenpv.migrate.transport import connect  # noqa: PLC0415
     from xenpv.save.file import configuration  # noqa: PLC0415
-    from xenpv.save.precopy import Precopy  # noqa: PLC0415
+    from xenpv.save.precopy import PrecopyPolicy  # noqa: PLC0415
 
-    precopy = (Precopy() if live else None) if isinstance(live, bool) else live
+    precopy = (PrecopyPolicy() if live else None) if isinstance(live, bool) else live
     with _open_host(host) as on, connect(destination) as link:
         domid = find_domain(on, name).domid
         config = configuration(on, domid)
-        return give(on, domid, link, config=config, live=precopy, paused=paused, timeout=timeout, progress=progress)
+        return send_domain(
+            on, domid, link, config=config, live=precopy, paused=paused, suspend_timeout=timeout, progress=progress
+        )
 
 
 @overload

@@ -16,7 +16,7 @@ from tests.support.writers.build import pv_domain
 from tests.support.writers.kernel import Kernel
 from tests.support.writers.legacy import Legacy, in_xl, pv_stream
 from tests.support.writers.vmcoreinfo import RELEASE, UTS_OFFSET, text
-from xenpv.migrate.receiver import take
+from xenpv.migrate.receiver import receive_domain
 from xenpv.migrate.transport import accept, listening
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "api.md"
@@ -60,7 +60,7 @@ def move() -> Iterator[Move]:
 
         def receive() -> None:
             with accept(listener, "unix:receiver") as link:
-                take(move.target, link)
+                receive_domain(move.target, link)
 
         thread = threading.Thread(target=receive, daemon=True)
         thread.start()

@@ -52,8 +52,8 @@ def test_build_file_verifies_and_holds_start_of_day(kernel: str, tmp_path: Path)
         assert config is not None
         assert (config.name, config.max_vcpus, config.max_memkb) == ("built", 2, 32 << 10)
         index = saved.contents.index
-        assert summary.pages + summary.empty == sum(index.count().values()) == layout.nr_pages
-        assert index.count()[PageType.XALLOC] == summary.empty > layout.nr_pages // 2
+        assert summary.pages + summary.without_content == sum(index.count().values()) == layout.nr_pages
+        assert index.count()[PageType.XALLOC] == summary.without_content > layout.nr_pages // 2
         assert saved.p2m.places == layout.segment(Part.P2M).pages  # type: ignore[union-attr]
         memory = saved.memory
         for segment in image_.segments:

@@ -15,8 +15,8 @@ from tests.support.command import Ran, xenpv
 from tests.support.migration import CONFIG, NAME, PAGES, Move
 from xenpv.errors import HostError
 from xenpv.host.domain_names import AWAY
-from xenpv.migrate.receiver import take
-from xenpv.migrate.sender import give
+from xenpv.migrate.receiver import receive_domain
+from xenpv.migrate.sender import send_domain
 from xenpv.migrate.transport import accept, connect, listening
 
 
@@ -50,8 +50,8 @@ def migrated(move: Move, folder: Path, *args: object) -> tuple[Ran, object]:
     with listening(where) as listener:
 
         def receive() -> object:
-            with accept(listener, where, patience=20.0) as link:
-                return take(move.target, link)
+            with accept(listener, where, idle_timeout=20.0) as link:
+                return receive_domain(move.target, link)
 
         return beside(receive, lambda: xenpv("migrate", *args, NAME, where))
 
@@ -83,7 +83,7 @@ def test_a_failure_is_told_and_the_guest_runs_on(move: Move, tmp_path: Path) -> 
     ran, _ = migrated(move, tmp_path)
     assert ran.code == 1
     assert f"xenpv: dom{move.guest.domid} ({NAME}) runs on here\n" in ran.err
-    assert "there is a domain of this name or uuid here already" in ran.err
+    assert f"dom1 ({NAME})" in ran.err
     ran, _ = migrated(move, tmp_path, "--json")
     assert json.loads(ran.out.splitlines()[-1]) == {
         "event": "kept",
@@ -112,8 +112,8 @@ def test_by_ssh(move: Move, tmp_path: Path) -> None:
     with listening(where) as listener:
 
         def receive() -> object:
-            with accept(listener, where, patience=20.0) as link:
-                return take(move.target, link)
+            with accept(listener, where, idle_timeout=20.0) as link:
+                return receive_domain(move.target, link)
 
         ran, _ = beside(receive, lambda: xenpv("migrate", "--ssh", f"{program} -p 22", NAME, "host"))
     assert ran.code == 0, ran.err
@@ -136,8 +136,8 @@ def test_the_last_word_lost_and_settled(move: Move, tmp_path: Path, monkeypatch:
     with listening(where) as listener:
 
         def receive() -> object:
-            with accept(listener, where, patience=20.0) as link:
-                return take(move.target, link)
+            with accept(listener, where, idle_timeout=20.0) as link:
+                return receive_domain(move.target, link)
 
         ran, _ = beside(receive, lambda: xenpv("migrate", "--settle", domid, where))
     assert (ran.code, ran.out) == (0, "")
@@ -162,8 +162,8 @@ def test_receive(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as
     def send() -> object:
         while True:
             try:
-                with connect(f"unix:{path}", patience=20.0) as link:
-                    return give(move.source, move.guest.domid, link, config=CONFIG)
+                with connect(f"unix:{path}", idle_timeout=20.0) as link:
+                    return send_domain(move.source, move.guest.domid, link, config=CONFIG)
             except (FileNotFoundError, ConnectionRefusedError):
                 pass
 
@@ -200,6 +200,6 @@ def test_usage(args: list[str]) -> None:
 
 
 def test_what_cannot_be_is_said_before_anything_is_done(move: Move) -> None:
-    assert "a live save takes one pass at least" in xenpv("migrate", "--max-iterations", 0, NAME, "x").err
-    assert "is no host" in xenpv("migrate", "--", NAME, "-oProxyCommand=x").err
+    assert "at least 1 iteration, not 0" in xenpv("migrate", "--max-iterations", 0, NAME, "x").err
+    assert "-oProxyCommand=x" in xenpv("migrate", "--", NAME, "-oProxyCommand=x").err
     assert move.runs_here()

@@ -166,6 +166,25 @@ def test_whoever_ends_it_has_the_guest_run_on(
     assert before == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
+def test_save_that_fails_and_cannot_resume_names_both_errors(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    def fail(*_: Any) -> None:
+        raise HostError("resume: no", op="resume")
+
+    monkeypatch.setattr(os, "writev", full)
+    monkeypatch.setattr(move.source, "resume", fail)
+    ran = xenpv("save", NAME, tmp_path / "web.save")
+    assert ran.code == 1
+    assert "No space left on device" in ran.err
+    assert f"dom{move.guest.domid} ({NAME}) could not be resumed: resume: no" in ran.err
+    assert ran.err.count("could not be resumed") == 1
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_copy_that_cannot_be_destroyed_is_named(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def destroy(_domid: int) -> None:
         raise HostError("destroy: no", op="destroy")
@@ -173,9 +192,32 @@ def test_a_copy_that_cannot_be_destroyed_is_named(move: Move, tmp_path: Path, mo
     monkeypatch.setattr(move.source, "destroy", destroy)
     ran = xenpv("save", NAME, tmp_path / "web.save")
     assert ran.code == 1
-    assert f"web.save is whole, and dom{move.guest.domid} ({NAME}) could not be destroyed: destroy: no" in ran.err
+    assert f"web.save is complete, but dom{move.guest.domid} ({NAME}) could not be destroyed: destroy: no" in ran.err
     assert move.source.info(move.guest.domid).shutdown, "it must not run beside its copy"
     assert os.listdir(tmp_path) == ["web.save"]
+
+
+@pytest.mark.parametrize("call", ["resume", "pause"])
+@pytest.mark.parametrize("option", ["-c", "-p"])
+def test_save_with_keep_and_a_failing_host_exits_with_failure(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, call: str
+) -> None:
+    """A guest that stays suspended, or that runs where it should be paused, is no success."""
+
+    def fail(*_: Any) -> None:
+        raise HostError(f"{call}: no", op=call)
+
+    monkeypatch.setattr(move.source, call, fail)
+    ran = xenpv("save", option, NAME, tmp_path / "web.save")
+    if call == "pause" and option == "-c":
+        assert ran.code == 0
+    else:
+        assert ran.code == 1
+        assert f"{call}: no" in ran.err
+    assert move.source.info(move.guest.domid).shutdown is (call != "pause")
+    assert judge(tmp_path / "web.save").rules <= {"p2m-invalid"}, "the file is complete all the same"
+    if call == "pause":
+        assert move.runs_here()
 
 
 def test_a_file_that_is_cut_off_leaves_nothing(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,5 +243,6 @@ def test_a_domain_that_is_not_there(move: Move, tmp_path: Path) -> None:
     ran = xenpv("save", "nobody", tmp_path / "x")
     assert ran.code == 1
     assert "'nobody'" in ran.err
-    assert "dom0 is what this runs in" in xenpv("save", "0", tmp_path / "x").err
+    refused = xenpv("save", "0", tmp_path / "x")
+    assert (refused.code, "dom0" in refused.err) == (1, True)
     assert os.listdir(tmp_path) == []

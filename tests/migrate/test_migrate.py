@@ -11,15 +11,16 @@ import pytest
 
 from tests.support.kernel_guest import SOME
 from tests.support.migration import CONFIG, MEMORY, NAME, PAGES, UUID, Move, linked
-from xenpv.errors import GuestError, HostError, RequestError, StreamError, Unsupported
+from xenpv.errors import GuestError, HostError, OutOfOrder, RequestError, StreamError, Unsupported
 from xenpv.host.domain_names import AWAY, INCOMING
 from xenpv.host.model.host import ModelHost
-from xenpv.migrate.channel import Conversation, Undecided
-from xenpv.migrate.protocol import RECEIVER, SENDER, Word, encode
-from xenpv.migrate.receiver import take
-from xenpv.migrate.sender import give, settle, take_back
+from xenpv.migrate.channel import MigrationChannel, OutcomeUnknown
+from xenpv.migrate.protocol import RECEIVER, SENDER, Message, encode
+from xenpv.migrate.receiver import receive_domain
+from xenpv.migrate.sender import Owner, Settlement, send_domain, settle, take_back
 from xenpv.migrate.transport import Link
-from xenpv.save.precopy import Precopy
+from xenpv.save.precopy import PrecopyPolicy
+from xenpv.save.source_domain import RollbackError, SourceState
 
 FORMS = [name for width, name in SOME if width == 8]
 
@@ -31,9 +32,9 @@ def refusal(op: str, no: int = errno.EIO) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.parametrize("live", [None, Precopy()], ids=["suspended", "live"])
+@pytest.mark.parametrize("live", [None, PrecopyPolicy()], ids=["suspended", "live"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_domain_arrives_and_runs(form: str, live: Precopy | None) -> None:
+def test_a_domain_arrives_and_runs(form: str, live: PrecopyPolicy | None) -> None:
     move = Move.ready(form)
     ended = move.start(live=live)
     assert (ended.here, ended.there) == (None, None)
@@ -59,7 +60,7 @@ def test_one_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() -> Non
         live()
 
     move.source.set_time_slice(move.guest.domid, passes)
-    ended = move.start(live=Precopy(max_iterations=4))
+    ended = move.start(live=PrecopyPolicy(max_iterations=4))
     assert ended.here is None
     assert move.counter > 8
     assert move.there() is not None
@@ -82,7 +83,7 @@ def test_one_that_is_to_stay_paused() -> None:
 def test_one_that_had_suspended_is_moved_as_it_is() -> None:
     move = Move.ready()
     move.guest.do("suspend")
-    assert move.start(live=Precopy()).here is None
+    assert move.start(live=PrecopyPolicy()).here is None
     assert move.there() is not None
 
 
@@ -94,10 +95,10 @@ def test_one_that_had_suspended_is_moved_as_it_is() -> None:
     [
         (
             lambda move: move.target.create(8, max_pages=1, name=NAME),
-            f"of this name or uuid here already: dom1 ({NAME})",
+            f"of this name or uuid already: dom1 ({NAME})",
         ),
-        (lambda move: move.target.create(8, max_pages=1, name=NAME + INCOMING), "here already: dom1"),
-        (lambda move: move.fill(1200), "it needs 5 MiB, and 4 MiB are free; end a domain, or give dom0 less"),
+        (lambda move: move.target.create(8, max_pages=1, name=NAME + INCOMING), "already: dom1"),
+        (lambda move: move.fill(1200), "it needs 5 MiB, and 4 MiB are free"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_it_is_sent(prepare: Callable[[Move], Any], said: str) -> None:
@@ -110,7 +111,7 @@ def test_what_does_not_fit_is_refused_before_it_is_sent(prepare: Callable[[Move]
     assert str(ended.here) == f"there: {ended.there}"
     assert ended.sent is not None
     assert ended.sent.written < 1000
-    assert ended.heard("kept")["state"].endswith("runs on here")
+    assert ended.heard("kept")["rollback"].state is SourceState.RUNNING
     assert not move.suspended, "it was not even asked"
     assert move.runs_here()
     assert before == (len(move.target.domains()), move.target.free_pages())
@@ -120,7 +121,7 @@ def test_a_domain_whose_uuid_is_there() -> None:
     move = Move.ready()
     move.source.hypervisor.domains[move.guest.domid].uuid = UUID
     move.target.create(8, max_pages=1, name="other", uuid=UUID)
-    assert "here already: dom1 (other)" in str(move.start().here)
+    assert "already: dom1 (other)" in str(move.start().here)
     assert move.runs_here()
 
 
@@ -138,25 +139,25 @@ def test_memory_that_runs_short_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
 # --- guests ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("live", [None, Precopy()], ids=["suspended", "live"])
-def test_a_guest_that_does_not_suspend_runs_on(live: Precopy | None) -> None:
+@pytest.mark.parametrize("live", [None, PrecopyPolicy()], ids=["suspended", "live"])
+def test_a_guest_that_does_not_suspend_runs_on(live: PrecopyPolicy | None) -> None:
     move = Move.ready()
     move.source.set_time_slice(move.guest.domid, lambda: None)
-    ended = move.start(timeout=0.05, live=live)
+    ended = move.start(suspend_timeout=0.05, live=live)
     assert isinstance(ended.here, GuestError)
     assert move.runs_here()
     assert move.nothing_there()
     assert isinstance(ended.there, StreamError | OSError)
 
 
-@pytest.mark.parametrize("live", [None, Precopy()], ids=["suspended", "live"])
-def test_a_guest_that_crashes_meanwhile(live: Precopy | None) -> None:
+@pytest.mark.parametrize("live", [None, PrecopyPolicy()], ids=["suspended", "live"])
+def test_a_guest_that_crashes_meanwhile(live: PrecopyPolicy | None) -> None:
     move = Move.ready()
     move.source.set_time_slice(move.guest.domid, lambda: move.source.hypervisor.shutdown(move.guest.domid, 3))
     ended = move.start(live=live)
     assert isinstance(ended.here, GuestError)
     assert "crashed" in str(ended.here)
-    assert ended.heard("kept")["state"].endswith("has shut down by itself")
+    assert ended.heard("kept")["rollback"].state is SourceState.SHUT_DOWN
     assert move.source.info(move.guest.domid).name == NAME
     assert move.nothing_there()
 
@@ -190,9 +191,9 @@ def test_a_receiver_that_can_neither_start_nor_destroy_it_says_so(monkeypatch: p
     monkeypatch.setattr(move.target, "unpause", refusal("unpause"))
     monkeypatch.setattr(move.target, "destroy", refusal("destroy"))
     ended = move.start()
-    assert isinstance(ended.here, Undecided)
+    assert isinstance(ended.here, OutcomeUnknown)
     assert "can be neither started (unpause: no) nor destroyed (destroy: no)" in str(ended.here)
-    assert isinstance(ended.there, Undecided)
+    assert isinstance(ended.there, OutcomeUnknown)
     assert move.waits_here()
 
 
@@ -227,7 +228,10 @@ def test_a_domain_that_cannot_be_resumed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(move.source, "resume", refusal("resume"))
     monkeypatch.setattr(move.target, "unpause", refusal("unpause"))
     ended = move.start()
-    assert ended.heard("kept")["state"] == f"dom{move.guest.domid} ({NAME}) could not be resumed: resume: no"
+    rollback = ended.heard("kept")["rollback"]
+    assert (rollback.state, rollback.error.op) == (None, "resume")
+    assert isinstance(ended.here, RollbackError)
+    assert ended.here.rollback == rollback
     assert move.nothing_there()
 
 
@@ -262,20 +266,20 @@ def undecided(*, arrives: bool) -> Move:
     # What comes behind READY does not get out; or YOURS does not, though it counts as sent.
     behind = first.answered.words[-2], first.sent.words[-2]
     ended = move.start(back=behind[0]) if arrives else move.start(out=behind[1], lost=True)
-    assert isinstance(ended.here, Undecided)
+    assert isinstance(ended.here, OutcomeUnknown)
     assert f"xenpv migrate --settle {move.guest.domid} there" in str(ended.here)
     assert move.waits_here()
     return move
 
 
-def settled(move: Move) -> tuple[str | BaseException, BaseException | None]:
+def settled(move: Move) -> tuple[Settlement | BaseException, BaseException | None]:
     """What asking the other host comes to, and how that saw it."""
     failed: list[BaseException] = []
     with linked(Link, 20.0) as (here, there):
 
         def answer() -> None:
             try:
-                assert take(move.target, there) is None
+                assert receive_domain(move.target, there) is None
             except BaseException as e:  # it is looked at
                 failed.append(e)
             there.close()
@@ -283,7 +287,7 @@ def settled(move: Move) -> tuple[str | BaseException, BaseException | None]:
         thread = threading.Thread(target=answer)
         thread.start()
         try:
-            said: str | BaseException = settle(move.source, move.guest.domid, here)
+            said: Settlement | BaseException = settle(move.source, move.guest.domid, here)
         except Exception as e:  # it is looked at
             said = e
         here.close()
@@ -291,12 +295,16 @@ def settled(move: Move) -> tuple[str | BaseException, BaseException | None]:
     return said, failed[0] if failed else None
 
 
+def resumed_here(move: Move) -> Settlement:
+    return Settlement(Owner.SENDER, f"dom{move.guest.domid} ({NAME})", move.guest.domid)
+
+
 def test_the_receiver_runs_it_and_could_not_say_so() -> None:
     move = undecided(arrives=True)
     there = move.there()
     assert there is not None
     said, _ = settled(move)
-    assert said == f"dom{move.guest.domid} ({NAME}{AWAY}) is on there, as dom{there.domid}; its copy here is destroyed"
+    assert said == Settlement(Owner.RECEIVER, f"dom{move.guest.domid} ({NAME}{AWAY})", there.domid)
     assert move.is_gone_here()
 
 
@@ -304,11 +312,11 @@ def test_the_receiver_never_heard_that_it_is_its_own() -> None:
     move = undecided(arrives=False)
     assert move.nothing_there()
     said, _ = settled(move)
-    assert isinstance(said, Undecided)
-    assert "nothing of it is here" in str(said)
+    assert isinstance(said, OutcomeUnknown)
+    assert "there is no such domain here" in str(said)
     assert f"xenpv migrate --take-back {move.guest.domid}" in str(said)
     assert move.waits_here()
-    assert take_back(move.source, move.guest.domid) == f"dom{move.guest.domid} ({NAME}) runs on here"
+    assert take_back(move.source, move.guest.domid) == resumed_here(move)
     assert move.runs_here()
 
 
@@ -317,7 +325,7 @@ def test_the_receiver_was_killed_while_it_waited() -> None:
     move = undecided(arrives=False)
     move.target.create(8, max_pages=1, name=NAME + INCOMING)
     said, _ = settled(move)
-    assert said == f"dom{move.guest.domid} ({NAME}) runs on here"
+    assert said == resumed_here(move)
     assert move.runs_here()
     assert move.nothing_there()
 
@@ -327,7 +335,7 @@ def test_the_receiver_cannot_end_what_is_left(monkeypatch: pytest.MonkeyPatch) -
     move.target.create(8, max_pages=1, name=NAME + INCOMING)
     monkeypatch.setattr(move.target, "destroy", refusal("destroy"))
     said, there = settled(move)
-    assert isinstance(said, Undecided)
+    assert isinstance(said, OutcomeUnknown)
     assert "cannot be destroyed" in str(said)
     assert isinstance(there, HostError)
     assert move.waits_here()
@@ -358,9 +366,9 @@ def _raise(what: object) -> None:
 def test_a_receiver_that_speaks_another_protocol() -> None:
     move = Move.ready()
     with linked(Link, 5.0) as (here, there):
-        Conversation(there, RECEIVER).say(Word.HELLO, protocol=[2, 3], xen="9.0", xenpv="9")
-        with pytest.raises(Unsupported, match=r"hands over by protocol \[2, 3\], not 1 to 1"):
-            give(move.source, move.guest.domid, here, config=CONFIG)
+        MigrationChannel(there, RECEIVER).send(Message.HELLO, protocol=[2, 3], xen="9.0", xenpv="9")
+        with pytest.raises(Unsupported, match=r"\[2, 3\]"):
+            send_domain(move.source, move.guest.domid, here, config=CONFIG)
     assert move.runs_here()
 
 
@@ -368,40 +376,40 @@ def test_a_receiver_that_is_none() -> None:
     move = Move.ready()
     with linked(Link, 5.0) as (here, there):
         there.write([b"bash: xenpv: command not found\n"])
-        with pytest.raises(Unsupported, match="is no xenpv that hands over a domain: it says 'bash: xe'"):
-            give(move.source, move.guest.domid, here, config=CONFIG)
+        with pytest.raises(Unsupported, match="bash: xe"):
+            send_domain(move.source, move.guest.domid, here, config=CONFIG)
     assert move.runs_here()
 
 
 def test_a_receiver_that_says_whole_before_it_is() -> None:
     move = Move.ready()
     with linked(Link, 5.0) as (here, there):
-        talk = Conversation(there, RECEIVER)
-        talk.say(Word.HELLO, protocol=[1, 1])
-        there.write([encode(Word.ACCEPT, {}), encode(Word.READY, {})])
-        with pytest.raises(StreamError, match="says it is whole before it is"):
-            give(move.source, move.guest.domid, here, config=CONFIG)
+        channel = MigrationChannel(there, RECEIVER)
+        channel.send(Message.HELLO, protocol=[1, 1])
+        there.write([encode(Message.ACCEPT, {}), encode(Message.READY, {})])
+        with pytest.raises(OutOfOrder):
+            send_domain(move.source, move.guest.domid, here, config=CONFIG)
     assert move.runs_here()
 
 
 def test_a_sender_that_offers_nonsense() -> None:
     target = ModelHost(MEMORY)
     with linked(Link, 5.0) as (here, there):
-        talk = Conversation(here, SENDER)
+        channel = MigrationChannel(here, SENDER)
         failed: list[BaseException] = []
 
         def receive() -> None:
             try:
-                take(target, there)
+                receive_domain(target, there)
             except StreamError as e:
                 failed.append(e)
 
         thread = threading.Thread(target=receive)
         thread.start()
-        talk.hear()
-        talk.say(Word.OFFER, pages=-1)
+        channel.receive()
+        channel.send(Message.OFFER, pages=-1)
         with pytest.raises(RequestError, match="protocol is None"):
-            talk.hear()
+            channel.receive()
         here.close()
         thread.join(20)
     assert failed

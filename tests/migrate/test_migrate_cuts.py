@@ -9,9 +9,10 @@ from collections import Counter
 import pytest
 
 from tests.support.migration import PAGES, Cut, Ended, Move
-from xenpv.migrate.channel import Undecided
+from xenpv.migrate.channel import OutcomeUnknown
 from xenpv.migrate.sender import take_back
-from xenpv.save.precopy import Precopy
+from xenpv.save.precopy import PrecopyPolicy
+from xenpv.save.source_domain import SourceState
 
 SEED = 11
 SAMPLES = 200 if os.environ.get("HYPOTHESIS_PROFILE") == "deep" else 6  # random places in the stream
@@ -33,7 +34,7 @@ def how_it_ended(move: Move, ended: Ended) -> str:
         assert move.there() is not None
         return "there"
     assert ended.here is not None
-    if isinstance(ended.here, Undecided):
+    if isinstance(ended.here, OutcomeUnknown):
         assert move.waits_here()
         assert f"--settle {move.guest.domid}" in str(ended.here)
         if move.there() is not None:
@@ -45,17 +46,17 @@ def how_it_ended(move: Move, ended: Ended) -> str:
     assert move.nothing_there()
     assert move.runs_here()
     assert ended.there is not None
-    assert ended.heard("kept")["state"].endswith("runs on here")
+    assert ended.heard("kept")["rollback"].state is SourceState.RUNNING
     return "here"
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["suspended", "live"])
-def live(request: pytest.FixtureRequest) -> Precopy | None:
-    return Precopy() if request.param else None
+def live(request: pytest.FixtureRequest) -> PrecopyPolicy | None:
+    return PrecopyPolicy() if request.param else None
 
 
 @pytest.fixture(scope="module")
-def whole(live: Precopy | None) -> tuple[Cut, Cut]:
+def whole(live: PrecopyPolicy | None) -> tuple[Cut, Cut]:
     """Both directions of one that went well: how long they are."""
     ended = Move.ready().start(live=live)
     assert ended.sent is not None
@@ -65,7 +66,7 @@ def whole(live: Precopy | None) -> tuple[Cut, Cut]:
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["cut", "swallowed"])
-def test_what_goes_there(whole: tuple[Cut, Cut], live: Precopy | None, lost: bool) -> None:
+def test_what_goes_there(whole: tuple[Cut, Cut], live: PrecopyPolicy | None, lost: bool) -> None:
     """Until YOURS is out, it runs here. Where the network swallowed YOURS, the sender cannot know."""
     sent, yours = whole[0].written, whole[0].words[-2]
     tally: Counter[str] = Counter()
@@ -85,7 +86,7 @@ def test_what_goes_there(whole: tuple[Cut, Cut], live: Precopy | None, lost: boo
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["cut", "swallowed"])
-def test_what_comes_back(whole: tuple[Cut, Cut], live: Precopy | None, lost: bool) -> None:
+def test_what_comes_back(whole: tuple[Cut, Cut], live: PrecopyPolicy | None, lost: bool) -> None:
     """Until READY is heard, it runs here; where RUNNING is not, it runs there."""
     answered, ready = whole[1].written, whole[1].words[-2]
     tally: Counter[str] = Counter()

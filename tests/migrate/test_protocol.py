@@ -14,18 +14,20 @@ from xenpv.migrate.protocol import (
     MAGIC,
     RECEIVER,
     SENDER,
-    Fate,
     HandOver,
+    Message,
     Offer,
+    OnDisconnect,
     Stage,
-    Word,
     common_version,
     decode_header,
     encode,
 )
 
 OFFER = Offer(1, "web", "01234567-89ab-cdef-0123-456789abcdef", 8, 2, 100, 120, 90, ["linear virtual list"], "4.17.5")
-State = tuple[Stage, Stage, tuple[Word, ...], tuple[Word, ...]]  # sender, receiver, and what is on its way to each
+State = tuple[
+    Stage, Stage, tuple[Message, ...], tuple[Message, ...]
+]  # sender, receiver, and what is on its way to each
 
 
 def reachable() -> set[State]:
@@ -38,16 +40,16 @@ def reachable() -> set[State]:
             continue
         seen.add(state)
         sender, receiver, to_sender, to_receiver = state
-        todo += [(after, receiver, to_sender, (*to_receiver, word)) for word, after in SENDER[sender].says.items()]
-        todo += [(sender, after, (*to_sender, word), to_receiver) for word, after in RECEIVER[receiver].says.items()]
-        if to_sender and to_sender[0] in SENDER[sender].hears:
-            todo.append((SENDER[sender].hears[to_sender[0]], receiver, to_sender[1:], to_receiver))
-        if to_receiver and to_receiver[0] in RECEIVER[receiver].hears:
-            todo.append((sender, RECEIVER[receiver].hears[to_receiver[0]], to_sender, to_receiver[1:]))
+        todo += [(after, receiver, to_sender, (*to_receiver, word)) for word, after in SENDER[sender].sends.items()]
+        todo += [(sender, after, (*to_sender, word), to_receiver) for word, after in RECEIVER[receiver].sends.items()]
+        if to_sender and to_sender[0] in SENDER[sender].receives:
+            todo.append((SENDER[sender].receives[to_sender[0]], receiver, to_sender[1:], to_receiver))
+        if to_receiver and to_receiver[0] in RECEIVER[receiver].receives:
+            todo.append((sender, RECEIVER[receiver].receives[to_receiver[0]], to_sender, to_receiver[1:]))
     return seen
 
 
-def ends(state: State) -> set[tuple[Fate, Fate]]:
+def ends(state: State) -> set[tuple[OnDisconnect, OnDisconnect]]:
     """What may become of both copies if the link is cut now: some of what is on its way still arrives."""
     sender, receiver, to_sender, to_receiver = state
     found = set()
@@ -55,73 +57,81 @@ def ends(state: State) -> set[tuple[Fate, Fate]]:
         there = HandOver(RECEIVER)
         there.stage = receiver
         for word in to_receiver[:arrives]:
-            if word in RECEIVER[there.stage].hears:
-                there.hear(word, b"")
+            if word in RECEIVER[there.stage].receives:
+                there.receive(word, b"")
         for heard in range(len(to_sender) + 1):
             here = HandOver(SENDER)
             here.stage = sender
             for word in to_sender[:heard]:
-                if word in SENDER[here.stage].hears:
-                    here.hear(word, b"")
-            found.add((here.fate, there.fate))
+                if word in SENDER[here.stage].receives:
+                    here.receive(word, b"")
+            found.add((here.on_disconnect, there.on_disconnect))
     return found
 
 
 def test_wherever_the_link_is_cut_one_side_runs_it_or_somebody_is_told() -> None:
-    states = [state for state in reachable() if Word.ASK not in state[3] and Stage.ASKED not in state[:2]]
-    asked = {state for state in reachable() if Stage.ASKED in state[:2]}
-    tally: Counter[tuple[Fate, Fate]] = Counter()
+    states = [state for state in reachable() if Message.QUERY not in state[3] and Stage.QUERIED not in state[:2]]
+    asked = {state for state in reachable() if Stage.QUERIED in state[:2]}
+    tally: Counter[tuple[OnDisconnect, OnDisconnect]] = Counter()
     for state in states:
         for here, there in ends(state):
             tally[here, there] += 1
-            assert not (here is Fate.RUN_ON and there in {Fate.RUN, Fate.UNKNOWN}), f"both: {state}"
-            assert not (here is Fate.DROP and there is not Fate.RUN), f"none, and nobody knows: {state}"
-            assert there is not Fate.UNKNOWN or here is Fate.UNKNOWN, state
+            assert not (here is OnDisconnect.RESUME and there in {OnDisconnect.RUN, OnDisconnect.STAY_SUSPENDED}), (
+                f"both: {state}"
+            )
+            assert not (here is OnDisconnect.DESTROY and there is not OnDisconnect.RUN), (
+                f"none, and nobody knows: {state}"
+            )
+            assert there is not OnDisconnect.STAY_SUSPENDED or here is OnDisconnect.STAY_SUSPENDED, state
     assert len(states) > 20
     assert asked
     assert set(tally) == {
-        (Fate.RUN_ON, Fate.DROP),
-        (Fate.UNKNOWN, Fate.DROP),
-        (Fate.UNKNOWN, Fate.RUN),
-        (Fate.UNKNOWN, Fate.UNKNOWN),
-        (Fate.DROP, Fate.RUN),
+        (OnDisconnect.RESUME, OnDisconnect.DESTROY),
+        (OnDisconnect.STAY_SUSPENDED, OnDisconnect.DESTROY),
+        (OnDisconnect.STAY_SUSPENDED, OnDisconnect.RUN),
+        (OnDisconnect.STAY_SUSPENDED, OnDisconnect.STAY_SUSPENDED),
+        (OnDisconnect.DESTROY, OnDisconnect.RUN),
     }
 
 
 def test_a_sender_is_unsure_only_once_it_gave_the_domain_away() -> None:
-    unsure = {stage for stage in Stage if stage in SENDER and SENDER[stage].fate is Fate.UNKNOWN}
-    assert unsure == {Stage.GIVEN, Stage.ASKED, Stage.STUCK}
-    assert {stage for stage in RECEIVER if RECEIVER[stage].fate is Fate.UNKNOWN} == {Stage.STUCK}
+    unsure = {
+        stage for stage in Stage if stage in SENDER and SENDER[stage].on_disconnect is OnDisconnect.STAY_SUSPENDED
+    }
+    assert unsure == {Stage.COMMITTED, Stage.QUERIED, Stage.INDETERMINATE}
+    assert {stage for stage in RECEIVER if RECEIVER[stage].on_disconnect is OnDisconnect.STAY_SUSPENDED} == {
+        Stage.INDETERMINATE
+    }
 
 
 def test_every_word_is_said_by_one_side_and_heard_by_the_other() -> None:
     for one, other in ((SENDER, RECEIVER), (RECEIVER, SENDER)):
-        said = {word for row in one.values() for word in row.says}
-        assert said == {word for row in other.values() for word in row.hears}
+        said = {word for row in one.values() for word in row.sends}
+        assert said == {word for row in other.values() for word in row.receives}
 
 
 def test_words_are_framed_and_read_back() -> None:
     here, there = HandOver(RECEIVER), HandOver(SENDER)
-    data = here.say(Word.HELLO, protocol=[1, 1], xen="4.17")
+    data = here.send(Message.HELLO, protocol=[1, 1], xen="4.17")
     word, length = decode_header(data[: HEADER.size], 0)
-    assert (word, length) == (Word.HELLO, len(data) - HEADER.size)
-    assert there.hear(word, data[HEADER.size :]) == {"protocol": [1, 1], "xen": "4.17"}
-    assert there.heard_bytes == len(data)
+    assert (word, length) == (Message.HELLO, len(data) - HEADER.size)
+    assert there.receive(word, data[HEADER.size :]) == {"protocol": [1, 1], "xen": "4.17"}
+    assert there.received_bytes == len(data)
     assert (here.stage, there.stage) == (Stage.GREETED, Stage.GREETED)
-    assert encode(Word.YOURS, {}) == HEADER.pack(MAGIC, 1, 5, 0)
+    assert encode(Message.COMMIT, {}) == HEADER.pack(MAGIC, 1, 5, 0)
 
 
 def test_long_words_are_cut_to_what_a_frame_holds() -> None:
-    data = encode(Word.NO, {"why": "no " * 100_000})
+    data = encode(Message.ABORT, {"why": "no " * 100_000})
     assert len(json.loads(data[HEADER.size :])["why"]) == 4096
 
 
 @pytest.mark.parametrize(
     ("data", "error", "said"),
     [
-        (b"Welcome!", Unsupported, "is no xenpv that hands over a domain: it says 'Welcome!'"),
-        (HEADER.pack(MAGIC, 2, 1, 0), Unsupported, "frames its words by version 2, not 1"),
-        (HEADER.pack(MAGIC, 1, 99, 0), Malformed, "99 is no word"),
+        (b"Welcome!", Unsupported, "'Welcome!'"),
+        (HEADER.pack(MAGIC, 2, 1, 0), Unsupported, "version 2, not 1"),
+        (HEADER.pack(MAGIC, 1, 99, 0), Malformed, "99"),
     ],
 )
 def test_what_is_no_word_is_refused(data: bytes, error: type[StreamError], said: str) -> None:
@@ -132,14 +142,14 @@ def test_what_is_no_word_is_refused(data: bytes, error: type[StreamError], said:
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"1", b"[" * 60_000])
 def test_a_body_is_an_object(body: bytes) -> None:
     with pytest.raises(Malformed, match="no JSON object"):
-        HandOver(SENDER).hear(Word.HELLO, body)
+        HandOver(SENDER).receive(Message.HELLO, body)
 
 
-@pytest.mark.parametrize("word", [word for word in Word if word not in {Word.HELLO, Word.NO}])
-def test_a_word_out_of_turn_changes_nothing(word: Word) -> None:
+@pytest.mark.parametrize("word", [word for word in Message if word not in {Message.HELLO, Message.ABORT}])
+def test_a_word_out_of_turn_changes_nothing(word: Message) -> None:
     here = HandOver(SENDER)
-    with pytest.raises(OutOfOrder, match=f"says {word.name}, where HELLO or NO was to come"):
-        here.hear(word, b"")
+    with pytest.raises(OutOfOrder, match=rf"{word.name}; .*HELLO or ABORT"):
+        here.receive(word, b"")
     assert here.stage is Stage.NEW
 
 

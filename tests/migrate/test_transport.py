@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import socket
 import stat
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,9 +21,11 @@ from xenpv.migrate.transport import Link, accept, connect, listening
 ECHO = "import os, sys\nwhile data := os.read(0, 1 << 16): os.write(1, data)"
 
 
-def pair(patience: float = 5.0) -> tuple[Link, Link]:
+def pair(idle_timeout: float = 5.0) -> tuple[Link, Link]:
     one, other = socket.socketpair()
-    return Link.of_socket(one, "here", patience=patience), Link.of_socket(other, "there", patience=patience)
+    return Link.of_socket(one, "here", idle_timeout=idle_timeout), Link.of_socket(
+        other, "there", idle_timeout=idle_timeout
+    )
 
 
 def test_bytes_go_both_ways() -> None:
@@ -32,9 +34,9 @@ def test_bytes_go_both_ways() -> None:
         here.write([b"one", b"two"])
         assert (there.read(4), there.read(2)) == (b"onet", b"wo")
         there.write([b"three"])
-        assert here.waits(1.0)
+        assert here.is_readable(1.0)
         assert here.read(5) == b"three"
-        assert not here.waits()
+        assert not here.is_readable()
         assert (here.written, there.written) == (6, 5)
 
 
@@ -60,26 +62,26 @@ def test_one_that_closes_is_named() -> None:
         assert e.value.filename == "here"
 
 
-def test_patience_ends() -> None:
+def test_link_idle_peer_times_out() -> None:
     here, there = pair(0.05)
     with here, there:
-        started = time.monotonic()
-        with pytest.raises(OSError, match=r"nothing was heard for 0\.05 s"):
-            here.read(1)
-        with pytest.raises(OSError, match=r"nothing was taken for 0\.05 s"):
-            here.write([bytes(64 << 20)])
         source = here.input()
-        with pytest.raises(OSError, match=r"nothing was heard for 0\.05 s"):
-            source.take(memoryview(bytearray(1)))
+        for blocked in (
+            lambda: here.read(1),
+            lambda: here.write([bytes(64 << 20)]),
+            lambda: source.take(memoryview(bytearray(1))),
+        ):
+            with pytest.raises(OSError, match=r"0\.05 s") as e:
+                blocked()
+            assert e.value.errno == errno.ETIMEDOUT
         source.close()
-        assert time.monotonic() - started < 5
 
 
 def test_what_was_said_last_arrives_though_more_was_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_DRAIN", 2.0)
+    monkeypatch.setattr(transport, "_DRAIN_TIMEOUT", 2.0)
     with listening("tcp:127.0.0.1:0") as listener:
         port = listener.getsockname()[1]
-        here = connect(f"tcp:127.0.0.1:{port}", patience=5.0)
+        here = connect(f"tcp:127.0.0.1:{port}", idle_timeout=5.0)
         there = accept(listener, "tcp")
     here.write([bytes(100_000)])  # never read: closing would reset the connection, and take the last words along
     there.write([b"no"])
@@ -122,7 +124,7 @@ def test_loopback_is_listened_at(where: str) -> None:
 
 @pytest.mark.parametrize("where", ["tcp:0.0.0.0:0", "tcp:[::]:0"])
 def test_others_than_this_machine_only_when_told(where: str) -> None:
-    with pytest.raises(RequestError, match="others than this machine would reach it"), listening(where):
+    with pytest.raises(RequestError, match="--anywhere"), listening(where):
         pass
     if where.startswith("tcp:0") or socket.has_dualstack_ipv6():
         with listening(where, anywhere=True):
@@ -133,13 +135,13 @@ def test_others_than_this_machine_only_when_told(where: str) -> None:
     "where", ["tcp:7000", "tcp:host:", "tcp:host:99999", "tcp::7000", "fd:x", "fd:1,2,3", "fd:987"]
 )
 def test_what_is_no_address_is_said(where: str) -> None:
-    with pytest.raises(RequestError, match=r"say tcp:|say fd:|is not open"):
+    with pytest.raises(RequestError, match=re.escape(where.rpartition(",")[2])):
         connect(where)
 
 
 @pytest.mark.parametrize("where", ["web", "ssh:web", "tcp:web"])
 def test_listening_needs_an_address(where: str) -> None:
-    with pytest.raises(RequestError, match=r"listen at|say tcp:"), listening(where):
+    with pytest.raises(RequestError, match=where), listening(where):
         pass
 
 
@@ -185,20 +187,20 @@ def test_ssh_is_given_words_and_no_shell(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("host", ["-oProxyCommand=touch x", ""])
 def test_an_option_is_no_host(host: str) -> None:
-    with pytest.raises(RequestError, match="is no host"):
+    with pytest.raises(RequestError, match=re.escape(repr(host))):
         connect(host, ssh=["false"])
 
 
 def test_an_ssh_that_fails() -> None:
     failing = [sys.executable, "-c", "raise SystemExit(255)"]
-    with connect("web", ssh=failing) as link, pytest.raises(OSError, match="what led to it ended with status 255"):
+    with connect("web", ssh=failing) as link, pytest.raises(OSError, match="ended with status 255"):
         link.read(1)
     with pytest.raises(RequestError, match="No such file"):
         connect("web", ssh=["/no/such/ssh"])
 
 
 def test_an_ssh_that_stays_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "_DRAIN", 0.1)
+    monkeypatch.setattr(transport, "_DRAIN_TIMEOUT", 0.1)
     link = connect("web", ssh=[sys.executable, "-c", "import time; time.sleep(60)"])
     process = link._process
     assert process is not None
@@ -208,6 +210,7 @@ def test_an_ssh_that_stays_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_standard_input_and_output_are_kept_from_what_is_printed() -> None:
-    code = "from xenpv.migrate.transport import standard\nlink = standard()\nprint('noise')\nlink.write([link.read(2)])"
+    code = "from xenpv.migrate.transport import standard_streams\n"
+    code += "link = standard_streams()\nprint('noise')\nlink.write([link.read(2)])"
     ran = subprocess.run([sys.executable, "-c", code], input=b"hi", capture_output=True, check=True)
     assert (ran.stdout, ran.stderr) == (b"hi", b"noise\n")

@@ -12,7 +12,7 @@ from tests.support.live_guests import attend, copied, meddling
 from tests.support.model_guest import pfns
 from xenpv.abi.declare import Width
 from xenpv.errors import RequestError
-from xenpv.save.precopy import Precopy
+from xenpv.save.precopy import PrecopyPolicy
 
 _STEP = st.one_of(
     st.just(None),
@@ -66,4 +66,4 @@ def test_what_arrives_is_the_guest_as_it_stopped(
     guest.do("write_pattern", guest.do("free")[::3], 1)
     attend(guest, [_step(guest, said, n) for n, said in enumerate(between, 10)])
     host = meddling(guest, [_step(guest, said, n) for n, said in enumerate(amid, 100)])
-    copied(guest, host, live=Precopy(max_iterations=most, target_dirty=1))
+    copied(guest, host, live=PrecopyPolicy(max_iterations=most, target_dirty=1))

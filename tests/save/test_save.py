@@ -42,7 +42,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.domctl import EXT_VCPUCONTEXT
 from xenpv.abi.x86 import PAGE_SIZE, PTE_P, PTE_PSE, VCPU_GUEST_CONTEXT, XEN_PAE_L2_FIRST
 from xenpv.errors import Fault, HostError
-from xenpv.frames import FOREIGN, IDENTITY, IS_POPULATED, IS_TABLE, NO_FRAME, U8, U64, DomId, PageType
+from xenpv.frames import FOREIGN, IDENTITY, IS_POPULATED, IS_TABLE, NO_FRAME, PAGES_PER_BATCH, U8, U64, DomId, PageType
 from xenpv.host.model.host import ModelHost
 from xenpv.host.protocol import DomainInfo, VcpuState
 from xenpv.io.progress import Phase, Progress
@@ -51,7 +51,8 @@ from xenpv.memory.p2m import names_local_frame
 from xenpv.memory.pagetables import as_entries, frames
 from xenpv.memory.publish import encode_entries
 from xenpv.restore.restore import restore_domain
-from xenpv.save.save import BATCH, ENTRIES_MAX, save
+from xenpv.save.pages import ENTRIES_MAX
+from xenpv.save.save import save
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.envelope import Kind
 from xenpv.stream.pagedata import PageData
@@ -68,9 +69,9 @@ def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path)
     assert not verdict.found, str(verdict)
     assert judge_pipe(path.read_bytes()).rules <= {"not-checked"}, "a tree's tables may have gone by"
     at, kinds, pages = of_host(guest)
-    assert (summary.pages, summary.tables) == (len(at), int(np.count_nonzero(IS_TABLE[kinds])))
+    assert (summary.pages, summary.page_tables) == (len(at), int(np.count_nonzero(IS_TABLE[kinds])))
     assert summary.bytes == path.stat().st_size
-    assert (summary.entries, summary.lost, summary.empty) == (70_600, 0, 0)
+    assert (summary.entries, summary.not_owned, summary.without_content) == (70_600, 0, 0)
     with SavedDomain.open(str(path)) as domain:
         contents = domain.contents
         extents = contents.index.extents
@@ -148,7 +149,7 @@ def test_records_come_as_in_libxenguest(width: Width) -> None:
         "X86_PV_VCPU_XSAVE", "END",
     ]  # fmt: skip
     data = [event for event in reading.events if isinstance(event, PageData)]
-    assert [len(event.entries) for event in data] == [BATCH] * 3 + [4096 - 95 - 3 * BATCH]
+    assert [len(event.entries) for event in data] == [PAGES_PER_BATCH] * 3 + [4096 - 95 - 3 * PAGES_PER_BATCH]
     sent = np.concatenate([event.pfns for event in data])
     assert (np.diff(sent.astype(np.int64)) > 0).all()
 
@@ -171,9 +172,9 @@ def test_pages_without_content_go_in_long_records() -> None:
     data = [event for event in reading.events if isinstance(event, PageData)]
     np.testing.assert_array_equal(np.concatenate([event.pfns for event in data]), pfns(1 << 18))
     assert max(len(event.entries) for event in data) == ENTRIES_MAX
-    assert max(event.pages for event in data) == BATCH
-    assert len(data) <= summary.pages // BATCH + (1 << 18) // ENTRIES_MAX + 1
-    assert summary.pages + summary.empty == 1 << 18
+    assert max(event.pages for event in data) == PAGES_PER_BATCH
+    assert len(data) <= summary.pages // PAGES_PER_BATCH + (1 << 18) // ENTRIES_MAX + 1
+    assert summary.pages + summary.without_content == 1 << 18
 
 
 def test_xens_own_verifier_takes_it(tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_progress_is_told_to_its_end(tmp_path: Path) -> None:
     guest, seen = suspended("linear"), list[Progress]()
     summary = saved(guest, tmp_path / "x", progress=seen.append)
     pages = guest.host.info(guest.domid).pages
-    told = [0, *range(BATCH, pages, BATCH), pages, pages]
+    told = [0, *range(PAGES_PER_BATCH, pages, PAGES_PER_BATCH), pages, pages]
     assert [(one.done, one.total) for one in seen] == [(n, pages) for n in told]
     transfers = [one.transfer for one in seen if one.transfer is not None]
     assert [(one.iteration, one.pages) for one in transfers] == [(0, n) for n in told]
@@ -241,7 +242,7 @@ def test_beyond_16_tib_by_a_record_of_our_own(stretch: int, tmp_path: Path) -> N
     guest.do("suspend")
     path, host = tmp_path / "x", ModelHost(1 << 30, seed=5)
     with at_most(24 << 20):
-        summary = saved(guest, path, stock=False)
+        summary = saved(guest, path, libxc_compatible=False)
     assert (summary.entries, summary.pages) == (stretch, 3000)
     assert path.stat().st_size < 3000 * 4104 + (1 << 16)
     verdict = judge(path)
@@ -265,7 +266,7 @@ def test_our_own_record_is_for_who_asks_and_where_it_is_shorter(tmp_path: Path) 
     guest.do("suspend")
     stock, ours = tmp_path / "stock", tmp_path / "ours"
     saved(guest, stock)
-    saved(guest, ours, stock=False)
+    saved(guest, ours, libxc_compatible=False)
     assert ours.stat().st_size < stock.stat().st_size - (15 << 20)
     assert not judge(ours).found, str(judge(ours))
     with SavedDomain.open(str(stock)) as a, SavedDomain.open(str(ours)) as b:
@@ -331,7 +332,7 @@ def test_marked_entries_are_counted_and_not_saved(width: Width, tmp_path: Path) 
     table[0, -7:-5] = (IDENTITY >> shift) | np.uint64(0x5678)
     guest.host.write_frames(guest.domid, leaf, table.view(np.uint8))
     summary = saved(guest, tmp_path / "x")
-    assert (summary.foreign, summary.identity, summary.lost, summary.pages) == (3, 2, 0, 4086)
+    assert (summary.foreign, summary.identity, summary.not_owned, summary.pages) == (3, 2, 0, 4086)
     assert not judge(tmp_path / "x").found
 
 
@@ -357,7 +358,7 @@ def test_entries_that_claim_another_domains_frame_are_sent_as_none(tmp_path: Pat
     table[0, -1] = guest.host.frames.owned(1)[7]
     guest.host.write_frames(guest.domid, leaf, table.view(np.uint8))
     summary = saved(guest, tmp_path / "x")
-    assert (summary.lost, summary.pages) == (1, 4094)
+    assert (summary.not_owned, summary.pages) == (1, 4094)
     with SavedDomain.open(str(tmp_path / "x")) as domain:
         kind = domain.frames.types(np.array([4095], np.uint64))[0]
     assert kind == PageType.XTAB
@@ -375,7 +376,7 @@ def test_pages_without_content_are_sent_by_type(tmp_path: Path) -> None:
         return kinds
 
     summary = saved(guest, tmp_path / "x", Twisted(guest, page_types=page_types))
-    assert (summary.empty, summary.pages) == (2, 4094)
+    assert (summary.without_content, summary.pages) == (2, 4094)
     with SavedDomain.open(str(tmp_path / "x")) as domain:
         assert domain.frames.types(np.array([4000, 4001], np.uint64)).tolist() == [PageType.BROKEN, PageType.XALLOC]
 

@@ -45,7 +45,8 @@ def test_a_domain_of_2_to_the_32_pfns_is_the_largest() -> None:
     e = refused(guest)
     assert isinstance(e, RequestError)
     assert (e.needed, e.available) == ((1 << 32) + 512, 1 << 32)
-    assert "reaches pfn 0x1000001ff; a stream has pfns up to 0xffffffff (16 TiB): a record of xenpv's own" in str(e)
+    assert "0x1000001ff" in str(e)
+    assert "--xenpv-only" in str(e)
 
 
 def test_a_p2m_with_a_hole_cannot_be_sent() -> None:
@@ -90,7 +91,7 @@ def test_a_leaf_with_pages_cannot_stand_twice() -> None:
     guest.do("suspend")
     leaf = int(guest.live.p2m.leaves.frame[0])
     tree_of(guest, {8: leaf, 9: a_page(guest)}, 10 * 512)
-    assert "p2m_frame_list[0] holds 512 pages, and stands in 2 places" in str(refused(guest))
+    assert "p2m_frame_list[0] names 512 pages, and stands in 2 places" in str(refused(guest))
 
 
 def test_a_leaf_of_another_domain_is_named() -> None:
@@ -174,7 +175,7 @@ def test_where_other_domains_pages_are_mapped_it_is_said() -> None:
     words_of[0, -1] = FOREIGN | np.uint64(0x1234)
     guest.host.write_frames(guest.domid, leaf, words_of.view(np.uint8))
     e = failed(guest, rewriting(guest, table_of(guest, 1), [77], 0x1234 << 12 | PTE_P))
-    assert "; its p2m has 1 of other domains' pages mapped" in str(e)
+    assert "; its p2m maps 1 pages of other domains" in str(e)
 
 
 def test_a_level_4_table_of_a_32_bit_guest() -> None:
@@ -251,10 +252,10 @@ def test_a_paused_domain_whose_kernel_has_not_suspended() -> None:
     guest.host.pause(guest.domid)
     e = refused(guest)
     assert "Bad mfn for suspend record" in str(e)
-    assert str(e).endswith("it stands still, but its kernel has not suspended")
+    assert str(e).endswith("its kernel has not suspended")
     other = int(guest.live.p2m.lookup(np.array([4000], np.uint64))[0])
     e = refused(guest, with_context(guest, user_regs_rdx=other))
-    assert "pfn 0xfa0, its suspend record, is no start info page: it stands still" in str(e)
+    assert "pfn 0xfa0, its suspend record, is no start info page: it is stopped" in str(e)
 
 
 @pytest.mark.parametrize(("changed", "why"), [({"hvm": True}, "is an HVM domain"), ({"dying": True}, "is dying")])
@@ -273,7 +274,7 @@ def test_a_domain_that_somebody_lets_run_meanwhile(tmp_path: Path) -> None:
         if status.done == status.total:
             guest.host.resume(guest.domid)
 
-    with pytest.raises(HostError, match="was let run while it was saved"):
+    with pytest.raises(HostError, match="was resumed during the save"):
         saved(guest, tmp_path / "x", progress=progress)
     assert os.listdir(tmp_path) == []
 

@@ -24,7 +24,7 @@ from xenpv.errors import HostError, RequestError
 from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.model.host import ModelHost
 from xenpv.host.protocol import XenVersion
-from xenpv.save.precopy import Precopy
+from xenpv.save.precopy import PrecopyPolicy
 from xenpv.save_helper import program
 from xenpv.save_helper.program import EXIT_GONE, EXIT_REFUSED, EXIT_USAGE, Libxl, LibxlGone, precopy, serve
 from xenpv.save_helper.protocol import Level, Message, Restore, Save
@@ -293,8 +293,8 @@ def test_a_live_save_where_xen_cannot(guest: Guest, stream: BinaryIO, monkeypatc
 
 
 def test_how_a_live_save_is_made() -> None:
-    assert precopy("") == Precopy()
-    assert precopy("max-downtime=.25, target_dirty=10") == Precopy(max_downtime=0.25, target_dirty=10)
+    assert precopy("") == PrecopyPolicy()
+    assert precopy("max-downtime=.25, target_dirty=10") == PrecopyPolicy(max_downtime=0.25, target_dirty=10)
     for wrong in ("yes", "bandwidth", "bandwidth=fast", "downtime=3", "max-iterations=0", ","):
         with pytest.raises(RequestError):
             precopy(wrong)

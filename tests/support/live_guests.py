@@ -13,7 +13,7 @@ from tests.support.kernel_guest import Guest
 from tests.support.saving import Heap, Twisted, of_host
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.frames import DomId
-from xenpv.save.precopy import Precopy
+from xenpv.save.precopy import PrecopyPolicy
 from xenpv.save.save import Summary, save
 from xenpv.save.suspend import suspend
 from xenpv.stream.envelope import Kind
@@ -77,7 +77,7 @@ def attend(guest: Guest, steps: Iterable[Step | None] = ()) -> None:
 def copied(guest: Guest, host: Any = None, **how: Any) -> tuple[Copied, Summary]:
     """A live copy of a guest, held against what the host has of it once it has suspended."""
     host, heap = host or guest.host, Heap()
-    how.setdefault("live", Precopy())
+    how.setdefault("live", PrecopyPolicy())
     summary = save(host, guest.domid, heap, envelope=Kind.LIBXC, suspend=lambda: suspend(host, guest.domid), **how)
     is_off(guest)
     made = Copied.of(bytes(heap.data), guest.day.width)

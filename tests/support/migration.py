@@ -17,8 +17,8 @@ from tests.support.model_invariants import check
 from xenpv.frames import U64, DomId
 from xenpv.host.domain_names import AWAY, INCOMING
 from xenpv.host.model.host import ModelHost
-from xenpv.migrate.receiver import Taken, take
-from xenpv.migrate.sender import Given, give
+from xenpv.migrate.receiver import ReceivedDomain, receive_domain
+from xenpv.migrate.sender import SentDomain, send_domain
 from xenpv.migrate.transport import Link
 from xenpv.source.config import as_libxl
 from xenpv.stream.fields import Buffer
@@ -49,19 +49,19 @@ class Cut(Link):
             self.words.append(self.written)
             return
         super().write([data[: max(self.limit - self.written, 0)]])
-        with socket.socket(fileno=os.dup(self.reading)) as one:
+        with socket.socket(fileno=os.dup(self.read_fd)) as one:
             one.shutdown(socket.SHUT_RDWR)
         if not self.lost:
             super().write([data])  # raises what a socket raises
 
 
 @contextmanager
-def linked(kind: type[L], patience: float) -> Iterator[tuple[L, L]]:
-    """The two ends of one link: that of this host, and that of the other. ``patience`` in seconds."""
+def linked(kind: type[L], idle_timeout: float) -> Iterator[tuple[L, L]]:
+    """The two ends of one link: that of this host, and that of the other. ``idle_timeout`` in seconds."""
     one, other = socket.socketpair()
     with (
-        kind.of_socket(one, "there", patience=patience) as here,
-        kind.of_socket(other, "here", patience=patience) as there,
+        kind.of_socket(one, "there", idle_timeout=idle_timeout) as here,
+        kind.of_socket(other, "here", idle_timeout=idle_timeout) as there,
     ):
         yield here, there
 
@@ -70,8 +70,8 @@ def linked(kind: type[L], patience: float) -> Iterator[tuple[L, L]]:
 class Ended:
     """How both sides ended."""
 
-    given: Given | None = None
-    taken: Taken | None = None
+    given: SentDomain | None = None
+    taken: ReceivedDomain | None = None
     here: BaseException | None = None
     there: BaseException | None = None
     told: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -121,7 +121,7 @@ class Move:
 
             def receive() -> None:
                 try:
-                    ended.taken = take(self.target, there)
+                    ended.taken = receive_domain(self.target, there)
                 except BaseException as e:  # it is looked at
                     ended.there = e
                 finally:
@@ -130,12 +130,12 @@ class Move:
             thread = threading.Thread(target=receive)
             thread.start()
             try:
-                ended.given = give(
+                ended.given = send_domain(
                     self.source,
                     self.guest.domid,
                     here,
                     config=CONFIG,
-                    tell=lambda what, **numbers: ended.told.append((what, numbers)),
+                    on_event=lambda what, **numbers: ended.told.append((what, numbers)),
                     **how,
                 )
             except BaseException as e:  # it is looked at

@@ -135,9 +135,9 @@ def _build_file(
     with Output.open(output) as file, progress_bar() as bar:
         summary = build_file(host, image, layout, ramdisk_data, file, name=name, uuid=str(uuid4()), progress=bar)
     if as_json:
-        counts = {"pages": layout.nr_pages, "stored": summary.pages, "without_content": summary.empty}
+        counts = {"pages": layout.nr_pages, "stored": summary.pages, "without_content": summary.without_content}
         print_json({"file": output, "name": name} | counts)
         return
-    stored = f"{summary.pages} pages stored, {summary.empty} without content"
+    stored = f"{summary.pages} pages stored, {summary.without_content} without content"
     shown, file_name = ("standard output", "FILE") if output == "-" else (output, output)
     click.echo(f"{shown}: {name}, {size(request.memory)}, {stored}; start it with: xl restore {file_name}", err=True)

@@ -16,6 +16,7 @@ import click
 import numpy as np
 
 from xenpv.build.build import build
+from xenpv.cli.outcomes import describe_rollback
 from xenpv.cli.p2m import describe, print_p2m
 from xenpv.cli.terminal import NUMBER, progress_bar
 from xenpv.cli.verify import summary
@@ -31,12 +32,12 @@ from xenpv.image.layout import Layout, Part, plan
 from xenpv.image.request import Request
 from xenpv.memory.digest import Digest, digest
 from xenpv.memory.survey import survey
-from xenpv.migrate.channel import nobody
-from xenpv.migrate.receiver import take
-from xenpv.migrate.sender import give
+from xenpv.migrate.receiver import receive_domain
+from xenpv.migrate.sender import send_domain
 from xenpv.migrate.transport import Link
 from xenpv.save.file import configuration, save_file
-from xenpv.save.precopy import Precopy
+from xenpv.save.precopy import PrecopyPolicy
+from xenpv.save.source_domain import Rollback
 from xenpv.source.config import as_libxl
 from xenpv.source.live import LiveDomain
 from xenpv.text import size
@@ -146,12 +147,10 @@ class _Guest:
 
     def kept(self, path: str) -> bool:
         with progress_bar() as bar:
-            done = save_file(self.host, self.domid, path, keep=True, say=nobody, progress=bar).summary
+            done = save_file(self.host, self.domid, path, keep=True, on_rollback=_say_rollback, progress=bar).summary
         self.host.run(self.domid, self.kernel.resume)
-        _say(
-            f"{done.pages} pages with content, {done.tables} of them page tables, and {done.empty} without: "
-            f"{size(done.bytes)}"
-        )
+        pages = f"{done.pages} pages with content, {done.page_tables} of them page tables"
+        _say(f"{pages}, and {done.without_content} without: {size(done.bytes)}")
         return _verified(path, Path(path).name)
 
     def moved(self, target: ModelHost) -> bool:
@@ -160,13 +159,14 @@ class _Guest:
         one, other = socket.socketpair()
         config = configuration(self.host, self.domid)
         with Link.of_socket(one, "there") as here, Link.of_socket(other, "here") as there, progress_bar() as bar:
-            receiver = threading.Thread(target=take, args=(target, there))
+            receiver = threading.Thread(target=receive_domain, args=(target, there))
             receiver.start()
-            given = give(self.host, self.domid, here, config=config, live=Precopy(), progress=bar)
+            sent = send_domain(self.host, self.domid, here, config=config, live=PrecopyPolicy(), progress=bar)
             receiver.join()
-        done = given.summary
-        _say(f"{done.rounds} rounds, {done.pages} pages with content in all, {size(done.bytes)}")
-        self.host, self.domid = target, DomId(given.domid)
+        done = sent.summary
+        _say(f"{done.iterations} iterations, {done.pages} pages with content in all, {size(done.bytes)}")
+        assert sent.domid is not None
+        self.host, self.domid = target, sent.domid
         target.run(self.domid, self.kernel.resume)
         same = self.last is not None and self.digest() == self.last
         how = "the same" if same else "NOT the same"
@@ -214,6 +214,10 @@ def _verified(path: str, name: str) -> bool:
 
 def _say(text: str) -> None:
     click.echo(f"  {text}")
+
+
+def _say_rollback(rollback: Rollback) -> None:
+    _say(describe_rollback(rollback))
 
 
 def _say_findings(findings: Iterable[Finding]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from xenpv.cli.outcomes import describe_rollback, describe_settlement, print_rollback
 from xenpv.cli.save import TIMEOUT
 from xenpv.cli.terminal import JSON_LINES, NUMBER, print_json, print_json_line, progress_bar
 from xenpv.frames import PAGE_SIZE
@@ -16,6 +17,7 @@ from xenpv.text import size
 
 if TYPE_CHECKING:
     from xenpv.io.progress import Phase, Progress, ProgressCallback
+    from xenpv.migrate.sender import Settlement
 
 IDLE_TIMEOUT = click.option("--idle-timeout", "--patience", "idle_timeout", default=120.0, show_default=True,
                             type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
@@ -94,46 +96,45 @@ def migrate(
     from xenpv.migrate import sender as migration  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.migrate.transport import connect  # noqa: PLC0415
     from xenpv.save.file import configuration  # noqa: PLC0415
-    from xenpv.save.precopy import Precopy  # noqa: PLC0415
+    from xenpv.save.precopy import PrecopyPolicy  # noqa: PLC0415
 
-    live = None if no_live else Precopy(max_iterations, target_dirty, max_downtime, bandwidth)
+    live = None if no_live else PrecopyPolicy(max_iterations, target_dirty, max_downtime, bandwidth)
     with ExitStack() as stack:
         host = stack.enter_context(XenHost())
         domid = find_domain(host, target).domid
         if where is None:
-            _settled(migration.take_back(host, domid), as_json)
+            _print_settlement(migration.take_back(host, domid), "", as_json)
             return
         stack.enter_context(interruptible())
         link = stack.enter_context(
-            connect(where, ssh=shlex.split(ssh), receiver=shlex.split(receiver), patience=idle_timeout)
+            connect(where, ssh=shlex.split(ssh), receiver=shlex.split(receiver), idle_timeout=idle_timeout)
         )
         if settle:
-            _settled(migration.settle(host, domid, link), as_json)
+            _print_settlement(migration.settle(host, domid, link), where, as_json)
             return
         bar = _print_progress() if as_json else stack.enter_context(progress_bar())
-        given = migration.give(
+        sent = migration.send_domain(
             host,
             domid,
             link,
             config=configuration(host, domid),
             live=live,
             paused=paused,
-            timeout=timeout,
-            tell=print_event if as_json else _tell_kept,
+            suspend_timeout=timeout,
+            on_event=print_event if as_json else _print_rollback,
             progress=bar,
         )
     if not as_json:
-        summary = given.summary
-        sent = f"{size(summary.bytes)} sent"
         state = "is paused" if paused else "runs"
-        click.echo(
-            f"{given.name} {state} on {where} as dom{given.domid}: {sent}, {given.downtime:.2f} s down", err=True
-        )
+        figures = f"{size(sent.summary.bytes)} sent, {sent.downtime:.2f} s down"
+        click.echo(f"{sent.label} {state} on {where} as dom{sent.domid}: {figures}", err=True)
 
 
-def print_event(what: str, **numbers: Any) -> None:
-    """What has happened, as a line of JSON."""
-    print_json_line({"event": what, **numbers})
+def print_event(event: str, /, **details: Any) -> None:
+    """Print an event as a line of JSON."""
+    if (rollback := details.pop("rollback", None)) is not None:
+        details["state"] = describe_rollback(rollback)
+    print_json_line({"event": event, **details})
 
 
 def _print_progress() -> ProgressCallback:
@@ -163,13 +164,14 @@ def _print_progress() -> ProgressCallback:
     return print_progress
 
 
-def _tell_kept(what: str, **numbers: Any) -> None:
-    if what == "kept":
-        click.echo(f"xenpv: {numbers['state']}", err=True)
+def _print_rollback(event: str, /, **details: Any) -> None:
+    if event == "kept":
+        print_rollback(details["rollback"])
 
 
-def _settled(what: str, as_json: bool) -> None:
+def _print_settlement(settlement: Settlement, peer: str, as_json: bool) -> None:
+    words = describe_settlement(settlement, peer)
     if as_json:
-        print_json({"settled": what})
+        print_json({"settled": words})
     else:
-        click.echo(what, err=True)
+        click.echo(words, err=True)

@@ -32,27 +32,27 @@ def receive(where: str | None, anywhere: bool, idle_timeout: float, as_json: boo
     """
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
-    from xenpv.migrate.receiver import take  # noqa: PLC0415
-    from xenpv.migrate.transport import accept, listening, standard  # noqa: PLC0415
+    from xenpv.migrate.receiver import receive_domain  # noqa: PLC0415
+    from xenpv.migrate.transport import accept, listening, standard_streams  # noqa: PLC0415
 
-    def say(what: str, **numbers: Any) -> None:
+    def print_event(event: str, /, **details: Any) -> None:
         if as_json:
-            print_json_line({"event": what, **numbers}, err=where is None)
-        elif what == "unheard":
-            why = f"the sender could not be told ({numbers['why']}): it has its copy suspended, to be settled there"
-            click.echo(f"xenpv: dom{numbers['domid']} is here, and {why}", err=True)
+            print_json_line({"event": event, **details}, err=where is None)
+        elif event == "unheard":
+            why = f"the sender could not be told ({details['why']}): its copy is suspended, to be settled there"
+            click.echo(f"xenpv: dom{details['domid']} is here, and {why}", err=True)
 
     with ExitStack() as stack:
         stack.enter_context(interruptible())
         host = stack.enter_context(XenHost())
         if where is None:
-            link = stack.enter_context(standard(patience=idle_timeout))
+            link = stack.enter_context(standard_streams(idle_timeout=idle_timeout))
         else:
             with listening(where, anywhere=anywhere) as listener:
-                say("listening", at=listener.getsockname())
-                link = stack.enter_context(accept(listener, where, patience=idle_timeout))
+                print_event("listening", at=listener.getsockname())
+                link = stack.enter_context(accept(listener, where, idle_timeout=idle_timeout))
         bar = None if where is None or as_json else stack.enter_context(progress_bar("receiving"))
-        taken = take(host, link, tell=say, progress=bar)
-    if taken is not None and not as_json and where is not None:
-        state = "runs" if taken.running else "is here, and paused"
-        click.echo(f"dom{taken.domid} ({printable(taken.name or '')}) {state}", err=True)
+        received = receive_domain(host, link, on_event=print_event, progress=bar)
+    if received is not None and not as_json and where is not None:
+        state = "runs" if received.running else "is here, and paused"
+        click.echo(f"dom{received.domid} ({printable(received.name or '')}) {state}", err=True)

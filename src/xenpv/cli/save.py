@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import click
 
+from xenpv.cli.outcomes import describe_state, print_rollback
 from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.frames import PAGE_SIZE
 from xenpv.text import size
@@ -56,39 +57,36 @@ def save(
     from xenpv.host.protocol import find_domain  # noqa: PLC0415
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
     from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
-    from xenpv.save.file import preflight as look  # noqa: PLC0415
-    from xenpv.save.file import save_file  # noqa: PLC0415
+    from xenpv.save import file as saving  # noqa: PLC0415
 
     with XenHost() as host:
         domid = find_domain(host, target).domid
         if file is None:
-            seen = look(host, domid, stock=not xenpv_only)
+            plan = saving.preflight(host, domid, libxc_compatible=not xenpv_only)
             if as_json:
-                print_json(asdict(seen))
+                print_json(asdict(plan))
             else:
-                click.echo(f"{seen.name}: can be saved; p2m: {seen.form}, up to pfn {seen.entries - 1:#x}")
-                click.echo(f"{seen.pages} pages, {size(seen.pages * PAGE_SIZE)}; file size: about {size(seen.bytes)}")
+                click.echo(f"{plan.name}: can be saved; p2m: {plan.form}, up to pfn {plan.entries - 1:#x}")
+                click.echo(f"{plan.pages} pages, {size(plan.pages * PAGE_SIZE)}; file size: about {size(plan.bytes)}")
             return
-
-        def say(what: str) -> None:
-            click.echo(f"xenpv: {what}", err=True)
 
         keep = checkpoint or paused
         with interruptible(), progress_bar() as bar:
-            ended = save_file(
+            saved = saving.save_file(
                 host,
                 domid,
                 file,
-                timeout=timeout,
+                suspend_timeout=timeout,
                 keep=keep,
                 paused=paused,
-                stock=not xenpv_only,
-                say=say,
+                libxc_compatible=not xenpv_only,
+                on_rollback=print_rollback,
                 progress=bar,
             )
-    summary = ended.summary
+    summary, now = saved.summary, describe_state(saved.state)
     if as_json:
-        numbers = {"bytes": summary.bytes, "pages": summary.pages, "tables": summary.tables, "lost": summary.lost}
-        print_json({"domain": summary.name, "file": file, **numbers, "seconds_down": ended.downtime, "now": ended.now})
+        numbers = {"bytes": summary.bytes, "pages": summary.pages, "tables": summary.page_tables}
+        numbers |= {"lost": summary.not_owned}
+        print_json({"domain": summary.name, "file": file, **numbers, "seconds_down": saved.downtime, "now": now})
     else:
-        click.echo(f"{summary.name}: {summary.pages} pages, {size(summary.bytes)}, to {file}; it {ended.now}", err=True)
+        click.echo(f"{summary.name}: {summary.pages} pages, {size(summary.bytes)}, to {file}; it {now}", err=True)

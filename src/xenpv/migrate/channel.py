@@ -1,4 +1,4 @@
-"""The words of a hand-over (domain/handover.py) over a link (domain/transport.py), and the stream between them."""
+"""Sends and receives the messages of a hand-over over a link, and the stream between them."""
 
 from __future__ import annotations
 
@@ -7,75 +7,87 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xenpv.errors import HostError, OutOfOrder, RequestError, StreamError
-from xenpv.migrate.protocol import HEADER, Fate, HandOver, Row, Stage, Word, decode_header
+from xenpv.migrate.protocol import HEADER, HandOver, Message, OnDisconnect, Stage, StateRule, decode_header
 from xenpv.migrate.transport import Link
 from xenpv.stream.fields import Buffer
 
-_LAST_WORDS = 1.0  # seconds in which the other side may still say why it has closed
+_LAST_MESSAGE_TIMEOUT = 1.0  # seconds in which the peer's reason may still arrive after it has closed
 
-Tell = Callable[..., None]
-"""tell(what has happened, **numbers and names)."""
-
-
-class Undecided(HostError):
-    """Nobody here can know which side is to run the domain. It stays suspended until somebody has looked."""
+EventCallback = Callable[..., None]
+"""on_event(event, **details): receives what happens in a migration."""
 
 
-def nobody(_what: str, **_numbers: Any) -> None:
-    """Tells nobody."""
+class OutcomeUnknown(HostError):
+    """Nobody here can know which side is to run the domain. It stays suspended until an operator has looked."""
 
 
-class Conversation:
-    """The words of one hand-over over a link; and, between two of them, a sink for the stream."""
+def ignore_event(_event: str, /, **_details: Any) -> None:
+    """Ignore an event."""
 
-    def __init__(self, link: Link, table: Mapping[Stage, Row]) -> None:
+
+class MigrationChannel:
+    """The messages of one hand-over over a link; between two of them it is a sink for the stream.
+
+    Attributes:
+        link: The connection to the peer.
+        handover: The state of this side.
+    """
+
+    is_regular_file = False
+
+    def __init__(self, link: Link, rules: Mapping[Stage, StateRule]) -> None:
         self.link = link
-        self.side = HandOver(table)
+        self.handover = HandOver(rules)
 
     @property
-    def fate(self) -> Fate:
-        return self.side.fate
+    def on_disconnect(self) -> OnDisconnect:
+        """What to do with the copy on this side if the connection drops now."""
+        return self.handover.on_disconnect
 
-    def say(self, word: Word, **body: Any) -> None:
-        """Say it. OSError when the other side cannot hear it; and whether it has may then be unknown (``fate``)."""
-        stage, before = self.side.stage, self.link.written
+    def send(self, message: Message, **body: Any) -> None:
+        """Send a message. OSError if that fails; ``on_disconnect`` then says what to do, should the peer have it."""
+        stage, before = self.handover.stage, self.link.written
         try:
-            self.link.write([self.side.say(word, **body)])
+            self.link.write([self.handover.send(message, **body)])
         except OSError:
             if self.link.written == before:
-                self.side.unsaid(stage)
+                self.handover.undo_send(stage)
             raise
 
-    def hear(self) -> dict[str, Any]:
-        """The next word's body. RequestError, with the reason, for NO; Undecided for UNSURE; OSError, StreamError."""
-        offset = self.side.heard_bytes
-        word, length = decode_header(self.link.read(HEADER.size), offset)
-        said = self.side.hear(word, self.link.read(length))
-        why = str(said.get("why", "and does not say why"))
-        why = "".join(c if c.isprintable() else "?" for c in why)
-        if word is Word.NO:
-            raise RequestError(f"{self.link.name}: {why}")
-        if word is Word.UNSURE:
-            raise Undecided(f"{self.link.name}: {why}", op="migrate")
-        return said
+    def receive(self) -> dict[str, Any]:
+        """Return the body of the next message.
 
-    @property
-    def is_regular_file(self) -> bool:
-        return False
+        Raises:
+            RequestError: The peer aborts, with its reason.
+            OutcomeUnknown: The peer answers INDETERMINATE, with its reason.
+            OSError: The connection failed.
+            StreamError: The peer breaks the protocol.
+        """
+        offset = self.handover.received_bytes
+        message, length = decode_header(self.link.read(HEADER.size), offset)
+        body = self.handover.receive(message, self.link.read(length))
+        reason = str(body.get("why", "no reason given"))
+        reason = "".join(c if c.isprintable() else "?" for c in reason)
+        if message is Message.ABORT:
+            raise RequestError(f"{self.link.name}: {reason}")
+        if message is Message.INDETERMINATE:
+            raise OutcomeUnknown(f"{self.link.name}: {reason}", op="migrate")
+        return body
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """A part of the stream. RequestError, with the reason, when the other side wants no more."""
-        if self.link.waits():
-            self._interrupted()
+        """Write a part of the stream. RequestError, with the peer's reason, if it aborts; OSError."""
+        if self.link.is_readable():
+            self._raise_reason()
         try:
             self.link.write(buffers)
         except OSError:
-            with contextlib.suppress(OSError, StreamError):
-                if self.link.waits(_LAST_WORDS):
-                    self._interrupted()
+            with contextlib.suppress(OSError, StreamError):  # then the failed write says enough
+                if self.link.is_readable(_LAST_MESSAGE_TIMEOUT):
+                    self._raise_reason()
             raise
 
-    def _interrupted(self) -> None:
-        offset = self.side.heard_bytes
-        self.hear()
-        raise OutOfOrder("the other side says it is whole before it is", offset=offset)
+    def _raise_reason(self) -> None:
+        """Raise what the peer says in the middle of the stream, where it may only abort."""
+        offset = self.handover.received_bytes
+        self.receive()
+        raise OutOfOrder("the peer says that the domain is complete before it is", offset=offset)

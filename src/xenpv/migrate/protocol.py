@@ -1,8 +1,7 @@
-"""Who may run a domain that is on its way: the words that its two hosts say to each other, and what each of them does
-when the other falls silent. No I/O: docs/explanation/migration.md is this file in prose.
+"""The hand-over protocol of a migration: its messages, and what each side does when the connection drops. No I/O.
 
-Rule of all rules: at every moment at most one side may run the domain, and exactly one but for the sender's ``GIVEN``,
-in which it cannot know whether its last word arrived.
+The rule behind it: at every moment at most one side may run the domain. Exactly one may, but for the sender's stage
+``COMMITTED``, in which it cannot know whether its COMMIT arrived.
 """
 
 from __future__ import annotations
@@ -19,157 +18,180 @@ from xenpv.abi.declare import Width
 from xenpv.errors import Malformed, OutOfOrder, Unsupported
 
 MAGIC = b"xnpv"
-FRAMING = 1  # of a word's header and body; what the words mean is VERSIONS
-VERSIONS = range(1, 2)  # of the protocol, that this side speaks
-HEADER = Struct(">4sBBH")  # magic, framing, word, bytes of the body: never more than 64 KiB
+FRAMING = 1  # of a message's header and body; what messages mean is VERSIONS
+VERSIONS = range(1, 2)  # of the protocol that this side speaks
+HEADER = Struct(">4sBBH")  # magic, framing, message, bytes of the body: never more than 64 KiB
 
 _NAME_MAX = 1024
 _TEXT_MAX = 4096
 
 
-class Word(IntEnum):
-    """What can be said. The receiver says HELLO, ACCEPT, READY, RUNNING, NO and UNSURE, the sender the others."""
+class Message(IntEnum):
+    """The messages. OFFER, COMMIT and QUERY are the sender's, all others the receiver's."""
 
     HELLO = 1  # who is there, and which versions of the protocol it speaks
     OFFER = 2  # the domain, and what it needs; the receiver answers before anything is sent
     ACCEPT = 3  # send it: the stream follows, as it is
-    READY = 4  # whole and verified, paused
-    YOURS = 5  # the sender will not run it any more
+    READY = 4  # the domain is complete, verified and paused
+    COMMIT = 5  # the sender will not run it any more
     RUNNING = 6  # the receiver has it for good
-    NO = 7  # the receiver has nothing of it, and never will: the sender may run it
-    UNSURE = 8  # the receiver can neither run nor destroy it, or knows nothing of it
-    ASK = 9  # in place of OFFER: what has become of a domain that was given away?
+    ABORT = 7  # the receiver has nothing of it, and never will: the sender may run it
+    INDETERMINATE = 8  # the receiver can neither run nor destroy it, or knows nothing of it
+    QUERY = 9  # in place of OFFER: what is the outcome for a domain that was committed?
 
 
 class Stage(Enum):
     """How far one side is."""
 
-    NEW = "before the first word"
+    NEW = "before the first message"
     GREETED = "greeted"
     OFFERED = "offered"
-    MOVING = "the stream is on its way"
-    WHOLE = "whole on the other side, and nobody runs it"
-    GIVEN = "given away, and no answer yet"
-    ASKED = "asked, and no answer yet"
-    DONE = "it is the receiver's"
-    OVER = "it is the sender's"
-    STUCK = "the receiver does not know"
+    STREAMING = "the stream is being sent"
+    COMPLETE = "complete on the receiver, and nobody runs it"
+    COMMITTED = "committed, and no answer yet"
+    QUERIED = "queried, and no answer yet"
+    RECEIVER_OWNS = "it is the receiver's"
+    SENDER_OWNS = "it is the sender's"
+    INDETERMINATE = "the receiver does not know"
 
 
-class Fate(Enum):
-    """What a side does with its copy when nothing more is heard."""
+class OnDisconnect(Enum):
+    """What a side does with its copy when the connection drops."""
 
-    RUN_ON = "it is the sender's: it runs on"
-    DROP = "it is destroyed: the other side may run it"
+    RESUME = "it is the sender's: it runs on"
+    DESTROY = "it is destroyed: the other side may run it"
     RUN = "it is the receiver's: it runs"
-    UNKNOWN = "it stays suspended: the other side may or may not run it, and somebody has to look"
+    STAY_SUSPENDED = "it stays suspended: the other side may or may not run it, and an operator has to look"
 
 
 @dataclass(frozen=True)
-class Row:
-    """What may be said and heard in a stage, what comes of it, and what if nothing more is heard."""
+class StateRule:
+    """What a side may send and receive in a stage, the stage after that, and what it does on disconnect."""
 
-    fate: Fate
-    says: Mapping[Word, Stage] = field(default_factory=dict)
-    hears: Mapping[Word, Stage] = field(default_factory=dict)
+    on_disconnect: OnDisconnect
+    sends: Mapping[Message, Stage] = field(default_factory=dict)
+    receives: Mapping[Message, Stage] = field(default_factory=dict)
 
 
-SENDER: Mapping[Stage, Row] = {
-    Stage.NEW: Row(Fate.RUN_ON, hears={Word.HELLO: Stage.GREETED, Word.NO: Stage.OVER}),
-    Stage.GREETED: Row(Fate.RUN_ON, says={Word.OFFER: Stage.OFFERED, Word.ASK: Stage.ASKED}),
-    Stage.OFFERED: Row(Fate.RUN_ON, hears={Word.ACCEPT: Stage.MOVING, Word.NO: Stage.OVER}),
-    Stage.MOVING: Row(Fate.RUN_ON, hears={Word.READY: Stage.WHOLE, Word.NO: Stage.OVER}),
-    Stage.WHOLE: Row(Fate.RUN_ON, says={Word.YOURS: Stage.GIVEN}),
-    Stage.GIVEN: Row(Fate.UNKNOWN, hears={Word.RUNNING: Stage.DONE, Word.NO: Stage.OVER, Word.UNSURE: Stage.STUCK}),
-    Stage.ASKED: Row(Fate.UNKNOWN, hears={Word.RUNNING: Stage.DONE, Word.NO: Stage.OVER, Word.UNSURE: Stage.STUCK}),
-    Stage.DONE: Row(Fate.DROP),
-    Stage.OVER: Row(Fate.RUN_ON),
-    Stage.STUCK: Row(Fate.UNKNOWN),
+_OUTCOMES = {
+    Message.RUNNING: Stage.RECEIVER_OWNS,
+    Message.ABORT: Stage.SENDER_OWNS,
+    Message.INDETERMINATE: Stage.INDETERMINATE,
 }
 
-RECEIVER: Mapping[Stage, Row] = {
-    Stage.NEW: Row(Fate.DROP, says={Word.HELLO: Stage.GREETED, Word.NO: Stage.OVER}),
-    Stage.GREETED: Row(Fate.DROP, hears={Word.OFFER: Stage.OFFERED, Word.ASK: Stage.ASKED}),
-    Stage.OFFERED: Row(Fate.DROP, says={Word.ACCEPT: Stage.MOVING, Word.NO: Stage.OVER}),
-    Stage.MOVING: Row(Fate.DROP, says={Word.READY: Stage.WHOLE, Word.NO: Stage.OVER}),
-    Stage.WHOLE: Row(Fate.DROP, says={Word.NO: Stage.OVER}, hears={Word.YOURS: Stage.GIVEN}),
-    Stage.GIVEN: Row(Fate.RUN, says={Word.RUNNING: Stage.DONE, Word.NO: Stage.OVER, Word.UNSURE: Stage.STUCK}),
-    Stage.ASKED: Row(Fate.RUN, says={Word.RUNNING: Stage.DONE, Word.NO: Stage.OVER, Word.UNSURE: Stage.STUCK}),
-    Stage.DONE: Row(Fate.RUN),
-    Stage.OVER: Row(Fate.DROP),
-    Stage.STUCK: Row(Fate.UNKNOWN),
+SENDER: Mapping[Stage, StateRule] = {
+    Stage.NEW: StateRule(
+        OnDisconnect.RESUME, receives={Message.HELLO: Stage.GREETED, Message.ABORT: Stage.SENDER_OWNS}
+    ),
+    Stage.GREETED: StateRule(OnDisconnect.RESUME, sends={Message.OFFER: Stage.OFFERED, Message.QUERY: Stage.QUERIED}),
+    Stage.OFFERED: StateRule(
+        OnDisconnect.RESUME, receives={Message.ACCEPT: Stage.STREAMING, Message.ABORT: Stage.SENDER_OWNS}
+    ),
+    Stage.STREAMING: StateRule(
+        OnDisconnect.RESUME, receives={Message.READY: Stage.COMPLETE, Message.ABORT: Stage.SENDER_OWNS}
+    ),
+    Stage.COMPLETE: StateRule(OnDisconnect.RESUME, sends={Message.COMMIT: Stage.COMMITTED}),
+    Stage.COMMITTED: StateRule(OnDisconnect.STAY_SUSPENDED, receives=_OUTCOMES),
+    Stage.QUERIED: StateRule(OnDisconnect.STAY_SUSPENDED, receives=_OUTCOMES),
+    Stage.RECEIVER_OWNS: StateRule(OnDisconnect.DESTROY),
+    Stage.SENDER_OWNS: StateRule(OnDisconnect.RESUME),
+    Stage.INDETERMINATE: StateRule(OnDisconnect.STAY_SUSPENDED),
+}
+
+RECEIVER: Mapping[Stage, StateRule] = {
+    Stage.NEW: StateRule(OnDisconnect.DESTROY, sends={Message.HELLO: Stage.GREETED, Message.ABORT: Stage.SENDER_OWNS}),
+    Stage.GREETED: StateRule(
+        OnDisconnect.DESTROY, receives={Message.OFFER: Stage.OFFERED, Message.QUERY: Stage.QUERIED}
+    ),
+    Stage.OFFERED: StateRule(
+        OnDisconnect.DESTROY, sends={Message.ACCEPT: Stage.STREAMING, Message.ABORT: Stage.SENDER_OWNS}
+    ),
+    Stage.STREAMING: StateRule(
+        OnDisconnect.DESTROY, sends={Message.READY: Stage.COMPLETE, Message.ABORT: Stage.SENDER_OWNS}
+    ),
+    Stage.COMPLETE: StateRule(
+        OnDisconnect.DESTROY, sends={Message.ABORT: Stage.SENDER_OWNS}, receives={Message.COMMIT: Stage.COMMITTED}
+    ),
+    Stage.COMMITTED: StateRule(OnDisconnect.RUN, sends=_OUTCOMES),
+    Stage.QUERIED: StateRule(OnDisconnect.RUN, sends=_OUTCOMES),
+    Stage.RECEIVER_OWNS: StateRule(OnDisconnect.RUN),
+    Stage.SENDER_OWNS: StateRule(OnDisconnect.DESTROY),
+    Stage.INDETERMINATE: StateRule(OnDisconnect.STAY_SUSPENDED),
 }
 
 
 class HandOver:
-    """One side of one hand-over."""
+    """One side of one hand-over: it encodes and decodes messages, and refuses those that may not come now."""
 
-    def __init__(self, table: Mapping[Stage, Row]) -> None:
-        self._table = table
+    def __init__(self, rules: Mapping[Stage, StateRule]) -> None:
+        self._rules = rules
         self.stage = Stage.NEW
-        self.heard_bytes = 0
+        self.received_bytes = 0
 
     @property
-    def fate(self) -> Fate:
-        """What to do with the copy here if nothing more is heard from now on."""
-        return self._table[self.stage].fate
+    def on_disconnect(self) -> OnDisconnect:
+        """What to do with the copy on this side if the connection drops now."""
+        return self._rules[self.stage].on_disconnect
 
-    def say(self, word: Word, **body: Any) -> bytes:
-        """The bytes of a word. From here on it counts as said: whoever knows that no byte of it left calls unsaid."""
-        data = encode(word, body)
-        self.stage = self._table[self.stage].says[word]
+    def send(self, message: Message, **body: Any) -> bytes:
+        """Return the bytes of a message, which counts as sent: if no byte of it left this side, call ``undo_send``."""
+        data = encode(message, body)
+        self.stage = self._rules[self.stage].sends[message]
         return data
 
-    def may_say(self, word: Word) -> bool:
-        """Whether a word may be said now."""
-        return word in self._table[self.stage].says
+    def may_send(self, message: Message) -> bool:
+        """Return whether a message may be sent now."""
+        return message in self._rules[self.stage].sends
 
-    def unsaid(self, stage: Stage) -> None:
-        """Back to where it was before the last word, no byte of which left this side."""
+    def undo_send(self, stage: Stage) -> None:
+        """Return to the stage before the last message, no byte of which left this side."""
         self.stage = stage
 
-    def hear(self, word: Word, body: bytes) -> dict[str, Any]:
-        """What a word says. OutOfOrder for one that may not come now; Malformed."""
-        offset, self.heard_bytes = self.heard_bytes, self.heard_bytes + HEADER.size + len(body)
-        row = self._table[self.stage]
-        if word not in row.hears:
-            expected = " or ".join(one.name for one in row.hears) or "nothing"
-            raise OutOfOrder(f"the other side says {word.name}, where {expected} was to come", offset=offset)
+    def receive(self, message: Message, body: bytes) -> dict[str, Any]:
+        """Return the decoded body of a message. OutOfOrder if it may not come now; Malformed."""
+        offset, self.received_bytes = self.received_bytes, self.received_bytes + HEADER.size + len(body)
+        rule = self._rules[self.stage]
+        if message not in rule.receives:
+            expected = " or ".join(expected.name for expected in rule.receives) or "nothing"
+            raise OutOfOrder(f"the peer sent {message.name}; expected {expected}", offset=offset)
         try:
-            said = json.loads(body) if body else {}
-        except (ValueError, RecursionError):
-            said = None
-        if not isinstance(said, dict):
-            raise Malformed("what comes with it is no JSON object", offset=offset, record=word.name)
-        self.stage = row.hears[word]
-        return said
+            decoded = json.loads(body) if body else {}
+        except (ValueError, RecursionError) as e:
+            raise Malformed("the body is no JSON object", offset=offset, record=message.name) from e
+        if not isinstance(decoded, dict):
+            raise Malformed("the body is no JSON object", offset=offset, record=message.name)
+        self.stage = rule.receives[message]
+        return decoded
 
 
-def encode(word: Word, body: Mapping[str, Any]) -> bytes:
-    """A word's header and body. Text is cut where it would not fit."""
+def encode(message: Message, body: Mapping[str, Any]) -> bytes:
+    """Return a message's header and body. Text that is too long is cut."""
     cut = {key: value[:_TEXT_MAX] if isinstance(value, str) else value for key, value in body.items()}
     data = json.dumps(cut).encode() if cut else b""
-    return HEADER.pack(MAGIC, FRAMING, word, len(data)) + data
+    return HEADER.pack(MAGIC, FRAMING, message, len(data)) + data
 
 
-def decode_header(data: bytes, offset: int) -> tuple[Word, int]:
-    """The word and the length of its body. Unsupported, Malformed: what is there is none of ours."""
+def decode_header(data: bytes, offset: int) -> tuple[Message, int]:
+    """Return the message and the length of its body. Unsupported or Malformed if the peer does not speak xenpv."""
     magic, framing, number, length = HEADER.unpack(data)
     if magic != MAGIC:
-        said = data.decode("ascii", "backslashreplace")
-        what = f"the other side is no xenpv that hands over a domain: it says {said!r}…"
-        raise Unsupported(what, offset=offset)
+        received = data.decode("ascii", "backslashreplace")
+        raise Unsupported(f"the peer is no xenpv that migrates a domain: it sent {received!r}…", offset=offset)
     if framing != FRAMING:
-        raise Unsupported(f"the other side frames its words by version {framing}, not {FRAMING}", offset=offset)
+        raise Unsupported(f"the peer frames its messages by version {framing}, not {FRAMING}", offset=offset)
     try:
-        return Word(number), length
+        return Message(number), length
     except ValueError:
-        raise Malformed(f"{number} is no word of this protocol", offset=offset) from None
+        raise Malformed(f"there is no message {number} in this protocol", offset=offset) from None
 
 
 def common_version(theirs: object) -> int | None:
-    """The newest version that both sides speak, of what HELLO says: [oldest, newest]. None: there is none."""
-    if not (isinstance(theirs, list) and len(theirs) == 2 and all(type(one) is int for one in theirs)):
+    """Return the newest version that both sides speak; None if there is none.
+
+    Args:
+        theirs: The value of HELLO: [oldest, newest].
+    """
+    if not (isinstance(theirs, list) and len(theirs) == 2 and all(type(version) is int for version in theirs)):
         return None
     newest = min(theirs[1], VERSIONS[-1])
     return newest if newest >= max(theirs[0], VERSIONS[0]) else None
@@ -177,8 +199,17 @@ def common_version(theirs: object) -> int | None:
 
 @dataclass(frozen=True)
 class Offer:
-    """A domain, and what it needs. ``pages`` are those that it has, ``max_pages`` those that it may have; ``entries``
-    and ``forms`` are its p2m's. ``live``: it runs while it is sent; ``paused``: it is not to run there.
+    """A domain, and what it needs.
+
+    Attributes:
+        protocol: The version of the protocol that the sender chose.
+        pages: Pages that it has.
+        max_pages: Pages that it may have.
+        entries: Entries of its p2m.
+        forms: Forms of its p2m, by name.
+        xen: The sender's Xen version.
+        live: It runs while it is sent.
+        paused: It is to stay paused on the receiver.
     """
 
     protocol: int
@@ -195,15 +226,15 @@ class Offer:
     paused: bool = False
 
     def body(self) -> dict[str, Any]:
-        """As it is sent."""
+        """Return the message body."""
         return asdict(self)
 
     @classmethod
     def of(cls, body: Mapping[str, Any], offset: int = 0) -> Self:
-        """From what was heard. Malformed for what cannot be meant; a member that is not known is passed over."""
+        """Return the offer in a message body. Malformed for invalid members; unknown members are ignored."""
 
-        def bad(what: str) -> Malformed:
-            return Malformed(what, offset=offset, record=Word.OFFER.name)
+        def bad(problem: str) -> Malformed:
+            return Malformed(problem, offset=offset, record=Message.OFFER.name)
 
         kinds: dict[str, type] = {
             "protocol": int,

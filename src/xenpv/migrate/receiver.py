@@ -1,4 +1,4 @@
-"""A domain comes from another host: ``take`` is the side that will have it, domain/migrate.py the other."""
+"""The receiving side of a migration; sender.py is the other."""
 
 from __future__ import annotations
 
@@ -14,98 +14,111 @@ from xenpv.host.protocol import DomainInfo, Mover
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import undisturbed
 from xenpv.memory.anchors import P2MForm
-from xenpv.migrate.channel import Conversation, Tell, Undecided, nobody
-from xenpv.migrate.protocol import RECEIVER, VERSIONS, Offer, Stage, Word
+from xenpv.migrate.channel import EventCallback, MigrationChannel, OutcomeUnknown, ignore_event
+from xenpv.migrate.protocol import RECEIVER, VERSIONS, Message, Offer, Stage
 from xenpv.migrate.transport import Link
 from xenpv.restore.restore import restore_domain
 
 _FORMS = {str(form) for form in P2MForm}
-_SPARE = 256  # pages that a domain takes beside its own: vcpus, grant table, shared info
+_OVERHEAD = 256  # pages that a domain takes beside its own: vcpus, grant table, shared info
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A domain that is ours now."""
+class ReceivedDomain:
+    """A domain that belongs to this host now."""
 
     domid: DomId
     name: str | None
     running: bool
 
 
-def take(host: Mover, link: Link, *, tell: Tell = nobody, progress: ProgressCallback | None = None) -> Taken | None:
-    """Take the domain that the other side offers; or answer what has become of one: None.
+def receive_domain(
+    host: Mover, link: Link, *, on_event: EventCallback = ignore_event, progress: ProgressCallback | None = None
+) -> ReceivedDomain | None:
+    """Receive the domain that the sender offers, or answer its query for the outcome of an earlier migration.
 
-    Raises RequestError for a domain that cannot be taken, whatever restore_domain() raises, OSError and StreamError for
-    the link: nothing of it is left then. Undecided, when it is ours, and can be neither started nor destroyed.
+    Returns:
+        The domain; None after a query.
+
+    Raises:
+        XenPVError: The domain was refused, or as restore_domain(); nothing of it is left.
+        OSError: The connection failed; nothing of the domain is left.
+        OutcomeUnknown: The domain belongs to this host, but can be neither started nor destroyed.
     """
-    talk = Conversation(link, RECEIVER)
+    channel = MigrationChannel(link, RECEIVER)
     version = host.version()
     xen = f"{version.major}.{version.minor}{version.extra}"
-    talk.say(Word.HELLO, protocol=[VERSIONS[0], VERSIONS[-1]], xen=xen, xenpv=__version__)
-    body = talk.hear()
-    if talk.side.stage is Stage.ASKED:
-        _answer(host, talk, body, tell)
+    channel.send(Message.HELLO, protocol=[VERSIONS[0], VERSIONS[-1]], xen=xen, xenpv=__version__)
+    body = channel.receive()
+    if channel.handover.stage is Stage.QUERIED:
+        _answer_query(host, channel, body, on_event)
         return None
     domid: DomId | None = None
     try:
         offer = Offer.of(body)
         refuse(host, offer)
-        tell("offered", name=offer.name, pages=offer.pages, xen=offer.xen, live=offer.live)
-        talk.say(Word.ACCEPT)
+        on_event("offered", name=offer.name, pages=offer.pages, xen=offer.xen, live=offer.live)
+        channel.send(Message.ACCEPT)
         source = link.input()
         try:
             name = None if offer.name is None else offer.name + INCOMING
             domid = restore_domain(host, source, name=name, paused=True, progress=progress).domid
         finally:
             source.close()
-        tell("whole", domid=domid)
-        talk.say(Word.READY, domid=domid)
-        talk.hear()
+        on_event("whole", domid=domid)
+        channel.send(Message.READY, domid=domid)
+        channel.receive()
     except BaseException as e:
         with undisturbed():
-            _dropped(host, talk, domid, e)
+            _abort(host, channel, domid, e)
         raise
-    return _run(host, talk, domid, offer, tell)
+    return _start(host, channel, domid, offer, on_event)
 
 
 def refuse(host: Mover, offer: Offer) -> None:
-    """RequestError for a domain that cannot come to this host, before anything of it is sent."""
+    """Raise RequestError if a domain cannot come to this host, before anything of it is sent."""
     if offer.protocol not in VERSIONS:
-        raise RequestError(f"protocol {offer.protocol} is not spoken here")
+        raise RequestError(f"this side does not speak protocol {offer.protocol}")
     if offer.forms and not _FORMS & set(offer.forms):
-        raise RequestError(f"its p2m is a {' and a '.join(offer.forms)}, which is not known here")
+        raise RequestError(f"its p2m is a {' and a '.join(offer.forms)}, which this side does not know")
     for other in host.domains():
-        if _is(other, offer.name, offer.uuid) or (offer.name is not None and other.name == offer.name + INCOMING):
-            what = f"there is a domain of this name or uuid here already: dom{other.domid} ({other.name})"
-            raise RequestError(f"{what}; end it, or rename it, first")
-    free, needed = host.free_pages(), offer.pages + _SPARE
+        if _is_domain(other, offer.name, offer.uuid) or (
+            offer.name is not None and other.name == offer.name + INCOMING
+        ):
+            what = f"this host has a domain of this name or uuid already: dom{other.domid} ({other.name})"
+            raise RequestError(f"{what}; destroy it, or rename it, first")
+    free, needed = host.free_pages(), offer.pages + _OVERHEAD
     if needed > free:
         what = f"it needs {needed * PAGE_SIZE >> 20} MiB, and {free * PAGE_SIZE >> 20} MiB are free"
-        raise RequestError(f"{what}; end a domain, or give dom0 less", needed=needed, available=free)
+        raise RequestError(f"{what}; destroy a domain, or give dom0 less", needed=needed, available=free)
 
 
-def _is(info: DomainInfo, name: str | None, uuid: str | None) -> bool:
+def _is_domain(info: DomainInfo, name: str | None, uuid: str | None) -> bool:
     return (uuid is not None and info.uuid == uuid) or (name is not None and info.name == name)
 
 
-def _dropped(host: Mover, talk: Conversation, domid: DomId | None, e: BaseException) -> None:
-    """Destroy what has come, and say why: the other side may run it."""
+def _abort(host: Mover, channel: MigrationChannel, domid: DomId | None, error: BaseException) -> None:
+    """Destroy what has arrived, and tell the sender why: it may run its copy."""
     try:
         if domid is not None:
             host.destroy(domid)
-    finally:  # nobody will start it, destroyed or not
-        if talk.side.may_say(Word.NO):
-            with contextlib.suppress(OSError):
-                talk.say(Word.NO, why=_words(e))
-        talk.link.drain()
+    finally:  # nobody will start the copy here, destroyed or not
+        if channel.handover.may_send(Message.ABORT):
+            with contextlib.suppress(OSError):  # the sender also runs its copy on if the connection drops
+                channel.send(Message.ABORT, why=_reason(error))
+        channel.link.drain()
 
 
-def _words(e: BaseException) -> str:
-    return str(e) if isinstance(e, XenPVError | OSError) else f"it was interrupted there ({type(e).__name__})"
+def _reason(error: BaseException) -> str:
+    if isinstance(error, XenPVError | OSError):
+        return str(error)
+    return f"the receiver was interrupted ({type(error).__name__})"
 
 
-def _run(host: Mover, talk: Conversation, domid: DomId, offer: Offer, tell: Tell) -> Taken:
-    """It is ours: nobody else will ever run it."""
+def _start(
+    host: Mover, channel: MigrationChannel, domid: DomId, offer: Offer, on_event: EventCallback
+) -> ReceivedDomain:
+    """Start a domain that was committed: the sender will never run it again."""
     with undisturbed():
         try:
             if offer.name is not None:
@@ -115,38 +128,39 @@ def _run(host: Mover, talk: Conversation, domid: DomId, offer: Offer, tell: Tell
         except HostError as e:
             try:
                 host.destroy(domid)
-            except HostError as other:
-                what = f"it arrived, can be neither started ({e}) nor destroyed ({other})"
-                with contextlib.suppress(OSError):
-                    talk.say(Word.UNSURE, why=what)
-                raise Undecided(what, op="receive", domid=domid) from e
-            with contextlib.suppress(OSError):
-                talk.say(Word.NO, why=str(e))
+            except HostError as destroy_error:
+                what = f"it arrived, and can be neither started ({e}) nor destroyed ({destroy_error})"
+                with contextlib.suppress(OSError):  # without an answer the outcome is as unknown to the sender
+                    channel.send(Message.INDETERMINATE, why=what)
+                raise OutcomeUnknown(what, op="receive", domid=domid) from e
+            with contextlib.suppress(OSError):  # the sender's --settle asks again
+                channel.send(Message.ABORT, why=str(e))
             raise
         try:
-            talk.say(Word.RUNNING, domid=domid)
+            channel.send(Message.RUNNING, domid=domid)
         except OSError as e:
-            tell("unheard", domid=domid, why=str(e))
-    tell("running", domid=domid, name=offer.name, paused=offer.paused)
-    return Taken(domid, offer.name, not offer.paused)
+            on_event("unheard", domid=domid, why=str(e))
+    on_event("running", domid=domid, name=offer.name, paused=offer.paused)
+    return ReceivedDomain(domid, offer.name, not offer.paused)
 
 
-def _answer(host: Mover, talk: Conversation, body: dict[str, Any], tell: Tell) -> None:
-    """What has become of a domain: with its temporary name it is not ours, and never will be from now on."""
-    name, uuid = body.get("name"), body.get("uuid")
-    there = [info for info in host.domains() if info.domid and _is(info, name, uuid)]
-    coming = [info for info in host.domains() if name is not None and info.name == f"{name}{INCOMING}"]
-    for info in coming:
+def _answer_query(host: Mover, channel: MigrationChannel, query: dict[str, Any], on_event: EventCallback) -> None:
+    """Answer what became of a domain. One that still has its temporary name is destroyed: it is the sender's."""
+    name, uuid = query.get("name"), query.get("uuid")
+    matching = [info for info in host.domains() if info.domid and _is_domain(info, name, uuid)]
+    incoming = [info for info in host.domains() if name is not None and info.name == f"{name}{INCOMING}"]
+    for info in incoming:
         try:
             host.destroy(info.domid)
         except HostError as e:
-            talk.say(Word.UNSURE, why=f"dom{info.domid} ({info.name}) cannot be destroyed: {e}")
+            channel.send(Message.INDETERMINATE, why=f"dom{info.domid} ({info.name}) cannot be destroyed: {e}")
             raise
-    ours = [info for info in there if info not in coming]
+    ours = [info for info in matching if info not in incoming]
     if ours:
-        talk.say(Word.RUNNING, domid=ours[0].domid)
-    elif coming:
-        talk.say(Word.NO, why="it was here under its temporary name, and is destroyed")
+        channel.send(Message.RUNNING, domid=ours[0].domid)
+    elif incoming:
+        channel.send(Message.ABORT, why="it was here under its temporary name, and is destroyed")
     else:
-        talk.say(Word.UNSURE, why="nothing of it is here: it has not arrived, or has ended or gone on since")
-    tell("answered", name=name, here=[info.domid for info in ours], destroyed=[info.domid for info in coming])
+        why = "there is no such domain here: it has not arrived, or was destroyed or migrated since"
+        channel.send(Message.INDETERMINATE, why=why)
+    on_event("answered", name=name, here=[info.domid for info in ours], destroyed=[info.domid for info in incoming])

@@ -1,9 +1,9 @@
-"""A domain goes to another host: ``give`` is the side that has it, domain/receive.py the other."""
+"""The sending side of a migration; receiver.py is the other."""
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
+from enum import Enum
 
 from xenpv.errors import HostError, RequestError, Unsupported
 from xenpv.frames import DomId
@@ -11,100 +11,148 @@ from xenpv.host.domain_names import AWAY
 from xenpv.host.protocol import Host, Mover
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import undisturbed
-from xenpv.migrate.channel import Conversation, Tell, Undecided, nobody
-from xenpv.migrate.protocol import SENDER, VERSIONS, Fate, Offer, Word, common_version
+from xenpv.migrate.channel import EventCallback, MigrationChannel, OutcomeUnknown, ignore_event
+from xenpv.migrate.protocol import SENDER, VERSIONS, Message, Offer, OnDisconnect, common_version
 from xenpv.migrate.transport import Link
-from xenpv.save.precopy import Precopy
+from xenpv.save.precopy import PrecopyPolicy
 from xenpv.save.save import Summary, save
-from xenpv.save.source_domain import Leaving
+from xenpv.save.source_domain import DepartingDomain
 from xenpv.save.suspend import resume
 from xenpv.source.live import LiveDomain
 from xenpv.stream.envelope import Kind
 
 
 @dataclass(frozen=True)
-class Given:
-    """A domain that is another host's. ``downtime``: seconds for which nobody ran it."""
+class SentDomain:
+    """A domain that belongs to the receiver now.
 
-    name: str
-    domid: int
+    Attributes:
+        label: The domain on this host, for people: "dom5 (web)".
+        domid: Its domid on the receiver; None if the receiver did not say.
+        summary: What was sent.
+        downtime: Seconds for which nobody ran it.
+    """
+
+    label: str
+    domid: DomId | None
     summary: Summary
     downtime: float
 
 
-def give(
+class Owner(Enum):
+    """The host that has a domain after a migration is settled."""
+
+    RECEIVER = "receiver"
+    SENDER = "sender"
+
+
+@dataclass(frozen=True)
+class Settlement:
+    """The outcome of a migration whose commit was not answered.
+
+    Attributes:
+        owner: The host that runs the domain; the other has no copy any more.
+        label: The domain on this host, for people: "dom5 (web)".
+        domid: Its domid on the owner; None if the receiver did not say.
+    """
+
+    owner: Owner
+    label: str
+    domid: DomId | None
+
+
+def send_domain(
     host: Mover,
     domid: DomId,
     link: Link,
     *,
     config: bytes = b"",
-    live: Precopy | None = None,
+    live: PrecopyPolicy | None = None,
     paused: bool = False,
-    timeout: float = 60.0,
-    tell: Tell = nobody,
+    suspend_timeout: float = 60.0,
+    on_event: EventCallback = ignore_event,
     progress: ProgressCallback | None = None,
-) -> Given:
-    """Hand a domain over: sent, started there, and destroyed here. ``paused``: not started there.
+) -> SentDomain:
+    """Migrate a domain: it is sent, started on the receiver and destroyed here.
 
-    ``live``: it runs while it is sent, but for the end; without, it is suspended at once. ``timeout``: seconds that it
-    has to suspend. ``config`` as save() has it.
+    If that fails before the commit, the domain is rolled back; the event "kept" has the Rollback.
 
-    Raises RequestError, with the receiver's reason, when it was refused; whatever save() and suspend() raise; OSError
-    and StreamError for the link: it goes on here then, and ``tell`` has said so. Undecided, when the receiver was told
-    that the domain is its own, and nothing was heard since.
+    Args:
+        host: The host that has the domain.
+        domid: The domain.
+        link: The connection to the receiver.
+        config: As save() has it.
+        live: Send memory while the domain runs, by this policy. None: suspend it at once.
+        paused: Leave it paused on the receiver.
+        suspend_timeout: Seconds that the guest has to suspend.
+        on_event: Receives what happens.
+        progress: Receives the progress.
+
+    Raises:
+        RequestError: The receiver refused, for the reason in the message; or as save() and suspend().
+        XenPVError: As save() and suspend().
+        OSError: The connection failed.
+        OutcomeUnknown: The receiver has not answered the commit.
+        RollbackError: The migration failed, and the domain could not be rolled back.
     """
-    leaving = Leaving(host, domid, timeout=timeout)
-    leaving.check()
-    talk = Conversation(link, SENDER)
+    domain = DepartingDomain(host, domid, suspend_timeout=suspend_timeout)
+    domain.check()
+    live = None if domain.was_suspended else live
+    channel = MigrationChannel(link, SENDER)
     try:
-        protocol = _greeted(talk, tell)
-        offer = _offer(host, leaving, protocol, live=live is not None and not leaving.stands, paused=paused)
-        talk.say(Word.OFFER, **offer.body())
-        talk.hear()
-        tell("accepted", pages=offer.pages)
+        version = _receive_hello(channel, on_event)
+        offer = _offer(host, domain, version, live=live is not None, paused=paused)
+        channel.send(Message.OFFER, **offer.body())
+        channel.receive()
+        on_event("accepted", pages=offer.pages)
         summary = save(
             host,
             domid,
-            talk,
+            channel,
             config=config,
             envelope=Kind.XL,
-            suspend=None if leaving.stands else leaving.suspend,
-            live=None if leaving.stands else live,
-            stock=False,
+            suspend=None if domain.was_suspended else domain.suspend,
+            live=live,
+            libxc_compatible=False,
             progress=progress,
         )
-        tell("sent", bytes=summary.bytes, pages=summary.pages)
-        talk.hear()
-        tell("ready")
+        on_event("sent", bytes=summary.bytes, pages=summary.pages)
+        channel.receive()
+        on_event("ready")
         with undisturbed():
-            leaving.mark_away()
-            talk.say(Word.YOURS)
-            there = talk.hear()
+            domain.mark_away()
+            channel.send(Message.COMMIT)
+            answer = channel.receive()
             host.destroy(domid)
     except BaseException as e:
-        _not_given(talk, leaving, e, tell)
+        _handle_failure(channel, domain, e, on_event)
         raise
-    downtime = time.monotonic() - leaving.stood_at if leaving.stood_at is not None else 0.0
-    tell("running", domid=there.get("domid"), downtime=downtime)
-    number = there.get("domid")
-    return Given(leaving.label, number if isinstance(number, int) else -1, summary, downtime)
+    downtime = domain.downtime
+    on_event("running", domid=answer.get("domid"), downtime=downtime)
+    return SentDomain(domain.label, _domid_in(answer), summary, downtime)
 
 
-def _greeted(talk: Conversation, tell: Tell) -> int:
-    hello = talk.hear()
-    protocol = common_version(hello.get("protocol"))
-    if protocol is None:
-        what = f"{talk.link.name} hands over by protocol {hello.get('protocol')!r:.40}"
+def _domid_in(answer: dict[str, object]) -> DomId | None:
+    domid = answer.get("domid")
+    return DomId(domid) if isinstance(domid, int) else None
+
+
+def _receive_hello(channel: MigrationChannel, on_event: EventCallback) -> int:
+    """Return the version of the protocol that both sides speak. Unsupported if there is none."""
+    hello = channel.receive()
+    version = common_version(hello.get("protocol"))
+    if version is None:
+        what = f"{channel.link.name} speaks protocol {hello.get('protocol')!r:.40}"
         raise Unsupported(f"{what}, not {VERSIONS[0]} to {VERSIONS[-1]}", offset=0)
-    tell("connected", host=talk.link.name, xen=str(hello.get("xen"))[:40], xenpv=str(hello.get("xenpv"))[:40])
-    return protocol
+    on_event("connected", host=channel.link.name, xen=str(hello.get("xen"))[:40], xenpv=str(hello.get("xenpv"))[:40])
+    return version
 
 
-def _offer(host: Host, leaving: Leaving, protocol: int, *, live: bool, paused: bool) -> Offer:
-    info, version = leaving.info, host.version()
+def _offer(host: Host, domain: DepartingDomain, version: int, *, live: bool, paused: bool) -> Offer:
+    info, xen = domain.info, host.version()
     anchors = LiveDomain(host, info).anchors
     return Offer(
-        protocol=protocol,
+        protocol=version,
         name=info.name,
         uuid=info.uuid,
         width=info.width,
@@ -113,60 +161,70 @@ def _offer(host: Host, leaving: Leaving, protocol: int, *, live: bool, paused: b
         max_pages=info.max_pages,
         entries=anchors.max_pfn,
         forms=[str(root.form) for root in anchors.roots],
-        xen=f"{version.major}.{version.minor}{version.extra}",
+        xen=f"{xen.major}.{xen.minor}{xen.extra}",
         live=live,
         paused=paused,
     )
 
 
-def _not_given(talk: Conversation, leaving: Leaving, e: BaseException, tell: Tell) -> None:
-    """It has failed: take the domain back, if nobody else may run it."""
-    if talk.fate is Fate.RUN_ON:
+def _handle_failure(
+    channel: MigrationChannel, domain: DepartingDomain, error: BaseException, on_event: EventCallback
+) -> None:
+    """Roll the domain back if the receiver cannot run it; otherwise raise HostError or OutcomeUnknown."""
+    peer, domid = channel.link.name, domain.domid
+    if channel.on_disconnect is OnDisconnect.RESUME:
         with undisturbed():
-            tell("kept", state=leaving.take_back())
-    elif talk.fate is Fate.DROP:
-        what = f"{leaving.label} runs on {talk.link.name}, and its copy here could not be destroyed: {e}"
-        raise HostError(f"{what}; destroy it: xl destroy {leaving.domid}", op="migrate", domid=leaving.domid) from e
+            domain.rollback_after(error, lambda rollback: on_event("kept", rollback=rollback))
+    elif channel.on_disconnect is OnDisconnect.DESTROY:
+        what = f"{domain.label} runs on {peer}, and its copy here could not be destroyed: {error}"
+        raise HostError(f"{what}; destroy it: xl destroy {domid}", op="migrate", domid=domid) from error
     else:
-        name = leaving.info.name or str(leaving.domid)
-        what = f"{e}; {leaving.label} was given to {talk.link.name}, which has not said that it runs: it stays here,"
-        what += f" suspended, as {name}{AWAY}. Settle it by: xenpv migrate --settle {leaving.domid} {talk.link.name}"
-        raise Undecided(what, op="migrate", domid=leaving.domid) from e
+        name = domain.info.name or str(domid)
+        what = f"{error}; {domain.label} was committed to {peer}, which has not answered that it runs."
+        what += f" It stays here, suspended, as {name}{AWAY}. Settle it by: xenpv migrate --settle {domid} {peer}"
+        raise OutcomeUnknown(what, op="migrate", domid=domid) from error
 
 
-def settle(host: Mover, domid: DomId, link: Link, tell: Tell = nobody) -> str:
-    """Ask the receiver what has become of a domain that was given away, and do what follows. What was done, in words.
+def settle(host: Mover, domid: DomId, link: Link, on_event: EventCallback = ignore_event) -> Settlement:
+    """Ask the receiver what became of a committed domain, and destroy or resume the copy here accordingly.
 
-    If it is there, the copy here is destroyed. If the receiver has it still under its temporary name, it destroys that,
-    and the domain goes on here. Where there is nothing of it, Undecided: it may never have arrived, or have run and
-    ended; who knows which can take it back.
+    Raises:
+        RequestError: The domain is not suspended.
+        OutcomeUnknown: The receiver has no such domain: it never arrived, or ran and ended. Nothing was done.
+        HostError: The copy could not be destroyed or resumed.
+        OSError: The connection failed.
     """
-    leaving = Leaving(host, domid)
-    if not leaving.stands:
-        raise RequestError(f"{leaving.label} is not suspended: there is nothing to settle")
-    talk = Conversation(link, SENDER)
-    _greeted(talk, tell)
-    name = (leaving.info.name or "").removesuffix(AWAY) or None
-    talk.say(Word.ASK, name=name, uuid=leaving.info.uuid)
+    domain = DepartingDomain(host, domid)
+    if not domain.was_suspended:
+        raise RequestError(f"{domain.label} is not suspended: there is nothing to settle")
+    channel = MigrationChannel(link, SENDER)
+    _receive_hello(channel, on_event)
+    name = (domain.info.name or "").removesuffix(AWAY) or None
+    channel.send(Message.QUERY, name=name, uuid=domain.info.uuid)
     try:
-        there = talk.hear().get("domid")
-    except Undecided as e:
-        raise Undecided(f"{e}; if it never ran there: xenpv migrate --take-back {domid}", op="migrate") from e
+        answer = channel.receive()
+    except OutcomeUnknown as e:
+        raise OutcomeUnknown(f"{e}; if it never ran there: xenpv migrate --take-back {domid}", op="migrate") from e
     except RequestError:
-        if talk.fate is not Fate.RUN_ON:
+        if channel.on_disconnect is not OnDisconnect.RESUME:
             raise
         return take_back(host, domid)
     host.destroy(domid)
-    return f"{leaving.label} is on {link.name}, as dom{there}; its copy here is destroyed"
+    return Settlement(Owner.RECEIVER, domain.label, _domid_in(answer))
 
 
-def take_back(host: Mover, domid: DomId) -> str:
-    """Let a suspended domain go on here, whatever has become of it elsewhere: whoever says so knows. In words."""
-    leaving = Leaving(host, domid)
-    if not leaving.stands:
-        raise RequestError(f"{leaving.label} is not suspended: there is nothing to take back")
-    name = leaving.info.name
+def take_back(host: Mover, domid: DomId) -> Settlement:
+    """Resume a committed domain here, whatever became of it elsewhere: the caller knows that it does not run there.
+
+    Raises:
+        RequestError: The domain is not suspended.
+        HostError: It could not be resumed.
+    """
+    domain = DepartingDomain(host, domid)
+    if not domain.was_suspended:
+        raise RequestError(f"{domain.label} is not suspended: there is nothing to take back")
+    name = domain.info.name
     if name is not None and name.endswith(AWAY):
         host.rename(domid, name.removesuffix(AWAY))
     resume(host, domid)
-    return f"dom{domid} ({(name or '').removesuffix(AWAY)}) runs on here"
+    return Settlement(Owner.SENDER, host.info(domid).label, domid)

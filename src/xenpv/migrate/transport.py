@@ -1,4 +1,4 @@
-"""How a domain reaches another host: ssh, a socket, or two descriptors that are given. Bytes both ways, no meaning."""
+"""Connections to another host: by ssh, by a socket, or by two given descriptors. Bytes both ways, without a meaning."""
 
 from __future__ import annotations
 
@@ -21,46 +21,50 @@ from xenpv.io.atomic_output import Output
 from xenpv.io.stream_input import Input
 from xenpv.stream.fields import Buffer
 
-PATIENCE = 120.0  # seconds in which the other side has to do something
+IDLE_TIMEOUT = 120.0  # seconds in which the peer has to send or to accept something
 SSH = ("ssh",)
 RECEIVER = ("xenpv", "receive")
-_DRAIN = 5.0  # seconds, for what the other side has on its way when it has been told no
-_SCHEMES = ("tcp:", "unix:", "fd:")
+_DRAIN_TIMEOUT = 5.0  # seconds for what the peer still sends after an abort, and for ssh to end
 
 
 class Link:
-    """Two descriptors to another host, or one that is both. ``name`` is for people.
+    """A connection to another host: two descriptors, or one for both directions.
 
-    As a context: closed when its block ends, and whatever was started for it has ended then. What reads or writes
-    raises OSError (ECONNRESET, EPIPE, ETIMEDOUT and their like), which names it.
+    As a context manager, it ends closed, with the program that was started for it ended. Reads and writes raise
+    OSError with its name: ECONNRESET, EPIPE, ETIMEDOUT.
+
+    Attributes:
+        read_fd: The descriptor to read from.
+        name: The peer, for people.
+        idle_timeout: Seconds in which the peer has to send or to accept something.
     """
 
     def __init__(
         self,
-        reading: int,
-        writing: int,
+        read_fd: int,
+        write_fd: int,
         name: str,
         *,
-        patience: float = PATIENCE,
+        idle_timeout: float = IDLE_TIMEOUT,
         process: subprocess.Popen[bytes] | None = None,
     ) -> None:
-        self.reading = reading
+        self.read_fd = read_fd
         self.name = name
-        self.patience = patience
-        self._writing = writing
+        self.idle_timeout = idle_timeout
+        self._write_fd = write_fd
         self._process = process
-        self._out = _Patient(writing, name, patience)
-        os.set_blocking(writing, False)  # or a write that nobody takes would never come back
+        self._out = _TimedOutput(write_fd, name, idle_timeout)
+        os.set_blocking(write_fd, False)  # otherwise a write that the peer does not accept would never return
 
     @classmethod
-    def of_socket(cls, one: socket.socket, name: str, *, patience: float = PATIENCE) -> Self:
-        """A connected socket, whose descriptor is the link's from here on."""
-        if one.family in {socket.AF_INET, socket.AF_INET6}:
-            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # words are small, and each is waited for
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        one.setblocking(True)
-        fd = one.detach()
-        return cls(fd, fd, name, patience=patience)
+    def of_socket(cls, sock: socket.socket, name: str, *, idle_timeout: float = IDLE_TIMEOUT) -> Self:
+        """Return the link over a connected socket, whose descriptor belongs to the link from now on."""
+        if sock.family in {socket.AF_INET, socket.AF_INET6}:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages are small, and each is waited for
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.setblocking(True)
+        fd = sock.detach()
+        return cls(fd, fd, name, idle_timeout=idle_timeout)
 
     def __enter__(self) -> Self:
         return self
@@ -69,40 +73,40 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Close it; again does no harm. A program that was started for it has some seconds to end by itself."""
-        fds, self.reading, self._writing = {self.reading, self._writing}, -1, -1
+        """Close the link; may be called again. A program that was started for it has some seconds to end by itself."""
+        fds, self.read_fd, self._write_fd = {self.read_fd, self._write_fd}, -1, -1
         for fd in fds - {-1}:
             os.close(fd)
         self._out.fd = -1
         if self._process is not None:
             try:
-                self._process.wait(_DRAIN)
+                self._process.wait(_DRAIN_TIMEOUT)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """All of the buffers, in order; ETIMEDOUT when the other side takes none for as long as patience lasts."""
+        """Write all buffers, in order. ETIMEDOUT if the peer accepts nothing for ``idle_timeout`` seconds."""
         self._out.write(buffers)
 
     @property
     def written(self) -> int:
-        """Bytes that have left this side."""
+        """Bytes written so far."""
         return self._out.written
 
-    def waits(self, seconds: float = 0.0) -> bool:
-        """Whether there is something to read, or the other side has closed: now, or within so many seconds."""
-        return bool(_poll(self.reading, select.POLLIN, seconds))
+    def is_readable(self, timeout: float = 0.0) -> bool:
+        """Return whether the peer has sent something or closed, waiting for it for ``timeout`` seconds."""
+        return bool(_poll(self.read_fd, select.POLLIN, timeout))
 
     def read(self, count: int) -> bytes:
-        """Exactly so many bytes. ECONNRESET when the other side has closed, ETIMEDOUT when it sends none."""
+        """Read exactly ``count`` bytes. ECONNRESET if the peer has closed, ETIMEDOUT if it sends nothing."""
         data = b""
         while len(data) < count:
-            if not self.waits(self.patience):
-                raise OSError(errno.ETIMEDOUT, f"nothing was heard for {self.patience:g} s", self.name)
+            if not self.is_readable(self.idle_timeout):
+                raise OSError(errno.ETIMEDOUT, f"the peer sent nothing for {self.idle_timeout:g} s", self.name)
             try:
-                more = os.read(self.reading, count - len(data))
-            except BlockingIOError:  # one descriptor for both ways, and somebody else was quicker
+                more = os.read(self.read_fd, count - len(data))
+            except BlockingIOError:  # one descriptor for both directions, and another reader was quicker
                 continue
             except OSError as e:
                 raise OSError(e.errno or errno.EIO, e.strerror, self.name) from e
@@ -112,20 +116,18 @@ class Link:
         return data
 
     def input(self) -> Input:
-        """What comes next, as a stream that a reader is driven over, up to its end exactly."""
-        return _PatientInput(os.dup(self.reading), self.name, self.patience)
+        """Return what the peer sends next as a stream, which is read exactly up to its end."""
+        return _TimedInput(os.dup(self.read_fd), self.name, self.idle_timeout)
 
     def drain(self) -> None:
-        """Take in what the other side still sends, for a while: closing a socket at once would cut off what it was
-        told last.
-        """
-        deadline = time.monotonic() + _DRAIN
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._writing)) as one:
-            one.shutdown(socket.SHUT_WR)  # "it is all said"; a pipe is no socket, and needs none of this
+        """Read and drop what the peer still sends, for a while: closing at once would cut off the last message."""
+        deadline = time.monotonic() + _DRAIN_TIMEOUT
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._write_fd)) as sock:
+            sock.shutdown(socket.SHUT_WR)  # a pipe is no socket, and needs no shutdown
         with contextlib.suppress(OSError):
-            while (left := deadline - time.monotonic()) > 0 and self.waits(left):
+            while (remaining := deadline - time.monotonic()) > 0 and self.is_readable(remaining):
                 with contextlib.suppress(BlockingIOError):
-                    if not os.read(self.reading, 1 << 20):
+                    if not os.read(self.read_fd, 1 << 20):
                         return
 
     def _why_closed(self) -> str:
@@ -133,165 +135,175 @@ class Link:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(1.0)
             if self._process.returncode:
-                return f"what led to it ended with status {self._process.returncode}"
-        return "the other side has closed the connection"
+                return f"the program that connects to it ended with status {self._process.returncode}"
+        return "the peer has closed the connection"
 
 
-class _Patient(Output):
-    """An output whose reader may be gone without a word."""
+class _TimedOutput(Output):
+    """An output that times out."""
 
-    def __init__(self, fd: int, name: str, patience: float) -> None:
+    def __init__(self, fd: int, name: str, idle_timeout: float) -> None:
         super().__init__(fd, name)
-        self._patience = patience
+        self._idle_timeout = idle_timeout
 
     def wait(self) -> None:
-        if not _poll(self.fd, select.POLLOUT, self._patience):
-            raise OSError(errno.ETIMEDOUT, f"nothing was taken for {self._patience:g} s", self.name)
+        if not _poll(self.fd, select.POLLOUT, self._idle_timeout):
+            raise OSError(errno.ETIMEDOUT, f"the peer accepted nothing for {self._idle_timeout:g} s", self.name)
 
 
-class _PatientInput(Input):
-    """An input whose writer may be gone without a word."""
+class _TimedInput(Input):
+    """An input that times out."""
 
-    def __init__(self, fd: int, name: str, patience: float) -> None:
+    def __init__(self, fd: int, name: str, idle_timeout: float) -> None:
         super().__init__(fd, name, exact=True)
-        self._patience = patience
+        self._idle_timeout = idle_timeout
 
     def wait(self) -> None:
-        if not _poll(self.fd, select.POLLIN, self._patience):
-            raise OSError(errno.ETIMEDOUT, f"nothing was heard for {self._patience:g} s", self.name)
+        if not _poll(self.fd, select.POLLIN, self._idle_timeout):
+            raise OSError(errno.ETIMEDOUT, f"the peer sent nothing for {self._idle_timeout:g} s", self.name)
 
 
-def _poll(fd: int, what: int, seconds: float) -> list[tuple[int, int]]:
+def _poll(fd: int, events: int, seconds: float) -> list[tuple[int, int]]:
     poll = select.poll()
-    poll.register(fd, what)
+    poll.register(fd, events)
     return poll.poll(seconds * 1000)
 
 
-# --- where to --------------------------------------------------------------------------------------------------------
+# --- addresses --------------------------------------------------------------------------------------------------------
 
 
 def connect(
-    where: str, *, ssh: Sequence[str] = SSH, receiver: Sequence[str] = RECEIVER, patience: float = PATIENCE
+    address: str, *, ssh: Sequence[str] = SSH, receiver: Sequence[str] = RECEIVER, idle_timeout: float = IDLE_TIMEOUT
 ) -> Link:
-    """A link to ``where``: ``tcp:HOST:PORT``, ``unix:PATH``, ``fd:N`` or ``fd:IN,OUT``; else a host that ``ssh``
-    reaches, and on which it starts ``receiver``.
+    """Connect to a receiver.
 
-    Raises RequestError for what is none of these, and OSError when nobody is there.
+    Args:
+        address: ``tcp:HOST:PORT``, ``unix:PATH``, ``fd:N`` or ``fd:IN,OUT``; otherwise a host for ``ssh``.
+        ssh: The command that reaches such a host.
+        receiver: The command that ssh starts there.
+        idle_timeout: Seconds in which the peer has to send or to accept something.
+
+    Raises:
+        RequestError: The address is invalid, or ssh cannot be started.
+        OSError: Nobody listens there.
     """
-    if where.startswith("tcp:"):
-        host, port = _address(where)
+    if address.startswith("tcp:"):
+        host, port = _address(address)
         try:
-            one = socket.create_connection((host, port), timeout=patience)
+            sock = socket.create_connection((host, port), timeout=idle_timeout)
         except OSError as e:
-            raise OSError(e.errno or errno.EHOSTUNREACH, e.strerror or str(e), where) from e
-        return Link.of_socket(one, where, patience=patience)
-    if where.startswith("unix:"):
-        one = socket.socket(socket.AF_UNIX)
+            raise OSError(e.errno or errno.EHOSTUNREACH, e.strerror or str(e), address) from e
+        return Link.of_socket(sock, address, idle_timeout=idle_timeout)
+    if address.startswith("unix:"):
+        sock = socket.socket(socket.AF_UNIX)
         try:
-            one.connect(where.removeprefix("unix:"))
+            sock.connect(address.removeprefix("unix:"))
         except OSError as e:
-            one.close()
-            raise OSError(e.errno or errno.EIO, e.strerror or str(e), where) from e
-        return Link.of_socket(one, where, patience=patience)
-    if where.startswith("fd:"):
-        reading, writing = _descriptors(where)
-        return Link(reading, writing, where, patience=patience)
-    return _by_ssh(where, ssh, receiver, patience)
+            sock.close()
+            raise OSError(e.errno or errno.EIO, e.strerror or str(e), address) from e
+        return Link.of_socket(sock, address, idle_timeout=idle_timeout)
+    if address.startswith("fd:"):
+        read_fd, write_fd = _descriptors(address)
+        return Link(read_fd, write_fd, address, idle_timeout=idle_timeout)
+    return _by_ssh(address, ssh, receiver, idle_timeout)
 
 
-def _by_ssh(host: str, ssh: Sequence[str], receiver: Sequence[str], patience: float) -> Link:
+def _by_ssh(host: str, ssh: Sequence[str], receiver: Sequence[str], idle_timeout: float) -> Link:
     if not host or host.startswith("-"):
-        raise RequestError(f"{host!r} is no host")  # ssh would take it for an option
-    # What follows the host is one word to ssh, which the other side's shell reads.
-    words = [*ssh, host, shlex.join(receiver)]
+        raise RequestError(f"{host!r} is not a valid host name")  # ssh would take it for an option
+    # ssh hands what follows the host to the shell there, as one string.
+    command = [*ssh, host, shlex.join(receiver)]
     try:
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     except OSError as e:
-        raise RequestError(f"{words[0]}: {e.strerror}") from e
+        raise RequestError(f"{command[0]}: {e.strerror}") from e
     assert process.stdin is not None
     assert process.stdout is not None
-    reading, writing = os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno())
+    read_fd, write_fd = os.dup(process.stdout.fileno()), os.dup(process.stdin.fileno())
     process.stdin.close()
     process.stdout.close()
-    return Link(reading, writing, host, patience=patience, process=process)
+    return Link(read_fd, write_fd, host, idle_timeout=idle_timeout, process=process)
 
 
 @contextmanager
-def listening(where: str, *, anywhere: bool = False) -> Iterator[socket.socket]:
-    """A socket at ``unix:PATH``, which only its owner may connect to, or ``tcp:ADDRESS:PORT``.
+def listening(address: str, *, anywhere: bool = False) -> Iterator[socket.socket]:
+    """Listen at ``unix:PATH``, which only its owner may connect to, or at ``tcp:ADDRESS:PORT``.
 
-    RequestError for an address that others than this machine reach, unless ``anywhere``: nothing is encrypted, and
-    whoever connects is believed. OSError when it cannot be had.
+    Args:
+        address: Where to listen.
+        anywhere: Allow an address that other machines reach. Nothing is encrypted or authenticated.
+
+    Raises:
+        RequestError: The address is invalid, or other machines reach it.
+        OSError: The address is not available.
     """
-    if where.startswith("unix:"):
-        path = Path(where.removeprefix("unix:"))
-        one = socket.socket(socket.AF_UNIX)
+    if address.startswith("unix:"):
+        path = Path(address.removeprefix("unix:"))
+        sock = socket.socket(socket.AF_UNIX)
         before = os.umask(0o177)
         try:
-            one.bind(str(path))
+            sock.bind(str(path))
         except OSError as e:
-            one.close()
-            raise OSError(e.errno or errno.EIO, e.strerror or str(e), where) from e
+            sock.close()
+            raise OSError(e.errno or errno.EIO, e.strerror or str(e), address) from e
         finally:
             os.umask(before)
-        with one:
+        with sock:
             try:
-                one.listen(1)
-                yield one
+                sock.listen(1)
+                yield sock
             finally:
                 path.unlink(missing_ok=True)
         return
-    if not where.startswith("tcp:"):
-        raise RequestError(f"{where!r}: listen at unix:PATH or tcp:ADDRESS:PORT")
-    host, port = _address(where)
+    if not address.startswith("tcp:"):
+        raise RequestError(f"{address!r}: listen at unix:PATH or tcp:ADDRESS:PORT")
+    host, port = _address(address)
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, socket_address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as e:
-        raise RequestError(f"{where}: {e.strerror or e}") from e
-    if not anywhere and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
-        what = (
-            f"{where}: others than this machine would reach it, and a guest's memory would cross the network as it is"
-        )
-        raise RequestError(f"{what}; go through ssh, or say --anywhere")
-    with socket.socket(family, kind) as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        raise RequestError(f"{address}: {e.strerror or e}") from e
+    if not anywhere and not ipaddress.ip_address(str(socket_address[0]).partition("%")[0]).is_loopback:
+        what = f"{address}: other machines reach this address, and a guest's memory would cross the network unencrypted"
+        raise RequestError(f"{what}; use ssh, or --anywhere")
+    with socket.socket(family, kind) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            one.bind(address)
-            one.listen(1)
+            sock.bind(socket_address)
+            sock.listen(1)
         except OSError as e:
-            raise OSError(e.errno or errno.EIO, e.strerror, where) from e
-        yield one
+            raise OSError(e.errno or errno.EIO, e.strerror, address) from e
+        yield sock
 
 
-def accept(listener: socket.socket, where: str, *, patience: float = PATIENCE) -> Link:
-    """The link to the first that connects; waits for it as long as it takes."""
-    one, peer = listener.accept()
-    name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else where
-    return Link.of_socket(one, name, patience=patience)
+def accept(listener: socket.socket, address: str, *, idle_timeout: float = IDLE_TIMEOUT) -> Link:
+    """Wait for the first connection, without a timeout, and return its link."""
+    sock, peer = listener.accept()
+    name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else address
+    return Link.of_socket(sock, name, idle_timeout=idle_timeout)
 
 
-def standard(*, patience: float = PATIENCE) -> Link:
-    """Standard input and output as a link; what is printed from here on goes to standard error."""
-    reading, writing = os.dup(0), os.dup(1)
+def standard_streams(*, idle_timeout: float = IDLE_TIMEOUT) -> Link:
+    """Return standard input and output as a link; what is printed from now on goes to standard error."""
+    read_fd, write_fd = os.dup(0), os.dup(1)
     os.dup2(2, 1)
-    return Link(reading, writing, "standard input", patience=patience)
+    return Link(read_fd, write_fd, "standard input", idle_timeout=idle_timeout)
 
 
-def _address(where: str) -> tuple[str, int]:
-    host, _, port = where.removeprefix("tcp:").rpartition(":")
+def _address(address: str) -> tuple[str, int]:
+    host, _, port = address.removeprefix("tcp:").rpartition(":")
     if not host or not port.isdecimal() or int(port) > 0xFFFF:
-        raise RequestError(f"{where!r}: say tcp:HOST:PORT")
+        raise RequestError(f"{address!r}: write tcp:HOST:PORT")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
-def _descriptors(where: str) -> tuple[int, int]:
-    words = where.removeprefix("fd:").split(",")
-    if not 1 <= len(words) <= 2 or not all(word.isdecimal() for word in words):
-        raise RequestError(f"{where!r}: say fd:N for a socket, fd:IN,OUT for two pipes")
-    reading, writing = int(words[0]), int(words[-1])
-    for fd in (reading, writing):
+def _descriptors(address: str) -> tuple[int, int]:
+    numbers = address.removeprefix("fd:").split(",")
+    if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() for number in numbers):
+        raise RequestError(f"{address!r}: write fd:N for a socket, fd:IN,OUT for two pipes")
+    read_fd, write_fd = int(numbers[0]), int(numbers[-1])
+    for fd in (read_fd, write_fd):
         try:
             os.fstat(fd)
         except (OSError, OverflowError) as e:
-            raise RequestError(f"{where}: descriptor {fd} is not open") from e
-    return reading, writing
+            raise RequestError(f"{address}: descriptor {fd} is not open") from e
+    return read_fd, write_fd

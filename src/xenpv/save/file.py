@@ -1,28 +1,37 @@
-"""A domain saved to a file, and what becomes of it: gone once the file is whole, or as it was before."""
+"""Saves a domain to a file; then the domain is destroyed, or runs on as before."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from xenpv.errors import HostError
+from xenpv.errors import HostError, XenPVError
 from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.protocol import Mover
 from xenpv.io.atomic_output import Output
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import undisturbed
-from xenpv.save.save import Summary, look, save
-from xenpv.save.source_domain import Leaving
+from xenpv.save.save import Summary, inspect_p2m, save
+from xenpv.save.source_domain import DepartingDomain, Rollback, SourceState
 from xenpv.source.config import as_libxl
 
-_RECORDS = 16 << 10  # bytes of a file that are neither of pages nor of vcpus, about
-_VCPU = 8 << 10  # bytes of one, about
+_OTHER_RECORDS = 16 << 10  # bytes of a file that are neither pages nor vcpus, about
+_VCPU_RECORDS = 8 << 10  # bytes per vcpu, about
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What would be saved. ``bytes`` is what the file would have, about."""
+class Preflight:
+    """What a save would write.
+
+    Attributes:
+        name: The domain, for people: "dom5 (web)".
+        form: The forms of its p2m, in words.
+        entries: Entries of the p2m up to its last page.
+        pages: Pages with a frame.
+        foreign: Entries that the guest marked as frames of other domains.
+        identity: Entries that the guest marked as identity-mapped.
+        bytes: The approximate size of the file.
+    """
 
     name: str
     form: str
@@ -34,33 +43,36 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """What was saved, for how long it stood, in seconds, and what the domain does now, in words."""
+class SavedFile:
+    """A finished save: what was written, seconds of downtime, and what the domain does now."""
 
     summary: Summary
     downtime: float
-    now: str
+    state: SourceState
 
 
-def preflight(host: Mover, domid: DomId, *, stock: bool = True) -> Seen:
-    """Whether a domain can be saved: all that is seen of that without stopping it. Raises as save() does if it cannot.
-
-    Of a domain that runs, what is seen may be different a moment later.
-    """
-    seen = look(host, domid, stock=stock)
-    info, p2m = host.info(domid), seen.p2m
-    size = seen.total * (8 + PAGE_SIZE) + p2m.places * 8 + (info.max_vcpu + 1) * _VCPU + _RECORDS
-    return Seen(
-        seen.live.name, seen.live.anchors.form_names, p2m.entries, seen.total, seen.foreign, seen.identity, size
+def preflight(host: Mover, domid: DomId, *, libxc_compatible: bool = True) -> Preflight:
+    """Check that a domain can be saved, as far as a running one shows it. Raises as save()."""
+    tracker = inspect_p2m(host, domid, libxc_compatible=libxc_compatible)
+    info, p2m, counts = host.info(domid), tracker.p2m, tracker.counts
+    size = counts.populated * (8 + PAGE_SIZE) + p2m.places * 8 + (info.max_vcpu + 1) * _VCPU_RECORDS + _OTHER_RECORDS
+    return Preflight(
+        name=tracker.live.name,
+        form=tracker.live.anchors.form_names,
+        entries=p2m.entries,
+        pages=counts.populated,
+        foreign=counts.foreign,
+        identity=counts.identity,
+        bytes=size,
     )
 
 
 def configuration(host: Mover, domid: DomId) -> bytes:
-    """What xl made it by, or, if xl does not know it, what can be told of it: JSON as libxl has it."""
+    """Return the domain's configuration as libxl's JSON: xl's own, otherwise one made from what Xen knows."""
     info = host.info(domid)
-    kept = host.configuration(domid)
-    if kept is not None:
-        return kept
+    stored = host.configuration(domid)
+    if stored is not None:
+        return stored
     vcpus = info.max_vcpu + 1
     name, uuid = info.name or f"domain-{domid}", info.uuid or "00000000-0000-0000-0000-000000000000"
     return as_libxl(name, uuid, pages=info.pages, vcpus=vcpus)
@@ -71,47 +83,79 @@ def save_file(
     domid: DomId,
     path: str,
     *,
-    timeout: float = 60.0,
+    suspend_timeout: float = 60.0,
     keep: bool = False,
     paused: bool = False,
-    stock: bool = True,
-    say: Callable[[str], None],
+    libxc_compatible: bool = True,
+    on_rollback: Callable[[Rollback], None] = lambda _: None,
     progress: ProgressCallback | None = None,
-) -> Ended:
-    """Suspend it, save it to ``path`` ("-" is standard output), and destroy it; or, with ``keep``, let it run on then,
-    ``paused`` or not. ``stock`` as save() has it.
+) -> SavedFile:
+    """Suspend a domain, save it to a file and destroy it.
 
-    Whatever save() and suspend() raise, OSError for the file: it runs on, as ``say`` was told, and there is no file.
+    If the save fails, the domain is rolled back, ``on_rollback`` learns how that went, and there is no file.
+
+    Args:
+        host: The host that has the domain.
+        domid: The domain.
+        path: The file; "-" is standard output.
+        suspend_timeout: Seconds that the guest has to suspend.
+        keep: Let the domain run on after the save instead of destroying it.
+        paused: With ``keep``, leave it paused.
+        libxc_compatible: As save() has it.
+        on_rollback: Receives the result of a rollback.
+        progress: Receives the progress.
+
+    Raises:
+        XenPVError: As save() and suspend(). With a complete file: the domain could not be destroyed or, with ``keep``,
+            not be resumed or paused.
+        OSError: The file could not be written.
+        RollbackError: The save failed, and the domain could not be rolled back.
     """
-    leaving = Leaving(host, domid, timeout=timeout)
-    leaving.check()
+    domain = DepartingDomain(host, domid, suspend_timeout=suspend_timeout)
+    domain.check()
     config = configuration(host, domid)
     out = Output.open(path)
     try:
-        suspend = None if leaving.stands else leaving.suspend
-        summary = save(host, domid, out, config=config, suspend=suspend, stock=stock, progress=progress)
+        summary = save(
+            host,
+            domid,
+            out,
+            config=config,
+            suspend=None if domain.was_suspended else domain.suspend,
+            libxc_compatible=libxc_compatible,
+            progress=progress,
+        )
         with undisturbed():
             out.finish()
-    except BaseException:
+    except BaseException as e:
         with undisturbed():
             out.abandon()
-            say(leaving.take_back())
+            domain.rollback_after(e, on_rollback)
         raise
     with undisturbed():
-        if keep:
-            if paused:
-                host.pause(domid)
-            now = leaving.take_back().removeprefix(leaving.label).strip()
-        else:
-            _destroy(host, leaving, path)
-            now = "is gone from here"
-    stood = leaving.stood_at
-    return Ended(summary, time.monotonic() - stood if stood is not None else 0.0, now)
+        state = _let_run(domain, path, paused=paused) if keep else _destroy(domain, path)
+    return SavedFile(summary, domain.downtime, state)
 
 
-def _destroy(host: Mover, leaving: Leaving, path: str) -> None:
+def _let_run(domain: DepartingDomain, path: str, *, paused: bool) -> SourceState:
+    """Resume a saved domain, paused or not."""
     try:
-        host.destroy(leaving.domid)
+        try:
+            if paused:
+                domain.host.pause(domain.domid)
+        finally:
+            state = domain.rollback()
+    except XenPVError as e:
+        what = f"{path} is complete, but {domain.label} could not be resumed{' paused' if paused else ''}: {e}"
+        raise HostError(what, op="resume", domid=domain.domid, errno=getattr(e, "errno", None)) from e
+    return state
+
+
+def _destroy(domain: DepartingDomain, path: str) -> SourceState:
+    try:
+        domain.host.destroy(domain.domid)
     except HostError as e:
-        what = f"{path} is whole, and {leaving.label} could not be destroyed: {e}"
-        raise HostError(f"{what}; destroy it before you restore it: xl destroy {leaving.domid}", op="save") from e
+        what = f"{path} is complete, but {domain.label} could not be destroyed: {e}"
+        hint = f"destroy it before you restore it: xl destroy {domain.domid}"
+        raise HostError(f"{what}; {hint}", op="destroy", domid=domain.domid, errno=e.errno) from e
+    return SourceState.DESTROYED

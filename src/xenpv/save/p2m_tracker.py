@@ -1,10 +1,11 @@
-"""The p2m of a domain that is saved: looked at before a byte is written, sent, followed while the guest changes it."""
+"""The p2m of a domain that is saved: inspected before the first byte, sent, and followed while the guest changes it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,251 +19,294 @@ from xenpv.save.state_records import bad_mfn
 from xenpv.source.live import LiveDomain
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 
-PFNS_MAX = 1 << 32  # X86_PV_P2M_FRAMES counts them in 32 bits
+PFNS_MAX = 1 << 32  # X86_PV_P2M_FRAMES counts pfns in 32 bits
 
-_TRIES, _NAP = 50, 0.002  # looks at a p2m that is being changed, and seconds between them
-_TRIES_OTHERWISE = 3  # at one that is wrong in another way: a tree is changed without a word
+_UNSTABLE_TRIES, _NAP = 50, 0.002  # inspections of a p2m that the guest is changing, and seconds between them
+_INVALID_TRIES = 3  # inspections of one that is invalid: a tree has no generation that would tell a change
 
-U32or64 = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
-Named = tuple[U64, U64]
+_MFNs = npt.NDArray[np.uint32] | npt.NDArray[np.uint64]
+PfnMfns = tuple[U64, U64]
 """Pfns, and the mfn that the p2m has for each."""
 
 
-class _Unsettled(GuestError):
-    """The guest is just changing its p2m."""
+class _UnstableP2M(GuestError):
+    """The guest is changing its p2m."""
 
 
-class SavedP2M:
-    """A domain's p2m up to where its leaves are all one to the end: nothing is there, or they would be in two places.
+class P2MCounts(NamedTuple):
+    """Entries of a p2m: those that name a frame of the domain, and those marked foreign or identity."""
 
-    ``look`` at it before anything else. ``named``: what it names, all of it. With ``follows``, ``changes``: what it
-    names that it did not when its leaves were read last, ``gone`` has the pfns that have lost their frame since, and
-    ``frames_moved`` says that a frame has another pfn, which all page tables that name it are to say, too. What is
-    remembered for that is 4 bytes for each entry of a leaf, one in 1024 of the domain's memory; 8 on a host of 16 TiB
-    and more, whose mfns need them.
+    populated: int
+    foreign: int
+    identity: int
+
+
+class P2MChanges(NamedTuple):
+    """How a p2m differs from what was sent.
+
+    Attributes:
+        remapped: Pfns with another frame than when their leaf was last read, or with one for the first time.
+        page_tables_stale: Whether a frame has another pfn, so that page tables which name it must be sent again.
     """
 
-    live: LiveDomain
-    p2m: P2M
+    remapped: U64
+    page_tables_stale: bool
 
-    def __init__(self, host: Mover, domid: DomId, *, follows: bool = False, stock: bool = True) -> None:
-        """``stock``: that any restorer is to understand it, not only ours."""
+
+class P2MTracker:
+    """A domain's p2m, up to where all further leaves are one and the same.
+
+    That leaf names nothing: otherwise its pages would have several pfns. Inspects the p2m at once; ``inspect`` does so
+    again after the guest has changed it.
+
+    Attributes:
+        live: The domain as it was at the last inspection.
+        p2m: Its p2m, walked then.
+        counts: What its entries were at first.
+        sent_entries: Entries that the receiver knows of; it cannot know of fewer again.
+        unmapped_pfns: Pfns that lost their frame at some time since tracking began; some may have one again.
+
+    Args:
+        track_changes: Remember all entries, for ``record_leaves`` and ``changes``. This takes 4 bytes per entry of a
+            leaf, 1/1024 of the domain's memory; 8 bytes on a host of 16 TiB and more.
+        libxc_compatible: Refuse what only xenpv can restore.
+
+    Raises:
+        GuestError: The p2m is invalid, or the guest keeps changing it.
+        RequestError: It does not fit into a stream.
+    """
+
+    def __init__(
+        self, host: Mover, domid: DomId, *, track_changes: bool = False, libxc_compatible: bool = True
+    ) -> None:
         self.host = host
         self.domid = domid
-        self.follows = follows
-        self.stock = stock
-        self.foreign = self.identity = self.total = 0
-        self.gone = np.empty(0, np.uint64)
-        self.frames_moved = False
-        self.told = 0  # entries that a receiver knows of: it cannot know of fewer again
-        self._as_runs = False
-        self._told = FrameRuns.from_frames(np.empty(0, np.uint64))  # the pfn of each leaf that it knows
-        wide = np.dtype(np.uint32 if host.max_mfn() < 0xFFFF_FFFF else np.uint64)
-        self._nothing = np.uint64((1 << 8 * wide.itemsize) - 1)  # in what is remembered of an entry: it named no frame
-        self._remembered: U32or64 = np.empty((0, 0), wide)  # of the leaves of p2m.distinct, in their order
-        self._left: U32or64 = np.empty(0, wide)  # frames that some pfn has lost
-        self._moved = np.empty(0, np.int64)  # places whose leaf is another since it was last read
+        self.track_changes = track_changes
+        self.libxc_compatible = libxc_compatible
+        self.unmapped_pfns = np.empty(0, np.uint64)
+        self.sent_entries = 0
+        self._sends_runs = False
+        self._sent_leaves = FrameRuns.from_frames(np.empty(0, np.uint64))  # the pfn of each leaf, as sent
+        entry = np.dtype(np.uint32 if host.max_mfn() < 0xFFFF_FFFF else np.uint64)
+        self._no_mfn = np.uint64((1 << 8 * entry.itemsize) - 1)  # a remembered entry that named no frame
+        self._remembered: _MFNs = np.empty((0, 0), entry)  # a row for each of p2m.distinct, in that order
+        self._released_mfns: _MFNs = np.empty(0, entry)  # frames that some pfn has lost
+        self._moved_places = np.empty(0, np.int64)  # places whose leaf is another since it was last read
+        self._page_tables_stale = False
+        self.live, self.p2m, self._leaf_pfns = self._inspect_once_stable()
+        if track_changes:
+            self._remembered = self._no_entries(len(self.p2m.distinct), self.p2m.per_leaf)
+        self.counts = self._count()
 
-    # --- looking -----------------------------------------------------------------------------------------------------
+    # --- inspection --------------------------------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Find the p2m and walk it. GuestError or RequestError for one that cannot be saved, in words.
-
-        That of a running guest is looked at again for a while when it is just being changed.
-        """
-        for tried in range(1, _TRIES + 1):
-            live = LiveDomain(self.host, self.host.info(self.domid))
-            try:
-                self._take(live)
-            except GuestError as e:
-                if tried == _TRIES or live.info.is_stopped:
-                    raise
-                if tried >= _TRIES_OTHERWISE and not isinstance(e, _Unsettled) and live.read_anchors() == live.anchors:
-                    raise
-                time.sleep(_NAP)
-            else:
-                break
-
-    def changed(self) -> bool:
-        """Whether its anchors or its tables are others than when they were last looked at."""
-        return self.live.changed() is not None
-
-    def _take(self, live: LiveDomain) -> None:
-        anchors, name = live.anchors, live.name
-        if anchors.p2m_cr3 and anchors.p2m_generation & 1:
-            why = (
-                "it was stopped while it changed its p2m"
-                if live.info.is_stopped
-                else "it is changing its p2m, and does not end"
-            )
-            raise _Unsettled(f"{name}: p2m_generation {anchors.p2m_generation:#x} is odd: {why}")
-        if not anchors.max_pfn:
-            raise GuestError(f"{name}: its p2m has no entries: arch.max_pfn is 0")
-        p2m = self._up_to_its_end(live)
-        _check(live, p2m, stock=self.stock or (self.told > 0 and not self._as_runs))
-        leaf_pfns = _leaf_pfns(live, p2m)
-        if live.read_anchors() != anchors:
-            raise _Unsettled(f"{name}: its p2m was changed while it was walked, and does not settle")
-        if self.follows:
-            self._remember_for(p2m)
+    def inspect(self) -> None:
+        """Find and walk the p2m again. Raises GuestError and RequestError as the constructor."""
+        live, p2m, leaf_pfns = self._inspect_once_stable()
+        if self.track_changes:
+            self._realign(p2m)
         self.live, self.p2m, self._leaf_pfns = live, p2m, leaf_pfns
 
-    def _up_to_its_end(self, live: LiveDomain) -> P2M:
+    def is_stale(self) -> bool:
+        """Return whether the anchors or the tables differ from those of the last inspection."""
+        return self.live.changed() is not None
+
+    def _inspect_once_stable(self) -> tuple[LiveDomain, P2M, U64]:
+        """Inspect the p2m until the guest does not change it meanwhile."""
+        tries = 0
+        while True:
+            tries += 1
+            live = LiveDomain(self.host, self.host.info(self.domid))
+            try:
+                return live, *self._inspect_once(live)
+            except GuestError as e:
+                if tries == _UNSTABLE_TRIES or live.info.is_stopped:
+                    raise
+                if tries >= _INVALID_TRIES and not isinstance(e, _UnstableP2M) and live.read_anchors() == live.anchors:
+                    raise
+            time.sleep(_NAP)
+
+    def _inspect_once(self, live: LiveDomain) -> tuple[P2M, U64]:
+        anchors, name = live.anchors, live.name
+        if anchors.p2m_cr3 and anchors.p2m_generation & 1:
+            why = "the guest was stopped while it changed its p2m" if live.info.is_stopped else "giving up"
+            raise _UnstableP2M(f"{name}: p2m_generation {anchors.p2m_generation:#x} is odd: {why}")
+        if not anchors.max_pfn:
+            raise GuestError(f"{name}: its p2m has no entries: arch.max_pfn is 0")
+        p2m = self._without_uniform_end(live)
+        receiver_needs_libxc_record = self.libxc_compatible or (self.sent_entries > 0 and not self._sends_runs)
+        _check(live, p2m, libxc_compatible=receiver_needs_libxc_record)
+        leaf_pfns = _leaf_pfns(live, p2m)
+        if live.read_anchors() != anchors:
+            raise _UnstableP2M(f"{name}: the p2m kept changing during the walk; giving up")
+        return p2m, leaf_pfns
+
+    def _without_uniform_end(self, live: LiveDomain) -> P2M:
         whole = live.p2m
-        entries = max(whole.used, self.told)
+        entries = max(whole.used, self.sent_entries)
         if entries > whole.entries:
-            what = f"{live.name}: its p2m ends at pfn {whole.entries - 1:#x} now, and went to {self.told - 1:#x} when"
-            raise GuestError(f"{what} it was sent, which what restores it cannot take back: begin anew")
+            what = f"{live.name}: its p2m shrank to pfn {whole.entries - 1:#x} after it was sent up to pfn"
+            raise GuestError(f"{what} {self.sent_entries - 1:#x}; no receiver can undo that: start again")
         return replace(whole, entries=entries, leaves=whole.leaves.below(-(-entries // whole.per_leaf)))
 
-    # --- what it names -----------------------------------------------------------------------------------------------
+    # --- entries -----------------------------------------------------------------------------------------------------
 
-    def count(self) -> None:
-        """One pass over it: how much it names, and that no leaf which names a page stands in two places."""
-        self.foreign = self.identity = self.total = 0
-        for leaves in self._read(None):
+    def _count(self) -> P2MCounts:
+        """Read all entries once. GuestError as ``iter_leaves``."""
+        populated = foreign = identity = 0
+        for leaves in self.iter_leaves():
             mfns, times = leaves.mfns, leaves.times
-            self.total += int(np.count_nonzero(names_local_frame(mfns)))
+            populated += int(np.count_nonzero(names_local_frame(mfns)))
             marked = mfns != NO_FRAME
-            foreign = marked & (mfns & FOREIGN != 0)
-            identity = marked & ~foreign & (mfns & IDENTITY != 0)
-            self.foreign += int(np.count_nonzero(foreign, axis=1) @ times)
-            self.identity += int(np.count_nonzero(identity, axis=1) @ times)
+            is_foreign = marked & (mfns & FOREIGN != 0)
+            is_identity = marked & ~is_foreign & (mfns & IDENTITY != 0)
+            foreign += int(np.count_nonzero(is_foreign, axis=1) @ times)
+            identity += int(np.count_nonzero(is_identity, axis=1) @ times)
+        return P2MCounts(populated, foreign, identity)
 
-    def named(self) -> Iterator[Named]:
-        """All that it names, ascending, some leaves at a time."""
-        for leaves in self._read(None):
+    def iter_leaves(self, places: I64 | None = None) -> Iterator[Leaves]:
+        """Yield leaves in batches, each leaf once: all, or those at ``places``.
+
+        GuestError for one that cannot be read, or that names pages and stands in two places.
+        """
+        name, distinct = self.live.name, self.p2m.distinct
+
+        def refuse(unreadable: FrameRuns) -> None:
+            what = f"{name}: p2m_frame_list[{int(unreadable.first[0])}], mfn {int(unreadable.frame[0]):#x},"
+            raise GuestError(f"{what} cannot be read")
+
+        for leaves in self.p2m.content(places, lost=refuse):
+            times = distinct.count[np.searchsorted(distinct.first, leaves.first)]
+            own = np.count_nonzero(names_local_frame(leaves.mfns), axis=1)
+            if (row := first_bad((own > 0) & (times > 1))) is not None:
+                what = f"{name}: p2m_frame_list[{int(leaves.first[row])}] names {own[row]} pages, and stands in"
+                raise GuestError(f"{what} {int(times[row])} places: after a restore one would overwrite the other")
+            yield leaves
+
+    def iter_populated(self) -> Iterator[PfnMfns]:
+        """Yield all pfns that have a frame, ascending, in batches."""
+        for leaves in self.iter_leaves():
             own = names_local_frame(leaves.mfns)
             yield leaves.pfns[own], leaves.mfns[own]
 
-    def changes(self, dirty: U64 | None = None) -> Iterator[Named]:
-        """What it names and did not, or with another frame, when its leaves were last read: all of them without
-        ``dirty``; else those that moved, and those whose page is among these pfns.
-        """
-        places = None if dirty is None else self._to_be_read(dirty)
-        first = self.p2m.distinct.first
-        for leaves in self._read(places):
-            row = np.searchsorted(first, leaves.first)
-            own = names_local_frame(leaves.mfns)
-            now = np.where(own, leaves.mfns, self._nothing).astype(self._left.dtype)
-            then = self._remembered[row]
-            self._remembered[row] = now
-            new = own & (now != then)
-            self.gone = np.union1d(self.gone, leaves.pfns[(then != self._nothing) & ~own])
-            self.frames_moved |= bool(np.isin(now[new], self._left).any())
-            self._leave(then[(then != self._nothing) & (then != now)])
-            yield leaves.pfns[new], leaves.mfns[new]
-        self._moved = self._moved[:0]
-
-    def lookup(self, pfns: U64) -> Iterator[Named]:
-        """Those of some pfns that have a frame, and it."""
+    def lookup(self, pfns: U64) -> Iterator[PfnMfns]:
+        """Yield those of ``pfns`` that have a frame, in batches."""
         for i in range(0, len(pfns), PFNS_PER_BATCH):
-            some = pfns[i : i + PFNS_PER_BATCH]
-            mfns = self.p2m.lookup(some)
+            batch = pfns[i : i + PFNS_PER_BATCH]
+            mfns = self.p2m.lookup(batch)
             own = names_local_frame(mfns)
-            yield some[own], mfns[own]
+            yield batch[own], mfns[own]
 
-    def _read(self, places: I64 | None) -> Iterator[Leaves]:
-        """Leaves read once each; refuses one that cannot be, or that holds pages and stands in two places."""
-        name, distinct = self.live.name, self.p2m.distinct
+    # --- changes -----------------------------------------------------------------------------------------------------
 
-        def lost(leaves: FrameRuns) -> None:
-            what = f"{name}: p2m_frame_list[{int(leaves.first[0])}], mfn {int(leaves.frame[0]):#x},"
-            raise GuestError(f"{what} cannot be read")
+    def record_leaves(self, leaves: Leaves) -> PfnMfns:
+        """Remember what leaves say now. Return the entries that have a frame, and had none or another before."""
+        row = np.searchsorted(self.p2m.distinct.first, leaves.first)
+        own = names_local_frame(leaves.mfns)
+        now = np.where(own, leaves.mfns, self._no_mfn).astype(self._remembered.dtype)
+        before = self._remembered[row]
+        self._remembered[row] = now
+        had_mfn = before != self._no_mfn
+        new = own & (now != before)
+        self.unmapped_pfns = np.union1d(self.unmapped_pfns, leaves.pfns[had_mfn & ~own])
+        self._page_tables_stale |= bool(np.isin(now[new], self._released_mfns).any())
+        self._release_mfns(before[had_mfn & (before != now)])
+        return leaves.pfns[new], leaves.mfns[new]
 
-        for leaves in self.p2m.content(places, lost=lost):
-            times = distinct.count[np.searchsorted(distinct.first, leaves.first)]
-            own = np.count_nonzero(names_local_frame(leaves.mfns), axis=1)
-            if (at := first_bad((own > 0) & (times > 1))) is not None:
-                what = f"{name}: p2m_frame_list[{int(leaves.first[at])}] holds {own[at]} pages, and stands in"
-                raise GuestError(f"{what} {int(times[at])} places: after a restore one would overwrite the other")
-            yield leaves
+    def changes(self, dirty: U64) -> P2MChanges:
+        """Read the leaves that may have changed: those that moved, and those whose page is among ``dirty`` pfns.
 
-    # --- what is remembered of it ------------------------------------------------------------------------------------
+        Each change is returned once.
+        """
+        remapped = [self.record_leaves(leaves)[0] for leaves in self.iter_leaves(self._places_to_read(dirty))]
+        changes = P2MChanges(np.concatenate([dirty[:0], *remapped]), self._page_tables_stale)
+        self._moved_places = self._moved_places[:0]
+        self._page_tables_stale = False
+        return changes
 
-    def _remember_for(self, p2m: P2M) -> None:
-        """Put what is remembered in the order of another walk's leaves."""
-        now = p2m.distinct.first
-        if not len(self._remembered):
-            self._remembered = self._table(len(now), p2m.per_leaf)
-            return
-        before = self.p2m.distinct.first
-        if not np.array_equal(now, before):
-            self._rearrange(before, now)
-        moved = p2m.leaves.frame_of(now) != self.p2m.leaves.frame_of(now)
-        moved |= p2m.distinct.count > 1  # few do, and what holds pages may not
-        moved |= now >= min(self.p2m.entries, p2m.entries) // p2m.per_leaf  # what was, or is, beyond its end
-        self._moved = np.intersect1d(np.union1d(self._moved, now[moved]), now, assume_unique=True)
-
-    def _table(self, leaves: int, per_leaf: int) -> U32or64:
-        return np.full((leaves, per_leaf), self._nothing, self._left.dtype)
-
-    def _rearrange(self, before: I64, now: I64) -> None:
-        """From leaves at these first places to leaves at those. A GiB for each TiB of the domain: not for nothing."""
-        per_leaf = self._remembered.shape[1]
-        table = self._table(len(now), per_leaf)
-        row = np.minimum(np.searchsorted(now, before), len(now) - 1)
-        kept = now[row] == before
-        table[row[kept]] = self._remembered[kept]
-        dropped = self._remembered[~kept]  # what leaves named that are no more
-        self._leave(dropped[dropped != self._nothing])
-        place, at = np.nonzero(dropped != self._nothing)
-        self.gone = np.union1d(self.gone, (before[~kept][place] * per_leaf + at).astype(np.uint64))
-        self._remembered = table
-
-    def _leave(self, frames: U32or64) -> None:
-        """Some pfns have lost these frames. Where the domain has one still, or will again, it is another pfn's."""
-        if not len(frames):
-            return
-        self._left = np.union1d(self._left, frames)
-        if not self.frames_moved:
-            mfns = frames.astype(np.uint64)
-            self.frames_moved = bool((self.p2m.lookup(self.host.m2p(mfns)) == mfns).any())
-
-    def _to_be_read(self, dirty: U64) -> I64:
+    def _places_to_read(self, dirty: U64) -> I64:
         order = np.argsort(self._leaf_pfns)
         at = np.minimum(np.searchsorted(self._leaf_pfns, dirty, sorter=order), len(order) - 1)
         rows = order[at[self._leaf_pfns[order[at]] == dirty]] if len(order) else order
-        return np.union1d(self._moved, self.p2m.distinct.first[rows])
+        return np.union1d(self._moved_places, self.p2m.distinct.first[rows])
 
-    # --- where its leaves are ----------------------------------------------------------------------------------------
+    def _realign(self, p2m: P2M) -> None:
+        """Put the remembered entries into the order of another walk's leaves."""
+        now, before = p2m.distinct.first, self.p2m.distinct.first
+        if not np.array_equal(now, before):
+            self._reorder(before, now)
+        moved = p2m.leaves.frame_of(now) != self.p2m.leaves.frame_of(now)
+        moved |= p2m.distinct.count > 1  # few are, and none of them may name pages
+        moved |= now >= min(self.p2m.entries, p2m.entries) // p2m.per_leaf  # beyond one of the two ends
+        self._moved_places = np.intersect1d(np.union1d(self._moved_places, now[moved]), now, assume_unique=True)
 
-    def record(self) -> X86PVP2MFrames | P2MLeaves | None:
-        """The pfns of its leaves from the first to the last that is news to a receiver; None when nothing is.
+    def _no_entries(self, leaves: int, per_leaf: int) -> _MFNs:
+        return np.full((leaves, per_leaf), self._no_mfn, self._remembered.dtype)
 
-        It may come any number of times: what names a place last counts (xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c
-        handle_x86_pv_p2m_frames(), expand_p2m()). Where stock restorers need not understand it, it is the record that
-        names leaves by runs, always whole, unless the other is shorter.
+    def _reorder(self, before: I64, now: I64) -> None:
+        """Move rows from leaves at places ``before`` to leaves at places ``now``: 1 GiB per TiB of the domain."""
+        per_leaf = self._remembered.shape[1]
+        table = self._no_entries(len(now), per_leaf)
+        row = np.minimum(np.searchsorted(now, before), len(now) - 1)
+        remains = now[row] == before
+        table[row[remains]] = self._remembered[remains]
+        dropped = self._remembered[~remains]
+        leaf, entry = np.nonzero(dropped != self._no_mfn)
+        dropped_pfns = (before[~remains][leaf] * per_leaf + entry).astype(np.uint64)
+        self._release_mfns(dropped[dropped != self._no_mfn])
+        self.unmapped_pfns = np.union1d(self.unmapped_pfns, dropped_pfns)
+        self._remembered = table
+
+    def _release_mfns(self, mfns: _MFNs) -> None:
+        """Note that pfns lost these frames. If the domain still has one, or will again, it is another pfn's."""
+        if not len(mfns):
+            return
+        self._released_mfns = np.union1d(self._released_mfns, mfns)
+        if not self._page_tables_stale:
+            wide = mfns.astype(np.uint64)
+            self._page_tables_stale = bool((self.p2m.lookup(self.host.m2p(wide)) == wide).any())
+
+    # --- leaves ------------------------------------------------------------------------------------------------------
+
+    def next_record(self) -> X86PVP2MFrames | P2MLeaves | None:
+        """Return a record of the leaves' pfns from the first to the last that the receiver lacks; None if it has all.
+
+        The receiver counts as having them then. The record may come any number of times; the last one that names a
+        place counts. Without ``libxc_compatible`` it is the record that names leaves by runs, always of all leaves,
+        unless the other is shorter.
+
+        Source:
+            xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c handle_x86_pv_p2m_frames(), expand_p2m()
         """
         p2m, distinct = self.p2m, self.p2m.distinct
         order = np.argsort(distinct.frame)
         pfns = self._leaf_pfns[order][np.searchsorted(distinct.frame[order], p2m.leaves.frame)]
         leaves = FrameRuns(p2m.leaves.first, p2m.leaves.count, pfns)
-        news = leaves.difference(self._told)
-        begin, end = (int(news.first[0]), int(news.first[-1] + news.count[-1])) if len(news) else (p2m.places, 0)
-        if p2m.entries > self.told:
+        new = leaves.difference(self._sent_leaves)
+        begin, end = (int(new.first[0]), int(new.first[-1] + new.count[-1])) if len(new) else (p2m.places, 0)
+        if p2m.entries > self.sent_entries:
             begin, end = min(begin, p2m.places - 1), p2m.places
         if begin >= end:
             return None
-        runs = None if self.stock else _runs(leaves)
-        if runs is not None and not self.told:  # a stream has the one or the other
-            self._as_runs = p2m.entries > PFNS_MAX or runs.nbytes < 8 * p2m.places
-        self._told, self.told = leaves, p2m.entries
-        if runs is not None and self._as_runs:
+        runs = None if self.libxc_compatible else _encode_runs(leaves)
+        if runs is not None and not self.sent_entries:  # a stream has only one kind of record
+            self._sends_runs = p2m.entries > PFNS_MAX or runs.nbytes < 8 * p2m.places
+        self._sent_leaves, self.sent_entries = leaves, p2m.entries
+        if runs is not None and self._sends_runs:
             return P2MLeaves(entries=p2m.entries, raw=runs.astype("<u8").reshape(-1).view(np.uint8).data)
-        some = leaves.below(end)
-        counts = np.minimum(some.count, np.maximum(some.first + some.count - begin, 0))
-        raw = np.repeat(some.frame, counts).astype("<u8", copy=False)  # 64 MiB of a domain that reaches 16 TiB
+        until_end = leaves.below(end)
+        counts = np.minimum(until_end.count, np.maximum(until_end.first + until_end.count - begin, 0))
+        raw = np.repeat(until_end.frame, counts).astype("<u8", copy=False)  # 64 MiB for a domain that reaches 16 TiB
         last = min(p2m.entries, end * p2m.per_leaf) - 1
         return X86PVP2MFrames(start_pfn=begin * p2m.per_leaf, end_pfn=last, raw=raw.view(np.uint8).data)
 
 
-def _check(live: LiveDomain, p2m: P2M, *, stock: bool) -> None:
+def _check(live: LiveDomain, p2m: P2M, *, libxc_compatible: bool) -> None:
     name = live.name
-    if stock and p2m.entries > PFNS_MAX:
+    if libxc_compatible and p2m.entries > PFNS_MAX:
         what = f"{name}: its p2m reaches pfn {p2m.entries - 1:#x}; a stream has pfns up to {PFNS_MAX - 1:#x} (16 TiB)"
-        way = "a record of xenpv's own holds more, for xenpv to restore and nobody else (xenpv save --xenpv-only)"
-        raise RequestError(f"{what}: {way}", needed=p2m.entries, available=PFNS_MAX)
+        hint = "xenpv save --xenpv-only writes a record that only xenpv restores, and that holds more"
+        raise RequestError(f"{what}: {hint}", needed=p2m.entries, available=PFNS_MAX)
     for table in p2m.unreadable:
         where = f"the table at mfn {table.frame:#x}, {table.level} above the leaves"
         raise GuestError(f"{name}: its p2m cannot be read: {where}")
@@ -274,7 +318,7 @@ def _check(live: LiveDomain, p2m: P2M, *, stock: bool) -> None:
 
 
 def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:
-    """The pfn of each distinct leaf. GuestError for one that is no page of the domain."""
+    """Return the pfn of each distinct leaf. GuestError for a leaf that is no page of the domain."""
     distinct = p2m.distinct
     pfns = live.pfns_of(distinct.frame)
     if (bad := first_bad(pfns == NO_FRAME)) is not None:
@@ -282,8 +326,8 @@ def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:
     return pfns
 
 
-def _runs(leaves: FrameRuns) -> U64:
-    """As XENPV_P2M_LEAVES has them."""
+def _encode_runs(leaves: FrameRuns) -> U64:
+    """Return the body of a XENPV_P2M_LEAVES record: uint64 (n, 3) of place, count, pfn."""
     begins = np.flatnonzero(np.append(True, leaves.frame[1:] != leaves.frame[:-1]))  # a walk ends runs with its tables
     count = np.add.reduceat(leaves.count, begins).astype(np.uint64)
     return np.column_stack([leaves.first[begins].astype(np.uint64), count, leaves.frame[begins]])

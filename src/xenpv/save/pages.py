@@ -1,10 +1,9 @@
-"""Pages of a domain as PAGE_DATA has them: types asked for, page tables normalised, content as it is mapped."""
+"""Sends pages as PAGE_DATA records: types looked up, page tables normalised, other content as it is mapped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from xenpv.frames import (
     IS_TABLE,
     PAGE_SHIFT,
     PAGES_IN_CACHE,
+    PAGES_PER_BATCH,
     U8,
     U64,
     Mask,
@@ -24,146 +24,161 @@ from xenpv.frames import (
     first_bad,
 )
 from xenpv.memory.pagetables import as_entries, bad_entry, frames, is_xen_slot, normalise, superpages
-from xenpv.save.p2m_tracker import Named, SavedP2M
+from xenpv.save.p2m_tracker import P2MTracker
+from xenpv.save.stream_output import StreamOutput
 from xenpv.stream.fields import Buffer
 from xenpv.stream.pagedata import TYPE_SHIFT
 
-BATCH = 1024  # pages with content in a record: MAX_BATCH_SIZE of libxenguest
-_WINDOW = 2 * BATCH  # that are mapped at once: a tenth less time than a record at a time
 ENTRIES_MAX = 1 << 16  # entries of a record; a restorer bounds them by the record's length alone
-
-
-class Batch(NamedTuple):
-    """What goes into one PAGE_DATA: entries, and the content of ``pages`` of them."""
-
-    entries: bytes
-    contents: list[Buffer]
-    pages: int
+_WINDOW = 2 * PAGES_PER_BATCH  # pages mapped at once: takes a tenth less time than a record at a time
 
 
 @dataclass
-class SavedPages:
-    """Makes batches of pages, and counts them (see save.Summary for what is counted).
+class SentPages:
+    """What was sent so far, in all iterations.
 
-    ``running``: the guest runs on meanwhile. A page that cannot be sent as it is then, because it is being changed, is
-    ``deferred`` to when the guest stands still; without, it is refused. ``tables_sent``: pfns of page tables that went
-    out while it ran, some of them more than once, or of pages that are none any more.
+    Attributes:
+        pages: Pages with content.
+        page_tables: Those among them that are page tables.
+        not_owned: Entries that claim a frame which is not the domain's.
+        without_content: Entries with a frame of which Xen gives no content.
+        deferred: Pfns that could not be sent as they were while the guest changed them.
+        page_table_pfns: Pfns sent as page tables while the guest ran; some repeat, some are none any more.
     """
 
-    p2m: SavedP2M
-    running: bool = False
     pages: int = 0
-    tables: int = 0
-    lost: int = 0
-    empty: int = 0
+    page_tables: int = 0
+    not_owned: int = 0
+    without_content: int = 0
     deferred: list[U64] = field(default_factory=list)
-    tables_sent: list[U64] = field(default_factory=list)
-
-    def batches(self, named: Iterable[Named]) -> Iterator[Batch]:
-        """Some pages, in their order: BATCH pages with content at a time, or ENTRIES_MAX without any.
-
-        Content of pages that are no tables is the host's own mapping. Raises HostError
-        for a page that cannot be mapped or is of no known type, Fault for an entry of a page table that names no frame
-        of the domain.
-        """
-        pfns = mfns = np.empty(0, np.uint64)
-        kinds = np.empty(0, np.uint8)
-        for some in named:
-            new = self._typed(*some)
-            pfns, mfns, kinds = np.append(pfns, new[0]), np.append(mfns, new[1]), np.append(kinds, new[2])
-            begin = 0
-            for end in _ends(HAS_DATA[kinds], _WINDOW):
-                yield from self._window(pfns[begin:end], mfns[begin:end], kinds[begin:end])
-                begin = end
-            pfns, mfns, kinds = pfns[begin:], mfns[begin:], kinds[begin:]
-        if len(pfns):
-            yield from self._window(pfns, mfns, kinds)
-
-    def without_frames(self, pfns: U64) -> Iterator[Batch]:
-        """Pages that were sent, and have no frame any more."""
-        for i in range(0, len(pfns), ENTRIES_MAX):
-            some = pfns[i : i + ENTRIES_MAX]
-            yield Batch(_entries(np.full(len(some), PageType.XTAB, np.uint8), some), [], 0)
+    page_table_pfns: list[U64] = field(default_factory=list)
 
     def take_deferred(self) -> U64:
-        """The pfns that were deferred, and defer none of them any longer."""
+        """Return the deferred pfns and forget them."""
         pfns, self.deferred = self.deferred, []
-        return _distinct(pfns)
+        return _union(pfns)
 
-    def all_tables(self) -> U64:
-        """The pfns of all page tables that were sent."""
-        self.tables_sent = [_distinct(self.tables_sent)]
-        return self.tables_sent[0]
+    def all_page_tables(self) -> U64:
+        """Return the pfns of all page tables that were sent, each once."""
+        self.page_table_pfns = [_union(self.page_table_pfns)]
+        return self.page_table_pfns[0]
+
+    def count(self, types: U8) -> None:
+        """Count pages by their types."""
+        pages, not_owned = int(np.count_nonzero(HAS_DATA[types])), int(np.count_nonzero(types == PageType.XTAB))
+        self.pages += pages
+        self.page_tables += int(np.count_nonzero(IS_TABLE[types]))
+        self.not_owned += not_owned
+        self.without_content += len(types) - pages - not_owned
+
+
+class PageSender:
+    """Sends pages in one pass: records of at most PAGES_PER_BATCH pages with content, or ENTRIES_MAX entries.
+
+    Args:
+        p2m: The p2m that the pages are found by.
+        output: The stream.
+        sent: Counts what is sent.
+        guest_runs: The guest may be changing a page, so one that cannot be sent as it is, is deferred. Otherwise it
+            is refused.
+    """
+
+    def __init__(self, p2m: P2MTracker, output: StreamOutput, sent: SentPages, *, guest_runs: bool) -> None:
+        self._p2m = p2m
+        self._live = p2m.live
+        self._output = output
+        self._sent = sent
+        self._guest_runs = guest_runs
+        self._pfns = self._mfns = np.empty(0, np.uint64)  # not yet sent
+        self._types = np.empty(0, np.uint8)
+
+    def add(self, pfns: U64, mfns: U64) -> None:
+        """Send pages, keeping back what does not fill a window.
+
+        Args:
+            pfns: uint64 (n,).
+            mfns: The frame of each, uint64 (n,).
+
+        Raises:
+            HostError: A page cannot be mapped, or is of no known type.
+            Fault: An entry of a page table names no frame of the domain, or a superpage.
+        """
+        pfns, mfns, types = self._look_up_types(pfns, mfns)
+        pfns, mfns = np.append(self._pfns, pfns), np.append(self._mfns, mfns)
+        types = np.append(self._types, types)
+        begin = 0
+        for end in _ends(HAS_DATA[types], _WINDOW):
+            self._send_window(pfns[begin:end], mfns[begin:end], types[begin:end])
+            begin = end
+        self._pfns, self._mfns, self._types = pfns[begin:], mfns[begin:], types[begin:]
+
+    def flush(self) -> None:
+        """Send what was kept back, and wait until all is written. Raises as ``add``."""
+        pfns, mfns, types = self._pfns, self._mfns, self._types
+        self._pfns, self._mfns, self._types = pfns[:0], mfns[:0], types[:0]
+        if len(pfns):
+            self._send_window(pfns, mfns, types)
+        self._output.wait()
+
+    def _look_up_types(self, pfns: U64, mfns: U64) -> tuple[U64, U64, U8]:
+        """Return pfns, mfns and types; defer those that left a running domain since its p2m was read."""
+        types = self._live.host.page_types(self._live.info.domid, mfns)
+        if (at := first_bad(~IS_KNOWN[types])) is not None:
+            what = f"Unknown type {int(types[at]):#x} for pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x})"
+            raise HostError(f"{self._live.name}: {what}", op="getpageframeinfo3", domid=self._live.info.domid)
+        if not self._guest_runs:
+            return pfns, mfns, types
+        owned = types != PageType.XTAB
+        self._defer(pfns[~owned])
+        return pfns[owned], mfns[owned], types[owned]
 
     def _defer(self, pfns: U64) -> None:
         if len(pfns):
-            self.deferred.append(pfns)
+            self._sent.deferred.append(pfns)
 
-    def _typed(self, pfns: U64, mfns: U64) -> tuple[U64, U64, U8]:
-        """With the type of each, those that have left a running domain since its p2m was read left out."""
-        live = self.p2m.live
-        kinds = live.host.page_types(live.info.domid, mfns)
-        if (at := first_bad(~IS_KNOWN[kinds])) is not None:
-            what = f"Unknown type {int(kinds[at]):#x} for pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x})"
-            raise HostError(f"{live.name}: {what}", op="getpageframeinfo3", domid=live.info.domid)
-        if not self.running:
-            return pfns, mfns, kinds
-        still = kinds != PageType.XTAB
-        self._defer(pfns[~still])
-        return pfns[still], mfns[still], kinds[still]
-
-    def _window(self, pfns: U64, mfns: U64, kinds: U8) -> Iterator[Batch]:
-        there, table = HAS_DATA[kinds], IS_TABLE[kinds]
-        plain = there & ~table
-        # Tables first: to translate them reads the p2m, and the mapping of the others must outlive that.
-        tables, sound = self._tables(pfns[table], mfns[table], kinds[table])
-        if self.running and table.any():
-            self.tables_sent.append(pfns[table])
-        content, mapped = self._mapped(pfns[plain], mfns[plain])
-        if not (sound.all() and mapped.all()):
+    def _send_window(self, pfns: U64, mfns: U64, types: U8) -> None:
+        has_data, is_table = HAS_DATA[types], IS_TABLE[types]
+        is_plain = has_data & ~is_table
+        # Tables first: to normalise them reads the p2m, and the mapping of the others must outlive that.
+        tables, normalised = self._normalised_tables(pfns[is_table], mfns[is_table], types[is_table])
+        if self._guest_runs and is_table.any():
+            self._sent.page_table_pfns.append(pfns[is_table])
+        content, mapped = self._map(pfns[is_plain], mfns[is_plain])
+        if not (normalised.all() and mapped.all()):
             good = np.ones(len(pfns), np.bool_)
-            good[table], good[plain] = sound, mapped
+            good[is_table], good[is_plain] = normalised, mapped
             self._defer(pfns[~good])
-            tables, content = tables[sound], content[mapped]
-            pfns, kinds, there, table = pfns[good], kinds[good], there[good], table[good]
-        self._count(kinds)
+            tables, content = tables[normalised], content[mapped]
+            pfns, types, has_data, is_table = pfns[good], types[good], has_data[good], is_table[good]
+        self._sent.count(types)
         begin = 0
-        for end in dict.fromkeys([*_ends(there, BATCH), len(pfns)]):
-            some = slice(begin, end)
-            inside = table[some][there[some]]
-            mine = int(np.count_nonzero(inside))
-            of_tables, of_others = tables[:mine], content[: len(inside) - mine]
-            yield Batch(_entries(kinds[some], pfns[some]), _interleaved(inside, of_tables, of_others), len(inside))
-            tables, content, begin = tables[mine:], content[len(inside) - mine :], end
+        for end in dict.fromkeys([*_ends(has_data, PAGES_PER_BATCH), len(pfns)]):
+            part = slice(begin, end)
+            table_pages = is_table[part][has_data[part]]
+            n_tables = int(np.count_nonzero(table_pages))
+            n_plain = len(table_pages) - n_tables
+            if end > begin:
+                buffers = _interleave(table_pages, tables[:n_tables], content[:n_plain])
+                self._output.send_pages(_encode_entries(types[part], pfns[part]), buffers, len(table_pages))
+            tables, content, begin = tables[n_tables:], content[n_plain:], end
 
-    def _count(self, kinds: U8) -> None:
-        sent, lost = int(np.count_nonzero(HAS_DATA[kinds])), int(np.count_nonzero(kinds == PageType.XTAB))
-        self.pages += sent
-        self.tables += int(np.count_nonzero(IS_TABLE[kinds]))
-        self.lost += lost
-        self.empty += len(kinds) - sent - lost
-
-    def _mapped(self, pfns: U64, mfns: U64) -> tuple[U8, Mask]:
-        live = self.p2m.live
+    def _map(self, pfns: U64, mfns: U64) -> tuple[U8, Mask]:
         if not len(mfns):
             return np.empty((0, 1 << PAGE_SHIFT), np.uint8), np.empty(0, np.bool_)
-        pages, mapped = live.read_p2m_frames(mfns)
-        for at in np.flatnonzero(~mapped)[: 0 if self.running else 1].tolist():
+        pages, mapped = self._live.read_p2m_frames(mfns)
+        if not self._guest_runs and (at := first_bad(~mapped)) is not None:
             what = f"pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x}) cannot be mapped"
-            raise HostError(f"{live.name}: {what}", op="map_frames", domid=live.info.domid)
+            raise HostError(f"{self._live.name}: {what}", op="map_frames", domid=self._live.info.domid)
         return pages, mapped
 
     # --- page tables -------------------------------------------------------------------------------------------------
 
-    def _tables(self, pfns: U64, mfns: U64, kinds: U8) -> tuple[U8, Mask]:
-        """Page tables with pfns for mfns, and which of them could be made so, all unless the guest runs.
-
-        Fault for an entry that names no frame of the domain, or a superpage.
-        """
-        live = self.p2m.live
-        mapping, sound = self._mapped(pfns, mfns)
+    def _normalised_tables(self, pfns: U64, mfns: U64, types: U8) -> tuple[U8, Mask]:
+        """Return page tables with pfns for mfns, and whether each could be normalised: all if the guest is stopped."""
+        live = self._live
+        mapping, normalised = self._map(pfns, mfns)
         pages, width = mapping.copy(), live.info.width
-        for level, rows in _some_of_each(kinds & np.uint8(7)):
+        for level, rows in _batches_by_level(types & np.uint8(7)):
             if level > LEVELS[width]:
                 raise self._bad_entry(f"an L{level} table in a 32-bit guest", int(pfns[rows[0]]), level, None)
             ptes, bad = normalise(as_entries(pages[rows]), live.pfns_of, is_xen_slot(level, width))
@@ -172,52 +187,62 @@ class SavedPages:
                 xens = bad[:, XEN_PAE_L2_FIRST, None] & is_xen_slot(2, 4, last_pae_l2=True)
                 ptes[xens], bad[xens] = 0, False
             large = superpages(ptes, level)
-            for row, slot in np.argwhere(large | bad)[: 0 if self.running else 1].tolist():
+            if not self._guest_runs and (at := first_bad(large | bad)) is not None:
+                row, slot = divmod(at, ptes.shape[1])
                 pte, pfn = as_entries(pages[rows[row] : rows[row] + 1])[0, slot], int(pfns[rows[row]])
                 if large[row, slot]:
                     raise self._bad_entry(f"superpage ({int(pte):#x})", pfn, level, slot)
                 mfn = int(frames(np.array([pte]))[0])
                 raise self._bad_entry(f"mfn {mfn:#x} is no frame of the domain", pfn, level, slot)
-            sound[rows] &= ~(large | bad).any(axis=1)
+            normalised[rows] &= ~(large | bad).any(axis=1)
             pages[rows] = ptes.view(np.uint8).reshape(len(rows), -1)
-        return pages, sound
+        return pages, normalised
 
     def _bad_entry(self, why: str, pfn: int, level: int, slot: int | None) -> Fault:
-        count = self.p2m.foreign
-        others = f"; its p2m has {count} of other domains' pages mapped" if count else ""
-        return bad_entry(self.p2m.live.name, why + others, pfn, level, slot)
+        foreign = self._p2m.counts.foreign
+        hint = f"; its p2m maps {foreign} pages of other domains" if foreign else ""
+        return bad_entry(self._live.name, why + hint, pfn, level, slot)
 
 
-def _some_of_each(levels: U8) -> Iterator[tuple[int, I64]]:
-    """Each level with the rows that are of it, so many at a time that what is computed on them stays in the cache."""
+def send_unmapped(pfns: U64, output: StreamOutput) -> None:
+    """Send pages that were sent before and have no frame any more, as XTAB."""
+    for i in range(0, len(pfns), ENTRIES_MAX):
+        batch = pfns[i : i + ENTRIES_MAX]
+        output.send_pages(_encode_entries(np.full(len(batch), PageType.XTAB, np.uint8), batch), [], 0)
+    output.wait()
+
+
+def _batches_by_level(levels: U8) -> Iterator[tuple[int, I64]]:
+    """Yield each level with the rows of that level, in batches that stay in the cache."""
     for level in np.unique(levels).tolist():
         rows = np.flatnonzero(levels == level)
         for i in range(0, len(rows), PAGES_IN_CACHE):
             yield level, rows[i : i + PAGES_IN_CACHE]
 
 
-def _distinct(pfns: list[U64]) -> U64:
+def _union(pfns: list[U64]) -> U64:
     return np.unique(np.concatenate(pfns)) if pfns else np.empty(0, np.uint64)
 
 
-def _entries(kinds: U8, pfns: U64) -> bytes:
-    return (kinds.astype(np.uint64) << np.uint64(TYPE_SHIFT) | pfns).astype("<u8", copy=False).tobytes()
+def _encode_entries(types: U8, pfns: U64) -> bytes:
+    return (types.astype(np.uint64) << np.uint64(TYPE_SHIFT) | pfns).astype("<u8", copy=False).tobytes()
 
 
-def _ends(there: Mask, pages: int) -> list[int]:
-    """Where parts of these entries end that have so many pages with content, or ENTRIES_MAX; the rest fills none."""
-    full = np.flatnonzero(there)[pages - 1 :: pages] + 1
-    ends: list[int] = np.union1d(full, np.arange(ENTRIES_MAX, len(there) + 1, ENTRIES_MAX)).tolist()
+def _ends(has_data: Mask, pages: int) -> list[int]:
+    """Return where parts end that have ``pages`` pages with content, or ENTRIES_MAX entries; the rest fills none."""
+    full = np.flatnonzero(has_data)[pages - 1 :: pages] + 1
+    ends: list[int] = np.union1d(full, np.arange(ENTRIES_MAX, len(has_data) + 1, ENTRIES_MAX)).tolist()
     return ends
 
 
-def _interleaved(is_table: Mask, tables: U8, content: U8) -> list[Buffer]:
-    """Pages of two arrays in the order that ``is_table`` says, in as few buffers as it takes."""
-    out: list[Buffer] = []
-    taken = {True: 0, False: 0}
+def _interleave(is_table: Mask, tables: U8, content: U8) -> list[Buffer]:
+    """Return pages of two arrays in the order that ``is_table`` says, in as few buffers as possible."""
+    buffers: list[Buffer] = []
+    used = {True: 0, False: 0}
     for run in np.split(is_table, np.flatnonzero(np.diff(is_table)) + 1):
         if len(run):
-            mine, of = bool(run[0]), tables if run[0] else content
-            first, taken[mine] = taken[mine], taken[mine] + len(run)
-            out.append(of[first : first + len(run)].reshape(-1).data)
-    return out
+            kind = bool(run[0])
+            pages, first = tables if kind else content, used[kind]
+            used[kind] += len(run)
+            buffers.append(pages[first : first + len(run)].reshape(-1).data)
+    return buffers

@@ -1,37 +1,90 @@
-"""A domain that is about to leave this host, and what was done to it for that: so that it can be undone."""
+"""A domain that is about to leave this host, and how to undo what was done to it for that."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
 
-from xenpv.errors import RequestError, XenPVError
+from xenpv.errors import HostError, RequestError, XenPVError
 from xenpv.frames import DomId
 from xenpv.host.domain_names import AWAY
 from xenpv.host.protocol import Mover
 from xenpv.save.suspend import has_suspended, resume, suspend
 
 
-class Leaving:
-    """The domain. ``label`` is for people, ``stood_at`` when it was asked to suspend (time.monotonic())."""
+class SourceState(Enum):
+    """What the domain on the source host does after a save or a migration."""
 
-    def __init__(self, host: Mover, domid: DomId, *, timeout: float = 60.0) -> None:
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUSPENDED = "suspended"  # as it was before the save
+    SHUT_DOWN = "shut down"  # by itself, not for the save
+    DESTROYED = "destroyed"
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """The result of undoing a failed save or migration.
+
+    Attributes:
+        label: The domain, for people: "dom5 (web)".
+        state: What the domain does now; None if undoing failed.
+        error: Why undoing failed: the domain may stay suspended. Otherwise None.
+    """
+
+    label: str
+    state: SourceState | None
+    error: XenPVError | None = None
+
+
+class RollbackError(HostError):
+    """A save or migration failed, and so did undoing it: the domain may stay suspended.
+
+    Attributes:
+        rollback: The result of undoing it.
+    """
+
+    def __init__(self, failure: BaseException, rollback: Rollback, *, domid: DomId) -> None:
+        error = rollback.error
+        what = f"{str(failure) or type(failure).__name__}; {rollback.label} could not be resumed: {error}"
+        super().__init__(what, op="resume", domid=domid, errno=getattr(error, "errno", None))
+        self.rollback = rollback
+
+
+class DepartingDomain:
+    """A domain that is saved or migrated away from this host.
+
+    Attributes:
+        info: The domain as it was at first.
+        label: The domain, for people: "dom5 (web)".
+        suspend_requested_at: When it was asked to suspend, by time.monotonic(); None before.
+    """
+
+    def __init__(self, host: Mover, domid: DomId, *, suspend_timeout: float = 60.0) -> None:
         self.host = host
         self.domid = domid
         self.info = host.info(domid)
         self.label = self.info.label
-        self.stood_at: float | None = None
-        self._timeout = timeout
-        self._suspending = self._renamed = False
+        self.suspend_requested_at: float | None = None
+        self._suspend_timeout = suspend_timeout
+        self._renamed = False
 
     @property
-    def stands(self) -> bool:
-        """Whether it had suspended before anybody here asked it to: then it is left so."""
+    def was_suspended(self) -> bool:
+        """Whether it had suspended before this save; then it stays suspended after a rollback."""
         return has_suspended(self.info)
 
+    @property
+    def downtime(self) -> float:
+        """Seconds since it was asked to suspend; 0 if it was not."""
+        return 0.0 if self.suspend_requested_at is None else time.monotonic() - self.suspend_requested_at
+
     def check(self) -> None:
-        """RequestError for one that nobody can ask to suspend."""
+        """Raise RequestError if the domain cannot be asked to suspend."""
         if self.domid == 0:
-            raise RequestError("dom0 is what this runs in: it does not leave")
+            raise RequestError("dom0 is the domain that xenpv runs in; it cannot be saved or migrated")
         if (self.info.name or "").endswith(AWAY):
             what = f"{self.label} was given to another host, and may run there"
             raise RequestError(f"{what}: xenpv migrate --settle {self.domid} HOST settles it")
@@ -39,30 +92,44 @@ class Leaving:
             raise RequestError(f"{self.label} is paused, and cannot suspend: unpause it first")
 
     def suspend(self) -> None:
-        """Ask it to suspend, and wait. Raises as domain.suspend.suspend()."""
-        self._suspending = True
-        self.stood_at = time.monotonic()
-        suspend(self.host, self.domid, timeout=self._timeout)
+        """Ask the guest to suspend, and wait until it has. Raises as save.suspend.suspend()."""
+        self.suspend_requested_at = time.monotonic()
+        suspend(self.host, self.domid, timeout=self._suspend_timeout)
 
     def mark_away(self) -> None:
-        """By its name: whoever looks at the list sees that it may run elsewhere."""
+        """Rename it, so that the list of domains shows that it may run elsewhere."""
         if self.info.name is not None:
             self._renamed = True
             self.host.rename(self.domid, self.info.name + AWAY)
 
-    def take_back(self) -> str:
-        """Undo all that was done: it goes on, if it ran before. What it does then, in words."""
+    def rollback(self) -> SourceState:
+        """Undo everything: the domain has its name again and runs if it ran before.
+
+        Returns:
+            What the domain does now.
+
+        Raises:
+            XenPVError: It could not be undone; the domain may stay suspended.
+        """
         try:
             if self._renamed and self.info.name is not None:
                 self.host.rename(self.domid, self.info.name)
-            now = self.host.info(self.domid)
-            if self._suspending and has_suspended(now):
+        finally:  # a wrong name must not keep the guest suspended
+            if self.suspend_requested_at is not None and has_suspended(self.host.info(self.domid)):
                 resume(self.host, self.domid)
-                now = self.host.info(self.domid)
+        info = self.host.info(self.domid)
+        if has_suspended(info):
+            return SourceState.SUSPENDED
+        if info.shutdown:
+            return SourceState.SHUT_DOWN
+        return SourceState.PAUSED if info.paused else SourceState.RUNNING
+
+    def rollback_after(self, failure: BaseException, report: Callable[[Rollback], None]) -> None:
+        """Undo everything because of a failure, and report the result. RollbackError if that fails, too."""
+        try:
+            rollback = Rollback(self.label, self.rollback())
         except XenPVError as e:
-            return f"{self.label} could not be resumed: {e}"
-        if has_suspended(now):
-            return f"{self.label} is suspended, as before"
-        if now.shutdown:
-            return f"{self.label} has shut down by itself"
-        return f"{self.label} runs on here" + (", paused" if now.paused else "")
+            rollback = Rollback(self.label, None, e)
+        report(rollback)
+        if rollback.error is not None:
+            raise RollbackError(failure, rollback, domid=self.domid) from failure

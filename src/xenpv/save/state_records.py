@@ -1,6 +1,6 @@
-"""What a saved domain has besides memory: its vcpus, shared info, TSC and CPU policy, as records.
+"""The records of a saved domain other than memory: vcpus, shared info, TSC and CPU policy.
 
-In the order of xen.git:tools/libs/guest/xg_sr_save_x86_pv.c; what is empty is left out, as there.
+They come in the order of xen.git:tools/libs/guest/xg_sr_save_x86_pv.c. Empty ones are left out, as there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _NO_SUCH_VCPU = frozenset({errno.ENODATA, errno.ESRCH, errno.EINVAL})  # never s
 
 
 def static_records(host: Mover, live: LiveDomain) -> list[Record]:
-    """What does not change while a domain lives, to the mark that ends it."""
+    """Return the records of what never changes in a domain, up to STATIC_DATA_END."""
     width = live.info.width
     records: list[Record] = [X86PVInfo(guest_width=width, pt_levels=LEVELS[width])]
     policy = host.cpu_policy(live.info.domid)
@@ -53,10 +53,12 @@ def static_records(host: Mover, live: LiveDomain) -> list[Record]:
     return [*records, StaticDataEnd()]
 
 
-def last_records(host: Mover, live: LiveDomain) -> list[Record]:
-    """TSC, shared info as it is, and the vcpus that are online; the domain has to stand still.
+def state_records(host: Mover, live: LiveDomain) -> list[Record]:
+    """Return the records of the TSC, of shared info and of the online vcpus; the domain must be stopped.
 
-    GuestError for what a vcpu has that is not the domain's, or cannot be; HostError.
+    Raises:
+        GuestError: A vcpu's context names a frame that is not the domain's, or is invalid.
+        HostError: Xen refused something.
     """
     tsc = host.tsc_info(live.info.domid)
     records: list[Record] = [
@@ -76,7 +78,7 @@ def last_records(host: Mover, live: LiveDomain) -> list[Record]:
 
 
 def _context(live: LiveDomain, vcpu: int) -> bytes | None:
-    """A vcpu's context with pfns for mfns; None for one that is not online. GuestError for frames not its own."""
+    """Return a vcpu's context with pfns for mfns; None if the vcpu is offline. GuestError for frames not its own."""
     width = live.info.width
     try:
         data = bytearray(live.host.vcpu_context(live.info.domid, vcpu))
@@ -103,37 +105,37 @@ def _context(live: LiveDomain, vcpu: int) -> bytes | None:
     ctrlreg = context["ctrlreg"][0]
     ctrlreg[3] = cr3_of(_pfn(live, f"vcpu{vcpu}'s cr3", cr3_frame(int(ctrlreg[3]), width)), width)
     if width == 8 and ctrlreg[1]:
-        user = _pfn(live, f"vcpu{vcpu}'s cr1", int(ctrlreg[1]) >> PAGE_SHIFT)
-        ctrlreg[1] = user << PAGE_SHIFT | PTE_P  # the mark of a pfn
+        cr1 = _pfn(live, f"vcpu{vcpu}'s cr1", int(ctrlreg[1]) >> PAGE_SHIFT)
+        ctrlreg[1] = cr1 << PAGE_SHIFT | PTE_P  # libxenguest marks a pfn so
     return bytes(data)
 
 
 def _start_info(live: LiveDomain, mfn: int) -> int:
-    """The pfn of the suspend record, which a restorer writes to: so a start info page has to be there."""
+    """Return the pfn of the suspend record; it must be a start info page, as a restorer writes to it."""
     pfn = _pfn(live, "suspend record", mfn)
     page, _ = live.read_p2m_frames(np.array([mfn], np.uint64))
     if not page.tobytes().startswith(START_INFO_MAGIC[live.info.width]):
         what = f"{live.name}: pfn {pfn:#x}, its suspend record, is no start info page"
-        raise GuestError(what + why_not(live))
+        raise GuestError(what + _unsuspended_hint(live))
     return pfn
 
 
-def why_not(live: LiveDomain) -> str:
-    """What explains that a domain which stands still is not ready to be saved, if anything does."""
+def _unsuspended_hint(live: LiveDomain) -> str:
+    """Return the end of an error message: why a stopped domain may be unfit to be saved; empty if nothing says so."""
     info = live.info
-    return ": it stands still, but its kernel has not suspended" if info.is_stopped and not has_suspended(info) else ""
+    return ": it is stopped, but its kernel has not suspended" if info.is_stopped and not has_suspended(info) else ""
 
 
-def _pfn(live: LiveDomain, what: str, mfn: int) -> int:
+def _pfn(live: LiveDomain, user: str, mfn: int) -> int:
     pfn = int(live.pfns_of(np.array([mfn], np.uint64))[0])
     if pfn == int(NO_FRAME):
-        raise bad_mfn(live, what, mfn)
+        raise bad_mfn(live, user, mfn)
     return pfn
 
 
-def bad_mfn(live: LiveDomain, what: str, mfn: int) -> GuestError:
-    """As libxenguest has it: what m2p and p2m say."""
+def bad_mfn(live: LiveDomain, user: str, mfn: int) -> GuestError:
+    """Return libxenguest's error for an mfn whose m2p and p2m disagree."""
     pfn = live.host.m2p(np.array([mfn], np.uint64))
     other = int(live.p2m.lookup(pfn)[0])
     where = f"mfn {mfn:#x}, m2p[{mfn:#x}] = {int(pfn[0]):#x}, p2m[{int(pfn[0]):#x}] = {other:#x}"
-    return GuestError(f"{live.name}: Bad mfn for {what}: {where}{why_not(live)}")
+    return GuestError(f"{live.name}: Bad mfn for {user}: {where}{_unsuspended_hint(live)}")

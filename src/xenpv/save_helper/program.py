@@ -26,7 +26,7 @@ from xenpv.save_helper.protocol import Level, Message, Restore, Save
 if TYPE_CHECKING:
     from xenpv.host.protocol import Mover
     from xenpv.io.progress import Progress, ProgressCallback
-    from xenpv.save.precopy import Precopy
+    from xenpv.save.precopy import PrecopyPolicy
 
 EXIT_REFUSED = 1
 EXIT_GONE = 2  # nobody is left to talk to
@@ -107,7 +107,7 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
         if libxl.ask(protocol.message(Message.SUSPEND)) != 1:
             raise GuestError(f"dom{request.domid} was not suspended: what libxl says of it stands above")
 
-    policy: Precopy | None = None
+    policy: PrecopyPolicy | None = None
     if request.live:
         policy = precopy(os.environ.get(_PRECOPY, ""))
         if policy is None:
@@ -130,15 +130,15 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
     libxl.log(Level.INFO, f"{summary.name}: {summary.pages} pages, {summary.bytes} bytes written")
 
 
-def precopy(text: str) -> Precopy | None:
+def precopy(text: str) -> PrecopyPolicy | None:
     """How a live save is made: "max-downtime=0.3,bandwidth=50000000"; "no": not live. RequestError for the rest."""
     from dataclasses import fields  # noqa: PLC0415
 
-    from xenpv.save.precopy import Precopy  # noqa: PLC0415
+    from xenpv.save.precopy import PrecopyPolicy  # noqa: PLC0415
 
     if text == "no":
         return None
-    names = [field.name for field in fields(Precopy)]
+    names = [field.name for field in fields(PrecopyPolicy)]
     given: dict[str, Any] = {}
     for part in text.split(",") if text else []:
         name, _, value = part.partition("=")
@@ -150,7 +150,7 @@ def precopy(text: str) -> Precopy | None:
         except ValueError:
             known = ", ".join(name.replace("_", "-") for name in names)
             raise RequestError(f"{_PRECOPY}: {part!r} is none of {known} with a number, nor no") from None
-    return Precopy(**given)
+    return PrecopyPolicy(**given)
 
 
 def _progress_to(libxl: Libxl, *, live: bool) -> ProgressCallback:

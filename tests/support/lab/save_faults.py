@@ -30,9 +30,9 @@ from xenpv.host.protocol import find_domain
 from xenpv.host.xen.host import XenHost
 from xenpv.io.atomic_output import Output
 from xenpv.save.file import configuration, save_file
-from xenpv.save.precopy import Precopy
+from xenpv.save.precopy import PrecopyPolicy
 from xenpv.save.save import save
-from xenpv.save.source_domain import Leaving
+from xenpv.save.source_domain import DepartingDomain
 
 SETPIPE_SZ = 1031  # F_SETPIPE_SZ
 SMALL = Path("/tmp/small")  # noqa: S108  a file system of its own
@@ -72,18 +72,17 @@ def outputs(host: XenHost, name: str, seed: int, count: int) -> dict[str, Any]:
 
 def _saved(host: XenHost, domid: DomId, path: str, live: bool) -> str:
     """Save it, and let it go on; what was said of it, nothing if all went well."""
-    words: list[str] = []
     try:
         if not live:
-            save_file(host, domid, path, keep=True, say=words.append)
+            save_file(host, domid, path, keep=True)  # whether it runs is looked at
             return ""
-        leaving = Leaving(host, domid)
-        leaving.check()
+        domain = DepartingDomain(host, domid)
+        domain.check()
         try:
             with Output.open(path) as out:
-                save(host, domid, out, config=configuration(host, domid), suspend=leaving.suspend, live=Precopy())
+                save(host, domid, out, config=configuration(host, domid), suspend=domain.suspend, live=PrecopyPolicy())
         finally:
-            words.append(leaving.take_back())
+            domain.rollback()
     except OSError as e:
         return f"{e.filename}: {e.strerror}"
     except XenPVError as e:
