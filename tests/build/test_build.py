@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.images import GIB, MIB, P2M, UNMAPPED, image, layouts
-from tests.support.model_invariants import check as check_invariants
+from tests.support.model_invariants import check_invariants
 from tests.support.refused_calls import BUILDING, RefusingCall
 from tests.support.restoring import xenstore_nodes
 from tests.support.writers.kernel import BASE, PV64, Kernel, Load, Section, kernel32, note, quad, text

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from tests.support.command import xenpv
-from tests.support.model_guest import make
-from tests.support.p2m_guest import PAGES, Guest
+from tests.support.model_guest import make_guest
+from tests.support.p2m_guest import PAGES, P2MGuest
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from xenpv.abi.xen import INVALID_MFN
@@ -19,8 +19,8 @@ from xenpv.source.live import LiveDomain
 
 
 @pytest.fixture
-def guest(monkeypatch: pytest.MonkeyPatch) -> Guest:
-    guest = Guest()
+def guest(monkeypatch: pytest.MonkeyPatch) -> P2MGuest:
+    guest = P2MGuest()
     monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(guest.host))
     return guest
 
@@ -69,7 +69,7 @@ def test_a_pipe(good: Path) -> None:
 # --- running domains -------------------------------------------------------------------------------------------------
 
 
-def test_a_running_domain(guest: Guest) -> None:
+def test_a_running_domain(guest: P2MGuest) -> None:
     domid = guest.made.domid
     ran = xenpv("check", domid)
     assert (ran.code, ran.out) == (0, f"dom{domid}: p2m and m2p agree, by three-level tree, up to pfn {PAGES - 1:#x}\n")
@@ -82,14 +82,14 @@ def test_a_running_domain(guest: Guest) -> None:
     assert [finding["rule"] for finding in told["findings"]] == ["physmap-twice", "physmap-lost"]
 
 
-def test_quick_asks_for_no_owner(guest: Guest) -> None:
-    other = make(guest.host, 8, 64)
+def test_quick_asks_for_no_owner(guest: P2MGuest) -> None:
+    other = make_guest(guest.host, 8, 64)
     guest.put(3, int(other.mfns[3]))
     assert xenpv("check", guest.made.domid).code == 1
     assert xenpv("check", "--quick", guest.made.domid).code == 0
 
 
-def test_a_domain_is_paused_only_when_asked(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_domain_is_paused_only_when_asked(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(guest.host, "pause", lambda _: calls.append("pause"))
     monkeypatch.setattr(guest.host, "unpause", lambda _: calls.append("unpause"))
@@ -102,7 +102,7 @@ def test_a_domain_is_paused_only_when_asked(guest: Guest, monkeypatch: pytest.Mo
         calls.clear()
 
 
-def test_its_p2m(guest: Guest) -> None:
+def test_its_p2m(guest: P2MGuest) -> None:
     guest.put(7, INVALID_MFN[8])
     domid, mfn = guest.made.domid, int(guest.entries[5])
     ran = xenpv("p2m", domid, "--lookup", 5, "--lookup", 7, "--mfn", mfn, "--mfn", int(guest.entries[7]))
@@ -119,12 +119,12 @@ def test_its_p2m(guest: Guest) -> None:
     assert lines == [f"  pfn={pfn:#x} ==> mfn={int(m):#x}" for pfn, m in enumerate(guest.entries) if pfn != 7]
 
 
-def test_that_it_changed_meanwhile_is_said(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_that_it_changed_meanwhile_is_said(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xenpv.source.live.LiveDomain.changed", lambda _: "leaves were replaced: look again")
     assert xenpv("p2m", guest.made.domid).out.splitlines()[-1] == "warning: leaves were replaced: look again"
 
 
-def test_its_memory(guest: Guest) -> None:
+def test_its_memory(guest: P2MGuest) -> None:
     page = np.arange(4096, dtype=np.uint32).astype(np.uint8)[None]
     guest.host.write_frames(guest.made.domid, guest.entries[5:6], page)
     domid, vaddr = guest.made.domid, guest.made.vaddr(5)
@@ -134,7 +134,7 @@ def test_its_memory(guest: Guest) -> None:
     assert xenpv("walk", domid, vaddr + (1 << 30)).code == 1
 
 
-def test_tables_that_end_meanwhile_are_looked_for_again(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_that_end_meanwhile_are_looked_for_again(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first top table is one that is none any more; the vcpu has another since."""
     domid, vaddr = guest.made.domid, guest.made.vaddr(5)
     original, stale = LiveDomain.cr3, list[Pfn]()
@@ -152,7 +152,7 @@ def test_tables_that_end_meanwhile_are_looked_for_again(guest: Guest, monkeypatc
     assert "no page table" in xenpv("read", domid, vaddr, 16).err
 
 
-def test_a_domain_that_exposes_nothing(guest: Guest) -> None:
+def test_a_domain_that_exposes_nothing(guest: P2MGuest) -> None:
     guest.arch(pfn_to_mfn_frame_list_list=0)
     ran = xenpv("p2m", guest.made.domid)
     assert (ran.code, ran.out.splitlines()[0]) == (0, f"dom{guest.made.domid}: exposes no p2m")

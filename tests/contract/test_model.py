@@ -17,7 +17,7 @@ from tests.contract.running import (
     all_that_changes_is_in_the_log,
 )
 from tests.support.kernel_guest import Guest
-from tests.support.model_guest import make
+from tests.support.model_guest import make_guest
 from xenpv.abi.declare import Width
 from xenpv.frames import DomId
 from xenpv.host.model.host import ModelHost
@@ -29,7 +29,7 @@ from xenpv.host.protocol import Host, Mover
 @pytest.mark.parametrize("width", [8, 4])
 def test_contract(check: Callable[[Host, DomId], None], width: Width, order: int) -> None:
     host = ModelHost()
-    made = make(host, width, order=order, name="litmus")
+    made = make_guest(host, width, order=order, name="litmus")
     check(host, made.domid)
 
 
@@ -50,7 +50,7 @@ def test_building_and_moving(check: Callable[[Mover, Width], None], width: Width
 def test_running(width: Width) -> None:
     """A kernel that writes to a few pages, and does as it is asked, whenever it runs."""
     guest = Guest.boot("both", width)
-    free = guest.do("free")[:20]
+    free = guest.do("free_pfns")[:20]
     numbers = count(1)
 
     def go() -> None:
@@ -64,11 +64,11 @@ def test_running(width: Width) -> None:
     a_guest_suspends_when_asked(guest.host, guest.domid, go)
     a_suspend_is_cancelled(guest.host, guest.domid, lambda: None)
     assert guest.do("resume") is True
-    assert guest.agrees() == []
+    assert guest.assert_consistent() == []
 
 
 def test_a_domain_that_was_destroyed_is_gone() -> None:
     host = ModelHost()
-    made = make(host)
+    made = make_guest(host)
     host.destroy(made.domid)
     gone(host, made.domid)

@@ -10,7 +10,7 @@ import os
 import sys
 
 from tests.fuzz.run import main
-from tests.support.model_invariants import check
+from tests.support.model_invariants import check_invariants
 from tests.support.restoring import host_state, stream_input
 from tests.support.saved_files import piped
 from xenpv.errors import GuestError, HostError, RequestError, StreamError
@@ -49,7 +49,7 @@ class Fuzzed:
                 source.close()
         assert host_state(self.host) == self.before
         if n % CHECKED == 0:
-            check(self.host)
+            check_invariants(self.host)
 
 
 if __name__ == "__main__":

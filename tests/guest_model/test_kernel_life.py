@@ -1,4 +1,4 @@
-"""The kernel on ModelHost through its life: suspended, restored, cancelled, corrupt on purpose, and in any order."""
+"""The life of a kernel on the model: suspend, restore, cancel, deliberate corruption, and random operations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.kernel_guest import SOME, WIDTHS, Guest, cancelled, register, rings, walked
+from tests.support.kernel_guest import SOME_FORMS, WIDTHS, Guest, cancel_suspend, mfn_by_pfn, register, ring_frames
 from tests.support.model_guest import array, pfns
-from tests.support.restored_domain import restored
+from tests.support.restored_domain import restore_directly
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_P
 from xenpv.errors import GuestError
@@ -22,12 +22,12 @@ from xenpv.host.model.host import SHUTDOWN_SUSPEND, ModelHost
 BOTH = pytest.mark.parametrize("width", WIDTHS)
 
 
-@pytest.mark.parametrize(("width", "form"), SOME)
+@pytest.mark.parametrize(("width", "form"), SOME_FORMS)
 def test_suspended_and_restored_elsewhere(width: Width, form: str) -> None:
     guest = Guest.boot(form, width)
-    guest.do("balloon_out", guest.do("free")[5:100])
-    guest.do("move", guest.do("free")[:5], pfns(5, 70_000))
-    free = guest.do("free")
+    guest.do("balloon_out", guest.do("free_pfns")[5:100])
+    guest.do("move", guest.do("free_pfns")[:5], pfns(5, 70_000))
+    free = guest.do("free_pfns")
     guest.do("write_pattern", free, 7)
     guest.host.hypervisor.send_event(guest.domid, guest.kernel.port)
     assert guest.do("poll") is None
@@ -35,14 +35,14 @@ def test_suspended_and_restored_elsewhere(width: Width, form: str) -> None:
     assert (info.shutdown, info.shutdown_reason) == (True, SHUTDOWN_SUSPEND)
     before = guest.live.p2m.lookup(free)
     other = ModelHost(2 << 30, seed=9)
-    moved = Guest(other, restored(guest.host, guest.domid, other), guest.kernel, guest.day)
+    moved = Guest(other, restore_directly(guest.host, guest.domid, other), guest.kernel, guest.layout)
     assert moved.do("resume") is False
-    assert moved.agrees() == ["physmap-invalid"]
+    assert moved.assert_consistent() == ["physmap-invalid"]
     assert (moved.live.p2m.lookup(free) != before).all()
     assert not len(moved.do("check_pattern", free, 7))
-    assert walked(moved.live.p2m).keys() == walked(guest.live.p2m).keys()
+    assert mfn_by_pfn(moved.live.p2m).keys() == mfn_by_pfn(guest.live.p2m).keys()
     moved.do("balloon_in", pfns(100, 200_000))
-    assert moved.agrees() == ["physmap-invalid"]
+    assert moved.assert_consistent() == ["physmap-invalid"]
     assert other.store.read(f"/local/domain/{moved.domid}/device/suspend/event-channel") == b"1"
 
 
@@ -52,17 +52,17 @@ def test_a_cancelled_suspend_changes_nothing(width: Width) -> None:
     node = f"/local/domain/{guest.domid}/control/shutdown"
     guest.do("poll")
     assert not guest.host.info(guest.domid).shutdown, "nobody asked"
-    before, fields = guest.live.anchors, rings(guest)
+    before, fields = guest.live.anchors, ring_frames(guest)
     guest.host.store.write(node, b"suspend")
     guest.do("poll")
     assert guest.host.store.read(node) == b""
-    assert rings(guest) == (guest.day.start_info + 1, guest.day.start_info + 2)
+    assert ring_frames(guest) == (guest.layout.start_info + 1, guest.layout.start_info + 2)
     regs = register(guest, "dx")
-    assert regs == int(guest.day.mfns[guest.day.start_info])
+    assert regs == int(guest.layout.mfns[guest.layout.start_info])
     assert register(guest, "ax") == 0
-    assert cancelled(guest) is True
-    assert (guest.live.anchors, rings(guest)) == (before, fields)
-    assert guest.agrees() == []
+    assert cancel_suspend(guest) is True
+    assert (guest.live.anchors, ring_frames(guest)) == (before, fields)
+    assert guest.assert_consistent() == []
 
 
 def test_no_table_of_a_suspended_guest_names_what_is_not_its_own() -> None:
@@ -89,7 +89,7 @@ def contents(guest: Guest) -> dict[int, bytes]:
 def test_all_that_changes_is_in_the_log_of_dirty_pages(width: Width) -> None:
     """Or a migration would not send it: pages written, moved, and what a growing p2m takes for its tables."""
     guest = Guest.boot("both", width)
-    free = guest.do("free")
+    free = guest.do("free_pfns")
     guest.do("write_pattern", free[:900], 1)
     before = contents(guest)
     guest.host.log_dirty(guest.domid, on=True)
@@ -112,10 +112,10 @@ def corrupt(guest: Guest, pfn: int, mfn: int) -> list[tuple[str, int | None]]:
     return [(f.rule.name, f.pfn) for f in guest.findings() if f.severity is not Severity.NOTE]
 
 
-@pytest.mark.parametrize(("width", "form"), SOME)
+@pytest.mark.parametrize(("width", "form"), SOME_FORMS)
 def test_what_is_wrong_on_purpose_is_named(width: Width, form: str) -> None:
     guest = Guest.boot(form, width)
-    pfn, other = (int(n) for n in guest.do("free")[[3, 9]])
+    pfn, other = (int(n) for n in guest.do("free_pfns")[[3, 9]])
     right, taken = guest.entries(array(pfn, other)).tolist()
     dom0 = int(guest.host.frames.owned(1)[77])
     for wrong, rule in (
@@ -133,13 +133,13 @@ def test_what_is_wrong_on_purpose_is_named(width: Width, form: str) -> None:
 def test_xen_takes_no_pages_that_are_not_the_guests() -> None:
     """Its entry names a frame of dom0's: those in front of it are gone, it and those behind are not."""
     guest = Guest.boot("linear")
-    some = guest.do("free")[:3]
+    some = guest.do("free_pfns")[:3]
     right = guest.entries(some)
     assert corrupt(guest, int(some[1]), int(guest.host.frames.owned(1)[77]))
     with pytest.raises(GuestError, match="Xen took 1 pages of 3"):
         guest.do("balloon_out", some)
     guest.host.run(guest.domid, lambda view: guest.kernel.p2m.store(view, some[1:], right[1:]))
-    assert guest.agrees() == ["physmap-invalid"]
+    assert guest.assert_consistent() == ["physmap-invalid"]
     assert guest.host.info(guest.domid).pages == 4095
 
 
@@ -161,7 +161,7 @@ def test_whatever_it_does_host_list_and_check_agree(width: Width, form: str, ste
     end = guest.kernel.pages.end
     written: dict[int, int] = {}
     for counter, op in enumerate(steps, 1):
-        free = guest.do("free")
+        free = guest.do("free_pfns")
         match op:
             case ("out", first, n, step):
                 gone = free[first::step][:n]
@@ -187,10 +187,10 @@ def test_whatever_it_does_host_list_and_check_agree(width: Width, form: str, ste
             case _:
                 anchors = guest.live.anchors
                 guest.do("suspend")
-                assert cancelled(guest) is True
+                assert cancel_suspend(guest) is True
                 assert guest.live.anchors == anchors
-    guest.agrees()
-    entries = walked(guest.live.p2m)
+    guest.assert_consistent()
+    entries = mfn_by_pfn(guest.live.p2m)
     mine = guest.host.frames.owned(guest.domid + 1)
     mine = mine[mine != np.uint64(guest.host.info(guest.domid).shared_info_mfn)]
     assert entries == dict(sorted(zip(guest.host.m2p(mine).tolist(), mine.tolist(), strict=True)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.kernel_guest import SOME, Guest
+from tests.support.kernel_guest import SOME_FORMS, Guest
 from tests.support.saving import CONFIG, saved, suspended, table_of
 from xenpv.abi.declare import Width
 from xenpv.frames import U64
@@ -18,18 +18,18 @@ from xenpv.source.saved import SavedDomain
 def _of(guest: Guest) -> Digest:
     """Of a running domain, its p2m's leaves and start info aside, which hold mfns."""
     live = guest.live
-    aside = np.append(live.pfns_of(live.p2m.distinct.frame), np.uint64(guest.day.start_info))
+    aside = np.append(live.pfns_of(live.p2m.distinct.frame), np.uint64(guest.layout.start_info))
     return digest(live.frames, live.kinds(), aside)
 
 
-@pytest.mark.parametrize(("width", "form"), SOME)
+@pytest.mark.parametrize(("width", "form"), SOME_FORMS)
 def test_a_file_has_the_digest_of_what_was_saved(width: Width, form: str, tmp_path: Path) -> None:
     guest = suspended(form, width)
     saved(guest, tmp_path / "x", config=CONFIG)
     with SavedDomain.open(str(tmp_path / "x")) as file:
         pfns = np.sort(guest.host.m2p(guest.host.frames.owned(guest.domid + 1)))
         pfns = pfns[pfns < np.uint64(1 << 40)]  # shared info has none
-        aside = np.append(np.unique(file.contents.p2m_frames), np.uint64(guest.day.start_info))
+        aside = np.append(np.unique(file.contents.p2m_frames), np.uint64(guest.layout.start_info))
         pieces = ((some, file.frames.types(some)) for some in np.array_split(pfns, 7))
         assert digest(file.frames, pieces, aside) == _of(guest)
 

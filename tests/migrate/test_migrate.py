@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.kernel_guest import SOME
+from tests.support.kernel_guest import SOME_FORMS
 from tests.support.migration import CONFIG, MEMORY, NAME, PAGES, UUID, Move, linked
 from xenpv.errors import GuestError, HostError, OutOfOrder, RequestError, StreamError, Unsupported
 from xenpv.host.domain_names import AWAY, INCOMING
@@ -22,7 +22,7 @@ from xenpv.migrate.transport import Link
 from xenpv.save.precopy import PrecopyPolicy
 from xenpv.save.source_domain import RollbackError, SourceState
 
-FORMS = [name for width, name in SOME if width == 8]
+FORMS = [name for width, name in SOME_FORMS if width == 8]
 
 
 def refusal(op: str, no: int = errno.EIO) -> Callable[..., Any]:

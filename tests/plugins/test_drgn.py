@@ -13,7 +13,7 @@ import drgn
 import pytest
 from click.testing import CliRunner, Result
 
-from tests.support.p2m_guest import Guest as Running
+from tests.support.p2m_guest import P2MGuest
 from tests.support.writers.build import USER_VADDR, pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.vmcoreinfo import text
@@ -93,7 +93,7 @@ def test_it_is_a_kernel_if_it_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["tree", "linear"])
 def test_a_running_domain(form: str) -> None:
     """Its page tables hold mfns; drgn sees pfns."""
-    guest = Running(8, form)
+    guest = P2MGuest(8, form)
     prog, memory = program(guest.live, live=True), guest.live.memory
     for pfn in range(0, 64, 7):
         assert prog.read(pfn * PAGE, PAGE, physical=True) == memory.page(pfn)

@@ -7,7 +7,7 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.kernel_guest import SOME, Guest
+from tests.support.kernel_guest import SOME_FORMS, Guest
 from tests.support.live_guests import attend, copied, meddling
 from tests.support.model_guest import pfns
 from xenpv.abi.declare import Width
@@ -29,7 +29,7 @@ def _step(guest: Guest, said: tuple[str, int, int] | None, n: int) -> Any:
         if said is None:
             return
         what, a, b = said
-        free = guest.do("free")
+        free = guest.do("free_pfns")
         some = free[a % max(len(free) - 100, 1) :]
         try:
             match what:
@@ -52,7 +52,7 @@ def _step(guest: Guest, said: tuple[str, int, int] | None, n: int) -> Any:
 
 @settings(max_examples=settings().max_examples // 4)  # each takes a quarter of a second
 @given(
-    st.sampled_from(SOME),
+    st.sampled_from(SOME_FORMS),
     st.lists(_STEP, max_size=8),
     st.lists(st.one_of(st.just(None), st.just(None), _STEP), max_size=60),
     st.integers(1, 6),
@@ -63,7 +63,7 @@ def test_what_arrives_is_the_guest_as_it_stopped(
     """Whatever it does between passes, and between any two reads of its memory."""
     width, form = kind
     guest = Guest.boot(form, width, pages=2400)
-    guest.do("write_pattern", guest.do("free")[::3], 1)
+    guest.do("write_pattern", guest.do("free_pfns")[::3], 1)
     attend(guest, [_step(guest, said, n) for n, said in enumerate(between, 10)])
     host = meddling(guest, [_step(guest, said, n) for n, said in enumerate(amid, 100)])
     copied(guest, host, live=PrecopyPolicy(max_iterations=most, target_dirty=1))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.kernel_guest import SOME, Guest
+from tests.support.kernel_guest import SOME_FORMS, Guest
 from tests.support.writers.build import pv_domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_PSE
@@ -49,7 +49,7 @@ def test_a_tree_and_a_list_in_a_file(tmp_path: Path) -> None:
     assert sum(at.pages) == len(frames)
 
 
-@pytest.mark.parametrize(("width", "form"), [each for each in SOME if each[1] != "tree4hidden"])
+@pytest.mark.parametrize(("width", "form"), [each for each in SOME_FORMS if each[1] != "tree4hidden"])
 def test_a_running_domain(width: Width, form: str) -> None:
     guest = Guest.boot(form, width)
     live = guest.live

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.model_invariants import check
+from tests.support.model_invariants import check_invariants
 from tests.support.restoring import (
     RecordingHost,
     assert_same_pages,
@@ -96,7 +96,7 @@ def restore_pages(
     stream: Stream = domain.to_stream("xl").drop("PAGE_DATA").before("X86_TSC_INFO", *records)
     with localising_in_batches_of(batch) as collected:
         host, restored = restore_stream(stream, **options)
-    check(host)
+    check_invariants(host)
     return host, restored, collected[0].after_flush
 
 
@@ -122,7 +122,7 @@ def test_localise_saved_guest_leaves_less_than_one_batch(width: Width, form: str
             host, restored = restore_stream(bytes(heap.data))
         assert len(collected[0].after_flush) < count
         assert len(collected[0].before_flush) < restored.tables / 2
-        check(host)
+        check_invariants(host)
         assert_same_pages(guest, guest_on(host, guest, restored))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from tests.support.model_invariants import check
+from tests.support.model_invariants import check_invariants
 from tests.support.restoring import (
     RecordingHost,
     assert_same_pages,
@@ -122,7 +122,7 @@ def test_load_pfn_named_only_by_page_table_is_populated() -> None:
     del domain.types[hidden]
     host, restored = restore_stream(domain.to_stream("xl"))
     assert p2m_entry(host, restored, domain, hidden) == mfn_of(host, restored.domid, hidden)
-    check(host)
+    check_invariants(host)
 
 
 def test_load_after_verify_reports_and_writes_differing_page() -> None:
@@ -133,7 +133,7 @@ def test_load_after_verify_reports_and_writes_differing_page() -> None:
     host, restored = restore_stream(stream_of(domain, WIRE.verify(), WIRE.page_data(sent, content)))
     assert restored.differing.tolist() == [two]
     assert memory_of(host, restored.domid)[two].startswith(b"new")
-    check(host)
+    check_invariants(host)
 
 
 @pytest.mark.parametrize("extents", [1 << 30, 1, 0], ids=["enough extents", "one extent", "no extent"])

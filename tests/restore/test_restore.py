@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.support.kernel_guest import SOME, Guest
+from tests.support.kernel_guest import SOME_FORMS, Guest
 from tests.support.memory_limit import at_most
 from tests.support.model_guest import pfns
-from tests.support.model_invariants import check
-from tests.support.restored_domain import restored as restored_without
+from tests.support.model_invariants import check_invariants
+from tests.support.restored_domain import restore_directly
 from tests.support.restoring import (
     assert_same_pages,
     guest_on,
@@ -43,20 +43,20 @@ from xenpv.stream.envelope import Kind
 WIRE = Wire()
 
 
-@pytest.mark.parametrize(("width", "form"), SOME)
+@pytest.mark.parametrize(("width", "form"), SOME_FORMS)
 def test_restore_saved_guest_resumes_with_same_memory(width: Width, form: str, tmp_path: Path) -> None:
     guest = suspended(form, width)
     saved(guest, tmp_path / "x", config=CONFIG)
     host, restored = restore_stream((tmp_path / "x").read_bytes())
     other = guest_on(host, guest, restored)
-    check(host)
+    check_invariants(host)
     assert_same_pages(guest, other)
     assert host.info(restored.domid).name == "made"
     assert other.do("resume") is False
-    assert set(other.agrees()) <= {"physmap-invalid"}
-    assert not len(other.do("check_pattern", other.do("free"), 7))
+    assert set(other.assert_consistent()) <= {"physmap-invalid"}
+    assert not len(other.do("check_pattern", other.do("free_pfns"), 7))
     other.do("balloon_in", pfns(20, 200_000))
-    assert set(other.agrees()) <= {"physmap-invalid"}
+    assert set(other.assert_consistent()) <= {"physmap-invalid"}
 
 
 @BOTH
@@ -66,10 +66,10 @@ def test_restore_equals_reference_that_uses_no_stream(width: Width) -> None:
     save(guest.host, guest.domid, heap, config=CONFIG)
     host, ours = restore_stream(bytes(heap.data))
     other = ModelHost(1 << 30, seed=8)
-    theirs = Guest(other, restored_without(guest.host, guest.domid, other), guest.kernel, guest.day)
+    theirs = Guest(other, restore_directly(guest.host, guest.domid, other), guest.kernel, guest.layout)
     assert_same_pages(guest, theirs)
     assert_same_pages(guest, guest_on(host, guest, ours))
-    page = guest.day.start_info
+    page = guest.layout.start_info
     for field in ("magic", "nr_pages", "flags", "mfn_list"):
         assert start_info(host, ours.domid, page)[field] == start_info(other, theirs.domid, page)[field]
     for leaf in guest.host.m2p(guest.live.p2m.distinct.frame).tolist():  # entry by entry, as pfns
@@ -88,7 +88,7 @@ def test_restore_64_mib_spread_over_16_tib_resumes() -> None:
     """
     guest, heap = Guest.boot("linear", pages=1 << 14), Heap()
     guest.do("spread", (1 << 32) - 4096)
-    free = guest.do("free")
+    free = guest.do("free_pfns")
     guest.do("suspend")
     save(guest.host, guest.domid, heap, config=config_json(memory_kib=4 << 14))
     data = bytes(heap.data)
@@ -97,7 +97,7 @@ def test_restore_64_mib_spread_over_16_tib_resumes() -> None:
     assert result.entries > (1 << 32) - 5000
     other = guest_on(host, guest, result)
     assert other.do("resume") is False
-    np.testing.assert_array_equal(other.do("free"), free)
+    np.testing.assert_array_equal(other.do("free_pfns"), free)
 
 
 @pytest.mark.parametrize(("source_kind", "width"), [("file", 8), ("pipe", 4), ("nonblocking pipe", 8)])
@@ -152,7 +152,7 @@ def test_restore_domain_from_any_envelope_creates_it(envelope: str, width: Width
     info = host.info(restored.domid)
     assert (info.pages, info.max_vcpu, info.width) == (len(domain.types) - 1, 1, width)
     assert not info.paused
-    check(host)
+    check_invariants(host)
 
 
 def test_restore_domain_with_configuration_creates_what_it_says() -> None:
@@ -291,4 +291,4 @@ def test_restore_checkpointed_stream_has_state_of_last_complete_checkpoint(sourc
             source.close()
     assert memory_of(host, domid)[page] == b"2" * PAGE
     assert restored.checkpoints == 2
-    check(host)
+    check_invariants(host)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tests.support.model_invariants import check
+from tests.support.model_invariants import check_invariants
 from tests.support.refused_calls import RESTORING, RefusingCall
 from tests.support.restoring import host_state, restore_error, restore_stream, stream_input
 from tests.support.saved_files import piped
@@ -61,7 +61,7 @@ def test_restore_domain_host_refuses_call_leaves_nothing(call: str, monkeypatch:
         monkeypatch.undo()
         assert last >= 0
         assert host_state(host) == before
-        check(host)
+        check_invariants(host)
 
 
 # --- damaged streams -------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_restore_domain_flipped_bit_restores_or_raises_our_error() -> None:
             else:
                 host.destroy(restored.domid)
         assert host_state(host) == before
-    check(host)
+    check_invariants(host)
     assert refusals > 25
 
 

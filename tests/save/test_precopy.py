@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from tests.support.kernel_guest import SOME, Guest, cancelled
+from tests.support.kernel_guest import SOME_FORMS, Guest, cancel_suspend
 from tests.support.live_guests import XTAB, attend, copied, is_off, times
 from tests.support.model_guest import pfns
 from tests.support.saving import BOTH, Heap, Twisted, a_page, arch, tree_of
@@ -33,15 +33,15 @@ def writing(guest: Guest, count: int = 40) -> Any:
 
     def step() -> None:
         n = next(turn)
-        guest.do("write_pattern", guest.do("free")[n * 7 : n * 7 + count], n)
+        guest.do("write_pattern", guest.do("free_pfns")[n * 7 : n * 7 + count], n)
 
     return step
 
 
-@pytest.mark.parametrize(("width", "form"), SOME)
+@pytest.mark.parametrize(("width", "form"), SOME_FORMS)
 def test_what_a_guest_writes_meanwhile_arrives(width: Width, form: str) -> None:
     guest = Guest.boot(form, width)
-    guest.do("write_pattern", guest.do("free"), 9)
+    guest.do("write_pattern", guest.do("free_pfns"), 9)
     attend(guest, times(9, writing(guest, 200)))
     made, summary = copied(guest)
     assert made.names.count(3) == 1, "nothing happened to its p2m"
@@ -55,7 +55,7 @@ def test_a_frame_is_told_from_every_other(top: int, others: list[int]) -> None:
     guest = Guest.boot("linear")
     p2m = P2MTracker(cast(Mover, Twisted(guest, max_mfn=lambda: top)), guest.domid, track_changes=True)
     assert sum(len(p2m.record_leaves(leaves)[0]) for leaves in p2m.iter_leaves()) > 4000
-    pfn = int(guest.do("free")[0])
+    pfn = int(guest.do("free_pfns")[0])
     leaf = p2m.p2m.leaves.frame_of(np.array([pfn // 512]))
     for other in others:
         entries = guest.host.frames.read(leaf).view("<u8")
@@ -65,12 +65,12 @@ def test_a_frame_is_told_from_every_other(top: int, others: list[int]) -> None:
             assert p2m.changes(guest.host.m2p(leaf)).remapped.tolist() == expected, hex(other)
 
 
-@pytest.mark.parametrize(("width", "form"), SOME)
+@pytest.mark.parametrize(("width", "form"), SOME_FORMS)
 def test_a_p2m_that_moves_meanwhile(width: Width, form: str) -> None:
     """It grows, and with it all that is above its leaves is made anew; pages come, go, and get other pfns."""
     guest = Guest.boot(form, width)
-    guest.do("write_pattern", guest.do("free"), 9)
-    free = guest.do("free")
+    guest.do("write_pattern", guest.do("free_pfns"), 9)
+    free = guest.do("free_pfns")
 
     def repopulate() -> None:
         guest.do("balloon_out", free[50:60])
@@ -92,11 +92,11 @@ def test_a_p2m_that_moves_meanwhile(width: Width, form: str) -> None:
 @BOTH
 def test_a_p2m_that_grows_within_its_last_leaf_before_anything_is_logged(width: Width) -> None:
     guest = Guest.boot("tree3", width, pages=4000)
-    guest.do("write_pattern", guest.do("free"), 9)
+    guest.do("write_pattern", guest.do("free_pfns"), 9)
 
     def log_dirty(domid: DomId, *, on: bool) -> None:
         if on:
-            guest.do("move", guest.do("free")[:10], pfns(10, 4050))
+            guest.do("move", guest.do("free_pfns")[:10], pfns(10, 4050))
         guest.host.log_dirty(domid, on=on)
 
     attend(guest)
@@ -108,8 +108,8 @@ def test_a_p2m_that_grows_within_its_last_leaf_before_anything_is_logged(width: 
 def test_tables_say_the_new_pfn_of_a_page_that_has_another(width: Width) -> None:
     """The mfn in them is as it was, and nobody writes them: only what they come to in a stream is another."""
     guest = Guest.boot("linear", width)
-    guest.do("write_pattern", guest.do("free"), 9)
-    attend(guest, [lambda: guest.do("move", guest.do("free")[1000:1025], pfns(25, 4096))])
+    guest.do("write_pattern", guest.do("free_pfns"), 9)
+    attend(guest, [lambda: guest.do("move", guest.do("free_pfns")[1000:1025], pfns(25, 4096))])
     copied(guest, live=PrecopyPolicy(max_iterations=1))
 
 
@@ -213,7 +213,7 @@ def test_a_generation_that_stays_odd() -> None:
         save(guest.host, guest.domid, heap, live=PrecopyPolicy(), suspend=lambda: suspend(guest.host, guest.domid))
     assert heap.calls
     is_off(guest)
-    assert cancelled(guest) is True
+    assert cancel_suspend(guest) is True
     again = Heap()
     with pytest.raises(GuestError, match="p2m_generation 0x7 is odd: giving up"):
         save(guest.host, guest.domid, again, live=PrecopyPolicy(), suspend=lambda: suspend(guest.host, guest.domid))
@@ -224,7 +224,7 @@ def test_a_generation_that_stays_odd() -> None:
 def test_a_p2m_that_keeps_changing_is_copied_when_it_stands_still() -> None:
     """No pass of it is of use, and there are max_iterations of them."""
     guest = Guest.boot("linear")
-    free, n = guest.do("free"), itertools.count(1)
+    free, n = guest.do("free_pfns"), itertools.count(1)
 
     def grow() -> None:
         i = next(n)

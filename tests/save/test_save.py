@@ -14,7 +14,7 @@ import pytest
 
 import lab
 from tests.stream.test_writer import again
-from tests.support.kernel_guest import SOME, WIDTHS, Guest
+from tests.support.kernel_guest import SOME_FORMS, WIDTHS, Guest
 from tests.support.memory_limit import at_most
 from tests.support.model_guest import pfns
 from tests.support.reference_restore import restored_from
@@ -60,7 +60,7 @@ from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 from xenpv.stream.writer import KINDS
 
 
-@pytest.mark.parametrize(("width", "form"), SOME)
+@pytest.mark.parametrize(("width", "form"), SOME_FORMS)
 def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path) -> None:
     guest = suspended(form, width)
     path = tmp_path / "x.save"
@@ -78,8 +78,8 @@ def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path)
         assert (extents.total, extents.stop) == (len(at), 70_600)
         np.testing.assert_array_equal(domain.frames.types(at), kinds)
         np.testing.assert_array_equal(domain.frames.pages(at), pages)
-        assert domain.start_info_pfn == guest.day.start_info
-        assert domain.cr3(0) == guest.day.tables
+        assert domain.start_info_pfn == guest.layout.start_info
+        assert domain.cr3(0) == guest.layout.tables
         assert contents.shared_info is not None
         assert contents.shared_info.data == guest.host.shared_info(guest.domid)
         p2m = guest.live.p2m
@@ -87,21 +87,21 @@ def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path)
         np.testing.assert_array_equal(contents.p2m_frames, guest.host.m2p(leaves))
 
 
-@pytest.mark.parametrize(("width", "form"), SOME)
+@pytest.mark.parametrize(("width", "form"), SOME_FORMS)
 def test_the_guest_goes_on_from_the_file(width: Width, form: str, tmp_path: Path) -> None:
     """On another host, where every mfn is another: its pages are as they were, and its p2m says where they are now."""
     guest = suspended(form, width)
     saved(guest, tmp_path / "x")
     free = pfns(600, 70_000)
     other = ModelHost(1 << 30, seed=9)
-    moved = Guest(other, restored_from(tmp_path / "x", other), guest.kernel, guest.day)
+    moved = Guest(other, restored_from(tmp_path / "x", other), guest.kernel, guest.layout)
     assert moved.do("resume") is False
-    assert set(moved.agrees()) <= {"physmap-invalid"}
-    assert not len(moved.do("check_pattern", moved.do("free"), 7))
-    assert np.isin(free, moved.do("free")).all()
+    assert set(moved.assert_consistent()) <= {"physmap-invalid"}
+    assert not len(moved.do("check_pattern", moved.do("free_pfns"), 7))
+    assert np.isin(free, moved.do("free_pfns")).all()
     assert (moved.live.p2m.lookup(free) != guest.live.p2m.lookup(free)).all()
     moved.do("balloon_in", pfns(100, 200_000))
-    assert set(moved.agrees()) <= {"physmap-invalid"}
+    assert set(moved.assert_consistent()) <= {"physmap-invalid"}
 
 
 def test_what_libxenguest_wrote_of_a_domain_is_what_is_written_here(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_progress_is_told_to_its_end(tmp_path: Path) -> None:
 def test_cost_follows_pages_up_to_16_tib(form: str, width: Width, stretch: int, tmp_path: Path) -> None:
     guest = Guest.boot(form, width)
     guest.do("spread", stretch)
-    guest.do("write_pattern", guest.do("free"), 3)
+    guest.do("write_pattern", guest.do("free_pfns"), 3)
     guest.do("suspend")
     path = tmp_path / "x"
     frames_of_p2m = stretch * width // PAGE_SIZE * 8  # a record has no holes: 64 MiB of it at 16 TiB
@@ -237,7 +237,7 @@ def test_beyond_16_tib_by_a_record_of_our_own(stretch: int, tmp_path: Path) -> N
     """And back: the guest goes on, on another host."""
     guest = Guest.boot("linear", pages=3000)
     guest.do("spread", stretch)
-    free = guest.do("free")
+    free = guest.do("free_pfns")
     guest.do("write_pattern", free, 3)
     guest.do("suspend")
     path, host = tmp_path / "x", ModelHost(1 << 30, seed=5)
@@ -255,7 +255,7 @@ def test_beyond_16_tib_by_a_record_of_our_own(stretch: int, tmp_path: Path) -> N
     source = Input.open(str(path))
     restored = restore_domain(host, source, name="moved")
     source.close()
-    moved = Guest(host, restored.domid, guest.kernel, guest.day)
+    moved = Guest(host, restored.domid, guest.kernel, guest.layout)
     assert moved.do("resume") is False
     assert not len(moved.do("check_pattern", free, 3))
 
@@ -323,7 +323,7 @@ def test_a_generation_of_who_has_no_list_means_nothing(tmp_path: Path) -> None:
 @BOTH
 def test_marked_entries_are_counted_and_not_saved(width: Width, tmp_path: Path) -> None:
     guest = Guest.boot("tree3", width)
-    guest.do("balloon_out", guest.do("free")[-10:])
+    guest.do("balloon_out", guest.do("free_pfns")[-10:])
     leaf = guest.live.p2m.leaves.frame[-1:]
     guest.do("suspend")
     table = guest.host.frames.read(leaf).view(f"<u{width}").copy()
@@ -351,7 +351,7 @@ def test_a_leaf_of_marks_counts_as_often_as_it_stands_there(tmp_path: Path) -> N
 def test_entries_that_claim_another_domains_frame_are_sent_as_none(tmp_path: Path) -> None:
     """write_batch(): getpageframeinfo says XTAB of what is not the domain's, and that is what is sent."""
     guest = Guest.boot("tree3")
-    guest.do("balloon_out", guest.do("free")[-2:])
+    guest.do("balloon_out", guest.do("free_pfns")[-2:])
     leaf = guest.live.p2m.leaves.frame[-1:]
     guest.do("suspend")
     table = guest.host.frames.read(leaf).view("<u8").copy()
@@ -384,7 +384,7 @@ def test_pages_without_content_are_sent_by_type(tmp_path: Path) -> None:
 def test_xens_own_entries_of_a_pae_guest_are_left_out(tmp_path: Path) -> None:
     """normalise_pagetable(): the L2 that has Xen's mappings is known by the first of them."""
     guest = suspended("tree3", 4)
-    top = guest.host.frames.read(guest.live.p2m.lookup(np.array([guest.day.tables], np.uint64)))
+    top = guest.host.frames.read(guest.live.p2m.lookup(np.array([guest.layout.tables], np.uint64)))
     last = frames(as_entries(top))[0, 3:4]
     xens = int(guest.host.frames.owned(1)[7])
     host = rewriting(guest, last, slice(XEN_PAE_L2_FIRST, 512), xens << 12 | PTE_P | PTE_PSE)
@@ -422,7 +422,7 @@ def test_a_vcpus_frames_are_pfns(width: Width, tmp_path: Path) -> None:
     guest = Guest.boot("tree3", width)  # which has mapped nothing that could be a GDT
     guest.do("suspend")
     gdt = guest.live.p2m.lookup(np.array([4000, 4001], np.uint64))
-    top = guest.live.p2m.lookup(np.array([guest.day.tables], np.uint64))[0]
+    top = guest.live.p2m.lookup(np.array([guest.layout.tables], np.uint64))[0]
     fields: dict[str, Any] = {"gdt_ents": 600, "gdt_frames": [*gdt.tolist(), *[99] * 14]}
     if width == 8:
         fields["ctrlreg_1"] = int(top) << 12
@@ -432,7 +432,7 @@ def test_a_vcpus_frames_are_pfns(width: Width, tmp_path: Path) -> None:
         context = domain.vcpu_context(0)
         assert context is not None
         assert context["gdt_frames"].tolist() == [4000, 4001, *[99] * 14], "what is in use; the rest is as it was"
-        assert domain.cr3(0, user=True) == (guest.day.tables if width == 8 else None)
+        assert domain.cr3(0, user=True) == (guest.layout.tables if width == 8 else None)
 
 
 def test_of_more_vcpus_those_that_are_online(tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ def test_of_more_vcpus_those_that_are_online(tmp_path: Path) -> None:
         assert domain.vcpus == [0, 3]
         third = domain.vcpu_context(3)
         assert third is not None
-        record = int(guest.live.p2m.lookup(np.array([guest.day.start_info], np.uint64))[0])
+        record = int(guest.live.p2m.lookup(np.array([guest.layout.start_info], np.uint64))[0])
         assert third["user_regs"]["rdx"] == record, "only vcpu 0's is the suspend record"
         names = [run.name.removeprefix("X86_PV_VCPU_") for run in domain.contents.record_groups if "VCPU" in run.name]
         assert names == ["BASIC", "EXTENDED", "BASIC", "EXTENDED", "XSAVE", "MSRS"], "what is empty is left out"

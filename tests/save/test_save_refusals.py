@@ -129,7 +129,7 @@ def test_a_guest_that_shows_no_p2m(form: str, why: str) -> None:
 def test_a_tree_that_shows_less_than_max_pfn() -> None:
     """Four levels in the kernel, three exposed: "must be refused beyond what is exposed, never truncated"."""
     guest = Guest.boot("tree4hidden")
-    guest.do("move", guest.do("free")[:5], pfns(5, 1 << 27))
+    guest.do("move", guest.do("free_pfns")[:5], pfns(5, 1 << 27))
     guest.do("suspend")
     assert "max_pfn 0x8000004 too large for p2m tree: the guest exposes 3 levels" in str(refused(guest))
 
@@ -168,7 +168,7 @@ def test_a_superpage_is_named() -> None:
 
 def test_where_other_domains_pages_are_mapped_it_is_said() -> None:
     guest = Guest.boot("tree3")
-    guest.do("balloon_out", guest.do("free")[-1:])
+    guest.do("balloon_out", guest.do("free_pfns")[-1:])
     leaf = guest.live.p2m.leaves.frame[-1:]
     guest.do("suspend")
     words_of = guest.host.frames.read(leaf).view("<u8").copy()

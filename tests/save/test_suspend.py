@@ -20,7 +20,7 @@ from xenpv.save.suspend import has_suspended, resume, suspend
 @BOTH
 def test_a_guest_suspends_and_goes_on(width: Width) -> None:
     guest = Guest.boot("both", width)
-    free = guest.do("free")
+    free = guest.do("free_pfns")
     guest.do("write_pattern", free, 5)
     attend(guest)
     for _ in range(2):
@@ -31,7 +31,7 @@ def test_a_guest_suspends_and_goes_on(width: Width) -> None:
         resume(guest.host, guest.domid)
         assert guest.do("resume") is True, "cancelled, as it sees it"
         assert not len(guest.do("check_pattern", free, 5))
-        assert set(guest.agrees()) <= {"physmap-invalid"}
+        assert set(guest.assert_consistent()) <= {"physmap-invalid"}
 
 
 def test_one_that_does_not_react() -> None:

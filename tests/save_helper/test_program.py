@@ -106,7 +106,7 @@ def verify_bytes(data: bytes) -> list[str]:
 
 
 def test_what_is_restored_is_what_was_saved(guest: Guest, stream: BinaryIO) -> None:
-    guest.do("write_pattern", guest.do("free"), 7)
+    guest.do("write_pattern", guest.do("free_pfns"), 7)
     save(guest, stream.fileno())
     stream.write(b"libxl's own, behind")
     stream.seek(0)
@@ -268,7 +268,7 @@ def test_debug_sends_all_pages_twice_and_the_receiver_says_what_differs(
 
 
 def test_a_live_save(guest: Guest, stream: BinaryIO) -> None:
-    guest.do("write_pattern", guest.do("free"), 7)
+    guest.do("write_pattern", guest.do("free_pfns"), 7)
     libxl = save(guest, stream.fileno(), live=True)
     assert libxl.kinds == [Message.SUSPEND, Message.COMPLETE]
     said = [text for level, _, _, text in libxl.values(Message.LOG) if level == Level.INFO]

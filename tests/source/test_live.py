@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.model_guest import BASE, READ_ONLY, TABLE, make, page
-from tests.support.p2m_guest import PAGES, Guest
+from tests.support.model_guest import BASE, READ_ONLY, TABLE, make_guest, page
+from tests.support.p2m_guest import PAGES, P2MGuest
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_FRAME_MASK, PTE_P, XEN_PAE_L2_FIRST
 from xenpv.abi.xen import INVALID_MFN
@@ -27,20 +27,20 @@ WRITTEN = range(10, 20)
 
 
 @pytest.fixture(params=[(8, "tree"), (8, "linear"), (4, "tree"), (4, "linear")], ids=lambda p: f"{p[1]}-{8 * p[0]}")
-def guest(request: pytest.FixtureRequest) -> Guest:
-    guest = Guest(*request.param)
+def guest(request: pytest.FixtureRequest) -> P2MGuest:
+    guest = P2MGuest(*request.param)
     content = np.random.default_rng(1).integers(0, 256, (len(WRITTEN), PAGE_SIZE), np.uint8)
     guest.host.write_frames(guest.made.domid, guest.made.mfns[WRITTEN.start : WRITTEN.stop], content)
     return guest
 
 
-def raw(guest: Guest, pfn: int) -> U64:
+def raw(guest: P2MGuest, pfn: int) -> U64:
     """The 64-bit words of a page as the machine has them."""
     pages, _ = guest.host.map_frames(guest.made.domid, guest.made.mfns[pfn : pfn + 1])
     return as_entries(pages.copy()).reshape(-1)
 
 
-def tables(guest: Guest) -> dict[int, int]:
+def tables(guest: P2MGuest) -> dict[int, int]:
     """Level by pfn, of all page tables of the guest."""
     kinds = guest.live.frames.types(np.arange(PAGES, dtype=np.uint64))
     return {int(pfn): int(kinds[pfn]) & 7 for pfn in np.flatnonzero(IS_TABLE[kinds])}
@@ -49,7 +49,7 @@ def tables(guest: Guest) -> dict[int, int]:
 # --- its memory ------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_what_the_guest_has_by_pfn_and_by_virtual_address(guest: Guest) -> None:
+def test_memory_is_what_the_guest_has_by_pfn_and_by_virtual_address(guest: P2MGuest) -> None:
     memory, first = guest.live.memory, WRITTEN.start
     content = guest.host.frames.read(guest.made.mfns[first : WRITTEN.stop]).tobytes()
     at = guest.made.vaddr(first) + 100
@@ -60,7 +60,7 @@ def test_memory_is_what_the_guest_has_by_pfn_and_by_virtual_address(guest: Guest
     assert memory.page(first + 3) == content[3 * PAGE_SIZE :][:PAGE_SIZE]
 
 
-def test_types_are_what_the_host_says_of_the_mfns(guest: Guest) -> None:
+def test_types_are_what_the_host_says_of_the_mfns(guest: P2MGuest) -> None:
     pfns = np.arange(PAGES, dtype=np.uint64)
     expected = guest.host.page_types(guest.made.domid, guest.made.mfns)
     assert guest.live.frames.types(pfns).tolist() == expected.tolist()
@@ -69,7 +69,7 @@ def test_types_are_what_the_host_says_of_the_mfns(guest: Guest) -> None:
     assert guest.live.frames.types(np.array([PAGES, 1 << 63, NO_FRAME], np.uint64)).tolist() == [ABSENT] * 3
 
 
-def test_page_tables_read_as_in_a_stream(guest: Guest) -> None:
+def test_page_tables_read_as_in_a_stream(guest: P2MGuest) -> None:
     """Pfns in the place of mfns, flags kept, Xen's slots empty (normalise_pagetable() of libxenguest)."""
     pfn_of = {int(mfn): pfn for pfn, mfn in enumerate(guest.made.mfns)}
     found = tables(guest)
@@ -87,7 +87,7 @@ def test_page_tables_read_as_in_a_stream(guest: Guest) -> None:
                 assert got == had
 
 
-def test_a_walk_steps_through_pfns(guest: Guest) -> None:
+def test_a_walk_steps_through_pfns(guest: P2MGuest) -> None:
     memory, pfn_of = guest.live.memory, {int(mfn): pfn for pfn, mfn in enumerate(guest.made.mfns)}
     way = memory.walk(guest.made.vaddr(12))
     assert way.pfn == 12
@@ -99,7 +99,7 @@ def test_a_walk_steps_through_pfns(guest: Guest) -> None:
     assert (fault.level, fault.address) == (1 if PAGES % 512 else 2, guest.made.vaddr(PAGES))
 
 
-def test_what_is_no_page_table_any_more_is_not_walked(guest: Guest) -> None:
+def test_what_is_no_page_table_any_more_is_not_walked(guest: P2MGuest) -> None:
     """A process of a running guest ends, and with it its tables: what is in their frames then is no tables'."""
     memory = guest.live.memory
     fault = memory.walk(guest.made.vaddr(12), top=Pfn(WRITTEN.start)).fault
@@ -109,7 +109,7 @@ def test_what_is_no_page_table_any_more_is_not_walked(guest: Guest) -> None:
         memory.read_virtual(guest.made.vaddr(12), 16, top=Pfn(WRITTEN.start))
 
 
-def test_a_table_that_ends_while_it_is_read_is_left_as_it_is(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_that_ends_while_it_is_read_is_left_as_it_is(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its type is asked for, then it is freed and written to, then its content is read."""
     page_types = guest.host.page_types
     asked: list[int] = []
@@ -130,9 +130,9 @@ def test_a_table_that_ends_while_it_is_read_is_left_as_it_is(guest: Guest, monke
 
 def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:
     """A grant, say: normalise gives NO_PFN, and an address through it ends there."""
-    guest = Guest()
+    guest = P2MGuest()
     table, slot = guest.made.entry_of(30)
-    other = make(guest.host, 8, 64)
+    other = make_guest(guest.host, 8, 64)
     guest.host.frames.entries(table)[slot] = int(other.mfns[5]) << 12 | TABLE
     live = guest.live
     [l1] = as_entries(live.frames.pages(live.pfns_of(np.array([table], np.uint64))))
@@ -143,7 +143,7 @@ def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:
 
 
 def test_the_last_l2_of_a_32_bit_guest_ends_with_what_is_xens() -> None:
-    guest = Guest(4)
+    guest = P2MGuest(4)
     pfn = int(guest.live.pfns_of(np.array([guest.made.l2], np.uint64))[0])
     assert int(raw(guest, pfn)[XEN_PAE_L2_FIRST]) & PTE_P, "there Xen has its own entries"
     [l2] = as_entries(guest.live.frames.pages(np.array([pfn], np.uint64)))
@@ -154,7 +154,7 @@ def test_the_last_l2_of_a_32_bit_guest_ends_with_what_is_xens() -> None:
 # --- its vcpus -------------------------------------------------------------------------------------------------------
 
 
-def test_the_top_tables_of_a_vcpu(guest: Guest) -> None:
+def test_the_top_tables_of_a_vcpu(guest: P2MGuest) -> None:
     live = guest.live
     assert live.cr3(0) == int(np.flatnonzero(guest.made.mfns == guest.made.top)[0])
     assert live.cr3(0, user=True) is None
@@ -162,7 +162,7 @@ def test_the_top_tables_of_a_vcpu(guest: Guest) -> None:
 
 
 def test_the_user_half_has_a_table_of_its_own() -> None:
-    guest = Guest()
+    guest = P2MGuest()
     host, domid = guest.host, guest.made.domid
     table, slot = guest.made.entry_of(40)
     host.hypervisor.mmu_update(domid, [(table, slot, int(guest.made.mfns[40]) << 12 | READ_ONLY)])
@@ -173,7 +173,7 @@ def test_the_user_half_has_a_table_of_its_own() -> None:
 
 
 def test_a_top_table_that_is_no_pfns_is_named() -> None:
-    guest = Guest()
+    guest = P2MGuest()
     top = int(np.flatnonzero(guest.made.mfns == guest.made.top)[0])
     guest.put(top, INVALID_MFN[8])
     with pytest.raises(GuestError, match=f"cr3 of vcpu 0 names mfn {guest.made.top:#x}, which is in the p2m of dom1"):
@@ -184,8 +184,8 @@ def test_a_top_table_that_is_no_pfns_is_named() -> None:
 
 
 def test_a_pfn_without_a_frame_of_the_domains_is_a_fault_with_pfn_and_mfn() -> None:
-    guest = Guest()
-    other = make(guest.host, 8, 64)
+    guest = P2MGuest()
+    other = make_guest(guest.host, 8, 64)
     mfn = int(other.mfns[5])
     marked = int(FOREIGN) | mfn
     guest.put(13, INVALID_MFN[8])
@@ -210,7 +210,7 @@ def test_a_pfn_without_a_frame_of_the_domains_is_a_fault_with_pfn_and_mfn() -> N
 
 def test_a_frame_that_cannot_be_mapped_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was the domain's when we asked, and has gone since."""
-    guest = Guest()
+    guest = P2MGuest()
     live = guest.live
     assert live.p2m.entries
     original, gone = guest.host.map_frames, guest.made.mfns[12]
@@ -226,7 +226,7 @@ def test_a_frame_that_cannot_be_mapped_is_a_fault(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_domain_that_goes_meanwhile_is_a_host_error() -> None:
-    guest = Guest()
+    guest = P2MGuest()
     live, late = guest.live, guest.live
     assert live.p2m.entries == PAGES
     guest.host.destroy(guest.made.domid)
@@ -245,7 +245,7 @@ def test_a_domain_that_goes_meanwhile_is_a_host_error() -> None:
 
 
 def test_paused_pauses_and_always_unpauses() -> None:
-    guest = Guest()
+    guest = P2MGuest()
 
     def paused() -> bool:
         return guest.host.info(guest.made.domid).paused
@@ -268,7 +268,7 @@ def test_paused_pauses_and_always_unpauses() -> None:
 
 def test_what_leads_nowhere_from_the_first_has_not_changed() -> None:
     """The list is no list, the tree is sound: one finding for the list, and none of a p2m that is no more."""
-    guest = Guest()
+    guest = P2MGuest()
     guest.arch(p2m_cr3=guest.made.top << 12, p2m_vaddr=BASE[8] + 1)
     assert guest.live.changed() is None
     assert guest.findings() == [("physmap-reach", None)]
@@ -291,7 +291,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> ModelHost:
 
 
 def test_a_target_is_a_running_domain(here: ModelHost) -> None:
-    made = make(here, name="web")
+    made = make_guest(here, name="web")
     for words in ("web", str(made.domid)):
         with open_target(words, pause=True) as live:
             assert isinstance(live, LiveDomain)
@@ -320,7 +320,7 @@ def test_a_file_is_not_paused(here: ModelHost, tmp_path: Path) -> None:
 
 
 def test_an_hvm_domain_has_no_p2m_for_us(here: ModelHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make(here)
+    made = make_guest(here)
     info = replace(here.info(made.domid), hvm=True)
     monkeypatch.setattr(here, "info", lambda _domid: info)
     with pytest.raises(RequestError, match="is HVM or PVH"), open_target(str(made.domid)):

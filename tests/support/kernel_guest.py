@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.support.model_invariants import check
-from tests.support.start_of_day import Day, start
+from tests.support.model_invariants import check_invariants
+from tests.support.start_of_day import BootLayout, build_domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO
@@ -22,13 +22,13 @@ from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck
 
 WIDTHS: list[Width] = [8, 4]
-EACH = [
+ALL_FORMS = [
     (width, name)
     for width in WIDTHS
     for name, form in FORMS.items()
     if (form.linear or form.tree) and (width, name) != (4, "marked")
 ]
-SOME = [(width, name) for width, name in EACH if not name.startswith("rooted") or name == "rooted4"]
+SOME_FORMS = [(width, name) for width, name in ALL_FORMS if not name.startswith("rooted") or name == "rooted4"]
 
 
 @dataclass
@@ -38,14 +38,14 @@ class Guest:
     host: ModelHost
     domid: DomId
     kernel: Kernel
-    day: Day
+    layout: BootLayout
 
     @classmethod
     def boot(cls, form: str, width: Width = 8, pages: int = 4096, **how: Any) -> Guest:
         host, kernel = ModelHost(2 << 30), Kernel(form)
-        day = start(host, width, pages, **how)
-        host.run(day.domid, kernel.boot)
-        return cls(host, day.domid, kernel, day)
+        layout = build_domain(host, width, pages, **how)
+        host.run(layout.domid, kernel.boot)
+        return cls(host, layout.domid, kernel, layout)
 
     def do(self, name: str, *arguments: Any) -> Any:
         """One of the kernel's calls, run by the host."""
@@ -66,7 +66,7 @@ class Guest:
         PhysmapCheck(self.live, findings).run()
         return findings
 
-    def agrees(self) -> list[str]:
+    def assert_consistent(self) -> list[str]:
         """All ways lead to the kernel's own list, mfn for mfn, nothing is wrong; the names of what is noted."""
         findings = list(self.findings())
         assert [str(f) for f in findings if f.severity is not Severity.NOTE] == []
@@ -79,11 +79,11 @@ class Guest:
                 np.testing.assert_array_equal(
                     leaves.mfns, self.entries(leaves.pfns.reshape(-1)).reshape(leaves.mfns.shape)
                 )
-        check(self.host)
+        check_invariants(self.host)
         return [f.rule.name for f in findings]
 
 
-def walked(p2m: P2M) -> dict[int, int]:
+def mfn_by_pfn(p2m: P2M) -> dict[int, int]:
     """What has a frame."""
     return {
         pfn: mfn
@@ -93,18 +93,18 @@ def walked(p2m: P2M) -> dict[int, int]:
     }
 
 
-def cancelled(guest: Guest) -> Any:
+def cancel_suspend(guest: Guest) -> Any:
     """What the kernel says when it goes on as a toolstack lets it that gave up: the call's result is 1."""
-    context = np.frombuffer(bytearray(guest.host.vcpu_context(guest.domid, 0)), VCPU_GUEST_CONTEXT[guest.day.width])
-    context["user_regs"]["rax" if guest.day.width == 8 else "eax"] = 1
+    context = np.frombuffer(bytearray(guest.host.vcpu_context(guest.domid, 0)), VCPU_GUEST_CONTEXT[guest.layout.width])
+    context["user_regs"]["rax" if guest.layout.width == 8 else "eax"] = 1
     guest.host.set_vcpu_context(guest.domid, 0, context.tobytes())
     guest.host.resume(guest.domid)
     return guest.do("resume")
 
 
-def rings(guest: Guest) -> tuple[int, int]:
-    page, _ = guest.host.map_frames(guest.domid, guest.day.mfns[guest.day.start_info :][:1])
-    info = START_INFO.read(page.tobytes(), guest.day.width)
+def ring_frames(guest: Guest) -> tuple[int, int]:
+    page, _ = guest.host.map_frames(guest.domid, guest.layout.mfns[guest.layout.start_info :][:1])
+    info = START_INFO.read(page.tobytes(), guest.layout.width)
     return int(info["store_mfn"]), int(info["console"]["domU"]["mfn"])
 
 

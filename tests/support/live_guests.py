@@ -80,7 +80,7 @@ def copied(guest: Guest, host: Any = None, **how: Any) -> tuple[Copied, Summary]
     how.setdefault("live", PrecopyPolicy())
     summary = save(host, guest.domid, heap, envelope=Kind.LIBXC, suspend=lambda: suspend(host, guest.domid), **how)
     is_off(guest)
-    made = Copied.of(bytes(heap.data), guest.day.width)
+    made = Copied.of(bytes(heap.data), guest.layout.width)
     pfns, kinds, pages = of_host(guest)
     came = {pfn for pfn, (kind, _) in made.pages.items() if kind != XTAB}
     assert came == set(pfns.tolist()), "what has a frame, and nothing else"

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from tests.support.kernel_guest import Guest
-from tests.support.model_invariants import check
+from tests.support.model_invariants import check_invariants
 from xenpv.frames import U64, DomId
 from xenpv.host.domain_names import AWAY, INCOMING
 from xenpv.host.model.host import ModelHost
@@ -96,7 +96,7 @@ class Move:
     @classmethod
     def ready(cls, form: str = "linear", **how: Any) -> Move:
         guest = Guest.boot(form, pages=PAGES, **how)
-        pfns = guest.do("free")
+        pfns = guest.do("free_pfns")
         guest.do("write_pattern", pfns, 7)
         move = cls(guest, ModelHost(MEMORY), pfns)
         guest.host.set_time_slice(guest.domid, move.live)
@@ -164,7 +164,7 @@ class Move:
             self.suspended = False
         self._pattern(self.guest)
         assert self.source.hypervisor.domains[self.guest.domid].dirty_log is None, "log-dirty is on"
-        check(self.source)
+        check_invariants(self.source)
         return True
 
     def waits_here(self) -> bool:
@@ -177,7 +177,7 @@ class Move:
 
     def nothing_there(self) -> bool:
         """Whether nothing of it is on the other host: no domain, no frame, no node."""
-        check(self.target)
+        check_invariants(self.target)
         fresh = ModelHost(MEMORY)
         left = {path for path, value in self.target.store._nodes.items() if value} - set(fresh.store._nodes)
         assert not left
@@ -191,10 +191,10 @@ class Move:
             return None
         (info,) = found
         assert info.name == NAME
-        guest = Guest(self.target, DomId(info.domid), self.guest.kernel, self.guest.day)
+        guest = Guest(self.target, DomId(info.domid), self.guest.kernel, self.guest.layout)
         assert guest.do("resume") is False, "it must see that it is in a new domain"
         self._pattern(guest)
-        check(self.target)
+        check_invariants(self.target)
         return guest
 
     def _pattern(self, guest: Guest) -> None:

@@ -44,7 +44,7 @@ def page(entries: dict[int, int]) -> U8:
 
 
 @dataclass
-class Made:
+class ModelGuest:
     """What was made: ``mfns`` by pfn, ``l1`` the tables that map them at BASE, ``top`` the one for cr3."""
 
     domid: DomId
@@ -63,7 +63,7 @@ class Made:
         return int(self.l1[pfn // ENTRIES]), pfn % ENTRIES
 
 
-def tables_of(host: ModelHost, domid: DomId, width: Width, mfns: U64) -> Made:
+def write_page_tables(host: ModelHost, domid: DomId, width: Width, mfns: U64) -> ModelGuest:
     """Write the tables into the domain's last frames. They are not pinned yet."""
     n = -(-len(mfns) // ENTRIES)
     used = n + (3 if width == 8 else 2)
@@ -80,10 +80,10 @@ def tables_of(host: ModelHost, domid: DomId, width: Width, mfns: U64) -> Made:
         host.write_frames(domid, array(l4), page({511: l3 << 12 | TABLE}))
     else:
         host.write_frames(domid, array(l3), page({3: l2 << 12 | PTE_P}))
-    return Made(domid, width, mfns, l1, l2, l3, l4 if width == 8 else l3)
+    return ModelGuest(domid, width, mfns, l1, l2, l3, l4 if width == 8 else l3)
 
 
-def context(made: Made) -> bytes:
+def context(made: ModelGuest) -> bytes:
     """A vcpu context with that top table, and a GDT in pfn 1."""
     data = np.zeros(1, VCPU_GUEST_CONTEXT[made.width])
     data["flags"] = VGCF_ONLINE | VGCF_IN_KERNEL
@@ -92,12 +92,14 @@ def context(made: Made) -> bytes:
     return data.tobytes()
 
 
-def make(host: ModelHost, width: Width = 8, pages: int = 1024, *, order: int = 0, name: str | None = None) -> Made:
+def make_guest(
+    host: ModelHost, width: Width = 8, pages: int = 1024, *, order: int = 0, name: str | None = None
+) -> ModelGuest:
     """A domain that runs: pfn 1 is its GDT, mapped read-only, its tables pinned."""
     domid = host.create(width, max_pages=pages, name=name, uuid=f"00000000-0000-0000-0000-{pages:012}")
     mfns = host.populate_physmap(domid, pfns(pages)[:: 1 << order], order)
     mfns = (mfns[:, None] + pfns(1 << order)).reshape(-1)
-    made = tables_of(host, domid, width, mfns)
+    made = write_page_tables(host, domid, width, mfns)
     at = int(host.frames.entries(made.entry_of(1)[0])[1])
     host.hypervisor.mmu_update(domid, [(*made.entry_of(1), at & ~PTE_RW)])
     host.hypervisor.pin(domid, made.top, 4 if width == 8 else 3)

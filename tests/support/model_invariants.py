@@ -21,7 +21,7 @@ from xenpv.host.model.host import ModelHost
 from xenpv.memory.pagetables import frames, is_xen_slot
 
 
-def check(host: ModelHost) -> None:
+def check_invariants(host: ModelHost) -> None:
     """Each frame's references are those that there are, and no page table can be written."""
     table, rows = host.frames, host.frames.rows
     live = np.flatnonzero((rows.owner != NOBODY) & (rows.owner != XEN))

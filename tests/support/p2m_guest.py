@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tests.support.model_guest import BASE, Made, make
+from tests.support.model_guest import BASE, ModelGuest, make_guest
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
@@ -18,12 +18,12 @@ PAGES = 1024
 ROOM = 500  # pfns from here on hold the p2m: they are ordinary pages
 
 
-class Guest:
+class P2MGuest:
     """A domain on a model host that publishes its p2m."""
 
     def __init__(self, width: Width = 8, form: str = "tree", *, levels: int = 4) -> None:
         self.host = ModelHost(1 << 30)
-        self.made: Made = make(self.host, width, PAGES)
+        self.made: ModelGuest = make_guest(self.host, width, PAGES)
         self.width, self.per = width, PAGE_SIZE // width
         self.entries = self.made.mfns.copy()
         self.next = ROOM

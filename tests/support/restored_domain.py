@@ -14,7 +14,7 @@ from xenpv.memory.publish import encode_entries
 from xenpv.source.live import LiveDomain
 
 
-def restored(source: ModelHost, domid: DomId, target: ModelHost) -> DomId:
+def restore_directly(source: ModelHost, domid: DomId, target: ModelHost) -> DomId:
     """The domain on another host, or on the same. It is where it was suspended, and runs when it is asked to."""
     info = source.info(domid)
     width = info.width

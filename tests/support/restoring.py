@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.kernel_guest import Guest
-from tests.support.model_invariants import check
+from tests.support.model_invariants import check_invariants
 from tests.support.saving import of_host
 from tests.support.writers.stream import Stream
 from xenpv.abi.xen import SHARED_INFO, START_INFO
@@ -71,7 +71,7 @@ def restore_error(stream: Stream | bytes, host: ModelHost | None = None, **optio
     with stream_input(bytes(stream)) as source, pytest.raises(XenPVError) as e:
         restore_domain(host, source, **options)
     assert host_state(host) == before
-    check(host)
+    check_invariants(host)
     return e.value
 
 
@@ -120,7 +120,7 @@ def shared_info(host: ModelHost, domid: DomId) -> np.void:
 
 def guest_on(host: ModelHost, guest: Guest, restored: Restored) -> Guest:
     """The same guest kernel in its restored domain."""
-    return Guest(host, restored.domid, guest.kernel, guest.day)
+    return Guest(host, restored.domid, guest.kernel, guest.layout)
 
 
 def assert_same_pages(guest: Guest, other: Guest) -> None:
@@ -130,5 +130,5 @@ def assert_same_pages(guest: Guest, other: Guest) -> None:
     np.testing.assert_array_equal(other_pfns, pfns)
     np.testing.assert_array_equal(other_types, types)
     leaves = guest.host.m2p(guest.live.p2m.distinct.frame)
-    unchanged = ~np.isin(pfns, leaves) & (pfns != np.uint64(guest.day.start_info))
+    unchanged = ~np.isin(pfns, leaves) & (pfns != np.uint64(guest.layout.start_info))
     assert pfns[unchanged & (other_pages != pages).any(axis=1)].tolist() == []

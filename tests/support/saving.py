@@ -56,9 +56,9 @@ class Heap:
 def suspended(form: str, width: Width = 8, **how: Any) -> Guest:
     """A guest that has lived: pages of a pattern, some given back, some moved; and has suspended."""
     guest = Guest.boot(form, width, **how)
-    guest.do("balloon_out", guest.do("free")[5:100])
-    guest.do("move", guest.do("free")[:600], pfns(600, 70_000))  # few would look like flipped bits (likeness.py)
-    guest.do("write_pattern", guest.do("free"), 7)
+    guest.do("balloon_out", guest.do("free_pfns")[5:100])
+    guest.do("move", guest.do("free_pfns")[:600], pfns(600, 70_000))  # few would look like flipped bits (likeness.py)
+    guest.do("write_pattern", guest.do("free_pfns"), 7)
     guest.do("suspend")
     return guest
 
@@ -88,7 +88,7 @@ def failed(guest: Guest, host: Any) -> XenPVError:
 
 def of_host(guest: Guest) -> tuple[U64, U8, U8]:
     """All that the domain has, by the host's own books: pfns, types and pages, tables with pfns for mfns."""
-    host, width = guest.host, guest.day.width
+    host, width = guest.host, guest.layout.width
     info = host.info(guest.domid)
     mfns = host.frames.owned(guest.domid + 1)
     mfns = mfns[mfns != np.uint64(info.shared_info_mfn)]
@@ -110,7 +110,7 @@ def of_host(guest: Guest) -> tuple[U64, U8, U8]:
 
 def arch(guest: Guest, **fields: int) -> None:
     """Change p2m fields of shared info behind the guest's back."""
-    width = guest.day.width
+    width = guest.layout.width
     for name, value in fields.items():
         at = SHARED_INFO.offset(width, f"arch.{name}")
         guest.host.write_shared_info(guest.domid, value.to_bytes(width, "little"), at)
@@ -118,7 +118,7 @@ def arch(guest: Guest, **fields: int) -> None:
 
 def tree_of(guest: Guest, mid: dict[int, int], entries: int) -> None:
     """Change leaves of a three-level tree's first frame list, by place, and how far it reaches."""
-    host, width = guest.host, guest.day.width
+    host, width = guest.host, guest.layout.width
     top = np.array([guest.live.anchors.frame_list_list], np.uint64)
     lists = host.frames.read(top).view(f"<u{width}")[0].astype(np.uint64)[:1]
     page = host.frames.read(lists).view(f"<u{width}").copy()
@@ -130,7 +130,7 @@ def tree_of(guest: Guest, mid: dict[int, int], entries: int) -> None:
 
 def second_list(guest: Guest, mfn: int) -> None:
     """Hang a frame list into a three-level tree, behind the first."""
-    host, width = guest.host, guest.day.width
+    host, width = guest.host, guest.layout.width
     top = np.array([guest.live.anchors.frame_list_list], np.uint64)
     page = host.frames.read(top)
     page.view(f"<u{width}")[0, 1] = mfn
@@ -170,7 +170,7 @@ def with_context(guest: Guest, **fields: Any) -> Twisted:
 
     def vcpu_context(domid: DomId, vcpu: int) -> bytes:
         data = bytearray(guest.host.vcpu_context(domid, vcpu))
-        context = np.frombuffer(data, VCPU_GUEST_CONTEXT[guest.day.width])[0:1]
+        context = np.frombuffer(data, VCPU_GUEST_CONTEXT[guest.layout.width])[0:1]
         for name, value in fields.items():
             member, _, part = name.rpartition("_") if name.startswith(("ctrlreg", "user_regs")) else (name, "", "")
             if not part:

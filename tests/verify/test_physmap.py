@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.support.model_guest import BASE, array, make
-from tests.support.p2m_guest import PAGES, ROOM, Guest
+from tests.support.model_guest import BASE, array, make_guest
+from tests.support.p2m_guest import PAGES, ROOM, P2MGuest
 from tests.support.saving import BOTH
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_P
@@ -26,7 +26,7 @@ FORMS: list[tuple[Width, str]] = [
 
 @pytest.mark.parametrize(("width", "form"), FORMS)
 def test_check_sound_p2m_of_any_form_finds_nothing(width: Width, form: str) -> None:
-    guest = Guest(width, form)
+    guest = P2MGuest(width, form)
     assert [str(finding) for finding in guest.checked()] == []
     p2m = guest.live.p2m
     pfns = np.array([0, 1, PAGES - 1, PAGES], np.uint64)
@@ -37,14 +37,14 @@ def test_check_sound_p2m_of_any_form_finds_nothing(width: Width, form: str) -> N
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 6])
 def test_check_rooted_tree_of_any_depth_finds_nothing(levels: int) -> None:
-    guest = Guest(form="rooted", levels=levels)
+    guest = P2MGuest(form="rooted", levels=levels)
     assert guest.rules() == set()
     assert guest.live.anchors.roots[0].name == f"rooted tree of {levels} levels (proposed)"
 
 
 @pytest.mark.parametrize("levels", [1, 9, 1 << 40])
 def test_p2m_of_rooted_tree_with_impossible_depth_raises(levels: int) -> None:
-    guest = Guest(form="rooted")
+    guest = P2MGuest(form="rooted")
     at = SHARED_INFO.offset(8, "arch") + 48
     guest.host.write_shared_info(guest.made.domid, levels.to_bytes(8, "little"), at)
     with pytest.raises(GuestError, match=f"p2m_levels {levels} is not a depth"):
@@ -52,7 +52,7 @@ def test_p2m_of_rooted_tree_with_impossible_depth_raises(levels: int) -> None:
 
 
 def test_check_two_pfns_with_one_mfn_names_both() -> None:
-    guest = Guest()
+    guest = P2MGuest()
     guest.put(3, int(guest.entries[9]))
     twice, lost = guest.checked()
     assert (twice.rule.name, twice.pfn) == ("physmap-twice", 3)
@@ -62,29 +62,29 @@ def test_check_two_pfns_with_one_mfn_names_both() -> None:
 
 
 def test_check_frame_of_other_domain_is_not_own() -> None:
-    guest = Guest()
-    other = make(guest.host, 8, 64)
+    guest = P2MGuest()
+    other = make_guest(guest.host, 8, 64)
     guest.put(3, int(other.mfns[5]))
     assert guest.findings() == [("physmap-not-own", 3), ("physmap-lost", 3)]
 
 
 def test_check_frame_of_other_domain_with_same_pfn_is_found_only_by_owner() -> None:
-    guest = Guest()
-    other = make(guest.host, 8, 64)
+    guest = P2MGuest()
+    other = make_guest(guest.host, 8, 64)
     guest.put(3, int(other.mfns[3]))
     assert guest.findings() == [("physmap-not-own", 3), ("physmap-lost", 3)]
     assert guest.findings(owner=False) == []
 
 
 def test_check_frame_beyond_host_is_beyond() -> None:
-    guest = Guest()
+    guest = P2MGuest()
     guest.put(3, 1 << 45)
     assert guest.findings() == [("physmap-beyond", 3), ("physmap-lost", 3)]
 
 
 def test_check_swapped_entries_are_stale() -> None:
     """Two entries are swapped without an update of the m2p; then one of them is removed."""
-    guest = Guest()
+    guest = P2MGuest()
     a, b = int(guest.entries[3]), int(guest.entries[9])
     guest.put(3, b)
     guest.put(9, a)
@@ -95,7 +95,7 @@ def test_check_swapped_entries_are_stale() -> None:
 
 
 def test_check_leaf_in_two_places_that_maps_pages_is_shared() -> None:
-    guest = Guest()
+    guest = P2MGuest()
     guest.arch(max_pfn=PAGES * 2)
     mid = int(guest.made.mfns[guest.next - 2])
     table = np.array([*guest.leaves, guest.leaves[0], guest.leaves[0]], np.uint64)
@@ -106,15 +106,15 @@ def test_check_leaf_in_two_places_that_maps_pages_is_shared() -> None:
 
 
 def test_check_table_of_other_domain_is_reported() -> None:
-    guest = Guest()
-    other = make(guest.host, 8, 64)
+    guest = P2MGuest()
+    other = make_guest(guest.host, 8, 64)
     guest.arch(pfn_to_mfn_frame_list_list=int(other.mfns[5]))
     assert guest.rules() == {"physmap-table", "physmap-lost"}
 
 
 def test_check_leaf_of_other_domain_is_reported_and_noted_as_hole() -> None:
-    guest = Guest()
-    other = make(guest.host, 8, 64)
+    guest = P2MGuest()
+    other = make_guest(guest.host, 8, 64)
     mid = int(guest.made.mfns[guest.next - 2])
     page = np.full(512, INVALID_MFN[8], np.uint64)
     page[:2] = guest.leaves[0], int(other.mfns[5])
@@ -124,7 +124,7 @@ def test_check_leaf_of_other_domain_is_reported_and_noted_as_hole() -> None:
 
 
 def test_check_frame_in_no_entry_is_lost() -> None:
-    guest = Guest()
+    guest = P2MGuest()
     guest.put(3, INVALID_MFN[8])
     assert guest.findings() == [("physmap-lost", 3)]
     guest.host.hypervisor.machphys_update(guest.made.domid, guest.entries[3:4], np.array([INVALID_MFN[8]], np.uint64))
@@ -133,7 +133,7 @@ def test_check_frame_in_no_entry_is_lost() -> None:
 
 @BOTH
 def test_check_entries_without_own_frame_are_noted_by_kind(width: Width) -> None:
-    guest = Guest(width)
+    guest = P2MGuest(width)
     marks = {8: (int(FOREIGN), int(IDENTITY)), 4: (1 << 31, 1 << 30)}[width]
     guest.put(3, INVALID_MFN[width])
     guest.put(5, marks[0] | 0x777)
@@ -146,7 +146,7 @@ def test_check_entries_without_own_frame_are_noted_by_kind(width: Width) -> None
 
 def test_check_entry_changed_during_check_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """The guest swaps two frames, in p2m and m2p, after the check read the p2m and before it reads the m2p."""
-    guest = Guest()
+    guest = P2MGuest()
     a, b = int(guest.entries[3]), int(guest.entries[9])
     original = guest.host.m2p
     swapped: list[bool] = []
@@ -172,13 +172,13 @@ def test_check_entry_changed_during_check_is_a_warning(monkeypatch: pytest.Monke
 
 
 def test_changed_p2m_that_moved_is_reported() -> None:
-    guest = Guest(form="linear")
+    guest = P2MGuest(form="linear")
     live = guest.live
     assert live.p2m.entries == PAGES
     assert live.changed() is None
     guest.arch(p2m_generation=2)
     assert "p2m_generation" in str(live.changed())
-    tree = Guest()
+    tree = P2MGuest()
     live = tree.live
     assert live.p2m.entries == PAGES
     tree.publish("tree", 3)
@@ -186,7 +186,7 @@ def test_changed_p2m_that_moved_is_reported() -> None:
 
 
 def test_check_all_entries_wrong_counts_all_and_keeps_few() -> None:
-    guest = Guest()
+    guest = P2MGuest()
     for leaf in guest.leaves:
         page = np.full((1, 512), 7, np.uint64)  # Xen's own, or nobody's
         guest.host.write_frames(guest.made.domid, np.array([leaf], np.uint64), page.view(np.uint8))
@@ -197,7 +197,7 @@ def test_check_all_entries_wrong_counts_all_and_keeps_few() -> None:
 
 def test_check_leaf_replaced_during_check_is_a_generation_error() -> None:
     """The anchors stay the same, and a tree has no generation: its tables are walked again."""
-    guest = Guest()
+    guest = P2MGuest()
     live = guest.live
     original = guest.leaves.copy()
 
@@ -216,8 +216,8 @@ def test_check_leaf_replaced_during_check_is_a_generation_error() -> None:
 
 @pytest.mark.parametrize(("width", "form"), FORMS)
 def test_check_missing_table_names_the_first_pfn_below_it(width: Width, form: str) -> None:
-    guest = Guest(width, form)
-    other = make(guest.host, 8, 64)
+    guest = P2MGuest(width, form)
+    other = make_guest(guest.host, 8, 64)
     if form == "linear":
         l1, slot = guest.made.entry_of(ROOM)  # the list begins there: its first page is the 500th of this table
         guest.host.frames.entries(guest.made.l2)[0] = int(other.mfns[5]) << 12 | PTE_P
@@ -237,7 +237,7 @@ def test_check_missing_table_names_the_first_pfn_below_it(width: Width, form: st
 def test_check_many_stale_entries_looks_up_a_limited_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each lookup may lead anywhere in the p2m, so a hostile guest could make every one expensive."""
     monkeypatch.setattr(physmap, "_LOOKUPS_MAX", 300)
-    guest = Guest()
+    guest = P2MGuest()
     guest.entries[: guest.per] = guest.entries[512 : 512 + guest.per]
     page = guest.entries[:512].astype("<u8").view(np.uint8)[None]
     guest.host.write_frames(guest.made.domid, np.array(guest.leaves[:1], np.uint64), page)
@@ -253,7 +253,7 @@ def test_check_many_stale_entries_looks_up_a_limited_number(monkeypatch: pytest.
 def test_check_any_max_pfn_maps_a_limited_number_of_frames(
     width: Width, form: str, entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    guest = Guest(width, form, levels=8)
+    guest = P2MGuest(width, form, levels=8)
     guest.arch(max_pfn=entries & (1 << 8 * width) - 1)
     mapped, map_frames = [], guest.host.map_frames
 
@@ -269,7 +269,7 @@ def test_check_any_max_pfn_maps_a_limited_number_of_frames(
 @pytest.mark.parametrize("levels", [2, 5, 8])
 def test_check_table_that_names_itself_to_2_64_entries_is_reported(levels: int) -> None:
     """One page is table, leaf and the frame of every pfn."""
-    guest = Guest(form="rooted", levels=levels)
+    guest = P2MGuest(form="rooted", levels=levels)
     root = int(guest.made.mfns[guest.next - 1])
     page = np.full((1, 512), root, np.uint64)
     guest.host.write_frames(guest.made.domid, np.array([root], np.uint64), page.view(np.uint8))
@@ -284,14 +284,14 @@ def test_check_table_that_names_itself_to_2_64_entries_is_reported(levels: int) 
 @pytest.mark.parametrize("anchor", [1, 1 << 40, 1 << 60, (1 << 61) | 5, 1 << 62, 1 << 63, (1 << 64) - 2])
 @pytest.mark.parametrize("field", ["pfn_to_mfn_frame_list_list", "p2m_cr3", "p2m_vaddr"])
 def test_check_anchor_that_points_anywhere_is_reported(field: str, anchor: int) -> None:
-    guest = Guest(form="tree" if field.startswith("pfn") else "linear")
+    guest = P2MGuest(form="tree" if field.startswith("pfn") else "linear")
     guest.arch(**{field: anchor})
     assert guest.rules() <= {"physmap-table", "physmap-reach", "physmap-leaf", "physmap-lost", "physmap-stale"}
     assert "physmap-lost" in guest.rules() or "physmap-reach" in guest.rules()
 
 
 def test_check_p2m_that_changes_at_every_read_reports_findings(monkeypatch: pytest.MonkeyPatch) -> None:
-    guest = Guest(form="rooted", levels=3)
+    guest = P2MGuest(form="rooted", levels=3)
     rng, original = np.random.default_rng(5), guest.host.map_frames
     choice = np.array([*guest.entries[:600], 0, 1 << 63, 1 << 62, NO_FRAME, 1 << 40], np.uint64)
 
@@ -308,14 +308,14 @@ def test_check_p2m_that_changes_at_every_read_reports_findings(monkeypatch: pyte
 
 
 def test_check_odd_generation_is_reported() -> None:
-    guest = Guest(form="linear")
+    guest = P2MGuest(form="linear")
     guest.arch(p2m_generation=7)
     assert guest.rules() == {"physmap-generation"}
 
 
 @pytest.mark.parametrize(("anchor", "words"), [(0, "not set up yet"), (INVALID_MFN[8], "looked for elsewhere")])
 def test_check_guest_without_p2m_is_reported(anchor: int, words: str) -> None:
-    guest = Guest()
+    guest = P2MGuest()
     guest.arch(pfn_to_mfn_frame_list_list=anchor)
     assert guest.rules() == {"physmap-reach"}
     with pytest.raises(GuestError, match=words):
@@ -323,7 +323,7 @@ def test_check_guest_without_p2m_is_reported(anchor: int, words: str) -> None:
 
 
 def test_check_max_pfn_beyond_exposed_levels_is_reported() -> None:
-    guest = Guest()
+    guest = P2MGuest()
     guest.arch(max_pfn=0x9000000)
     with pytest.raises(
         GuestError, match=r"exposes 3 levels of its p2m, which reach pfn 0x7ffffff; its max_pfn is 0x9000000"
@@ -334,7 +334,7 @@ def test_check_max_pfn_beyond_exposed_levels_is_reported() -> None:
 
 @pytest.mark.parametrize("vaddr", [0xFFFF_8000_0000_0000, 0x8000_0000_0000, 0xFFFF_FFFF_FFFF_F000, BASE[8] + 1])
 def test_p2m_of_list_at_impossible_address_raises(vaddr: int) -> None:
-    guest = Guest(form="linear")
+    guest = P2MGuest(form="linear")
     guest.arch(p2m_vaddr=vaddr)
     with pytest.raises(GuestError, match="Bad virtual p2m address range"):
         assert guest.live.p2m
@@ -342,7 +342,7 @@ def test_p2m_of_list_at_impossible_address_raises(vaddr: int) -> None:
 
 @pytest.mark.parametrize("same", [True, False], ids=["same leaves", "another leaf"])
 def test_check_second_root_checks_only_leaves_of_its_own(same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    guest = Guest(form="linear")
+    guest = P2MGuest(form="linear")
     leaves = list(guest.leaves)
     if not same:
         copy = guest.entries[512:].copy()

@@ -63,7 +63,7 @@ class Kernel:
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def free(self, view: GuestView) -> U64:
+    def free_pfns(self, view: GuestView) -> U64:
         """The pfns with a page that the kernel itself has no use for, ascending. Reads the whole list."""
         return self.p2m.populated(view, self.pages.end)
 
@@ -128,7 +128,7 @@ class Kernel:
 
         RequestError if the stretch is too short for them, or the p2m cannot reach its end.
         """
-        pfns = self.free(view)
+        pfns = self.free_pfns(view)
         count: I64 = len(pfns) // places + (np.arange(places) < len(pfns) % places)
         first = stretch - np.arange(places)[::-1] * (stretch // places) - count
         if first[0] < self.pages.end or (count > stretch // places).any():

@@ -7,8 +7,8 @@ import errno
 import numpy as np
 import pytest
 
-from tests.support.model_guest import BASE, READ_ONLY, array, make, page
-from tests.support.model_invariants import check
+from tests.support.model_guest import BASE, READ_ONLY, array, make_guest, page
+from tests.support.model_invariants import check_invariants
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO
@@ -24,7 +24,7 @@ BOTH = pytest.mark.parametrize("width", [8, 4])
 @BOTH
 def test_a_guest_reads_and_writes_its_memory(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make(host, width, 1200)
+    made = make_guest(host, width, 1200)
 
     def guest(view: GuestView) -> bytes:
         view.write(made.vaddr(511) + 4000, b"x" * 5000)
@@ -37,7 +37,7 @@ def test_a_guest_reads_and_writes_its_memory(width: Width) -> None:
 
 def test_any_piece_of_memory_is_written_and_no_more() -> None:
     host = ModelHost(1 << 30)
-    made = make(host, 8, 64)
+    made = make_guest(host, 8, 64)
     expected = bytearray(8 * 4096)
 
     def guest(view: GuestView) -> None:
@@ -55,7 +55,7 @@ def test_any_piece_of_memory_is_written_and_no_more() -> None:
 @pytest.mark.parametrize("write", [False, True])
 def test_what_is_not_mapped_faults(width: Width, write: bool) -> None:
     host = ModelHost(1 << 30)
-    made = make(host, width, 64)
+    made = make_guest(host, width, 64)
     xen = 0xFFFF_8000_0000_0000 if width == 8 else 0xF580_0000
 
     def guest(view: GuestView) -> None:
@@ -76,7 +76,7 @@ def test_what_is_not_mapped_faults(width: Width, write: bool) -> None:
 @BOTH
 def test_page_tables_are_read_and_not_written(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make(host, width, 64)
+    made = make_guest(host, width, 64)
 
     def guest(view: GuestView) -> None:
         assert any(view.read(made.vaddr(63), 4096))
@@ -93,7 +93,7 @@ def test_page_tables_are_read_and_not_written(width: Width) -> None:
 def test_a_guest_builds_tables_and_moves_pages() -> None:
     """It takes a page for a new L1, maps itself anew through it, and moves a page to a pfn beyond 2^31."""
     host = ModelHost(1 << 30)
-    made = make(host, 8, 64)
+    made = make_guest(host, 8, 64)
     host.set_max_mem(made.domid, 70)
     far = 1 << 32
 
@@ -111,14 +111,14 @@ def test_a_guest_builds_tables_and_moves_pages() -> None:
 
     assert host.run(made.domid, guest) == b"hello"
     assert host.info(made.domid).pages == 66
-    check(host)
+    check_invariants(host)
 
 
 @BOTH
 def test_pages_in_any_order(width: Width) -> None:
     """Across L1 tables, twice, and with one among them that may not be written: then none is."""
     host = ModelHost(1 << 30)
-    made = make(host, width, 1200)
+    made = make_guest(host, width, 1200)
     wanted = [1100, 5, 600, 1100, 7]
 
     def guest(view: GuestView) -> None:
@@ -143,7 +143,7 @@ def test_many_entries_at_once_are_as_one_after_another(seed: int) -> None:
     width: Width = 8 if seed % 2 else 4
     hosts, mades = [ModelHost(1 << 28), ModelHost(1 << 28)], []
     for host in hosts:
-        mades.append(made := make(host, width, 700))
+        mades.append(made := make_guest(host, width, 700))
         if seed % 4 > 1:
             host.hypervisor.decrease_reservation(made.domid, made.mfns[20:24])  # gone as soon as nothing maps them
     made = mades[0]
@@ -171,13 +171,13 @@ def test_many_entries_at_once_are_as_one_after_another(seed: int) -> None:
         np.testing.assert_array_equal(hosts[0].frames.entries(int(mfn)), hosts[1].frames.entries(int(mfn)))
     for name in ("owner", "type", "flags", "type_count", "ref_count"):
         np.testing.assert_array_equal(getattr(hosts[0].frames.rows, name), getattr(hosts[1].frames.rows, name))
-    check(hosts[0])
+    check_invariants(hosts[0])
 
 
 @BOTH
 def test_a_mapping_without_a_table_is_refused(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make(host, width, 64)
+    made = make_guest(host, width, 64)
 
     def guest(view: GuestView) -> None:
         with pytest.raises(HostError, match="update_va_mapping") as e:
@@ -191,7 +191,7 @@ def test_a_mapping_without_a_table_is_refused(width: Width) -> None:
 def test_what_the_registers_say(width: Width) -> None:
     """As the vcpu was set; after a suspend the third argument is in rdx, or edx, and the result in rax."""
     host = ModelHost(1 << 30)
-    made = make(host, width, 64)
+    made = make_guest(host, width, 64)
     data = np.frombuffer(bytearray(host.vcpu_context(made.domid, 0)), VCPU_GUEST_CONTEXT[width])
     data["user_regs"]["rsi" if width == 8 else "esi"] = 0x1234
     data["user_regs"]["rax" if width == 8 else "eax"] = 9
@@ -213,7 +213,7 @@ def test_dom0_has_no_uuid_as_on_real_xen() -> None:
 
 def test_what_is_dirty() -> None:
     host = ModelHost(1 << 30)
-    made = make(host, 8, 64)
+    made = make_guest(host, 8, 64)
     with pytest.raises(HostError) as e:
         host.dirty_pfns(made.domid, 64, clean=True)
     assert e.value.errno == errno.EINVAL
@@ -239,7 +239,7 @@ def test_what_is_dirty() -> None:
 
 def test_suspending_by_xenstore_and_resuming() -> None:
     host = ModelHost(1 << 30)
-    made = make(host, 8, 64)
+    made = make_guest(host, 8, 64)
     node = f"/local/domain/{made.domid}/control/shutdown"
     seen: list[str] = []
     host.store.watch(node, "token", lambda path, _: seen.append(path))
@@ -267,7 +267,7 @@ def test_suspending_by_xenstore_and_resuming() -> None:
 
 def test_events_come_once() -> None:
     host = ModelHost(1 << 30)
-    made = make(host, 8, 64)
+    made = make_guest(host, 8, 64)
     host.hypervisor.send_event(made.domid, 3)
     host.hypervisor.send_event(made.domid, 3)
     assert host.run(made.domid, lambda view: [view.consume_event(n) for n in (2, 3, 3)]) == [False, True, False]
@@ -276,7 +276,7 @@ def test_events_come_once() -> None:
 @BOTH
 def test_shared_info_is_the_guests_to_write(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make(host, width, 64)
+    made = make_guest(host, width, 64)
     at = SHARED_INFO.offset(width, "arch.p2m_generation")
     host.run(made.domid, lambda view: view.write_shared_info(b"\x05", at))
     assert int(SHARED_INFO.read(host.shared_info(made.domid), width)["arch"]["p2m_generation"]) == 5
@@ -284,7 +284,7 @@ def test_shared_info_is_the_guests_to_write(width: Width) -> None:
     host.hypervisor.mmu_update(made.domid, [(*made.entry_of(9), mfn << 12 | READ_ONLY | 2)])
     host.run(made.domid, lambda view: view.write(made.vaddr(9) + at, b"\x07"))
     assert int(SHARED_INFO.read(host.shared_info(made.domid), width)["arch"]["p2m_generation"]) == 7
-    check(host)
+    check_invariants(host)
 
 
 def test_a_store_keeps_parents_and_loses_children() -> None:

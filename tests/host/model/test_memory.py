@@ -8,8 +8,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from tests.support.model_guest import TABLE, array, make, page, pfns
-from tests.support.model_invariants import check
+from tests.support.model_guest import TABLE, array, make_guest, page, pfns
+from tests.support.model_invariants import check_invariants
 from xenpv.abi.declare import Width
 from xenpv.abi.domctl import PageType
 from xenpv.errors import HostError
@@ -31,7 +31,7 @@ def test_frames_are_shuffled_known_to_the_m2p_and_never_their_own_pfn(order: int
     assert np.count_nonzero(np.diff(mfns.astype(np.int64)) == 1 << order) < len(mfns) // 8
     assert (host.m2p(mfns) == wanted).all()
     assert host.m2p(mfns + np.uint64((1 << order) - 1)).tolist() == (wanted + np.uint64((1 << order) - 1)).tolist()
-    check(host)
+    check_invariants(host)
 
 
 def test_the_same_seed_hands_out_the_same_frames() -> None:
@@ -62,7 +62,7 @@ def test_a_full_host_gives_what_it_has() -> None:
     mfns = host.frames.owned(domid + 1)
     assert host.hypervisor.decrease_reservation(domid, mfns[mfns >= 1 << 12][:7]) == 7
     assert len(host.populate_physmap(domid, pfns(1024))) == 7
-    check(host)
+    check_invariants(host)
     host.destroy(domid)
     again = host.create(max_pages=1 << 20)
     assert len(host.populate_physmap(again, pfns(1024) << np.uint64(9), 9)) == extents
@@ -88,21 +88,21 @@ def test_decreasing_stops_at_the_first_that_is_not_the_domains() -> None:
     assert host.info(a).pages == 5
     assert host.m2p(mine[:2]).tolist() == [NONE, NONE]
     assert host.page_types(a, mine[:3]).tolist() == [PageType.XTAB, PageType.XTAB, 0]
-    check(host)
+    check_invariants(host)
 
 
 def test_a_frame_that_is_mapped_stays_until_it_is_not() -> None:
     host = ModelHost(GIB)
-    made = make(host, 8, 64)
+    made = make_guest(host, 8, 64)
     frame = made.mfns[5:6]
     assert host.hypervisor.decrease_reservation(made.domid, frame) == 1
     assert host.info(made.domid).pages == 64
     assert host.m2p(frame).tolist() == [5]
-    check(host)
+    check_invariants(host)
     host.hypervisor.mmu_update(made.domid, [(*made.entry_of(5), 0)])
     assert host.info(made.domid).pages == 63
     assert host.m2p(frame).tolist() == [NONE]
-    check(host)
+    check_invariants(host)
 
 
 def test_what_is_freed_comes_back_blank() -> None:
@@ -139,7 +139,7 @@ def test_extents_are_taken_back_whole(touched: bool) -> None:
     assert host.info(domid).pages == 0
     assert host.m2p(mfns).tolist() == [NONE, NONE]
     assert host.hypervisor.decrease_reservation(domid, mfns, 9) == 0
-    check(host)
+    check_invariants(host)
 
 
 def test_the_m2p_says_what_the_owner_says() -> None:
@@ -160,14 +160,14 @@ def test_the_m2p_says_what_the_owner_says() -> None:
 @pytest.mark.parametrize("width", [8, 4])
 def test_domains_do_not_see_each_others_frames(width: Width) -> None:
     host = ModelHost(GIB)
-    a, b = make(host, width, 64), make(host, width, 64)
+    a, b = make_guest(host, width, 64), make_guest(host, width, 64)
     pages, mapped = host.map_frames(a.domid, b.mfns)
     assert not pages.any()
     assert not mapped.any()
     assert (host.page_types(a.domid, b.mfns) == PageType.XTAB).all()
     host.destroy(b.domid)
     assert (host.m2p(b.mfns) == np.uint64(NONE)).all()
-    check(host)
+    check_invariants(host)
 
 
 def test_other_orders_are_refused() -> None:
@@ -203,4 +203,4 @@ def test_a_pte_of_an_untouched_extent() -> None:
     one, two = host.populate_physmap(domid, array(0, 512), 9).tolist()
     host.write_frames(domid, array(one), page({0: (two + 5) << 12 | TABLE}))
     host.hypervisor.pin(domid, one, 1)
-    check(host)
+    check_invariants(host)

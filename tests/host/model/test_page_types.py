@@ -9,8 +9,18 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tests.support.model_guest import READ_ONLY, TABLE, Made, array, context, make, page, pfns, tables_of
-from tests.support.model_invariants import check
+from tests.support.model_guest import (
+    READ_ONLY,
+    TABLE,
+    ModelGuest,
+    array,
+    context,
+    make_guest,
+    page,
+    pfns,
+    write_page_tables,
+)
+from tests.support.model_invariants import check_invariants
 from xenpv.abi.declare import Width
 from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import (
@@ -76,10 +86,10 @@ def test_pinning_an_l4_types_all_below_it_and_unpinning_untypes_it() -> None:
     tree(b)
     b.pin(4, 4)
     assert b.types(0, 1, 2, 3, 4) == [0, 1, 2, 3, PageType.L4TAB_PIN]
-    check(b.host)
+    check_invariants(b.host)
     b.host.hypervisor.unpin(b.domid, b.mfns[4])
     assert b.types(0, 1, 2, 3, 4) == [0] * 5
-    check(b.host)
+    check_invariants(b.host)
     b.fill(1, {})
 
 
@@ -90,7 +100,7 @@ def test_a_table_below_may_be_pinned_too_and_then_stays() -> None:
     b.pin(2, 2)
     b.host.hypervisor.unpin(b.domid, b.mfns[4])
     assert b.types(1, 2, 3, 4) == [1, PageType.L2TAB_PIN, 0, 0]
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_pins_are_not_counted() -> None:
@@ -99,7 +109,7 @@ def test_pins_are_not_counted() -> None:
     refused(lambda: b.pin(1, 1), errno.EINVAL, "already pinned")
     b.host.hypervisor.unpin(b.domid, b.mfns[1])
     refused(lambda: b.host.hypervisor.unpin(b.domid, b.mfns[1]), errno.EINVAL, "not pinned")
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_only_the_domains_own_frames_become_tables() -> None:
@@ -125,7 +135,7 @@ def test_what_an_l1_may_map(flags: int) -> None:
         refused(lambda: b.pin(1, 1), number, r"L1\[7\]")
     b.fill(1, {7: b.host.info(b.domid).shared_info_mfn << 12 | flags})
     b.pin(1, 1)
-    check(b.host)
+    check_invariants(b.host)
     shared = array(b.host.info(b.domid).shared_info_mfn)
     assert b.host.page_types(b.domid, shared).tolist() == [PageType.XTAB]
 
@@ -141,7 +151,7 @@ def test_flags_that_may_not_be(level: int) -> None:
     b = bare()
     b.fill(level, {9: b.pte(level - 1, TABLE | PTE_PSE)})
     refused(lambda: b.pin(level, level), errno.EINVAL)
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_no_table_is_mapped_writable() -> None:
@@ -153,7 +163,7 @@ def test_no_table_is_mapped_writable() -> None:
     refused(lambda: b.pin(1, 1), errno.EBUSY)  # or itself
     b.fill(1, {0: b.pte(2, READ_ONLY), 1: b.pte(1, READ_ONLY)})
     b.pin(2, 2)
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_nothing_mapped_writable_becomes_a_table() -> None:
@@ -182,7 +192,7 @@ def test_a_frame_is_a_table_of_one_level() -> None:
     refused(lambda: b.pin(3, 3), errno.EINVAL)
     b.fill(2, {0: b.pte(1), 1: b.pte(1), 511: b.pte(1)})
     b.pin(2, 2)
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_a_refusal_deep_down_gives_all_back() -> None:
@@ -193,7 +203,7 @@ def test_a_refusal_deep_down_gives_all_back() -> None:
     b.fill(3, {0: b.pte(2)})
     refused(lambda: b.pin(3, 3), errno.EINVAL)
     assert b.types(0, 1, 2, 3, 5) == [0] * 5
-    check(b.host)
+    check_invariants(b.host)
     b.fill(1, {})
 
 
@@ -221,7 +231,7 @@ def test_xens_slots_are_ignored_then_filled_and_refused() -> None:
     assert (b.host.page_types(b.domid, theirs) == PageType.XTAB).all()
     for slot in (256, 271):
         refused(lambda slot=slot: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[4], slot, 0)]), errno.EINVAL)  # type: ignore[misc]
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_linear_tables_are_read_only_and_one_deep() -> None:
@@ -232,13 +242,13 @@ def test_linear_tables_are_read_only_and_one_deep() -> None:
     b.pin(4, 4)  # itself
     b.fill(5, {300: b.pte(4, READ_ONLY)})
     b.pin(5, 4)  # another
-    check(b.host)
+    check_invariants(b.host)
     b.fill(6, {300: b.pte(5, READ_ONLY)})
     refused(lambda: b.pin(6, 4), errno.EINVAL)  # one that has linear entries itself
     refused(lambda: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[4], 301, b.pte(5, READ_ONLY))]), errno.EINVAL)
     b.host.hypervisor.mmu_update(b.domid, [(b.mfns[5], 300, 0)])
     b.pin(6, 4)
-    check(b.host)
+    check_invariants(b.host)
     b.fill(7, {300: b.pte(8, READ_ONLY)})
     b.fill(1, {0: b.pte(8)})
     b.pin(1, 1)
@@ -246,7 +256,7 @@ def test_linear_tables_are_read_only_and_one_deep() -> None:
     b.host.hypervisor.mmu_update(b.domid, [(b.mfns[1], 0, 0)])
     b.pin(7, 4)
     assert b.types(8) == [PageType.L3TAB]  # nor must it be: it becomes what an entry of an L4 names
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_mmu_update_takes_the_new_and_gives_back_the_old() -> None:
@@ -255,7 +265,7 @@ def test_mmu_update_takes_the_new_and_gives_back_the_old() -> None:
     b.pin(4, 4)
     l1 = b.mfns[1]
     b.host.hypervisor.mmu_update(b.domid, [(l1, 9, b.pte(5)), (l1, 10, b.pte(5, READ_ONLY))])
-    check(b.host)
+    check_invariants(b.host)
     b.pin(0, 1)  # no longer mapped writable
     refused(
         lambda: b.host.hypervisor.mmu_update(b.domid, [(l1, 11, b.pte(6)), (l1, 9, b.pte(2)), (l1, 0, 0)]), errno.EBUSY
@@ -265,7 +275,7 @@ def test_mmu_update_takes_the_new_and_gives_back_the_old() -> None:
     assert b.types(1, 2, 3) == [0, 2, 3]
     refused(lambda: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[2], 0, b.pte(3))]), errno.EINVAL)
     refused(lambda: b.host.hypervisor.mmu_update(DomId(0), [(l1, 9, 0)]), errno.EINVAL)
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_mmu_update_writes_what_is_no_table() -> None:
@@ -290,7 +300,7 @@ def test_pae_top_tables() -> None:
     refused(lambda: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[2], 511, 0)]), errno.EPERM)
     refused(lambda: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[3], 3, 0)]), errno.EINVAL)
     b.host.hypervisor.mmu_update(b.domid, [(b.mfns[4], 511, 0), (b.mfns[3], 0, 0)])
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_the_last_pae_l2_stands_once() -> None:
@@ -302,7 +312,7 @@ def test_the_last_pae_l2_stands_once() -> None:
     b.fill(5, {3: b.pte(2, PTE_P)})
     refused(lambda: b.pin(5, 3), errno.EINVAL)
     refused(lambda: b.pin(2, 2), errno.EINVAL)
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_the_last_pae_l2_is_any_table_again_once_it_is_let_go() -> None:
@@ -314,7 +324,7 @@ def test_the_last_pae_l2_is_any_table_again_once_it_is_let_go() -> None:
     b.pin(2, 2)
     assert b.types(1) == [PageType.L1TAB]
     b.host.hypervisor.mmu_update(b.domid, [(b.mfns[2], 511, 0)])
-    check(b.host)
+    check_invariants(b.host)
 
 
 def test_pae_top_tables_are_not_linear() -> None:
@@ -353,7 +363,7 @@ def test_pae_top_tables_lie_below_4_gib_once_the_domain_has_begun() -> None:
     host.hypervisor.pin(domid, int(high[0]), 3)
     host.hypervisor.unpin(domid, int(high[0]))
     host.write_frames(domid, low[:1], page({3: int(low[1]) << 12 | PTE_P}))
-    made = Made(domid, 4, low[4:], low[:1], 0, 0, int(low[0]))
+    made = ModelGuest(domid, 4, low[4:], low[:1], 0, 0, int(low[0]))
     host.set_vcpu_context(domid, 0, context(made))
     refused(lambda: host.hypervisor.pin(domid, int(high[0]), 3), errno.ERANGE)
 
@@ -362,11 +372,11 @@ def test_pae_top_tables_lie_below_4_gib_once_the_domain_has_begun() -> None:
 def test_a_context_holds_its_tables_and_its_gdt(width: Width) -> None:
     host = ModelHost(1 << 30)
     domid = host.create(width, max_pages=64, vcpus=2)
-    made = tables_of(host, domid, width, host.populate_physmap(domid, pfns(64)))
+    made = write_page_tables(host, domid, width, host.populate_physmap(domid, pfns(64)))
     refused(lambda: host.vcpu_context(domid, 0), errno.ENODATA)
     host.hypervisor.mmu_update(domid, [(*made.entry_of(1), int(made.mfns[1]) << 12 | READ_ONLY)])
     host.set_vcpu_context(domid, 0, context(made))
-    check(host)
+    check_invariants(host)
     assert host.vcpu_context(domid, 0) == context(made)
     assert host.page_types(domid, array(made.top)).tolist() == [4 if width == 8 else 3]
     refused(lambda: host.write_frames(domid, made.mfns[1:2], page({})), errno.EBUSY)
@@ -377,14 +387,14 @@ def test_a_context_holds_its_tables_and_its_gdt(width: Width) -> None:
     data["ctrlreg"][0, 3] = 0x5000
     refused(lambda: host.set_vcpu_context(domid, 0, data.tobytes()), errno.EOPNOTSUPP)
     refused(lambda: host.set_vcpu_context(domid, 1, data.tobytes()), errno.EINVAL)
-    check(host)
+    check_invariants(host)
     refused(lambda: host.set_vcpu_context(domid, 1, b"short"), errno.EINVAL)
     refused(lambda: host.set_vcpu_context(domid, 2, data.tobytes()), errno.EINVAL)
 
 
 def test_loading_a_top_table_lets_the_old_one_go() -> None:
     host = ModelHost(1 << 30)
-    made = make(host, 8, 64)
+    made = make_guest(host, 8, 64)
     host.hypervisor.mmu_update(made.domid, [(*made.entry_of(2), 0), (*made.entry_of(3), 0)])
     empty, other = int(made.mfns[2]), int(made.mfns[3])
     host.hypervisor.load_cr3(made.domid, empty)
@@ -394,4 +404,4 @@ def test_loading_a_top_table_lets_the_old_one_go() -> None:
     assert host.page_types(made.domid, array(made.top)).tolist() == [0]
     host.hypervisor.load_cr3(made.domid, 0, user=True)
     refused(lambda: host.hypervisor.load_cr3(made.domid, host.max_mfn() + 1), errno.EINVAL)
-    check(host)
+    check_invariants(host)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.support.model_guest import READ_ONLY, TABLE, array, make, page, pfns
-from tests.support.model_invariants import check
+from tests.support.model_guest import READ_ONLY, TABLE, array, make_guest, page, pfns
+from tests.support.model_invariants import check_invariants
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_PSE
 from xenpv.errors import HostError
@@ -73,7 +73,7 @@ def do(host: ModelHost, domid: Any, mfns: Any, op: tuple[Any, ...]) -> None:
 @given(steps=st.lists(ops, min_size=15, max_size=60))
 def test_counts_stay_right_and_refusals_change_nothing(width: Width, steps: list[tuple[Any, ...]]) -> None:
     host = ModelHost(1 << 30)
-    made = make(host, width, 64)
+    made = make_guest(host, width, 64)
     unmap(host, made)
     for op in steps:
         before = state(host)
@@ -83,9 +83,9 @@ def test_counts_stay_right_and_refusals_change_nothing(width: Width, steps: list
             assert state(host) == before
         info = host.info(made.domid)
         assert info.pages <= info.max_pages
-    check(host)
+    check_invariants(host)
     host.destroy(made.domid)
-    check(host)
+    check_invariants(host)
     assert host.info(type(made.domid)(0)).pages == host.frames.pages.total()
 
 
@@ -97,8 +97,8 @@ def unmap(host: ModelHost, made: Any) -> None:
 @pytest.mark.parametrize("width", [8, 4])
 def test_a_made_domain_has_right_counts(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make(host, width, 600)
-    check(host)
+    made = make_guest(host, width, 600)
+    check_invariants(host)
     host.hypervisor.unpin(made.domid, made.top)
-    check(host)
+    check_invariants(host)
     assert np.count_nonzero(host.page_types(made.domid, made.mfns)) > 3, "cr3 still holds them"
