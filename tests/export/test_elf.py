@@ -22,7 +22,7 @@ from xenpv.abi.x86 import VGCF_IN_KERNEL
 from xenpv.export.export import export
 from xenpv.export.formats import elf
 from xenpv.export.formats.content import runs_with_data
-from xenpv.export.formats.mapped import direct_map
+from xenpv.export.formats.mapped import find_direct_map
 from xenpv.runs import Runs
 from xenpv.source.open import open_domain
 
@@ -172,7 +172,7 @@ def test_more_segments_than_the_header_can_count(tmp_path: Path) -> None:
     """65535 and more: the number is in section header 0, and each page that is not there is in no segment."""
     frames = Sparse(70_000)
     pages = runs_with_data(frames.extents())
-    head = elf.Headers(pages, 8, 0, direct=0xFFFF_8880_0000_0000).packed(b"")
+    head = elf.Headers(pages, 8, 0, direct_map=0xFFFF_8880_0000_0000).pack(b"")
     core = tmp_path / "head"
     core.write_bytes(head)
     with core.open("r+b") as file:
@@ -187,7 +187,7 @@ def test_more_segments_than_the_header_can_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [65_533, 65_534])
 def test_the_number_of_segments_at_its_limit(number: int, tmp_path: Path) -> None:
-    head = elf.Headers(runs_with_data(Sparse(number).extents()), 8, 0).packed(b"")
+    head = elf.Headers(runs_with_data(Sparse(number).extents()), 8, 0).pack(b"")
     (tmp_path / "head").write_bytes(head)
     with (tmp_path / "head").open("rb") as file:
         assert elf_file(file).num_segments() == number + 1
@@ -199,7 +199,7 @@ def test_the_direct_map_is_found_where_it_is(tmp_path: Path) -> None:
     l4, l3 = (step.table for step in domain.walk(domain.vaddrs[0])[:2])
     domain.table(l4)[slot], domain.table(l3)[0] = domain.table(l4)[511], domain.table(l3)[510]
     with opened(domain, tmp_path) as kept:
-        base = direct_map(kept, runs_with_data(kept.extents()))
+        base = find_direct_map(kept, runs_with_data(kept.extents()))
         assert base == 0xFFFF << 48 | slot << 39
         out = tmp_path / "core"
         export(kept, str(out), "elf")

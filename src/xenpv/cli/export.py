@@ -11,7 +11,7 @@ from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.errors import RequestError, StreamError
 from xenpv.export.export import FORMATS
 from xenpv.export.export import export as export_to
-from xenpv.export.formats.kdump import FLAGS
+from xenpv.export.formats.kdump import COMPRESSION_FLAGS
 from xenpv.findings import Rule
 from xenpv.frames import PAGE_SIZE
 from xenpv.source.domain import Domain
@@ -30,7 +30,7 @@ from xenpv.text import printable, size
     show_default=True,
     help="Format of OUT; see above.",
 )
-@click.option("--compression", type=click.Choice(list(FLAGS)), default="zlib", show_default=True,
+@click.option("--compression", type=click.Choice(list(COMPRESSION_FLAGS)), default="zlib", show_default=True,
               help="Compression of kdump pages: every reader knows zlib, zstd is faster.")  # fmt: skip
 @click.option("--partial", is_flag=True, help="Export the readable part of a FILE that is cut off or damaged.")
 @INDEX

@@ -1,17 +1,18 @@
-"""A kdump-compressed file: pages packed by several threads, their places written in front of them as they are known."""
+"""Writing a kdump-compressed file: several threads compress pages, the descriptors are filled in as they finish."""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from xenpv.errors import RequestError
 from xenpv.export.formats.content import Hole
-from xenpv.export.formats.kdump import DESCRIPTOR, PFNS_MAX, Header, bitmap, pack
+from xenpv.export.formats.job import ExportJob
+from xenpv.export.formats.kdump import DESCRIPTOR, PFNS_MAX, Header, bitmap, compress_pages
 from xenpv.frames import PAGE_SIZE, U8, U64
 from xenpv.io.atomic_output import Output
 from xenpv.runs import Runs
@@ -19,50 +20,64 @@ from xenpv.runs import Runs
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-    Packed = Future[tuple[list[bytes | None], U64]]
+    Compressed = Future[tuple[list[bytes | None], U64]]
 
 
-def write_kdump(out: Output, header: Header, pages: Runs, contents: Iterable[U8]) -> Iterator[int]:
-    """Write it; how many pages are done, now and then.
+def write_kdump(
+    out: Output, job: ExportJob, batches: Iterable[U8], compression: str, report_pages: Callable[[int], None]
+) -> None:
+    """Write the whole file.
 
-    ``contents`` are those of ``pages``, in order, uint8 (n, 4096) each time. Raises RequestError for an output that
-    cannot be written at any place, and for more pfns than the format has bits for.
+    Args:
+        out: The output.
+        job: The export.
+        batches: The content of ``job.pages`` in order, each uint8 of shape (n, 4096).
+        compression: One of kdump.COMPRESSION_FLAGS.
+        report_pages: Called with the number of pages of each batch that was written.
+
+    Raises:
+        RequestError: The output cannot seek, or a pfn has no bit in the format.
     """
+    identity, pages = job.identity, job.pages
     if not out.sparse:
-        raise RequestError("kdump says where each page is before the first of them: it needs a file, not a pipe")
+        raise RequestError("kdump lists the offset of each page before the first page: write to a file, not a pipe")
+    if identity is not None:
+        pages = Runs.concatenate([pages, identity.runs]).merged()
     if pages.stop > PFNS_MAX:
         raise RequestError(f"kdump ends at pfn {PFNS_MAX:#x}, and the last is {pages.stop - 1:#x}", needed=pages.stop)
-    out.write([header.before(pages)])
+    out.write([Header.for_job(job, compression).pack(pages)])
     for _ in range(2):
         for piece in bitmap(pages):
             out.skip(piece.length) if isinstance(piece, Hole) else out.write([piece])
-    table = out.written
+    descriptors = out.written
     out.skip(pages.total * DESCRIPTOR.itemsize)
-    zeros = out.written  # all pages of zeros are this one
+    zero_page = out.written  # all descriptors of pages of zeros name this one
     out.write([bytes(PAGE_SIZE)])
-    done = 0
-    for packed, flags in _packed(contents, header.compression):
-        full = np.array([data is not None for data in packed])
-        sizes = np.array([PAGE_SIZE if data is None else len(data) for data in packed], np.int64)
-        ends = out.written + np.cumsum(np.where(full, sizes, 0))
-        rows = np.zeros(len(packed), DESCRIPTOR)
-        rows["offset"], rows["size"], rows["flags"] = np.where(full, ends - sizes, zeros), sizes, flags
-        out.write([data for data in packed if data is not None])
-        out.write_at(rows.tobytes(), table + done * DESCRIPTOR.itemsize)
-        done += len(packed)
-        yield done
+    tree = identity.content() if identity is not None else ()
+    tree_batches = (np.frombuffer(part, np.uint8).reshape(-1, PAGE_SIZE) for part in tree)
+    for source in (batches, tree_batches):
+        for contents, flags in _compress_batches(source, compression):
+            not_zero = np.array([content is not None for content in contents])
+            sizes = np.array([PAGE_SIZE if content is None else len(content) for content in contents], np.int64)
+            ends = out.written + np.cumsum(np.where(not_zero, sizes, 0))
+            rows = np.zeros(len(contents), DESCRIPTOR)
+            rows["offset"], rows["size"], rows["flags"] = np.where(not_zero, ends - sizes, zero_page), sizes, flags
+            out.write([content for content in contents if content is not None])
+            out.write_at(rows.tobytes(), descriptors)
+            descriptors += rows.nbytes
+            report_pages(len(contents))
 
 
-def _packed(contents: Iterable[U8], compression: str) -> Iterator[tuple[list[bytes | None], U64]]:
-    """All pages packed, in order: some batches are at work at a time, one more than there are processors."""
+def _compress_batches(batches: Iterable[U8], compression: str) -> Iterator[tuple[list[bytes | None], U64]]:
+    """Yield all batches compressed, in order. One more than there are processors is in work at a time."""
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  no other format needs it, nor what it imports
 
-    at_once = (os.cpu_count() or 1) + 1
-    waiting: deque[Packed] = deque()
-    with ThreadPoolExecutor(at_once - 1) as workers:
-        for content in contents:
-            waiting.append(workers.submit(pack, content, compression))
-            if len(waiting) >= at_once:
+    batches_in_work = (os.cpu_count() or 1) + 1
+    waiting: deque[Compressed] = deque()
+    with ThreadPoolExecutor(batches_in_work - 1) as workers:
+        for batch in batches:
+            waiting.append(workers.submit(compress_pages, batch, compression))
+            if len(waiting) >= batches_in_work:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

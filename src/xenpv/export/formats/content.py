@@ -1,29 +1,45 @@
-"""What an exported file is made of, in order: bytes, holes, and runs of the domain's pages."""
+"""The pieces of an exported file: bytes, holes, pages of the domain, and corrections of earlier bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
-from xenpv.frames import HAS_DATA, PAGE_SIZE
+from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64
 from xenpv.runs import Extents, Runs
+
+PageFilter: TypeAlias = Callable[[U64, U8], U8]
+"""filter(pfns, pages) returns what the file gets of some pages, both uint8 of shape (n, 4096)."""
 
 
 class Hole(NamedTuple):
-    """So many bytes of zeros that need no room."""
+    """Zeros that take no room in a file: their number of bytes."""
 
     length: int
 
 
-Piece: TypeAlias = bytes | Hole | Runs
+class Pages(NamedTuple):
+    """The content of pages in the order of their pfns, each batch through a filter if there is one."""
+
+    runs: Runs
+    page_filter: PageFilter | None = None
+
+
+class Patch(NamedTuple):
+    """Bytes that replace those at an offset which was written before. Only files that can seek take it."""
+
+    offset: int
+    data: bytes
+
+
+Piece: TypeAlias = bytes | Hole | Pages | Patch
 
 
 def runs_with_data(extents: Iterable[Extents]) -> Runs:
     """Return the pages with content of a domain's extents, adjacent runs joined whatever their types."""
-    pieces = (some[HAS_DATA[some.type]].merged() for some in extents)
-    return Runs.concatenate(pieces).merged()
+    return Runs.concatenate(piece[HAS_DATA[piece.type]].merged() for piece in extents).merged()
 
 
-def padded(data: bytes, to: int = PAGE_SIZE) -> bytes:
-    """Data, and zeros up to a multiple of so many bytes."""
-    return data + bytes(-len(data) % to)
+def padded(data: bytes, alignment: int = PAGE_SIZE) -> bytes:
+    """Return data with zeros up to a multiple of ``alignment`` bytes."""
+    return data + bytes(-len(data) % alignment)

@@ -1,9 +1,9 @@
-"""A p2m that names each pfn by itself, in frames of its own: what crash needs to read a PV guest's core.
+"""A p2m that maps each pfn to itself, in frames of its own: crash needs it to read the core of a PV guest.
 
-crash sees by the kernel's xen_start_info that it ran on Xen, takes its page tables to hold mfns, and looks each of
-them up in a p2m. In an exported memory mfns are pfns, and no p2m of the guest's says so. crash takes one from a note
-that Xen gives the core of a dom0: the root of a tree of three levels (crash, x86_64.c x86_64_xen_kdump_p2m_create()).
-It is made here, in frames behind the domain's last.
+crash sees by the kernel's xen_start_info that it ran on Xen. It takes the frames in page tables for mfns and looks each
+up in a p2m. Exported page tables hold pfns, and the guest's own p2m does not map those. crash accepts another p2m from
+the note that Xen gives the core of a dom0: the root of a tree of three levels (crash, x86_64.c
+x86_64_xen_kdump_p2m_create()). The tree is put into frames after the domain's last page.
 """
 
 from __future__ import annotations
@@ -14,58 +14,68 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from xenpv.export.formats import notes
+from xenpv.export.formats.notes import note
 from xenpv.frames import ENTRIES, FOREIGN, NO_FRAME, PAGES_PER_BATCH, U64
 from xenpv.runs import Runs
 
-END_MAX = ENTRIES**3  # pfns that such a tree holds
+END_MAX = ENTRIES**3  # pfns that a tree of three levels holds
 _XEN_ELFNOTE_CRASH_INFO = 0x100_0001  # xen.git:xen/include/public/elfnote.h
 
 
 @dataclass(frozen=True)
-class Identity:
-    """The tree for a domain's pages, in ``pages`` frames from ``first`` on: the root, the lists of leaves, a leaf of
-    nothing for all that are not there, and the leaves.
+class IdentityTree:
+    """The tree: a root, frames of its middle level, an empty leaf for all absent pages, and the leaves.
+
+    Attributes:
+        first: The pfn of the root; the other frames follow it.
+        middle_frames: How many frames the middle level takes.
+        leaves: Which leaves exist: pfn // 512, ascending.
     """
 
     first: int
-    lists: int
-    leaves: U64  # which: pfn // 512, ascending
+    middle_frames: int
+    leaves: U64
 
     @classmethod
-    def of(cls, pages: Runs) -> Identity | None:
-        """The tree for these pages; None if it cannot hold them."""
+    def for_pages(cls, pages: Runs) -> IdentityTree | None:
+        """Return the tree for these pages; None if it cannot hold them."""
         if pages.stop > END_MAX:
             return None
-        begin, end = pages.first // np.uint64(ENTRIES), pages.first + pages.pages.astype(np.uint64) - np.uint64(1)
-        runs = Runs(begin, (end // np.uint64(ENTRIES) - begin).astype(np.int64) + 1)
-        leaves = np.unique(runs.pfns)
-        return cls(pages.stop, -(-pages.stop // ENTRIES**2), leaves)
+        first_leaf, last_leaf = pages.first // np.uint64(ENTRIES), (pages.end - np.uint64(1)) // np.uint64(ENTRIES)
+        leaf_runs = Runs(first_leaf, (last_leaf - first_leaf).astype(np.int64) + 1)
+        return cls(pages.stop, -(-pages.stop // ENTRIES**2), np.unique(leaf_runs.pfns))
 
     @property
     def pages(self) -> int:
-        """How many frames it takes."""
-        return 1 + self.lists + 1 + len(self.leaves)
+        """How many frames the tree takes."""
+        return 1 + self.middle_frames + 1 + len(self.leaves)
+
+    @property
+    def runs(self) -> Runs:
+        """The pfns of its frames."""
+        return Runs(np.array([self.first], np.uint64), np.array([self.pages], np.int64))
 
     def note(self) -> bytes:
-        """The note that names its root, as Xen's own of type crash_xen_info_t (xen.git:xen/include/xen/elfcore.h): of
-        which all else is 0.
+        """Return the note that names the root: Xen's crash_xen_info_t with zeros in all other fields.
+
+        Source: xen.git:xen/include/xen/elfcore.h.
         """
-        return notes.note(b"Xen", _XEN_ELFNOTE_CRASH_INFO, struct.pack("<10Q", *[0] * 9, self.first))
+        return note(b"Xen", _XEN_ELFNOTE_CRASH_INFO, struct.pack("<10Q", *[0] * 9, self.first))
 
     def content(self) -> Iterator[bytes]:
-        """The frames, in order."""
-        root, none = np.zeros(ENTRIES, np.uint64), self.first + 1 + self.lists
-        root[: self.lists] = np.arange(self.first + 1, none)
+        """Yield the frames in order."""
+        root, empty_leaf = np.zeros(ENTRIES, np.uint64), self.first + 1 + self.middle_frames
+        root[: self.middle_frames] = np.arange(self.first + 1, empty_leaf)
         yield root.tobytes()
-        slots = int(self.leaves[-1]) + 1 if len(self.leaves) else 0  # a list ends where its entries are 0
-        lists = np.zeros(self.lists * ENTRIES, np.uint64)
-        lists[:slots] = none
-        lists[self.leaves.astype(np.int64)] = np.arange(none + 1, none + 1 + len(self.leaves), dtype=np.uint64)
-        yield lists.tobytes()
+        entries_used = int(self.leaves[-1]) + 1 if len(self.leaves) else 0  # the level ends where its entries are 0
+        middle = np.zeros(self.middle_frames * ENTRIES, np.uint64)
+        middle[:entries_used] = empty_leaf
+        leaf_pfns = np.arange(empty_leaf + 1, empty_leaf + 1 + len(self.leaves), dtype=np.uint64)
+        middle[self.leaves.astype(np.int64)] = leaf_pfns
+        yield middle.tobytes()
         yield np.full(ENTRIES, NO_FRAME).tobytes()
-        for at in range(0, len(self.leaves), PAGES_PER_BATCH):
-            some = self.leaves[at : at + PAGES_PER_BATCH, None] * np.uint64(ENTRIES)
-            entries = some + np.arange(ENTRIES, dtype=np.uint64)
-            # An entry of 0 is none to libkdumpfile; bit 63 is a mark of Linux's, and falls off the address.
+        for start in range(0, len(self.leaves), PAGES_PER_BATCH):
+            first_pfns = self.leaves[start : start + PAGES_PER_BATCH, None] * np.uint64(ENTRIES)
+            entries = first_pfns + np.arange(ENTRIES, dtype=np.uint64)
+            # libkdumpfile takes an entry of 0 for none. Bit 63 is Linux's mark, which falls off the address.
             yield np.where(entries == 0, FOREIGN, entries).tobytes()

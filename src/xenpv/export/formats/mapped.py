@@ -1,7 +1,7 @@
-"""Where a kernel has its memory at virtual addresses: what a debugger that knows no page tables needs.
+"""The virtual addresses at which a kernel maps its memory: debuggers that walk no page tables need them.
 
-Linux maps all memory in one piece (its direct map), its own text and data a second time, and what it allocates here and
-there (vmalloc: modules, stacks of tasks). The direct map is found by asking the page tables, never assumed.
+Linux maps all memory in one piece, its direct map. It maps its own text and data a second time, and some pages in
+vmalloc: modules, stacks of tasks. The page tables tell where the direct map is; it is never assumed.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from xenpv.runs import Runs, group_rows
 from xenpv.source.domain import Domain
 
 LINUX_DIRECT_MAP = {8: 0xFFFF_8880_0000_0000, 4: 0xC000_0000}  # Linux, arch/x86/include/asm/page_types.h, 4 levels
-_KERNEL_HALF = {8: 1 << 35, 4: 3 << 18}  # the first page of the kernel's addresses, among all
-_ALL = {8: 1 << 36, 4: 1 << 20}
-_TRIED = 64  # pages that are looked up to tell whether an address is the direct map's
+_KERNEL_HALF = {8: 1 << 35, 4: 3 << 18}  # the first virtual page of the kernel's half
+_VIRTUAL_PAGES = {8: 1 << 36, 4: 1 << 20}
+_SAMPLES = 64  # pages whose virtual address is tried to tell whether a base is the direct map's
 SEGMENTS_MAX = 16 << 10  # a debugger looks through them one by one
 
 
-class Mapped(NamedTuple):
-    """Runs of virtual pages which lie behind each other in a domain's content, too: virtual address in bytes, first
-    pfn, number of pages; arrays of one length, ascending by address.
+class Mappings(NamedTuple):
+    """Runs of virtual pages that map consecutive pages of the file; arrays of one length, ascending by address.
+
+    Attributes:
+        vaddr: The virtual address of the first byte.
+        first: The first pfn.
+        pages: The number of pages.
     """
 
     vaddr: U64
@@ -37,81 +41,83 @@ class Mapped(NamedTuple):
     pages: I64
 
 
-NOTHING = Mapped(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))
+NO_MAPPINGS = Mappings(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.int64))
 
 
-def direct_map(domain: Domain, pages: Runs) -> int | None:
-    """The virtual address that pfn 0 has in the kernel's direct map; None where none is found."""
-    if domain.memory.top is None or not len(pages.first):
+def find_direct_map(domain: Domain, pages: Runs) -> int | None:
+    """Return the virtual address of pfn 0 in the kernel's direct map; None if none is found.
+
+    The base that fits most of a sample of pages wins, if it fits more than half of them.
+    """
+    if domain.memory.top is None or not len(pages):
         return None
-    wanted = np.unique(np.linspace(0, pages.total - 1, _TRIED).astype(np.int64))
-    before = np.cumsum(pages.pages) - pages.pages
-    row = np.searchsorted(before, wanted, "right") - 1
-    sample = pages.first[row] + (wanted - before[row]).astype(np.uint64)
+    sample = pages.pfns_at(np.unique(np.linspace(0, pages.total - 1, _SAMPLES).astype(np.int64)))
     best, most = None, len(sample) // 2
-    for base in _candidates(domain):
-        here = sample < np.uint64((1 << 8 * domain.width) - base >> PAGE_SHIFT)
-        pfns = sample[here]
-        found = int(np.count_nonzero(_mapped_at(domain, (pfns << np.uint64(PAGE_SHIFT)) + np.uint64(base)) == pfns))
-        if found > most:
-            best, most = base, found
+    for base in _direct_map_candidates(domain):
+        pfns = sample[sample < np.uint64((1 << 8 * domain.width) - base >> PAGE_SHIFT)]
+        mapped = _translate(domain, (pfns << np.uint64(PAGE_SHIFT)) + np.uint64(base))
+        fits = int(np.count_nonzero(mapped == pfns))
+        if fits > most:
+            best, most = base, fits
     return best
 
 
-def _mapped_at(domain: Domain, vaddrs: U64) -> U64:
-    """The pfn at each virtual address, NO_FRAME where there is none."""
+def _translate(domain: Domain, vaddrs: U64) -> U64:
+    """Return the pfn at each virtual address, NO_FRAME for one that is not mapped."""
     memory = domain.memory
     paging = memory.paging or PV[domain.width]
-    out = np.full(len(vaddrs), NO_FRAME)
-    top = memory.top
-    good = np.array([not paging.refuses(vaddr) for vaddr in vaddrs.tolist()], np.bool_)
-    if top is not None:
-        out[good] = translate(frame_reader(memory.tables or memory.frames), top, vaddrs[good], paging)
-    return out
+    pfns = np.full(len(vaddrs), NO_FRAME)
+    canonical = np.array([not paging.refuses(vaddr) for vaddr in vaddrs.tolist()], np.bool_)
+    if memory.top is not None:
+        read = frame_reader(memory.tables or memory.frames)
+        pfns[canonical] = translate(read, memory.top, vaddrs[canonical], paging)
+    return pfns
 
 
-def _candidates(domain: Domain) -> list[int]:
-    """Where Linux has it; and for each entry of the kernel's half of the top table, what its first page comes to."""
+def _direct_map_candidates(domain: Domain) -> list[int]:
+    """Return Linux's own base, and the base that each entry in the kernel's half of the top table implies."""
     width = domain.width
     shift = PAGE_SHIFT + BITS_PER_LEVEL * (LEVELS[width] - 1)
     slots = range(272, ENTRIES) if width == 8 else range(PAE_L3_ENTRIES - 1, PAE_L3_ENTRIES)
-    tops = [slot << shift | (0xFFFF << 48 if width == 8 else 0) for slot in slots]
-    pfns = _mapped_at(domain, np.array(tops, np.uint64)).tolist()
-    found = [top - (pfn << PAGE_SHIFT) for top, pfn in zip(tops, pfns, strict=True) if pfn <= top >> PAGE_SHIFT]
-    return list(dict.fromkeys([LINUX_DIRECT_MAP[width], *found]))
+    vaddrs = [slot << shift | (0xFFFF << 48 if width == 8 else 0) for slot in slots]
+    pfns = _translate(domain, np.array(vaddrs, np.uint64)).tolist()
+    bases = [vaddr - (pfn << PAGE_SHIFT) for vaddr, pfn in zip(vaddrs, pfns, strict=True) if pfn <= vaddr >> PAGE_SHIFT]
+    return list(dict.fromkeys([LINUX_DIRECT_MAP[width], *bases]))
 
 
-def kernel_maps(domain: Domain, pages: Runs, direct: int | None) -> Mapped:
-    """What vcpu 0's tables map in the kernel's half beside the direct map; the longest runs, if they are too many.
+def kernel_mappings(domain: Domain, pages: Runs, direct_map: int | None) -> Mappings:
+    """Return what vcpu 0's page tables map in the kernel's half besides the direct map.
 
-    What stands at several addresses (a p2m's missing leaf, Linux's espfix stacks, 65536 times a few pages) is had at
-    one of them, where most is in a row. Nothing for an HVM domain, or where tables cannot be read.
+    Some pages are mapped at many addresses: the p2m's missing leaf, Linux's espfix stacks. Each is given once, where
+    most pages are consecutive. If there are more runs than SEGMENTS_MAX, the longest are given. An HVM domain, or page
+    tables that cannot be read, give none.
     """
     memory, width = domain.memory, domain.width
     if memory.top is None or domain.hvm:
-        return NOTHING
-    start = place_of(direct) + pages.stop if direct is not None and width == 8 else _KERNEL_HALF[width]
-    places = range(start, _ALL[width])
-    if not places:
-        return NOTHING
+        return NO_MAPPINGS
+    skips_direct_map = direct_map is not None and width == 8
+    start = place_of(direct_map) + pages.stop if direct_map is not None and skips_direct_map else _KERNEL_HALF[width]
+    virtual_pages = range(start, _VIRTUAL_PAGES[width])
+    if not virtual_pages:
+        return NO_MAPPINGS
     try:
-        runs, _ = radix.walk_tree(
-            frame_reader(memory.tables or memory.frames), memory.top, LEVELS[width], places, frames_of_tables
+        leaves, _ = radix.walk_tree(
+            frame_reader(memory.tables or memory.frames), memory.top, LEVELS[width], virtual_pages, frames_of_tables
         )
     except XenPVError:
-        return NOTHING
-    place = pages.positions(runs.frame)
-    there = place >= 0
-    at, pfn, place = runs.first[there], runs.frame[there], place[there]
-    cut, count = group_rows((np.diff(at) != 1) | (np.diff(pfn) != 1) | (np.diff(place) != 1), len(at))
-    vaddr = at[cut].astype(np.uint64) << np.uint64(PAGE_SHIFT)
+        return NO_MAPPINGS
+    position = pages.positions(leaves.frame)
+    in_file = position >= 0
+    virtual_page, pfn, position = leaves.first[in_file], leaves.frame[in_file], position[in_file]
+    breaks = (np.diff(virtual_page) != 1) | (np.diff(pfn) != 1) | (np.diff(position) != 1)
+    row, count = group_rows(breaks, len(virtual_page))
+    first, vaddr = pfn[row], virtual_page[row].astype(np.uint64) << np.uint64(PAGE_SHIFT)
     if width == 8:
         vaddr |= np.uint64(0xFFFF << 48)
-    if direct is not None and width == 4:
-        same = vaddr - np.uint64(direct) == pfn[cut] << np.uint64(PAGE_SHIFT)
-        cut, count, vaddr = cut[~same], count[~same], vaddr[~same]
-    first = pfn[cut]
-    longest = np.argsort(-count, kind="stable")
-    once = longest[np.sort(np.unique(first[longest], return_index=True)[1])]
-    keep = np.sort(once[:SEGMENTS_MAX])
-    return Mapped(vaddr[keep], first[keep], count[keep])
+    if direct_map is not None and width == 4:
+        other = vaddr - np.uint64(direct_map) != first << np.uint64(PAGE_SHIFT)
+        first, count, vaddr = first[other], count[other], vaddr[other]
+    by_length = np.argsort(-count, kind="stable")
+    longest_of_pfn = by_length[np.sort(np.unique(first[by_length], return_index=True)[1])]
+    kept = np.sort(longest_of_pfn[:SEGMENTS_MAX])
+    return Mappings(vaddr[kept], first[kept], count[kept])

@@ -1,19 +1,40 @@
-"""Memory as it is, each page at its physical address, with holes where there is none."""
+"""Raw memory: each page at its pseudo-physical address, holes where there is no page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xenpv.export.formats.content import Hole, Piece
+from xenpv.errors import RequestError
+from xenpv.export.formats.content import Hole, Pages, Piece
+from xenpv.export.formats.job import ExportJob
 from xenpv.frames import PAGE_SIZE
-from xenpv.runs import Runs
+
+# A pipe has no holes. It gets at most so many bytes of zeros, or so many times the content if that is more.
+_PIPE_ZEROS_MAX = 1 << 30
+_PIPE_ZEROS_PER_CONTENT = 4
 
 
-def dump(pages: Runs) -> Iterator[Piece]:
-    """The file: it ends behind the last page."""
-    at = 0
+def pieces(job: ExportJob) -> Iterator[Piece]:
+    """Yield the file, which ends after the last page.
+
+    Raises:
+        RequestError: A pipe would get far more zeros than content.
+    """
+    pages = job.pages
+    absent = pages.stop - pages.total
+    zeros_max = max(_PIPE_ZEROS_MAX, pages.total * PAGE_SIZE * _PIPE_ZEROS_PER_CONTENT)
+    if not job.seekable and absent * PAGE_SIZE > zeros_max:
+        raise RequestError(
+            f"{absent} pfns have no page, and a pipe would get zeros for them: write to a file, which gets holes, "
+            "or choose elf or lime",
+            needed=pages.stop,
+            available=pages.total,
+        )
+    if absent:
+        job.remarks.append(f"{absent} pfns up to {pages.stop - 1:#x} have no page; a raw file shows them as zeros")
+    end = 0
     for row, (first, count) in enumerate(zip(pages.first.tolist(), pages.pages.tolist(), strict=True)):
-        if first > at:
-            yield Hole((first - at) * PAGE_SIZE)
-        yield pages[row : row + 1]
-        at = first + count
+        if first > end:
+            yield Hole((first - end) * PAGE_SIZE)
+        yield Pages(pages[row : row + 1])
+        end = first + count

@@ -19,7 +19,7 @@ from volatility3.framework.configuration import requirements
 from volatility3.framework.layers import physical
 
 from xenpv.errors import GuestError, Unsupported, XenPVError
-from xenpv.export.export import pages_of
+from xenpv.export.formats.job import readable_pages
 from xenpv.findings import Rule, Severity
 from xenpv.frames import PAGE_SHIFT
 from xenpv.plugins.recent import RecentPages
@@ -59,7 +59,7 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         except (XenPVError, OSError) as e:
             raise exceptions.LayerException(self.name, f"{self._path}: {e}") from e
         try:
-            runs = pages_of(self._domain)
+            runs = readable_pages(self._domain)
             if not runs.total:
                 raise GuestError(f"no page of memory in it: {'; '.join(wrong)}")
         except (XenPVError, OSError) as e:
