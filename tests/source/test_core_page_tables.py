@@ -95,7 +95,7 @@ def test_a_table_that_ended_is_what_it_is_now(content: str, writable: bool, ran:
     with ran.opened(ran.dumped(data), tmp_path) as core:
         assert core.frames.pages(one(ran.ended)).tobytes() == data
         assert core.frames.types(one(ran.ended)).tolist() == [PageType.NOTAB]
-        assert core.frames.tables.ended == 1
+        assert core.frames.tables.stale == 1
         assert core.frames.types(one(ran.l2)).tolist() == [L2]
         others_are_tables(ran, core)
 
@@ -116,7 +116,7 @@ def test_what_looks_like_a_table_and_is_mapped_writable_is_none(ran: Ran, tmp_pa
     before = core_of(ran.domain).pages[ran.l1]
     with ran.opened(ran.dumped(before), tmp_path) as core:
         assert core.frames.pages(one(ran.ended)).tobytes() == before
-        assert core.frames.tables.ended == 1
+        assert core.frames.tables.stale == 1
         others_are_tables(ran, core)
 
 
@@ -133,7 +133,7 @@ def test_what_is_no_table_makes_no_other_page_one_or_none(ran: Ran, tmp_path: Pa
         for pfn in (names, maps, last):
             assert back.frames.types(one(pfn)).tolist() == [PageType.NOTAB]
             assert back.frames.pages(one(pfn)).tobytes() == core.pages[pfn]
-        assert back.frames.tables.ended == 2
+        assert back.frames.tables.stale == 2
         others_are_tables(ran, back)
 
 
@@ -148,7 +148,7 @@ def test_a_table_that_is_read_only_is_one_whatever_it_maps_beside_the_domain(ran
         assert back.frames.types(one(ran.ended)).tolist() == [L1]
         entries = back.frames.pages(one(ran.ended)).view("<u8")[0, :4].tolist()
         assert [entry >> 12 for entry in entries] == [*ran.domain.places.data[:2], NO_PFN, NO_PFN]
-        assert back.frames.tables.ended == 0
+        assert back.frames.tables.stale == 0
 
 
 def test_who_exports_it_is_told(ran: Ran, tmp_path: Path) -> None:

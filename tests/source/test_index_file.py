@@ -20,7 +20,7 @@ from xenpv.errors import Fault
 from xenpv.frames import HAS_DATA
 from xenpv.io.stream_input import Input
 from xenpv.source import index_file
-from xenpv.source.index_file import KeptIndex, keep
+from xenpv.source.index_file import StoredIndex, store_index
 from xenpv.source.open import open_domain
 from xenpv.source.saved import SavedDomain
 
@@ -47,10 +47,10 @@ def opened(file: Path, index: bool | None = True) -> SavedDomain:
     return saved
 
 
-def known(file: Path) -> KeptIndex | None:
+def known(file: Path) -> StoredIndex | None:
     source = Input.open(str(file))
     try:
-        return KeptIndex.load(str(file), source)
+        return StoredIndex.load(str(file), source)
     finally:
         source.close()
 
@@ -146,9 +146,9 @@ def test_a_file_that_changed_is_read_anew(file: Path, domain: Domain) -> None:
 
 def test_a_file_that_changes_meanwhile_gets_none(file: Path) -> None:
     with opened(file, index=False) as saved:
-        state = index_file.State.of(saved.source)
+        state = index_file.FileState.of(saved.source)
         os.utime(file, ns=(1, 1))
-        assert not keep(str(file), saved.source, saved.contents, state)
+        assert not store_index(str(file), saved.source, saved.contents, state)
     assert not beside(file).exists()
 
 

@@ -1,7 +1,7 @@
-"""A domain out of a file that `xl dump-core` wrote.
+"""CoreDomain: a domain in a file that `xl dump-core` wrote.
 
-Opening reads the headers and the list of pages. Of a PV domain the rest comes when it is asked for: page tables hold
-mfns, which the core's own list translates, and which pages they are is found out by walking (core_tables.py).
+Opening reads the headers and the list of pages. Page tables of a PV domain hold mfns, which that list translates. The
+first use of page types finds out which pages are page tables, by walking them (core_page_tables.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from xenpv.memory.p2m import P2M, frame_reader
 from xenpv.memory.pagetables import as_entries, normalise, normalise_pages, top_frame
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
-from xenpv.source.core_page_tables import Search, Tables
+from xenpv.source.core_page_tables import PageTables, PageTableSearch
 from xenpv.source.core_pages import CorePages
 from xenpv.source.domain import Domain
 from xenpv.stream import rules
@@ -36,15 +36,19 @@ from xenpv.text import size
 
 
 class CoreDomain(Domain):
-    """A domain in a core. ``layout`` is what the file's headers say, ``page_list`` its list of pages."""
+    """A domain in a core.
+
+    Attributes:
+        source: The file.
+        layout: What the file's headers tell.
+        page_list: The pages as they are in the file.
+    """
 
     def __init__(self, source: Input, *, on_breach: BreachHandler | None = None) -> None:
         self.source = source
         self._on_breach = on_breach
         if not source.seekable:
-            raise RequestError(
-                f"{source.name}: a core is read here and there, which a pipe does not allow: give the file"
-            )
+            raise RequestError(f"{source.name}: reading a core needs seeking: give a file, not a pipe")
         self.layout = read_layout(self._read, source.size, self._report)
         if self.layout.vcpus > VCPUS_MAX:
             raise rules.breach(rules.VCPU_ID, f"{self.layout.vcpus} vcpus", offset=0, record=None)
@@ -52,16 +56,22 @@ class CoreDomain(Domain):
 
     @classmethod
     def open(cls, path: str, *, on_breach: BreachHandler | None = None) -> Self:
-        """Open the core at ``path``.
+        """Open a core.
 
-        With ``on_breach``, breaches of rules go there and what can be read is; without, the first error is raised as
-        StreamError. Raises RequestError when the path cannot be opened.
+        Args:
+            path: The file.
+            on_breach: Called for each breach of a rule; reading then goes on as far as possible. Otherwise the first
+                breach raises StreamError.
+
+        Raises:
+            RequestError: The path cannot be opened, or is a pipe.
+            StreamError: The file is damaged, or no core.
         """
         return cls.of(Input.open(path), on_breach=on_breach)
 
     @classmethod
     def of(cls, source: Input, *, on_breach: BreachHandler | None = None) -> Self:
-        """As ``open``, from an Input, which is closed with the domain."""
+        """Open a core as ``open`` does, from an Input, which is closed with the domain."""
         try:
             return cls(source, on_breach=on_breach)
         except BaseException:
@@ -80,7 +90,7 @@ class CoreDomain(Domain):
             raise rules.breach(rule, message, offset=offset, record=None)
 
     def close(self) -> None:
-        """Close the file; guest memory cannot be read any more."""
+        """Close the file. Memory cannot be read after that."""
         self.source.close()
 
     # --- identity ----------------------------------------------------------------------------------------------------
@@ -111,41 +121,42 @@ class CoreDomain(Domain):
 
     @property
     def width(self) -> Width:
-        """Bytes of the guest's unsigned long. Of HVM: 8 if vcpu 0 looks like long mode (Registers.of_hvm_context)."""
+        """Bytes of the guest's unsigned long. For HVM: 8 if vcpu 0 looks like long mode (Registers.of_hvm_context)."""
         registers = self.registers(0) if self.hvm else None
         return self.layout.width if registers is None else registers.width
 
     @property
     def vcpus(self) -> list[int]:
-        """Numbers of the vcpus: a core has those that ever ran, one behind the other, without their own numbers."""
+        """The numbers of the vcpus. A core has those that ever ran, in order, without their own numbers."""
         return list(range(self.layout.vcpus))
 
     def shared_info(self) -> bytes | None:
-        """The 4096 bytes of its shared info page; None where the core has none."""
+        """Return the 4096 bytes of the shared info page; None if the core has none."""
         part = self.layout.shared_info
         data = self._read(part.offset, min(part.size, PAGE_SIZE))
         return data if len(data) == PAGE_SIZE else None
 
     def vcpu_context(self, vcpu: int) -> np.void | None:
-        """The vcpu_guest_context of a vcpu (abi.x86.VCPU_GUEST_CONTEXT); its frames are mfns. None if there is none."""
+        """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``, with mfns; None if the core has none."""
         if vcpu not in range(self.layout.vcpus):
             return None
         width = self.layout.width
-        size = VCPU_GUEST_CONTEXT.size(width)
-        data = self._read(self.layout.prstatus.offset + vcpu * self.layout.context, size)
-        return VCPU_GUEST_CONTEXT.read(data, width) if len(data) == size <= self.layout.context else None
+        context_size = VCPU_GUEST_CONTEXT.size(width)
+        data = self._read(self.layout.prstatus.offset + vcpu * self.layout.context, context_size)
+        return VCPU_GUEST_CONTEXT.read(data, width) if len(data) == context_size <= self.layout.context else None
 
     def registers(self, vcpu: int) -> Registers | None:
-        """What a vcpu's registers held, None where that is not known."""
+        """Return a vcpu's registers; None if they are not known."""
         context = self.vcpu_context(vcpu)
         if context is None:
             return None
         return Registers.of_hvm_context(context) if self.hvm else Registers.of_context(context, self.width)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit PV guests may have.
+        """Return the pfn of a vcpu's top page table, or of its user half's; None if it is not known.
 
-        Raises GuestError for a cr3 that names no page of the core.
+        Raises:
+            GuestError: cr3 names no page of the core.
         """
         if self.hvm:
             registers = self.registers(vcpu)
@@ -163,57 +174,55 @@ class CoreDomain(Domain):
 
     @cached_property
     def frames(self) -> CoreFrames:
-        """Its pages by pfn, page tables normalised."""
-        return CoreFrames(self.page_list, self.width, self._tables)
+        """Content and types of the pages by pfn, page tables normalised."""
+        return CoreFrames(self.page_list, self.width, self._find_page_tables)
 
     def has_content(self, pfns: U64) -> Mask:
         """Return which of the pages lie within the file."""
-        return self.page_list.raw.kept(pfns)
+        return self.page_list.raw.has_content(pfns)
 
-    def _tables(self) -> Tables:
+    def _find_page_tables(self) -> PageTables:
         if self.hvm:
-            return Tables(np.empty(0, np.uint64), np.empty(0, np.uint8))
-        tops = []
+            return PageTables.empty()
+        top_pfns = []
         for vcpu in self.vcpus:
             for user in (False, True):
                 try:
                     top = self.cr3(vcpu, user=user)
                 except GuestError:
                     continue
-                tops += [] if top is None else [top]
+                top_pfns += [] if top is None else [top]
         pages = self.page_list
-        search = Search(pages.raw, self.width, pages.pfns_of, pages.mfns_of, pages.runs)
-        return search.tables(np.array(tops, np.uint64))
+        search = PageTableSearch(pages.raw, self.width, pages.pfns_of, pages.mfns_of, pages.runs)
+        return search.find(np.array(top_pfns, np.uint64))
 
     def memory_of(self, vcpu: int) -> DomainMemory:
-        """Memory as a vcpu sees it; without tables where its cr3 names no page of the core."""
+        """Return memory as a vcpu translates it; by pfn only if its cr3 names no page of the core."""
         if self.hvm:
             return DomainMemory.of_hvm(self.frames, self.registers(vcpu))
-        tables = _AnyTable(self.page_list)
+        tables = _NormalisedPages(self.page_list)
         try:
             return DomainMemory(self.frames, self.width, self.cr3(vcpu), self.cr3(vcpu, user=True), tables)
         except GuestError:
             return DomainMemory(self.frames, self.width, tables=tables)
 
     def extents(self) -> Iterator[Extents]:
-        """Which pages there are: all in one piece."""
+        """Yield all pages at once, as runs of one page type."""
         runs, tables = self.page_list.runs, self.frames.tables
-        # Cut where a run of tables of one level begins or ends.
-        whole = np.concatenate([runs.first, runs.end, tables.pfns, tables.pfns + np.uint64(1)])
-        cuts = np.unique(whole)
-        kinds = tables.level_of(cuts)
-        there = self.page_list.raw.kept(cuts)
-        goes_on = np.append(False, there[1:] & there[:-1] & (kinds[1:] == kinds[:-1]))
-        at = np.flatnonzero(there & ~goes_on)
-        ends = np.flatnonzero(~goes_on)
-        stop = cuts[ends[np.searchsorted(ends, at, "right")]] if len(at) else cuts[:0]
-        yield Extents(cuts[at], (stop - cuts[at]).astype(np.int64), kinds[at])
+        # Between two edges all pages are of one type.
+        edges = np.unique(np.concatenate([runs.first, runs.end, tables.pfns, tables.pfns + np.uint64(1)]))
+        types = tables.level_of(edges)  # L1TAB to L4TAB are 1 to 4, NOTAB is 0
+        in_core = self.page_list.raw.has_content(edges)
+        continues = np.append(False, in_core[1:] & in_core[:-1] & (types[1:] == types[:-1]))
+        starts, ends = np.flatnonzero(in_core & ~continues), np.flatnonzero(~continues)
+        stop = edges[ends[np.searchsorted(ends, starts, "right")]] if len(starts) else edges[:0]
+        yield Extents(edges[starts], (stop - edges[starts]).astype(np.int64), types[starts])
 
     # --- its p2m -----------------------------------------------------------------------------------------------------
 
     @cached_property
     def anchors(self) -> Anchors | None:
-        """What shared info says of the p2m; frames in it are mfns."""
+        """The fields of shared info that lead to the p2m, with mfns; None without shared info."""
         shared = self.shared_info()
         return None if shared is None else Anchors.from_shared_info(shared, self.width)
 
@@ -234,38 +243,40 @@ class CoreDomain(Domain):
     @property
     def stale_page_tables(self) -> int:
         """How many pages are named as page tables without being any."""
-        return self.frames.tables.ended
+        return self.frames.tables.stale
 
     @cached_property
     def p2m(self) -> P2M:
-        """The guest's own p2m, by the best way. Raises GuestError when it shows none, or it cannot be right."""
+        """The p2m by the best root. Raises GuestError if the domain exposes none, or if it is damaged."""
         anchors = self.anchors
         if anchors is None or not anchors.roots:
             why = "it has no shared info" if anchors is None else anchors.explain_no_root()
-            raise GuestError(f"{self.name} shows no p2m: {why}")
+            raise GuestError(f"{self.name} exposes no p2m: {why}")
         return P2M.from_root(anchors, anchors.roots[0], self.read_p2m_frames)
 
 
 class CoreFrames:
-    """A core's pages by pfn; of a PV domain page tables have pfns in the place of mfns. ``tables``: which those are."""
+    """Frames of a core. Page tables of a PV domain hold pfns in the place of mfns."""
 
-    def __init__(self, pages: CorePages, width: Width, find: Callable[[], Tables]) -> None:
+    def __init__(self, pages: CorePages, width: Width, find_tables: Callable[[], PageTables]) -> None:
         self._pages = pages
         self._width: Width = width
-        self._find = find
+        self._find_tables = find_tables
 
     @cached_property
-    def tables(self) -> Tables:
-        """The page tables; found when first asked for."""
-        return self._find()
+    def tables(self) -> PageTables:
+        """The page tables, found at first use."""
+        return self._find_tables()
 
     def types(self, pfns: U64) -> U8:
-        kinds = self._pages.raw.types(pfns)
-        there = kinds == PageType.NOTAB
-        kinds[there] = self.tables.level_of(pfns[there])  # L1TAB to L4TAB are 1 to 4
-        return kinds
+        """Return the page type of each pfn, ABSENT for one that is not in the core."""
+        page_types = self._pages.raw.types(pfns)
+        in_core = page_types == PageType.NOTAB
+        page_types[in_core] = self.tables.level_of(pfns[in_core])  # L1TAB to L4TAB are 1 to 4
+        return page_types
 
     def pages(self, pfns: U64) -> U8:
+        """Return the pages' content, uint8 of shape (n, 4096)."""
         pages = self._pages.raw.pages(pfns)
         levels = self.tables.level_of(pfns)
         if levels.any():
@@ -273,8 +284,8 @@ class CoreFrames:
         return pages
 
 
-class _AnyTable:
-    """Pages that are asked for because a walk takes them for tables, with pfns in the place of mfns."""
+class _NormalisedPages:
+    """Frames for a walk, which takes every page that it asks for as a page table."""
 
     def __init__(self, pages: CorePages) -> None:
         self._pages = pages

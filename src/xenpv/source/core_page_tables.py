@@ -1,21 +1,23 @@
-"""Which pages of a PV core are page tables: a core does not say, so they are those that are reached.
+"""Finding the page tables of a PV core. A core does not tell which pages they are, so the vcpus' tables are walked.
 
-From each vcpu's top tables down, level by level, whole arrays at once. That finds the kernel's tables and those of the
-processes that ran. All others hang from top tables of their own, and Xen gives each of these the same entries for
-itself: in a 64-bit guest's, one that names the table (the linear page table); in a 32-bit guest's, those at the end of
-the last L2. Only pages that the tables found so far map, and never writable, are looked at for it: Xen lets no page
-table be mapped otherwise (xen.git:xen/arch/x86/mm.c get_page_type(), init_xen_l4_slots(), init_xen_pae_l2_slots()).
+The walk goes from each vcpu's top tables down, level by level, whole arrays at once. It finds the tables of the kernel
+and of the processes that ran. All others hang from top tables of their own, in which Xen has entries for itself. A
+64-bit L4 has one that names the table: the linear page table. In a 32-bit guest they end the last L2. Xen lets nobody
+map a page table writable. So only pages that the tables found so far map, and never writable, are tried as top tables.
 
-A domain that ran while it was dumped has pages of different moments: an entry may name a table that had ended, and been
-given to somebody else, when its page was written. What is reached is therefore a table only if it looks like one, which
-Xen has seen to of all that are (get_page_from_l1e() to get_page_from_l4e()), and if no table maps it writable.
+A domain that ran while it was dumped has pages of different moments. An entry may name a table that had been freed and
+its page reused before that page was written. Such a stale table is told by two signs. It does not have the entries that
+Xen allows, or another table maps it writable.
+
+Source: xen.git:xen/arch/x86/mm.c get_page_type(), init_xen_l4_slots(), init_xen_pae_l2_slots(), get_page_from_l1e() to
+get_page_from_l4e().
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -27,168 +29,191 @@ from xenpv.runs import Runs
 
 LINEAR_PT_SLOT = 258  # of an L4: xen.git:xen/arch/x86/include/asm/config.h
 _MFN_END = 1 << 35  # 128 TiB: Xen knows no memory beyond (xen/arch/x86/include/asm/config.h, with CONFIG_BIGMEM)
-_NOT_IN_L3 = ~np.uint64(PTE_FRAME_MASK | allowed_flags(3, 4) & ~PTE_P)
+_FORBIDDEN_IN_PAE_L3 = ~np.uint64(PTE_FRAME_MASK | allowed_flags(3, 4) & ~PTE_P)
 _P, _RW, _PSE = np.uint64(PTE_P), np.uint64(PTE_RW), np.uint64(PTE_PSE)
 
 
-class Tables(NamedTuple):
-    """Page tables: their pfns, ascending, and the level of each. ``ended``: how many pages others name as tables that
-    are none.
+class PageTables(NamedTuple):
+    """Page tables by pfn.
+
+    Attributes:
+        pfns: The pfns, ascending.
+        levels: The level of each, uint8 of the same shape.
+        stale: How many pages are named as page tables without being any.
     """
 
     pfns: U64
     levels: U8
-    ended: int = 0
+    stale: int = 0
+
+    @classmethod
+    def empty(cls) -> Self:
+        """No page tables."""
+        return cls(np.empty(0, np.uint64), np.empty(0, np.uint8))
 
     def level_of(self, pfns: U64) -> U8:
-        """The level of each page, 0 for one that is none of these; of the same shape."""
+        """Return the level of each page, 0 for other pages; uint8 of the same shape."""
         if not len(self.pfns):
             return np.zeros(pfns.shape, np.uint8)
-        at = np.minimum(np.searchsorted(self.pfns, pfns), len(self.pfns) - 1)
-        return np.where(self.pfns[at] == pfns, self.levels[at], np.uint8(0))
+        row = np.minimum(np.searchsorted(self.pfns, pfns), len(self.pfns) - 1)
+        return np.where(self.pfns[row] == pfns, self.levels[row], np.uint8(0))
 
-    def with_others(self, pfns: U64, level: int, ended: int) -> Tables:
-        """These, and tables of that level, none of which is among them; and how many more have ended."""
+    def with_tables(self, pfns: U64, level: int, stale: int) -> PageTables:
+        """Return these and further tables of one level, and count stale ones. No pfn may be among these already."""
         joined = np.concatenate([self.pfns, pfns])
         order = np.argsort(joined)
         levels = np.concatenate([self.levels, np.full(len(pfns), level, np.uint8)])
-        return Tables(joined[order], levels[order], self.ended + ended)
+        return PageTables(joined[order], levels[order], self.stale + stale)
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
-    """Looks for page tables. ``raw``: pages as they are in the core; ``pfn_of`` and ``mfn_of`` translate; ``runs``:
-    the pfns that the core has.
+class PageTableSearch:
+    """The search for all page tables of one core.
+
+    Attributes:
+        raw: The pages as they are in the core, with mfns in page tables.
+        width: Bytes of the guest's unsigned long.
+        pfns_of: Translates mfns to pfns, NO_FRAME for those that are not in the core.
+        mfns_of: The inverse.
+        runs: The pfns in the core.
     """
 
     raw: Frames
     width: Width
-    pfn_of: Translate
-    mfn_of: Translate
+    pfns_of: Translate
+    mfns_of: Translate
     runs: Runs
 
-    def tables(self, tops: U64) -> Tables:
-        """All page tables. ``tops``: pfns of the vcpus' top tables."""
-        none = Tables(np.empty(0, np.uint64), np.empty(0, np.uint8))
-        found = self._below(tops, none, None)
-        mapped, writable = self._mapped(found.pfns[found.levels == 1])
-        doubtful = writable.has(found.pfns)
-        if doubtful.any():  # and so is what they say of others
-            mapped, writable = self._mapped(found.pfns[~doubtful & (found.levels == 1)])
-            found = self._below(tops, none, writable)
-        candidates = mapped.pfns(but=writable)
+    def find(self, top_pfns: U64) -> PageTables:
+        """Return all page tables. ``top_pfns`` are the vcpus' top tables."""
+        found = self._walk(top_pfns, PageTables.empty(), None)
+        mapped, writable = self._mapped_pages(found.pfns[found.levels == 1])
+        suspect = writable.is_marked(found.pfns)
+        if suspect.any():  # a stale table's entries mark pages that nobody maps: start again without it
+            mapped, writable = self._mapped_pages(found.pfns[~suspect & (found.levels == 1)])
+            found = self._walk(top_pfns, PageTables.empty(), writable)
+        candidates = mapped.difference(writable)
         candidates = candidates[found.level_of(candidates) == 0]
-        others = self._tops(candidates) if self.width == 8 else self._tops_32(candidates, found)
-        return self._below(others, found, writable)
+        other_tops = self._select_l4(candidates) if self.width == 8 else self._select_pae_l3(candidates, found)
+        return self._walk(other_tops, found, writable)
 
-    def _below(self, tops: U64, known: Tables, never: _Marks | None) -> Tables:
-        """All tables that are reached from some top tables, and those that are known; ``never``: what is none."""
-        found, now = known, tops
+    def _walk(self, top_pfns: U64, known: PageTables, writable: _PageMarks | None) -> PageTables:
+        """Return the known tables and all that are reached from some top tables.
+
+        Args:
+            top_pfns: The pfns of the top tables.
+            known: Tables that need not be walked again.
+            writable: Pages that some table maps writable: they are no tables.
+        """
+        found, pfns = known, top_pfns
         for level in range(LEVELS[self.width], 0, -1):
-            now = np.unique(now)
-            named = now[found.level_of(now) == 0]
-            now = named if never is None else named[~never.has(named)]
-            now = np.concatenate([now[:0], *(some[self._fit(some, level)] for some in _some(now))])
-            found = found.with_others(now, level, len(named) - len(now))
-            if level == 1:
-                break
-            below = [self._named(tables, level) for tables in _some(now)]
-            now = np.unique(np.concatenate([np.empty(0, np.uint64), *below]))
+            pfns = np.unique(pfns)
+            named = pfns[found.level_of(pfns) == 0]
+            read_only = named if writable is None else named[~writable.is_marked(named)]
+            tables = [batch[self._look_like_tables(batch, level)] for batch in _batches(read_only)]
+            pfns = np.concatenate([read_only[:0], *tables])
+            found = found.with_tables(pfns, level, stale=len(named) - len(pfns))
+            if level > 1:
+                children = [self._children(batch, level) for batch in _batches(pfns)]
+                pfns = np.unique(np.concatenate([np.empty(0, np.uint64), *children]))
         return found
 
-    def _fit(self, pfns: U64, level: int) -> Mask:
-        """Which of some pages can be tables of that level.
+    def _look_like_tables(self, pfns: U64, level: int) -> Mask:
+        """Return which pages can be page tables of the level.
 
-        Half of what they name must be the domain's. Not all: an L1 may map shared info, grants and devices, and a page
-        may have come while the core was written, which the core's list then has not.
+        Half of the frames in their entries must be the domain's. Not all: an L1 may map shared info, grants and
+        devices. A page may also have come while the core was written, and be missing in the core's list.
         """
         entries = as_entries(self.raw.pages(pfns))
-        own_slots = ~is_xen_slot(level, self.width, last_pae_l2=True)
-        there = (entries & _P != 0) & own_slots
-        named = frames(entries)
-        good = there.copy()
-        good[there] = self.pfn_of(named[there]) != NO_FRAME
+        present = (entries & _P != 0) & ~is_xen_slot(level, self.width, last_pae_l2=True)
+        mfns = frames(entries)
+        valid = present.copy()
+        valid[present] = self.pfns_of(mfns[present]) != NO_FRAME
         if level > 1:
-            good &= entries & ~np.uint64(PTE_FRAME_MASK | allowed_flags(level, self.width)) == 0
-        fit = good.sum(axis=1) >= (there & ~good).sum(axis=1)
-        fit &= ~(there & (named >= _MFN_END) & (named != NO_PFN)).any(axis=1)
+            valid &= entries & ~np.uint64(PTE_FRAME_MASK | allowed_flags(level, self.width)) == 0
+        accepted = valid.sum(axis=1) >= (present & ~valid).sum(axis=1)
+        accepted &= ~(present & (mfns >= _MFN_END) & (mfns != NO_PFN)).any(axis=1)
         if level == 4:
-            fit &= _is_l4(entries, self.mfn_of(pfns))
+            accepted &= _has_linear_page_table(entries, self.mfns_of(pfns))
         if level == 3 and self.width == 4:
-            fit &= (entries[:, PAE_L3_ENTRIES:] == 0).all(axis=1)
-        return np.asarray(fit)
+            accepted &= (entries[:, PAE_L3_ENTRIES:] == 0).all(axis=1)
+        return np.asarray(accepted)
 
-    def _named(self, tables: U64, level: int) -> U64:
-        """The pfns of the tables that tables of that level name, each once."""
-        entries = as_entries(self.raw.pages(tables))
-        wanted = (entries & (_P | _PSE) == _P) & ~is_xen_slot(level, self.width)
-        return self._pfns(frames(entries[wanted]))
+    def _children(self, pfns: U64, level: int) -> U64:
+        """Return the pfns of the tables that tables of this level name, each once."""
+        entries = as_entries(self.raw.pages(pfns))
+        names_table = (entries & (_P | _PSE) == _P) & ~is_xen_slot(level, self.width)
+        return self._unique_pfns(frames(entries[names_table]))
 
-    def _pfns(self, mfns: U64) -> U64:
-        """Those of the mfns that are pages of the core, as pfns, each once."""
-        pfns = self.pfn_of(np.unique(mfns))
+    def _unique_pfns(self, mfns: U64) -> U64:
+        """Return the pfns of those mfns that are in the core, ascending, each once."""
+        pfns = self.pfns_of(np.unique(mfns))
         return np.unique(pfns[pfns != NO_FRAME])
 
-    def _tops(self, candidates: U64) -> U64:
-        """Which of some pages are top tables of a 64-bit guest, by Xen's entry in each."""
-        found = (some[_is_l4(as_entries(self.raw.pages(some)), self.mfn_of(some))] for some in _some(candidates))
-        return np.concatenate([candidates[:0], *found])
+    def _select_l4(self, candidates: U64) -> U64:
+        """Return the pages that are L4 tables, by Xen's linear page table in each."""
+        tables = [
+            batch[_has_linear_page_table(as_entries(self.raw.pages(batch)), self.mfns_of(batch))]
+            for batch in _batches(candidates)
+        ]
+        return np.concatenate([candidates[:0], *tables])
 
-    def _tops_32(self, candidates: U64, known: Tables) -> U64:
-        """Which of some pages are top tables of a 32-bit guest.
+    def _select_pae_l3(self, candidates: U64, known: PageTables) -> U64:
+        """Return the pages that are L3 tables of a 32-bit guest, and those known.
 
-        Xen clears all behind their four entries, and demands a last one, whose L2 ends with Xen's own entries, the same
-        for all (promote_l3_table()).
+        Xen clears all after their four entries. It demands the last of the four, and ends its L2 with Xen's own
+        entries, which are the same in all (xen.git:xen/arch/x86/mm.c promote_l3_table()).
         """
-        found, own = [np.empty(0, np.uint64)], None
-        for some in (*_some(known.pfns[known.levels == 3]), *_some(candidates)):
-            entries = as_entries(self.raw.pages(some))
+        selected, xen_entries = [np.empty(0, np.uint64)], None
+        for batch in (*_batches(known.pfns[known.levels == 3]), *_batches(candidates)):
+            entries = as_entries(self.raw.pages(batch))
             last = entries[:, PAE_L3_ENTRIES - 1]
-            fits = (entries[:, PAE_L3_ENTRIES:] == 0).all(axis=1) & (last & _NOT_IN_L3 == _P)
-            l2s = self.pfn_of(frames(last))
-            at = np.flatnonzero(fits & (l2s != NO_FRAME))
-            ends = as_entries(self.raw.pages(l2s[at]))[:, XEN_PAE_L2_FIRST:]
-            if own is None:
-                own = ends[:1]
-            found.append(some[at[(ends == own).all(axis=1)]] if len(own) else some[:0])
-        return np.concatenate(found)
+            valid = (entries[:, PAE_L3_ENTRIES:] == 0).all(axis=1) & (last & _FORBIDDEN_IN_PAE_L3 == _P)
+            l2_pfns = self.pfns_of(frames(last))
+            rows = np.flatnonzero(valid & (l2_pfns != NO_FRAME))
+            l2_ends = as_entries(self.raw.pages(l2_pfns[rows]))[:, XEN_PAE_L2_FIRST:]
+            if xen_entries is None:
+                xen_entries = l2_ends[:1]
+            if len(xen_entries):
+                selected.append(batch[rows[(l2_ends == xen_entries).all(axis=1)]])
+        return np.concatenate(selected)
 
-    def _mapped(self, l1s: U64) -> tuple[_Marks, _Marks]:
-        """The pages that tables of level 1 map, and those that they map writable."""
-        mapped, writable = _Marks(self.runs), _Marks(self.runs)
-        for tables in _some(l1s):
-            entries = as_entries(self.raw.pages(tables))
-            mapped.put(self._pfns(frames(entries[entries & _P != 0])))
-            writable.put(self._pfns(frames(entries[entries & (_P | _RW) == _P | _RW])))
+    def _mapped_pages(self, l1_pfns: U64) -> tuple[_PageMarks, _PageMarks]:
+        """Return the pages that L1 tables map, and those that they map writable."""
+        mapped, writable = _PageMarks(self.runs), _PageMarks(self.runs)
+        for batch in _batches(l1_pfns):
+            entries = as_entries(self.raw.pages(batch))
+            mapped.mark(self._unique_pfns(frames(entries[entries & _P != 0])))
+            writable.mark(self._unique_pfns(frames(entries[entries & (_P | _RW) == _P | _RW])))
         return mapped, writable
 
 
-class _Marks:
-    """A mark for each page of the core: a byte, and none for pfns that it has not."""
+class _PageMarks:
+    """A set of pages of the core: one byte for each page that it has."""
 
     def __init__(self, runs: Runs) -> None:
         self._runs = runs
         self._marked = np.zeros(runs.total, np.bool_)
 
-    def put(self, pfns: U64) -> None:
-        """Mark pages of the core."""
+    def mark(self, pfns: U64) -> None:
+        """Add pages of the core."""
         self._marked[self._runs.positions(pfns)] = True
 
-    def has(self, pfns: U64) -> Mask:
-        """Which pages of the core are marked."""
+    def is_marked(self, pfns: U64) -> Mask:
+        """Return which pages of the core are in the set."""
         return np.asarray(self._marked[self._runs.positions(pfns)])
 
-    def pfns(self, *, but: _Marks) -> U64:
-        """The pages that are marked here, and not there: ascending."""
-        return self._runs.pfns_at(np.flatnonzero(self._marked & ~but._marked))
+    def difference(self, other: _PageMarks) -> U64:
+        """Return the pfns that are in this set and not in the other, ascending."""
+        return self._runs.pfns_at(np.flatnonzero(self._marked & ~other._marked))
 
 
-def _is_l4(entries: U64, mfns: U64) -> Mask:
-    """Which pages are an L4, by Xen's entry that names the page itself."""
+def _has_linear_page_table(entries: U64, mfns: U64) -> Mask:
+    """Return which tables have the entry of an L4 that names the table itself."""
     slot = entries[:, LINEAR_PT_SLOT]
     return np.asarray((slot & _P != 0) & (frames(slot) == mfns))
 
 
-def _some(pfns: U64) -> Iterator[U64]:
-    for i in range(0, len(pfns), PAGES_PER_BATCH):
-        yield pfns[i : i + PAGES_PER_BATCH]
+def _batches(pfns: U64) -> Iterator[U64]:
+    for start in range(0, len(pfns), PAGES_PER_BATCH):
+        yield pfns[start : start + PAGES_PER_BATCH]

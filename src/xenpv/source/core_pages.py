@@ -1,4 +1,4 @@
-"""The pages of a core: which pfn lies where in the file, and which mfn is which pfn."""
+"""The list of pages in a core: the offset of each pfn, and the pfn of each mfn."""
 
 from __future__ import annotations
 
@@ -19,81 +19,93 @@ from xenpv.stream import dumpcore
 from xenpv.stream.dumpcore import Layout, Report
 from xenpv.stream.index import PageIndex
 
-_AGAIN_MAX = 1 << 16  # of these may name the same pfn as the one before
+_REPEATS_MAX = 1 << 16  # entries of one batch that may repeat the pfn before them
 
 
 class CorePages:
-    """The list of a core's pages, read once when it is opened, and once more when mfns are asked for.
+    """The pages of a core, by its list of pages.
 
-    ``raw`` is the pages as they are in the file, all of them of type NOTAB.
+    The list is read when the core is opened, and once more when mfns are asked for.
+
+    Attributes:
+        index: The offset of each page.
+        raw: The pages as they are in the file, all of type NOTAB.
     """
 
     def __init__(self, source: Input, layout: Layout, report: Report) -> None:
         self._source = source
         self._layout = layout
         try:
-            self._where = FrameMap.from_pieces((pfns, rows) for pfns, _, rows in self._entries(report))
+            self._rows = FrameMap.from_pieces((pfns, rows) for pfns, _, rows in self._read_list(report))
         except GuestError as e:
             raise Unsupported(f"a list of {layout.present:#x} pages has {e}", offset=layout.table.offset) from e
-        if self._where.repeated:
-            what = f"pfn {self._where.first_repeated:#x} is listed twice, and {self._where.repeated - 1} others"
-            report(dumpcore.REPEATED, what, layout.table.offset)
-        offset = self._where.target.astype(np.int64) * PAGE_SIZE + layout.content.offset
+        if self._rows.repeated:
+            message = f"pfn {self._rows.first_repeated:#x} is listed twice, and {self._rows.repeated - 1} others"
+            report(dumpcore.REPEATED, message, layout.table.offset)
+        offset = self._rows.target.astype(np.int64) * PAGE_SIZE + layout.content.offset
         types = np.full(len(offset), PageType.NOTAB, np.uint8)
         self.index = PageIndex.from_extents(Extents(self.runs.first, self.runs.pages, types), offset)
-        self.raw = FilePages(source.fd, self.index, self.index, source.start, what="the core")
+        self.raw = FilePages(source.fd, self.index, self.index, source.start, source_name="the core")
 
-    def _entries(self, report: Report | None = None) -> Iterator[tuple[U64, U64, U64]]:
-        """The list in pieces: pfns, mfns (of HVM the pfns again) and their rows; what names no page is left out."""
-        layout, last = self._layout, -1
-        for first in range(0, layout.present, PFNS_PER_SCAN):
-            count = min(PFNS_PER_SCAN, layout.present - first)
-            at = self._source.start + layout.table.offset + first * layout.entry
-            words = np.frombuffer(os.pread(self._source.fd, count * layout.entry, at), "<u8")
+    def _read_list(self, report: Report | None = None) -> Iterator[tuple[U64, U64, U64]]:
+        """Yield the valid entries of the list in batches: pfns, mfns, and their rows in the list.
+
+        An HVM core lists pfns only, which are given as mfns, too. ``report`` takes breaches of rules.
+        """
+        layout, last_pfn = self._layout, -1
+        for first_row in range(0, layout.present, PFNS_PER_SCAN):
+            count = min(PFNS_PER_SCAN, layout.present - first_row)
+            offset = self._source.start + layout.table.offset + first_row * layout.entry
+            words = np.frombuffer(os.pread(self._source.fd, count * layout.entry, offset), "<u8")
             pfns, mfns = (words, words) if layout.hvm else words[: len(words) & ~1].reshape(-1, 2).T
-            there = (pfns != INVALID) & (mfns != INVALID)
-            good = there & (pfns < NO_PFN) & (mfns < NO_PFN)
-            rows = np.flatnonzero(good).astype(np.uint64) + np.uint64(first)
+            used = (pfns != INVALID) & (mfns != INVALID)
+            valid = used & (pfns < NO_PFN) & (mfns < NO_PFN)
+            rows = np.flatnonzero(valid).astype(np.uint64) + np.uint64(first_row)
+            valid_pfns, valid_mfns = pfns[valid], mfns[valid]
             if report is not None:
-                self._refuse_holes(pfns[good], rows)
-                if (bad := first_bad(there & ~good)) is not None:
-                    what = f"entry {first + bad:#x} names pfn {int(pfns[bad]):#x}, mfn {int(mfns[bad]):#x}"
-                    report(dumpcore.RANGE, what, at + bad * layout.entry)
-                steps = np.diff(pfns[good].astype(np.int64), prepend=last)
+                self._refuse_hole(valid_pfns, rows)
+                if (bad := first_bad(used & ~valid)) is not None:
+                    message = f"entry {first_row + bad:#x} names pfn {int(pfns[bad]):#x}, mfn {int(mfns[bad]):#x}"
+                    report(dumpcore.RANGE, message, offset + bad * layout.entry)
+                steps = np.diff(valid_pfns.astype(np.int64), prepend=last_pfn)
                 if (back := first_bad(steps < 0)) is not None:
-                    what = f"pfn {int(pfns[good][back]):#x} comes behind a higher one"
-                    report(dumpcore.ORDER, what, at + int(rows[back] - np.uint64(first)) * layout.entry)
-                last = int(pfns[good][-1]) if good.any() else last
-            yield pfns[good], mfns[good], rows
+                    message = f"pfn {int(valid_pfns[back]):#x} comes after a higher one"
+                    report(dumpcore.ORDER, message, offset + int(rows[back] - np.uint64(first_row)) * layout.entry)
+                last_pfn = int(valid_pfns[-1]) if len(valid_pfns) else last_pfn
+            yield valid_pfns, valid_mfns, rows
 
-    def _refuse_holes(self, pfns: U64, rows: U64) -> None:
-        """A hole in a sparse file costs nothing, and is any number of entries that name pfn 0: no list has so many."""
-        again = np.flatnonzero(pfns[1:] == pfns[:-1])
-        if len(again) > _AGAIN_MAX:
-            first = int(again[0]) + 1
-            offset = self._layout.table.offset + int(rows[first]) * self._layout.entry
-            what = f"from entry {int(rows[first]):#x} on it names pfn {int(pfns[first]):#x} again and again"
+    def _refuse_hole(self, pfns: U64, rows: U64) -> None:
+        """Raise Unsupported if the list repeats one pfn too often.
+
+        A hole in a sparse file costs nothing, and reads as any number of entries for pfn 0.
+        """
+        repeats = np.flatnonzero(pfns[1:] == pfns[:-1])
+        if len(repeats) > _REPEATS_MAX:
+            row = int(rows[int(repeats[0]) + 1])
+            pfn = int(pfns[int(repeats[0]) + 1])
             raise Unsupported(
-                f"the list of pages has a hole: {what}; is the core cut short, or copied in part?", offset=offset
+                f"the list of pages has a hole: from entry {row:#x} on it names pfn {pfn:#x} again and again; "
+                "is the core cut short, or copied in part?",
+                offset=self._layout.table.offset + row * self._layout.entry,
             )
 
     @cached_property
-    def _pfn_of(self) -> FrameMap:
-        return FrameMap.from_pieces((mfns, pfns) for pfns, mfns, _ in self._entries())
+    def _pfn_by_mfn(self) -> FrameMap:
+        return FrameMap.from_pieces((mfns, pfns) for pfns, mfns, _ in self._read_list())
 
     @cached_property
-    def _mfn_of(self) -> FrameMap:
-        return FrameMap.from_pieces((pfns, mfns) for pfns, mfns, _ in self._entries())
+    def _mfn_by_pfn(self) -> FrameMap:
+        return FrameMap.from_pieces((pfns, mfns) for pfns, mfns, _ in self._read_list())
 
     def pfns_of(self, mfns: U64) -> U64:
-        """The pfn of each mfn, NO_FRAME for one that is in the core nowhere."""
-        return self._pfn_of.lookup(mfns)
+        """Return the pfn of each mfn, NO_FRAME for one that is not in the core."""
+        return self._pfn_by_mfn.lookup(mfns)
 
     def mfns_of(self, pfns: U64) -> U64:
-        """The mfn of each pfn, NO_FRAME for one that is in the core nowhere."""
-        return self._mfn_of.lookup(pfns)
+        """Return the mfn of each pfn, NO_FRAME for one that is not in the core."""
+        return self._mfn_by_pfn.lookup(pfns)
 
     @property
     def runs(self) -> Runs:
-        """The pfns that the core has."""
-        return self._where.runs
+        """The pfns in the core."""
+        return self._rows.runs

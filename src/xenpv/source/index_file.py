@@ -1,9 +1,9 @@
-"""The index of a large save file, kept beside it: ``web.save.xpvi``.
+"""The stored index of a large save file: ``web.save.xpvi`` beside ``web.save``.
 
-It says where pages lie, and nothing that a guest had in its memory: all other records are read from the save file
-itself, again and again. It counts as long as the file is the same, by its size, its time and a fingerprint of its
-content; one that is not, or that somebody else could have written, or that cannot be true, is passed by. Whatever else
-is wrong in it could only name other places of the same save file.
+It tells where pages lie, and nothing that a guest had in memory. All other records are read from the save file itself
+each time. The index is used while the save file has the same size, time and fingerprint. An index that somebody else
+could have written, or that cannot be true, is ignored. Any other error in it can only name other places of the same
+save file.
 """
 
 from __future__ import annotations
@@ -31,20 +31,28 @@ from xenpv.stream.index import PageIndex
 SUFFIX = ".xpvi"
 
 _MAGIC = b"xenpvi\0\1"  # the last byte is the version
-# Magic, size, mtime, start, fingerprint; how many extents, runs, pfns twice; PageIndex.sent, repeated.
+# Magic; size, mtime, start, fingerprint; number of extents, groups of PAGE_DATA, duplicates; PageIndex.sent, repeated.
 _HEADER = struct.Struct("<8sQQQ16sQQQQQ")
-_DIGEST = 16
-_EXTENT = np.dtype([("start", "<u8"), ("pages", "<i8"), ("offset", "<i8"), ("type", "<u8")])
-_RUN = np.dtype([(name, "<i8") for name in ("offset", "size", "length", "count", "pages")])
-_TWICE = np.dtype([("pfn", "<u8"), ("offset", "<i8")])
-_TWICE_MAX = 4096
-_RECORD = 8  # bytes of a record's header
-_SAMPLES, _SAMPLE = 64, 4096
-_ENDS = 1 << 16  # bytes of both ends of the file that the fingerprint takes in
+_DIGEST_SIZE = 16
+_EXTENT = np.dtype([("first", "<u8"), ("pages", "<i8"), ("offset", "<i8"), ("type", "<u8")])
+_PAGE_DATA = np.dtype([(name, "<i8") for name in ("offset", "size", "length", "count", "pages")])
+_DUPLICATE = np.dtype([("pfn", "<u8"), ("offset", "<i8")])
+_DUPLICATES_MAX = 4096
+_RECORD_HEADER = 8  # bytes
+# The fingerprint covers so many samples of so many bytes, and so many bytes at both ends of the file.
+_SAMPLES, _SAMPLE_SIZE = 64, 4096
+_END_SIZE = 1 << 16
 
 
-class State(NamedTuple):
-    """What a file is known again by."""
+class FileState(NamedTuple):
+    """The values by which an unchanged save file is recognised.
+
+    Attributes:
+        size: Bytes.
+        mtime: Time of the last change, in nanoseconds.
+        start: The offset of the stream.
+        fingerprint: A digest of samples.
+    """
 
     size: int
     mtime: int
@@ -53,27 +61,31 @@ class State(NamedTuple):
 
     @classmethod
     def of(cls, source: Input) -> Self:
-        """Of an open file, now."""
+        """Return the state of an open file, now."""
         info = os.fstat(source.fd)
-        seen = blake2b(digest_size=_DIGEST)
-        step = max(1, info.st_size // _SAMPLES)
-        for at in range(0, info.st_size, step):
-            seen.update(os.pread(source.fd, _SAMPLE, at))
-        for at in (source.start, max(0, info.st_size - _ENDS)):
-            seen.update(os.pread(source.fd, _ENDS, at))
-        return cls(info.st_size, info.st_mtime_ns, source.start, seen.digest())
+        digest = blake2b(digest_size=_DIGEST_SIZE)
+        for offset in range(0, info.st_size, max(1, info.st_size // _SAMPLES)):
+            digest.update(os.pread(source.fd, _SAMPLE_SIZE, offset))
+        for offset in (source.start, max(0, info.st_size - _END_SIZE)):
+            digest.update(os.pread(source.fd, _END_SIZE, offset))
+        return cls(info.st_size, info.st_mtime_ns, source.start, digest.digest())
 
 
 @dataclass(frozen=True, slots=True)
-class KeptIndex:
-    """An index, and the runs of PAGE_DATA that it stands for, by their offset."""
+class StoredIndex:
+    """An index out of a file.
+
+    Attributes:
+        index: The index.
+        page_data: The groups of PAGE_DATA records that it stands for, by their offset.
+    """
 
     index: PageIndex
-    passing: dict[int, SkippedPageData]
+    page_data: dict[int, SkippedPageData]
 
     @classmethod
     def load(cls, path: str, source: Input) -> Self | None:
-        """The index kept beside the save file at ``path``; None where there is none that counts."""
+        """Return the index stored beside the save file at ``path``; None if there is none that fits the file."""
         try:
             fd = os.open(path + SUFFIX, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
@@ -83,82 +95,94 @@ class KeptIndex:
             owners = {os.geteuid(), os.fstat(source.fd).st_uid}
             if not stat.S_ISREG(info.st_mode) or info.st_mode & 0o022 or info.st_uid not in owners:
                 return None
-            return cls._of(fd, info.st_size, State.of(source))
+            return cls._parse(fd, info.st_size, FileState.of(source))
         except OSError:
             return None
         finally:
             os.close(fd)
 
     @classmethod
-    def _of(cls, fd: int, size: int, state: State) -> Self | None:
-        head = os.pread(fd, _HEADER.size, 0)
-        if len(head) < _HEADER.size:
+    def _parse(cls, fd: int, size: int, state: FileState) -> Self | None:
+        """Return the index in an open file of this size; None if it is not for this state, or cannot be true."""
+        header = os.pread(fd, _HEADER.size, 0)
+        if len(header) < _HEADER.size:
             return None
-        magic, *same, rows, runs, twice, sent, repeated = _HEADER.unpack(head)
-        if magic != _MAGIC or tuple(same) != state:
+        magic, *stored_state, extent_count, page_data_count, duplicate_count, sent, repeated = _HEADER.unpack(header)
+        if magic != _MAGIC or tuple(stored_state) != state:
             return None
-        stream = state.size - state.start
-        # An entry of a stream takes 8 bytes of it, and a record more; so many there can be, and no more are read.
-        if rows > stream // 8 or runs > stream // 16 or twice > _TWICE_MAX or max(sent, repeated) > stream // 8:
+        # An entry of a stream takes 8 bytes, a record more. Counts beyond that are false; memory stays bounded.
+        stream_size = state.size - state.start
+        if max(extent_count, sent, repeated) > stream_size // 8 or page_data_count > stream_size // 16:
             return None
-        arrays = [(_EXTENT, rows), (_RUN, runs), (_TWICE, twice)]
-        if size != _HEADER.size + sum(dtype.itemsize * count for dtype, count in arrays) + _DIGEST:
+        if duplicate_count > _DUPLICATES_MAX:
+            return None
+        counts = [(_EXTENT, extent_count), (_PAGE_DATA, page_data_count), (_DUPLICATE, duplicate_count)]
+        if size != _HEADER.size + sum(dtype.itemsize * count for dtype, count in counts) + _DIGEST_SIZE:
             return None
         body = os.pread(fd, size - _HEADER.size, _HEADER.size)
-        if len(body) != size - _HEADER.size or _digest(head, body[:-_DIGEST]) != body[-_DIGEST:]:
+        if len(body) != size - _HEADER.size or _digest(header, body[:-_DIGEST_SIZE]) != body[-_DIGEST_SIZE:]:
             return None
-        found, at = [], 0
-        for dtype, count in arrays:
-            found.append(np.frombuffer(body, dtype, count, at))
-            at += dtype.itemsize * count
-        if not (_possible_extents(found[0], stream) and _possible_runs(found[1], stream)):
+        arrays, offset = [], 0
+        for dtype, count in counts:
+            arrays.append(np.frombuffer(body, dtype, count, offset))
+            offset += dtype.itemsize * count
+        extents, page_data, duplicates = arrays
+        if not (_are_possible_extents(extents, stream_size) and _is_possible_page_data(page_data, stream_size)):
             return None
-        of = found[0]
-        extents = Extents(of["start"].copy(), of["pages"].copy(), of["type"].astype(np.uint8))
-        index = PageIndex.from_extents(extents, of["offset"].copy())
+        runs = Extents(extents["first"].copy(), extents["pages"].copy(), extents["type"].astype(np.uint8))
+        index = PageIndex.from_extents(runs, extents["offset"].copy())
         index.sent, index.repeated = sent, repeated
-        index.duplicates = [(int(pfn), int(offset)) for pfn, offset in found[2].tolist()]
-        return cls(index, {run[0]: SkippedPageData(*run) for run in found[1].tolist()})
+        index.duplicates = [(int(pfn), int(offset)) for pfn, offset in duplicates.tolist()]
+        return cls(index, {row[0]: SkippedPageData(*row) for row in page_data.tolist()})
 
 
-def keep(path: str, source: Input, contents: Contents, state: State) -> bool:
-    """Keep the index of a stream that was read whole, beside its file; whether that could be done.
+def store_index(path: str, source: Input, contents: Contents, state: FileState) -> bool:
+    """Store the index of a stream that was read to its end, beside its file.
 
-    ``state``: of the file before it was read. Nothing is kept of a file that has changed since, and nothing but an
-    older index is ever replaced.
+    Nothing but an older index is replaced. A folder that cannot be written to, or a full disk, only costs time later.
+
+    Args:
+        path: The save file.
+        source: The save file, open.
+        contents: The records of the stream.
+        state: The state of the file before it was read.
+
+    Returns:
+        Whether the index was stored. It is not if the file has changed meanwhile.
     """
-    runs = _runs(contents)
-    if runs is None or State.of(source) != state or not _replaceable(path + SUFFIX):
+    page_data = _page_data_groups(contents)
+    if page_data is None or FileState.of(source) != state or not _is_replaceable(path + SUFFIX):
         return False
-    known = contents.index.extents
-    extents = np.empty(len(known), _EXTENT)
-    extents["start"], extents["pages"], extents["type"] = known.first, known.pages, known.type
-    extents["offset"] = contents.index.offsets(known.first)
-    twice = np.array(contents.index.duplicates[:_TWICE_MAX], _TWICE)
-    counts = len(extents), len(runs), len(twice), contents.index.sent, contents.index.repeated
-    head = _HEADER.pack(_MAGIC, *state, *counts)
-    body = extents.tobytes() + runs.tobytes() + twice.tobytes()
+    runs = contents.index.extents
+    extents = np.empty(len(runs), _EXTENT)
+    extents["first"], extents["pages"], extents["type"] = runs.first, runs.pages, runs.type
+    extents["offset"] = contents.index.offsets(runs.first)
+    duplicates = np.array(contents.index.duplicates[:_DUPLICATES_MAX], _DUPLICATE)
+    counts = len(extents), len(page_data), len(duplicates), contents.index.sent, contents.index.repeated
+    header = _HEADER.pack(_MAGIC, *state, *counts)
+    body = extents.tobytes() + page_data.tobytes() + duplicates.tobytes()
     try:
         with Output.open(path + SUFFIX) as out:
-            out.write([head, body, _digest(head, body)])
+            out.write([header, body, _digest(header, body)])
     except (OSError, RequestError):
-        return False  # a folder that is not ours to write to, a full disk: it was only to be faster the next time
+        return False
     return True
 
 
-def _runs(contents: Contents) -> npt.NDArray[Any] | None:
-    """The runs of PAGE_DATA; None if they are not as they would be passed over."""
+def _page_data_groups(contents: Contents) -> npt.NDArray[Any] | None:
+    """Return the groups of PAGE_DATA records; None if a reader could not skip them as groups."""
     rows = []
-    for run, behind in pairwise(contents.record_groups):
-        if run.name == "PAGE_DATA":
-            size = run.length + run.count * _RECORD
-            if run.offset + size != behind.offset:
+    for group, following in pairwise(contents.record_groups):
+        if group.name == "PAGE_DATA":
+            size = group.length + group.count * _RECORD_HEADER
+            if group.offset + size != following.offset:
                 return None
-            rows.append((run.offset, size, run.length, run.count, run.pages))
-    return np.array(rows, _RUN) if contents.complete else None
+            rows.append((group.offset, size, group.length, group.count, group.pages))
+    return np.array(rows, _PAGE_DATA) if contents.complete else None
 
 
-def _replaceable(path: str) -> bool:
+def _is_replaceable(path: str) -> bool:
+    """Whether a path is free, or an index of ours."""
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             return False
@@ -170,29 +194,31 @@ def _replaceable(path: str) -> bool:
         return False
 
 
-def _digest(head: bytes, body: bytes) -> bytes:
-    return blake2b(head + body, digest_size=_DIGEST).digest()
+def _digest(header: bytes, body: bytes) -> bytes:
+    return blake2b(header + body, digest_size=_DIGEST_SIZE).digest()
 
 
-def _possible_extents(of: npt.NDArray[Any], stream: int) -> bool:
-    start, pages, offset, kind = of["start"], of["pages"], of["offset"], of["type"]
-    if not len(of):
+def _are_possible_extents(extents: npt.NDArray[Any], stream_size: int) -> bool:
+    """Whether extents ascend, do not overlap, and have their content within the stream."""
+    if not len(extents):
         return True
-    if not ((pages > 0) & (pages <= stream // 8) & (start < 1 << 52) & (kind < 16)).all():
+    first, pages, offset, page_type = extents["first"], extents["pages"], extents["offset"], extents["type"]
+    if not ((pages > 0) & (pages <= stream_size // 8) & (first < 1 << 52) & (page_type < 16)).all():
         return False
-    if int(pages.sum()) > stream // 8 or (start[1:] < start[:-1] + pages[:-1].astype(np.uint64)).any():
+    if int(pages.sum()) > stream_size // 8 or (first[1:] < first[:-1] + pages[:-1].astype(np.uint64)).any():
         return False
-    with_content = offset >= 0
-    if not (IS_KNOWN[kind].all() and (HAS_DATA[kind] | ~with_content).all()):
+    has_content = offset >= 0
+    if not (IS_KNOWN[page_type].all() and (HAS_DATA[page_type] | ~has_content).all()):
         return False
-    return bool((offset[with_content] <= stream - pages[with_content] * PAGE_SIZE).all())
+    return bool((offset[has_content] <= stream_size - pages[has_content] * PAGE_SIZE).all())
 
 
-def _possible_runs(of: npt.NDArray[Any], stream: int) -> bool:
-    if not len(of):
+def _is_possible_page_data(groups: npt.NDArray[Any], stream_size: int) -> bool:
+    """Whether groups of PAGE_DATA ascend, do not overlap, and lie within the stream."""
+    if not len(groups):
         return True
-    offset, size = of["offset"], of["size"]
-    numbers = np.stack([of[name] for name in of.dtype.names or ()])
-    if (numbers < 0).any() or (numbers > stream).any() or (size < 2 * _RECORD).any():
+    offset, size = groups["offset"], groups["size"]
+    numbers = np.stack([groups[name] for name in groups.dtype.names or ()])
+    if (numbers < 0).any() or (numbers > stream_size).any() or (size < 2 * _RECORD_HEADER).any():
         return False
-    return bool((offset[1:] >= (offset + size)[:-1]).all() and int(offset[-1]) + int(size[-1]) <= stream)
+    return bool((offset[1:] >= (offset + size)[:-1]).all() and int(offset[-1]) + int(size[-1]) <= stream_size)

@@ -1,4 +1,4 @@
-"""Opening a domain: a save file, a core or a running domain, told apart by looking."""
+"""Opening a domain, whatever it is: a save file, a core or a running domain."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from xenpv.stream.rules import BreachHandler
 
 FileDomain: TypeAlias = SavedDomain | CoreDomain
 
-LARGE = 8 << 30  # bytes from which on a file's index is kept unasked: to read such a file takes a tenth of a second
+LARGE = 8 << 30  # bytes; reading a file of that size takes a tenth of a second
 
 
 def open_domain(
@@ -108,26 +108,27 @@ def open_path(
         raise
     if core:
         return CoreDomain.of(source, on_breach=on_breach)
-    wanted = source.size >= LARGE if index is None else index
-    if not wanted or on_breach is not None or path == "-" or not source.seekable:
+    uses_index = source.size >= LARGE if index is None else index
+    if not uses_index or on_breach is not None or path == "-" or not source.seekable:
         return SavedDomain.of(source, on_breach=on_breach, progress=progress)
-    return _indexed(path, source, progress)
+    return _open_with_index(path, source, progress)
 
 
-def _indexed(path: str, source: Input, progress: ProgressCallback | None) -> SavedDomain:
-    from xenpv.source.index_file import KeptIndex, State, keep  # noqa: PLC0415  few files are as large
+def _open_with_index(path: str, source: Input, progress: ProgressCallback | None) -> SavedDomain:
+    """Open a save file by its stored index; without one, read it and store its index."""
+    from xenpv.source.index_file import FileState, StoredIndex, store_index  # noqa: PLC0415  few files are as large
 
-    known = KeptIndex.load(path, source)
-    if known is not None:
+    stored_index = StoredIndex.load(path, source)
+    if stored_index is not None:
         try:
-            return SavedDomain.of(source, progress=progress, known=known)
+            return SavedDomain.of(source, progress=progress, stored_index=stored_index)
         except StreamError:
-            source = Input.open(path)  # the index led astray, or the file is no more what it was
+            source = Input.open(path)  # the index was false, or the file has changed
     try:
-        state = State.of(source)
+        state = FileState.of(source)
     except BaseException:
         source.close()
         raise
     saved = SavedDomain.of(source, progress=progress)
-    keep(path, source, saved.contents, state)
+    store_index(path, source, saved.contents, state)
     return saved

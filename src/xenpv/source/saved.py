@@ -1,8 +1,7 @@
-"""A saved domain out of a file or a pipe.
+"""SavedDomain: a domain in a stream, from a file or a pipe.
 
-A file is read by seeking: the stream's records, never page content that nobody asked for. A pipe passes by once: the
-pages that a look at the domain needs (page tables, the p2m's frames, start info) go to an unlinked temporary file,
-the rest is let go, so that memory stays bounded whatever comes.
+A file is read by seeking: its records, and pages only on demand. A pipe passes by once. The pages that checks need go
+to an unlinked temporary file: page tables, the p2m's frames, start info. The rest is dropped, so memory stays bounded.
 """
 
 from __future__ import annotations
@@ -43,65 +42,84 @@ from xenpv.stream.rules import BreachHandler
 from xenpv.text import size
 
 if TYPE_CHECKING:
-    from xenpv.source.index_file import KeptIndex
+    from xenpv.source.index_file import StoredIndex
 
 _UUID_MAX = 256  # characters of a configuration's uuid that are shown
 _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
 
 
 class FilePages:
-    """Frames whose content lies in a file (``what``), at the offsets of an index counted from byte ``base``."""
+    """Frames whose content lies in a file."""
 
-    def __init__(self, fd: int, where: PageIndex, types: PageIndex, base: int = 0, *, what: str = "the stream") -> None:
-        self._what = what
+    def __init__(
+        self, fd: int, places: PageIndex, types: PageIndex, start: int = 0, *, source_name: str = "the stream"
+    ) -> None:
+        """Read pages of a file.
+
+        Args:
+            fd: The file.
+            places: The offset of each page's content.
+            types: The type of each page.
+            start: The offset in the file from which ``places`` counts.
+            source_name: Where pages are missing from, for messages.
+        """
         self._fd = fd
-        self._base = base
-        self._where = where
+        self._places = places
         self._types = types
+        self._start = start
+        self._source_name = source_name
 
     def types(self, pfns: U64) -> U8:
+        """Return the page type of each pfn, ABSENT for one that was not sent."""
         return self._types.types(pfns)
 
-    def kept(self, pfns: U64) -> Mask:
-        """Which pages have content here. Of a file all that came with some before its end; of a pipe, what was kept."""
-        offsets = self._where.offsets(pfns)
-        end = os.fstat(self._fd).st_size - self._base if self._fd >= 0 else 0
+    def has_content(self, pfns: U64) -> Mask:
+        """Return which pages have their content in the file, before its end."""
+        offsets = self._places.offsets(pfns)
+        end = os.fstat(self._fd).st_size - self._start if self._fd >= 0 else 0
         return np.asarray((offsets >= 0) & (offsets <= end - PAGE_SIZE))
 
     def pages(self, pfns: U64) -> U8:
-        offsets = self._where.offsets(pfns)
+        """Return the pages' content, uint8 of shape (n, 4096). Raises Fault for the first that has none."""
+        offsets = self._places.offsets(pfns)
         if np.any(offsets < 0):
             raise self._no_content(pfns, offsets)
-        out = np.empty((len(pfns), PAGE_SIZE), np.uint8)
+        content = np.empty((len(pfns), PAGE_SIZE), np.uint8)
         order = np.argsort(offsets, kind="stable")
         joined = np.diff(offsets[order]) == PAGE_SIZE
-        joined &= np.diff(order) == 1  # neighbours in the file and in the answer: one read
+        joined &= np.diff(order) == 1  # neighbours in the file and in the result: one read
         edges = (np.flatnonzero(~joined) + 1).tolist()
         for first, end in zip([0, *edges], [*edges, len(order)], strict=True):
             if first < end:
                 row = int(order[first])
-                self._read_into(out[row : row + end - first], self._base + int(offsets[row]), int(pfns[row]))
-        return out
+                self._read_into(content[row : row + end - first], self._start + int(offsets[row]), int(pfns[row]))
+        return content
 
-    def _read_into(self, into: U8, offset: int, pfn: int) -> None:
-        view = into.reshape(-1).data
+    def _read_into(self, pages: U8, offset: int, pfn: int) -> None:
+        view = pages.reshape(-1).data
         while view:
-            n = os.preadv(self._fd, [view], offset)
-            if n == 0:
+            count = os.preadv(self._fd, [view], offset)
+            if count == 0:
                 raise Fault(f"pfn {pfn:#x}: the file ends before its content", space="pfn", address=pfn)
-            view, offset = view[n:], offset + n
+            view, offset = view[count:], offset + count
 
     def _no_content(self, pfns: U64, offsets: I64) -> Fault:
         pfn = int(pfns[np.argmax(offsets < 0)])
-        kind = int(self._types.types(np.array([pfn], np.uint64))[0])
-        why = f"is not in {self._what}" if kind == ABSENT else f"is of type {type_name(kind)}, or was not kept"
-        return Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
+        page_type = int(self._types.types(np.array([pfn], np.uint64))[0])
+        reason = (
+            f"is not in {self._source_name}"
+            if page_type == ABSENT
+            else f"is of type {type_name(page_type)}, or was not kept"
+        )
+        return Fault(f"pfn {pfn:#x} {reason}", space="pfn", address=pfn)
 
 
 class SavedDomain(Domain):
-    """A saved domain, opened: ``contents`` of its stream, ``frames`` and ``memory`` of the domain.
+    """A saved domain.
 
-    ``error`` is the StreamError at which reading ended early, when faults were collected rather than raised.
+    Attributes:
+        source: The file or pipe.
+        contents: The records of the stream.
     """
 
     def __init__(self, source: Input, *, on_breach: BreachHandler | None = None, kind: Kind | None = None) -> None:
@@ -110,11 +128,11 @@ class SavedDomain(Domain):
         self._error: StreamError | None = None
         self._on_breach = on_breach
         self._kind = kind
-        self._spool: int | None = None
-        self._kept = self.contents.index
-        self._p2m_pages: tuple[X86PVP2MFrames | P2MLeaves | None, U64] = None, np.empty(0, np.uint64)
-        self._p2m: tuple[X86PVP2MFrames | P2MLeaves | None, P2M] | None = None  # by which record
-        self._frames = FilePages(source.fd, self._kept, self.contents.index, source.start)
+        self._spool: int | None = None  # an unlinked file with pages out of a pipe
+        self._places = self.contents.index
+        self._p2m_leaf_pfns: tuple[X86PVP2MFrames | P2MLeaves | None, U64] = None, np.empty(0, np.uint64)
+        self._p2m: tuple[X86PVP2MFrames | P2MLeaves | None, P2M] | None = None  # and the record that it is from
+        self._frames = FilePages(source.fd, self._places, self.contents.index, source.start)
 
     @classmethod
     def open(
@@ -126,11 +144,19 @@ class SavedDomain(Domain):
         deep: bool = True,
         progress: ProgressCallback | None = None,
     ) -> Self:
-        """Open and read the stream at ``path``; "-" is standard input.
+        """Open and read a stream.
 
-        With ``on_breach``, breaches of rules go there and reading goes on; without, the first one raises StreamError.
-        ``deep`` says whether guest memory will be asked for, which decides what is kept of a pipe. Raises RequestError
-        when the path cannot be opened.
+        Args:
+            path: The file, or "-" for standard input.
+            on_breach: Called for each breach of a rule; reading then goes on as far as possible. Otherwise the first
+                breach raises StreamError.
+            kind: The kind of envelope; None detects it.
+            deep: Whether memory will be read. Of a pipe, the pages that checks need are then kept.
+            progress: Called while the stream is read.
+
+        Raises:
+            RequestError: The path cannot be opened.
+            StreamError: The stream is damaged.
         """
         return cls.of(Input.open(path), on_breach=on_breach, kind=kind, deep=deep, progress=progress)
 
@@ -143,78 +169,80 @@ class SavedDomain(Domain):
         kind: Kind | None = None,
         deep: bool = True,
         progress: ProgressCallback | None = None,
-        known: KeptIndex | None = None,
+        stored_index: StoredIndex | None = None,
     ) -> Self:
-        """As ``open``, from an Input, which is closed with the domain. ``known``: the index of its pages, if it is."""
-        saved = cls(source, on_breach=on_breach, kind=kind)
-        try:
-            saved._read(deep, progress, known)
-        except BaseException:
-            saved.close()
-            raise
-        return saved
+        """Open a stream as ``open`` does, from an Input, which is closed with the domain.
 
-    def _read(self, deep: bool, progress: ProgressCallback | None, known: KeptIndex | None = None) -> None:
-        if known is not None:
-            self._kept = self.contents.index = known.index
-            self._frames = FilePages(self.source.fd, known.index, known.index, self.source.start)
-        passing = None if known is None else known.passing
-        keep = deep and not self.source.seekable
+        ``stored_index`` saves reading PAGE_DATA records.
+        """
+        domain = cls(source, on_breach=on_breach, kind=kind)
+        try:
+            domain._read(deep, progress, stored_index)
+        except BaseException:
+            domain.close()
+            raise
+        return domain
+
+    def _read(self, deep: bool, progress: ProgressCallback | None, stored_index: StoredIndex | None) -> None:
+        if stored_index is not None:
+            self._places = self.contents.index = stored_index.index
+            self._frames = FilePages(self.source.fd, self._places, self._places, self.source.start)
+        skip_page_data = None if stored_index is None else stored_index.page_data
+        spools = deep and not self.source.seekable
         if not self.source.seekable:
-            self._spool = unlinked_file() if keep else None
-            self._kept = PageIndex()
-            self._frames = FilePages(-1 if self._spool is None else self._spool, self._kept, self.contents.index)
-        reader = Reader(on_breach=self._on_breach, pages=keep, kind=self._kind, skip_page_data=passing)
+            self._spool = unlinked_file() if spools else None
+            self._places = PageIndex()
+            self._frames = FilePages(-1 if self._spool is None else self._spool, self._places, self.contents.index)
+        reader = Reader(on_breach=self._on_breach, pages=spools, kind=self._kind, skip_page_data=skip_page_data)
         try:
             for event in self.source.events(reader, progress):
                 if isinstance(event, Pages):
-                    self._keep(event)
+                    self._spool_pages(event)
                     continue
                 self.contents.add(event)
-                if keep and isinstance(event, PageData):
-                    self._let_go(event.entries[~event.has_data])
+                if spools and isinstance(event, PageData):
+                    self._forget_content(event.entries[~event.has_data])
         except StreamError as e:
             if self._on_breach is None:
                 raise
             self._error = e
 
-    def _keep(self, pages: Pages) -> None:
-        """Spool those of some pages that a look at the domain needs."""
+    def _spool_pages(self, pages: Pages) -> None:
+        """Spool those pages that checks need: page tables, start info, frames of the p2m."""
         assert self._spool is not None
-        here = pages.record.entries[pages.record.has_data][pages.first :][: len(pages.raw) // PAGE_SIZE]
-        words = pages.data.view(np.uint64)
-        wanted: Mask = IS_TABLE[(here >> np.uint64(60)).astype(np.uint8)]
-        wanted |= words[:, 0] == _START_INFO
-        wanted |= self._holds_p2m(here & np.uint64(PFN_MASK))
-        wanted |= _may_be_frame_list(pages.data, self.contents.width)
-        if np.any(wanted):
+        entries = pages.record.entries[pages.record.has_data][pages.first :][: len(pages.raw) // PAGE_SIZE]
+        needed: Mask = IS_TABLE[(entries >> np.uint64(60)).astype(np.uint8)]
+        needed |= pages.data.view(np.uint64)[:, 0] == _START_INFO
+        needed |= self._are_p2m_leaves(entries & np.uint64(PFN_MASK))
+        needed |= _may_be_frame_list(pages.data, self.contents.width)
+        if np.any(needed):
             end = os.lseek(self._spool, 0, os.SEEK_END)
-            _write_all(self._spool, pages.data[wanted])
-            self._kept.add_entries(here[wanted], end)
-        self._let_go(here[~wanted])
+            _write_all(self._spool, pages.data[needed])
+            self._places.add_entries(entries[needed], end)
+        self._forget_content(entries[~needed])
 
-    def _let_go(self, entries: U64) -> None:
-        """Forget what an earlier sending of these pages had: their content is another now, and not kept."""
+    def _forget_content(self, entries: U64) -> None:
+        """Forget what was spooled of these pages when they were sent before: their content has changed."""
         if len(entries):
-            self._kept.add_entries(entries & np.uint64(PFN_MASK) | np.uint64(PageType.XTAB << 60), 0)
+            self._places.add_entries(entries & np.uint64(PFN_MASK) | np.uint64(PageType.XTAB << 60), 0)
 
-    def _holds_p2m(self, pfns: U64) -> Mask:
-        """Which of these pages a P2M_FRAMES record named so far."""
-        record, frames = self._p2m_pages
+    def _are_p2m_leaves(self, pfns: U64) -> Mask:
+        """Return which pages the last P2M_FRAMES record named."""
+        record, leaf_pfns = self._p2m_leaf_pfns
         if record is not self.contents.p2m_record:
-            frames = np.unique(self.contents.p2m_leaf_runs.frame)
-            self._p2m_pages = self.contents.p2m_record, frames
-        if not len(frames):
+            leaf_pfns = np.unique(self.contents.p2m_leaf_runs.frame)
+            self._p2m_leaf_pfns = self.contents.p2m_record, leaf_pfns
+        if not len(leaf_pfns):
             return np.zeros(len(pfns), np.bool_)
-        return np.asarray(frames[np.minimum(np.searchsorted(frames, pfns), len(frames) - 1)] == pfns)
+        return np.asarray(leaf_pfns[np.minimum(np.searchsorted(leaf_pfns, pfns), len(leaf_pfns) - 1)] == pfns)
 
     @property
     def pages_complete(self) -> bool:
-        """Whether all pages came that will: what follows them came, too. Else the input was cut off among them."""
+        """Whether the stream was not cut off among its pages: the records that follow them came, too."""
         return self.contents.complete or self.contents.shared_info is not None
 
     def close(self) -> None:
-        """Close the input; guest memory cannot be read any more."""
+        """Close the input. Memory cannot be read after that."""
         self.source.close()
         if self._spool is not None:
             os.close(self._spool)
@@ -298,7 +326,7 @@ class SavedDomain(Domain):
 
     def has_content(self, pfns: U64) -> Mask:
         """Return which pages have their content in the file, or were kept from a pipe."""
-        return self._frames.kept(pfns)
+        return self._frames.has_content(pfns)
 
     @property
     def hvm(self) -> bool:
@@ -307,14 +335,14 @@ class SavedDomain(Domain):
 
     @property
     def width(self) -> Width:
-        """Bytes of the guest's unsigned long, of HVM in vcpu 0's mode; 8 as long as nothing else was said."""
+        """Bytes of the guest's unsigned long. For HVM by vcpu 0's mode; 8 before the stream tells."""
         if self.hvm and self._cpus:
             return Registers.of_hvm(self._cpus[min(self._cpus)]).width
         return self.contents.width
 
     @cached_property
     def _cpus(self) -> dict[int, np.void]:
-        """Of an HVM domain, its vcpus as HVM_CONTEXT has them. Raises StreamError when that is damaged."""
+        """The vcpus of an HVM domain in HVM_CONTEXT, by number. Raises StreamError if the record is damaged."""
         record = self.contents.hvm_context
         return {} if record is None else cpus(record.data, offset=record.offset)
 
@@ -323,31 +351,31 @@ class SavedDomain(Domain):
         yield self.contents.index.extents
 
     def shared_info(self) -> bytes | None:
-        """The 4096 bytes of its shared info page, None if they did not come."""
+        """Return the 4096 bytes of the shared info page; None if the stream has none."""
         record = self.contents.shared_info
         return None if record is None else bytes(record.data)
 
     @property
     def vcpus(self) -> list[int]:
-        """The numbers of the vcpus of which something came; of HVM those that were up."""
+        """The numbers of the vcpus that the stream has records of; for HVM those that were up."""
         return sorted(self._cpus if self.hvm else self.contents.vcpus)
 
     def vcpu_context(self, vcpu: int) -> np.void | None:
-        """The vcpu_guest_context of a vcpu as a NumPy record (abi.x86.VCPU_GUEST_CONTEXT), None if it did not come."""
+        """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``, with pfns; None if the stream has none."""
         record = self.contents.vcpus.get(vcpu)
         if record is None or record.basic is None:
             return None
         return VCPU_GUEST_CONTEXT.read(record.basic.context, self.contents.width)
 
     def registers(self, vcpu: int) -> Registers | None:
-        """What a vcpu's registers held, None if its context did not come."""
+        """Return a vcpu's registers; None if the stream has no context of it."""
         if self.hvm:
             return Registers.of_hvm(self._cpus[vcpu]) if vcpu in self._cpus else None
         context = self.vcpu_context(vcpu)
         return None if context is None else Registers.of_context(context, self.width)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit PV guests may have."""
+        """Return the pfn of a vcpu's top page table, or of its user half's; None if it is not known."""
         if self.hvm:
             registers = self.registers(vcpu)
             return None if user or registers is None else registers.top
@@ -360,11 +388,11 @@ class SavedDomain(Domain):
         return Pfn(cr3_frame(int(context["ctrlreg"][3]), self.contents.width))
 
     def tops(self, vcpu: int) -> list[Pfn]:
-        """The pfns of a vcpu's top tables: the kernel's, and the user half's where there is one."""
+        """Return the pfns of a vcpu's top page tables: the kernel's, and the user half's if there is one."""
         return [top for top in (self.cr3(vcpu), self.cr3(vcpu, user=True)) if top is not None]
 
     def memory_of(self, vcpu: int) -> DomainMemory:
-        """Memory as a vcpu sees it."""
+        """Return memory by pfn, and by virtual address as the vcpu translates it."""
         if self.hvm:
             return DomainMemory.of_hvm(self.frames, self.registers(vcpu))
         return DomainMemory(self.frames, self.contents.width, self.cr3(vcpu), self.cr3(vcpu, user=True))
@@ -381,7 +409,7 @@ class SavedDomain(Domain):
 
     @property
     def start_info_pfn(self) -> Pfn | None:
-        """The suspend record: vcpu 0's third argument to SCHEDOP_shutdown, in rdx or edx, is the start info frame."""
+        """The pfn of start info: vcpu 0's third argument to SCHEDOP_shutdown, in rdx or edx."""
         context = self.vcpu_context(0)
         if context is None:
             return None
@@ -389,7 +417,7 @@ class SavedDomain(Domain):
 
     @property
     def anchors(self) -> Anchors | None:
-        """What shared info says of the p2m; frames in it are mfns of the host that saved."""
+        """The fields of shared info that lead to the p2m, with mfns of the host that saved it; or None."""
         shared = self.contents.shared_info
         return None if shared is None else Anchors.from_shared_info(shared.data, self.contents.width)
 
@@ -409,7 +437,7 @@ class SavedDomain(Domain):
 
     @property
     def p2m(self) -> P2M:
-        """The p2m by the frames that the stream names; its content is the mfns of the host that saved."""
+        """The p2m by the frames that the stream names. Its entries are mfns of the host that saved."""
         contents = self.contents
         if self._p2m is None or self._p2m[0] is not contents.p2m_record:
             p2m = P2M(contents.width, contents.end_pfn + 1, contents.p2m_leaf_runs, self.read_p2m_frames)
@@ -418,9 +446,9 @@ class SavedDomain(Domain):
 
 
 def _may_be_frame_list(pages: U8, width: Width) -> Mask:
-    """Pages that could belong to a p2m tree.
+    """Return which pages may belong to a p2m tree: they hold frame numbers only.
 
-    Nothing but frame numbers. Which do is known only when all have gone by.
+    Which do is known only after all pages have passed by.
     """
     words = pages.view(f"<u{width}")
     frame_max = (1 << 40) - 1 if width == 8 else (1 << 32) - 1

@@ -231,8 +231,8 @@ def _check_mapped_pages(saved: SavedDomain, findings: Findings, suspect: I64) ->
     places = np.setdiff1d(places, suspect, assume_unique=True)
     leaves = saved.p2m.leaves.frame_of(places)
     if not saved.source.seekable and saved.pages_complete:
-        not_kept = ~saved.frames.kept(leaves) & HAS_DATA[saved.frames.types(leaves)]
-        if np.any(not_kept):
+        without_content = ~saved.has_content(leaves) & HAS_DATA[saved.frames.types(leaves)]
+        if np.any(without_content):
             message = "the pipe had passed leaves of the p2m before a record named them: their entries are not checked"
             offset = saved.contents.p2m_record and saved.contents.p2m_record.offset
             findings.add(rules.NOT_CHECKED, message, offset=offset)
