@@ -23,7 +23,7 @@ BOTH = pytest.mark.parametrize("width", WIDTHS)
 
 
 @pytest.mark.parametrize(("width", "form"), SOME_FORMS)
-def test_suspended_and_restored_elsewhere(width: Width, form: str) -> None:
+def test_resume_after_a_restore_elsewhere_publishes_the_p2m_again(width: Width, form: str) -> None:
     guest = Guest.boot(form, width)
     guest.do("balloon_out", guest.do("free_pfns")[5:100])
     guest.do("move", guest.do("free_pfns")[:5], pfns(5, 70_000))
@@ -47,7 +47,7 @@ def test_suspended_and_restored_elsewhere(width: Width, form: str) -> None:
 
 
 @BOTH
-def test_a_cancelled_suspend_changes_nothing(width: Width) -> None:
+def test_resume_after_a_cancelled_suspend_changes_nothing(width: Width) -> None:
     guest = Guest.boot("both", width)
     node = f"/local/domain/{guest.domid}/control/shutdown"
     guest.do("poll")
@@ -65,20 +65,20 @@ def test_a_cancelled_suspend_changes_nothing(width: Width) -> None:
     assert guest.assert_consistent() == []
 
 
-def test_no_table_of_a_suspended_guest_names_what_is_not_its_own() -> None:
+def test_suspend_leaves_no_mapping_of_shared_info() -> None:
     guest = Guest.boot("linear")
     guest.do("suspend")
     shared = guest.host.info(guest.domid).shared_info_mfn
     owned = guest.host.frames.owned(guest.domid + 1)
     tables = owned[(guest.host.page_types(guest.domid, owned) & 7) == 1]
     ptes = guest.host.frames.read(tables).view("<u8").reshape(-1)
-    named = ptes[ptes & np.uint64(PTE_P) != 0] >> np.uint64(12) & np.uint64((1 << 40) - 1)
-    assert len(named)
-    assert shared not in named.tolist()
+    mapped = ptes[ptes & np.uint64(PTE_P) != 0] >> np.uint64(12) & np.uint64((1 << 40) - 1)
+    assert len(mapped)
+    assert shared not in mapped.tolist()
 
 
 def contents(guest: Guest) -> dict[int, bytes]:
-    """All pages by the pfn that m2p says, those of zeroes left out."""
+    """Return all pages with content by their pfn in the m2p."""
     mfns = guest.host.frames.owned(guest.domid + 1)
     mfns = mfns[guest.host.m2p(mfns) != NO_FRAME]
     pages = guest.host.frames.read(mfns)
@@ -86,8 +86,8 @@ def contents(guest: Guest) -> dict[int, bytes]:
 
 
 @BOTH
-def test_all_that_changes_is_in_the_log_of_dirty_pages(width: Width) -> None:
-    """Or a migration would not send it: pages written, moved, and what a growing p2m takes for its tables."""
+def test_log_dirty_logs_every_page_that_changes(width: Width) -> None:
+    """Otherwise a migration would not send it: pages written, moved, and used for tables of a growing p2m."""
     guest = Guest.boot("both", width)
     free = guest.do("free_pfns")
     guest.do("write_pattern", free[:900], 1)
@@ -103,17 +103,17 @@ def test_all_that_changes_is_in_the_log_of_dirty_pages(width: Width) -> None:
     dirty = set(guest.host.dirty_pfns(guest.domid, 1 << 22, clean=True).tolist())
     assert {*free[100:200].tolist(), *range(1 << 20, (1 << 20) + 100), *range(2 << 20, (2 << 20) + 10)} <= changed
     assert changed <= dirty
-    assert len(dirty) < len(changed) + 200, "and little more"
+    assert len(dirty) < len(changed) + 200, "and few others"
 
 
 def corrupt(guest: Guest, pfn: int, mfn: int) -> list[tuple[str, int | None]]:
-    """What is found when an entry is wrong."""
+    """Set an entry of the p2m. Rule and pfn of the findings."""
     guest.host.run(guest.domid, lambda view: guest.kernel.p2m.store(view, array(pfn), array(mfn)))
     return [(f.rule.name, f.pfn) for f in guest.findings() if f.severity is not Severity.NOTE]
 
 
 @pytest.mark.parametrize(("width", "form"), SOME_FORMS)
-def test_what_is_wrong_on_purpose_is_named(width: Width, form: str) -> None:
+def test_check_of_a_wrong_entry_reports_its_rule_and_pfn(width: Width, form: str) -> None:
     guest = Guest.boot(form, width)
     pfn, other = (int(n) for n in guest.do("free_pfns")[[3, 9]])
     right, taken = guest.entries(array(pfn, other)).tolist()
@@ -130,13 +130,13 @@ def test_what_is_wrong_on_purpose_is_named(width: Width, form: str) -> None:
     assert ("physmap-stale", pfn) in corrupt(guest, pfn, right)
 
 
-def test_xen_takes_no_pages_that_are_not_the_guests() -> None:
-    """Its entry names a frame of dom0's: those in front of it are gone, it and those behind are not."""
+def test_balloon_out_of_a_foreign_frame_stops_there() -> None:
+    """The second entry names a frame of dom0: Xen takes the page before it, and none after."""
     guest = Guest.boot("linear")
     some = guest.do("free_pfns")[:3]
     right = guest.entries(some)
     assert corrupt(guest, int(some[1]), int(guest.host.frames.owned(1)[77]))
-    with pytest.raises(GuestError, match="Xen took 1 pages of 3"):
+    with pytest.raises(GuestError, match="1 pages of 3"):
         guest.do("balloon_out", some)
     guest.host.run(guest.domid, lambda view: guest.kernel.p2m.store(view, some[1:], right[1:]))
     assert guest.assert_consistent() == ["physmap-invalid"]
@@ -156,7 +156,9 @@ ops = st.one_of(
 @pytest.mark.parametrize(("width", "form"), [(8, "both"), (8, "rooted4"), (4, "linear"), (4, "tree3")])
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(ops, min_size=3, max_size=10))
-def test_whatever_it_does_host_list_and_check_agree(width: Width, form: str, steps: list[tuple[Any, ...]]) -> None:
+def test_random_operations_keep_p2m_m2p_and_contents_consistent(
+    width: Width, form: str, steps: list[tuple[Any, ...]]
+) -> None:
     guest = Guest.boot(form, width, 3000)
     end = guest.kernel.pages.end
     written: dict[int, int] = {}

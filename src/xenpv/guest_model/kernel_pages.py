@@ -1,6 +1,6 @@
-"""Which page a kernel on ModelHost uses for what, where each is mapped, and how page tables come into being.
+"""The pages of the model's kernel: a pool for its tables, where each page is mapped, and how it makes page tables.
 
-All of it is kept by pfn and by address: mfns are asked of the page tables, because a restore changes every one.
+It keeps pfns and addresses, and looks up mfns in the page tables, because a restore changes every mfn.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from xenpv.memory.pagetables import place_of
 from xenpv.memory.publish import TABLE_FLAGS, write_page_tables
 from xenpv.runs import FrameRuns
 
-# Where things are in the address space. A kernel knows where it was linked to; the others are of whole top entries that
-# the builder leaves empty: 64-bit as litmus has them, 32-bit one GiB each.
+# The address space. A kernel knows where it was linked. The other ranges consist of whole top-level entries that the
+# builder leaves empty: 64-bit as litmus has them, 32-bit one GiB each.
 LINKED_AT: dict[Width, int] = {8: 0xFFFF_FFFF_8000_0000, 4: 0xC000_0000}
-MAPPED: dict[Width, range] = {8: range(0xFFFF_8800_0000_0000, 0xFFFF_C800_0000_0000), 4: range(1 << 31, 3 << 30)}
-LIST: dict[Width, range] = {8: range(0xFFFF_C800_0000_0000, 0xFFFF_E000_0000_0000), 4: range(1 << 30, 1 << 31)}
+VMAP_RANGE: dict[Width, range] = {8: range(0xFFFF_8800_0000_0000, 0xFFFF_C800_0000_0000), 4: range(1 << 31, 3 << 30)}
+P2M_LIST_RANGE: dict[Width, range] = {
+    8: range(0xFFFF_C800_0000_0000, 0xFFFF_E000_0000_0000),
+    4: range(1 << 30, 1 << 31),
+}
 
 READ_ONLY = PTE_P | PTE_A | PTE_D
 PAGE = READ_ONLY | PTE_RW
@@ -31,7 +34,7 @@ PAGE = READ_ONLY | PTE_RW
 
 @dataclass(frozen=True, slots=True)
 class StartInfo:
-    """What a kernel learns at boot: fields of start_info, its address, and where its boot stack ends."""
+    """What a kernel learns at boot: start_info, its address, and the end of its boot stack."""
 
     address: int
     stack_end: int
@@ -43,148 +46,157 @@ class StartInfo:
 
     @classmethod
     def read(cls, view: GuestView) -> StartInfo:
-        """By the registers of a vcpu that has just been started. GuestError if they lead to no start info."""
+        """Read start info by the registers of a vcpu that just started. GuestError if they do not lead to one."""
         address = view.register("si")
         data = view.read(address, START_INFO.size(view.width))
         info = START_INFO.read(data, view.width)
         if not bytes(info["magic"]).startswith(START_INFO_MAGIC[view.width]):
-            raise GuestError(f"no start info at {address:#x}, to which the registers lead")
+            raise GuestError(f"there is no start info at {address:#x}, where the registers point")
         names = ("nr_pages", "shared_info", "mfn_list", "first_p2m_pfn", "nr_p2m_frames")
         return cls(address, view.register("sp"), *(int(info[name]) for name in names))
 
 
 class KernelPages:
-    """The kernel's own pages, and the addresses of all that it has mapped.
+    """The kernel's own pages, and the addresses of all pages that it has mapped.
 
-    Own are those up to ``end``: what the builder put there, and, from behind the boot stack on, a pool of ``reserve``
-    pages for tables. (An initrd that is not mapped is none of them: it is overwritten.) Pages of the pool beyond the
-    initial mapping, and any other page that is wanted, are mapped in MAPPED, one behind the other; the first there is
+    Its own pages are those below pfn ``end``: what the builder wrote, and, after the boot stack, a pool of ``reserve``
+    pages for tables. (An initrd that is not mapped is not kept: the pool overwrites it.) Pages of the pool beyond the
+    initial mapping, and any other page that is needed, are mapped in VMAP_RANGE, in slots of one page each. Slot 0 maps
     shared info.
+
+    Args:
+        view: The running guest.
+        start: Its start info.
+        base: The address of pfn 0 in the initial mapping.
+        reserve: Pages of the pool.
     """
 
     def __init__(self, view: GuestView, start: StartInfo, base: int, reserve: int) -> None:
         self.width: Width = view.width
         self.base = base
-        self._pfns, self._slots = np.empty(0, np.uint64), np.empty(0, np.int64)  # what is mapped where in MAPPED
-        self._spare = np.empty(0, np.int64)
-        self._tables = np.empty(0, np.uint64)  # L1 tables of MAPPED
-        self._upper = np.empty(0, np.uint64)
+        # The pages that are mapped in VMAP_RANGE, ascending by pfn, and their slots.
+        self._vmap_pfns, self._vmap_slots = np.empty(0, np.uint64), np.empty(0, np.int64)
+        self._free_slots = np.empty(0, np.int64)
+        self._l1_tables = np.empty(0, np.uint64)  # of VMAP_RANGE
+        self._upper_tables = np.empty(0, np.uint64)
         stack_end = start.stack_end - base >> PAGE_SHIFT
-        self.mapped_by_builder = _end_of_mapping(view, base, stack_end, start.nr_pages)
-        inside = range(stack_end, min(self.mapped_by_builder, stack_end + reserve))
-        first = max(self.mapped_by_builder, start.first_p2m_pfn + start.nr_p2m_frames)
-        outside = range(first, first + reserve - len(inside))
-        self.end = outside.stop if outside else first
+        self.initial_mapping_end = _find_initial_mapping_end(view, base, stack_end, start.nr_pages)
+        pool_mapped = range(stack_end, min(self.initial_mapping_end, stack_end + reserve))
+        first = max(self.initial_mapping_end, start.first_p2m_pfn + start.nr_p2m_frames)
+        pool_unmapped = range(first, first + reserve - len(pool_mapped))
+        self.end = pool_unmapped.stop if pool_unmapped else first
         if self.end >= start.nr_pages:
-            what = f"{start.nr_pages} pages are too few for a kernel with {reserve} for its tables"
-            raise RequestError(what, needed=self.end + 1, available=start.nr_pages)
-        self._pool = list(inside)[::-1]
-        self._extend(view, 1)
-        self._write_slots(view, np.zeros(1, np.int64), np.array([start.shared_info >> PAGE_SHIFT], np.uint64))
-        self._spare = self._spare[1:]
-        more = np.arange(outside.start, outside.stop, dtype=np.uint64)
-        data = view.read(start.mfn_list + outside.start * self.width, len(outside) * self.width)
-        self.map(view, more, np.frombuffer(data, f"<u{self.width}").astype(np.uint64))
-        self._pool = list(outside)[::-1] + self._pool
+            message = f"{start.nr_pages} pages are too few for a kernel that reserves {reserve} for its tables"
+            raise RequestError(message, needed=self.end + 1, available=start.nr_pages)
+        self._pool = list(pool_mapped)[::-1]
+        self._add_slots(view, 1)
+        self._map_slots(view, np.zeros(1, np.int64), np.array([start.shared_info >> PAGE_SHIFT], np.uint64))
+        self._free_slots = self._free_slots[1:]
+        unmapped = np.arange(pool_unmapped.start, pool_unmapped.stop, dtype=np.uint64)
+        data = view.read(start.mfn_list + pool_unmapped.start * self.width, len(pool_unmapped) * self.width)
+        self.map(view, unmapped, np.frombuffer(data, f"<u{self.width}").astype(np.uint64))
+        self._pool = list(pool_unmapped)[::-1] + self._pool
 
-    # addresses
+    # -- addresses
 
     def vaddrs(self, pfns: U64) -> U64:
-        """The address of each page, all of which are mapped."""
-        row = np.searchsorted(self._pfns, pfns)
-        low = pfns < np.uint64(self.mapped_by_builder)
-        slots = np.append(self._slots, 0)[np.where(low, -1, row)].astype(np.uint64)
-        start = np.where(low, np.uint64(self.base), np.uint64(MAPPED[self.width].start))
-        at: U64 = start + (np.where(low, pfns, slots) << np.uint64(PAGE_SHIFT))
-        return at
+        """Return the address of each page. All must be mapped."""
+        row = np.searchsorted(self._vmap_pfns, pfns)
+        initial = pfns < np.uint64(self.initial_mapping_end)
+        slots = np.append(self._vmap_slots, 0)[np.where(initial, -1, row)].astype(np.uint64)
+        start = np.where(initial, np.uint64(self.base), np.uint64(VMAP_RANGE[self.width].start))
+        vaddrs: U64 = start + (np.where(initial, pfns, slots) << np.uint64(PAGE_SHIFT))
+        return vaddrs
 
     def unmapped(self, pfns: U64) -> U64:
-        """Those that are mapped nowhere."""
-        return pfns[(pfns >= np.uint64(self.mapped_by_builder)) & ~np.isin(pfns, self._pfns)]
+        """Return those pages that are not mapped."""
+        return pfns[(pfns >= np.uint64(self.initial_mapping_end)) & ~np.isin(pfns, self._vmap_pfns)]
 
     def map(self, view: GuestView, pfns: U64, mfns: U64) -> None:
-        """Map pages that are mapped nowhere yet, writable. RequestError when there is no room."""
-        if len(pfns) > len(self._spare):
-            self._extend(view, -(-(len(pfns) - len(self._spare)) // ENTRIES))
-        slots, self._spare = self._spare[: len(pfns)], self._spare[len(pfns) :]
-        self._write_slots(view, slots, mfns)
-        self._keep(np.append(self._pfns, pfns), np.append(self._slots, slots))
+        """Map pages writable in VMAP_RANGE. None may be mapped yet. RequestError if the range is full."""
+        if len(pfns) > len(self._free_slots):
+            self._add_slots(view, -(-(len(pfns) - len(self._free_slots)) // ENTRIES))
+        slots, self._free_slots = self._free_slots[: len(pfns)], self._free_slots[len(pfns) :]
+        self._map_slots(view, slots, mfns)
+        self._set_vmap(np.append(self._vmap_pfns, pfns), np.append(self._vmap_slots, slots))
 
     def unmap(self, view: GuestView, pfns: U64) -> None:
-        """Take away the mappings of pages that are mapped in MAPPED; of others there are none."""
-        gone = np.isin(self._pfns, pfns)
-        slots = self._slots[gone]
-        view.update_va_mapping(self._at(slots), np.zeros(len(slots), np.uint64))
-        self._keep(self._pfns[~gone], self._slots[~gone])
-        self._spare = np.append(slots, self._spare)
+        """Unmap those pages that are mapped in VMAP_RANGE."""
+        mask = np.isin(self._vmap_pfns, pfns)
+        slots = self._vmap_slots[mask]
+        view.update_va_mapping(self._slot_vaddrs(slots), np.zeros(len(slots), np.uint64))
+        self._set_vmap(self._vmap_pfns[~mask], self._vmap_slots[~mask])
+        self._free_slots = np.append(slots, self._free_slots)
 
     def renumber(self, pfns: U64, new: U64) -> None:
-        """Pages have other pfns now; where they are mapped stays."""
+        """Record that pages have other pfns now. Their mappings stay."""
         order = np.argsort(pfns)
-        row = np.minimum(np.searchsorted(pfns[order], self._pfns), len(pfns) - 1)
-        moved = pfns[order][row] == self._pfns
-        self._keep(np.where(moved, new[order][row], self._pfns), self._slots)
+        row = np.minimum(np.searchsorted(pfns[order], self._vmap_pfns), len(pfns) - 1)
+        moved = pfns[order][row] == self._vmap_pfns
+        self._set_vmap(np.where(moved, new[order][row], self._vmap_pfns), self._vmap_slots)
 
     @property
     def shared_info(self) -> int:
-        """Its address."""
-        return MAPPED[self.width].start
+        """The address of shared info."""
+        return VMAP_RANGE[self.width].start
 
     def map_shared_info(self, view: GuestView, machine: int) -> None:
-        """Map shared info, the page at that machine address; 0: take the mapping away."""
+        """Map shared info, the page at this machine address; 0 unmaps it."""
         pte = machine | PAGE if machine else 0
         view.update_va_mapping(np.array([self.shared_info], np.uint64), np.array([pte], np.uint64))
 
-    def _keep(self, pfns: U64, slots: I64) -> None:
+    def _set_vmap(self, pfns: U64, slots: I64) -> None:
+        """Record which pages are mapped in which slots; keep them sorted by pfn."""
         order = np.argsort(pfns)
-        self._pfns, self._slots = pfns[order], slots[order]
+        self._vmap_pfns, self._vmap_slots = pfns[order], slots[order]
 
-    def _at(self, slots: I64) -> U64:
-        return np.uint64(MAPPED[self.width].start) + (slots.astype(np.uint64) << np.uint64(PAGE_SHIFT))
+    def _slot_vaddrs(self, slots: I64) -> U64:
+        return np.uint64(VMAP_RANGE[self.width].start) + (slots.astype(np.uint64) << np.uint64(PAGE_SHIFT))
 
-    def _write_slots(self, view: GuestView, slots: I64, mfns: U64) -> None:
-        view.update_va_mapping(self._at(slots), mfns << np.uint64(PAGE_SHIFT) | np.uint64(PAGE))
+    def _map_slots(self, view: GuestView, slots: I64, mfns: U64) -> None:
+        view.update_va_mapping(self._slot_vaddrs(slots), mfns << np.uint64(PAGE_SHIFT) | np.uint64(PAGE))
 
-    def _extend(self, view: GuestView, tables: int) -> None:
-        """More room in MAPPED: so many empty L1 tables behind those that are there."""
-        first = len(self._tables)
-        room = len(MAPPED[self.width]) >> PAGE_SHIFT
-        if (first + tables) * ENTRIES > room:
-            what = f"{(first + tables) * ENTRIES} pages do not fit into the addresses for them"
-            raise RequestError(what, needed=(first + tables) * ENTRIES, available=room)
-        self._tables = np.append(self._tables, self.put_tables(view, np.zeros((tables, PAGE_SIZE), np.uint8)))
-        place = place_of(MAPPED[self.width].start) // ENTRIES
-        places = np.arange(place, place + len(self._tables))
-        frames = view.translate_pages(self.vaddrs(self._tables))
-        old, self._upper = self._upper, self.hook(view, FrameRuns(places, np.ones_like(places), frames))
-        self.give(view, old)
-        self._spare = np.append(self._spare, np.arange(first * ENTRIES, len(self._tables) * ENTRIES))
+    def _add_slots(self, view: GuestView, tables: int) -> None:
+        """Extend VMAP_RANGE by the slots of this many L1 tables. RequestError if its addresses are used up."""
+        first = len(self._l1_tables)
+        slots_max = len(VMAP_RANGE[self.width]) >> PAGE_SHIFT
+        if (first + tables) * ENTRIES > slots_max:
+            message = f"{(first + tables) * ENTRIES} pages do not fit the address range of mapped pages"
+            raise RequestError(message, needed=(first + tables) * ENTRIES, available=slots_max)
+        self._l1_tables = np.append(self._l1_tables, self.alloc_tables(view, np.zeros((tables, PAGE_SIZE), np.uint8)))
+        place = place_of(VMAP_RANGE[self.width].start) // ENTRIES
+        places = np.arange(place, place + len(self._l1_tables))
+        frames = view.translate_pages(self.vaddrs(self._l1_tables))
+        old = self._upper_tables
+        self._upper_tables = self.link_tables(view, FrameRuns(places, np.ones_like(places), frames))
+        self.free(view, old)
+        self._free_slots = np.append(self._free_slots, np.arange(first * ENTRIES, len(self._l1_tables) * ENTRIES))
 
-    # pages of the pool
+    # -- the pool
 
-    def take(self, n: int) -> U64:
-        """Pages of the pool, mapped and writable. RequestError when there are not so many left."""
+    def alloc(self, n: int) -> U64:
+        """Allocate pages of the pool, mapped and writable. RequestError if it has too few left."""
         if n > len(self._pool):
-            what = f"the kernel needs {n} more pages for tables, and has {len(self._pool)} left: reserve more"
-            raise RequestError(what, needed=n, available=len(self._pool))
-        taken = self._pool[len(self._pool) - n :][::-1]
+            message = f"the kernel needs {n} more pages for tables, and has {len(self._pool)} left: reserve more"
+            raise RequestError(message, needed=n, available=len(self._pool))
+        pfns = self._pool[len(self._pool) - n :][::-1]
         del self._pool[len(self._pool) - n :]
-        return np.array(taken, np.uint64)
+        return np.array(pfns, np.uint64)
 
-    def give(self, view: GuestView, pfns: U64) -> None:
-        """Give pages back; those that were page tables are writable again."""
+    def free(self, view: GuestView, pfns: U64) -> None:
+        """Return pages to the pool, and make those that were page tables writable again."""
         self._set_flags(view, pfns, PAGE)
         self._pool += pfns[::-1].tolist()
 
-    def put(self, view: GuestView, pages: U8) -> U64:
-        """Write pages into some of the pool; their pfns."""
-        pfns = self.take(len(pages))
+    def alloc_pages(self, view: GuestView, pages: U8) -> U64:
+        """Allocate pages of the pool with this content, uint8 (n, 4096). Their pfns."""
+        pfns = self.alloc(len(pages))
         view.write_pages(self.vaddrs(pfns), pages)
         return pfns
 
-    def put_tables(self, view: GuestView, pages: U8) -> U64:
-        """As put, and make them read-only: Xen takes no page for a page table that can be written."""
-        pfns = self.put(view, pages)
+    def alloc_tables(self, view: GuestView, pages: U8) -> U64:
+        """As alloc_pages, and make them read-only: a page that is mapped writable cannot become a page table."""
+        pfns = self.alloc_pages(view, pages)
         self._set_flags(view, pfns, READ_ONLY)
         return pfns
 
@@ -192,32 +204,35 @@ class KernelPages:
         vaddrs = self.vaddrs(pfns)
         view.update_va_mapping(vaddrs, view.translate_pages(vaddrs) << np.uint64(PAGE_SHIFT) | np.uint64(flags))
 
-    # page tables
+    # -- page tables
 
-    def hook(self, view: GuestView, tables: FrameRuns) -> U64:
-        """Hang L1 tables into the top table, by new ones between; what hung there goes. The pfns of the new ones.
+    def link_tables(self, view: GuestView, tables: FrameRuns) -> U64:
+        """Link L1 tables into the top-level table by new tables in between, in place of what was linked there.
 
-        Each top entry is replaced by one store, so that an address behind it leads to the old or to the new.
+        One store replaces each top-level entry, so that an address translates either as before or as after.
+
+        Returns:
+            The pfns of the new tables.
         """
-        taken = [np.empty(0, np.uint64)]
+        allocated = [np.empty(0, np.uint64)]
 
-        def put(pages: U8) -> U64:
-            taken.append(self.put_tables(view, pages))
-            return view.translate_pages(self.vaddrs(taken[-1]))
+        def store_tables(pages: U8) -> U64:
+            allocated.append(self.alloc_tables(view, pages))
+            return view.translate_pages(self.vaddrs(allocated[-1]))
 
-        tops = write_page_tables(tables, LEVELS[self.width] - 2, put, TABLE_FLAGS)
+        tops = write_page_tables(tables, LEVELS[self.width] - 2, store_tables, TABLE_FLAGS)
         flags = TABLE_FLAGS if self.width == 8 else PTE_P
         for first, count, frame in zip(tops.first.tolist(), tops.count.tolist(), tops.frame.tolist(), strict=True):
             view.mmu_update(
                 [(view.guest_table, slot, frame << PAGE_SHIFT | flags) for slot in range(first, first + count)]
             )
-        return np.concatenate(taken)
+        return np.concatenate(allocated)
 
 
-def _end_of_mapping(view: GuestView, base: int, pages: int, most: int) -> int:
-    """Where the initial mapping ends, in pages: at the first that faults, or with the memory."""
-    while pages < most:
-        step = min(ENTRIES, most - pages)
+def _find_initial_mapping_end(view: GuestView, base: int, pages: int, limit: int) -> int:
+    """Return where the initial mapping ends, in pages: at the first page that faults, or at ``limit``."""
+    while pages < limit:
+        step = min(ENTRIES, limit - pages)
         try:
             view.translate(base + (pages << PAGE_SHIFT), step)
         except Fault as e:

@@ -1,4 +1,4 @@
-"""The forms of p2m that a kernel on ModelHost can be asked to publish, by their names."""
+"""The forms of p2m that the model's kernel can publish, by name."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from xenpv.memory.anchors import MARKED_TREE_LEVELS, ROOTED_TREE_LEVELS, P2MForm
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
-    """What a kernel publishes: a linear list, a tree, both of them or neither (docs/explanation/p2m.md).
+class PublishedForm:
+    """What a kernel publishes: a linear list, a tree, both or neither (docs/explanation, on the forms of the p2m).
 
-    ``levels`` are those of the tree that the kernel has, its leaves counted. ``hidden``: it shows the first three of
-    them. ``set_up``: a kernel with neither says "look elsewhere" (all ones), not "not set up yet" (0).
+    Attributes:
+        name: The name of the form.
+        linear: Whether it publishes a linear list.
+        tree: The form of the tree that it publishes; None: no tree.
+        levels: Levels of the kernel's own tree, including the leaves.
+        hidden: Whether it publishes only the first three levels of its tree.
+        set_up: If it publishes neither: whether its anchor is all ones ("look elsewhere"), not 0 ("not set up yet").
     """
 
     name: str
@@ -27,20 +32,20 @@ class Published:
 FORMS = {
     form.name: form
     for form in (
-        Published("linear", linear=True),
-        Published("both", linear=True, tree=P2MForm.TREE),
-        Published("tree3", tree=P2MForm.TREE),
-        Published("tree4hidden", tree=P2MForm.TREE, levels=4, hidden=True),
-        Published("marked", tree=P2MForm.MARKED, levels=MARKED_TREE_LEVELS),
-        *(Published(f"rooted{levels}", tree=P2MForm.ROOTED, levels=levels) for levels in ROOTED_TREE_LEVELS),
-        Published("none", set_up=False),
-        Published("invalid"),
+        PublishedForm("linear", linear=True),
+        PublishedForm("both", linear=True, tree=P2MForm.TREE),
+        PublishedForm("tree3", tree=P2MForm.TREE),
+        PublishedForm("tree4hidden", tree=P2MForm.TREE, levels=4, hidden=True),
+        PublishedForm("marked", tree=P2MForm.MARKED, levels=MARKED_TREE_LEVELS),
+        *(PublishedForm(f"rooted{levels}", tree=P2MForm.ROOTED, levels=levels) for levels in ROOTED_TREE_LEVELS),
+        PublishedForm("none", set_up=False),
+        PublishedForm("invalid"),
     )
 }
 
 
-def parse_form(name: str) -> Published:
-    """The form of that name. RequestError, which lists them all, for any other."""
+def parse_form(name: str) -> PublishedForm:
+    """Return the form with this name. RequestError, which lists all forms, if there is none."""
     if name not in FORMS:
-        raise RequestError(f"{name!r} is no form of p2m; these are: {', '.join(FORMS)}")
+        raise RequestError(f"{name!r} is not a form of p2m; use one of {', '.join(FORMS)}")
     return FORMS[name]
