@@ -16,11 +16,11 @@ from xenpv.host.model.host import ModelHost
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import plan
 from xenpv.image.request import Request
-from xenpv.migrate.receiver import take
-from xenpv.migrate.sender import give
+from xenpv.migrate.receiver import receive_domain
+from xenpv.migrate.sender import send_domain
 from xenpv.migrate.transport import Link
 from xenpv.save.file import configuration, save_file
-from xenpv.save.precopy import Precopy
+from xenpv.save.precopy import PrecopyPolicy
 from xenpv.source.config import as_libxl
 
 MEMORY = 64 << 20  # what the domain has
@@ -49,8 +49,8 @@ def main(form: str, path: str) -> None:
         host.run(domid, lambda view: kernel.write_pattern(view, pfns[:100], 2))
         host.run(domid, kernel.poll)
 
-    host.attend(domid, work)
-    saved = save_file(host, domid, path, keep=True, say=print).summary
+    host.set_time_slice(domid, work)
+    saved = save_file(host, domid, path, keep=True).summary
     host.run(domid, kernel.resume)
     print(f"saved: {saved.pages} pages in {Path(path).stat().st_size >> 20} MiB")
 
@@ -58,13 +58,13 @@ def main(form: str, path: str) -> None:
     target = ModelHost(MEMORY + (1 << 30), seed=1)
     one, other = socket.socketpair()
     with Link.of_socket(one, "there") as here, Link.of_socket(other, "here") as there:
-        receiver = threading.Thread(target=take, args=(target, there))
+        receiver = threading.Thread(target=receive_domain, args=(target, there))
         receiver.start()
-        moved = give(host, domid, here, config=configuration(host, domid), live=Precopy())
+        moved = send_domain(host, domid, here, config=configuration(host, domid), live=PrecopyPolicy())
         receiver.join()
     target.run(moved.domid, kernel.resume)
     wrong = target.run(moved.domid, lambda view: kernel.check_pattern(view, pfns[100:], 1))
-    print(f"migrated: {moved.summary.pages} pages in {moved.summary.rounds} iterations, {len(wrong)} pages wrong")
+    print(f"migrated: {moved.summary.pages} pages in {moved.summary.iterations} iterations, {len(wrong)} pages wrong")
 
 
 if __name__ == "__main__":

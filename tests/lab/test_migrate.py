@@ -104,7 +104,7 @@ def test_a_domain_goes_to_another_host(hosts: Hosts, xen: str, live: bool, tmp_p
         listening = receiver(pair)
         result = migrate(pair, "litmus", "" if live else "--no-live")
         assert result.status == 1
-        assert b"there is a domain of this name or uuid here already" in result.stderr
+        assert b"has a domain of this name or uuid already" in result.stderr
         assert listening.wait().status == 1
         guest.wait(BEATS)
         there.run("xl destroy litmus").check()
