@@ -26,7 +26,7 @@ from xenpv.host.protocol import DomainInfo, XenVersion
 from xenpv.memory.anchors import P2MForm
 from xenpv.memory.p2m import P2M
 from xenpv.memory.publish import write_leaves, write_tree_anchors
-from xenpv.memory.survey import Kind, survey
+from xenpv.memory.survey import EntryKind, survey
 from xenpv.runs import FrameRuns
 from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck
@@ -153,7 +153,7 @@ class Sparse:
     def walk(self) -> int:
         """Walk and survey it; how many pages it has."""
         p2m = P2M.from_root(self.anchors, self.anchors.roots[0], self.read)
-        return survey(p2m).pages[Kind.OWN]
+        return survey(p2m).pages[EntryKind.LOCAL]
 
 
 def sparse() -> None:

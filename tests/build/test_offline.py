@@ -54,7 +54,7 @@ def test_build_file_verifies_and_holds_start_of_day(kernel: str, tmp_path: Path)
         index = saved.contents.index
         assert summary.pages + summary.without_content == sum(index.count().values()) == layout.nr_pages
         assert index.count()[PageType.XALLOC] == summary.without_content > layout.nr_pages // 2
-        assert saved.p2m.places == layout.segment(Part.P2M).pages  # type: ignore[union-attr]
+        assert saved.p2m.leaf_count == layout.segment(Part.P2M).pages  # type: ignore[union-attr]
         memory = saved.memory
         for segment in image_.segments:
             content = bytes(image_.content(segment)).ljust(segment.memsz, b"\0")

@@ -36,8 +36,8 @@ def paused(host: Mover, domid: DomId) -> Iterator[None]:
 def contents(host: Mover, domid: DomId) -> tuple[U64, U8]:
     """All its pages, by the p2m: their pfns, ascending, and what they hold."""
     live = LiveDomain(host, host.info(domid))
-    pfns = [leaves.pfns[names_local_frame(leaves.mfns)] for leaves in live.p2m.content()]
-    mfns = [leaves.mfns[names_local_frame(leaves.mfns)] for leaves in live.p2m.content()]
+    pfns = [leaves.pfns[names_local_frame(leaves.mfns)] for leaves in live.p2m.iter_leaves()]
+    mfns = [leaves.mfns[names_local_frame(leaves.mfns)] for leaves in live.p2m.iter_leaves()]
     numbers, frames = np.concatenate(pfns), np.concatenate(mfns)
     pages = np.empty((len(numbers), PAGE_SIZE), np.uint8)
     for at in range(0, len(numbers), 1024):

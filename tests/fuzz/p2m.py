@@ -24,13 +24,13 @@ from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType
 from xenpv.host.protocol import DomainInfo, XenVersion
 from xenpv.memory.anchors import MARKED_TREE_BIT, MARKED_TREE_LEVELS, Anchors, P2MForm, tree_capacity
 from xenpv.memory.p2m import P2M
-from xenpv.memory.survey import Kind, survey
+from xenpv.memory.survey import EntryKind, survey
 from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck
 
 FRAMES = 32  # of the host; the domain has the first 24, the last is its shared info
 OWN = 24
-MEMORY = 512 * MIB  # what radix.SHARED_MAX runs take, a few times over
+MEMORY = 512 * MIB  # what radix.SHARED_RUNS_MAX runs take, a few times over
 
 
 class TinyHost:
@@ -188,11 +188,11 @@ def look(p2m: P2M, rng: Random, *, changes: bool) -> None:
     found = survey(p2m, rng.choice([1, 2, 7, 512, 4096]))
     assert sum(found.pages.values()) == p2m.entries
     assert min(found.pages.values()) >= 0
-    assert {kind for kind in Kind if found.pages[kind]} == set(found.first)
+    assert {kind for kind in EntryKind if found.pages[kind]} == set(found.first)
     assert all(0 <= first < p2m.entries for first in found.first.values())
-    assert 0 <= p2m.used <= p2m.entries
-    assert int(p2m.distinct.count.sum()) + int(p2m.holes.count.sum()) == p2m.places
-    pfns = np.array([found.first.get(kind, 0) for kind in Kind] + [number(rng, 8) for _ in range(20)], np.uint64)
+    assert 0 <= p2m.used_entries <= p2m.entries
+    assert int(p2m.distinct_leaves.count.sum()) + int(p2m.holes.count.sum()) == p2m.leaf_count
+    pfns = np.array([found.first.get(kind, 0) for kind in EntryKind] + [number(rng, 8) for _ in range(20)], np.uint64)
     mfns = p2m.lookup(pfns)
     assert (mfns[pfns >= np.uint64(p2m.entries)] == NO_FRAME).all()
     back = p2m.pfns_of(mfns)

@@ -18,7 +18,7 @@ from xenpv.source.saved import SavedDomain
 def _of(guest: Guest) -> Digest:
     """Of a running domain, its p2m's leaves and start info aside, which hold mfns."""
     live = guest.live
-    aside = np.append(live.pfns_of(live.p2m.distinct.frame), np.uint64(guest.layout.start_info))
+    aside = np.append(live.pfns_of(live.p2m.distinct_leaves.frame), np.uint64(guest.layout.start_info))
     return digest(live.frames, live.kinds(), aside)
 
 
@@ -48,7 +48,7 @@ def test_each_word_matters() -> None:
     for mfn, at in ((moved, 17), (table_of(guest, 1), 0)):
         _change(guest, mfn, at)
         after = _of(guest)
-        assert (after.pages, after.written) == (before.pages, before.written)
+        assert (after.pages, after.nonzero) == (before.pages, before.nonzero)
         assert after.value != before.value
         _change(guest, mfn, at)
         assert _of(guest) == before

@@ -41,9 +41,9 @@ def lookup(p2m: P2M, pfns: list[int]) -> list[int | None]:
 def pieces(p2m: P2M, places: I64 | None = None) -> dict[int, list[int]]:
     """First pfn of each leaf to its entries."""
     return {
-        first * p2m.per_leaf: row.tolist()
-        for leaves in p2m.content(places)
-        for first, row in zip(leaves.first.tolist(), leaves.mfns, strict=True)
+        first * p2m.entries_per_leaf: row.tolist()
+        for leaves in p2m.iter_leaves(places)
+        for first, row in zip(leaves.first_place.tolist(), leaves.mfns, strict=True)
     }
 
 
@@ -52,7 +52,7 @@ def walked(domain: Domain, form: P2MForm, anchors: Anchors | None = None) -> lis
     p2m, anchors = p2m_of(domain), anchors or anchors_of(domain)
     [root] = [root for root in anchors.roots if root.form is form]
     found = P2M.from_root(anchors, root, p2m.read, p2m.pfns_of)
-    frames: list[int] = found.leaves.frame_of(np.arange(p2m.places)).tolist()
+    frames: list[int] = found.leaves.frame_of(np.arange(p2m.leaf_count)).tolist()
     return frames
 
 
@@ -125,9 +125,9 @@ def test_gaps_are_left_out() -> None:
 def test_a_shared_frame_is_given_once_unless_its_places_are_asked_for() -> None:
     domain = pv_domain(pfns=[*range(100), 5000])
     p2m = p2m_of(domain)
-    assert p2m.places == 10
-    assert p2m.distinct.first.tolist() == [0, 1, 9]
-    assert p2m.distinct.count.tolist() == [1, 8, 1]
+    assert p2m.leaf_count == 10
+    assert p2m.distinct_leaves.first.tolist() == [0, 1, 9]
+    assert p2m.distinct_leaves.count.tolist() == [1, 8, 1]
     assert list(pieces(p2m)) == [0, 512, 9 * 512]
     assert list(pieces(p2m, np.array([3, 4, 9]))) == [3 * 512, 4 * 512, 9 * 512]
 
@@ -137,8 +137,8 @@ def test_a_shared_frame_is_given_once_unless_its_places_are_asked_for() -> None:
 def test_distinct_is_the_first_place_of_each_frame(frames: list[int]) -> None:
     p2m = over(DictFrames({}), array(*frames), len(frames) * 512)
     expected = sorted({frames.index(frame) for frame in frames if frame != NONE})
-    assert p2m.distinct.first.tolist() == expected
-    assert p2m.distinct.count.tolist() == [frames.count(frames[at]) for at in expected]
+    assert p2m.distinct_leaves.first.tolist() == expected
+    assert p2m.distinct_leaves.count.tolist() == [frames.count(frames[at]) for at in expected]
     holes = [
         at for first, count in zip(p2m.holes.first, p2m.holes.count, strict=True) for at in range(first, first + count)
     ]
@@ -149,7 +149,7 @@ def test_a_huge_table_of_shared_frames_costs_next_to_nothing() -> None:
     domain = pv_domain(pfns=[*range(100), 0x4000_0000])
     frames = DictFrames.of(domain)
     p2m = over(frames, domain.p2m_pfns, domain.entries)
-    assert p2m.places == (1 << 21) + 1
+    assert p2m.leaf_count == (1 << 21) + 1
     assert p2m.pfns_of(array(domain.mfns[0x4000_0000], domain.mfns[7])).tolist() == [0x4000_0000, 7]
     assert sum(frames.reads.values()) == 3
 
@@ -213,7 +213,7 @@ def test_a_list_that_straddles_tables(width: Width) -> None:
     domain = pv_domain(width=width, pfns=[*range(200), far], p2m_vaddr=vaddr)
     p2m = p2m_of(domain)
     if width == 8:
-        assert vaddr >> 30 != vaddr + p2m.places * 4096 - 1 >> 30, "in two L2 tables"
+        assert vaddr >> 30 != vaddr + p2m.leaf_count * 4096 - 1 >> 30, "in two L2 tables"
     assert walked(domain, P2MForm.LINEAR) == domain.p2m_pfns.tolist()
 
 
@@ -251,7 +251,7 @@ def test_the_last_possible_place_of_a_list(width: Width) -> None:
     vaddr = 0xFFFF_FFFF_FFFF_F000 if width == 8 else 0xF57F_F000
     domain = pv_domain(width=width)
     anchors = changed(domain, {"p2m_vaddr": vaddr})
-    assert p2m_of(domain).places == 1
+    assert p2m_of(domain).leaf_count == 1
     assert walked(domain, P2MForm.LINEAR, anchors) == [NONE]
 
 

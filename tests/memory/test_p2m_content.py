@@ -17,7 +17,7 @@ from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Mask
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.p2m import P2M
 from xenpv.memory.publish import encode_entries
-from xenpv.memory.survey import Kind, survey
+from xenpv.memory.survey import EntryKind, survey
 from xenpv.runs import FrameRuns
 
 NONE = int(NO_FRAME)
@@ -75,8 +75,8 @@ def test_look_ups_are_what_each_entry_says(width: Width, data: st.DataObject) ->
     lost: list[int] = []
     found = {
         first: row.tolist()
-        for leaves in p2m.content(lost=lambda runs: lost.extend(runs.first.tolist()))
-        for first, row in zip(leaves.first.tolist(), leaves.mfns, strict=True)
+        for leaves in p2m.iter_leaves(on_unreadable=lambda runs: lost.extend(runs.first.tolist()))
+        for first, row in zip(leaves.first_place.tolist(), leaves.mfns, strict=True)
     }
     assert list(found) == firsts
     padded = plain + [NONE] * per_leaf
@@ -95,19 +95,19 @@ def test_the_end_that_is_all_one_leaf_is_not_used(width: Width, data: st.DataObj
     while len(frames) > 1 and frames[-1] == frames[-2] != NONE:
         frames.pop()
         used = len(frames) * per_leaf
-    assert drawn.p2m.used == min(used, len(drawn.entries))
+    assert drawn.p2m.used_entries == min(used, len(drawn.entries))
     once = {frame: drawn.frames.count(frame) for frame in drawn.frames if frame != NONE}
-    distinct = drawn.p2m.distinct
+    distinct = drawn.p2m.distinct_leaves
     assert dict(zip(distinct.frame.tolist(), distinct.count.tolist(), strict=True)) == once
     assert distinct.first.tolist() == sorted(drawn.frames.index(frame) for frame in once)
 
 
-def kind_of(mfn: int | None) -> Kind:
+def kind_of(mfn: int | None) -> EntryKind:
     if mfn is None:
-        return Kind.HOLE
+        return EntryKind.HOLE
     if mfn == NONE:
-        return Kind.INVALID
-    return Kind.FOREIGN if mfn >> 63 else Kind.IDENTITY if mfn >> 62 else Kind.OWN
+        return EntryKind.INVALID
+    return EntryKind.FOREIGN if mfn >> 63 else EntryKind.IDENTITY if mfn >> 62 else EntryKind.LOCAL
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -116,7 +116,7 @@ def test_a_survey_counts_as_one_would_entry_by_entry(width: Width, data: st.Data
     drawn = data.draw(p2ms(width))
     found = survey(drawn.p2m, cells)
     kinds = [kind_of(mfn) for mfn in drawn.entries]
-    assert found.pages == {kind: Counter(kinds)[kind] for kind in Kind}
+    assert found.pages == {kind: Counter(kinds)[kind] for kind in EntryKind}
     assert found.first == {kind: kinds.index(kind) for kind in set(kinds)}
 
 
@@ -126,10 +126,12 @@ def test_the_cells_of_a_survey_add_up(width: Width, data: st.DataObject, cells: 
     """Where no leaf is shared, each cell is what its pfns hold."""
     drawn = data.draw(p2ms(width, shared=False))
     found = survey(drawn.p2m, cells)
-    own = [kind_of(mfn) is Kind.OWN for mfn in drawn.entries]
-    assert len(found.cells) <= cells
-    assert found.cells.tolist() == [sum(own[i : i + found.cell]) for i in range(0, len(own), found.cell)]
-    assert found.cells.sum() == found.pages[Kind.OWN]
+    own = [kind_of(mfn) is EntryKind.LOCAL for mfn in drawn.entries]
+    assert len(found.local_pages) <= cells
+    assert found.local_pages.tolist() == [
+        sum(own[i : i + found.cell_pfns]) for i in range(0, len(own), found.cell_pfns)
+    ]
+    assert found.local_pages.sum() == found.pages[EntryKind.LOCAL]
 
 
 @pytest.mark.parametrize("cells", [1, 2, 512])
@@ -140,9 +142,9 @@ def test_numbers_near_2_to_the_64_do_not_wrap(cells: int) -> None:
     machine.content[loop] = encode_entries(np.full((1, 512), loop, np.uint64), 8)[0]
     anchors = Anchors(8, (1 << 64) - 1, INVALID_MFN[8], p2m_levels=8, p2m_root=loop)
     p2m = P2M.from_root(anchors, anchors.roots[0], machine.read)
-    assert (p2m.places, p2m.distinct.count.tolist(), p2m.used) == (1 << 55, [1 << 55], 512)
+    assert (p2m.leaf_count, p2m.distinct_leaves.count.tolist(), p2m.used_entries) == (1 << 55, [1 << 55], 512)
     found = survey(p2m, cells)
-    assert found.pages == {kind: (1 << 64) - 1 if kind is Kind.OWN else 0 for kind in Kind}
+    assert found.pages == {kind: (1 << 64) - 1 if kind is EntryKind.LOCAL else 0 for kind in EntryKind}
     last = array(0, 1 << 63, (1 << 64) - 2, (1 << 64) - 1)
     assert p2m.lookup(last).tolist() == [loop, loop, loop, NONE]
     assert machine.reads < 20
@@ -152,9 +154,9 @@ def test_counts_above_2_to_the_53_are_exact() -> None:
     """A float would not tell 2^53 + 1 from 2^53."""
     frames = FrameRuns(np.array([0, 1, (1 << 53) + 1]), np.array([1, 1 << 53, 1]), array(7, 8, 8))
     p2m = P2M(8, 512 * ((1 << 53) + 2), frames, Machine().read)
-    assert (p2m.distinct.first.tolist(), p2m.distinct.count.tolist()) == ([0, 1], [1, (1 << 53) + 1])
-    assert p2m.used == 1024
-    with_leaf = p2m.content(np.array([1 << 53]))
+    assert (p2m.distinct_leaves.first.tolist(), p2m.distinct_leaves.count.tolist()) == ([0, 1], [1, (1 << 53) + 1])
+    assert p2m.used_entries == 1024
+    with_leaf = p2m.iter_leaves(np.array([1 << 53]))
     assert list(with_leaf) == []
 
 
@@ -163,11 +165,15 @@ def test_the_last_leaf_of_all_has_its_pfns() -> None:
     [leaf] = machine.put(encode_entries(np.arange(512, dtype=np.uint64)[None], 8)).tolist()
     place = np.array([(1 << 55) - 1])
     p2m = P2M(8, (1 << 64) - 1, FrameRuns(place, np.array([1]), array(leaf)), machine.read)
-    [leaves] = p2m.content()
+    [leaves] = p2m.iter_leaves()
     assert leaves.pfns[0, [0, 511]].tolist() == [(1 << 64) - 512, (1 << 64) - 1]
     assert leaves.mfns[0, [0, 510, 511]].tolist() == [0, 510, NONE]
     found = survey(p2m)
-    assert (found.pages[Kind.OWN], found.pages[Kind.HOLE], int(found.cells[-1])) == (511, (1 << 64) - 512, 511)
+    assert (found.pages[EntryKind.LOCAL], found.pages[EntryKind.HOLE], int(found.local_pages[-1])) == (
+        511,
+        (1 << 64) - 512,
+        511,
+    )
     assert p2m.pfns_of(array(510, 511)).tolist() == [(1 << 64) - 2, NONE]
 
 
@@ -179,6 +185,6 @@ def test_a_guest_that_writes_meanwhile_cannot_make_a_survey_contradict_itself() 
         return live[np.zeros(len(mfns), np.int64)] if len(mfns) != 1 else live, np.ones(len(mfns), np.bool_)
 
     p2m = P2M(8, 512, FrameRuns.from_frames(array(7)), read)
-    for leaves in p2m.content():
+    for leaves in p2m.iter_leaves():
         live.fill(0xFF)
         assert leaves.mfns.tolist() == [[0] * 512]

@@ -25,41 +25,41 @@ def test_it_says_what_it_was_told(steps: list[tuple[int, bool, list[int], int]])
     for n, (chunk, extent, within, kind) in enumerate(steps):
         pfns = [chunk * CHUNK + at for at in (range(CHUNK) if extent else within)]
         if extent and not any(pfn in mfns for pfn in pfns):
-            physmap.put_extents(u64([chunk]), u64([n << 20]))
+            physmap.add_extents(u64([chunk]), u64([n << 20]))
             mfns |= {pfn: (n << 20) + i for i, pfn in enumerate(pfns)}
         new = list(dict.fromkeys(pfn for pfn in pfns if pfn not in mfns))
         frames = [(n << 20) + 7 * i for i in range(len(new))][::-1]
-        physmap.put(u64(new), u64(frames))
+        physmap.add_pages(u64(new), u64(frames))
         mfns |= dict(zip(new, frames, strict=True))
         typed = [chunk * CHUNK + at for at in within if chunk * CHUNK + at in mfns]
-        physmap.put_types(u64(typed), np.full(len(typed), kind, np.uint8))
+        physmap.set_types(u64(typed), np.full(len(typed), kind, np.uint8))
         kinds |= dict.fromkeys(typed, kind)
     asked = [*sorted(mfns)[:2000:3], 5, 700, 1 << 40, (1 << 52) - 1]
-    assert physmap.mfns(u64(asked)).tolist() == [mfns.get(pfn, int(NO_FRAME)) for pfn in asked]
+    assert physmap.lookup(u64(asked)).tolist() == [mfns.get(pfn, int(NO_FRAME)) for pfn in asked]
     expected = [kinds.get(pfn, 0) if pfn in mfns else ABSENT for pfn in asked]
     assert physmap.types(u64(asked)).tolist() == expected
-    assert physmap.pages == len(mfns)
-    tables, types = physmap.tables()
+    assert physmap.populated == len(mfns)
+    tables, types = physmap.page_tables()
     assert dict(zip(tables.tolist(), types.tolist(), strict=True)) == {p: k for p, k in kinds.items() if IS_TABLE[k]}
     assert (tables[1:] > tables[:-1]).all()
-    whole = physmap.of_chunks(u64([0, 1, 1 << 23]))
+    whole = physmap.lookup_chunks(u64([0, 1, 1 << 23]))
     for row, chunk in enumerate((0, 1, 1 << 23)):
         assert whole[row].tolist() == [mfns.get(chunk * CHUNK + i, int(NO_FRAME)) for i in range(CHUNK)]
     used = {pfn // CHUNK for pfn in mfns}
     first, stop = np.array([0, 2, 0]), np.array([3, 1 << 23, 1 << 44])
-    found = physmap.used(first, stop).tolist()
+    found = physmap.count_chunks(first, stop).tolist()
     assert found == [sum(a <= c < b for c in used) for a, b in zip(first.tolist(), stop.tolist(), strict=True)]
 
 
 def test_what_was_a_table_is_a_page_when_it_comes_as_one() -> None:
     physmap = Physmap()
-    physmap.put_extents(u64([3]), u64([1 << 20]))
+    physmap.add_extents(u64([3]), u64([1 << 20]))
     pfns = u64([3 * CHUNK, 3 * CHUNK + 1])
-    physmap.put_types(pfns, np.array([1, 12], np.uint8))
-    physmap.put_local(pfns)
-    assert physmap.is_local(pfns).all()
-    physmap.put_types(pfns[:1], np.zeros(1, np.uint8))
-    assert physmap.tables()[0].tolist() == [3 * CHUNK + 1]
+    physmap.set_types(pfns, np.array([1, 12], np.uint8))
+    physmap.mark_localised(pfns)
+    assert physmap.is_localised(pfns).all()
+    physmap.set_types(pfns[:1], np.zeros(1, np.uint8))
+    assert physmap.page_tables()[0].tolist() == [3 * CHUNK + 1]
     assert physmap.types(pfns).tolist() == [0, 12]
 
 
@@ -74,7 +74,7 @@ def cost(fill: object) -> int:
     fill(physmap)  # type: ignore[operator]
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert physmap.pages
+    assert physmap.populated
     return held
 
 
@@ -82,7 +82,7 @@ def test_a_terabyte_in_extents_is_some_megabytes() -> None:
     def extents(physmap: Physmap) -> None:
         for first in range(0, 1 << 19, 1 << 12):
             chunks = np.arange(first, first + (1 << 12), dtype=np.uint64)
-            physmap.put_extents(chunks, (chunks + np.uint64(5)) << np.uint64(9))
+            physmap.add_extents(chunks, (chunks + np.uint64(5)) << np.uint64(9))
 
     assert cost(extents) < 32 << 20
 
@@ -91,7 +91,7 @@ def test_single_pages_take_8_bytes_each_and_their_table_moves_not() -> None:
     def singles(physmap: Physmap) -> None:
         for first in range(0, 1 << 22, 1 << 16):
             pfns = np.arange(first, first + (1 << 16), dtype=np.uint64)
-            physmap.put(pfns, pfns[::-1])
+            physmap.add_pages(pfns, pfns[::-1])
 
     assert cost(singles) < (8 << 22) * 1.1
 
@@ -100,7 +100,7 @@ def test_64_mib_over_16_tib_are_megabytes() -> None:
     def sparse(physmap: Physmap) -> None:
         for place in range(64):
             pfns = np.arange(place << 26, (place << 26) + 256, dtype=np.uint64)
-            physmap.put(pfns, pfns)
-            physmap.put_types(pfns[:1], np.array([1], np.uint8))
+            physmap.add_pages(pfns, pfns)
+            physmap.set_types(pfns[:1], np.array([1], np.uint8))
 
     assert cost(sparse) < 8 << 20

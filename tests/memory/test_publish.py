@@ -113,7 +113,7 @@ def test_what_is_published_is_what_a_walk_finds(shape: tuple[Width, P2MForm, int
     [root] = anchors.roots
     assert root.form is form
     p2m = P2M.from_root(anchors, root, published.machine.read)
-    assert (p2m.unreadable, p2m.entries, p2m.places, len(p2m.holes)) == ([], entries, places, 0)
+    assert (p2m.unreadable, p2m.entries, p2m.leaf_count, len(p2m.holes)) == ([], entries, places, 0)
     assert p2m.lookup(pfns).tolist() == mfns.tolist()
     there = set(pfns.tolist())
     between = [
@@ -121,10 +121,10 @@ def test_what_is_published_is_what_a_walk_finds(shape: tuple[Width, P2MForm, int
     ]
     beside = array(*between, entries, entries + 1, (1 << 64) - 1, 1 << 63)
     assert p2m.lookup(beside).tolist() == [NONE] * len(beside)
-    of_parts = np.unique((pfns // np.uint64(p2m.per_leaf)).astype(np.int64))
+    of_parts = np.unique((pfns // np.uint64(p2m.entries_per_leaf)).astype(np.int64))
     found = {
         pfn: mfn
-        for leaves in p2m.content(of_parts)
+        for leaves in p2m.iter_leaves(of_parts)
         for pfn, mfn in zip(leaves.pfns.reshape(-1).tolist(), leaves.mfns.reshape(-1).tolist(), strict=True)
         if mfn != NONE
     }
@@ -166,7 +166,7 @@ def test_a_tree_takes_what_it_reaches_and_not_one_more(shape: tuple[Width, P2MFo
     anchors = write_tree_anchors(form, leaves, most, width, machine.put, levels=levels)
     p2m = P2M.from_root(anchors, anchors.roots[0], machine.read)
     assert p2m.lookup(array(most - 1, most - 2, 0)).tolist() == [77, NONE, NONE]
-    assert p2m.distinct.count.sum() == p2m.places == -(-most * width // PAGE_SIZE)
+    assert p2m.distinct_leaves.count.sum() == p2m.leaf_count == -(-most * width // PAGE_SIZE)
     with pytest.raises(RequestError) as e:
         write_tree_anchors(form, leaves, most + 1, width, machine.put, levels=levels)
     assert (e.value.needed, e.value.available) == (most + 1, most)
@@ -206,7 +206,7 @@ def test_leaves_beyond_a_trees_reach_are_not_lost_in_silence() -> None:
 def test_a_p2m_of_nothing(shape: tuple[Width, P2MForm, int]) -> None:
     published = publish(shape, array(), array(), 0, vaddr=LIST_AT[shape[0]])
     p2m = P2M.from_root(published.anchors, published.anchors.roots[0], published.machine.read)
-    assert (p2m.places, p2m.used, len(p2m.leaves), p2m.unreadable) == (0, 0, 0, [])
+    assert (p2m.leaf_count, p2m.used_entries, len(p2m.leaves), p2m.unreadable) == (0, 0, 0, [])
     assert p2m.lookup(array(0, 1)).tolist() == [NONE, NONE]
 
 

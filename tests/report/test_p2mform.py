@@ -59,10 +59,10 @@ def test_a_running_domain(width: Width, form: str) -> None:
     assert best.linear == (live.anchors.roots[0].form is P2MForm.LINEAR)
     assert best.error is None
     leaf = best.levels[-1]
-    assert (leaf.frames, leaf.places) == (len(p2m.distinct), p2m.places)
+    assert (leaf.frames, leaf.places) == (len(p2m.distinct_leaves), p2m.leaf_count)
     for node in leaf.nodes:
         assert p2m.leaves.frame_of(np.array([node.at])).tolist() == [node.frame]
-    assert sum(leaves_at(p2m, mfns=True).pages) == len(p2m.distinct)  # its own frames, all of them
+    assert sum(leaves_at(p2m, mfns=True).pages) == len(p2m.distinct_leaves)  # its own frames, all of them
 
 
 def test_anchors_that_lead_nowhere_say_why(tmp_path: Path) -> None:

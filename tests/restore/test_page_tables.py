@@ -69,8 +69,8 @@ def localising_in_batches_of(count: int) -> Iterator[list[NotLocalised]]:
     flush, finish = MemoryLoader.flush, PageTableLocaliser.finish
 
     def not_localised(tables: PageTableLocaliser) -> list[int]:
-        pfns, _ = tables.physmap.tables()
-        return [int(pfn) for pfn in pfns[~tables.physmap.is_local(pfns)]]
+        pfns, _ = tables.physmap.page_tables()
+        return [int(pfn) for pfn in pfns[~tables.physmap.is_localised(pfns)]]
 
     def collecting_flush(self: MemoryLoader) -> None:
         before = not_localised(self.tables)
@@ -163,8 +163,8 @@ def test_localise_waiting_table_received_again_is_localised_once() -> None:
     mfns = host.populate_physmap(domid, np.arange(7, dtype=np.uint64))
     one, two, three, near, far = range(5)
     physmap = Physmap()
-    physmap.put(np.array([one, two, three, mfns[near]], np.uint64), mfns[[one, two, three, 5]])
-    physmap.put_types(np.array([one, two, three], np.uint64), np.ones(3, np.uint8))
+    physmap.add_pages(np.array([one, two, three, mfns[near]], np.uint64), mfns[[one, two, three, 5]])
+    physmap.set_types(np.array([one, two, three], np.uint64), np.ones(3, np.uint8))
     with host.map_writable(domid, mfns[: three + 1]) as content:
         as_entries(content)[:, 0] = [near << PAGE_SHIFT | 1, far << PAGE_SHIFT | 1, 0]
     none = np.empty(0, np.uint64)
@@ -172,7 +172,7 @@ def test_localise_waiting_table_received_again_is_localised_once() -> None:
         tables = PageTableLocaliser(host, host.info(domid), physmap)
         tables.add_received(np.array([one, two], np.uint64), three, none)  # both wait
         for pfn, again in ((near, [one, three]), (far, [])):
-            physmap.put(np.array([pfn], np.uint64), mfns[[pfn]])
+            physmap.add_pages(np.array([pfn], np.uint64), mfns[[pfn]])
             tables.add_received(np.array(again, np.uint64), pfn, none)
     with host.map_writable(domid, mfns[: three + 1]) as content:
         assert frames(as_entries(content)[:2, 0]).tolist() == mfns[[near, far]].tolist()

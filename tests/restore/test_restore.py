@@ -72,7 +72,7 @@ def test_restore_equals_reference_that_uses_no_stream(width: Width) -> None:
     page = guest.layout.start_info
     for field in ("magic", "nr_pages", "flags", "mfn_list"):
         assert start_info(host, ours.domid, page)[field] == start_info(other, theirs.domid, page)[field]
-    for leaf in guest.host.m2p(guest.live.p2m.distinct.frame).tolist():  # entry by entry, as pfns
+    for leaf in guest.host.m2p(guest.live.p2m.distinct_leaves.frame).tolist():  # entry by entry, as pfns
         entries = [
             decode_entries(on.frames.read(np.array([mfn_of(on, who, leaf)], np.uint64)), width)[0]
             for on, who in ((host, ours.domid), (other, theirs.domid))

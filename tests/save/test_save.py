@@ -83,7 +83,7 @@ def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path)
         assert contents.shared_info is not None
         assert contents.shared_info.data == guest.host.shared_info(guest.domid)
         p2m = guest.live.p2m
-        leaves = p2m.leaves.frame_of(np.arange(p2m.places))
+        leaves = p2m.leaves.frame_of(np.arange(p2m.leaf_count))
         np.testing.assert_array_equal(contents.p2m_frames, guest.host.m2p(leaves))
 
 
@@ -483,7 +483,7 @@ def test_the_domain_is_as_it_was(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a, b)
     assert before[1:] == after[1:]
     with SavedDomain.open(str(tmp_path / "x")) as domain:
-        for leaves in domain.p2m.content():
+        for leaves in domain.p2m.iter_leaves():
             wanted = leaves.pfns.reshape(-1)
             np.testing.assert_array_equal(leaves.mfns.reshape(-1), guest.live.p2m.lookup(wanted))
             assert names_local_frame(leaves.mfns[leaves.mfns != NO_FRAME]).all()

@@ -172,7 +172,7 @@ def test_what_is_known(tmp_path: Path, width: Width) -> None:
         assert saved.start_info_pfn == at.start_info
         assert saved.anchors is not None
         assert saved.anchors.p2m_vaddr == domain.p2m_vaddr
-        assert saved.p2m.leaves.frame_of(np.arange(saved.p2m.places)).tolist() == domain.p2m_pfns.tolist()
+        assert saved.p2m.leaves.frame_of(np.arange(saved.p2m.leaf_count)).tolist() == domain.p2m_pfns.tolist()
         assert saved.p2m.entries == domain.entries
         assert saved.p2m.lookup(array(5)).tolist() == [domain.mfns[5]]
         vaddr = domain.vaddrs[7]

@@ -75,7 +75,7 @@ class Guest:
             p2m = live.walk_p2m(root)
             assert p2m.entries == self.kernel.p2m.entries
             assert not p2m.unreadable
-            for leaves in p2m.content():
+            for leaves in p2m.iter_leaves():
                 np.testing.assert_array_equal(
                     leaves.mfns, self.entries(leaves.pfns.reshape(-1)).reshape(leaves.mfns.shape)
                 )
@@ -87,7 +87,7 @@ def mfn_by_pfn(p2m: P2M) -> dict[int, int]:
     """What has a frame."""
     return {
         pfn: mfn
-        for leaves in p2m.content()
+        for leaves in p2m.iter_leaves()
         for pfn, mfn in zip(leaves.pfns.reshape(-1).tolist(), leaves.mfns.reshape(-1).tolist(), strict=True)
         if mfn != int(NO_FRAME)
     }

@@ -87,7 +87,7 @@ def copied(guest: Guest, host: Any = None, **how: Any) -> tuple[Copied, Summary]
     for pfn, kind, page in zip(pfns.tolist(), kinds.tolist(), pages, strict=True):
         assert made.pages[pfn] == (kind, page.tobytes()), f"pfn {pfn:#x}"
     p2m = guest.live.p2m
-    leaves = guest.host.m2p(p2m.leaves.frame_of(np.arange(-(-p2m.used // p2m.per_leaf))))
+    leaves = guest.host.m2p(p2m.leaves.frame_of(np.arange(-(-p2m.used_entries // p2m.entries_per_leaf))))
     assert [made.frames[place] for place in range(len(leaves))] == leaves.tolist()
     assert summary.bytes == len(heap.data)
     return made, summary

@@ -46,7 +46,7 @@ def restore_directly(source: ModelHost, domid: DomId, target: ModelHost) -> DomI
             frames(ptes[there])
         ) << np.uint64(12)
     p2m = LiveDomain(source, info).p2m
-    rows: I64 = np.searchsorted(old, p2m.distinct.frame)
+    rows: I64 = np.searchsorted(old, p2m.distinct_leaves.frame)
     leaves = decode_entries(pages[rows], width).copy()
     leaves[names_local_frame(leaves)] = moved(leaves[names_local_frame(leaves)])
     pages[rows] = encode_entries(leaves, width)

@@ -129,6 +129,6 @@ def assert_same_pages(guest: Guest, other: Guest) -> None:
     other_pfns, other_types, other_pages = of_host(other)
     np.testing.assert_array_equal(other_pfns, pfns)
     np.testing.assert_array_equal(other_types, types)
-    leaves = guest.host.m2p(guest.live.p2m.distinct.frame)
+    leaves = guest.host.m2p(guest.live.p2m.distinct_leaves.frame)
     unchanged = ~np.isin(pfns, leaves) & (pfns != np.uint64(guest.layout.start_info))
     assert pfns[unchanged & (other_pages != pages).any(axis=1)].tolist() == []

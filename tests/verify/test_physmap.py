@@ -32,7 +32,7 @@ def test_check_sound_p2m_of_any_form_finds_nothing(width: Width, form: str) -> N
     pfns = np.array([0, 1, PAGES - 1, PAGES], np.uint64)
     assert p2m.lookup(pfns).tolist() == [*guest.entries[[0, 1, -1]].tolist(), int(NO_FRAME)]
     assert p2m.pfns_of(guest.entries).tolist() == list(range(PAGES))
-    assert (p2m.entries, len(p2m.distinct), len(guest.live.anchors.roots)) == (PAGES, PAGES // guest.per, 1)
+    assert (p2m.entries, len(p2m.distinct_leaves), len(guest.live.anchors.roots)) == (PAGES, PAGES // guest.per, 1)
 
 
 @pytest.mark.parametrize("levels", [2, 3, 4, 5, 6])
@@ -165,7 +165,7 @@ def test_check_entry_changed_during_check_is_a_warning(monkeypatch: pytest.Monke
     monkeypatch.setattr(guest.host, "m2p", m2p)
     findings = Findings()
     check = PhysmapCheck(live, findings)
-    for leaves in live.p2m.content():  # a copy, from before the change
+    for leaves in live.p2m.iter_leaves():  # a copy, from before the change
         check._report_entries(live.p2m, leaves.pfns[leaves.mfns == a])
     assert [f.rule.name for f in findings] == ["physmap-changed"]
     assert findings.errors == 0
@@ -275,7 +275,7 @@ def test_check_table_that_names_itself_to_2_64_entries_is_reported(levels: int) 
     guest.host.write_frames(guest.made.domid, np.array([root], np.uint64), page.view(np.uint8))
     guest.arch(max_pfn=min(512**levels, (1 << 64) - 1))
     assert guest.rules() == {"physmap-twice", "physmap-shared", "physmap-lost"}
-    assert guest.live.p2m.places == min(512**levels, 1 << 64) // 512
+    assert guest.live.p2m.leaf_count == min(512**levels, 1 << 64) // 512
     for anchor in ("p2m_cr3", "pfn_to_mfn_frame_list_list"):
         guest.arch(**{anchor: root << 12 if anchor == "p2m_cr3" else root})
         assert guest.rules()

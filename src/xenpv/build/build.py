@@ -23,7 +23,7 @@ from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.pagetables import cr3_of, localise
-from xenpv.memory.physmap import CHUNK, ORDER
+from xenpv.memory.physmap import CHUNK, CHUNK_ORDER
 from xenpv.memory.publish import encode_entries
 from xenpv.runs import FrameMap, Runs, group_rows
 
@@ -140,7 +140,7 @@ def _populate_calls(pfns: range) -> Iterator[tuple[int, int, int]]:
     """Cut a range into calls of populate_physmap(): first pfn, the pfn after the last one, and order."""
     whole = pfns.start + len(pfns) // CHUNK * CHUNK
     for first in range(pfns.start, whole, _EXTENTS_PER_CALL * CHUNK):
-        yield first, min(first + _EXTENTS_PER_CALL * CHUNK, whole), ORDER
+        yield first, min(first + _EXTENTS_PER_CALL * CHUNK, whole), CHUNK_ORDER
     if whole < pfns.stop:
         yield whole, pfns.stop, 0
 

@@ -13,7 +13,7 @@ from xenpv.cli.terminal import JSON, NUMBER, print_field, print_json
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, type_name
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.p2m import P2M
-from xenpv.memory.survey import Kind, Survey, survey
+from xenpv.memory.survey import EntryKind, Survey, survey
 from xenpv.source.domain import Domain
 from xenpv.text import size
 
@@ -68,7 +68,7 @@ def p2m(
         if table is not None:
             if frames or as_json:
                 facts["frame_runs"] = [
-                    {"first_pfn": first * table.per_leaf, "leaves": count, "frame": frame}
+                    {"first_pfn": first * table.entries_per_leaf, "leaves": count, "frame": frame}
                     for first, count, frame in zip(*_leaf_runs(table), strict=True)
                 ]
             if pfns:
@@ -97,16 +97,16 @@ def describe(domain: Domain, table: P2M | None, content: Survey | None) -> dict[
         out |= _anchors(anchors)
     if table is None or content is None:
         return out
-    distinct = table.distinct
+    distinct = table.distinct_leaves
     return out | {
         "entries": table.entries,
-        "entries_per_leaf": table.per_leaf,
+        "entries_per_leaf": table.entries_per_leaf,
         "leaves": len(distinct),
         "places": int(distinct.count.sum()),
         "shared": int(np.count_nonzero(distinct.count > 1)),
-        "populated": content.pages[Kind.OWN],
-        **{kind.name.lower(): content.pages[kind] for kind in list(Kind)[1:]},
-        "map": {"cell_pfns": content.cell, "populated": content.cells.tolist()},
+        "populated": content.pages[EntryKind.LOCAL],
+        **{kind.name.lower(): content.pages[kind] for kind in list(EntryKind)[1:]},
+        "map": {"cell_pfns": content.cell_pfns, "populated": content.local_pages.tolist()},
     }
 
 
@@ -145,12 +145,14 @@ def _or_none(frame: int) -> int | None:
 def _dump(table: P2M) -> None:
     """Print every entry in the format of xen-mfndump dump-p2m."""
     click.echo(f"Guest width: {table.width}, p2m size: {table.entries:#x}")
-    for leaves in table.content():
-        for first, times, row in zip(leaves.first.tolist(), leaves.times.tolist(), leaves.mfns, strict=True):
+    for leaves in table.iter_leaves():
+        for first, times, row in zip(
+            leaves.first_place.tolist(), leaves.place_count.tolist(), leaves.mfns, strict=True
+        ):
             entries = np.flatnonzero(row != NO_FRAME)
             if times > 1 and len(entries):
                 click.echo(f"  # the next {len(entries)} lines are one leaf that is used {times} times")
-            pfns = first * table.per_leaf + entries
+            pfns = first * table.entries_per_leaf + entries
             lines = (
                 f"  pfn={p:#x} ==> mfn={_entry(m)}\n" for p, m in zip(pfns.tolist(), row[entries].tolist(), strict=True)
             )
@@ -182,7 +184,7 @@ def print_p2m(facts: dict[str, Any], content: Survey | None, *, answers_only: bo
         print_field("populated", f"{pages}; {marked}, {facts['hole']} in no leaf")
     if "max_pfn" in facts and not answers_only:
         _print_anchors(facts, host)
-    if content is not None and len(content.cells):
+    if content is not None and len(content.local_pages):
         _print_map(content, facts["entries"])
     for run in facts.get("frame_runs", []):
         last = min(run["first_pfn"] + run["leaves"] * facts["entries_per_leaf"], facts["entries"]) - 1
@@ -213,9 +215,11 @@ def _print_anchors(facts: dict[str, Any], host: str) -> None:
 
 def _print_map(content: Survey, entries: int) -> None:
     """Print a line for each _CELLS_PER_LINE cells: how much of each is populated. Lines without any are left out."""
-    pfns = np.minimum(content.cell, entries - np.arange(len(content.cells)) * content.cell)  # the last may be shorter
-    shades = np.ceil(content.cells * (len(_SHADES) - 1) / pfns).astype(np.int64)  # even a single page shows
-    print_field("map", f"{size(content.cell * PAGE_SIZE)} each: ░ up to ¼ populated, ▒ ½, ▓ ¾, █ more")
+    pfns = np.minimum(
+        content.cell_pfns, entries - np.arange(len(content.local_pages)) * content.cell_pfns
+    )  # the last may be shorter
+    shades = np.ceil(content.local_pages * (len(_SHADES) - 1) / pfns).astype(np.int64)  # even a single page shows
+    print_field("map", f"{size(content.cell_pfns * PAGE_SIZE)} each: ░ up to ¼ populated, ▒ ½, ▓ ¾, █ more")
     skipped = False
     for i in range(0, len(shades), _CELLS_PER_LINE):
         row = shades[i : i + _CELLS_PER_LINE]
@@ -225,6 +229,6 @@ def _print_map(content: Survey, entries: int) -> None:
         if skipped:
             click.echo("               …")
         skipped = False
-        click.echo(f"  {i * content.cell:#12x} │{''.join(_SHADES[shade] for shade in row)}│")
+        click.echo(f"  {i * content.cell_pfns:#12x} │{''.join(_SHADES[shade] for shade in row)}│")
     if skipped:
         click.echo("               …")

@@ -107,7 +107,7 @@ def _config(config: Config) -> dict[str, Any]:
 def _pv(saved: SavedDomain) -> dict[str, Any]:
     """Describe what only PV domains have."""
     contents = saved.contents
-    p2m: dict[str, Any] = {"end_pfn": contents.end_pfn, "frames": saved.p2m.places}
+    p2m: dict[str, Any] = {"end_pfn": contents.end_pfn, "frames": saved.p2m.leaf_count}
     if saved.anchors is not None:
         p2m |= _anchors(saved.anchors, "frame_list_list")
     info = contents.pv_info

@@ -1,4 +1,4 @@
-"""What a domain's memory comes to, whatever its mfns are: of two domains with one digest, one is the other's copy."""
+"""A digest of a domain's memory that does not depend on its mfns: equal digests mean equal memory."""
 
 from __future__ import annotations
 
@@ -13,35 +13,46 @@ from xenpv.frames import HAS_DATA, IS_TABLE, PAGES_PER_BATCH, U8, U64, Frames, f
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """``pages`` were there, ``written`` of them hold anything but zeroes; ``value`` is 32 hexadecimal digits."""
+    """A digest of a domain's memory.
+
+    Attributes:
+        pages: how many pages there are.
+        nonzero: how many of them hold anything but zeros.
+        value: 32 hexadecimal digits.
+    """
 
     pages: int
-    written: int
+    nonzero: int
     value: str
 
 
-def digest(frames: Frames, pieces: Iterable[tuple[U64, U8]], aside: U64) -> Digest:
-    """The digest of a memory. ``pieces``: pfns, ascending, and the type of each. Of the pages in ``aside`` it only
-    matters that they are there: pages that hold mfns.
+def digest(frames: Frames, pieces: Iterable[tuple[U64, U8]], presence_only: U64) -> Digest:
+    """Compute the digest of a domain's memory. Pages without content count as zeros.
 
-    Pages without content count as zeroes. Raises Fault for a page that cannot be read.
+    Args:
+        frames: the memory.
+        pieces: pfns, ascending over all pieces, and the page type of each.
+        presence_only: pfns of pages that hold mfns; their content does not count.
+
+    Raises:
+        Fault: a page cannot be read.
     """
-    there, places, content = (blake2b(digest_size=16) for _ in range(3))
-    pages = written = 0
-    for pfns, kinds in pieces:
+    all_pfns, nonzero_pfns, content = (blake2b(digest_size=16) for _ in range(3))
+    pages = nonzero = 0
+    for pfns, types in pieces:
         pages += len(pfns)
-        there.update(pfns.astype("<u8").data)
-        readable = np.flatnonzero(HAS_DATA[kinds])
-        readable = readable[~np.isin(pfns[readable], aside)]
-        some, tables = pfns[readable], IS_TABLE[kinds[readable]]
-        for at in range(0, len(some), PAGES_PER_BATCH):
-            now = slice(at, at + PAGES_PER_BATCH)
-            read = frames.pages(some[now])
-            held = filled(read)
-            written += int(np.count_nonzero(held))
-            places.update((some[now][held] << np.uint64(1) | tables[now][held]).astype("<u8").data)
-            content.update(read[held].data)
+        all_pfns.update(pfns.astype("<u8").data)
+        readable = HAS_DATA[types] & ~np.isin(pfns, presence_only)
+        readable_pfns, is_table = pfns[readable], IS_TABLE[types[readable]]
+        for i in range(0, len(readable_pfns), PAGES_PER_BATCH):
+            batch = slice(i, i + PAGES_PER_BATCH)
+            data = frames.pages(readable_pfns[batch])
+            is_filled = filled(data)
+            nonzero += int(np.count_nonzero(is_filled))
+            words = readable_pfns[batch][is_filled] << np.uint64(1) | is_table[batch][is_filled]
+            nonzero_pfns.update(words.astype("<u8").data)
+            content.update(data[is_filled].data)
     whole = blake2b(digest_size=16)
-    for part in (there, places, content):
+    for part in (all_pfns, nonzero_pfns, content):
         whole.update(part.digest())
-    return Digest(pages, written, whole.hexdigest())
+    return Digest(pages, nonzero, whole.hexdigest())

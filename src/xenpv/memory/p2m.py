@@ -1,4 +1,4 @@
-"""The p2m of a domain, saved or running, in whatever form the guest shows it.
+"""The p2m of a domain, saved or running, in any of the forms in which a guest exposes it.
 
 A running domain's tables are machine frames and hold machine frames. In a save file page tables hold pfns, and the
 p2m holds mfns of the host that saved; nothing but that p2m translates them back.
@@ -26,31 +26,39 @@ _MARKS = FOREIGN | IDENTITY
 
 
 class Leaves(NamedTuple):
-    """Some leaves, each read once: the first place of each, in how many it stands, and its entries.
+    """The content of some leaves, each read once.
 
-    ``mfns``: uint64 of shape (n, entries a leaf), NO_FRAME for INVALID_MFN and for what lies beyond the table's end. A
-    copy: what a running guest does to its p2m meanwhile is not seen in it.
+    It is a copy: what a running guest does to its p2m meanwhile is not seen in it.
+
+    Attributes:
+        first_place: the first place of each leaf; int64.
+        place_count: in how many places each leaf stands; int64.
+        mfns: its entries, uint64 of shape (n, entries in a leaf); NO_FRAME for INVALID_MFN and beyond the table's end.
     """
 
-    first: I64
-    times: I64
+    first_place: I64
+    place_count: I64
     mfns: U64
 
     @property
     def pfns(self) -> U64:
-        """The pfn of each entry, at the leaf's first place: uint64 of the shape of mfns."""
-        per_leaf = self.mfns.shape[1]
-        first: U64 = self.first.astype(np.uint64) * np.uint64(per_leaf)
-        within: U64 = np.arange(per_leaf, dtype=np.uint64)
-        return np.add(first[:, None], within)
+        """The pfn of each entry at the leaf's first place: uint64 of the shape of mfns."""
+        entries_per_leaf = self.mfns.shape[1]
+        first_pfn: U64 = self.first_place.astype(np.uint64) * np.uint64(entries_per_leaf)
+        offset: U64 = np.arange(entries_per_leaf, dtype=np.uint64)
+        return np.add(first_pfn[:, None], offset)
 
 
 @dataclass(frozen=True)
 class P2M:
-    """A p2m: entry n stands in place n // per_leaf, and ``leaves`` says which frame that is.
+    """A p2m. Entry n stands in the leaf at place n // entries_per_leaf.
 
-    ``entries``: of the table, one more than the last pfn. Frames are whatever ``read`` reads: pfns of a saved domain,
-    mfns of a running one. ``unreadable``: tables above the leaves that could not be read.
+    Attributes:
+        width: bytes of an entry.
+        entries: entries of the table, one more than the last pfn.
+        leaves: the frame of the leaf at each place: a pfn of a saved domain, an mfn of a running one.
+        read: reads those frames.
+        unreadable: tables above the leaves that could not be read.
     """
 
     width: Width
@@ -60,13 +68,14 @@ class P2M:
     unreadable: list[UnreadableTable] = field(default_factory=list)
 
     @property
-    def per_leaf(self) -> int:
+    def entries_per_leaf(self) -> int:
+        """Entries in a leaf: 512 of a 64-bit guest, 1024 of a 32-bit one."""
         return PAGE_SIZE // self.width
 
     @property
-    def places(self) -> int:
-        """How many leaves the whole table takes, each counted as often as it stands in it."""
-        return -(-self.entries // self.per_leaf)
+    def leaf_count(self) -> int:
+        """Places for leaves in the whole table."""
+        return -(-self.entries // self.entries_per_leaf)
 
     @classmethod
     def from_root(
@@ -98,112 +107,119 @@ class P2M:
         return cls(anchors.width, anchors.max_pfn, leaves, read, unreadable)
 
     @cached_property
-    def distinct(self) -> FrameRuns:
-        """Each leaf's frame once, ascending by place: its first place, and in how many it stands."""
+    def distinct_leaves(self) -> FrameRuns:
+        """Each leaf once, ascending by its first place; ``count`` is in how many places it stands."""
         if not len(self.leaves):
             return self.leaves
-        alike = self.leaves[np.argsort(self.leaves.frame, kind="stable")]
-        row, _ = group_rows(alike.frame[1:] != alike.frame[:-1], len(alike))
-        once = FrameRuns(alike.first[row], np.add.reduceat(alike.count, row), alike.frame[row])
-        return once[np.argsort(once.first)]
+        by_frame = self.leaves[np.argsort(self.leaves.frame, kind="stable")]
+        row, _ = group_rows(by_frame.frame[1:] != by_frame.frame[:-1], len(by_frame))
+        distinct = FrameRuns(by_frame.first[row], np.add.reduceat(by_frame.count, row), by_frame.frame[row])
+        return distinct[np.argsort(distinct.first)]
 
     @property
-    def used(self) -> int:
-        """The entries without those of the leaves at the end that are all one frame, but for the first of them.
+    def used_entries(self) -> int:
+        """The entries up to the end of the first leaf of a tail that is one leaf over and over.
 
-        Linux names one "missing" leaf to the end of what its tables reach; libxenguest drops such ends, too.
+        Linux names one "missing" leaf up to the end of what its tables reach; libxenguest drops such a tail, too.
         """
-        leaves, end = self.leaves, self.leaves.first + self.leaves.count
-        if not len(leaves) or end[-1] < self.places:
+        leaves, end = self.leaves, self.leaves.end
+        if not len(leaves) or end[-1] < self.leaf_count:
             return self.entries
         breaks = (leaves.frame[:-1] != leaves.frame[1:]) | (end[:-1] != leaves.first[1:])
-        first = int(leaves.first[np.flatnonzero(breaks)[-1] + 1 if breaks.any() else 0])
-        return min(self.entries, (first + 1) * self.per_leaf)
+        tail = int(leaves.first[np.flatnonzero(breaks)[-1] + 1 if breaks.any() else 0])
+        return min(self.entries, (tail + 1) * self.entries_per_leaf)
 
     @property
     def holes(self) -> FrameRuns:
         """The places without a leaf."""
-        return self.leaves.gaps(range(self.places))
+        return self.leaves.gaps(range(self.leaf_count))
 
-    def content(
-        self, places: I64 | None = None, *, lost: Callable[[FrameRuns], None] | None = None
+    def iter_leaves(
+        self, places: I64 | None = None, *, on_unreadable: Callable[[FrameRuns], None] | None = None
     ) -> Iterator[Leaves]:
-        """The table piece by piece: each leaf once, at its first place; or the leaves at ``places``.
+        """Iterate over the content of the table, PAGES_IN_CACHE leaves at a time.
 
-        Leaves that cannot be read are left out; ``lost`` is told of them.
+        Args:
+            places: the places of the leaves to read; None for each leaf once, at its first place.
+            on_unreadable: called with leaves that cannot be read, which are left out.
         """
-        which = self.distinct
+        wanted = self.distinct_leaves
         if places is not None:
-            which = FrameRuns(places, np.ones(len(places), np.int64), self.leaves.frame_of(places))
-            which = which[which.frame != NO_FRAME]
-        for i in range(0, len(which), PAGES_IN_CACHE):
-            some = which[i : i + PAGES_IN_CACHE]
-            pages, readable = self.read(some.frame)
+            wanted = FrameRuns(places, np.ones(len(places), np.int64), self.leaves.frame_of(places))
+            wanted = wanted[wanted.frame != NO_FRAME]
+        for i in range(0, len(wanted), PAGES_IN_CACHE):
+            batch = wanted[i : i + PAGES_IN_CACHE]
+            pages, readable = self.read(batch.frame)
             if not readable.all():
-                if lost is not None:
-                    lost(some[~readable])
-                some, pages = some[readable], pages[readable]
-            if not len(some):
+                if on_unreadable is not None:
+                    on_unreadable(batch[~readable])
+                batch, pages = batch[readable], pages[readable]
+            if not len(batch):
                 continue
             mfns = decode_entries(pages, self.width).copy()
-            beyond = (int(some.first[-1]) + 1) * self.per_leaf - self.entries
-            if beyond > 0:
-                mfns[-1, self.per_leaf - beyond :] = NO_FRAME
-            yield Leaves(some.first, some.count, mfns)
+            beyond_end = (int(batch.first[-1]) + 1) * self.entries_per_leaf - self.entries
+            if beyond_end > 0:
+                mfns[-1, self.entries_per_leaf - beyond_end :] = NO_FRAME
+            yield Leaves(batch.first, batch.count, mfns)
 
     def lookup(self, pfns: U64) -> U64:
-        """The entry of each pfn as it stands there.
+        """Return the entry of each pfn, marks included.
 
-        NO_FRAME for INVALID_MFN, for a pfn beyond the table, and where there is no leaf or it cannot be read.
+        NO_FRAME stands for INVALID_MFN, a pfn beyond the table, and a leaf that is missing or cannot be read.
         """
-        place, at = (n.astype(np.int64) for n in np.divmod(pfns, np.uint64(self.per_leaf)))  # a pfn may be above 2^63
+        place, entry = (n.astype(np.int64) for n in np.divmod(pfns, np.uint64(self.entries_per_leaf)))  # pfns to 2^64
         out = np.full(len(pfns), NO_FRAME)
-        # Neighbours are mostly asked for together: what follows is done for runs of pfns of one leaf.
+        # Neighbours are mostly asked for together: what follows is done for groups of pfns of one leaf.
         first, count = group_rows(place[1:] != place[:-1], len(place))
-        wanted, back = np.unique(self.leaves.frame_of(place[first]), return_inverse=True)
-        wanted = wanted[wanted != NO_FRAME]  # the last, if it is there at all
-        order = np.argsort(back, kind="stable")
-        bounds = np.searchsorted(back[order], np.arange(len(wanted) + 1))
-        for i in range(0, len(wanted), PAGES_IN_CACHE):
-            some = wanted[i : i + PAGES_IN_CACHE]
-            pages, readable = self.read(some)
-            runs = order[bounds[i] : bounds[i + len(some)]]
-            mine, row = expand_runs(first[runs], count[runs]), np.repeat(back[runs] - i, count[runs])
-            found = decode_entries(pages, self.width)[row, at[mine]]
-            out[mine] = np.where(readable[row], found, NO_FRAME)
+        frames, leaf_of = np.unique(self.leaves.frame_of(place[first]), return_inverse=True)
+        frames = frames[frames != NO_FRAME]  # the last, if it is there at all
+        by_leaf = np.argsort(leaf_of, kind="stable")
+        bounds = np.searchsorted(leaf_of[by_leaf], np.arange(len(frames) + 1))
+        for i in range(0, len(frames), PAGES_IN_CACHE):
+            batch = frames[i : i + PAGES_IN_CACHE]
+            pages, readable = self.read(batch)
+            groups = by_leaf[bounds[i] : bounds[i + len(batch)]]
+            at, row = expand_runs(first[groups], count[groups]), np.repeat(leaf_of[groups] - i, count[groups])
+            entries = decode_entries(pages, self.width)[row, entry[at]]
+            out[at] = np.where(readable[row], entries, NO_FRAME)
         out[pfns >= np.uint64(self.entries)] = NO_FRAME
         return out
 
     def pfns_of(self, mfns: U64) -> U64:
-        """The pfn of each mfn by searching the table, NO_FRAME for one that it does not hold. One pass for all.
+        """Return the pfn of each mfn by searching the whole table once, NO_FRAME for an mfn that it does not hold.
 
-        Of an mfn that stands in the table more than once, the last pfn.
+        Of an mfn that stands in several entries, the last pfn counts.
         """
         if not mfns.size:
             return mfns
         wanted, back = np.unique(mfns, return_inverse=True)
-        found = np.full(len(wanted), NO_FRAME)
-        for leaves in self.content():
-            row = leaves.mfns.reshape(-1)
-            at = np.minimum(np.searchsorted(wanted, row), len(wanted) - 1)
-            hit = np.flatnonzero(wanted[at] == row)
-            found[at[hit]] = leaves.pfns.reshape(-1)[hit]
-        found[wanted == NO_FRAME] = NO_FRAME
-        return found[back].reshape(mfns.shape)
+        pfns = np.full(len(wanted), NO_FRAME)
+        for leaves in self.iter_leaves():
+            entries = leaves.mfns.reshape(-1)
+            at = np.minimum(np.searchsorted(wanted, entries), len(wanted) - 1)
+            hit = np.flatnonzero(wanted[at] == entries)
+            pfns[at[hit]] = leaves.pfns.reshape(-1)[hit]
+        pfns[wanted == NO_FRAME] = NO_FRAME
+        return pfns[back].reshape(mfns.shape)
 
 
-def names_local_frame(mfns: U64) -> Mask:
-    """Entries that claim a frame.
+def names_local_frame(entries: U64) -> Mask:
+    """Return which entries claim a frame of the domain: neither INVALID_MFN nor marked FOREIGN or IDENTITY.
 
-    Neither INVALID_MFN nor marked FOREIGN or IDENTITY. Whether they are right, m2p says.
+    Only the m2p tells whether the claim is right.
     """
-    return np.asarray(mfns & _MARKS == 0)
+    return np.asarray(entries & _MARKS == 0)
 
 
 def decode_entries(pages: U8, width: Width) -> U64:
-    """Leaves of a guest of that width, uint8 (n, 4096), as entries, uint64 (n, entries).
+    """Return the entries in leaves; publish.encode_entries is the inverse.
 
-    NO_FRAME for INVALID_MFN; the marks of a 32-bit guest's entries are where those of a 64-bit guest are.
+    Args:
+        pages: leaves, uint8 of shape (n, 4096).
+        width: bytes of the guest's unsigned long.
+
+    Returns:
+        uint64 of shape (n, entries in a leaf), NO_FRAME for INVALID_MFN. Marks are bits 63 and 62 for both widths.
     """
     table: U64 = pages.view(f"<u{width}").reshape(-1, PAGE_SIZE // width)
     if width == 8:
@@ -214,7 +230,7 @@ def decode_entries(pages: U8, width: Width) -> U64:
 
 
 def frame_reader(memory: Frames) -> ReadFrames:
-    """Read a domain's memory by pfn."""
+    """Return a function that reads pages by pfn and tells which could be read."""
 
     def read(pfns: U64) -> tuple[U8, Mask]:
         try:

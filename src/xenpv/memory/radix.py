@@ -1,8 +1,7 @@
 """Trees of frames, walked and built: a p2m tree of any depth, or the page tables over a linear list.
 
-Cost follows distinct tables, not what they span: a table that stands in a thousand places is read once, a run of
-entries that name one frame stays one row all the way down, and a run of one shared table without content of its own
-is never unrolled.
+Cost follows distinct tables, not what they span. A table that stands in a thousand places is read once. Entries that
+name one frame stay one run at all levels below.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from xenpv.errors import GuestError
 from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64, Mask
 from xenpv.runs import FrameRuns, expand_runs
 
-ROWS_MAX = 1 << 24  # runs of leaves: twice what 16 TiB of pages in no order take
-SHARED_MAX = 1 << 20  # of them by way of tables that stand in several places: such tables map nothing, or are wrong
+RUNS_MAX = 1 << 24  # runs of leaves: twice what 16 TiB of pages in no order take
+SHARED_RUNS_MAX = 1 << 20  # of them below tables that stand in several places: more only a hostile guest has
 UNREADABLE_MAX = 1 << 16  # tables: more than a p2m of 16 TiB has
 
 ReadFrames = Callable[[U64], tuple[U8, Mask]]
 """read(frames): their content, uint8 (n, 4096), and for each whether it could be read."""
 
 StorePages = Callable[[U8], U64]
-"""put(pages): keep pages, uint8 (n, 4096), somewhere; the frame of each."""
+"""store(pages): write pages, uint8 (n, 4096), to new frames; the frame of each."""
 
 
 class UnreadableTable(NamedTuple):
@@ -36,105 +35,131 @@ class UnreadableTable(NamedTuple):
 
 
 def walk_tree(
-    read: ReadFrames, root: int, levels: int, places: range, frames_of: Callable[[U8, int], U64]
+    read: ReadFrames, root: int, levels: int, places: range, decode: Callable[[U8, int], U64]
 ) -> tuple[FrameRuns, list[UnreadableTable]]:
-    """The leaves behind ``places`` of a tree whose top table is ``root``, ``levels`` tables above the leaves.
+    """Find the leaves of a tree of tables.
 
-    ``frames_of(pages, level)`` turns pages of tables, uint8 (n, 4096), into the frames that their entries name, uint64
-    (n, entries), NO_FRAME for none; level 1 is the one above the leaves. Raises GuestError when there are more than
-    ROWS_MAX runs, more than SHARED_MAX by sharing tables, or more than UNREADABLE_MAX tables that cannot be read.
+    Args:
+        read: reads tables.
+        root: the frame of the top table.
+        levels: levels of tables above the leaves.
+        places: the places of the leaves to find.
+        decode: ``decode(pages, level)`` turns tables, uint8 (n, 4096), into the frames that their entries name, uint64
+            (n, entries), NO_FRAME for none. Level 1 is just above the leaves.
+
+    Returns:
+        The leaves, and the tables that could not be read, the highest first.
+
+    Raises:
+        GuestError: the tables name more than RUNS_MAX runs, or SHARED_RUNS_MAX by sharing tables, or more than
+            UNREADABLE_MAX tables cannot be read.
     """
     nodes = FrameRuns(np.zeros(1, np.int64), np.ones(1, np.int64), np.array([root], np.uint64))
     unreadable: list[UnreadableTable] = []
     for level in range(levels, 0, -1):
         by_frame = np.argsort(nodes.frame, kind="stable")
-        distinct, start = np.unique(nodes.frame[by_frame], return_index=True)
+        frames, start = np.unique(nodes.frame[by_frame], return_index=True)
         bounds = np.append(start, len(nodes))
-        parts, rows = [FrameRuns.empty()], 0
-        for i in range(0, len(distinct), PAGES_PER_BATCH):
-            tables = distinct[i : i + PAGES_PER_BATCH]
-            of_them = slice(bounds[i], bounds[i + len(tables)])
-            some = nodes[by_frame[of_them]]
-            which = np.repeat(np.arange(len(tables)), np.diff(bounds[i : i + len(tables) + 1]))
+        pieces, rows = [FrameRuns.empty()], 0
+        for i in range(0, len(frames), PAGES_PER_BATCH):
+            tables = frames[i : i + PAGES_PER_BATCH]
+            table_nodes = nodes[by_frame[bounds[i] : bounds[i + len(tables)]]]
+            table_of = np.repeat(np.arange(len(tables)), np.diff(bounds[i : i + len(tables) + 1]))
             pages, readable = read(tables)
-            entries = np.where(readable[:, None], frames_of(pages, level), NO_FRAME)
-            lost = np.flatnonzero(~readable)
-            if len(unreadable) + len(lost) > UNREADABLE_MAX:
+            entries = np.where(readable[:, None], decode(pages, level), NO_FRAME)
+            failed = np.flatnonzero(~readable)
+            if len(unreadable) + len(failed) > UNREADABLE_MAX:
                 raise GuestError(f"more than {UNREADABLE_MAX} tables below frame {root:#x} cannot be read")
-            first = some.first[bounds[i : i + len(tables)] - bounds[i]]
-            unreadable += [UnreadableTable(int(tables[at]), level, int(first[at])) for at in lost]
+            first_place = table_nodes.first[bounds[i : i + len(tables)] - bounds[i]]
+            unreadable += [UnreadableTable(int(tables[at]), level, int(first_place[at])) for at in failed]
             shift = (entries.shape[1].bit_length() - 1) * (level - 1)
-            parts.append(_below(some, entries, which, range(places.start >> shift, (places.stop - 1 >> shift) + 1)))
-            rows += len(parts[-1])
-            if rows > ROWS_MAX:
-                raise GuestError(f"the tables below frame {root:#x} name more than {ROWS_MAX} runs of frames")
-        nodes = FrameRuns.in_order(parts)
+            level_places = range(places.start >> shift, (places.stop - 1 >> shift) + 1)
+            pieces.append(_next_level(table_nodes, entries, table_of, level_places))
+            rows += len(pieces[-1])
+            if rows > RUNS_MAX:
+                raise GuestError(f"the tables below frame {root:#x} name more than {RUNS_MAX} runs of frames")
+        nodes = FrameRuns.in_order(pieces)
     unreadable.sort(key=lambda table: (-table.level, table.place))
     return nodes, unreadable
 
 
-def _below(nodes: FrameRuns, entries: U64, which: I64, places: range) -> FrameRuns:
-    """What the tables at some nodes name, as runs within ``places`` of the next level.
+def _next_level(nodes: FrameRuns, entries: U64, table_of: I64, places: range) -> FrameRuns:
+    """Return what tables name, as runs of places of the next level down.
 
-    ``which`` of the tables each node is, ascending. Of each table its own runs are found once; they are unrolled for
-    the places in which it stands.
+    The runs within each table are found once; then they are unrolled for the places in which it stands.
+
+    Args:
+        nodes: where the tables stand.
+        entries: the frames that each table names, uint64 of shape (tables, entries).
+        table_of: for each node, its row in ``entries``, ascending.
+        places: the places of the next level to keep.
     """
     size = entries.shape[1]
-    starts = np.ones(entries.shape, np.bool_)
-    starts[:, 1:] = entries[:, 1:] != entries[:, :-1]
-    table, at = np.nonzero(starts)
-    end = np.append(np.where(table[1:] == table[:-1], at[1:], size), size)
-    runs = np.count_nonzero(starts, axis=1)
-    uniform = runs[which] == 1
-    times = np.where(uniform, 1, nodes.count)  # a run of tables that differ inside is unrolled, one of uniform ones not
-    shared = int((times * runs[which]).sum() - runs.sum())
-    if shared > SHARED_MAX:
-        stands = np.bincount(which, times)
-        worst = int(nodes.frame[np.searchsorted(which, np.argmax(stands))])
-        what = f"tables that are shared name more than {SHARED_MAX} runs of frames"
-        raise GuestError(f"{what}: frame {worst:#x}, a table, stands in {int(stands.max())} places")
+    begins = np.ones(entries.shape, np.bool_)
+    begins[:, 1:] = entries[:, 1:] != entries[:, :-1]
+    table, first_entry = np.nonzero(begins)
+    end_entry = np.append(np.where(table[1:] == table[:-1], first_entry[1:], size), size)
+    runs = np.count_nonzero(begins, axis=1)
+    uniform = runs[table_of] == 1
+    times = np.where(uniform, 1, nodes.count)  # a run of uniform tables stays one run, any other is unrolled
+    shared = int((times * runs[table_of]).sum() - runs.sum())
+    if shared > SHARED_RUNS_MAX:
+        stands = np.bincount(table_of, times)
+        worst = int(nodes.frame[np.searchsorted(table_of, np.argmax(stands))])
+        problem = f"tables that are shared name more than {SHARED_RUNS_MAX} runs of frames"
+        raise GuestError(f"{problem}: frame {worst:#x}, a table, stands in {int(stands.max())} places")
     node = np.repeat(np.arange(len(nodes)), times)
-    first = expand_runs(nodes.first, times)
-    spans = np.where(uniform, nodes.count, 1)[node]
-    of_node = runs[which[node]]
-    row = expand_runs((np.cumsum(runs) - runs)[which[node]], of_node)
-    start = np.repeat(first, of_node) * size + at[row]
-    count = (end - at)[row] * np.repeat(spans, of_node)
-    frame = entries[table, at][row]
+    table_place = expand_runs(nodes.first, times)
+    table_count = np.where(uniform, nodes.count, 1)[node]
+    node_runs = runs[table_of[node]]
+    row = expand_runs((np.cumsum(runs) - runs)[table_of[node]], node_runs)
+    start = np.repeat(table_place, node_runs) * size + first_entry[row]
+    count = (end_entry - first_entry)[row] * np.repeat(table_count, node_runs)
+    frame = entries[table, first_entry][row]
     low = np.maximum(start, places.start)
     high = np.minimum(start + count, places.stop)
     keep = (frame != NO_FRAME) & (low < high)
     return FrameRuns(low[keep], (high - low)[keep], frame[keep])
 
 
-def build_tree(nodes: FrameRuns, levels: int, size: int, encode: Callable[[U64], U8], put: StorePages) -> FrameRuns:
-    """The tables above some nodes, level by level; the runs of tables of the last level. The inverse of walk.
+def build_tree(nodes: FrameRuns, levels: int, size: int, encode: Callable[[U64], U8], store: StorePages) -> FrameRuns:
+    """Write the tables above some nodes, level by level: the inverse of walk_tree.
 
-    ``encode`` turns the frames that tables of ``size`` entries name, uint64 (n, size), NO_FRAME for none, into pages.
     A run that fills tables from end to end gets one table for all of them.
+
+    Args:
+        nodes: what the lowest tables name.
+        levels: levels of tables to write.
+        size: entries in a table.
+        encode: turns the frames that tables name, uint64 (n, size), NO_FRAME for none, into pages.
+        store: writes the pages.
+
+    Returns:
+        The tables of the highest level written.
     """
     for _ in range(levels):
-        nodes = _above(nodes, size, encode, put)
+        nodes = _write_level(nodes, size, encode, store)
     return nodes
 
 
-def _above(nodes: FrameRuns, size: int, encode: Callable[[U64], U8], put: StorePages) -> FrameRuns:
-    stop = nodes.first + nodes.count
-    low, high = -(-nodes.first // size), stop // size  # the tables that a run fills from end to end
-    whole = low < high
-    filling, which = np.unique(nodes.frame[whole], return_inverse=True)
+def _write_level(nodes: FrameRuns, size: int, encode: Callable[[U64], U8], store: StorePages) -> FrameRuns:
+    """Write the tables just above some nodes, and return them."""
+    end = nodes.end
+    low, high = -(-nodes.first // size), end // size  # the tables that a run fills from end to end
+    fills = low < high
+    filling, table_of = np.unique(nodes.frame[fills], return_inverse=True)
     shared = np.empty(len(filling), np.uint64)
     for i in range(0, len(filling), PAGES_PER_BATCH):
-        some = filling[i : i + PAGES_PER_BATCH]
-        shared[i : i + len(some)] = put(encode(np.repeat(some[:, None], size, axis=1)))
-    uniform = FrameRuns(low[whole], (high - low)[whole], shared[which])
-    # What is left of each run lies before its first whole table, behind its last, or all within one table.
-    head = np.where(whole, low * size, np.minimum(stop, low * size))
-    tail = np.maximum(np.where(whole, high * size, nodes.first), head)
+        batch = filling[i : i + PAGES_PER_BATCH]
+        shared[i : i + len(batch)] = store(encode(np.repeat(batch[:, None], size, axis=1)))
+    uniform = FrameRuns(low[fills], (high - low)[fills], shared[table_of])
+    # The rest of each run lies before its first whole table, after its last, or all within one table.
+    head = np.where(fills, low * size, np.minimum(end, low * size))
+    tail = np.maximum(np.where(fills, high * size, nodes.first), head)
     pieces = FrameRuns.in_order(
         [
             FrameRuns(nodes.first, head - nodes.first, nodes.frame),
-            FrameRuns(tail, np.maximum(stop - tail, 0), nodes.frame),
+            FrameRuns(tail, np.maximum(end - tail, 0), nodes.frame),
         ]
     )
     pieces = pieces[pieces.count > 0]
@@ -142,10 +167,11 @@ def _above(nodes: FrameRuns, size: int, encode: Callable[[U64], U8], put: StoreP
     bounds = np.append(first_piece, len(pieces))
     frames = np.empty(len(tables), np.uint64)
     for i in range(0, len(tables), PAGES_PER_BATCH):
-        named, mine = tables[i : i + PAGES_PER_BATCH], pieces[bounds[i] : bounds[min(i + PAGES_PER_BATCH, len(tables))]]
-        content = np.full((len(named), size), NO_FRAME)
-        row = np.searchsorted(named, mine.first // size)
-        at = expand_runs(row * size + mine.first % size, mine.count)
-        content.reshape(-1)[at] = np.repeat(mine.frame, mine.count)
-        frames[i : i + len(named)] = put(encode(content))
+        named = tables[i : i + PAGES_PER_BATCH]
+        batch_pieces = pieces[bounds[i] : bounds[i + len(named)]]
+        entries = np.full((len(named), size), NO_FRAME)
+        row = np.searchsorted(named, batch_pieces.first // size)
+        at = expand_runs(row * size + batch_pieces.first % size, batch_pieces.count)
+        entries.reshape(-1)[at] = np.repeat(batch_pieces.frame, batch_pieces.count)
+        frames[i : i + len(named)] = store(encode(entries))
     return FrameRuns.in_order([uniform, FrameRuns(tables, np.ones(len(tables), np.int64), frames)])

@@ -130,7 +130,7 @@ def gather(
         others.append(("content", "twin", "hold what others hold, too", content.duplicate_at))
     named = [place.pfn for place in places]
     named += [finding.pfn for finding in checked.findings if finding.pfn is not None] if checked else []
-    entries = p2m.found.cell * len(p2m.found.cells) if p2m and p2m.found else 0
+    entries = p2m.found.cell_pfns * len(p2m.found.local_pages) if p2m and p2m.found else 0
     entries = p2m.shapes[0].entries if p2m and p2m.shapes else entries
     drawn = pfn_map(by_type, others, _below(named), min(entries, _PFN_MAX))
     vcpus = [_vcpu(domain, vcpu) for vcpu in domain.vcpus]
@@ -158,7 +158,7 @@ def _look_at_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | N
         report(Progress(1, 1, "p2m"))
     except GuestError as e:
         return P2MState(problem=str(e)), None
-    distinct = p2m.distinct
+    distinct = p2m.distinct_leaves
     several = int(np.count_nonzero(distinct.count > 1))
     state = P2MState(shapes, len(distinct), int(distinct.count.sum()), several, found)
     return state, leaves_at(p2m, mfns=domain.p2m_names_mfns)

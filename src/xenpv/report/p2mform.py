@@ -73,7 +73,7 @@ def shapes_of(domain: Domain, anchors: Anchors) -> list[Shape]:
 
 def leaves_at(p2m: P2M, *, mfns: bool) -> Parts:
     """The pfns of the frames that hold the p2m's leaves; ``mfns``: whether its frames are mfns."""
-    frames = p2m.distinct.frame
+    frames = p2m.distinct_leaves.frame
     if mfns:
         frames = p2m.pfns_of(frames)
     return Parts.of_pfns(frames[frames != NO_FRAME])

@@ -12,7 +12,7 @@ from xenpv.errors import RequestError
 from xenpv.findings import Finding, Rule, Severity
 from xenpv.frames import PAGE_SIZE
 from xenpv.memory.registers import SEGMENTS, Registers
-from xenpv.memory.survey import Kind
+from xenpv.memory.survey import EntryKind
 from xenpv.report.drawing import picture_of
 from xenpv.report.gather import Checked, Facts, VcpuState
 from xenpv.report.tables import FLAGS
@@ -22,11 +22,11 @@ _CONFIG_MAX = 100_000  # characters of a configuration that are shown
 _PLACES_MAX = 100  # pages with a part to play that are listed
 _OPEN = 12  # findings that are seen at once, at most
 _P2M_KINDS = {
-    Kind.OWN: ("a frame of the domain", "k-leaf"),
-    Kind.INVALID: ("INVALID_MFN", "k-zero"),
-    Kind.FOREIGN: ("foreign", "k-l2"),
-    Kind.IDENTITY: ("identity", "k-l1"),
-    Kind.HOLE: ("in no leaf", "k-zero"),
+    EntryKind.LOCAL: ("a frame of the domain", "k-leaf"),
+    EntryKind.INVALID: ("INVALID_MFN", "k-zero"),
+    EntryKind.FOREIGN: ("foreign", "k-l2"),
+    EntryKind.IDENTITY: ("identity", "k-l1"),
+    EntryKind.HOLE: ("in no leaf", "k-zero"),
 }
 
 

@@ -108,7 +108,7 @@ class StreamComplete:
         pfns, levels = pfns[is_pinned], types[is_pinned] & np.uint8(7)
         for i in range(0, len(pfns), PAGES_PER_BATCH):
             batch = slice(i, i + PAGES_PER_BATCH)
-            self.host.pin_tables(self.domid, self.physmap.mfns(pfns[batch]), levels[batch])
+            self.host.pin_tables(self.domid, self.physmap.lookup(pfns[batch]), levels[batch])
         return len(pfns)
 
     # --- memory ------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class StreamComplete:
         elif not level and page_type != PageType.NOTAB:
             problem = f"has bad type {type_name(page_type)}, expected NOTAB"
         else:
-            return int(self.physmap.mfns(as_array)[0])
+            return int(self.physmap.lookup(as_array)[0])
         raise GuestError(f"{self.name}: {role} (pfn {pfn:#x}) {problem}", pfn=pfn)
 
     def _update_start_info(self, context: np.void) -> tuple[Ring, Ring]:
@@ -170,16 +170,18 @@ class StreamComplete:
             leaf = f"p2m_frame_list[{int(holes.first[0])}]"
             raise GuestError(f"{self.name}: the stream has no {leaf}: a leaf of the p2m is missing")
         self._check_shared_leaves(p2m)
-        distinct, per_leaf, chunks = p2m.distinct, p2m.per_leaf, p2m.per_leaf // CHUNK
+        distinct, per_leaf, chunks = p2m.distinct_leaves, p2m.entries_per_leaf, p2m.entries_per_leaf // CHUNK
         for i in range(0, len(distinct), PAGES_PER_BATCH):
             leaves = distinct[i : i + PAGES_PER_BATCH]
             bad = (leaves.frame >= np.uint64(entries)) | (self.physmap.types(leaves.frame) != PageType.NOTAB)
             if (row := first_bad(bad)) is not None:
                 self._mfn_of(f"p2m_frame_list[{int(leaves.first[row])}]", int(leaves.frame[row]))
             chunk_numbers = leaves.first[:, None] * chunks + np.arange(chunks)
-            mfns = self.physmap.of_chunks(chunk_numbers.astype(np.uint64).reshape(-1)).reshape(len(leaves), per_leaf)
+            mfns = self.physmap.lookup_chunks(chunk_numbers.astype(np.uint64).reshape(-1)).reshape(
+                len(leaves), per_leaf
+            )
             content = encode_entries(mfns, width)
-            with self.host.map_writable(self.domid, self.physmap.mfns(leaves.frame)) as pages:
+            with self.host.map_writable(self.domid, self.physmap.lookup(leaves.frame)) as pages:
                 excess = (int(leaves.first[-1]) + 1) * per_leaf - entries
                 if excess > 0:  # the last leaf has other data after the end of the p2m
                     content[-1, PAGE_SIZE - excess * width :] = pages[-1, PAGE_SIZE - excess * width :]
@@ -187,9 +189,9 @@ class StreamComplete:
 
     def _check_shared_leaves(self, p2m: P2M) -> None:
         """Refuse a leaf that has pages and stands in several places of the p2m."""
-        distinct, chunks = p2m.distinct, p2m.per_leaf // CHUNK
+        distinct, chunks = p2m.distinct_leaves, p2m.entries_per_leaf // CHUNK
         shared = p2m.leaves[np.isin(p2m.leaves.frame, distinct.frame[distinct.count > 1])]
-        populated = self.physmap.used(shared.first * chunks, (shared.first + shared.count) * chunks)
+        populated = self.physmap.count_chunks(shared.first * chunks, (shared.first + shared.count) * chunks)
         if (row := first_bad(populated > 0)) is not None:
             place, pfn = int(shared.first[row]), int(shared.frame[row])
             leaf = f"p2m_frame_list[{place}] (pfn {pfn:#x})"

@@ -71,13 +71,13 @@ class PageTableLocaliser:
         for i in range(0, len(pfns), PAGES_IN_CACHE):
             batch = pfns[i : i + PAGES_IN_CACHE]
             levels = self.physmap.types(batch) & np.uint8(7)
-            with self.host.map_writable(self.domid, self.physmap.mfns(batch)) as pages:
+            with self.host.map_writable(self.domid, self.physmap.lookup(batch)) as pages:
                 ptes = as_entries(pages)
-                local, missing = localise(ptes, self.physmap.mfns)
+                local, missing = localise(ptes, self.physmap.lookup)
                 skip = missing.any(axis=1) | superpages(ptes, levels).any(axis=1) | (levels > LEVELS[self.width])
                 ptes[~skip] = local[~skip]
                 highest_missing = np.where(missing[skip], frames(ptes[skip]), np.uint64(0)).max(axis=1, initial=0)
-            self.physmap.put_local(batch[~skip])
+            self.physmap.mark_localised(batch[~skip])
             # A missing pfn below highest_pfn may never be received: finish() populates or refuses it.
             waits = highest_missing > np.uint64(highest_pfn)
             if waits.any():
@@ -89,7 +89,7 @@ class PageTableLocaliser:
     def _not_yet_localised(self, pfns: U64) -> U64:
         """Return the pfns that are tables and hold pfns; a waiting page may have been received again."""
         tables = pfns[IS_TABLE[self.physmap.types(pfns)]]
-        return tables[~self.physmap.is_local(tables)]
+        return tables[~self.physmap.is_localised(tables)]
 
     def finish(self, end_pfn: int, populate: Populate) -> tuple[U64, U8]:
         """Localise all remaining tables, and populate the pfns that only their entries name.
@@ -104,18 +104,18 @@ class PageTableLocaliser:
         Raises:
             Fault: Xen would refuse an entry. The error names the table's pfn, the level and the entry.
         """
-        pfns, types = self.physmap.tables()
-        remaining = ~self.physmap.is_local(pfns)
+        pfns, types = self.physmap.page_tables()
+        remaining = ~self.physmap.is_localised(pfns)
         tables, table_levels = pfns[remaining], types[remaining] & np.uint8(7)
         for i in range(0, len(tables), PAGES_IN_CACHE):
             batch, levels = tables[i : i + PAGES_IN_CACHE], table_levels[i : i + PAGES_IN_CACHE]
-            with self.host.map_writable(self.domid, self.physmap.mfns(batch)) as pages:
+            with self.host.map_writable(self.domid, self.physmap.lookup(batch)) as pages:
                 ptes = as_entries(pages)
                 self._check_tables(ptes, batch, levels, end_pfn)
-                local, missing = localise(ptes, self.physmap.mfns)
+                local, missing = localise(ptes, self.physmap.lookup)
                 if missing.any():
                     populate(np.unique(frames(ptes[missing])))
-                    local, _ = localise(ptes, self.physmap.mfns)
+                    local, _ = localise(ptes, self.physmap.lookup)
                 ptes[:] = local
         return pfns, types
 

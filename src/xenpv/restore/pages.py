@@ -32,7 +32,7 @@ from xenpv.frames import (
 from xenpv.host.protocol import DomainInfo, Toolstack
 from xenpv.io.background import BackgroundWorker
 from xenpv.memory.pagetables import as_entries, localise
-from xenpv.memory.physmap import CHUNK, ORDER, Physmap, chunks_of
+from xenpv.memory.physmap import CHUNK, CHUNK_ORDER, Physmap, group_by_chunk
 from xenpv.restore.page_tables import PageTableLocaliser
 from xenpv.stream.pagedata import PageData, ReadInto
 
@@ -88,11 +88,11 @@ class MemoryLoader:
     def _load_entries(self, pfns: U64, types: U8, read_into: ReadInto, defer_read: DeferRead | None) -> None:
         self.populate(pfns[IS_POPULATED[types]])
         self._highest_pfn = max(self._highest_pfn, int(pfns.max()))
-        mfns = self.physmap.mfns(pfns)
+        mfns = self.physmap.lookup(pfns)
         # A populated pfn that is sent again without a frame keeps its frame, as in libxenguest: the guest's p2m lists
         # all frames, and nothing tells the guest. Its new type is what matters: it is no page table any more.
         populated = mfns != NO_FRAME
-        self.physmap.put_types(pfns[populated], types[populated])
+        self.physmap.set_types(pfns[populated], types[populated])
         has_data = HAS_DATA[types]
         pfns, mfns, is_table = pfns[has_data], mfns[has_data], IS_TABLE[types[has_data]]
         each_once = _is_ascending(pfns)
@@ -112,28 +112,28 @@ class MemoryLoader:
             HostError: The host has no memory left.
         """
         physmap = self.physmap
-        new = pfns[physmap.mfns(pfns) == NO_FRAME]
+        new = pfns[physmap.lookup(pfns) == NO_FRAME]
         if not len(new):
             return
         if not _is_ascending(new):
             new = np.unique(new)
-        needed = physmap.pages + len(new)
+        needed = physmap.populated + len(new)
         if needed > self._max_pages:
             problem = f"dom{self.domid} may have {self._max_pages:#x} pages, and the stream has {needed:#x} so far"
             raise RequestError(f"{problem}: give it more memory", needed=needed, available=self._max_pages)
-        chunks, count = chunks_of(new)
+        chunks, count = group_by_chunk(new)
         whole = np.flatnonzero(count == CHUNK)
         if len(whole):
-            mfns = self.host.populate_physmap(self.domid, chunks[whole] << np.uint64(ORDER), ORDER)
-            physmap.put_extents(chunks[whole[: len(mfns)]], mfns)
+            mfns = self.host.populate_physmap(self.domid, chunks[whole] << np.uint64(CHUNK_ORDER), CHUNK_ORDER)
+            physmap.add_extents(chunks[whole[: len(mfns)]], mfns)
             is_single = np.ones(len(count), np.bool_)
             is_single[whole[: len(mfns)]] = False
             new = new[np.repeat(is_single, count)]
         if len(new):
             mfns = self.host.populate_physmap(self.domid, new)
-            physmap.put(new[: len(mfns)], mfns)
+            physmap.add_pages(new[: len(mfns)], mfns)
             if len(mfns) < len(new):
-                problem = f"dom{self.domid} needs {needed:#x} pages, and the host gave only {physmap.pages:#x}"
+                problem = f"dom{self.domid} needs {needed:#x} pages, and the host gave only {physmap.populated:#x}"
                 advice = "free memory on the host"
                 raise HostError(f"{problem}: {advice}", op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
 
@@ -178,7 +178,7 @@ class MemoryLoader:
         with self.host.map_writable(self.domid, distinct) as pages:
             if self._verifying:
                 differs = (pages != content).any(axis=1)
-                local, _ = localise(as_entries(content[is_table]), self.physmap.mfns)
+                local, _ = localise(as_entries(content[is_table]), self.physmap.lookup)
                 differs[is_table] &= (as_entries(pages[is_table]) != local).any(axis=1)
                 self.differing = np.union1d(self.differing, pfns[differs])
             pages[:] = content

@@ -239,7 +239,7 @@ class _Restore:
             uuid=config.uuid if config else None,
             config=config,
             entries=self.contents.end_pfn + 1,
-            pages=memory.physmap.pages,
+            pages=memory.physmap.populated,
             tables=completed.page_tables,
             pinned=completed.pinned,
             checkpoints=self.contents.checkpoints,

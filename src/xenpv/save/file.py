@@ -55,7 +55,9 @@ def preflight(host: Mover, domid: DomId, *, libxc_compatible: bool = True) -> Pr
     """Check that a domain can be saved, as far as a running one shows it. Raises as save()."""
     tracker = inspect_p2m(host, domid, libxc_compatible=libxc_compatible)
     info, p2m, counts = host.info(domid), tracker.p2m, tracker.counts
-    size = counts.populated * (8 + PAGE_SIZE) + p2m.places * 8 + (info.max_vcpu + 1) * _VCPU_RECORDS + _OTHER_RECORDS
+    size = (
+        counts.populated * (8 + PAGE_SIZE) + p2m.leaf_count * 8 + (info.max_vcpu + 1) * _VCPU_RECORDS + _OTHER_RECORDS
+    )
     return Preflight(
         name=tracker.live.name,
         form=tracker.live.anchors.form_names,

@@ -95,7 +95,7 @@ class P2MTracker:
         self._page_tables_stale = False
         self.live, self.p2m, self._leaf_pfns = self._inspect_once_stable()
         if track_changes:
-            self._remembered = self._no_entries(len(self.p2m.distinct), self.p2m.per_leaf)
+            self._remembered = self._no_entries(len(self.p2m.distinct_leaves), self.p2m.entries_per_leaf)
         self.counts = self._count()
 
     # --- inspection --------------------------------------------------------------------------------------------------
@@ -143,11 +143,11 @@ class P2MTracker:
 
     def _without_uniform_end(self, live: LiveDomain) -> P2M:
         whole = live.p2m
-        entries = max(whole.used, self.sent_entries)
+        entries = max(whole.used_entries, self.sent_entries)
         if entries > whole.entries:
             what = f"{live.name}: its p2m shrank to pfn {whole.entries - 1:#x} after it was sent up to pfn"
             raise GuestError(f"{what} {self.sent_entries - 1:#x}; no receiver can undo that: start again")
-        return replace(whole, entries=entries, leaves=whole.leaves.below(-(-entries // whole.per_leaf)))
+        return replace(whole, entries=entries, leaves=whole.leaves.below(-(-entries // whole.entries_per_leaf)))
 
     # --- entries -----------------------------------------------------------------------------------------------------
 
@@ -155,7 +155,7 @@ class P2MTracker:
         """Read all entries once. GuestError as ``iter_leaves``."""
         populated = foreign = identity = 0
         for leaves in self.iter_leaves():
-            mfns, times = leaves.mfns, leaves.times
+            mfns, times = leaves.mfns, leaves.place_count
             populated += int(np.count_nonzero(names_local_frame(mfns)))
             marked = mfns != NO_FRAME
             is_foreign = marked & (mfns & FOREIGN != 0)
@@ -169,17 +169,17 @@ class P2MTracker:
 
         GuestError for one that cannot be read, or that names pages and stands in two places.
         """
-        name, distinct = self.live.name, self.p2m.distinct
+        name, distinct = self.live.name, self.p2m.distinct_leaves
 
         def refuse(unreadable: FrameRuns) -> None:
             what = f"{name}: p2m_frame_list[{int(unreadable.first[0])}], mfn {int(unreadable.frame[0]):#x},"
             raise GuestError(f"{what} cannot be read")
 
-        for leaves in self.p2m.content(places, lost=refuse):
-            times = distinct.count[np.searchsorted(distinct.first, leaves.first)]
+        for leaves in self.p2m.iter_leaves(places, on_unreadable=refuse):
+            times = distinct.count[np.searchsorted(distinct.first, leaves.first_place)]
             own = np.count_nonzero(names_local_frame(leaves.mfns), axis=1)
             if (row := first_bad((own > 0) & (times > 1))) is not None:
-                what = f"{name}: p2m_frame_list[{int(leaves.first[row])}] names {own[row]} pages, and stands in"
+                what = f"{name}: p2m_frame_list[{int(leaves.first_place[row])}] names {own[row]} pages, and stands in"
                 raise GuestError(f"{what} {int(times[row])} places: after a restore one would overwrite the other")
             yield leaves
 
@@ -201,7 +201,7 @@ class P2MTracker:
 
     def record_leaves(self, leaves: Leaves) -> PfnMfns:
         """Remember what leaves say now. Return the entries that have a frame, and had none or another before."""
-        row = np.searchsorted(self.p2m.distinct.first, leaves.first)
+        row = np.searchsorted(self.p2m.distinct_leaves.first, leaves.first_place)
         own = names_local_frame(leaves.mfns)
         now = np.where(own, leaves.mfns, self._no_mfn).astype(self._remembered.dtype)
         before = self._remembered[row]
@@ -228,16 +228,16 @@ class P2MTracker:
         order = np.argsort(self._leaf_pfns)
         at = np.minimum(np.searchsorted(self._leaf_pfns, dirty, sorter=order), len(order) - 1)
         rows = order[at[self._leaf_pfns[order[at]] == dirty]] if len(order) else order
-        return np.union1d(self._moved_places, self.p2m.distinct.first[rows])
+        return np.union1d(self._moved_places, self.p2m.distinct_leaves.first[rows])
 
     def _realign(self, p2m: P2M) -> None:
         """Put the remembered entries into the order of another walk's leaves."""
-        now, before = p2m.distinct.first, self.p2m.distinct.first
+        now, before = p2m.distinct_leaves.first, self.p2m.distinct_leaves.first
         if not np.array_equal(now, before):
             self._reorder(before, now)
         moved = p2m.leaves.frame_of(now) != self.p2m.leaves.frame_of(now)
-        moved |= p2m.distinct.count > 1  # few are, and none of them may name pages
-        moved |= now >= min(self.p2m.entries, p2m.entries) // p2m.per_leaf  # beyond one of the two ends
+        moved |= p2m.distinct_leaves.count > 1  # few are, and none of them may name pages
+        moved |= now >= min(self.p2m.entries, p2m.entries) // p2m.entries_per_leaf  # beyond one of the two ends
         self._moved_places = np.intersect1d(np.union1d(self._moved_places, now[moved]), now, assume_unique=True)
 
     def _no_entries(self, leaves: int, per_leaf: int) -> _MFNs:
@@ -278,27 +278,27 @@ class P2MTracker:
         Source:
             xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c handle_x86_pv_p2m_frames(), expand_p2m()
         """
-        p2m, distinct = self.p2m, self.p2m.distinct
+        p2m, distinct = self.p2m, self.p2m.distinct_leaves
         order = np.argsort(distinct.frame)
         pfns = self._leaf_pfns[order][np.searchsorted(distinct.frame[order], p2m.leaves.frame)]
         leaves = FrameRuns(p2m.leaves.first, p2m.leaves.count, pfns)
         new = leaves.difference(self._sent_leaves)
-        begin, end = (int(new.first[0]), int(new.first[-1] + new.count[-1])) if len(new) else (p2m.places, 0)
+        begin, end = (int(new.first[0]), int(new.first[-1] + new.count[-1])) if len(new) else (p2m.leaf_count, 0)
         if p2m.entries > self.sent_entries:
-            begin, end = min(begin, p2m.places - 1), p2m.places
+            begin, end = min(begin, p2m.leaf_count - 1), p2m.leaf_count
         if begin >= end:
             return None
         runs = None if self.libxc_compatible else _encode_runs(leaves)
         if runs is not None and not self.sent_entries:  # a stream has only one kind of record
-            self._sends_runs = p2m.entries > PFNS_MAX or runs.nbytes < 8 * p2m.places
+            self._sends_runs = p2m.entries > PFNS_MAX or runs.nbytes < 8 * p2m.leaf_count
         self._sent_leaves, self.sent_entries = leaves, p2m.entries
         if runs is not None and self._sends_runs:
             return P2MLeaves(entries=p2m.entries, raw=runs.astype("<u8").reshape(-1).view(np.uint8).data)
         until_end = leaves.below(end)
         counts = np.minimum(until_end.count, np.maximum(until_end.first + until_end.count - begin, 0))
         raw = np.repeat(until_end.frame, counts).astype("<u8", copy=False)  # 64 MiB for a domain that reaches 16 TiB
-        last = min(p2m.entries, end * p2m.per_leaf) - 1
-        return X86PVP2MFrames(start_pfn=begin * p2m.per_leaf, end_pfn=last, raw=raw.view(np.uint8).data)
+        last = min(p2m.entries, end * p2m.entries_per_leaf) - 1
+        return X86PVP2MFrames(start_pfn=begin * p2m.entries_per_leaf, end_pfn=last, raw=raw.view(np.uint8).data)
 
 
 def _check(live: LiveDomain, p2m: P2M, *, libxc_compatible: bool) -> None:
@@ -313,13 +313,13 @@ def _check(live: LiveDomain, p2m: P2M, *, libxc_compatible: bool) -> None:
     holes = p2m.holes
     if len(holes):
         first, count = int(holes.first[0]), int(holes.count[0])
-        what = f"{name}: its p2m has no leaf for pfns {first * p2m.per_leaf:#x} to "
-        raise GuestError(what + f"{(first + count) * p2m.per_leaf - 1:#x}, and a stream has to name one")
+        what = f"{name}: its p2m has no leaf for pfns {first * p2m.entries_per_leaf:#x} to "
+        raise GuestError(what + f"{(first + count) * p2m.entries_per_leaf - 1:#x}, and a stream has to name one")
 
 
 def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:
     """Return the pfn of each distinct leaf. GuestError for a leaf that is no page of the domain."""
-    distinct = p2m.distinct
+    distinct = p2m.distinct_leaves
     pfns = live.pfns_of(distinct.frame)
     if (bad := first_bad(pfns == NO_FRAME)) is not None:
         raise bad_mfn(live, f"p2m_frame_list[{int(distinct.first[bad])}]", int(distinct.frame[bad]))

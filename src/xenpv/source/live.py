@@ -201,7 +201,7 @@ class LiveDomain(Domain):
 
     def kinds(self, first: int = 0) -> Iterator[tuple[U64, U8]]:
         """The pfns from ``first`` on that have a frame of the domain, ascending and in pieces, with their types."""
-        for leaves in self.p2m.content():
+        for leaves in self.p2m.iter_leaves():
             own = names_local_frame(leaves.mfns) & (leaves.pfns >= np.uint64(first))
             kinds = self.host.page_types(self.info.domid, leaves.mfns[own])
             there = kinds != PageType.XTAB

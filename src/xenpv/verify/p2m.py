@@ -46,7 +46,7 @@ def _check_leaves(saved: SavedDomain, findings: Findings) -> I64:
     record, p2m = saved.contents.p2m_record, saved.p2m
     if record is None:
         return _NO_PLACES
-    if isinstance(record, X86PVP2MFrames) and record.start_pfn % p2m.per_leaf:
+    if isinstance(record, X86PVP2MFrames) and record.start_pfn % p2m.entries_per_leaf:
         message = f"start pfn {record.start_pfn:#x} is not the first of a leaf"
         findings.add(rules.P2M_START, message, offset=record.offset, record=record.name)
     holes = _places_to_report(saved, p2m.holes)
@@ -106,7 +106,7 @@ def _locate(saved: SavedDomain, place: int) -> dict[str, Any]:
     assert record is not None
     offset = None
     if isinstance(record, X86PVP2MFrames):
-        row = place - record.start_pfn // saved.p2m.per_leaf
+        row = place - record.start_pfn // saved.p2m.entries_per_leaf
         offset = record.offset + 16 + row * 8 if 0 <= row < len(record.p2m_pfns) else None
     return {"offset": offset, "record": record.name, "pfn": _leaf_at(saved, place), "entry": place}
 
@@ -118,7 +118,7 @@ def _populated_places_with_shared_leaf(saved: SavedDomain) -> tuple[I64, I64]:
     time. A populated place must not share its leaf, since the other place's content would overwrite it. Of several
     populated places with one leaf the first is left out.
     """
-    leaves, shared = saved.p2m.leaves, saved.p2m.distinct
+    leaves, shared = saved.p2m.leaves, saved.p2m.distinct_leaves
     shared = shared[shared.count > 1]
     if not len(shared):
         return _NO_PLACES, _NO_PLACES
@@ -140,7 +140,7 @@ def _populated_places_with_shared_leaf(saved: SavedDomain) -> tuple[I64, I64]:
 
 def _populated_places(saved: SavedDomain) -> I64:
     """Return the places, ascending, that have entries of populated pages."""
-    per_leaf, places = np.uint64(saved.p2m.per_leaf), saved.p2m.places
+    per_leaf, places = np.uint64(saved.p2m.entries_per_leaf), saved.p2m.leaf_count
     extents = saved.contents.index.extents
     populated = extents[IS_POPULATED[extents.type]]
     first = (populated.first // per_leaf).astype(np.int64)
@@ -163,7 +163,7 @@ def _check_end(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None
     if end_pfn > max_pfn - 1:
         message = f"the p2m ends at pfn {end_pfn:#x}, and shared info's max_pfn is {max_pfn:#x}"
         findings.add(rules.P2M_EXTENT, message, **place)
-    elif end_pfn < max_pfn - 1 and (end_pfn + 1) % saved.p2m.per_leaf:
+    elif end_pfn < max_pfn - 1 and (end_pfn + 1) % saved.p2m.entries_per_leaf:
         message = f"the p2m ends within a leaf, at pfn {end_pfn:#x}, and shared info's max_pfn is {max_pfn:#x}"
         findings.add(rules.P2M_EXTENT, message, **place)
     if anchors.p2m_cr3 and anchors.p2m_generation & 1:
@@ -227,7 +227,7 @@ def _check_mapped_pages(saved: SavedDomain, findings: Findings, suspect: I64) ->
         findings: Gets the findings.
         suspect: Places to skip: their leaf is perhaps none, and would give a finding for each entry.
     """
-    places = np.union1d(saved.p2m.distinct.first, _populated_places(saved))
+    places = np.union1d(saved.p2m.distinct_leaves.first, _populated_places(saved))
     places = np.setdiff1d(places, suspect, assume_unique=True)
     leaves = saved.p2m.leaves.frame_of(places)
     if not saved.source.seekable and saved.pages_complete:
@@ -236,7 +236,7 @@ def _check_mapped_pages(saved: SavedDomain, findings: Findings, suspect: I64) ->
             message = "the pipe had passed leaves of the p2m before a record named them: their entries are not checked"
             offset = saved.contents.p2m_record and saved.contents.p2m_record.offset
             findings.add(rules.NOT_CHECKED, message, offset=offset)
-    for batch in saved.p2m.content(places):
+    for batch in saved.p2m.iter_leaves(places):
         pfns, mfns = batch.pfns, batch.mfns
         types = saved.frames.types(pfns)
         mapped, populated = names_local_frame(mfns), IS_POPULATED[types]
@@ -261,7 +261,7 @@ def _describe_entry(saved: SavedDomain, rule: Rule, entry: U64) -> tuple[str, di
 
 def _entry_offset(saved: SavedDomain, pfn: int) -> int | None:
     """Return the byte offset of a pfn's p2m entry in the file, None if its leaf is not there."""
-    place, entry = divmod(pfn, saved.p2m.per_leaf)
+    place, entry = divmod(pfn, saved.p2m.entries_per_leaf)
     page = int(saved.contents.index.offsets(saved.p2m.leaves.frame_of(np.array([place])))[0])
     return page + entry * saved.contents.width if page >= 0 else None
 

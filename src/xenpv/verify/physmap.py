@@ -18,7 +18,7 @@ from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.anchors import ROOTED_TREE_LEVELS, P2MForm, P2MRoot, tree_capacity
 from xenpv.memory.p2m import P2M, Leaves, names_local_frame
 from xenpv.memory.pagetables import BITS_PER_LEVEL
-from xenpv.memory.survey import Kind, Survey, survey
+from xenpv.memory.survey import EntryKind, Survey, survey
 from xenpv.runs import FrameRuns
 from xenpv.source.live import LiveDomain
 
@@ -40,13 +40,16 @@ CHANGED = Rule(
 )
 PARTIAL = Rule("physmap-partial", "every root leads to all of the p2m", _SHARED_INFO, _NOTE)
 _KINDS = {
-    Kind.HOLE: (Rule("physmap-hole", "every part of the p2m has a leaf", _SHARED_INFO, _NOTE), "are in no leaf"),
-    Kind.INVALID: (Rule("physmap-invalid", "every pfn has a frame", _SHARED_INFO, _NOTE), "have none (INVALID_MFN)"),
-    Kind.FOREIGN: (
+    EntryKind.HOLE: (Rule("physmap-hole", "every part of the p2m has a leaf", _SHARED_INFO, _NOTE), "are in no leaf"),
+    EntryKind.INVALID: (
+        Rule("physmap-invalid", "every pfn has a frame", _SHARED_INFO, _NOTE),
+        "have none (INVALID_MFN)",
+    ),
+    EntryKind.FOREIGN: (
         Rule("physmap-foreign", "no entry is another domain's frame", "Linux's FOREIGN_FRAME_BIT", _NOTE),
         "are mapped from another domain (FOREIGN)",
     ),
-    Kind.IDENTITY: (
+    EntryKind.IDENTITY: (
         Rule("physmap-identity", "no entry is a machine frame of its own number", "Linux's IDENTITY_FRAME_BIT", _NOTE),
         "stand for machine frames of the same number (IDENTITY)",
     ),
@@ -125,11 +128,11 @@ class PhysmapCheck:
         return min(capacity, anchors.max_pfn)
 
     def _report_unreadable_tables(self, p2m: P2M, root: P2MRoot) -> None:
-        bits = BITS_PER_LEVEL if root.form is P2MForm.LINEAR else p2m.per_leaf.bit_length() - 1
+        bits = BITS_PER_LEVEL if root.form is P2MForm.LINEAR else p2m.entries_per_leaf.bit_length() - 1
         for table in p2m.unreadable:
             first = max((table.place << bits * table.level) - root.first_place, 0)
             problem = f"the table at mfn {table.frame:#x}, {table.level} above the leaves, is not the domain's"
-            self.findings.add(TABLE, f"{root.name}: {problem}", pfn=first * p2m.per_leaf)
+            self.findings.add(TABLE, f"{root.name}: {problem}", pfn=first * p2m.entries_per_leaf)
 
     # --- p2m to m2p --------------------------------------------------------------------------------------------------
 
@@ -137,7 +140,7 @@ class PhysmapCheck:
         """Check every entry; return how many name a frame of the domain whose m2p gives the pfn back."""
         max_mfn = np.uint64(self._host.max_mfn())
         confirmed, checked = 0, 0
-        for leaves in p2m.content(lost=partial(self._report_unreadable_leaves, root)):
+        for leaves in p2m.iter_leaves(on_unreadable=partial(self._report_unreadable_leaves, root)):
             pfns, mfns = leaves.pfns.reshape(-1), leaves.mfns.reshape(-1)
             in_host = mfns <= max_mfn  # INVALID_MFN, FOREIGN and IDENTITY are above any frame
             if not in_host.all():
@@ -149,9 +152,9 @@ class PhysmapCheck:
                 pfns, mfns = pfns[agrees], mfns[agrees]
             confirmed += self._check_owner(p2m, pfns, mfns)
             self._check_shared_leaves(leaves)
-            checked += int(leaves.times.sum())
+            checked += int(leaves.place_count.sum())
             if self.progress is not None:
-                self.progress(Progress(checked, p2m.places, "checking the p2m", "leaves"))
+                self.progress(Progress(checked, p2m.leaf_count, "checking the p2m", "leaves"))
         return confirmed
 
     def _check_owner(self, p2m: P2M, pfns: U64, mfns: U64) -> int:
@@ -196,13 +199,13 @@ class PhysmapCheck:
 
     def _check_shared_leaves(self, leaves: Leaves) -> None:
         """Report leaves that stand in several places and map pages."""
-        shared = leaves.times > 1
+        shared = leaves.place_count > 1
         if shared.any():
             mapping = np.flatnonzero(shared)[names_local_frame(leaves.mfns[shared]).any(axis=1)]
 
             def describe(row: np.int64) -> tuple[str, dict[str, int]]:
                 pfn = int(leaves.pfns[row, 0])
-                message = f"the leaf of pfn {pfn:#x} stands in {int(leaves.times[row])} places, and maps pages"
+                message = f"the leaf of pfn {pfn:#x} stands in {int(leaves.place_count[row])} places, and maps pages"
                 return message, {"pfn": pfn}
 
             self.findings.add_each(SHARED, mapping, describe)
