@@ -8,6 +8,7 @@ Prints JSON. One program for all of it, since starting Python takes seconds unde
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -53,7 +54,7 @@ def can_log(host: XenHost, domid: DomId) -> bool:
     try:
         host.log_dirty(domid, on=True)
     except HostError as error:
-        return "CONFIG_SHADOW_PAGING" not in str(error)
+        return error.errno != errno.EOPNOTSUPP
     host.log_dirty(domid, on=False)
     return True
 

@@ -42,7 +42,7 @@ def test_xenhost_agrees_with_stock_tools_and_keeps_the_contract(host: lab.Host) 
     assert live["leaks"]["during"] == live["leaks"]["before"] + 1
     assert live["leaks"]["after"] == live["leaks"]["before"]
     assert 0 < live["dom0"]["mapped"] < live["dom0"]["asked"]
-    assert "no such domain, or it has gone meanwhile (ESRCH)" in live["died"]["after"]
+    assert live["died"]["after"].endswith("(ESRCH)")
     assert live["died"]["held"]
     assert live["readable_after_close"]
     assert "needs root in dom0" in live["without_root"]
