@@ -51,11 +51,11 @@ def test_image_text_shows_layers_notes_and_limits(vmlinuz: Path) -> None:
         "features writable_page_tables (required), pae_pgdir_above_4gb",
         "remark FEATURES has names that Xen does not know: frobnicate",
         "Memory as PV\n",
-        "at 0x8000000000, where INIT_P2M wants it 4.0 MiB 128.0 TiB 0x800000000 the 0x800000000 entries of Xen's m2p",
+        "at 0x8000000000 (INIT_P2M) 4.0 MiB 128.0 TiB 0x800000000 the 0x800000000 entries of Xen's m2p",
         "inside the initial mapping 4.0 MiB 510.2 GiB",
         "Xen ELF notes (PT_NOTE)",
         "15 INIT_P2M 0x8000000000 virtual address for the p2m list, outside the initial mapping",
-        "13 L1_MFN_VALID 0x1 0x1 how L1 entries that hold mfns are told from others",
+        "13 L1_MFN_VALID 0x1 0x1 how to tell L1 entries that hold mfns from others",
         "99 0x63 01 02",
         "Load segments",
         "0x101000 0xffffffff80101000 0xffffffff80101000 0x4 0x5000 RW",
@@ -109,7 +109,7 @@ def test_image_that_cannot_boot_shows_every_obstacle_and_exits_0(tmp_path: Path)
     assert (ran.code, ran.err) == (0, "")
     assert "PV cannot boot: it is for another loader: LOADER 'x'" in lines(ran)
     assert "\nit is for another Xen ABI: XEN_VERSION 'xen-4'" in lines(ran)
-    assert "PVH cannot boot: no PHYS32_ENTRY note" in lines(ran)
+    assert "PVH cannot boot: it has no PHYS32_ENTRY note" in lines(ran)
     assert "Memory as PV" not in ran.out
     d = xenpv("image", "--json", file).json
     assert (d["pv"]["can_boot"], len(d["pv"]["why_not"]), d["pv"]["limits"]) == (False, 2, [])

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 import struct
-import time
 from random import Random
 
 import pytest
 
+from tests.support.memory_limit import at_most
 from tests.support.writers.kernel import PV64, Kernel, Load, Section, kernel32, note, quad, text, word
 from xenpv.errors import ImageError
-from xenpv.image.capacity import limits
+from xenpv.image.capacity import memory_limits
 from xenpv.image.kernel import KernelImage
 from xenpv.image.verdict import pv_obstacles, pvh_obstacles, remarks
 
 
-def try_all(data: bytes) -> KernelImage | ImageError:
+def parse_and_use(data: bytes) -> KernelImage | ImageError:
     """Everything that is asked of a kernel; nothing but ImageError may come of it."""
     try:
         image = KernelImage.parse(data)
     except ImageError as e:
         return e
-    against = pv_obstacles(image)
-    assert bool(limits(image, initrd=1 << 20)) != bool(against)
+    obstacles = pv_obstacles(image)
+    assert bool(memory_limits(image, initrd=1 << 20)) != bool(obstacles)
     pvh_obstacles(image)
     remarks(image)
     for segment in image.segments:
         assert len(image.content(segment)) == segment.filesz
-    for found in image.notes:
-        assert found.offset <= len(image.elf.data)
+    for note_ in image.notes:
+        assert note_.offset <= len(image.elf.data)
     return image
 
 
-def refused(data: bytes) -> ImageError:
-    error = try_all(data)
+def parse_error(data: bytes) -> ImageError:
+    error = parse_and_use(data)
     assert isinstance(error, ImageError)
     assert "\n" not in str(error)
     return error
@@ -56,9 +56,9 @@ WRONG: dict[str, tuple[bytes, str, str | None]] = {
     "a core": (Kernel(kind=4).to_bytes(), "a core dump (ELF type ET_CORE)", None),
     "phoff": (patched(32, "<Q", 1 << 63), "the program headers lie beyond the file: 3 of 56 bytes from 0x8000", None),
     "phnum": (patched(56, "<H", 0xFFFF), "the program headers lie beyond the file: 65535 of 56 bytes from 0x40", None),
-    "phentsize": (patched(54, "<H", 55), "program headers of 55 bytes each, which take 56", None),
+    "phentsize": (patched(54, "<H", 55), "55 bytes, and need 56", None),
     "shoff": (patched(40, "<Q", (1 << 64) - 1), "the section headers lie beyond the file", None),
-    "shentsize": (patched(58, "<H", 0), "section headers of 0 bytes each, which take 64", None),
+    "shentsize": (patched(58, "<H", 0), "0 bytes, and need 64", None),
     "a segment beyond": (
         Kernel(loads=[Load(0, CODE, 0x1000, offset=1 << 40)]).to_bytes(),
         "program header 0 (PT_LOAD) lies beyond the file: p_offset 0x10000000000 and p_filesz 0x100", None),
@@ -96,27 +96,25 @@ WRONG: dict[str, tuple[bytes, str, str | None]] = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_lie(kind: str) -> None:
+def test_parse_damaged_header_raises_image_error(kind: str) -> None:
     data, sentence, name = WRONG[kind]
-    error = refused(data)
+    error = parse_error(data)
     assert sentence in error.reason
     assert error.note == name
     if name:
         assert str(error).endswith(f"(at {error.offset:#x} in note {name})")
 
 
-def test_too_many_notes() -> None:
+def test_parse_too_many_notes_raises_image_error() -> None:
     data = Kernel(notes=[note(0, b"", b"")] * 65537).to_bytes()
-    began = time.monotonic()
-    assert "more than 65536 notes" in refused(data).reason
-    assert time.monotonic() - began < 5
+    with at_most(64 << 20):
+        assert "more than 65536 notes" in parse_error(data).reason
 
 
-def test_too_many_of_everything_takes_no_time() -> None:
+def test_parse_many_huge_segments_allocates_little() -> None:
     data = bytearray(Kernel(loads=[Load(0, b"", 1 << 40)] * 10_000).to_bytes())
-    began = time.monotonic()
-    assert isinstance(try_all(bytes(data)), KernelImage)
-    assert time.monotonic() - began < 5
+    with at_most(64 << 20):
+        assert isinstance(parse_and_use(bytes(data)), KernelImage)
 
 
 SMALL = [Load(0x10_0000, b"code", 0x1000), Load(0x10_1000, b"", 0x5000, 6)]
@@ -134,38 +132,38 @@ KERNELS: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("kind", KERNELS)
-def test_cut_at_every_byte(kind: str) -> None:
+def test_parse_truncated_at_any_byte_raises_image_error(kind: str) -> None:
     data = KERNELS[kind]
-    assert isinstance(try_all(data), KernelImage)
+    assert isinstance(parse_and_use(data), KernelImage)
     for cut in range(len(data)):
-        refused(data[:cut])
+        parse_error(data[:cut])
 
 
 @pytest.mark.parametrize("kind", KERNELS)
-def test_every_byte_changed(kind: str) -> None:
+def test_parse_any_byte_changed_parses_or_raises_image_error(kind: str) -> None:
     data = bytearray(KERNELS[kind])
     for at in range(len(data)):
         kept = data[at]
         for value in {0, kept ^ 0xFF} - {kept}:
             data[at] = value
-            try_all(bytes(data))
+            parse_and_use(bytes(data))
         data[at] = kept
 
 
-def test_random_junk() -> None:
+def test_parse_random_bytes_parses_or_raises_image_error() -> None:
     rng = Random(20140904)
     for _ in range(300):
         junk = rng.randbytes(rng.randrange(4096))
-        try_all(junk)
-        try_all(b"\x7fELF\2\1\1" + junk)
-        try_all(b"\x7fELF\1\1\1" + junk)
+        parse_and_use(junk)
+        parse_and_use(b"\x7fELF\2\1\1" + junk)
+        parse_and_use(b"\x7fELF\1\1\1" + junk)
 
 
-def test_sizes_of_a_whole_address_space_are_only_numbers() -> None:
-    image = try_all(Kernel(loads=[Load(0x10_0000, CODE, (1 << 64) - 0x20_0000)]).to_bytes())
+def test_parse_segment_of_a_whole_address_space_allocates_nothing() -> None:
+    image = parse_and_use(Kernel(loads=[Load(0x10_0000, CODE, (1 << 64) - 0x20_0000)]).to_bytes())
     assert isinstance(image, KernelImage)
     assert pv_obstacles(image)
     low = Kernel(notes=[*PV64[:3], note(1, quad(0x10_0000))], loads=[Load(0x10_0000, CODE, (1 << 64) - 0x20_0000)])
-    image = try_all(low.to_bytes())
+    image = parse_and_use(low.to_bytes())
     assert isinstance(image, KernelImage)
-    assert [(limit.pages, limit.least) for limit in limits(image)] == [(0, None), (0, None)]
+    assert [(limit.max_pages, limit.min_pages) for limit in memory_limits(image)] == [(0, None), (0, None)]

@@ -24,7 +24,7 @@ from tests.support.writers.kernel import (
     word,
 )
 from xenpv.image.kernel import KernelImage
-from xenpv.image.notes import NOTES, Source
+from xenpv.image.notes import NOTES, NoteSource
 from xenpv.image.parameters import Pae, feature_names
 
 
@@ -38,10 +38,10 @@ def with_notes(*more: bytes) -> KernelImage:
 
 @pytest.mark.parametrize("place", ["PT_NOTE", "SHT_NOTE"])
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_kernel(width: int, place: str) -> None:
+def test_parse_kernel(width: int, place: str) -> None:
     image = parse(Kernel(place=place) if width == 8 else kernel32(place=place))
     base = BASE if width == 8 else 0xC000_0000
-    assert (image.width, image.source, image.layers) == (width, Source(place), ())
+    assert (image.width, image.note_source, image.layers) == (width, NoteSource(place), ())
     assert (image.virt_base, image.paddr_offset, image.entry) == (base, 0, base + 0x10_0000)
     assert (image.kernel_start, image.kernel_end) == (base + 0x10_0000, base + 0x10_6000)
     assert [(s.paddr, s.filesz, s.memsz, s.flag_names) for s in image.segments] == [
@@ -53,7 +53,7 @@ def test_a_kernel(width: int, place: str) -> None:
     assert (image.parameters.loader, image.parameters.guest_os) == ("generic", "made")
 
 
-# Every number of elfnote.h, with a content and what it comes to.
+# Every number of elfnote.h, with a content and its value.
 ALL = {
     0: (text("colour=red"), "colour=red"),
     1: (quad(BASE + 0x10_0010), BASE + 0x10_0010),
@@ -84,15 +84,15 @@ ALL = {
 }
 
 
-def test_every_note_is_read_and_means_something() -> None:
+def test_parse_reads_every_note() -> None:
     assert set(ALL) == set(NOTES)
     image = parse(Kernel(notes=[note(type_, desc) for type_, (desc, _) in ALL.items()]))
     data = image.elf.data
-    for found, (type_, (desc, value)) in zip(image.notes, ALL.items(), strict=True):
-        assert (found.type, found.value, found.size) == (type_, value, len(desc))
-        assert bytes(data[found.offset : found.offset + found.size]) == desc
-        assert found.name == NOTES[type_].name
-        assert found.meaning
+    for parsed, (type_, (desc, value)) in zip(image.notes, ALL.items(), strict=True):
+        assert (parsed.type, parsed.value, parsed.size) == (type_, value, len(desc))
+        assert bytes(data[parsed.offset : parsed.offset + parsed.size]) == desc
+        assert parsed.name == NOTES[type_].name
+        assert parsed.meaning
     p = image.parameters
     assert (p.virt_base, p.entry, p.paddr_offset) == (BASE, BASE + 0x10_0010, 0x20_0000)
     assert (p.hypercall_page, p.hv_start_low, p.init_p2m) == (BASE + 0x10_2000, 0xFFFF_8000_0000_0000, 1 << 39)
@@ -104,14 +104,14 @@ def test_every_note_is_read_and_means_something() -> None:
     assert image.kernel_start == BASE + 0x10_0000 - 0x20_0000
 
 
-def test_an_unknown_note_is_kept_as_bytes_and_others_owners_are_not() -> None:
+def test_parse_keeps_unknown_notes_and_drops_other_owners() -> None:
     image = with_notes(note(77, b"\1\2\3"), note(1, quad(5), b"GNU\0"), note(1, quad(6), b"Xenon\0"))
     assert [n.name for n in image.notes[len(PV64) :]] == ["0x4d"]
     assert (image.notes[-1].value, image.notes[-1].meaning) == (b"\1\2\3", "")
     assert image.entry == BASE + 0x10_0000
 
 
-def test_of_two_notes_the_last_counts_but_features_add_up() -> None:
+def test_parse_two_notes_of_a_type_last_counts_and_features_add_up() -> None:
     image = with_notes(
         note(1, quad(BASE + 0x10_0008)),
         note(10, text("!writable_page_tables|frobnicate")),
@@ -126,39 +126,39 @@ def test_of_two_notes_the_last_counts_but_features_add_up() -> None:
     assert (features.unknown, features.unknown_required) == (("frobnicate",), ("teleport",))
 
 
-def test_an_address_of_all_ones_says_nothing() -> None:
+def test_parse_address_of_all_ones_is_none() -> None:
     image = with_notes(note(15, quad((1 << 64) - 1)), note(18, word(0xFFFF_FFFF)), note(1, quad((1 << 64) - 1)))
     p = image.parameters
     assert (p.init_p2m, p.phys32_entry, p.entry) == (None, None, None)
     assert image.entry == image.elf.entry
 
 
-def test_a_string_ends_at_its_zero_wherever_the_note_does() -> None:
+def test_parse_string_ends_at_its_zero_even_after_the_note() -> None:
     image = with_notes(note(7, b"abc", descsz=2))
     assert image.parameters.guest_version == "abc"
 
 
-def test_notes_in_segments_come_before_those_in_sections() -> None:
+def test_parse_prefers_notes_in_segments() -> None:
     kernel = Kernel(sections=[Section(".note.Xen", 7, note(1, quad(1)))])
     assert parse(kernel).entry == BASE + 0x10_0000
-    kernel.note_offset = 0  # what old binutils did: passed over, and the sections count
+    kernel.note_offset = 0  # an error of old binutils: ignored, so the sections count
     image = parse(kernel)
-    assert (image.source, [n.value for n in image.notes]) == (Source.SECTION, [1])
+    assert (image.note_source, [n.value for n in image.notes]) == (NoteSource.SECTION, [1])
 
 
 # --- the legacy string -----------------------------------------------------------------------------------------------
 
 
-def test_the_legacy_string() -> None:
+def test_parse_legacy_string() -> None:
     string = f"{LEGACY},GUEST_VER=2.6,VIRT_ENTRY=0xC0100000,HYPERCALL_PAGE=0x102,FEATURES=!dom0|x,BSD_SYMTAB,WHAT=ever"
     image = parse(kernel32(place="__xen_guest", legacy=string, loads=[Load(0xC010_0000, b"x", 0x3000)]))
     p = image.parameters
-    assert image.source is Source.LEGACY
+    assert image.note_source is NoteSource.LEGACY
     assert (p.virt_base, p.entry, p.hypercall_page) == (0xC000_0000, 0xC010_0000, 0xC010_2000)
     assert (p.guest_os, p.guest_version, p.xen_version, p.loader) == ("linux", "2.6", "xen-3.0", "generic")
     assert (p.pae, p.bsd_symtab) == (Pae.EXTENDED_CR3, True)
     assert feature_names(p.features.required) == ["dom0"]
-    # Without ELF_PADDR_OFFSET the segments' paddr are virtual addresses.
+    # Without ELF_PADDR_OFFSET, segments' paddrs are virtual addresses.
     assert (image.paddr_offset, image.kernel_start, image.kernel_end) == (0xC000_0000, 0xC010_0000, 0xC010_3000)
     assert [(n.type, n.name) for n in image.notes][-1] == (None, "WHAT")
     data = bytes(image.elf.data)
@@ -171,20 +171,20 @@ def test_the_legacy_string() -> None:
     [("0x10", 16), ("010", 8), ("0", 0), ("16", 16), (" 16 ", 16), ("16k", 16), ("0XfF", 255),
      ("99999999999999999999999", None)],
 )  # fmt: skip
-def test_numbers_of_the_legacy_string_are_those_of_strtoull(value: str, number: int | None) -> None:
+def test_parse_legacy_number_as_strtoull(value: str, number: int | None) -> None:
     image = parse(kernel32(place="__xen_guest", legacy=f"VIRT_BASE={value}"))
     assert image.parameters.virt_base == number
 
 
 @pytest.mark.parametrize(("value", "pae"), [("no", Pae.NO), ("yes", Pae.YES), ("yes[extended-cr3]", Pae.EXTENDED_CR3)])
-def test_pae_of_the_legacy_string(value: str, pae: Pae) -> None:
+def test_parse_legacy_pae(value: str, pae: Pae) -> None:
     assert parse(kernel32(place="__xen_guest", legacy=f"PAE={value}")).parameters.pae is pae
 
 
 # --- addresses -------------------------------------------------------------------------------------------------------
 
 
-def test_a_bsd_symbol_table_is_loaded_behind_the_kernel() -> None:
+def test_parse_bsd_symbol_table_extends_the_kernel() -> None:
     symbols = [Section(".symtab", 2, bytes(24 * 5), link=2), Section(".strtab", 3, b"\0abc\0")]
     kernel = Kernel(notes=[*PV64, note(11, text("yes"))], sections=symbols)
     # 4 + 64 + 3 * 64 = 260, up to 264; 120 of symbols; 5 of strings, up to 8
@@ -193,21 +193,21 @@ def test_a_bsd_symbol_table_is_loaded_behind_the_kernel() -> None:
     assert parse(kernel).kernel_end == BASE + 0x10_6000
 
 
-def test_a_64_bit_kernel_in_a_32_bit_file() -> None:
+def test_parse_64_bit_kernel_in_32_bit_file() -> None:
     image = parse(kernel32(machine=62))
     assert (image.width, image.elf.width) == (8, 4)
 
 
-def test_what_is_not_loadable_is_not_loaded() -> None:
+def test_parse_ignores_segments_without_permission() -> None:
     loads = [Load(0x10_0000, b"code", 0x1000), Load(1 << 63, b"", 1 << 63, flags=0, filesz=5)]
     assert parse(Kernel(loads=loads)).elf.paddr_range == range(0x10_0000, 0x10_1000)
 
 
-# --- a real kernel, and other readers' word for it -------------------------------------------------------------------
+# --- a real kernel, compared with pyelftools -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["litmus.elf", "litmus-nop2m.elf"])
-def test_litmus_is_what_pyelftools_says(name: str) -> None:
+def test_parse_litmus_as_pyelftools(name: str) -> None:
     path = litmus_folder() / name
     image = KernelImage.parse(path.read_bytes())
     with path.open("rb") as file:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import lzma
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import given
 
 from tests.support.images import GIB, MIB, P2M, TIB, UNMAPPED, image, layouts, sized
+from tests.support.memory_limit import at_most
 from tests.support.writers.kernel import BASE, LEGACY, PV32, PV64, Kernel, Load, kernel32, note, quad, word
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
 from xenpv.abi.x86 import LEVELS, PTE_RW, VCPU_GUEST_CONTEXT
@@ -62,7 +62,7 @@ def test_is_what_libxc_built(recipe: Recipe, tmp_path: Path) -> None:
         )
         assert layout.start_info.pfn == saved.start_info_pfn
         seen = []
-        for level, pfns, planned in start.tables(layout):
+        for level, pfns, planned in start.iter_page_tables(layout):
             theirs = as_entries(saved.frames.pages(pfns))
             compared = planned != 0 if level == 4 else np.ones(planned.shape, np.bool_)
             assert (frames(theirs) == frames(planned))[compared].all()
@@ -83,7 +83,8 @@ def test_is_what_libxc_built(recipe: Recipe, tmp_path: Path) -> None:
 
 
 @given(layouts())
-def test_every_page_is_in_one_segment(case: tuple[KernelImage, Request, Layout]) -> None:
+def test_plan_every_page_is_in_one_segment(case: tuple[KernelImage, Request, Layout]) -> None:
+    """Rule: segments cover every pfn exactly once, ascending."""
     kernel, request, layout = case
     at = 0
     for segment in layout.segments:
@@ -94,14 +95,15 @@ def test_every_page_is_in_one_segment(case: tuple[KernelImage, Request, Layout])
     assert at == layout.nr_pages == request.pages
     for segment in layout.segments:
         if segment.vaddr is not None:
-            assert layout.pfn(segment.vaddr) == segment.first
-            assert layout.pfn(segment.vaddr + segment.pages * 4096 - 1) == segment.pfns[-1]
-    assert layout.pfn(kernel.kernel_start) == start_of(layout, Part.KERNEL)
-    assert layout.pfn(layout.mapping_end) is None
+            assert layout.pfn_of(segment.vaddr) == segment.first
+            assert layout.pfn_of(segment.vaddr + segment.pages * 4096 - 1) == segment.pfns[-1]
+    assert layout.pfn_of(kernel.kernel_start) == start_of(layout, Part.KERNEL)
+    assert layout.pfn_of(layout.mapping_end) is None
 
 
 @given(layouts())
-def test_the_mapping_ends_as_the_abi_says(case: tuple[KernelImage, Request, Layout]) -> None:
+def test_plan_initial_mapping_ends_as_xen_h_says(case: tuple[KernelImage, Request, Layout]) -> None:
+    """Rule (xen.h, start-of-day memory layout): it ends at 4 MiB, after at least 512 KiB of padding."""
     kernel, _, layout = case
     stack = layout.segment(Part.STACK)
     assert stack is not None
@@ -109,14 +111,15 @@ def test_the_mapping_ends_as_the_abi_says(case: tuple[KernelImage, Request, Layo
     assert layout.mapping_end % (4 * MIB) == 0
     padding = layout.mapping_end - stack.vaddr - 4096
     assert padding >= 512 << 10
-    assert padding < (512 << 10) + 8 * MIB, "and no larger than need be"
+    assert padding < (512 << 10) + 8 * MIB
     assert layout.mapping_end == kernel.virt_base + layout.mapped[0].count * 4096
     order = [Part.KERNEL, Part.START_INFO, Part.XENSTORE, Part.CONSOLE, Part.TABLES, Part.STACK, Part.PADDING]
     assert [start_of(layout, part) for part in order] == sorted(start_of(layout, part) for part in order)
 
 
 @given(layouts())
-def test_tables_are_as_many_as_are_needed(case: tuple[KernelImage, Request, Layout]) -> None:
+def test_plan_has_exactly_the_page_tables_needed(case: tuple[KernelImage, Request, Layout]) -> None:
+    """Rule: there is one table for each place that maps a page; 32-bit guests also have all later L2 tables."""
     _, _, layout = case
     first = layout.mapped[0]
     needed = tables_needed(first.vaddr, first.count, layout.width)  # type: ignore[arg-type]
@@ -128,7 +131,7 @@ def test_tables_are_as_many_as_are_needed(case: tuple[KernelImage, Request, Layo
         for level in range(1, LEVELS[layout.width] + 1)
     }
     for level, at in places.items():
-        assert len(at) == len(set(at)), "no two tables for one place"
+        assert len(at) == len(set(at)), "two tables at one place"
         naive = {
             p >> 9 * level
             for span in layout.mapped
@@ -143,11 +146,13 @@ def test_tables_are_as_many_as_are_needed(case: tuple[KernelImage, Request, Layo
 
 
 @given(layouts(most=1 << 17))
-def test_tables_map_just_that_and_writable_all_but_themselves(case: tuple[KernelImage, Request, Layout]) -> None:
-    """Walked by what walks tables of saved domains."""
+def test_page_tables_map_exactly_the_mapping_and_are_read_only(
+    case: tuple[KernelImage, Request, Layout],
+) -> None:
+    """Rule: the tables map what ``mapped`` says, and no table writable. The walk is that of saved domains."""
     _, _, layout = case
     content: dict[int, U64] = {}
-    for _, pfns, entries in start.tables(layout, at_once=3):
+    for _, pfns, entries in start.iter_page_tables(layout, batch=3):
         assert not content.keys() & set(pfns.tolist())
         content |= dict(zip(pfns.tolist(), entries, strict=True))
     assert sorted(content) == [pfn for part in layout.read_only for pfn in part]
@@ -165,13 +170,14 @@ def test_tables_map_just_that_and_writable_all_but_themselves(case: tuple[Kernel
     expected = sorted((span.place + n, span.first + n) for span in layout.mapped for n in range(span.count))
     assert list(zip(found.first.tolist(), found.frame.tolist(), strict=True)) == expected
     for span in layout.spans(1):
-        entries = start.entries(layout, span, range(span.count))
+        entries = start.table_entries(layout, span, range(span.count))
         there = entries != 0
         assert ((entries[there] & PTE_RW == 0) == np.isin(frames(entries[there]), list(content))).all()
 
 
 @given(layouts())
-def test_start_info_and_registers_say_where_things_are(case: tuple[KernelImage, Request, Layout]) -> None:
+def test_plan_start_info_and_registers_name_the_segments(case: tuple[KernelImage, Request, Layout]) -> None:
+    """Rule: every address and pfn in start info and registers is that of a segment."""
     kernel, request, layout = case
     info, base = layout.start_info, layout.virt_base
     assert info.nr_pages == request.pages
@@ -180,7 +186,7 @@ def test_start_info_and_registers_say_where_things_are(case: tuple[KernelImage, 
     assert layout.registers.sp == base + (start_of(layout, Part.STACK) + 1) * 4096
     assert layout.registers.ip == kernel.entry
     assert [info.store_pfn, info.console_pfn] == [info.pfn + 1, info.pfn + 2]
-    assert layout.pfn(info.mfn_list) == start_of(layout, Part.P2M)
+    assert layout.pfn_of(info.mfn_list) == start_of(layout, Part.P2M)
     if layout.p2m_outside:
         assert info.mfn_list == kernel.parameters.init_p2m
         assert info.first_p2m_pfn == start_of(layout, Part.P2M) >= layout.mapped[0].count
@@ -191,7 +197,7 @@ def test_start_info_and_registers_say_where_things_are(case: tuple[KernelImage, 
     assert bool(info.flags & SIF_MOD_START_PFN) == unmapped
     assert info.flags & SIF_VIRT_P2M_4TOOLS
     if request.ramdisk:
-        at = info.mod_start if unmapped else layout.pfn(info.mod_start)
+        at = info.mod_start if unmapped else layout.pfn_of(info.mod_start)
         assert at == start_of(layout, Part.RAMDISK)
         assert (at >= layout.mapped[0].count) == unmapped
         assert info.mod_len == (-(-request.ramdisk // 4096) * 4096 if unmapped else request.ramdisk)
@@ -204,25 +210,23 @@ def test_start_info_and_registers_say_where_things_are(case: tuple[KernelImage, 
     assert bytes(read["cmd_line"]) == request.cmdline.encode()
 
 
-def test_size_costs_nothing() -> None:
+def test_plan_of_any_size_allocates_little() -> None:
     kernel = sized(20, P2M, UNMAPPED)
-    plan(kernel, Request(32 * MIB))
     for memory in (32 * MIB, 640 * GIB, 16 * TIB):
-        before = time.perf_counter()
-        layout = plan(kernel, Request(memory, ramdisk=4 * MIB))
-        assert time.perf_counter() - before < 0.05
+        with at_most(1 << 20):
+            layout = plan(kernel, Request(memory, ramdisk=4 * MIB))
         assert len(layout.segments) <= 18
     at, outside = layout.segment(Part.P2M), layout.spans(1)[1]
     assert at is not None
     assert (at.pages, outside.count, layout.spans(2)[1].count) == (1 << 23, 1 << 14, 32)
-    last = start.entries(layout, outside, range(outside.count - 1, outside.count))
+    last = start.table_entries(layout, outside, range(outside.count - 1, outside.count))
     assert frames(last)[0, -1] == at.pfns[-1]
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_plan_by_hand() -> None:
+def test_plan_equals_a_layout_by_hand() -> None:
     layout = plan(sized(2, P2M, UNMAPPED), Request(64 * MIB, ramdisk=10_000, cmdline="console=hvc0"))
     rows = [(str(s.part), s.first, s.pages, s.level) for s in layout.segments]
     assert rows == [
@@ -247,7 +251,7 @@ def test_a_plan_by_hand() -> None:
     assert layout.read_only == (range(515, 520), range(1059, 1062))
     assert (layout.start_info.mod_start, layout.start_info.mod_len) == (1024, 3 * 4096)
     assert layout.remarks == ()
-    assert [layout.pfn(at) for at in (BASE, (1 << 39) + 4096, 1 << 47, 0, BASE + 4 * MIB)] == [
+    assert [layout.pfn_of(at) for at in (BASE, (1 << 39) + 4096, 1 << 47, 0, BASE + 4 * MIB)] == [
         0,
         1028,
         None,
@@ -256,7 +260,7 @@ def test_a_plan_by_hand() -> None:
     ]
 
 
-def test_32_bits() -> None:
+def test_plan_of_32_bit_kernel() -> None:
     layout = plan(image(kernel32()), Request(64 * MIB))
     assert layout.guest_type == "xen-3.0-x86_32p"
     context = VCPU_GUEST_CONTEXT.read(start.vcpu_context(layout, cr3=0x1234_5000), 4)
@@ -268,7 +272,7 @@ def test_32_bits() -> None:
         image(kernel32(notes=[*PV32, note(3, word(0x4000_0000)), note(1, word(0x4010_0000))])), Request(64 * MIB)
     )
     [l2] = low.spans(2)
-    [top] = start.entries(low, low.tables[0], range(1))
+    [top] = start.table_entries(low, low.tables[0], range(1))
     assert (l2.place, l2.count) == (1, 3)
     assert frames(top[:5]).tolist() == [0, l2.first, l2.first + 1, l2.first + 2, 0]
     assert not low.top_below_4g
@@ -278,7 +282,7 @@ def test_32_bits() -> None:
     assert plan(legacy, Request(64 * MIB)).top_below_4g
 
 
-def test_vcpu_0_of_64_bits() -> None:
+def test_vcpu_context_of_64_bit_kernel() -> None:
     layout = plan(sized(2, P2M), Request(64 * MIB))
     context = VCPU_GUEST_CONTEXT.read(start.vcpu_context(layout, cr3=0x77_7000), 8)
     user = context["user_regs"]
@@ -294,7 +298,7 @@ def test_vcpu_0_of_64_bits() -> None:
     assert sum(start.shared_info(4)) == 32
 
 
-def test_a_ramdisk_that_has_to_be_mapped() -> None:
+def test_plan_ramdisk_without_mod_start_pfn_is_mapped() -> None:
     layout = plan(sized(2), Request(64 * MIB, ramdisk=10_000))
     assert (layout.start_info.mod_start, layout.start_info.mod_len) == (BASE + 2 * MIB, 10_000)
     assert start_of(layout, Part.P2M) == 512 + 3
@@ -302,33 +306,33 @@ def test_a_ramdisk_that_has_to_be_mapped() -> None:
     assert layout.start_info.flags == SIF_VIRT_P2M_4TOOLS
 
 
-def test_the_hypercall_page() -> None:
+def test_plan_hypercall_page() -> None:
     assert plan(sized(2, note(2, quad(BASE + 0x10_3000))), Request(64 * MIB)).hypercall_pfn == 0x103
     assert plan(sized(2), Request(64 * MIB)).hypercall_pfn is None
-    with pytest.raises(ImageError, match=r"HYPERCALL_PAGE 0xffffffff84000000 would be pfn 0x4000, which has no memory"):
+    with pytest.raises(ImageError, match="HYPERCALL_PAGE 0xffffffff84000000 would be pfn 0x4000"):
         plan(sized(2, note(2, quad(BASE + 64 * MIB))), Request(64 * MIB))
 
 
-def test_memory_with_holes() -> None:
+def test_plan_memory_with_holes() -> None:
     ranges = (range(0x2000, 0x3000), range(0x8000, 0x9000), range(0x2000))
     layout = plan(sized(2, P2M), Request(64 * MIB, ranges=ranges))
     assert layout.ranges == (range(0x3000), range(0x8000, 0x9000))
     assert (layout.nr_pages, layout.p2m_entries, layout.start_info.nr_pages) == (0x4000, 0x9000, 0x4000)
     assert start_of(layout, Part.FREE) == layout.used == 1024 + 0x9000 // 512 + 3
     assert [s.pfns for s in layout.segments if s.part is Part.FREE] == [range(layout.used, 0x3000), ranges[1]]
-    for bad, words in (
-        ((range(0x1000), range(0x2000, 0x5000)), "0x403 pages|without a hole there are 0x1000"),
-        ((range(1, 0x4001),), "from pfn 0 on without a hole there are 0x0 pages"),
-        ((range(0x3000), range(0x2000, 0x3000)), "overlap: pfn 0x0 to 0x3000 and 0x2000 to 0x3000"),
-        ((range(0x3000),), "the ranges have 0x3000 pages .48 MiB., and the memory is 0x4000 pages"),
-        ((range(0, 0x8000, 2),), "no range of memory"),
+    for bad, numbers in (
+        ((range(0x1000), range(0x2000, 0x5000)), "0x1000 pages"),
+        ((range(1, 0x4001),), "0x0 pages"),
+        ((range(0x3000), range(0x2000, 0x3000)), "0x0 to 0x3000 and 0x2000 to 0x3000"),
+        ((range(0x3000),), "0x3000 pages .* 0x4000 pages"),
+        ((range(0, 0x8000, 2),), "step 2"),
     ):
         kernel = sized(2, P2M) if bad[0] != range(0x1000) else sized(20, P2M)
-        with pytest.raises(RequestError, match=words):
+        with pytest.raises(RequestError, match=numbers):
             plan(kernel, Request(64 * MIB, ranges=bad))
 
 
-def test_remarks() -> None:
+def test_plan_remarks() -> None:
     [one] = plan(sized(20), Request(505 * GIB)).remarks
     assert one.startswith("the initial mapping reaches beyond the addresses of one L2 page, 0xffffffff80000000 to")
     assert plan(sized(20), Request(400 * GIB)).remarks == ()
@@ -340,9 +344,9 @@ def test_remarks() -> None:
 
 
 @pytest.mark.parametrize("kernel", [sized(2, P2M), image(kernel32())], ids=["64-bit", "32-bit"])
-def test_what_an_entry_holds(kernel: KernelImage) -> None:
+def test_table_entries_have_the_flags_of_libxc(kernel: KernelImage) -> None:
     layout = plan(kernel, Request(64 * MIB))
-    for level, _, entries in start.tables(layout):
+    for level, _, entries in start.iter_page_tables(layout):
         there = entries[entries != 0]
         assert (frames(there) < 0x4000).all()
         flags = there & np.uint64(0xFFF)

@@ -7,7 +7,7 @@ import struct
 from hypothesis import strategies as st
 
 from tests.support.writers.kernel import BASE, PV32, PV64, Kernel, Load, kernel32, note, quad, word
-from xenpv.image.capacity import libxc_limit
+from xenpv.image.capacity import libxc_memory_limit
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, plan
 from xenpv.image.request import Request
@@ -57,10 +57,10 @@ def layouts(draw: st.DrawFn, most: int = 1 << 32) -> tuple[KernelImage, Request,
     """Plans of all sizes that fit: up to ``most`` pages, or as many as the kernel can have."""
     kernel = draw(kernels())
     ramdisk = draw(st.one_of(st.just(0), st.integers(1, 64 * MIB)))
-    limit = libxc_limit(kernel, initrd=ramdisk)
-    assert limit.least is not None
-    low = limit.least + (8 << 8)  # where a page more needs no 4 MiB more
-    pages = draw(st.integers(low, max(low, min(limit.pages, most))))
+    limit = libxc_memory_limit(kernel, initrd=ramdisk)
+    assert limit.min_pages is not None
+    low = limit.min_pages + (8 << 8)  # where a page more needs no 4 MiB more
+    pages = draw(st.integers(low, max(low, min(limit.max_pages, most))))
     request = Request(
         pages << 12,
         ramdisk=ramdisk,

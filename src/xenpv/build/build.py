@@ -260,7 +260,7 @@ class _Builder:
 
     def _write_page_tables(self) -> None:
         written, total = 0, sum(span.count for span in self.layout.tables)
-        for _, pfns, entries in start.tables(self.layout):
+        for _, pfns, entries in start.iter_page_tables(self.layout):
             tables, _ = localise(entries, self.memory.lookup)
             self._write(pfns, tables.view(np.uint8).reshape(-1, PAGE_SIZE))
             written += len(pfns)

@@ -9,10 +9,10 @@ import click
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.cli.kernel_file import KERNEL, named_in_errors, read_kernel
 from xenpv.cli.terminal import JSON, NUMBER, print_field, print_json, print_table
-from xenpv.image.capacity import Limit, limits
-from xenpv.image.elf import Segment
+from xenpv.image.capacity import MemoryLimit, memory_limits
+from xenpv.image.elf import ElfSegment
 from xenpv.image.kernel import KernelImage
-from xenpv.image.notes import Note, Source
+from xenpv.image.notes import Note, NoteSource
 from xenpv.image.parameters import feature_names
 from xenpv.image.verdict import guest_type, p2m_obstacle, pv_obstacles, pvh_obstacles, remarks
 from xenpv.text import printable, size
@@ -74,7 +74,7 @@ def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:
             "can_boot": not (obstacles := pv_obstacles(image)),
             "why_not": obstacles,
             "guest_type": guest_type(image),
-            "limits": [_limit(limit) for limit in limits(image, initrd=initrd)],
+            "limits": [_limit(limit) for limit in memory_limits(image, initrd=initrd)],
         },
         "pvh": {"can_boot": not (obstacles := pvh_obstacles(image)), "why_not": obstacles, "entry": p.phys32_entry},
         "p2m_outside_initial_mapping": p2m_obstacle(image) is None,
@@ -99,7 +99,7 @@ def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:
             "required": feature_names(p.features.required),
             "unknown": [*p.features.unknown, *p.features.unknown_required],
         },
-        "notes_from": str(image.source),
+        "notes_from": str(image.note_source),
         "notes": [
             {
                 "type": note.type,
@@ -115,17 +115,17 @@ def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:
     }
 
 
-def _limit(limit: Limit) -> dict[str, Any]:
+def _limit(limit: MemoryLimit) -> dict[str, Any]:
     return {
-        "p2m": limit.p2m,
-        "p2m_outside": limit.outside,
-        "max_pages": limit.pages,
-        "min_pages": limit.least,
+        "p2m": limit.p2m_place,
+        "p2m_outside": limit.p2m_outside,
+        "max_pages": limit.max_pages,
+        "min_pages": limit.min_pages,
         "bound": limit.bound,
     }
 
 
-def _segment(segment: Segment, image: KernelImage) -> dict[str, Any]:
+def _segment(segment: ElfSegment, image: KernelImage) -> dict[str, Any]:
     return {
         "offset": segment.offset,
         "vaddr": segment.vaddr,
@@ -148,7 +148,7 @@ def _print_description(file: str, image: KernelImage, initrd: int) -> None:
             print_field("version", printable(layer.version))
     _verdict("PV", pv_obstacles(image), f"as {guest_type(image)}, entry {image.entry:#x}")
     _verdict("PVH", pvh_obstacles(image), f"entry {p.phys32_entry or 0:#x}")
-    if image.source is not Source.NOWHERE:
+    if image.note_source is not NoteSource.NONE:
         _print_requirements(image)
     if p.features.supported:
         required = feature_names(p.features.required)
@@ -156,7 +156,7 @@ def _print_description(file: str, image: KernelImage, initrd: int) -> None:
         print_field("features", ", ".join(names))
     for remark in remarks(image):
         print_field("remark", click.style(printable(remark), fg="yellow"))
-    _print_limits(limits(image, initrd=initrd), initrd)
+    _print_limits(memory_limits(image, initrd=initrd), initrd)
     _print_notes(image)
     rows = []
     for s in image.segments:
@@ -195,27 +195,27 @@ def _verdict(kind: str, obstacles: list[str], how: str) -> None:
         print_field("" if i else kind, ("" if i else click.style("cannot boot", fg="red") + ": ") + printable(obstacle))
 
 
-def _print_limits(memory_limits: list[Limit], initrd: int) -> None:
+def _print_limits(memory_limits: list[MemoryLimit], initrd: int) -> None:
     if not memory_limits:
         return
     rows = []
     for limit in memory_limits:
-        minimum = "" if limit.least is None else size(limit.least * PAGE_SIZE)
-        maximum = size(limit.pages * PAGE_SIZE) if limit.pages else "nothing fits"
-        rows.append([limit.p2m, minimum, maximum, f"{limit.pages:#x}", limit.bound])
+        minimum = "" if limit.min_pages is None else size(limit.min_pages * PAGE_SIZE)
+        maximum = size(limit.max_pages * PAGE_SIZE) if limit.max_pages else "nothing fits"
+        rows.append([limit.p2m_place, minimum, maximum, f"{limit.max_pages:#x}", limit.bound])
     title = "Memory as PV" + (f", with an initrd of {size(initrd)}" if initrd else "")
     print_table(title, ["p2m list", "minimum#", "maximum#", "maximum pages#", "limited by"], rows)
 
 
 def _print_notes(image: KernelImage) -> None:
-    if image.source is Source.NOWHERE:
+    if image.note_source is NoteSource.NONE:
         return
     rows = [
         ["" if note.type is None else str(note.type), printable(note.name), _value(note), note.meaning]
         for note in image.notes
     ]
-    legacy = image.source is Source.LEGACY
-    title = "Notes of the string __xen_guest" if legacy else f"Xen ELF notes ({image.source})"
+    legacy = image.note_source is NoteSource.LEGACY
+    title = "Notes of the string __xen_guest" if legacy else f"Xen ELF notes ({image.note_source})"
     print_table(title, ["type#", "name", "value", "meaning"], rows)
 
 

@@ -1,5 +1,5 @@
-"""What will be built, before any memory exists: kernel files, read without I/O and without trust.
+"""Reads kernel files and plans domains, without I/O and without trusting the file.
 
-``kernel.KernelImage.parse`` reads one, ``verdict`` says whether it can boot and why not, ``capacity`` how much memory
-it can be started with.
+``kernel.KernelImage.parse`` reads a kernel, ``verdict`` says why it cannot boot, ``capacity`` how much memory it can
+have, and ``layout.plan`` where everything of its domain goes.
 """

@@ -1,7 +1,7 @@
-"""A plan as a picture: an SVG of pseudo-physical memory beside the addresses that it is mapped to.
+"""Draws a plan as SVG: pseudo-physical memory beside the addresses that it is mapped to.
 
-Heights are logarithmic, so that one page is seen beside a terabyte. The picture has its own colours for light and for
-dark, and needs nothing but what is in it.
+Heights are logarithmic, so one page is visible beside a terabyte. The picture has colours for light and dark
+backgrounds, and needs no other file.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.image.layout import Layout, Part, Segment
 
 _WIDTH, _TOP = 900, 92
-_LEFT, _RIGHT, _COLUMN = 110, 520, 230  # where the two columns begin, and how wide they are
-_BREAK = 26  # height of what is left out between two mappings
+_LEFT, _RIGHT, _COLUMN = 110, 520, 230  # x of the two columns, and their width
+_BREAK = 26  # height of a gap between two mappings
 
-# Hues are told apart by those who do not see all colours, too; what is free or holds nothing has none.
+# Colour-blind readers can tell these hues apart. Free and empty parts have no colour.
 _COLOURS = {
     Part.KERNEL: "#4c78c8",
     Part.RAMDISK: "#8a63b8",
@@ -30,7 +30,7 @@ _COLOURS = {
     Part.STACK: "#5f9e3a",
 }
 
-# Plain rules first, and what is dark instead: some that draw SVG know neither media queries nor variables.
+# Light colours first, since some SVG viewers know neither media queries nor variables.
 _STYLE = """
 text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:#1c1f24}rect{stroke:#fff}
 .t{font-size:16px;font-weight:600}.s{fill:#69707a}.e{text-anchor:end}.p{fill:#fff}.n{fill:#dfe3e8}.l{opacity:.25}
@@ -41,12 +41,12 @@ text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:#1c1f24}rect{stroke:#f
 
 
 def height(pages: int) -> float:
-    """How high so many pages are drawn, in pixels: three more for each doubling."""
+    """Return the height of a block of pages, in pixels: three more for each doubling."""
     return 17 + 3 * log2(pages)
 
 
 def svg(layout: Layout, title: str) -> str:
-    """The picture, an XML document. ``title`` may be any text; what XML cannot hold of it comes out as "?"."""
+    """Return the picture as an XML document. Characters of ``title`` that XML cannot hold become "?"."""
     body, left = [], {}
     y = float(_TOP)
     for segment in layout.segments:
@@ -106,7 +106,7 @@ def _block(segment: Segment, x: float, y: float) -> list[str]:
 
 
 def _link(segment: Segment, left: float, right: float) -> str:
-    """From where a segment lies to where it is mapped."""
+    """Return the band from a segment's pfns to its addresses."""
     a, b, deep = _LEFT + _COLUMN, _RIGHT, height(segment.pages)
     points = f"{a},{left:.1f} {b},{right:.1f} {b},{right + deep:.1f} {a},{left + deep:.1f}"
     colour = _COLOURS.get(segment.part)

@@ -1,8 +1,9 @@
-"""What a loader of kernels looks at in an ELF file: the header, program headers and section headers.
+"""Reads the headers of an ELF file as a kernel loader does: file header, program headers and section headers.
 
-Offsets, addresses and sizes are in bytes. Nothing in the file is believed: a table or a segment that does not lie
-within the file is an ImageError. Where Xen is stricter than the format, so is this: both tables must lie in the file
-(xen.git:xen/common/libelf/libelf-loader.c elf_init()).
+Offsets, addresses and sizes are in bytes. Nothing in the file is trusted: a header or a segment beyond the file's end
+is an ImageError. As in Xen, both header tables must be in the file, even if nothing needs them.
+
+Source: xen.git:xen/common/libelf/libelf-loader.c elf_init()
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ SHT_SYMTAB = 2
 SHT_STRTAB = 3
 SHT_NOTE = 7
 SHT_NOBITS = 8
-_NAME_MAX = 64  # bytes of a section's name that are looked at; the one that Xen asks for has 11
+_NAME_MAX = 64  # bytes of a section's name that are read; the one that Xen looks for has 11
 
-# Behind e_ident: type machine version entry phoff shoff flags ehsize phentsize phnum shentsize shnum shstrndx
+# After e_ident: type machine version entry phoff shoff flags ehsize phentsize phnum shentsize shnum shstrndx
 _EHDR: dict[Width, struct.Struct] = {8: struct.Struct("<16xHHIQQQIHHHHHH"), 4: struct.Struct("<16xHHIIIIIHHHHHH")}
 _PHDR: dict[Width, struct.Struct] = {8: struct.Struct("<IIQQQQQQ"), 4: struct.Struct("<8I")}
 _SHDR: dict[Width, struct.Struct] = {8: struct.Struct("<IIQQQQIIQQ"), 4: struct.Struct("<10I")}
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class ElfSegment:
     """A program header. ``filesz`` bytes at ``offset`` go to ``paddr``; up to ``memsz`` zeroes follow."""
 
     type: int
@@ -51,18 +52,18 @@ class Segment:
 
     @property
     def loadable(self) -> bool:
-        """Whether Xen's loaders load it: PT_LOAD with any permission (libelf-tools.c elf_phdr_is_loadable())."""
+        """Whether Xen's loaders load it: PT_LOAD with any permission, as elf_phdr_is_loadable()."""
         return self.type == PT_LOAD and bool(self.flags & (PF_R | PF_W | PF_X))
 
     @property
     def flag_names(self) -> str:
-        """The permissions for people: "R E", "RW "."""
+        """The permissions, for a table: "R E", "RW "."""
         return "".join(name if self.flags & bit else " " for bit, name in ((PF_R, "R"), (PF_W, "W"), (PF_X, "E")))
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A section header, and at which offset of the file it is; a name is cut after 64 bytes."""
+    """A section header. ``header`` is its own offset in the file; names are cut after 64 bytes."""
 
     header: int
     name: str
@@ -75,24 +76,35 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Elf:
-    """An ELF file as its headers describe it. ``width`` is 8 for a 64-bit file, 4 for a 32-bit one.
+    """The headers of an ELF file.
 
-    ``segments`` are all program headers, ``loads`` those that Xen's loaders load, and ``paddr_range`` is from the
-    lowest to behind the highest paddr of these; empty where nothing is loaded.
+    Attributes:
+        data: The file.
+        width: 8 for a 64-bit file, 4 for a 32-bit file.
+        machine: e_machine.
+        entry: e_entry.
+        segments: All program headers.
+        sections: All section headers.
+        load_segments: The program headers that Xen's loaders load.
+        paddr_range: The paddrs from the first to the last byte of these; empty if there are none.
     """
 
     data: memoryview
     width: Width
     machine: int
     entry: int
-    segments: tuple[Segment, ...]
+    segments: tuple[ElfSegment, ...]
     sections: tuple[Section, ...]
-    loads: tuple[Segment, ...]
+    load_segments: tuple[ElfSegment, ...]
     paddr_range: range
 
     @classmethod
     def parse(cls, data: memoryview) -> Self:
-        """Read the headers of a file that begins with ELF's magic. Raises ImageError."""
+        """Read the headers of a file that begins with the ELF magic.
+
+        Raises:
+            ImageError: A header is damaged, or lies beyond the file.
+        """
         if len(data) < 16:
             raise ImageError(f"the ELF header is cut short: {len(data)} bytes of 52 or more", offset=0)
         if data[5] != 1:
@@ -103,24 +115,24 @@ class Elf:
         header = _EHDR[width]
         if len(data) < header.size:
             raise ImageError(f"the ELF header is cut short: {len(data)} bytes of {header.size}", offset=0)
-        kind, machine, _, entry, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, shstrndx = header.unpack_from(
-            data
+        elf_type, machine, _, entry, phoff, shoff, _, _, phentsize, phnum, shentsize, shnum, shstrndx = (
+            header.unpack_from(data)
         )
-        if kind == ET_CORE:
+        if elf_type == ET_CORE:
             raise ImageError("the file is a core dump (ELF type ET_CORE), not a kernel", offset=16)
         segments = tuple(
-            _segment(width, _PHDR[width].unpack_from(data, at))
-            for at in _table("program", data, phoff, phentsize, phnum, size=_PHDR[width].size)
+            _to_segment(width, _PHDR[width].unpack_from(data, at))
+            for at in _header_offsets("program", data, phoff, phentsize, phnum, size=_PHDR[width].size)
         )
-        headers = _table("section", data, shoff, shentsize, shnum, size=_SHDR[width].size)
+        headers = _header_offsets("section", data, shoff, shentsize, shnum, size=_SHDR[width].size)
         raw = [_SHDR[width].unpack_from(data, at) for at in headers]
         strings = raw[shstrndx][4] if shstrndx < len(raw) else len(data)
         sections = tuple(
-            Section(at, _name(data, strings + name), type_, addr, offset, size, link)
+            Section(at, _section_name(data, strings + name), type_, addr, offset, size, link)
             for at, (name, type_, _, addr, offset, size, link, *_) in zip(headers, raw, strict=True)
         )
         for i, segment in enumerate(segments):
-            _check(i, segment, width, len(data))
+            _check_segment(i, segment, width, len(data))
         loads = tuple(segment for segment in segments if segment.loadable)
         start = min((s.paddr for s in loads), default=0)
         paddrs = range(start, max((s.paddr + s.memsz for s in loads), default=0))
@@ -128,66 +140,66 @@ class Elf:
 
     @property
     def machine_name(self) -> str:
-        """The machine for people: "x86-64"."""
+        """The name of the machine: "x86-64"."""
         return _MACHINES.get(self.machine, f"machine {self.machine}")
 
-    def overlaps(self) -> list[tuple[Segment, Segment]]:
-        """Load segments of which the second would overwrite some of the first, or the other way round."""
-        loads = sorted((s for s in self.loads if s.memsz), key=lambda s: s.paddr)
+    def overlaps(self) -> list[tuple[ElfSegment, ElfSegment]]:
+        """Return pairs of load segments that overlap in memory."""
+        loads = sorted((s for s in self.load_segments if s.memsz), key=lambda s: s.paddr)
         starts = [s.paddr for s in loads]
-        found = []
+        pairs = []
         for i, segment in enumerate(loads):
-            behind = bisect_right(starts, segment.paddr + segment.memsz - 1)
-            if behind > i + 1:
-                found.append((segment, loads[i + 1]))
-        return found
+            end = bisect_right(starts, segment.paddr + segment.memsz - 1)
+            if end > i + 1:
+                pairs.append((segment, loads[i + 1]))
+        return pairs
 
     def section(self, name: str) -> Section | None:
-        """The first section of that name behind number 0."""
+        """Return the first section of that name, not counting number 0."""
         return next((section for section in self.sections[1:] if section.name == name), None)
 
 
-def _segment(width: Width, raw: tuple[int, ...]) -> Segment:
+def _to_segment(width: Width, raw: tuple[int, ...]) -> ElfSegment:
     if width == 8:
         type_, flags, offset, vaddr, paddr, filesz, memsz, align = raw
     else:
         type_, offset, vaddr, paddr, filesz, memsz, flags, align = raw
-    return Segment(type_, offset, vaddr, paddr, filesz, memsz, flags, align)
+    return ElfSegment(type_, offset, vaddr, paddr, filesz, memsz, flags, align)
 
 
-def _check(i: int, segment: Segment, width: Width, size: int) -> None:
-    """A segment that anybody will look into lies within the file and does not wrap."""
+def _check_segment(i: int, segment: ElfSegment, width: Width, size: int) -> None:
+    """Check that a segment that is used lies within the file, and does not wrap around."""
     if not segment.loadable and (segment.type != PT_NOTE or segment.offset == 0):
         return
-    what = f"program header {i} ({'PT_LOAD' if segment.loadable else 'PT_NOTE'})"
+    name = f"program header {i} ({'PT_LOAD' if segment.loadable else 'PT_NOTE'})"
     if segment.filesz and segment.offset + segment.filesz > size:
         raise ImageError(
-            f"{what} lies beyond the file: p_offset {segment.offset:#x} and p_filesz {segment.filesz:#x} of a file of "
+            f"{name} lies beyond the file: p_offset {segment.offset:#x} and p_filesz {segment.filesz:#x} of a file of "
             f"{size:#x} bytes"
         )
     if not segment.loadable:
         return
     if segment.filesz > segment.memsz:
-        raise ImageError(f"{what}: p_filesz {segment.filesz:#x} is more than p_memsz {segment.memsz:#x}")
+        raise ImageError(f"{name}: p_filesz {segment.filesz:#x} is more than p_memsz {segment.memsz:#x}")
     if segment.paddr + segment.memsz > 1 << 8 * width:
         raise ImageError(
-            f"{what} wraps around the end of addresses: p_paddr {segment.paddr:#x} and p_memsz {segment.memsz:#x}"
+            f"{name} wraps around the end of addresses: p_paddr {segment.paddr:#x} and p_memsz {segment.memsz:#x}"
         )
 
 
-def _table(what: str, data: memoryview, offset: int, stride: int, count: int, *, size: int) -> range:
-    """Where each header of a table is, once the table is known to lie in the file."""
+def _header_offsets(name: str, data: memoryview, offset: int, stride: int, count: int, *, size: int) -> range:
+    """Return the offset of each header of a table, which must lie in the file."""
     if count == 0:
         return range(0)
     if stride < size:
-        raise ImageError(f"{what} headers of {stride} bytes each, which take {size}", offset=offset)
+        raise ImageError(f"{name} headers have {stride} bytes, and need {size}", offset=offset)
     if offset + stride * count > len(data):
         raise ImageError(
-            f"the {what} headers lie beyond the file: {count} of {stride} bytes from {offset:#x} on, in a file of "
+            f"the {name} headers lie beyond the file: {count} of {stride} bytes from {offset:#x} on, in a file of "
             f"{len(data):#x} bytes; is it cut short?"
         )
     return range(offset, offset + stride * count, stride)
 
 
-def _name(data: memoryview, at: int) -> str:
+def _section_name(data: memoryview, at: int) -> str:
     return bytes(data[at : at + _NAME_MAX]).partition(b"\0")[0].decode("latin-1")

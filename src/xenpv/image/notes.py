@@ -1,7 +1,7 @@
-"""The Xen ELF notes of a kernel, and their legacy form, the __xen_guest string.
+"""Reads the Xen ELF notes of a kernel, and their legacy form, the __xen_guest string.
 
-Numbers, names and meanings: xen.git:xen/include/public/elfnote.h. Which are read, in which order of places, and how:
-xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_parse().
+Source: xen.git:xen/include/public/elfnote.h for numbers, names and meanings,
+xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_parse() for places and formats
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ STRING_MAX = 4096  # ELF_MAX_STRING_LENGTH
 OWNER = b"Xen"
 
 
-class Form(StrEnum):
-    """What a note holds."""
+class NoteForm(StrEnum):
+    """The format of a note's content."""
 
     NUMBER = "number"
     STRING = "string"
@@ -31,10 +31,10 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NoteType:
-    """A number of elfnote.h: its name without XEN_ELFNOTE_, what it holds, what it says."""
+    """A type of note: its name in elfnote.h without XEN_ELFNOTE_, its format and its meaning."""
 
     name: str
-    form: Form
+    form: NoteForm
     meaning: str
 
 
@@ -43,32 +43,34 @@ PAE_MODE, FEATURES, BSD_SYMTAB, HV_START_LOW, L1_MFN_VALID, SUSPEND_CANCEL, INIT
 SUPPORTED_FEATURES, PHYS32_ENTRY, PHYS32_RELOC = range(17, 20)
 
 NOTES = {
-    INFO: NoteType("INFO", Form.STRING, "a NAME=VALUE pair"),
-    ENTRY: NoteType("ENTRY", Form.NUMBER, "virtual address where vcpu 0 starts as PV"),
-    HYPERCALL_PAGE: NoteType("HYPERCALL_PAGE", Form.NUMBER, "virtual address of the page that Xen fills with calls"),
-    VIRT_BASE: NoteType("VIRT_BASE", Form.NUMBER, "virtual address at which pfn 0 is mapped"),
-    PADDR_OFFSET: NoteType("PADDR_OFFSET", Form.NUMBER, "what to subtract from the segments' paddr"),
-    XEN_VERSION: NoteType("XEN_VERSION", Form.STRING, "the Xen ABI that the kernel is for"),
-    GUEST_OS: NoteType("GUEST_OS", Form.STRING, "name of the operating system"),
-    GUEST_VERSION: NoteType("GUEST_VERSION", Form.STRING, "version of the operating system"),
-    LOADER: NoteType("LOADER", Form.STRING, "the loader that the kernel expects"),
-    PAE_MODE: NoteType("PAE_MODE", Form.STRING, "32-bit: whether the kernel uses PAE page tables"),
-    FEATURES: NoteType("FEATURES", Form.STRING, "features that it supports, and with ! requires"),
-    BSD_SYMTAB: NoteType("BSD_SYMTAB", Form.STRING, "whether the symbol table is to be loaded behind the kernel"),
-    HV_START_LOW: NoteType("HV_START_LOW", Form.NUMBER, "lowest address at which Xen's own area may begin"),
-    L1_MFN_VALID: NoteType("L1_MFN_VALID", Form.PAIRS, "how L1 entries that hold mfns are told from others"),
-    SUSPEND_CANCEL: NoteType("SUSPEND_CANCEL", Form.NUMBER, "whether a suspend may be cancelled"),
-    INIT_P2M: NoteType("INIT_P2M", Form.NUMBER, "virtual address for the p2m list, outside the initial mapping"),
-    MOD_START_PFN: NoteType("MOD_START_PFN", Form.NUMBER, "whether the initrd may be left unmapped"),
-    SUPPORTED_FEATURES: NoteType("SUPPORTED_FEATURES", Form.NUMBER, "features that it supports, as bits"),
-    PHYS32_ENTRY: NoteType("PHYS32_ENTRY", Form.NUMBER, "physical address where vcpu 0 starts as PVH"),
-    PHYS32_RELOC: NoteType("PHYS32_RELOC", Form.WORDS, "PVH: may be loaded elsewhere; alignment, lowest, highest"),
-    0x1000001: NoteType("CRASH_INFO", Form.BYTES, "of a crash dump: the state of Xen"),
-    0x1000002: NoteType("CRASH_REGS", Form.BYTES, "of a crash dump: a processor's registers"),
-    0x2000000: NoteType("DUMPCORE_NONE", Form.BYTES, "of a domain's dump: that it is one"),
-    0x2000001: NoteType("DUMPCORE_HEADER", Form.BYTES, "of a domain's dump: its header"),
-    0x2000002: NoteType("DUMPCORE_XEN_VERSION", Form.BYTES, "of a domain's dump: the version of Xen"),
-    0x2000003: NoteType("DUMPCORE_FORMAT_VERSION", Form.BYTES, "of a domain's dump: the version of its format"),
+    INFO: NoteType("INFO", NoteForm.STRING, "a NAME=VALUE pair"),
+    ENTRY: NoteType("ENTRY", NoteForm.NUMBER, "virtual address where vcpu 0 starts as PV"),
+    HYPERCALL_PAGE: NoteType(
+        "HYPERCALL_PAGE", NoteForm.NUMBER, "virtual address of the page that Xen fills with calls"
+    ),
+    VIRT_BASE: NoteType("VIRT_BASE", NoteForm.NUMBER, "virtual address at which pfn 0 is mapped"),
+    PADDR_OFFSET: NoteType("PADDR_OFFSET", NoteForm.NUMBER, "what to subtract from the segments' paddr"),
+    XEN_VERSION: NoteType("XEN_VERSION", NoteForm.STRING, "the Xen ABI that the kernel is for"),
+    GUEST_OS: NoteType("GUEST_OS", NoteForm.STRING, "name of the operating system"),
+    GUEST_VERSION: NoteType("GUEST_VERSION", NoteForm.STRING, "version of the operating system"),
+    LOADER: NoteType("LOADER", NoteForm.STRING, "the loader that the kernel expects"),
+    PAE_MODE: NoteType("PAE_MODE", NoteForm.STRING, "32-bit: whether the kernel uses PAE page tables"),
+    FEATURES: NoteType("FEATURES", NoteForm.STRING, "features that it supports, and with ! requires"),
+    BSD_SYMTAB: NoteType("BSD_SYMTAB", NoteForm.STRING, "whether to load the symbol table after the kernel"),
+    HV_START_LOW: NoteType("HV_START_LOW", NoteForm.NUMBER, "lowest address at which Xen's own area may begin"),
+    L1_MFN_VALID: NoteType("L1_MFN_VALID", NoteForm.PAIRS, "how to tell L1 entries that hold mfns from others"),
+    SUSPEND_CANCEL: NoteType("SUSPEND_CANCEL", NoteForm.NUMBER, "whether a suspend may be cancelled"),
+    INIT_P2M: NoteType("INIT_P2M", NoteForm.NUMBER, "virtual address for the p2m list, outside the initial mapping"),
+    MOD_START_PFN: NoteType("MOD_START_PFN", NoteForm.NUMBER, "whether the initrd may be left unmapped"),
+    SUPPORTED_FEATURES: NoteType("SUPPORTED_FEATURES", NoteForm.NUMBER, "features that it supports, as bits"),
+    PHYS32_ENTRY: NoteType("PHYS32_ENTRY", NoteForm.NUMBER, "physical address where vcpu 0 starts as PVH"),
+    PHYS32_RELOC: NoteType("PHYS32_RELOC", NoteForm.WORDS, "PVH: may be loaded elsewhere; alignment, lowest, highest"),
+    0x1000001: NoteType("CRASH_INFO", NoteForm.BYTES, "of a crash dump: the state of Xen"),
+    0x1000002: NoteType("CRASH_REGS", NoteForm.BYTES, "of a crash dump: a processor's registers"),
+    0x2000000: NoteType("DUMPCORE_NONE", NoteForm.BYTES, "of a domain's dump: that it is one"),
+    0x2000001: NoteType("DUMPCORE_HEADER", NoteForm.BYTES, "of a domain's dump: its header"),
+    0x2000002: NoteType("DUMPCORE_XEN_VERSION", NoteForm.BYTES, "of a domain's dump: the version of Xen"),
+    0x2000003: NoteType("DUMPCORE_FORMAT_VERSION", NoteForm.BYTES, "of a domain's dump: the version of its format"),
 }
 
 Value = int | str | bytes | tuple[int, ...]
@@ -76,10 +78,14 @@ Value = int | str | bytes | tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """One note, or one NAME=VALUE of the legacy string, whose ``type`` is that of the note that replaced it, or None.
+    """One note, or one NAME=VALUE of the legacy string.
 
-    ``value`` is a number, text, words or bytes, as the type's form says; ``offset`` and ``size`` are where its content
-    lies in the ELF file, in bytes.
+    Attributes:
+        type: Number in elfnote.h; of a legacy name, that of the note that replaced it, or None.
+        name: Name of the type.
+        value: The content, as the type's form says.
+        offset: Byte offset of the content in the ELF file.
+        size: Bytes of content.
     """
 
     type: int | None
@@ -90,39 +96,42 @@ class Note:
 
     @property
     def meaning(self) -> str:
-        """What it says, in words; "" for a type that elfnote.h does not have."""
+        """The meaning of the type; "" for one that elfnote.h does not have."""
         known = None if self.type is None else NOTES.get(self.type)
         return known.meaning if known else ""
 
 
-class Source(StrEnum):
-    """Where the notes were found."""
+class NoteSource(StrEnum):
+    """Where a kernel has its notes."""
 
     SEGMENT = "PT_NOTE"
     SECTION = "SHT_NOTE"
     LEGACY = "__xen_guest"
-    NOWHERE = ""
+    NONE = ""
 
 
-def read_notes(elf: Elf) -> tuple[tuple[Note, ...], Source]:
-    """Xen's notes, in the file's order, from the first of three places that has any. Raises ImageError.
+def read_notes(elf: Elf) -> tuple[tuple[Note, ...], NoteSource]:
+    """Return Xen's notes, in the file's order, from the first of three places that has any, and that place.
 
-    The places: PT_NOTE segments, but not one at offset 0, which is a fault of old binutils; SHT_NOTE sections; the
-    section __xen_guest.
+    The places are PT_NOTE segments, SHT_NOTE sections, and the section __xen_guest. A PT_NOTE segment at offset 0 is an
+    error of old binutils, and is ignored.
+
+    Raises:
+        ImageError: A note is damaged, or lies beyond the file.
     """
     segments = [(s.offset, s.filesz) for s in elf.segments if s.type == PT_NOTE and s.offset]
-    if notes := tuple(_all_notes(elf.data, segments)):
-        return notes, Source.SEGMENT
-    sections = [(_within(elf, s).offset, s.size) for s in elf.sections[1:] if s.type == SHT_NOTE]
-    if notes := tuple(_all_notes(elf.data, sections)):
-        return notes, Source.SECTION
+    if notes := tuple(_iter_notes(elf.data, segments)):
+        return notes, NoteSource.SEGMENT
+    sections = [(_checked_section(elf, s).offset, s.size) for s in elf.sections[1:] if s.type == SHT_NOTE]
+    if notes := tuple(_iter_notes(elf.data, sections)):
+        return notes, NoteSource.SECTION
     legacy = elf.section("__xen_guest")
     if legacy is not None and legacy.type != SHT_NOBITS:
-        return _legacy(elf.data, _within(elf, legacy)), Source.LEGACY
-    return (), Source.NOWHERE
+        return _parse_legacy_string(elf.data, _checked_section(elf, legacy)), NoteSource.LEGACY
+    return (), NoteSource.NONE
 
 
-def _within(elf: Elf, section: Section) -> Section:
+def _checked_section(elf: Elf, section: Section) -> Section:
     if section.offset + section.size > len(elf.data):
         raise ImageError(
             f"section {section.name!a} lies beyond the file: sh_offset {section.offset:#x} and sh_size "
@@ -131,7 +140,7 @@ def _within(elf: Elf, section: Section) -> Section:
     return section
 
 
-def _all_notes(data: memoryview, places: list[tuple[int, int]]) -> Iterator[Note]:
+def _iter_notes(data: memoryview, places: list[tuple[int, int]]) -> Iterator[Note]:
     count = 0
     for offset, size in places:
         at, end = offset, offset + size
@@ -142,7 +151,7 @@ def _all_notes(data: memoryview, places: list[tuple[int, int]]) -> Iterator[Note
             if count > NOTES_MAX:
                 raise ImageError(f"more than {NOTES_MAX} notes", offset=at)
             namesz, descsz, type_ = (int.from_bytes(data[at + i : at + i + 4], "little") for i in (0, 4, 8))
-            name, desc = at + 12, at + 12 + _up4(namesz)
+            name, desc = at + 12, at + 12 + _align4(namesz)
             if desc + descsz > end:
                 raise ImageError(
                     f"a note ends beyond its segment or section: namesz {namesz:#x} and descsz {descsz:#x}, with "
@@ -150,34 +159,34 @@ def _all_notes(data: memoryview, places: list[tuple[int, int]]) -> Iterator[Note
                     offset=at,
                 )
             if bytes(data[name : min(name + namesz, name + 5)]).rstrip(b"\0") == OWNER:
-                yield _note(data, type_, desc, descsz)
-            at = desc + _up4(descsz)
+                yield _parse_note(data, type_, desc, descsz)
+            at = desc + _align4(descsz)
 
 
-def _up4(n: int) -> int:
+def _align4(n: int) -> int:
     return n + 3 & ~3
 
 
-def _note(data: memoryview, type_: int, at: int, size: int) -> Note:
-    known = NOTES.get(type_, NoteType(f"{type_:#x}", Form.BYTES, ""))
+def _parse_note(data: memoryview, type_: int, at: int, size: int) -> Note:
+    known = NOTES.get(type_, NoteType(f"{type_:#x}", NoteForm.BYTES, ""))
     value: Value
     match known.form:
-        case Form.NUMBER:
+        case NoteForm.NUMBER:
             if size not in {1, 2, 4, 8}:
                 raise ImageError(f"a number of {size} bytes; 4 or 8 are expected", offset=at, note=known.name)
             value = int.from_bytes(data[at : at + size], "little")
-        case Form.STRING:
-            value = _string(data, at, known.name)
-        case Form.PAIRS if size and size % 8 == 0:  # of maddr_t: 4 bytes each where the kernel is i386 without PAE
+        case NoteForm.STRING:
+            value = _read_string(data, at, known.name)
+        case NoteForm.PAIRS if size and size % 8 == 0:  # of maddr_t: 4 bytes each where the kernel is i386 without PAE
             value = tuple(int.from_bytes(data[i : i + 8], "little") for i in range(at, at + min(size, STRING_MAX), 8))
-        case Form.WORDS if size % 4 == 0:
+        case NoteForm.WORDS if size % 4 == 0:
             value = tuple(int.from_bytes(data[i : i + 4], "little") for i in range(at, at + min(size, 12), 4))
         case _:
             value = bytes(data[at : at + min(size, STRING_MAX)])
     return Note(type_, known.name, value, at, size)
 
 
-def _string(data: memoryview, at: int, name: str) -> str:
+def _read_string(data: memoryview, at: int, name: str) -> str:
     """A string as Xen reads it: up to a 0, wherever the note may end (libelf-tools.c elf_strval())."""
     text, zero, _ = bytes(data[at : at + STRING_MAX + 1]).partition(b"\0")
     if not zero:
@@ -204,7 +213,7 @@ _LEGACY: dict[str, tuple[int, bool]] = {
 _NUMBER = re.compile(r"\s*(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<octal>0[0-7]*)|(?P<decimal>[1-9][0-9]*))", re.ASCII)
 
 
-def _legacy(data: memoryview, section: Section) -> tuple[Note, ...]:
+def _parse_legacy_string(data: memoryview, section: Section) -> tuple[Note, ...]:
     """NAME=VALUE,NAME=VALUE… up to a 0 or the section's end."""
     text = bytes(data[section.offset : section.offset + min(section.size, STRING_MAX)]).partition(b"\0")[0]
     notes, at = [], section.offset
@@ -213,13 +222,13 @@ def _legacy(data: memoryview, section: Section) -> tuple[Note, ...]:
         if name:
             type_, is_number = _LEGACY.get(name, (None, False))
             content = at + len(name) + 1
-            kept: Value = _number(value, content, name) if is_number else value
+            kept: Value = _parse_number(value, content, name) if is_number else value
             notes.append(Note(type_, name, kept, content, len(value)))
         at += len(item) + 1
     return tuple(notes)
 
 
-def _number(text: str, at: int, name: str) -> int:
+def _parse_number(text: str, at: int, name: str) -> int:
     """A number as C's strtoull() reads it with base 0, except that something has to be there."""
     found = _NUMBER.match(text)
     if found is None:

@@ -1,7 +1,7 @@
-"""What a kernel asks of whoever builds its domain: its notes, put together as Xen does.
+"""Parameters: what a kernel's notes demand of its domain's builder, combined as Xen combines them.
 
-xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_parse_note(), elf_xen_parse_guest_info(), elf_xen_parse_features();
-the features' bits are those of xen.git:xen/include/public/features.h.
+Source: xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_parse_note(), elf_xen_parse_guest_info(),
+elf_xen_parse_features(); xen.git:xen/include/public/features.h
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from xenpv.image import notes as n
-from xenpv.image.notes import Note, Source, Value
+from xenpv.image import notes as elfnote
+from xenpv.image.notes import Note, NoteSource, Value
 
 XENFEAT = {
     0: "writable_page_tables",
@@ -38,15 +38,15 @@ XENFEAT = {
 }
 XENFEAT_AUTO_TRANSLATED = 1 << 2
 XENFEAT_DOM0 = 1 << 11
-# The names that Xen knows in the FEATURES string. One with "!" that is none of these makes it refuse the kernel.
-_IN_STRINGS = {name: 1 << bit for bit, name in XENFEAT.items() if bit in {0, 1, 2, 3, 4, 8, 11}}
+# The names that Xen knows in the FEATURES string. It refuses a kernel that requires ("!") any other.
+_BIT_BY_NAME = {name: 1 << bit for bit, name in XENFEAT.items() if bit in {0, 1, 2, 3, 4, 8, 11}}
 
-_UNSET = (1 << 64) - 1  # UNSET_ADDR: an address that says this says nothing
+_UNSET = (1 << 64) - 1  # UNSET_ADDR: no address
 _UNSET32 = (1 << 32) - 1
 
 
 class Pae(StrEnum):
-    """The page tables that a 32-bit kernel uses; a 64-bit one says nothing, which is NO."""
+    """The page tables that a 32-bit kernel uses; NO for 64-bit kernels, which have no such note."""
 
     NO = "no"
     YES = "yes, with its top table below 4 GiB"
@@ -56,7 +56,7 @@ class Pae(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Feature bits, as features.h numbers them, and names in the FEATURES string that Xen does not know there."""
+    """Features as bits of features.h, and names in the FEATURES string that Xen does not know."""
 
     supported: int = 0
     required: int = 0
@@ -66,7 +66,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """What the notes say; None or "" where they say nothing. Addresses and offsets are in bytes."""
+    """What the notes say, None or "" by default. Addresses and offsets are in bytes."""
 
     virt_base: int | None
     entry: int | None
@@ -87,15 +87,15 @@ class Parameters:
     xen_version: str
 
     @classmethod
-    def of(cls, notes: Iterable[Note], source: Source) -> Parameters:
-        """Put notes together. Of several of one type the last counts, but features add up."""
+    def from_notes(cls, notes: Iterable[Note], source: NoteSource) -> Parameters:
+        """Combine notes. The last of each type counts, but features add up."""
         last: dict[int | None, Value] = {}
         features = Features()
         for note in notes:
             last[note.type] = note.value
-            if note.type == n.FEATURES and isinstance(note.value, str):
-                features = _with_string(features, note.value)
-            elif note.type == n.SUPPORTED_FEATURES and isinstance(note.value, int):
+            if note.type == elfnote.FEATURES and isinstance(note.value, str):
+                features = _add_feature_string(features, note.value)
+            elif note.type == elfnote.SUPPORTED_FEATURES and isinstance(note.value, int):
                 supported = features.supported | note.value & 0xFFFF_FFFF
                 features = Features(supported, features.required, features.unknown, features.unknown_required)
 
@@ -107,43 +107,43 @@ class Parameters:
             value = last.get(type_, "")
             return value if isinstance(value, str) else ""
 
-        legacy = source is Source.LEGACY
-        virt_base, hypercall_page = address(n.VIRT_BASE), address(n.HYPERCALL_PAGE)
-        if legacy and hypercall_page is not None:  # there it is a pfn
+        legacy = source is NoteSource.LEGACY
+        virt_base, hypercall_page = address(elfnote.VIRT_BASE), address(elfnote.HYPERCALL_PAGE)
+        if legacy and hypercall_page is not None:  # the legacy string has a pfn
             hypercall_page = (hypercall_page << 12) + (virt_base or 0) & _UNSET
-        phys32_entry, phys32_reloc = address(n.PHYS32_ENTRY), last.get(n.PHYS32_RELOC)
+        phys32_entry, phys32_reloc = address(elfnote.PHYS32_ENTRY), last.get(elfnote.PHYS32_RELOC)
         return cls(
             virt_base=virt_base,
-            entry=address(n.ENTRY),
-            paddr_offset=address(n.PADDR_OFFSET),
+            entry=address(elfnote.ENTRY),
+            paddr_offset=address(elfnote.PADDR_OFFSET),
             hypercall_page=hypercall_page,
-            hv_start_low=address(n.HV_START_LOW),
-            init_p2m=address(n.INIT_P2M),
+            hv_start_low=address(elfnote.HV_START_LOW),
+            init_p2m=address(elfnote.INIT_P2M),
             phys32_entry=None if phys32_entry in {None, _UNSET32} else phys32_entry & _UNSET32,
             phys32_reloc=phys32_reloc if isinstance(phys32_reloc, tuple) else None,
-            mod_start_pfn=bool(address(n.MOD_START_PFN)),
-            suspend_cancel=bool(address(n.SUSPEND_CANCEL)),
-            bsd_symtab=n.BSD_SYMTAB in last and (legacy or last[n.BSD_SYMTAB] == "yes"),
-            pae=_pae(text(n.PAE_MODE), legacy=legacy),
+            mod_start_pfn=bool(address(elfnote.MOD_START_PFN)),
+            suspend_cancel=bool(address(elfnote.SUSPEND_CANCEL)),
+            bsd_symtab=elfnote.BSD_SYMTAB in last and (legacy or last[elfnote.BSD_SYMTAB] == "yes"),
+            pae=_parse_pae_mode(text(elfnote.PAE_MODE), legacy=legacy),
             features=features,
-            loader=text(n.LOADER),
-            guest_os=text(n.GUEST_OS),
-            guest_version=text(n.GUEST_VERSION),
-            xen_version=text(n.XEN_VERSION),
+            loader=text(elfnote.LOADER),
+            guest_os=text(elfnote.GUEST_OS),
+            guest_version=text(elfnote.GUEST_VERSION),
+            xen_version=text(elfnote.XEN_VERSION),
         )
 
 
 def feature_names(bits: int) -> list[str]:
-    """The features by name; a bit that has none as "bit 27"."""
+    """Return the names of feature bits; "bit 27" for one without a name."""
     return [XENFEAT.get(bit, f"bit {bit}") for bit in range(bits.bit_length()) if bits >> bit & 1]
 
 
-def _with_string(features: Features, text: str) -> Features:
+def _add_feature_string(features: Features, text: str) -> Features:
     supported, required = features.supported, features.required
     unknown, unknown_required = list(features.unknown), list(features.unknown_required)
     for item in filter(None, text.split("|")):
         name = item.removeprefix("!")
-        bit = _IN_STRINGS.get(name, 0)
+        bit = _BIT_BY_NAME.get(name, 0)
         supported |= bit
         if name != item:
             required |= bit
@@ -152,7 +152,7 @@ def _with_string(features: Features, text: str) -> Features:
     return Features(supported, required, tuple(unknown), tuple(unknown_required))
 
 
-def _pae(text: str, *, legacy: bool) -> Pae:
+def _parse_pae_mode(text: str, *, legacy: bool) -> Pae:
     if legacy:
         if text == "yes[extended-cr3]":
             return Pae.EXTENDED_CR3

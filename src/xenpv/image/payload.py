@@ -1,8 +1,9 @@
-"""From a kernel file to the ELF file inside: bzImage and gzip, with every size checked before memory is taken.
+"""Unpacks the ELF file inside a kernel file: a bzImage, or gzip. All sizes are checked before memory is allocated.
 
-What libxc takes is taken (xen.git:tools/libs/guest/xg_dom_core.c xc_dom_try_gunzip(), xg_dom_bzimageloader.c): an ELF
-file or a bzImage, either of them in gzip; in a bzImage, a payload whose last 4 bytes are its unpacked size. How much is
-unpacked is bounded by that size, and that size by ``UNPACKED_MAX``.
+As in libxc, a file is an ELF file or a bzImage, with or without gzip around it. The last 4 bytes of a bzImage's payload
+are its unpacked size. This size bounds what is unpacked, and ``UNPACKED_MAX`` bounds the size.
+
+Source: xen.git:tools/libs/guest/xg_dom_core.c xc_dom_try_gunzip(), xg_dom_bzimageloader.c
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from typing import Any
 
 from xenpv.errors import ImageError
 
-UNPACKED_MAX = 512 << 20  # bytes; half of what libxc takes (XC_DOM_DECOMPRESS_MAX), and ten times any distribution's
+UNPACKED_MAX = 512 << 20  # bytes; half of libxc's XC_DOM_DECOMPRESS_MAX, ten times any distribution's kernel
 _WINDOW_MAX = 256 << 20  # bytes of dictionary; libxc's LZMA_BLOCK_SIZE
 
 ELF_MAGIC = b"\x7fELF"
 _GZIP = b"\x1f\x8b"
 _LZ4_LEGACY = b"\x02\x21\x4c\x18"
 _LZ4_BLOCK = 8 << 20  # bytes that a block of the legacy format unpacks to at most
-_LZ4_RATIO = 255  # no byte of an lz4 block can make more than so many
+_LZ4_RATIO = 255  # the most bytes that one byte of an lz4 block can unpack to
 
 # Documentation/arch/x86/boot.rst of Linux: offsets in the first sectors of a bzImage
 _SETUP_SECTS = 0x1F1
@@ -38,11 +39,16 @@ _VERSION_WITH_PAYLOAD = 0x0208
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One wrapping around the kernel.
+    """One container around a kernel.
 
-    ``kind`` is "gzip" (the whole file) or "bzImage", ``compression`` what packs it, ``offset`` and ``packed`` where its
-    packed bytes lie in what it is the wrapping of, ``unpacked`` how many bytes come out. Of a bzImage also the boot
-    protocol, major and minor, and what the kernel's own header says that it is ("" where it says nothing).
+    Attributes:
+        kind: "gzip", around the whole file, or "bzImage".
+        compression: The compression of its payload.
+        offset: Byte offset of the payload within the container.
+        packed: Bytes of payload.
+        unpacked: Bytes that the payload unpacks to.
+        protocol: Boot protocol of a bzImage, major and minor; otherwise None.
+        version: Kernel version by a bzImage's header; "" if it has none.
     """
 
     kind: str
@@ -54,62 +60,65 @@ class Layer:
     version: str = ""
 
 
-def unwrap(data: memoryview) -> tuple[memoryview, tuple[Layer, ...]]:
-    """The ELF file in a kernel file, and the wrappings around it, outermost first. Raises ImageError."""
+def unpack_kernel(data: memoryview) -> tuple[memoryview, tuple[Layer, ...]]:
+    """Return the ELF file in a kernel file, and the containers around it, outermost first.
+
+    Raises:
+        ImageError: The file is no kernel, or it is damaged.
+    """
     layers = []
     if data[:2] == _GZIP:
-        data, layer = _open(data, Layer("gzip", "gzip", 0, len(data), 0))
+        data, layer = _unpack(data, Layer("gzip", "gzip", 0, len(data), 0))
         layers.append(layer)
     if data[_HEADER : _HEADER + 4] == _HDRS and data[:4] != ELF_MAGIC:
-        data, layer = _open(data, _bzimage(data))
+        data, layer = _unpack(data, _parse_bzimage(data))
         layers.append(layer)
     if data[:4] != ELF_MAGIC:
-        raise ImageError(_what_else(data, layers), offset=0)
+        raise ImageError(_describe_other_file(data, layers), offset=0)
     return data, tuple(layers)
 
 
-def _open(data: memoryview, layer: Layer) -> tuple[memoryview, Layer]:
-    """What comes out of a wrapping, and the wrapping with that size in it."""
+def _unpack(data: memoryview, layer: Layer) -> tuple[memoryview, Layer]:
+    """Return a container's unpacked payload, and the container with the unpacked size."""
     packed = data[layer.offset : layer.offset + layer.packed]
-    what = f"the {layer.kind}'s payload" if layer.kind == "bzImage" else "the file"
+    name = f"the {layer.kind}'s payload" if layer.kind == "bzImage" else "the file"
     if len(packed) < 10:
-        raise ImageError(f"{what} is cut short: {len(packed)} bytes of {layer.compression}", offset=layer.offset)
+        raise ImageError(f"{name} is cut short: {len(packed)} bytes of {layer.compression}", offset=layer.offset)
     size = int.from_bytes(packed[-4:], "little")
     if size > UNPACKED_MAX:
         raise ImageError(
-            f"{what} says that it unpacks to {size:#x} bytes; more than {UNPACKED_MAX:#x} is not taken",
+            f"{name} claims to unpack to {size:#x} bytes; at most {UNPACKED_MAX:#x} are accepted",
             offset=layer.offset + layer.packed - 4,
         )
     try:
-        unpacked = _UNPACK[layer.compression](packed, size)
+        unpacked = _DECOMPRESSORS[layer.compression](packed, size)
     except (zlib.error, lzma.LZMAError, OSError, EOFError, ValueError) as e:
-        raise ImageError(f"{what} cannot be unpacked as {layer.compression}: {e}", offset=layer.offset) from e
+        raise ImageError(f"{name} cannot be unpacked as {layer.compression}: {e}", offset=layer.offset) from e
     except ImportError as e:
         package = _PACKAGES[layer.compression]
         raise ImageError(
-            f"{what} is packed with {layer.compression}, and the Python package {package} is not installed "
+            f"{name} is packed with {layer.compression}, and the Python package {package} is not installed "
             f"(Debian: python3-{package})",
             offset=layer.offset,
         ) from e
     if len(unpacked) != size:
-        came = f"more than {size:#x}" if len(unpacked) > size else f"{len(unpacked):#x}"
+        actual = f"more than {size:#x}" if len(unpacked) > size else f"{len(unpacked):#x}"
         raise ImageError(
-            f"{what} says that it unpacks to {size:#x} bytes, and {came} bytes of {layer.compression} came out",
+            f"{name} claims to unpack to {size:#x} bytes of {layer.compression}, and unpacks to {actual}",
             offset=layer.offset + layer.packed - 4,
         )
     return memoryview(unpacked), replace(layer, unpacked=size)
 
 
-def _bzimage(data: memoryview) -> Layer:
-    """Where the payload of a bzImage is."""
+def _parse_bzimage(data: memoryview) -> Layer:
+    """Return the container that a bzImage is."""
     if len(data) < _HEADER_END:
         raise ImageError(f"the bzImage's header is cut short: {len(data):#x} bytes of {_HEADER_END:#x}", offset=0)
     [version] = struct.unpack_from("<H", data, _VERSION)
     protocol = (version >> 8, version & 0xFF)
     if version < _VERSION_WITH_PAYLOAD:
         raise ImageError(
-            f"boot protocol {protocol[0]}.{protocol[1]:02} of the bzImage is too old: only from 2.08 on does it "
-            "say where the payload is",
+            f"boot protocol {protocol[0]}.{protocol[1]:02} of the bzImage is too old: it names no payload before 2.08",
             offset=_VERSION,
         )
     payload_offset, length = struct.unpack_from("<II", data, _PAYLOAD)
@@ -122,10 +131,10 @@ def _bzimage(data: memoryview) -> Layer:
         )
     [at] = struct.unpack_from("<H", data, _KERNEL_VERSION)
     text = bytes(data[at + 512 : at + 512 + 200]).partition(b"\0")[0].decode("latin-1") if at else ""
-    return Layer("bzImage", _compression(data, offset, length), offset, length, 0, protocol, text)
+    return Layer("bzImage", _detect_compression(data, offset, length), offset, length, 0, protocol, text)
 
 
-# In the order in which libxc asks, of which some are beginnings of others' data.
+# In libxc's order, since some magics are the begin of others' data.
 _MAGICS = {
     _GZIP: "gzip",
     b"BZh": "bzip2",
@@ -138,11 +147,11 @@ _MAGICS = {
 _PACKAGES = {"lz4": "lz4", "zstd": "zstandard"}
 
 
-def _compression(data: memoryview, offset: int, length: int) -> str:
+def _detect_compression(data: memoryview, offset: int, length: int) -> str:
     head = bytes(data[offset : offset + min(length, 8)])
     for magic, name in _MAGICS.items():
         if head.startswith(magic):
-            if name in _UNPACK:
+            if name in _DECOMPRESSORS:
                 return name
             raise ImageError(f"the bzImage's payload is packed with {name}, which xenpv does not unpack", offset=offset)
     raise ImageError(
@@ -152,11 +161,11 @@ def _compression(data: memoryview, offset: int, length: int) -> str:
     )
 
 
-# Each unpacks what lies in front of the size (gzip's own trailer holds it), and stops soon when more comes out.
+# Each unpacks all but the size at the end (which is gzip's own trailer), and stops early if there is more than that.
 
 
-def _stream(decompressor: Any, packed: memoryview, size: int) -> bytes:
-    """With a decompressor of the standard library, which has to reach its end and so its checksum."""
+def _decompress(decompressor: Any, packed: memoryview, size: int) -> bytes:
+    """Use a decompressor of the standard library, which must reach its end and its checksum."""
     unpacked = decompressor.decompress(packed, size + 1)
     assert isinstance(unpacked, bytes)
     if len(unpacked) <= size and not decompressor.eof:
@@ -164,26 +173,26 @@ def _stream(decompressor: Any, packed: memoryview, size: int) -> bytes:
     return unpacked
 
 
-def _gzip(packed: memoryview, size: int) -> bytes:
-    return _stream(zlib.decompressobj(zlib.MAX_WBITS + 16), packed, size)
+def _decompress_gzip(packed: memoryview, size: int) -> bytes:
+    return _decompress(zlib.decompressobj(zlib.MAX_WBITS + 16), packed, size)
 
 
-def _bzip2(packed: memoryview, size: int) -> bytes:
-    return _stream(bz2.BZ2Decompressor(), packed[:-4], size)
+def _decompress_bzip2(packed: memoryview, size: int) -> bytes:
+    return _decompress(bz2.BZ2Decompressor(), packed[:-4], size)
 
 
-def _xz(packed: memoryview, size: int) -> bytes:
-    return _stream(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_WINDOW_MAX), packed[:-4], size)
+def _decompress_xz(packed: memoryview, size: int) -> bytes:
+    return _decompress(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_WINDOW_MAX), packed[:-4], size)
 
 
-def _lzma(packed: memoryview, size: int) -> bytes:
-    # Its header says how large a dictionary to take, in bytes 1 to 4; what comes out needs none larger than itself.
+def _decompress_lzma(packed: memoryview, size: int) -> bytes:
+    # Bytes 1 to 4 of its header are the dictionary size; none larger than the unpacked size is needed.
     dictionary = min(int.from_bytes(packed[1:5], "little"), max(size, 4096))
     whole = b"".join([packed[:1], dictionary.to_bytes(4, "little"), packed[5:-4]])
-    return _stream(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_WINDOW_MAX), memoryview(whole), size)
+    return _decompress(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_WINDOW_MAX), memoryview(whole), size)
 
 
-def _zstd(packed: memoryview, size: int) -> bytes:
+def _decompress_zstd(packed: memoryview, size: int) -> bytes:
     import zstandard  # noqa: PLC0415  few kernels need it, and a dom0 may not have it
 
     unpacked = bytearray()
@@ -196,8 +205,8 @@ def _zstd(packed: memoryview, size: int) -> bytes:
     return bytes(unpacked)
 
 
-def _lz4(packed: memoryview, size: int) -> bytes:
-    """The legacy frame format: a magic, then blocks behind their packed sizes; the magic may come again."""
+def _decompress_lz4(packed: memoryview, size: int) -> bytes:
+    """Unpack the legacy frame format: a magic, then packed sizes with blocks; the magic may be repeated."""
     from lz4.block import LZ4BlockError, decompress  # noqa: PLC0415  as zstandard
 
     end = len(packed) - 4
@@ -212,25 +221,25 @@ def _lz4(packed: memoryview, size: int) -> bytes:
         if not length or at > end:
             raise ValueError(f"a block of {length:#x} bytes is empty, or ends beyond the data")
         try:
-            # It takes as much memory as it is told, so that is bounded by what the block can hold too.
+            # It allocates what it is told to, so bound that by what the block can hold, too.
             unpacked += decompress(block, min(_LZ4_BLOCK, _LZ4_RATIO * len(block)))
         except LZ4BlockError as e:
             raise ValueError(str(e)) from e
     return bytes(unpacked)
 
 
-_UNPACK: dict[str, Callable[[memoryview, int], bytes]] = {
-    "gzip": _gzip,
-    "bzip2": _bzip2,
-    "xz": _xz,
-    "zstd": _zstd,
-    "lzma": _lzma,
-    "lz4": _lz4,
+_DECOMPRESSORS: dict[str, Callable[[memoryview, int], bytes]] = {
+    "gzip": _decompress_gzip,
+    "bzip2": _decompress_bzip2,
+    "xz": _decompress_xz,
+    "zstd": _decompress_zstd,
+    "lzma": _decompress_lzma,
+    "lz4": _decompress_lz4,
 }
 
 
-def _what_else(data: memoryview, layers: list[Layer]) -> str:
-    """What a file is that is no kernel, in words."""
+def _describe_other_file(data: memoryview, layers: list[Layer]) -> str:
+    """Describe a file that is no kernel."""
     inside = f" inside the {layers[-1].kind}" if layers else ""
     head = bytes(data[:64])
     if not head:

@@ -1,4 +1,4 @@
-"""What is asked of a plan, and whether that can be: every refusal has its numbers, and says what would do."""
+"""Request: what a domain should have; and the checks whether that is possible. Refusals name the numbers."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from dataclasses import dataclass
 
 from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenpv.errors import ImageError, RequestError
-from xenpv.image.capacity import LIBXC_PAGES, Limit, libxc_limit, limits, mapped_initrd
+from xenpv.image.capacity import LIBXC_PAGES, MemoryLimit, libxc_memory_limit, mapped_initrd_size, memory_limits
 from xenpv.image.kernel import KernelImage
 from xenpv.image.mapping import whole_pages
 from xenpv.image.verdict import p2m_obstacle, pv_obstacles
 
 MAX_VCPUS = 8192  # of a PV domain: MAX_VIRT_CPUS of xen.git:xen/arch/x86/include/asm/config.h
-COMMAND_LINE_MAX = 1023  # bytes; MAX_GUEST_CMDLINE of xen.git:xen/include/public/xen.h has the 0 behind them
+COMMAND_LINE_MAX = 1023  # bytes; MAX_GUEST_CMDLINE of xen.git:xen/include/public/xen.h counts the 0 after them, too
 _LIBXC_RAMDISK_MAX = 1 << 30  # bytes; XC_DOM_DECOMPRESS_MAX of xen.git:tools/include/xenguest.h
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is wanted of a domain.
+    """What a domain should have.
 
-    ``memory`` and ``ramdisk`` are in bytes, a ramdisk of 0 is none. ``ranges`` are the pfns that have memory, as pages
-    (vNUMA's vmemranges; ``memory`` is then what they come to); none are the pfns from 0 on. ``virt_p2m_4tools`` tells
-    the kernel that its tools read the p2m by its linear list alone, as xenpv does and libxc from 4.7 on; xl never sets
-    it (xen.git:tools/libs/light/libxl_dom.c libxl__build_pv()).
+    Attributes:
+        memory: Bytes of memory.
+        ramdisk: Bytes of ramdisk; 0 is none.
+        vcpus: Number of vcpus.
+        cmdline: The kernel's command line.
+        ranges: The pfns that have memory, ``memory`` in all (default: the pfns from 0 on). vNUMA calls them vmemranges.
+        virt_p2m_4tools: Tell the kernel that its tools need only the linear p2m list, as xenpv and libxc since 4.7 do.
+            xl never says so (xen.git:tools/libs/light/libxl_dom.c libxl__build_pv()).
     """
 
     memory: int
@@ -35,151 +39,163 @@ class Request:
 
     @property
     def pages(self) -> int:
-        """Pages of memory."""
+        """Number of pages of memory."""
         return self.memory >> PAGE_SHIFT
 
     @property
     def cmd_line(self) -> bytes:
-        """The command line as the guest gets it; what the shell could not decode goes back to the bytes that it was."""
+        """The command line in bytes; what the shell could not decode becomes its original bytes."""
         return self.cmdline.encode("utf-8", "surrogateescape")
 
 
-def check(image: KernelImage, request: Request) -> tuple[range, ...]:
-    """Refuse what cannot be for any layout; the pfns that have memory, ascending, those that touch as one.
+def check_request(image: KernelImage, request: Request) -> tuple[range, ...]:
+    """Check a request before planning; return the pfns that have memory, ascending, adjacent ranges joined.
 
-    Raises ImageError and RequestError, as layout.plan().
+    Raises:
+        ImageError: The kernel cannot be started as PV.
+        RequestError: The request is impossible, whatever the layout.
     """
-    _check_request(request)
+    _check_values(request)
     if obstacles := pv_obstacles(image):
-        raise ImageError("it cannot be started as PV: " + "; ".join(obstacles))
+        raise ImageError("the kernel cannot be started as PV: " + "; ".join(obstacles))
     if image.virt_base % PAGE_SIZE:
         raise ImageError(f"VIRT_BASE {image.virt_base:#x} is not at the start of a page", note="VIRT_BASE")
-    ranges = _ranges(request)
+    ranges = _merge_ranges(request)
     if (ramdisk := whole_pages(request.ramdisk)) > request.pages:
-        what = f"a ramdisk of {_amount(ramdisk)} is larger than the memory, {_amount(request.pages)}"
-        raise RequestError(what, needed=ramdisk, available=request.pages)
-    limit = libxc_limit(image, initrd=request.ramdisk)
-    if ranges[-1].stop > limit.pages:
-        raise _beyond(image, request, limit, ranges[-1].stop)
+        problem = f"a ramdisk of {_format_pages(ramdisk)} is larger than the memory, {_format_pages(request.pages)}"
+        raise RequestError(problem, needed=ramdisk, available=request.pages)
+    limit = libxc_memory_limit(image, initrd=request.ramdisk)
+    if ranges[-1].stop > limit.max_pages:
+        raise _limit_error(image, request, limit, ranges[-1].stop)
     hypercalls = hypercall_pfn(image)
-    if hypercalls is not None and not any(hypercalls in some for some in ranges):
-        what = f"HYPERCALL_PAGE {image.parameters.hypercall_page:#x} would be pfn {hypercalls:#x}, which has no memory"
-        raise ImageError(what, note="HYPERCALL_PAGE")
+    if hypercalls is not None and not any(hypercalls in pfns for pfns in ranges):
+        problem = (
+            f"HYPERCALL_PAGE {image.parameters.hypercall_page:#x} would be pfn {hypercalls:#x}, which has no memory"
+        )
+        raise ImageError(problem, note="HYPERCALL_PAGE")
     return ranges
 
 
-def fits(image: KernelImage, request: Request, ranges: tuple[range, ...], end: int) -> None:
-    """Refuse a plan that takes the pfns from 0 to ``end``, where these have no memory. Raises RequestError."""
+def check_fits(image: KernelImage, request: Request, ranges: tuple[range, ...], end: int) -> None:
+    """Check that the pfns from 0 to before ``end`` have memory.
+
+    Raises:
+        RequestError: They do not.
+    """
     available = ranges[0].stop if ranges[0].start == 0 else 0
     if end <= available:
         return
-    takes = f"what is there at the start takes {_amount(end)}"
+    takes = f"the start of day takes {_format_pages(end)}"
     if request.ramdisk:
-        takes += f", {_amount(whole_pages(request.ramdisk))} of it the ramdisk"
+        takes += f", {_format_pages(whole_pages(request.ramdisk))} of it the ramdisk"
     if len(ranges) > 1 or not available:
-        what = f"{takes}, and from pfn 0 on without a hole there are {_amount(available)}"
-        raise RequestError(what, needed=end, available=available)
-    what = f"memory of {_amount(available)} is too little: {takes}"
-    least = libxc_limit(image, initrd=request.ramdisk).least
+        problem = f"{takes} from pfn 0 on, and only {_format_pages(available)} have memory there"
+        raise RequestError(problem, needed=end, available=available)
+    problem = f"memory of {_format_pages(available)} is too little: {takes}"
+    least = libxc_memory_limit(image, initrd=request.ramdisk).min_pages
     if least is not None and least > available:
-        what += f"; the least that will do is {_amount(least)}"
-    raise RequestError(what, needed=end, available=available)
+        problem += f"; the least that will do is {_format_pages(least)}"
+    raise RequestError(problem, needed=end, available=available)
 
 
 def hypercall_pfn(image: KernelImage) -> int | None:
-    """The pfn of the page that Xen fills with hypercalls; None where the kernel wants none."""
+    """Return the pfn of the page that Xen fills with hypercalls; None if the kernel has none."""
     page = image.parameters.hypercall_page
     return None if page is None else page - image.virt_base >> PAGE_SHIFT
 
 
 def remarks(image: KernelImage, request: Request, entries: int) -> tuple[str, ...]:
-    """What is odd about a plan, in words, and stops nothing here; ``entries`` are those of the p2m."""
-    found = []
-    one, *_ = inside = [limit for limit in limits(image, initrd=request.ramdisk) if not limit.outside]
-    if p2m_obstacle(image) is not None and len(inside) > 1 and entries > one.pages:
-        found.append(f"the initial mapping reaches beyond {one.bound}: up to {_amount(one.pages)} it would not")
+    """Return warnings about a plan, in words. ``entries`` is the number of p2m entries."""
+    warnings = []
+    tight, *_ = inside = [limit for limit in memory_limits(image, initrd=request.ramdisk) if not limit.p2m_outside]
+    if p2m_obstacle(image) is not None and len(inside) > 1 and entries > tight.max_pages:
+        warnings.append(
+            f"the initial mapping reaches beyond {tight.bound}: up to {_format_pages(tight.max_pages)} it would not"
+        )
     if request.pages >= LIBXC_PAGES:
-        found.append(f"libxc counts pages in 32 bits: it builds less than {_amount(LIBXC_PAGES)}")
+        warnings.append(f"libxc counts pages in 32 bits: it builds domains of less than {_format_pages(LIBXC_PAGES)}")
     if request.ramdisk > _LIBXC_RAMDISK_MAX:
-        found.append(f"libxc takes no ramdisk of more than {_amount(whole_pages(_LIBXC_RAMDISK_MAX))}")
+        warnings.append(f"libxc takes no ramdisk of more than {_format_pages(whole_pages(_LIBXC_RAMDISK_MAX))}")
     if request.memory % (1 << 20):
-        found.append("xl gives whole MiB only, and would leave out what is beyond the last")
-    return tuple(found)
+        warnings.append("xl gives whole MiB only, and would drop the rest")
+    return tuple(warnings)
 
 
-def _check_request(request: Request) -> None:
-    """What needs no kernel."""
+def _check_values(request: Request) -> None:
+    """Check what does not depend on the kernel."""
     if request.memory <= 0 or request.memory % PAGE_SIZE:
-        what = f"memory of {request.memory} bytes is not a whole number of pages of {PAGE_SIZE} bytes, and at least one"
-        raise RequestError(what, needed=max(whole_pages(request.memory), 1) * PAGE_SIZE, available=request.memory)
+        problem = f"memory of {request.memory} bytes is not one or more whole pages of {PAGE_SIZE} bytes"
+        raise RequestError(problem, needed=max(whole_pages(request.memory), 1) * PAGE_SIZE, available=request.memory)
     if request.ramdisk < 0:
         raise RequestError(f"a ramdisk of {request.ramdisk} bytes", needed=request.ramdisk, available=0)
     if request.vcpus < 1:
-        raise RequestError(f"{request.vcpus} vcpus: a domain has 1 or more", needed=1, available=request.vcpus)
+        raise RequestError(f"{request.vcpus} vcpus: a domain has at least 1", needed=1, available=request.vcpus)
     if request.vcpus > MAX_VCPUS:
-        what = f"{request.vcpus} vcpus: a PV domain has no more than {MAX_VCPUS}"
-        raise RequestError(what, needed=request.vcpus, available=MAX_VCPUS)
+        problem = f"{request.vcpus} vcpus: a PV domain has at most {MAX_VCPUS}"
+        raise RequestError(problem, needed=request.vcpus, available=MAX_VCPUS)
     if (length := len(request.cmd_line)) > COMMAND_LINE_MAX:
-        what = f"a command line of {length} bytes: start info holds {COMMAND_LINE_MAX}, and libxc would cut it off"
-        raise RequestError(what, needed=length, available=COMMAND_LINE_MAX)
+        problem = f"a command line of {length} bytes: start info holds {COMMAND_LINE_MAX}, and libxc would cut it off"
+        raise RequestError(problem, needed=length, available=COMMAND_LINE_MAX)
     if "\0" in request.cmdline:
         raise RequestError(f"the command line has a zero byte, at {request.cmd_line.index(0)}, which would end it")
 
 
-def _ranges(request: Request) -> tuple[range, ...]:
-    """The pfns that have memory, ascending and apart."""
+def _merge_ranges(request: Request) -> tuple[range, ...]:
+    """Return the pfns that have memory as ascending ranges, none of which touch."""
     if not request.ranges:
         return (range(request.pages),)
     merged: list[range] = []
-    for some in sorted(request.ranges, key=lambda some: some.start):
-        if some.step != 1 or not some or some.start < 0:
+    for pfns in sorted(request.ranges, key=lambda pfns: pfns.start):
+        if pfns.step != 1 or not pfns or pfns.start < 0:
             raise RequestError(
-                f"the pfns from {some.start:#x} to {some.stop:#x} (step {some.step}) are no range of memory"
+                f"the pfns from {pfns.start:#x} to {pfns.stop:#x} (step {pfns.step}) are no range of memory"
             )
-        if merged and some.start < merged[-1].stop:
-            both = f"pfn {merged[-1].start:#x} to {merged[-1].stop:#x} and {some.start:#x} to {some.stop:#x}"
-            raise RequestError(f"ranges of memory overlap: {both}", needed=merged[-1].stop, available=some.start)
-        if merged and some.start == merged[-1].stop:
-            merged[-1] = range(merged[-1].start, some.stop)
+        if merged and pfns.start < merged[-1].stop:
+            both = f"pfn {merged[-1].start:#x} to {merged[-1].stop:#x} and {pfns.start:#x} to {pfns.stop:#x}"
+            raise RequestError(f"ranges of memory overlap: {both}", needed=merged[-1].stop, available=pfns.start)
+        if merged and pfns.start == merged[-1].stop:
+            merged[-1] = range(merged[-1].start, pfns.stop)
         else:
-            merged.append(some)
+            merged.append(pfns)
     if (total := sum(map(len, merged))) != request.pages:
-        what = f"the ranges have {_amount(total)}, and the memory is {_amount(request.pages)}"
-        raise RequestError(what, needed=request.pages, available=total)
+        problem = f"the ranges have {_format_pages(total)}, and the memory is {_format_pages(request.pages)}"
+        raise RequestError(problem, needed=request.pages, available=total)
     return tuple(merged)
 
 
-def _beyond(image: KernelImage, request: Request, limit: Limit, entries: int) -> RequestError:
-    """The error for a p2m of more entries than the kernel can be started with."""
-    if limit.least is None and request.ramdisk and libxc_limit(image).least is not None:
-        what = f"a ramdisk of {_amount(whole_pages(request.ramdisk))} does not fit: it has to be mapped"
-        if mapped_initrd(image, request.ramdisk):
-            what += ", for the kernel has no MOD_START_PFN note,"
-        return RequestError(f"{what} within {limit.bound}", needed=whole_pages(request.ramdisk), available=_room(image))
-    most = f"no more than {_amount(limit.pages)}" if limit.pages else "no memory at all"
-    what = f"a domain of {_amount(entries)}: this kernel can be started with {most}; that is bounded by {limit.bound}"
+def _limit_error(image: KernelImage, request: Request, limit: MemoryLimit, entries: int) -> RequestError:
+    """Return the error for a p2m with more entries than the kernel can be started with."""
+    if limit.min_pages is None and request.ramdisk and libxc_memory_limit(image).min_pages is not None:
+        problem = f"a ramdisk of {_format_pages(whole_pages(request.ramdisk))} does not fit: it has to be mapped"
+        if mapped_initrd_size(image, request.ramdisk):
+            problem += ", for the kernel has no MOD_START_PFN note,"
+        return RequestError(
+            f"{problem} within {limit.bound}", needed=whole_pages(request.ramdisk), available=_max_ramdisk_pages(image)
+        )
+    most = f"no more than {_format_pages(limit.max_pages)}" if limit.max_pages else "no memory at all"
+    problem = f"a domain of {_format_pages(entries)}: this kernel can be started with {most}, bounded by {limit.bound}"
     if (obstacle := p2m_obstacle(image)) is not None and image.width == 8:
-        what += (
+        problem += (
             f". Its p2m list has to lie inside the initial mapping, for {obstacle}: take a kernel with that note, or "
             "give it less memory"
         )
-    return RequestError(what, needed=entries, available=limit.pages)
+    return RequestError(problem, needed=entries, available=limit.max_pages)
 
 
-def _room(image: KernelImage) -> int:
-    """The largest ramdisk that fits into the initial mapping, in pages."""
+def _max_ramdisk_pages(image: KernelImage) -> int:
+    """Return the size of the largest ramdisk that fits into the initial mapping, in pages."""
     low, high = 0, 1 << 20
     while low < high:
         middle = (low + high + 1) // 2
-        if libxc_limit(image, initrd=middle * PAGE_SIZE).least is not None:
+        if libxc_memory_limit(image, initrd=middle * PAGE_SIZE).min_pages is not None:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def _amount(pages: int) -> str:
-    """Pages for a message, in the largest unit in which they are a whole number: "0x800 pages (8 MiB)"."""
+def _format_pages(pages: int) -> str:
+    """Return pages for a message, in the largest unit that gives a whole number: "0x800 pages (8 MiB)"."""
     shift = next((shift for shift in (28, 18, 8) if pages and not pages % (1 << shift)), 8)
     unit = {28: "TiB", 18: "GiB", 8: "MiB"}[shift]
     return f"{pages:#x} pages ({round(pages / (1 << shift), 2):.16g} {unit})"

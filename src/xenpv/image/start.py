@@ -1,7 +1,9 @@
-"""The start of day in bytes: a plan's page tables, start info, shared info and vcpu 0, whole arrays at a time.
+"""Makes the bytes of the start of day: a plan's page tables, start info, shared info and vcpu 0.
 
-Tables come with pfns; memory.pagetables.localise() puts mfns in their place. What an entry holds is what libxc gives it
-(xen.git:tools/libs/guest/xg_dom_x86.c setup_pgtables_pv(), start_info_x86_64(), shared_info_x86_64(), vcpu_x86_64()).
+Tables hold pfns; memory.pagetables.localise() puts mfns in their place. All entries are as libxc makes them.
+
+Source: xen.git:tools/libs/guest/xg_dom_x86.c setup_pgtables_pv(), start_info_x86_64(), shared_info_x86_64(),
+vcpu_x86_64()
 """
 
 from __future__ import annotations
@@ -20,23 +22,31 @@ from xenpv.memory.publish import TABLE_FLAGS
 L1_FLAGS = PTE_P | PTE_RW | PTE_A  # RW is not set for a page table
 
 
-def tables(layout: Layout, at_once: int = PAGES_PER_BATCH) -> Iterator[tuple[int, U64, U64]]:
-    """All page tables, the top one first, up to so many of one level at once: level, pfns uint64 (n,), and entries that
-    hold pfns, uint64 (n, 512). Every table comes once.
+def iter_page_tables(layout: Layout, batch: int = PAGES_PER_BATCH) -> Iterator[tuple[int, U64, U64]]:
+    """Yield all page tables once, the top table first, in batches of one level.
+
+    Args:
+        layout: The plan.
+        batch: The most tables of a batch.
+
+    Returns:
+        Level, the tables' pfns, uint64 of shape (n,), and their entries, which hold pfns, uint64 of shape (n, 512).
     """
     for span in layout.tables:
-        for start in range(0, span.count, at_once):
-            rows = range(start, min(start + at_once, span.count))
+        for start in range(0, span.count, batch):
+            rows = range(start, min(start + batch, span.count))
             pfns = np.arange(span.first + rows.start, span.first + rows.stop, dtype=np.uint64)
-            yield span.level, pfns, entries(layout, span, rows)
+            yield span.level, pfns, table_entries(layout, span, rows)
 
 
-def entries(layout: Layout, span: Span, rows: range) -> U64:
-    """The entries of some tables of a span of ``layout.tables``, by number within it: uint64 (len(rows), 512)."""
+def table_entries(layout: Layout, span: Span, rows: range) -> U64:
+    """Return the entries of tables of a span, by their index within it: uint64 of shape (len(rows), 512)."""
     places = np.arange((span.place + rows.start) * ENTRIES, (span.place + rows.stop) * ENTRIES, dtype=np.uint64)
     frames = np.full(places.shape, NO_FRAME)
     for below in layout.spans(span.level - 1):
-        low, high = (min(max(at - int(places[0]), 0), len(places)) for at in (below.place, below.place + below.count))
+        low, high = (
+            min(max(edge - int(places[0]), 0), len(places)) for edge in (below.place, below.place + below.count)
+        )
         frames[low:high] = places[low:high] - np.uint64(below.place) + np.uint64(below.first)
     flags = np.full(places.shape, TABLE_FLAGS if span.level > 1 else L1_FLAGS, np.uint64)
     if span.level == 1:
@@ -49,7 +59,7 @@ def entries(layout: Layout, span: Span, rows: range) -> U64:
 def start_info(
     layout: Layout, *, shared_info: int, store_mfn: int, store_evtchn: int, console_mfn: int, console_evtchn: int
 ) -> bytes:
-    """The page of start info. ``shared_info`` is that page's machine address in bytes."""
+    """Return the page of start info. ``shared_info`` is the machine address of that page, in bytes."""
     info, page = layout.start_info, np.zeros((), START_INFO[layout.width])
     for name in (
         "magic",
@@ -63,7 +73,7 @@ def start_info(
         "cmd_line",
     ):
         page[name] = getattr(info, name)
-    if layout.width == 8:  # a 32-bit guest's has the members, and libxc leaves them 0
+    if layout.width == 8:  # libxc leaves these members 0 in 32-bit guests
         page["first_p2m_pfn"], page["nr_p2m_frames"] = info.first_p2m_pfn, info.nr_p2m_frames
     page["shared_info"], page["store_mfn"], page["store_evtchn"] = shared_info, store_mfn, store_evtchn
     page["console"]["domU"]["mfn"], page["console"]["domU"]["evtchn"] = console_mfn, console_evtchn
@@ -71,15 +81,18 @@ def start_info(
 
 
 def shared_info(width: Width) -> bytes:
-    """The page of shared info, as it is before the guest has written to it: all upcalls masked."""
+    """Return the first content of the shared info page: all upcalls are masked."""
     page = np.zeros((), SHARED_INFO[width])
     page["vcpu_info"]["evtchn_upcall_mask"] = 1
     return page.tobytes().ljust(PAGE_SIZE, b"\0")
 
 
 def vcpu_context(layout: Layout, cr3: int) -> bytes:
-    """The vcpu_guest_context of vcpu 0. ``cr3`` is the top table's mfn in the form that a cr3 of that width has:
-    shifted, or for 32 bits folded (xen_pfn_to_cr3()).
+    """Return the vcpu_guest_context of vcpu 0.
+
+    Args:
+        layout: The plan.
+        cr3: What memory.pagetables.cr3_of() returns for the top table's mfn.
     """
     registers, context = layout.registers, np.zeros((), VCPU_GUEST_CONTEXT[layout.width])
     user, prefix = context["user_regs"], "r" if layout.width == 8 else "e"

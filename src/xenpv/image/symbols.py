@@ -1,7 +1,8 @@
-"""The symbol table that a BSD kernel wants behind itself (the note BSD_SYMTAB "yes"), as libelf makes it.
+"""Lays out the symbol table that a BSD kernel expects after itself (note BSD_SYMTAB "yes"), as libelf does.
 
-Behind the kernel come a 32-bit size, an ELF header with three section headers, the symbols and their strings, as in an
-ELF file of its own (xen.git:xen/common/libelf/libelf-loader.c elf_parse_bsdsyms(), elf_load_bsdsyms()).
+After the kernel come a 32-bit size and a small ELF file: header, three section headers, symbols and strings.
+
+Source: xen.git:xen/common/libelf/libelf-loader.c elf_parse_bsdsyms(), elf_load_bsdsyms()
 """
 
 from __future__ import annotations
@@ -16,34 +17,38 @@ from xenpv.errors import ImageError
 from xenpv.image.elf import SHT_STRTAB, SHT_SYMTAB, Elf, Section
 
 _SIZE = struct.Struct("<I")
-_EHDR_ROOM = 64  # libelf keeps as much for either width, and for section headers in front of the symbols, too
+_EHDR_ROOM = 64  # libelf reserves as much for both widths
 _SECTIONS = 3  # none, symbols, strings
 _SHDR_ROOM = 64
 _EHDR: dict[Width, struct.Struct] = {8: struct.Struct("<24sQQQIHHHHHH"), 4: struct.Struct("<24sIIIIHHHHHH")}
 _SHDR: dict[Width, struct.Struct] = {8: struct.Struct("<24sQQI20s"), 4: struct.Struct("<16sIII12s")}
 _EV_CURRENT = 1
-_STRINGS = 2  # the strings' section, by number
+_STRINGS = 2  # number of the strings' section
 
 
 @dataclass(frozen=True, slots=True)
 class Symbols:
-    """A symbol table to be loaded. ``start`` is the paddr where it begins and ``stop`` that behind what is kept for it;
-    ``pieces`` are the bytes to load, each at an offset from ``start``.
+    """A symbol table to load.
 
-    What is kept for a 32-bit file is less than what is loaded, by 68 bytes, as in libelf; a piece that does not fit
-    into the kernel's pages then is missing, and ``cut`` says so.
+    Attributes:
+        start: paddr of its begin.
+        stop: paddr after the space that is reserved for it.
+        pieces: The bytes to load, each with its offset from ``start``.
+        truncated: Whether a piece does not fit and is left out. As in libelf, the space reserved for a 32-bit file is
+            68 bytes too small.
     """
 
     start: int
     stop: int
     pieces: tuple[tuple[int, bytes | memoryview], ...]
-    cut: bool
+    truncated: bool
 
     @classmethod
-    def of(cls, elf: Elf) -> Self | None:
-        """The symbol table of a kernel that asks for it; None where the file has none with its strings.
+    def from_elf(cls, elf: Elf) -> Self | None:
+        """Return the symbol table of a kernel; None if the file has none with strings.
 
-        Raises ImageError where either of the two lies beyond the file.
+        Raises:
+            ImageError: The symbols or their strings lie beyond the file.
         """
         symtab = next((s for s in elf.sections[1:] if s.type == SHT_SYMTAB), None)
         if symtab is None or not 0 < symtab.link < len(elf.sections):
@@ -51,16 +56,16 @@ class Symbols:
         strtab = elf.sections[symtab.link]
         if strtab.type != SHT_STRTAB:
             return None
-        content, strings = _content(elf, symtab), _content(elf, strtab)
+        content, strings = _section_content(elf, symtab), _section_content(elf, strtab)
         width, base = elf.width, elf.paddr_range.start
-        room = _up(_SIZE.size + _EHDR_ROOM + _SIZE.size + _SECTIONS * _SHDR[width].size, width)
-        room = _up(room + len(content), width)
-        room = _up(room + len(strings), width)
-        start = _up(elf.paddr_range.stop, width)
-        # Places are rounded up where they lie in memory, the start in paddr: of a kernel at an odd paddr not the same.
+        room = _align_up(_SIZE.size + _EHDR_ROOM + _SIZE.size + _SECTIONS * _SHDR[width].size, width)
+        room = _align_up(room + len(content), width)
+        room = _align_up(room + len(strings), width)
+        start = _align_up(elf.paddr_range.stop, width)
+        # Offsets are aligned in memory, the start by paddr, which differs for a kernel at an odd paddr.
         begin = start - base
-        symbols_at = _up(begin + _SIZE.size + _EHDR_ROOM + _SECTIONS * _SHDR_ROOM, width)
-        strings_at = _up(symbols_at + len(content), width)
+        symbols_at = _align_up(begin + _SIZE.size + _EHDR_ROOM + _SECTIONS * _SHDR_ROOM, width)
+        strings_at = _align_up(symbols_at + len(content), width)
         header = begin + _SIZE.size
         head = _SIZE.pack(strings_at + len(strings) - header) + _file_header(elf).ljust(_EHDR_ROOM, b"\0")
         head += bytes(_SHDR[width].size)
@@ -72,7 +77,7 @@ class Symbols:
         return cls(start, start + room, pieces, len(pieces) < len(wanted))
 
 
-def _content(elf: Elf, section: Section) -> memoryview:
+def _section_content(elf: Elf, section: Section) -> memoryview:
     if section.offset + section.size > len(elf.data):
         raise ImageError(
             f"section {section.name!r} lies beyond the file: sh_offset {section.offset:#x} and sh_size "
@@ -83,7 +88,7 @@ def _content(elf: Elf, section: Section) -> memoryview:
 
 
 def _file_header(elf: Elf) -> bytes:
-    """The file's own header with no program headers, and the three section headers behind it."""
+    """Return the file's own header, without program headers, and followed by three section headers."""
     form = _EHDR[elf.width]
     head, entry, _, _, flags, *_ = form.unpack_from(elf.data)
     head = head[:20] + _SIZE.pack(_EV_CURRENT)
@@ -91,11 +96,11 @@ def _file_header(elf: Elf) -> bytes:
 
 
 def _section_header(elf: Elf, section: Section, offset: int, link: int) -> bytes:
-    """A section's header as the file has it, but for where it lies and what it is linked to."""
+    """Return a section's header with another offset and link."""
     form = _SHDR[elf.width]
     head, _, size, _, tail = form.unpack_from(elf.data, section.header)
     return form.pack(head, offset, size, link, tail)
 
 
-def _up(n: int, align: int) -> int:
+def _align_up(n: int, align: int) -> int:
     return -(-n // align) * align

@@ -1,8 +1,7 @@
-"""Whether a kernel can boot, as PV and as PVH, and every reason why not.
+"""Lists every reason why a kernel cannot boot, as PV and as PVH. Domain builders stop at the first reason.
 
-The rules are those of the code that builds domains: xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_note_check() and
-elf_xen_addr_calc_check(), tools/libs/guest/xg_dom_elfloader.c, xg_dom_core.c and xg_dom_x86.c. That stops at the first
-and says a few words; here all are told, with the numbers.
+Source: xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_note_check() and elf_xen_addr_calc_check(),
+tools/libs/guest/xg_dom_elfloader.c, xg_dom_core.c and xg_dom_x86.c
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.image.elf import EM_386, EM_X86_64
 from xenpv.image.kernel import KernelImage
 from xenpv.image.mapping import whole_pages
-from xenpv.image.notes import Source
+from xenpv.image.notes import NoteSource
 from xenpv.image.parameters import XENFEAT_AUTO_TRANSLATED, XENFEAT_DOM0, Pae
 
 
 def guest_type(image: KernelImage) -> str | None:
-    """What libxc calls the guest, "xen-3.0-x86_64" or "xen-3.0-x86_32p"; None where no Xen of today runs it as PV."""
+    """Return libxc's name of the guest type, such as "xen-3.0-x86_64"; None if today's Xen runs no such PV guest."""
     if image.elf.machine == EM_X86_64:
         return "xen-3.0-x86_64"
     if image.elf.machine == EM_386 and image.parameters.pae is not Pae.NO:
@@ -27,26 +26,26 @@ def guest_type(image: KernelImage) -> str | None:
 
 
 def pv_obstacles(image: KernelImage) -> list[str]:
-    """Every reason why the kernel cannot be started as a PV domU; none if it can."""
+    """Return every reason why the kernel cannot be started as a PV domU; none if it can."""
     return [*_not_for_xen(image), *_not_pv(image)]
 
 
 def pvh_obstacles(image: KernelImage) -> list[str]:
-    """Every reason why the kernel cannot be started as a PVH domU; none if it can."""
-    found = list(_not_for_xen(image))
+    """Return every reason why the kernel cannot be started as a PVH domU; none if it can."""
+    reasons = list(_not_for_xen(image))
     entry, loaded = image.parameters.phys32_entry, image.elf.paddr_range
     if entry is None:
-        found.append("no PHYS32_ENTRY note says where it starts as PVH")
+        reasons.append("it has no PHYS32_ENTRY note, the entry point of PVH")
     elif loaded and not loaded.start <= entry <= loaded.stop:
-        found.append(f"PHYS32_ENTRY {entry:#x} is not within what is loaded, {loaded.start:#x} to {loaded.stop:#x}")
-    return found
+        reasons.append(f"PHYS32_ENTRY {entry:#x} is not within what is loaded, {loaded.start:#x} to {loaded.stop:#x}")
+    return reasons
 
 
 def p2m_obstacle(image: KernelImage) -> str | None:
-    """Why the p2m list cannot lie outside the initial mapping; None if it can.
+    """Return the reason why the p2m list cannot be outside the initial mapping; None if it can.
 
-    A toolstack (Xen 4.7 and later) passes over an INIT_P2M note that does not fit, without a word, and puts the list
-    into the initial mapping as of old (xg_dom_core.c xc_dom_build_image()).
+    Toolstacks since Xen 4.7 silently ignore an INIT_P2M note that does not fit, and put the list into the initial
+    mapping (xg_dom_core.c xc_dom_build_image()).
     """
     base = image.parameters.init_p2m
     if base is None:
@@ -61,46 +60,48 @@ def p2m_obstacle(image: KernelImage) -> str | None:
 
 
 def remarks(image: KernelImage) -> list[str]:
-    """What is odd about a kernel, and keeps it from nothing."""
-    found = []
+    """Return warnings about a kernel that do not keep it from booting."""
+    warnings = []
     overlaps = image.elf.overlaps()
     for first, second in overlaps[:4]:
-        found.append(
+        warnings.append(
             f"segments overlap: paddr {first.paddr:#x} with {first.memsz:#x} bytes, and paddr {second.paddr:#x}; what "
             "the file has later overwrites"
         )
     if len(overlaps) > 4:
-        found.append(f"{len(overlaps) - 4} more segments overlap")
+        warnings.append(f"{len(overlaps) - 4} more segments overlap")
     obstacle = p2m_obstacle(image)
     if obstacle is not None and image.parameters.init_p2m is not None:
-        found.append(f"{obstacle}, so that it has no effect")
+        warnings.append(f"{obstacle}, so it has no effect")
     features = image.parameters.features
-    unknown = [*features.unknown, *(features.unknown_required if image.source is Source.LEGACY else ())]
+    unknown = [*features.unknown, *(features.unknown_required if image.note_source is NoteSource.LEGACY else ())]
     if unknown:
-        found.append(f"FEATURES has names that Xen does not know: {', '.join(unknown)}")
+        warnings.append(f"FEATURES has names that Xen does not know: {', '.join(unknown)}")
     if image.parameters.bsd_symtab and image.symbols is None:
-        found.append("BSD_SYMTAB asks for a symbol table, and the file has none with its strings")
-    if image.symbols is not None and image.symbols.cut:
-        found.append("the symbol table does not fit into what libelf keeps for it, so a part of it is not loaded")
-    return found
+        warnings.append("BSD_SYMTAB asks for a symbol table, and the file has none with its strings")
+    if image.symbols is not None and image.symbols.truncated:
+        warnings.append(
+            "the symbol table does not fit into the space that libelf reserves, so a part of it is not loaded"
+        )
+    return warnings
 
 
 def _not_for_xen(image: KernelImage) -> Iterator[str]:
-    """What stands against PV and PVH alike."""
+    """Yield the reasons against both PV and PVH."""
     if image.elf.machine not in {EM_386, EM_X86_64}:
         yield f"it is for {image.elf.machine_name}, and Xen's PV and PVH guests are x86"
     if not image.elf.paddr_range:
-        yield "no segment is to be loaded"
+        yield "it has no segment to load"
     features = image.parameters.features
     if features.required & XENFEAT_DOM0:
         yield "it requires the feature dom0, so it does not run in an unprivileged domain"
-    if features.unknown_required and image.source is not Source.LEGACY:
+    if features.unknown_required and image.note_source is not NoteSource.LEGACY:
         yield f"it requires features that Xen does not know: {', '.join(features.unknown_required)}"
 
 
 def _not_pv(image: KernelImage) -> Iterator[str]:
     parameters = image.parameters
-    if image.source is Source.NOWHERE:
+    if image.note_source is NoteSource.NONE:
         yield "it has neither Xen ELF notes nor a section __xen_guest: it is not built with support for Xen PV"
         return
     if not parameters.loader.startswith("generic") and not parameters.guest_os.startswith("linux"):
@@ -113,13 +114,13 @@ def _not_pv(image: KernelImage) -> Iterator[str]:
     if image.elf.machine == EM_386 and parameters.pae is Pae.NO:
         yield "it is a 32-bit kernel without PAE, which no 64-bit Xen runs"
     if parameters.features.required & XENFEAT_AUTO_TRANSLATED:
-        yield "it requires the feature auto_translated_physmap, which no PV domain has any longer"
+        yield "it requires the feature auto_translated_physmap, which PV domains no longer have"
     if image.elf.paddr_range:
         yield from _misplaced(image)
 
 
 def _misplaced(image: KernelImage) -> Iterator[str]:
-    """Addresses that do not fit together, as PV."""
+    """Yield contradictions between addresses, as PV."""
     parameters, base, start, end = image.parameters, image.virt_base, image.kernel_start, image.kernel_end
     where = f"it would lie from {start:#x} to {end:#x}"
     if parameters.paddr_offset is not None and parameters.virt_base is None:
