@@ -22,6 +22,7 @@ from tests.support.writers.legacy import hvm_stream as legacy_hvm
 from tests.support.writers.legacy import whole as whole_page
 from tests.support.writers.stream import NOTAB, OPTIONAL, PAGE, XALLOC, XTAB, Piece, Stream, Wire
 from xenpv.abi.declare import Width
+from xenpv.convert import remus as remus_module
 from xenpv.convert.convert import Conversion, ConversionResult, ConvertOptions
 from xenpv.convert.file import NotRestorable, convert, write_verified
 from xenpv.convert.repack import BATCH_MAX, PageRepacker
@@ -335,7 +336,7 @@ def test_delta_store_temporary_file_holds_each_page_once(tmp_path: Path, monkeyp
         sizes.append(path.stat)
         return os.open(path, os.O_RDWR | os.O_CREAT)
 
-    monkeypatch.setattr("xenpv.convert.remus.unlinked_file", file)
+    monkeypatch.setattr(remus_module, "unlinked_file", file)
     converted(bytes(remus_stream(domain, [first, *rounds])), tmp_path / "out", kind=Kind.LIBXC)
     assert [size().st_size for size in sizes] == [(pfn + 1) * PAGE]
     assert memory(tmp_path / "out")[pfn] == (NOTAB, pages[-1])

@@ -99,7 +99,7 @@ def test_pfns_that_one_record_names_twice_are_told(records: list[tuple[list[tupl
 
 def test_many_records_are_as_good_as_one() -> None:
     """More than are gathered before they are turned into extents."""
-    n = index_module._MERGE_AT * 3 + 5
+    n = index_module._RECORDS_PER_MERGE * 3 + 5
     index = PageIndex()
     for i in range(n):
         index.add_entries(np.array([2 * i, 2 * i + 1], np.uint64), 100 + i * (16 + 2 * PAGE))

@@ -6,41 +6,43 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xenpv.stream import rules
-from xenpv.stream.order import PLACES, Guest, Order, Type
+from xenpv.stream.order import PLACES, Guest, Order, RecordType
 
-SPECIFIED = [record for record in Type if record is not Type.XENPV_P2M_LEAVES]  # which stands instead of another
+SPECIFIED = [
+    record for record in RecordType if record is not RecordType.XENPV_P2M_LEAVES
+]  # which stands instead of another
 
 sequences = st.lists(st.sampled_from(SPECIFIED), max_size=30)
 
 
 @given(st.sampled_from(list(Guest)), st.sampled_from([2, 3]), sequences)
-def test_each_record_is_judged_by_those_before_it(guest: Guest, version: int, records: list[Type]) -> None:
+def test_each_record_is_judged_by_those_before_it(guest: Guest, version: int, records: list[RecordType]) -> None:
     order = Order(guest, version)
-    before: set[Type] = set()
+    before: set[RecordType] = set()
     for record in records:
         place = PLACES[record]
         found = {rule for rule, _ in order.check_next(record)}
         if guest not in place.guests:
             assert found == {rules.MISPLACED}
             continue
-        if version == 2 and record is {Guest.PV: Type.X86_PV_P2M_FRAMES, Guest.HVM: Type.PAGE_DATA}[guest]:
-            before.add(Type.STATIC_DATA_END)  # "infer the position of STATIC_DATA_END"
-        assert (rules.MISPLACED in found) == (version < place.since)
+        if version == 2 and record is {Guest.PV: RecordType.X86_PV_P2M_FRAMES, Guest.HVM: RecordType.PAGE_DATA}[guest]:
+            before.add(RecordType.STATIC_DATA_END)  # "infer the position of STATIC_DATA_END"
+        assert (rules.MISPLACED in found) == (version < place.min_version)
         assert (rules.REPEATED in found) == (place.once and record in before)
         needed = {other for other in place.after if guest in PLACES[other].guests}
         late = any(other in before for other in place.not_after)
         early = record not in before and not needed <= before
         assert (rules.ORDER in found) == (late or early)
         before.add(record)
-    missing = {record for record, place in PLACES.items() if guest in place.needed} - before
+    missing = {record for record, place in PLACES.items() if guest in place.mandatory_for} - before
     assert set(order.missing()) == missing
 
 
 @given(st.sampled_from(list(Guest)), st.permutations(SPECIFIED))
-def test_nothing_that_is_in_order_is_refused(guest: Guest, records: list[Type]) -> None:
+def test_nothing_that_is_in_order_is_refused(guest: Guest, records: list[RecordType]) -> None:
     """Sort any permutation by what each record comes after: no fault is left but records of the other guest."""
     mine = [record for record in records if guest in PLACES[record].guests]
-    placed: list[Type] = []
+    placed: list[RecordType] = []
     while len(placed) < len(mine):
         for record in mine:
             place = PLACES[record]

@@ -13,7 +13,7 @@ from tests.support.writers.hvm import hvm_stream
 from tests.support.writers.stream import WITH_DATA, Stream, Wire
 from xenpv.errors import Truncated, Unsupported
 from xenpv.stream.envelope import Kind
-from xenpv.stream.events import Pages
+from xenpv.stream.events import PageContent
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.reader import Reader
 
@@ -74,12 +74,12 @@ def test_a_cut_at_every_record_and_beside_it_changes_nothing(kind: str) -> None:
 def test_with_pages_everything_else_is_the_same_and_the_content_is_there(kind: str) -> None:
     data = bytes_of(kind)
     expected = read(whole(data), pages=True)
-    assert [e for e in expected.plain if e[0] != "Pages"] == read(whole(data)).plain
+    assert [e for e in expected.plain if e[0] != "PageContent"] == read(whole(data)).plain
     assert read(bytewise(data), pages=True).plain == expected.plain
     for seed in range(3):
         assert read(at_random(data, seed), pages=True).plain == expected.plain
     for event in expected.events:
-        if isinstance(event, Pages):
+        if isinstance(event, PageContent):
             assert data[event.offset : event.offset + len(event.raw)] == event.raw
 
 
@@ -88,7 +88,7 @@ def test_pages_are_those_of_the_domain_in_their_order() -> None:
     reading = read(whole(domain.to_bytes(batch=1024)), pages=True)
     sent = [pfn for pfn in sorted(domain.types) if domain.types[pfn] in WITH_DATA]
     assert reading.content == b"".join(domain.pages[pfn] for pfn in sent)
-    events = [event for event in reading.events if isinstance(event, Pages)]
+    events = [event for event in reading.events if isinstance(event, PageContent)]
     assert [event.data.shape for event in events] == [(256, 4096)] * 4 + [(1200 - 1024, 4096)]
     assert [event.first for event in events] == [0, 256, 512, 768, 0]
 

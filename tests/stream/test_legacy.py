@@ -32,7 +32,7 @@ from tests.support.writers.stream import NOTAB, PAGE, XALLOC, XTAB, Piece, Strea
 from xenpv.abi.declare import Width
 from xenpv.errors import Malformed, StreamError, Truncated, Unsupported
 from xenpv.stream import records
-from xenpv.stream.events import DomainHeader, Event, PageDeltas, Pages
+from xenpv.stream.events import DomainHeader, Event, PageContent, PageDeltas
 from xenpv.stream.legacy import LegacyFormat, detect_toolstack
 from xenpv.stream.libxl import EmulatorContext, EmulatorXenstoreData
 from xenpv.stream.order import Guest
@@ -58,7 +58,7 @@ class Read:
 
     @property
     def names(self) -> list[str]:
-        return [event.name for event in self.events if not isinstance(event, Pages)]
+        return [event.name for event in self.events if not isinstance(event, PageContent)]
 
 
 def read(chunks: list[bytes], reader: Reader | None = None) -> Read:
@@ -129,7 +129,7 @@ def test_a_pv_domain_is_what_was_written(long: int, width: Width) -> None:
     for event in got.events:
         if isinstance(event, PageData):
             types.update(zip(event.pfns.tolist(), event.types.tolist(), strict=True))
-        elif isinstance(event, Pages):
+        elif isinstance(event, PageContent):
             named = event.record.pfns[event.record.has_data][event.first :]
             contents.update(zip(named.tolist(), [page.tobytes() for page in event.data], strict=False))
     assert types == domain.types

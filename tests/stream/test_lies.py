@@ -136,7 +136,7 @@ def repeated(chunk: bytes, n: int) -> Iterable[bytes]:
 
 
 def test_page_content_is_never_gathered() -> None:
-    """64 MiB of pages go by, in chunks as a pipe gives them: without Pages events nothing of them is kept."""
+    """64 MiB of pages go by, in chunks as a pipe gives them: without PageContent events nothing of them is kept."""
     pfns = np.arange(16384, dtype=np.uint64)
     head = struct.pack("<IIII", 1, 8 + len(pfns) * (8 + PAGE), len(pfns), 0) + pfns.tobytes()
     start = up_to("X86_PV_P2M_FRAMES", W.p2m_frames(0, 16383, list(range(32))))

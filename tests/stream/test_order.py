@@ -8,47 +8,49 @@ from collections.abc import Sequence
 import pytest
 
 from xenpv.stream import rules
-from xenpv.stream.order import ANY, HVM, OPTIONAL, PLACES, PV, Guest, Order, Type
+from xenpv.stream.order import ANY, HVM, OPTIONAL, PLACES, PV, Guest, Order, RecordType
 from xenpv.stream.records import LIBXC
 
 V3_PV = [
-    Type.X86_PV_INFO,
-    Type.X86_CPUID_POLICY,
-    Type.X86_MSR_POLICY,
-    Type.STATIC_DATA_END,
-    Type.X86_PV_P2M_FRAMES,
-    Type.PAGE_DATA,
-    Type.PAGE_DATA,
-    Type.X86_TSC_INFO,
-    Type.SHARED_INFO,
-    Type.X86_PV_VCPU_BASIC,
-    Type.X86_PV_VCPU_EXTENDED,
-    Type.X86_PV_VCPU_XSAVE,
-    Type.X86_PV_VCPU_MSRS,
-    Type.END,
+    RecordType.X86_PV_INFO,
+    RecordType.X86_CPUID_POLICY,
+    RecordType.X86_MSR_POLICY,
+    RecordType.STATIC_DATA_END,
+    RecordType.X86_PV_P2M_FRAMES,
+    RecordType.PAGE_DATA,
+    RecordType.PAGE_DATA,
+    RecordType.X86_TSC_INFO,
+    RecordType.SHARED_INFO,
+    RecordType.X86_PV_VCPU_BASIC,
+    RecordType.X86_PV_VCPU_EXTENDED,
+    RecordType.X86_PV_VCPU_XSAVE,
+    RecordType.X86_PV_VCPU_MSRS,
+    RecordType.END,
 ]
 V3_HVM = [
-    Type.X86_CPUID_POLICY,
-    Type.X86_MSR_POLICY,
-    Type.STATIC_DATA_END,
-    Type.PAGE_DATA,
-    Type.PAGE_DATA,
-    Type.X86_TSC_INFO,
-    Type.HVM_PARAMS,
-    Type.HVM_CONTEXT,
-    Type.END,
+    RecordType.X86_CPUID_POLICY,
+    RecordType.X86_MSR_POLICY,
+    RecordType.STATIC_DATA_END,
+    RecordType.PAGE_DATA,
+    RecordType.PAGE_DATA,
+    RecordType.X86_TSC_INFO,
+    RecordType.HVM_PARAMS,
+    RecordType.HVM_CONTEXT,
+    RecordType.END,
 ]
-STATIC_DATA = {Type.X86_CPUID_POLICY, Type.X86_MSR_POLICY, Type.STATIC_DATA_END}
+STATIC_DATA = {RecordType.X86_CPUID_POLICY, RecordType.X86_MSR_POLICY, RecordType.STATIC_DATA_END}
 
 
-def wrong(records: Sequence[Type], guest: Guest = Guest.PV, version: int = 3) -> list[tuple[str, Type | None]]:
+def wrong(
+    records: Sequence[RecordType], guest: Guest = Guest.PV, version: int = 3
+) -> list[tuple[str, RecordType | None]]:
     """The rules broken by records in that order, each with the record at which it was; None for what is missing."""
     order = Order(guest, version)
     found = [(rule.name, record) for record in records for rule, _ in order.check_next(record)]
     return [*found, *((rules.MISSING.name, None) for _ in order.missing())]
 
 
-def swapped(records: list[Type], a: Type, b: Type) -> list[Type]:
+def swapped(records: list[RecordType], a: RecordType, b: RecordType) -> list[RecordType]:
     """The records with all of type a in front of the first of type b."""
     rest = [record for record in records if record is not a]
     at = rest.index(b)
@@ -63,22 +65,24 @@ def test_a_typical_save_record() -> None:
 
 def test_every_record_of_the_specification_has_a_place_and_a_parser() -> None:
     """ "type: 0x00000000: END [...] 0x00000012: X86_MSR_POLICY"."""
-    ours = {Type.XENPV_P2M_LEAVES}
-    assert set(Type) - ours == set(range(0x13)) == set(PLACES) - ours == {*LIBXC, Type.PAGE_DATA} - ours
-    assert all(record.type_name() == Type(kind).name for kind, record in LIBXC.items())
+    ours = {RecordType.XENPV_P2M_LEAVES}
+    assert set(RecordType) - ours == set(range(0x13)) == set(PLACES) - ours == {*LIBXC, RecordType.PAGE_DATA} - ours
+    assert all(record.type_name() == RecordType(kind).name for kind, record in LIBXC.items())
 
 
 def test_our_own_record_is_one_that_others_refuse_and_serves_instead_of_theirs() -> None:
     """ "0x00000013 - 0x7FFFFFFF: Reserved for future mandatory records"."""
-    ours = Type.XENPV_P2M_LEAVES
+    ours = RecordType.XENPV_P2M_LEAVES
     assert 0x13 <= ours < OPTIONAL
-    instead = [ours if record is Type.X86_PV_P2M_FRAMES else record for record in V3_PV]
+    instead = [ours if record is RecordType.X86_PV_P2M_FRAMES else record for record in V3_PV]
     assert wrong(instead) == []
-    assert wrong([*instead[:-1], ours, Type.END]) == [], "it may come again"
-    assert wrong([*instead[:-1], Type.X86_PV_P2M_FRAMES, Type.END]) == [("record-order", Type.X86_PV_P2M_FRAMES)]
-    assert wrong([*V3_PV[:-1], ours, Type.END]) == [("record-order", ours)]
-    assert wrong([Type.X86_PV_INFO, ours, *instead[3:]])[0] == ("record-order", ours), "before STATIC_DATA_END"
-    assert ("record-misplaced", ours) in wrong([Type.X86_PV_INFO, ours], version=2)
+    assert wrong([*instead[:-1], ours, RecordType.END]) == [], "it may come again"
+    assert wrong([*instead[:-1], RecordType.X86_PV_P2M_FRAMES, RecordType.END]) == [
+        ("record-order", RecordType.X86_PV_P2M_FRAMES)
+    ]
+    assert wrong([*V3_PV[:-1], ours, RecordType.END]) == [("record-order", ours)]
+    assert wrong([RecordType.X86_PV_INFO, ours, *instead[3:]])[0] == ("record-order", ours), "before STATIC_DATA_END"
+    assert ("record-misplaced", ours) in wrong([RecordType.X86_PV_INFO, ours], version=2)
     assert ("record-misplaced", ours) in wrong([ours], Guest.HVM)
 
 
@@ -94,7 +98,7 @@ def test_the_strict_ordering_requirements() -> None:
     preceding ones. X86_PV_INFO record, X86_PV_P2M_FRAMES record, PAGE_DATA records, VCPU records."
     """
     vcpu = [record for record in V3_PV if record.name.startswith("X86_PV_VCPU")]
-    chain = [[Type.X86_PV_INFO], [Type.X86_PV_P2M_FRAMES], [Type.PAGE_DATA], vcpu]
+    chain = [[RecordType.X86_PV_INFO], [RecordType.X86_PV_P2M_FRAMES], [RecordType.PAGE_DATA], vcpu]
     for earlier, later in itertools.combinations(chain, 2):
         for a, b in itertools.product(earlier, later):
             found = wrong(swapped(V3_PV, b, a))
@@ -104,32 +108,32 @@ def test_the_strict_ordering_requirements() -> None:
 
 def test_no_assumptions_about_independent_records() -> None:
     """ "No assumptions should be made about the ordering or interleaving of independent records."."""
-    free = [Type.X86_TSC_INFO, Type.SHARED_INFO]
+    free = [RecordType.X86_TSC_INFO, RecordType.SHARED_INFO]
     for record in free:
-        for before in (Type.PAGE_DATA, Type.X86_PV_VCPU_XSAVE, Type.END):
+        for before in (RecordType.PAGE_DATA, RecordType.X86_PV_VCPU_XSAVE, RecordType.END):
             assert wrong(swapped(V3_PV, record, before)) == []
     vcpu = V3_PV[9:13]
     for permuted in itertools.permutations(vcpu):
-        assert wrong([*V3_PV[:9], *permuted, Type.END]) == []
-    two: list[Type] = [*V3_PV[:9], *vcpu, *vcpu, Type.END]
+        assert wrong([*V3_PV[:9], *permuted, RecordType.END]) == []
+    two: list[RecordType] = [*V3_PV[:9], *vcpu, *vcpu, RecordType.END]
     assert wrong(two) == []
 
 
 def test_hvm_params_precede_the_context() -> None:
     """ "HVM_PARAMS must precede HVM_CONTEXT, as certain parameters can affect the validity of architectural state"."""
-    found = wrong(swapped(V3_HVM, Type.HVM_CONTEXT, Type.HVM_PARAMS), Guest.HVM)
-    assert found == [(rules.ORDER.name, Type.HVM_CONTEXT)]
+    found = wrong(swapped(V3_HVM, RecordType.HVM_CONTEXT, RecordType.HVM_PARAMS), Guest.HVM)
+    assert found == [(rules.ORDER.name, RecordType.HVM_CONTEXT)]
 
 
 @pytest.mark.parametrize("guest", list(Guest))
 def test_static_data_end_comes_ahead_of_memory_and_registers(guest: Guest) -> None:
     """ "mandates the presense of a STATIC_DATA_END record ahead of any memory/register content"."""
     records = V3_PV if guest is Guest.PV else V3_HVM
-    without = [record for record in records if record is not Type.STATIC_DATA_END]
+    without = [record for record in records if record is not RecordType.STATIC_DATA_END]
     names = {name for name, _ in wrong(without, guest)}
     assert names == {rules.ORDER.name, rules.MISSING.name}
-    first = Type.X86_PV_P2M_FRAMES if guest is Guest.PV else Type.PAGE_DATA
-    late = wrong(swapped(records, first, Type.STATIC_DATA_END), guest)
+    first = RecordType.X86_PV_P2M_FRAMES if guest is Guest.PV else RecordType.PAGE_DATA
+    late = wrong(swapped(records, first, RecordType.STATIC_DATA_END), guest)
     assert (rules.ORDER.name, first) in late
 
 
@@ -148,8 +152,8 @@ def test_version_2_has_its_end_of_static_data_inferred(guest: Guest) -> None:
 
 def test_static_data_belongs_in_front_of_its_end() -> None:
     """ "A static data end record marks the end of the static state."."""
-    for record in (Type.X86_PV_INFO, Type.X86_CPUID_POLICY, Type.X86_MSR_POLICY):
-        assert (rules.ORDER.name, record) in wrong(swapped(V3_PV, record, Type.X86_TSC_INFO))
+    for record in (RecordType.X86_PV_INFO, RecordType.X86_CPUID_POLICY, RecordType.X86_MSR_POLICY):
+        assert (rules.ORDER.name, record) in wrong(swapped(V3_PV, record, RecordType.X86_TSC_INFO))
 
 
 def test_records_of_one_guest_type_do_not_belong_to_the_other() -> None:
@@ -158,19 +162,22 @@ def test_records_of_one_guest_type_do_not_belong_to_the_other() -> None:
         for guest in Guest:
             found = wrong([record], guest)
             assert ((rules.MISPLACED.name, record) in found) == (guest not in place.guests)
-    assert {r for r, place in PLACES.items() if place.guests == PV} == {r for r in Type if "PV" in r.name} | {
-        Type.SHARED_INFO
+    assert {r for r, place in PLACES.items() if place.guests == PV} == {r for r in RecordType if "PV" in r.name} | {
+        RecordType.SHARED_INFO
     }
-    assert {r for r, place in PLACES.items() if place.guests == HVM} == {r for r in Type if "HVM" in r.name}
+    assert {r for r, place in PLACES.items() if place.guests == HVM} == {r for r in RecordType if "HVM" in r.name}
     assert {r for r, place in PLACES.items() if not place.guests <= ANY} == set()
 
 
 def test_records_that_come_once() -> None:
     """handle_x86_pv_info(): "Already received X86_PV_INFO record"; "Multiple STATIC_DATA_END records found"."""
-    for record in (Type.X86_PV_INFO, Type.STATIC_DATA_END):
+    for record in (RecordType.X86_PV_INFO, RecordType.STATIC_DATA_END):
         at = V3_PV.index(record)
         assert (rules.REPEATED.name, record) in wrong([*V3_PV[: at + 1], record, *V3_PV[at + 1 :]])
-    assert {record for record, place in PLACES.items() if place.once} == {Type.X86_PV_INFO, Type.STATIC_DATA_END}
+    assert {record for record, place in PLACES.items() if place.once} == {
+        RecordType.X86_PV_INFO,
+        RecordType.STATIC_DATA_END,
+    }
 
 
 def test_what_a_domain_cannot_be_restored_without() -> None:
@@ -179,19 +186,19 @@ def test_what_a_domain_cannot_be_restored_without() -> None:
         (Guest.PV, V3_PV, {"X86_PV_INFO", "X86_PV_P2M_FRAMES", "PAGE_DATA", "X86_PV_VCPU_BASIC", "SHARED_INFO"}),
         (Guest.HVM, V3_HVM, {"PAGE_DATA", "HVM_PARAMS", "HVM_CONTEXT"}),
     ):
-        for record in set(records) - {Type.STATIC_DATA_END}:
+        for record in set(records) - {RecordType.STATIC_DATA_END}:
             found = wrong([r for r in records if r is not record], guest)
             assert ((rules.MISSING.name, None) in found) == (record.name in needed), record.name
 
 
 def test_the_same_fault_is_told_once_however_often_it_comes() -> None:
     order = Order(Guest.PV, 3)
-    assert len(order.check_next(Type.PAGE_DATA)) == 1
-    assert [order.check_next(Type.PAGE_DATA) for _ in range(100)] == [[]] * 100
+    assert len(order.check_next(RecordType.PAGE_DATA)) == 1
+    assert [order.check_next(RecordType.PAGE_DATA) for _ in range(100)] == [[]] * 100
 
 
 def test_checkpoint_and_verify_follow_memory() -> None:
     """ "all the preceding records in the stream represent a consistent view"; "all memory has now been sent"."""
-    for record in (Type.CHECKPOINT, Type.VERIFY):
-        assert wrong([*V3_PV[:-1], record, Type.PAGE_DATA, *V3_PV[7:]]) == []
+    for record in (RecordType.CHECKPOINT, RecordType.VERIFY):
+        assert wrong([*V3_PV[:-1], record, RecordType.PAGE_DATA, *V3_PV[7:]]) == []
         assert (rules.ORDER.name, record) in wrong([*V3_PV[:5], record, *V3_PV[5:]])

@@ -13,7 +13,7 @@ import numpy as np
 from xenpv.errors import StreamError
 from xenpv.findings import Rule
 from xenpv.stream.envelope import Kind
-from xenpv.stream.events import Event, Pages
+from xenpv.stream.events import Event, PageContent
 from xenpv.stream.reader import Reader
 
 
@@ -49,8 +49,8 @@ class Reading:
 
     @property
     def content(self) -> bytes:
-        """The content of all pages, of a reading with Pages events."""
-        return b"".join(event.raw for event in self.events if isinstance(event, Pages))
+        """The content of all pages, of a reading with PageContent events."""
+        return b"".join(event.raw for event in self.events if isinstance(event, PageContent))
 
 
 def plain(value: object) -> Any:

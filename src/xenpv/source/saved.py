@@ -31,8 +31,8 @@ from xenpv.source.config import Config, config_of
 from xenpv.source.domain import Domain
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
-from xenpv.stream.events import Pages
-from xenpv.stream.hvm_context import cpus
+from xenpv.stream.events import PageContent
+from xenpv.stream.hvm_context import read_vcpus
 from xenpv.stream.index import PageIndex
 from xenpv.stream.order import Guest
 from xenpv.stream.pagedata import PFN_MASK, PageData
@@ -196,7 +196,7 @@ class SavedDomain(Domain):
         reader = Reader(on_breach=self._on_breach, pages=spools, kind=self._kind, skip_page_data=skip_page_data)
         try:
             for event in self.source.events(reader, progress):
-                if isinstance(event, Pages):
+                if isinstance(event, PageContent):
                     self._spool_pages(event)
                     continue
                 self.contents.add(event)
@@ -207,7 +207,7 @@ class SavedDomain(Domain):
                 raise
             self._error = e
 
-    def _spool_pages(self, pages: Pages) -> None:
+    def _spool_pages(self, pages: PageContent) -> None:
         """Spool those pages that checks need: page tables, start info, frames of the p2m."""
         assert self._spool is not None
         entries = pages.record.entries[pages.record.has_data][pages.first :][: len(pages.raw) // PAGE_SIZE]
@@ -344,7 +344,7 @@ class SavedDomain(Domain):
     def _cpus(self) -> dict[int, np.void]:
         """The vcpus of an HVM domain in HVM_CONTEXT, by number. Raises StreamError if the record is damaged."""
         record = self.contents.hvm_context
-        return {} if record is None else cpus(record.data, offset=record.offset)
+        return {} if record is None else read_vcpus(record.data, offset=record.offset)
 
     def extents(self) -> Iterator[Extents]:
         """Which pages the stream named, by its index: all in one piece."""

@@ -1,4 +1,4 @@
-"""What a stream held, gathered as its events go by: everything but page content."""
+"""The contents of a stream, collected from its events: everything but page content."""
 
 from __future__ import annotations
 
@@ -12,16 +12,29 @@ from xenpv.frames import NO_FRAME, PAGE_SIZE, U64
 from xenpv.runs import FrameRuns
 from xenpv.stream import framing, libxl, records
 from xenpv.stream.envelope import Envelope
-from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, Pages, SectionHeader, SkippedPageData
+from xenpv.stream.events import (
+    DomainHeader,
+    Event,
+    ImageHeader,
+    LibxlHeader,
+    PageContent,
+    SectionHeader,
+    SkippedPageData,
+)
 from xenpv.stream.index import PageIndex
 from xenpv.stream.pagedata import PageData
 
 
 @dataclass(slots=True)
 class RecordGroup:
-    """A record, or several PAGE_DATA in a row.
+    """A record, or several PAGE_DATA in a row, for a listing of the stream.
 
-    For the listing of what lies where. ``length`` is the sum of the bodies.
+    Attributes:
+        offset: of the first record's header.
+        name: the type of record.
+        length: bytes of all bodies, without padding.
+        count: how many records.
+        pages: pages with content in them.
     """
 
     offset: int
@@ -41,7 +54,7 @@ class Vcpu:
     msrs: records.VcpuMsrs | None = None
 
 
-_VCPU_SLOT = {
+_VCPU_ATTRIBUTES = {
     records.VcpuBasic: "basic",
     records.VcpuExtended: "extended",
     records.VcpuXsave: "xsave",
@@ -51,7 +64,17 @@ _VCPU_SLOT = {
 
 @dataclass
 class Contents:
-    """The parts of a stream. What did not come is None or empty; ``add`` every event of a Reader, in order."""
+    """The records of a stream; None or empty where none came. Call ``add`` with every event of a Reader, in order.
+
+    Attributes:
+        p2m_record: the last record that named leaves of the p2m.
+        p2m_frames: pfns of the p2m's leaves, in order, as X86_PV_P2M_FRAMES named them; NO_FRAME for those not named.
+        end_pfn: the last pfn of the p2m, -1 if no record named any.
+        index: type and place of each page.
+        checkpoints: how many CHECKPOINT records came.
+        complete: whether libxc's END record came.
+        record_groups: all records, in order.
+    """
 
     envelope: Envelope | None = None
     sections: list[SectionHeader] = field(default_factory=list)
@@ -59,8 +82,8 @@ class Contents:
     image: ImageHeader | None = None
     domain: DomainHeader | None = None
     pv_info: records.X86PVInfo | None = None
-    p2m_record: records.X86PVP2MFrames | records.P2MLeaves | None = None  # the last one
-    p2m_frames: U64 = field(default_factory=lambda: np.empty(0, np.uint64))  # what X86_PV_P2M_FRAMES named, by place
+    p2m_record: records.X86PVP2MFrames | records.P2MLeaves | None = None
+    p2m_frames: U64 = field(default_factory=lambda: np.empty(0, np.uint64))
     end_pfn: int = -1
     index: PageIndex = field(default_factory=PageIndex)
     vcpus: dict[int, Vcpu] = field(default_factory=dict)
@@ -72,22 +95,22 @@ class Contents:
     hvm_context: records.HvmContext | None = None
     emulators: list[libxl.EmulatorRecord] = field(default_factory=list)
     checkpoints: int = 0
-    complete: bool = False  # its END record came
+    complete: bool = False
     record_groups: list[RecordGroup] = field(default_factory=list)
 
     @property
     def width(self) -> Width:
-        """Bytes of the guest's unsigned long; 8 as long as nothing else was said."""
+        """Bytes of the guest's unsigned long: 4 or 8; 8 before X86_PV_INFO came."""
         return self.pv_info.guest_width if self.pv_info else 8
 
     def add(self, event: Event) -> None:
-        """Take one event in."""
+        """Add one event."""
         match event:
             case PageData():
                 self.index.add(event)
                 self._group_page_data(event)
                 return
-            case Pages():
+            case PageContent():
                 return
             case SkippedPageData():
                 self.record_groups.append(RecordGroup(event.offset, event.name, event.length, event.count, event.pages))
@@ -103,14 +126,14 @@ class Contents:
             case DomainHeader():
                 self.domain = event
             case records.X86PVInfo():
-                self._take_pv_info(event)
+                self._add_pv_info(event)
             case records.X86PVP2MFrames():
-                self._place_p2m_frames(event)
+                self._add_p2m_frames(event)
             case records.P2MLeaves():
                 self.p2m_record, self.end_pfn = event, event.end_pfn
             case records.VcpuBlob():
                 vcpu = self.vcpus.setdefault(event.vcpu_id, Vcpu())
-                setattr(vcpu, _VCPU_SLOT[type(event)], event)
+                setattr(vcpu, _VCPU_ATTRIBUTES[type(event)], event)
             case records.SharedInfo():
                 self.shared_info = event
             case records.X86TscInfo():
@@ -134,16 +157,13 @@ class Contents:
 
     @property
     def p2m_leaf_runs(self) -> FrameRuns:
-        """The p2m's leaves, whichever record named them: which pfn has the leaf of each place.
-
-        Places that no record named are in no run.
-        """
+        """The pfn of each leaf of the p2m, by the leaf's number. Leaves that no record named are in no run."""
         if isinstance(self.p2m_record, records.P2MLeaves):
             return FrameRuns(*self.p2m_record.runs)
         return FrameRuns.from_frames(self.p2m_frames)
 
-    def _take_pv_info(self, event: records.X86PVInfo) -> None:
-        """The first one counts, as for a restorer; contexts that came before it may have been of another width."""
+    def _add_pv_info(self, event: records.X86PVInfo) -> None:
+        """Keep the first X86_PV_INFO, as a restorer does, and drop earlier contexts of another width."""
         if self.pv_info is None:
             self.pv_info = event
             size = VCPU_GUEST_CONTEXT.size(self.width)
@@ -153,21 +173,21 @@ class Contents:
 
     def _group_page_data(self, event: PageData) -> None:
         if self.record_groups and self.record_groups[-1].name == "PAGE_DATA":
-            run = self.record_groups[-1]
-            run.count += 1
-            run.length += event.length
-            run.pages += event.pages
+            group = self.record_groups[-1]
+            group.count += 1
+            group.length += event.length
+            group.pages += event.pages
         else:
             self.record_groups.append(RecordGroup(event.offset, event.name, event.length, pages=event.pages))
 
-    def _place_p2m_frames(self, event: records.X86PVP2MFrames) -> None:
-        """A later record may extend the p2m (a domain that grew while it was sent), or replace frames of it."""
+    def _add_p2m_frames(self, event: records.X86PVP2MFrames) -> None:
+        """Add frames: a later record may extend the p2m, if the domain grew meanwhile, or replace frames of it."""
         self.p2m_record = event
         per_page = PAGE_SIZE // self.width
         first, pfns = event.start_pfn // per_page, event.p2m_pfns
         last = first + len(pfns)
         if last > len(self.p2m_frames):
-            grown = np.full(last, NO_FRAME)  # what no record has named yet
+            grown = np.full(last, NO_FRAME)
             grown[: len(self.p2m_frames)] = self.p2m_frames
             self.p2m_frames = grown
         self.p2m_frames[first:last] = pfns

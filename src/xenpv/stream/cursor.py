@@ -9,11 +9,11 @@ from xenpv.errors import StreamError
 from xenpv.findings import Rule, Severity
 from xenpv.stream import rules
 from xenpv.stream.byte_buffer import ByteBuffer
-from xenpv.stream.events import Event, Pages
+from xenpv.stream.events import Event, PageContent
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.rules import BreachHandler
 
-PAGES_AT_ONCE = 256  # pages of one Pages event at most: 1 MiB
+PAGES_AT_ONCE = 256  # pages of one PageContent event at most: 1 MiB
 
 Steps = Generator[Event | None, None, None]
 """A parser of part of a stream: yields events, and None where it needs more bytes."""
@@ -104,8 +104,8 @@ class Cursor:
 
 
 def read_pages(cursor: Cursor, record: PageData) -> Steps:
-    """Read the page content of a PAGE_DATA record, as Pages events of up to PAGES_AT_ONCE pages."""
+    """Read the page content of a PAGE_DATA record, as PageContent events of up to PAGES_AT_ONCE pages."""
     for first in range(0, record.pages, PAGES_AT_ONCE):
         offset = cursor.offset
         data = yield from cursor.take(min(PAGES_AT_ONCE, record.pages - first) * PAGE_SIZE, "page content")
-        yield Pages(offset, record, first, data)
+        yield PageContent(offset, record, first, data)

@@ -1,4 +1,4 @@
-"""What a Reader says: headers of every layer, records, and page content."""
+"""The events of a Reader: headers of every layer, records, and page content."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LibxlHeader:
-    """The libxl stream's header; ``options`` as in the specification."""
+    """The libxl stream's header; ``options``: libxl.OPTION_*."""
 
     offset: int
     version: int
@@ -37,7 +37,7 @@ class ImageHeader:
 
 @dataclass(frozen=True, slots=True)
 class DomainHeader:
-    """The libxc domain header: PV or HVM, and the version of Xen that saved (0.n: converted from the legacy format)."""
+    """The libxc domain header: PV or HVM, and the version of Xen that saved; 0.n is a converted legacy stream."""
 
     offset: int
     guest: Guest
@@ -48,7 +48,7 @@ class DomainHeader:
 
 @dataclass(frozen=True, slots=True)
 class SectionHeader:
-    """The header of a section of a xenopsd suspend image."""
+    """The header of a section of a xenopsd suspend image; ``data`` is the xenops record, empty for other sections."""
 
     offset: int
     section: Section
@@ -61,10 +61,14 @@ class SectionHeader:
 
 
 @dataclass(frozen=True, slots=True)
-class Pages:
-    """Content of pages ``first`` and following (counted among those with content) of a PAGE_DATA record.
+class PageContent:
+    """Content of consecutive pages of a PAGE_DATA record.
 
-    ``raw`` is their bytes, ``offset`` where the first one is.
+    Attributes:
+        offset: of the first page's content.
+        record: the record.
+        first: number of the first page, among those of the record that have content.
+        raw: the bytes of all pages.
     """
 
     offset: int
@@ -75,7 +79,7 @@ class Pages:
 
     @property
     def data(self) -> U8:
-        """The pages, uint8 of shape (n, 4096), without a copy."""
+        """The pages, uint8 of shape (n, 4096), without copying."""
         import numpy as np  # noqa: PLC0415  as in records.py
 
         return np.frombuffer(self.raw, np.uint8).reshape(-1, PAGE_SIZE)
@@ -83,8 +87,14 @@ class Pages:
 
 @dataclass(frozen=True, slots=True)
 class SkippedPageData:
-    """PAGE_DATA records one behind the other that a caller knows, and has passed over: ``count`` records that take
-    ``size`` bytes of the stream, with bodies of ``length`` bytes and ``pages`` pages in all.
+    """PAGE_DATA records in a row that the caller knows, and that the reader skips.
+
+    Attributes:
+        offset: of the first record's header.
+        size: bytes of all records, with headers and padding.
+        length: bytes of all bodies, without padding.
+        count: how many records.
+        pages: pages with content in them.
     """
 
     offset: int
@@ -113,5 +123,13 @@ class PageDeltas:
 
 
 Event = (
-    Envelope | SectionHeader | LibxlHeader | ImageHeader | DomainHeader | Record | Pages | SkippedPageData | PageDeltas
+    Envelope
+    | SectionHeader
+    | LibxlHeader
+    | ImageHeader
+    | DomainHeader
+    | Record
+    | PageContent
+    | SkippedPageData
+    | PageDeltas
 )

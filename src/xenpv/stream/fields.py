@@ -14,35 +14,41 @@ from xenpv.stream import rules
 from xenpv.stream.order import Guest
 
 Buffer = bytes | bytearray | memoryview
-"""Bytes to be written, as they lie: a memoryview may be a page of a guest, mapped."""
+"""Bytes to be written, without copying: a memoryview may be a mapped page of a guest."""
 
 _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 @dataclass(slots=True)
 class RecordContext:
-    """What reading or writing one record needs to know of the stream around it.
+    """What the checks of a record need to know of the stream around it.
 
-    ``report(rule, message)`` raises or collects; a check that calls it for something that makes the record useless then
-    says so. ``order`` is "<" or ">"; ``max_pfn`` the last pfn that P2M_FRAMES allow, None for HVM.
+    Attributes:
+        report: called with the rule and a message for each breach; may raise.
+        byte_order: "<" or ">".
+        version: of the libxc stream, 2 or 3.
+        guest: PV or HVM.
+        width: bytes of the guest's unsigned long; None before X86_PV_INFO.
+        max_pfn: the last pfn of the p2m; None for HVM, and before X86_PV_P2M_FRAMES.
     """
 
     report: Callable[[Rule, str], None]
-    order: str = "<"
+    byte_order: str = "<"
     version: int = 3
     guest: Guest = Guest.PV
     width: Width | None = None
     max_pfn: int | None = None
 
     def check_reserved(self, name: str, *values: int) -> None:
+        """Report reserved fields of the named record that are not 0."""
         if any(values):
-            self.report(rules.RESERVED, f"reserved bits set in {name}: {', '.join(hex(v) for v in values)}")
+            self.report(rules.RESERVED, f"reserved bits set in {name}: {', '.join(map(hex, values))}")
 
 
 class Fields:
-    """Unsigned fields, one behind the other, each by its name and its size in bytes (1, 2, 4 or 8).
+    """Consecutive unsigned fields, each with its name and its size in bytes (1, 2, 4 or 8).
 
-    Those whose name begins with "_" are reserved: written as 0, and ``read`` faults when they are not.
+    A field whose name begins with "_" is reserved: ``pack`` writes 0, and ``read`` reports other values.
 
     >>> head = Fields(vcpu_id=4, _reserved=4)
     >>> head.pack(vcpu_id=3).hex(), head.size
@@ -58,30 +64,30 @@ class Fields:
         self._reserved = tuple(at for at, name in enumerate(sizes) if name.startswith("_"))
         self._count = len(sizes)
 
-    def unpack(self, body: Buffer, order: str = "<") -> tuple[int, ...]:
-        """All of them, reserved ones too, from the start of a body that is long enough; ``order`` is "<" or ">"."""
-        return self._layouts[order].unpack_from(body)
+    def unpack(self, body: Buffer, byte_order: str = "<") -> tuple[int, ...]:
+        """Return all values, with reserved ones, from the start of a body that is long enough."""
+        return self._layouts[byte_order].unpack_from(body)
 
     def read(self, ctx: RecordContext, name: str, body: memoryview) -> dict[str, Any]:
-        """The values by name; ``name`` is what a fault calls the whole."""
-        values = self.unpack(body, ctx.order)
+        """Return the values by name, without reserved ones; ``name``: of the record, for reports."""
+        values = self.unpack(body, ctx.byte_order)
         if self._reserved:
             ctx.check_reserved(name, *(values[at] for at in self._reserved))
         return {name: values[at] for at, name in self._named}
 
-    def pack(self, order: str = "<", /, **values: int) -> bytes:
-        """As bytes. Raises OverflowError for a value that its field cannot hold."""
+    def pack(self, byte_order: str = "<", /, **values: int) -> bytes:
+        """Return the fields as bytes. Raises OverflowError for a value that its field cannot hold."""
         numbers = [0] * self._count
         for at, name in self._named:
             numbers[at] = values[name]
         try:
-            return self._layouts[order].pack(*numbers)
+            return self._layouts[byte_order].pack(*numbers)
         except struct.error as e:
             raise OverflowError(f"{', '.join(f'{name} {values[name]:#x}' for name in self.names)}: {e}") from None
 
 
-def swapped_words(words: Buffer) -> bytes:
-    """64-bit words in the other byte order."""
+def byteswap_words(words: Buffer) -> bytes:
+    """Return 64-bit words in the other byte order."""
     swapped = array("Q", bytes(words))
     swapped.byteswap()
     return swapped.tobytes()

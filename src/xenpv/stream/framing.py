@@ -1,4 +1,4 @@
-"""What every record is: a header and a body; and the headers of a libxc stream. records.py has those that there are."""
+"""The record: a header and a body; and the headers of a libxc stream. records.py has the types of record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar, Self
 
 from xenpv.stream import rules
 from xenpv.stream.fields import Buffer, Fields, RecordContext
-from xenpv.stream.order import Type
+from xenpv.stream.order import RecordType
 
 RECORD_LENGTH_MAX = 128 << 20  # REC_LENGTH_MAX
 BLOB_MAX = 1 << 20  # far above any vcpu or policy blob that Xen makes (an xsave area is some 11 KiB)
@@ -22,31 +22,39 @@ RECORD_HEADER = Fields(type=4, length=4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A record. One that was read is at byte ``offset`` (of its header) and has a body of ``length`` bytes, padding not
-    counted; one that is made has neither, and is equal to what a reader makes of it.
+    """A record of a stream; its subclasses are the types of record.
 
-    FIELDS and BLOB say what its body is, for reading and for writing.
+    A record that is made equals the one that a reader makes of it: offset and length do not count.
+
+    Attributes:
+        TYPE: the type, as in the header.
+        LENGTH: lengths that a body may have; a reader checks them before it reads the body.
+        FIELDS: the fixed fields that a body begins with; members of those names have the values.
+        BLOB: the member that holds the rest of the body; None if nothing follows.
+        offset: of the header in the input; 0 for a record that was not read.
+        length: bytes of the body in the input, without padding; 0 for a record that was not read.
     """
 
     TYPE: ClassVar[int]
-    LENGTH: ClassVar[range] = range(1)  # lengths that a body may have; the reader checks it before it takes the body
-    FIELDS: ClassVar[Fields] = Fields()  # what a body begins with: members of those names
+    LENGTH: ClassVar[range] = range(1)
+    FIELDS: ClassVar[Fields] = Fields()
     BLOB: ClassVar[str | None] = None  # the member that holds the rest, bytes
     offset: int = field(default=0, compare=False)
     length: int = field(default=0, compare=False)
 
     @classmethod
     def type_name(cls) -> str:
-        """The name of this type of record, as the specification has it."""
-        return Type(cls.TYPE).name
+        """Return the name of this type of record, as in the specification."""
+        return RecordType(cls.TYPE).name
 
     @property
     def name(self) -> str:
+        """The name of its type."""
         return self.type_name()
 
     @classmethod
     def parse(cls, ctx: RecordContext, body: memoryview, *, offset: int) -> Self | None:
-        """The record out of its body; None when faults left nothing to use."""
+        """Parse a body, report its breaches, and return the record; None if it is unusable."""
         values = cls.FIELDS.read(ctx, cls.type_name(), body)
         if cls.BLOB is not None:
             values[cls.BLOB] = bytes(body[cls.FIELDS.size :])
@@ -54,14 +62,14 @@ class Record:
         return record if record.check(ctx) else None
 
     def check(self, ctx: RecordContext) -> bool:  # noqa: ARG002
-        """What its own values allow to say. Faults go to ctx; False when it is of no use to anybody."""
+        """Check the record's values, and report breaches to ctx. Return False if the record is unusable."""
         return True
 
     def update_context(self, ctx: RecordContext) -> None:
         """Note in ctx what the records after this one depend on: the guest's width, the last pfn."""
 
     def body(self) -> list[Buffer]:
-        """What is written of it, little-endian, the inverse of parse. Raises OverflowError for a value too large."""
+        """Return the body to be written, little-endian. Raises OverflowError for a value that is too large."""
         buffers: list[Buffer] = [self.FIELDS.pack(**{name: getattr(self, name) for name in self.FIELDS.names})]
         if self.BLOB is not None:
             buffers.append(getattr(self, self.BLOB))
@@ -70,7 +78,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opaque(Record):
-    """A record of which only the bytes are known here."""
+    """A record whose body is bytes that are not parsed here."""
 
     LENGTH = range(RECORD_LENGTH_MAX + 1)
     BLOB = "data"
@@ -79,7 +87,7 @@ class Opaque(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unknown(Record):
-    """A record of a type that is not in the specification; its body is passed over."""
+    """A record of a type that is not in the specification; its body is skipped."""
 
     type: int
 
@@ -89,6 +97,6 @@ class Unknown(Record):
 
 
 def check_xen_version(ctx: RecordContext, major: int, minor: int) -> None:
-    """The version of Xen in a domain header; 0.n says that a legacy stream was converted."""
+    """Report a version of Xen that writes no such streams; 0.n marks a converted legacy stream."""
     if major > 9 or minor > 99 or (major == 4 and minor < 6) or 0 < major < 4:
         ctx.report(rules.XEN_VERSION, f"no Xen {major}.{minor} writes such streams")

@@ -1,4 +1,4 @@
-"""The body of an HVM_CONTEXT record: records within a record, xen.git:xen/include/public/hvm/save.h."""
+"""The body of an HVM_CONTEXT record, which has records of its own: xen.git:xen/include/public/hvm/save.h."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from xenpv.abi.hvm_save import CPU, END, HVM_HW_CPU
 from xenpv.errors import Malformed
 
 _DESCRIPTOR = struct.Struct("<HHI")  # abi.hvm_save.DESCRIPTOR
-_CPU_MIN = HVM_HW_CPU.offset(8, "msr_efer") + 8  # what a vcpu's record must reach, whatever Xen wrote it
+_CPU_MIN = HVM_HW_CPU.offset(8, "msr_efer") + 8  # bytes that a vcpu's record has at least, in all versions of Xen
 
 
 class Entry(NamedTuple):
-    """One record: its type, its instance (of a vcpu its number), and its content."""
+    """One record: its type, its instance (the number of a vcpu), and its content."""
 
     typecode: int
     instance: int
     data: bytes
 
 
-def entries(context: bytes, *, offset: int) -> Iterator[Entry]:
-    """The records in front of END. ``offset``: of the context, for errors. Raises Malformed where one does not fit."""
+def iter_entries(context: bytes, *, offset: int) -> Iterator[Entry]:
+    """Yield the records before END. ``offset``: of the context, for errors. Raises Malformed where one does not fit."""
     at = 0
     while True:
         if at + _DESCRIPTOR.size > len(context):
@@ -34,19 +34,19 @@ def entries(context: bytes, *, offset: int) -> Iterator[Entry]:
             return
         at += _DESCRIPTOR.size
         if length > len(context) - at:
-            what = f"a record of type {typecode} and {length} bytes where {len(context) - at} are left"
+            what = f"a record of type {typecode} has {length} bytes, and {len(context) - at} are left"
             raise Malformed(what, offset=offset + at - _DESCRIPTOR.size, record="HVM_CONTEXT")
         yield Entry(typecode, instance, context[at : at + length])
         at += length
 
 
-def cpus(context: bytes, *, offset: int) -> dict[int, np.void]:
-    """The vcpus by number, as abi.hvm_save.HVM_HW_CPU. Raises Malformed."""
-    found = {}
-    for entry in entries(context, offset=offset):
+def read_vcpus(context: bytes, *, offset: int) -> dict[int, np.void]:
+    """Return the vcpus by number, as abi.hvm_save.HVM_HW_CPU structs. Raises Malformed."""
+    vcpus = {}
+    for entry in iter_entries(context, offset=offset):
         if entry.typecode == CPU:
             if len(entry.data) < _CPU_MIN:
                 what = f"vcpu {entry.instance} has {len(entry.data)} bytes, {_CPU_MIN} or more are needed"
                 raise Malformed(what, offset=offset, record="HVM_CONTEXT")
-            found[entry.instance] = HVM_HW_CPU.read(entry.data.ljust(HVM_HW_CPU.size(8), b"\0"), 8)
-    return found
+            vcpus[entry.instance] = HVM_HW_CPU.read(entry.data.ljust(HVM_HW_CPU.size(8), b"\0"), 8)
+    return vcpus

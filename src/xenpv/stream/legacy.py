@@ -82,7 +82,7 @@ class LegacyFormat:
         return self._toolstack is not None or detect_toolstack(head) is not None
 
     def read(self, cursor: Cursor, *, pages: bool, emulator: bool) -> Steps:
-        """Read one stream. ``pages``: give Pages events; ``emulator``: its state may follow, as the envelope says."""
+        """Read one stream. ``pages``: give page content; ``emulator``: the envelope allows its state to follow."""
         cursor.begin("legacy header")
         long, guest = self._toolstack or (yield from _detect_toolstack(cursor))
         stream = _LegacyStream(cursor, long, guest, pages=pages, emulator=emulator and self._emulator)

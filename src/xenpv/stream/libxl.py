@@ -44,7 +44,7 @@ class LibxlEnd(LibxlRecord):
 
 
 class LibxcContext(LibxlRecord):
-    """A libxc stream begins right behind."""
+    """A libxc stream begins after it."""
 
     TYPE = LibxlType.LIBXC_CONTEXT
 
@@ -63,7 +63,7 @@ class CheckpointState(LibxlRecord):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmulatorRecord(LibxlRecord):
-    """State of a device model; ``data`` is what follows the emulator header."""
+    """State of a device model; ``data`` follows the emulator's header."""
 
     LENGTH = range(8, RECORD_LENGTH_MAX + 1)
     FIELDS = Fields(emulator_id=4, index=4)
@@ -83,7 +83,7 @@ class EmulatorContext(EmulatorRecord):
 
 
 class EmulatorXenstoreData(EmulatorRecord):
-    """Key and value pairs for the device model's part of xenstore."""
+    """Keys and values for the device model's part of xenstore."""
 
     TYPE = LibxlType.EMULATOR_XENSTORE_DATA
 
@@ -127,24 +127,24 @@ class LibxlOrder:
 
     def check_next(self, kind: int) -> list[tuple[Rule, str]]:
         """Note that a record comes next; return the rules that this breaks, each with a message."""
-        wrong = []
+        breaches = []
         if kind == LibxlType.END:
             self.ended = True
             if not self._begun:
-                wrong.append((rules.MISSING, "the libxl stream ends without LIBXC_CONTEXT"))
+                breaches.append((rules.MISSING, "the libxl stream ends without LIBXC_CONTEXT"))
             elif self._in_checkpoint:
                 what = "the libxl stream ends inside a checkpoint, without libxc's END"
-                wrong.append((rules.MISSING, what))
+                breaches.append((rules.MISSING, what))
         elif kind == LibxlType.LIBXC_CONTEXT:
             if self._begun:
-                wrong.append((rules.REPEATED, "a second LIBXC_CONTEXT"))
+                breaches.append((rules.REPEATED, "a second LIBXC_CONTEXT"))
             self._begun = self.in_libxc = True
         elif kind == LibxlType.CHECKPOINT_END:
             # "The higher level stream may then hand the stream back to libxc to process another set of records"
             self.in_libxc = self._in_checkpoint
             if not self._in_checkpoint:
-                wrong.append((rules.ORDER, "CHECKPOINT_END without a CHECKPOINT before it"))
-        return wrong
+                breaches.append((rules.ORDER, "CHECKPOINT_END without a CHECKPOINT before it"))
+        return breaches
 
     def libxc_handed_back(self, *, checkpoint: bool) -> None:
         """Note that the libxc stream came to its END, or to a CHECKPOINT, after which it goes on."""

@@ -1,4 +1,4 @@
-"""What may follow what, in one table. It does not know whether a reader, a writer or a verifier asks."""
+"""The order of records in a libxc stream: one table, which reader, writer, verifier and restorer ask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Guest(IntEnum):
     HVM = 2
 
 
-class Type(IntEnum):
+class RecordType(IntEnum):
     """Types of libxc record (xen.git:tools/libs/guest/xg_sr_stream_format.h)."""
 
     END = 0x00
@@ -38,11 +38,11 @@ class Type(IntEnum):
     STATIC_DATA_END = 0x10
     X86_CPUID_POLICY = 0x11
     X86_MSR_POLICY = 0x12
-    # Ours: mandatory, so that whoever does not know it refuses the stream, and far above what Xen counts up from 0.
+    # Of xenpv: mandatory, so that other receivers refuse the stream, and far above the types that Xen counts from 0.
     XENPV_P2M_LEAVES = 0x7870_0001
 
 
-OPTIONAL = 0x8000_0000  # the bit that lets a receiver pass over a record that it does not know
+OPTIONAL = 0x8000_0000  # this bit of a type allows a receiver to skip a record that it does not know
 
 PV = frozenset({Guest.PV})
 HVM = frozenset({Guest.HVM})
@@ -51,101 +51,120 @@ ANY = PV | HVM
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record may stand: for which guests, from which version on, after and before which others, how often."""
+    """Where a record may come.
+
+    Attributes:
+        guests: in streams of these types of guest.
+        min_version: from this version of the stream on.
+        after: after these records, which it depends on.
+        not_after: before all of these records.
+        once: only once.
+        mandatory_for: types of guest that cannot be restored without it.
+    """
 
     guests: frozenset[Guest] = ANY
-    since: int = 2
-    after: tuple[Type, ...] = ()
-    not_after: tuple[Type, ...] = ()
+    min_version: int = 2
+    after: tuple[RecordType, ...] = ()
+    not_after: tuple[RecordType, ...] = ()
     once: bool = False
-    needed: frozenset[Guest] = frozenset()  # guests that cannot be restored without it
+    mandatory_for: frozenset[Guest] = frozenset()
 
 
-_STATIC = (Type.STATIC_DATA_END,)
-_VCPU = Place(PV, after=(Type.X86_PV_INFO, Type.X86_PV_P2M_FRAMES, Type.PAGE_DATA))
+_STATIC = (RecordType.STATIC_DATA_END,)
+_VCPU = Place(PV, after=(RecordType.X86_PV_INFO, RecordType.X86_PV_P2M_FRAMES, RecordType.PAGE_DATA))
 
 # "The following records must be present in the following order as each of them depends on information present in the
 # preceding ones: X86_PV_INFO, X86_PV_P2M_FRAMES, PAGE_DATA, VCPU records." "HVM_PARAMS must precede HVM_CONTEXT." "A v3
 # stream [...] mandates the presence of a STATIC_DATA_END record ahead of any memory/register content."
-PLACES: dict[Type, Place] = {
-    Type.X86_PV_INFO: Place(PV, not_after=_STATIC, once=True, needed=PV),
-    Type.X86_CPUID_POLICY: Place(since=3, not_after=_STATIC),
-    Type.X86_MSR_POLICY: Place(since=3, not_after=_STATIC),
-    Type.STATIC_DATA_END: Place(since=3, once=True, needed=ANY),
-    Type.X86_PV_P2M_FRAMES: Place(
-        PV, after=(Type.X86_PV_INFO, *_STATIC), not_after=(Type.XENPV_P2M_LEAVES,), needed=PV
+PLACES: dict[RecordType, Place] = {
+    RecordType.X86_PV_INFO: Place(PV, not_after=_STATIC, once=True, mandatory_for=PV),
+    RecordType.X86_CPUID_POLICY: Place(min_version=3, not_after=_STATIC),
+    RecordType.X86_MSR_POLICY: Place(min_version=3, not_after=_STATIC),
+    RecordType.STATIC_DATA_END: Place(min_version=3, once=True, mandatory_for=ANY),
+    RecordType.X86_PV_P2M_FRAMES: Place(
+        PV, after=(RecordType.X86_PV_INFO, *_STATIC), not_after=(RecordType.XENPV_P2M_LEAVES,), mandatory_for=PV
     ),
-    Type.XENPV_P2M_LEAVES: Place(PV, since=3, after=(Type.X86_PV_INFO, *_STATIC), not_after=(Type.X86_PV_P2M_FRAMES,)),
-    Type.PAGE_DATA: Place(after=(Type.X86_PV_INFO, Type.X86_PV_P2M_FRAMES, *_STATIC), needed=ANY),
-    Type.X86_TSC_INFO: Place(),
-    Type.SHARED_INFO: Place(PV, after=(Type.X86_PV_INFO, *_STATIC), needed=PV),
-    Type.X86_PV_VCPU_BASIC: Place(PV, after=_VCPU.after, needed=PV),
-    Type.X86_PV_VCPU_EXTENDED: _VCPU,
-    Type.X86_PV_VCPU_XSAVE: _VCPU,
-    Type.X86_PV_VCPU_MSRS: _VCPU,
-    Type.HVM_PARAMS: Place(HVM, after=_STATIC, needed=HVM),
-    Type.HVM_CONTEXT: Place(HVM, after=(Type.HVM_PARAMS,), needed=HVM),
-    Type.VERIFY: Place(after=(Type.PAGE_DATA,)),
-    Type.CHECKPOINT: Place(after=(Type.PAGE_DATA,)),
-    Type.TOOLSTACK: Place(guests=frozenset()),
-    Type.CHECKPOINT_DIRTY_PFN_LIST: Place(guests=frozenset()),
-    Type.END: Place(),
+    RecordType.XENPV_P2M_LEAVES: Place(
+        PV, min_version=3, after=(RecordType.X86_PV_INFO, *_STATIC), not_after=(RecordType.X86_PV_P2M_FRAMES,)
+    ),
+    RecordType.PAGE_DATA: Place(
+        after=(RecordType.X86_PV_INFO, RecordType.X86_PV_P2M_FRAMES, *_STATIC), mandatory_for=ANY
+    ),
+    RecordType.X86_TSC_INFO: Place(),
+    RecordType.SHARED_INFO: Place(PV, after=(RecordType.X86_PV_INFO, *_STATIC), mandatory_for=PV),
+    RecordType.X86_PV_VCPU_BASIC: Place(PV, after=_VCPU.after, mandatory_for=PV),
+    RecordType.X86_PV_VCPU_EXTENDED: _VCPU,
+    RecordType.X86_PV_VCPU_XSAVE: _VCPU,
+    RecordType.X86_PV_VCPU_MSRS: _VCPU,
+    RecordType.HVM_PARAMS: Place(HVM, after=_STATIC, mandatory_for=HVM),
+    RecordType.HVM_CONTEXT: Place(HVM, after=(RecordType.HVM_PARAMS,), mandatory_for=HVM),
+    RecordType.VERIFY: Place(after=(RecordType.PAGE_DATA,)),
+    RecordType.CHECKPOINT: Place(after=(RecordType.PAGE_DATA,)),
+    RecordType.TOOLSTACK: Place(guests=frozenset()),
+    RecordType.CHECKPOINT_DIRTY_PFN_LIST: Place(guests=frozenset()),
+    RecordType.END: Place(),
 }
 # In a stream of version 2: "infer the position of STATIC_DATA_END based on finding the first X86_PV_P2M_FRAMES record
 # (for PV guests), or PAGE_DATA record (for HVM guests)".
-_ENDS_STATIC_DATA = {Guest.PV: Type.X86_PV_P2M_FRAMES, Guest.HVM: Type.PAGE_DATA}
+_FIRST_AFTER_STATIC_DATA = {Guest.PV: RecordType.X86_PV_P2M_FRAMES, Guest.HVM: RecordType.PAGE_DATA}
 
-_INSTEAD = {Type.X86_PV_P2M_FRAMES: Type.XENPV_P2M_LEAVES}  # what serves as well
+_SUBSTITUTES = {RecordType.X86_PV_P2M_FRAMES: RecordType.XENPV_P2M_LEAVES}  # a record, and the one that replaces it
 
-_WHY_NOWHERE = {
-    Type.TOOLSTACK: "TOOLSTACK is deprecated and no restorer takes it",
-    Type.CHECKPOINT_DIRTY_PFN_LIST: "CHECKPOINT_DIRTY_PFN_LIST belongs to the back channel of a checkpointed migration",
+_NEVER_ALLOWED = {
+    RecordType.TOOLSTACK: "TOOLSTACK is deprecated; no restorer accepts it",
+    RecordType.CHECKPOINT_DIRTY_PFN_LIST: "CHECKPOINT_DIRTY_PFN_LIST belongs to the back channel of COLO",
 }
 
 
 class Order:
-    """The order of one stream as it goes by. Call ``check_next`` for each record, ``missing`` at END."""
+    """The order of one stream. Call ``check_next`` for each record of a known type, and ``missing`` at END.
+
+    ``seen``: the types of record that came.
+    """
 
     def __init__(self, guest: Guest, version: int) -> None:
         self.guest = guest
         self.version = version
-        self.seen: set[Type] = set()
-        self._free: set[int] = set()  # types that may come again and again, whatever else comes
+        self.seen: set[RecordType] = set()
+        self._always_allowed: set[int] = set()  # types that were checked and may come again at any place
 
     def check_next(self, kind: int) -> list[tuple[Rule, str]]:
-        """Note that a record of a known type comes next; what is wrong with its coming here, as rules and sentences."""
-        if kind in self._free:  # a stream can hold millions of PAGE_DATA
+        """Note that this type of record comes next; return the rules that this breaks, each with a message."""
+        if kind in self._always_allowed:  # a stream can hold millions of PAGE_DATA
             return []
-        record = Type(kind)
+        record = RecordType(kind)
         place = PLACES[record]
         name = record.name
         if self.guest not in place.guests:
             return [
-                (rules.MISPLACED, _WHY_NOWHERE.get(record, f"{name} does not belong in a {self.guest.name} stream"))
+                (rules.MISPLACED, _NEVER_ALLOWED.get(record, f"{name} does not belong in a {self.guest.name} stream"))
             ]
-        wrong = []
-        if self.version < place.since:
-            wrong.append((rules.MISPLACED, f"{name} needs stream version {place.since}, this one has {self.version}"))
-        if self.version < 3 and record is _ENDS_STATIC_DATA[self.guest]:
-            self.seen.add(Type.STATIC_DATA_END)
+        breaches = []
+        if self.version < place.min_version:
+            breaches.append(
+                (rules.MISPLACED, f"{name} needs stream version {place.min_version}, this one has {self.version}")
+            )
+        if self.version < 3 and record is _FIRST_AFTER_STATIC_DATA[self.guest]:
+            self.seen.add(RecordType.STATIC_DATA_END)
         if place.once and record in self.seen:
-            wrong.append((rules.REPEATED, f"a second {name}"))
-        after = [needed for needed in place.after if self.guest in PLACES[needed].guests]
-        missing = [needed.name for needed in after if not self._came(needed)]
-        if missing and record not in self.seen:  # once said is enough
-            wrong.append((rules.ORDER, f"{name} before {' and '.join(missing)}"))
-        late = [other.name for other in place.not_after if other in self.seen]
-        if late:
-            wrong.append((rules.ORDER, f"{name} after {' and '.join(late)}"))
+            breaches.append((rules.REPEATED, f"a second {name}"))
+        after = [other for other in place.after if self.guest in PLACES[other].guests]
+        missing = [other.name for other in after if not self._has(other)]
+        if missing and record not in self.seen:  # report it once
+            breaches.append((rules.ORDER, f"{name} before {' and '.join(missing)}"))
+        earlier = [other.name for other in place.not_after if other in self.seen]
+        if earlier:
+            breaches.append((rules.ORDER, f"{name} after {' and '.join(earlier)}"))
         self.seen.add(record)
-        if not (wrong or place.once or place.not_after):
-            self._free.add(kind)
-        return wrong
+        if not (breaches or place.once or place.not_after):
+            self._always_allowed.add(kind)
+        return breaches
 
-    def missing(self) -> list[Type]:
-        """The records that a domain of this type needs and that have not come."""
-        needed = (record for record, place in PLACES.items() if self.guest in place.needed)
-        return [record for record in needed if not self._came(record)]
+    def missing(self) -> list[RecordType]:
+        """Return the mandatory records that did not come."""
+        mandatory = (record for record, place in PLACES.items() if self.guest in place.mandatory_for)
+        return [record for record in mandatory if not self._has(record)]
 
-    def _came(self, record: Type) -> bool:
-        return record in self.seen or _INSTEAD.get(record) in self.seen
+    def _has(self, record: RecordType) -> bool:
+        """Return whether the record or its substitute came."""
+        return record in self.seen or _SUBSTITUTES.get(record) in self.seen

@@ -1,9 +1,9 @@
 """Reader: bytes in, events out, no I/O.
 
 The parsers of each layer (envelope, libxl records, libxc records) are nested generators that yield an event, or None
-where they need more bytes; ``next_event`` runs them. Page content is never gathered: it comes as Pages events, or, by
-default, is skipped, and a caller that can seek asks ``skippable`` how far. So memory is bounded by the largest record
-that is not PAGE_DATA, and grows only with bytes that really came.
+where they need more bytes; ``next_event`` runs them. Page content is never gathered: it is skipped, or comes as
+PageContent events. A caller that can seek asks ``skippable`` how far. So memory is bounded by the largest record that
+is not PAGE_DATA, and grows only with bytes that really came.
 
 A breach of a rule raises, unless an ``on_breach`` handler collects it. Then the reader goes on wherever the record's
 length still says where the next one begins.
@@ -32,7 +32,7 @@ from xenpv.stream.framing import (
     check_xen_version,
 )
 from xenpv.stream.libxl import LibxlOrder
-from xenpv.stream.order import OPTIONAL, Guest, Order, Type
+from xenpv.stream.order import OPTIONAL, Guest, Order, RecordType
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.records import LIBXC
 from xenpv.stream.rules import BreachHandler
@@ -40,7 +40,7 @@ from xenpv.stream.rules import BreachHandler
 if TYPE_CHECKING:
     from xenpv.stream.legacy import LegacyFormat
 
-_NAMES = {int(kind): kind.name for kind in Type}
+_NAMES = {int(kind): kind.name for kind in RecordType}
 
 
 class Reader:
@@ -48,7 +48,7 @@ class Reader:
 
     Args:
         on_breach: collects breaches of rules, which raise otherwise.
-        pages: give page content as Pages events, instead of skipping it.
+        pages: give page content as PageContent events, instead of skipping it.
         kind: the kind of stream; None detects it.
         legacy: how to read a legacy stream, which is Unsupported otherwise.
         skip_page_data: PAGE_DATA records to skip, by the offset of the first.
@@ -263,7 +263,7 @@ class Reader:
         libxc = self._read_libxc()
         while not order.ended:
             cursor.begin("libxl record")
-            kind, length = RECORD_HEADER.unpack((yield from cursor.take(8, "a libxl record header")), ctx.order)
+            kind, length = RECORD_HEADER.unpack((yield from cursor.take(8, "a libxl record header")), ctx.byte_order)
             yield from self._read_body(ctx, kind, length, libxl.LIBXL)
             for rule, message in order.check_next(kind):
                 cursor.report_or_raise(rule, message)
@@ -276,7 +276,7 @@ class Reader:
         """Read the libxc stream until its END, or until a CHECKPOINT hands back to libxl; whether it was one."""
         for event in libxc:
             yield event
-            if event is not None and event.name == Type.CHECKPOINT.name:
+            if event is not None and event.name == RecordType.CHECKPOINT.name:
                 return True
         return False
 
@@ -287,18 +287,18 @@ class Reader:
         order = Order(ctx.guest, ctx.version)
         while True:
             cursor.begin("record")
-            kind, length = RECORD_HEADER.unpack((yield from cursor.take(8, "a record header")), ctx.order)
+            kind, length = RECORD_HEADER.unpack((yield from cursor.take(8, "a record header")), ctx.byte_order)
             if kind in _NAMES:
                 cursor.record = _NAMES[kind]
                 for rule, message in order.check_next(kind):
                     cursor.report_or_raise(rule, message)
-            if kind == Type.END:
+            if kind == RecordType.END:
                 for missing in order.missing():
                     cursor.report_or_raise(rules.MISSING, f"the stream ends without {missing.name}")
-            if kind == Type.CHECKPOINT:
+            if kind == RecordType.CHECKPOINT:
                 what = "Found checkpoint: only a checkpoint-aware receiver takes this stream"
                 cursor.report_or_raise(rules.CHECKPOINT, what)
-            if kind == Type.PAGE_DATA:
+            if kind == RecordType.PAGE_DATA:
                 known = self._skip_page_data.get(cursor.record_offset)
                 if known is None:
                     yield from self._read_page_data(ctx, length)
@@ -309,7 +309,7 @@ class Reader:
             record = yield from self._read_body(ctx, kind, length, LIBXC)
             if record is not None:
                 record.update_context(ctx)
-            if kind == Type.END:
+            if kind == RecordType.END:
                 return
 
     def _read_image_header(self) -> Generator[Event | None, None, RecordContext]:
@@ -337,7 +337,7 @@ class Reader:
         cursor = self._cursor
         cursor.begin("domain header")
         head = yield from cursor.take(DOMAIN_HEADER.size, "the domain header")
-        guest, shift, reserved, major, minor = DOMAIN_HEADER.unpack(head, ctx.order)
+        guest, shift, reserved, major, minor = DOMAIN_HEADER.unpack(head, ctx.byte_order)
         if guest not in set(Guest):
             raise cursor.fatal_error(rules.DOMAIN_HEADER, f"Unrecognised domain type {guest:#x}")
         if shift != 12:
@@ -361,7 +361,7 @@ class Reader:
         if cls is None:
             if not kind & OPTIONAL:
                 cursor.report_or_raise(rules.RECORD_UNKNOWN, f"mandatory record of unknown type {kind:#x}")
-            elif kind & ~OPTIONAL in known or kind & ~OPTIONAL == Type.PAGE_DATA:
+            elif kind & ~OPTIONAL in known or kind & ~OPTIONAL == RecordType.PAGE_DATA:
                 cursor.report_or_raise(
                     rules.RECORD_OPTIONAL, f"type {kind:#x} is a known record, marked optional: skipped"
                 )

@@ -1,7 +1,6 @@
 """The records of a libxc stream, each with the checks that its own bytes allow. PAGE_DATA is in pagedata.py.
 
-Nothing here needs NumPy: a checker of framing starts in half the time without it. Arrays are views, made when asked
-for.
+NumPy is imported only on demand: verify-stream-v2 starts in half the time without it. Arrays are views.
 """
 
 from __future__ import annotations
@@ -14,36 +13,36 @@ from xenpv.abi.declare import Width
 from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT_MAX, MSR_ENTRY, VCPU_MSR, XSAVE_HEADER_SIZE
 from xenpv.abi.x86 import LEVELS, PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.stream import rules
-from xenpv.stream.fields import Buffer, Fields, RecordContext, swapped_words
+from xenpv.stream.fields import Buffer, Fields, RecordContext, byteswap_words
 from xenpv.stream.framing import BLOB_MAX, RECORD_LENGTH_MAX, Opaque, Record
-from xenpv.stream.order import Type
+from xenpv.stream.order import RecordType
 
 if TYPE_CHECKING:
     from xenpv.frames import I64, U64
 
-PFN_MAX = (1 << 52) - 1  # that an entry of PAGE_DATA can name
+PFN_MAX = (1 << 52) - 1  # the largest pfn that an entry of PAGE_DATA can name
 VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS for PV, 64-bit
 
 
 class End(Record):
-    TYPE = Type.END
+    TYPE = RecordType.END
 
 
 class StaticDataEnd(Record):
-    TYPE = Type.STATIC_DATA_END
+    TYPE = RecordType.STATIC_DATA_END
 
 
 class Verify(Record):
-    TYPE = Type.VERIFY
+    TYPE = RecordType.VERIFY
 
 
 class Checkpoint(Record):
-    TYPE = Type.CHECKPOINT
+    TYPE = RecordType.CHECKPOINT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class X86PVInfo(Record):
-    TYPE = Type.X86_PV_INFO
+    TYPE = RecordType.X86_PV_INFO
     LENGTH = range(8, 9)
     FIELDS = Fields(guest_width=1, pt_levels=1, _res1=2, _res2=4)
     guest_width: Width
@@ -67,7 +66,7 @@ class X86PVP2MFrames(Record):
     ``raw`` is their pfns, 64 bits each, little-endian.
     """
 
-    TYPE = Type.X86_PV_P2M_FRAMES
+    TYPE = RecordType.X86_PV_P2M_FRAMES
     LENGTH = range(8, RECORD_LENGTH_MAX + 1)
     FIELDS = Fields(start_pfn=4, end_pfn=4)
     BLOB = "raw"
@@ -80,17 +79,17 @@ class X86PVP2MFrames(Record):
 
     @property
     def p2m_pfns(self) -> U64:
-        """The pfns of the frames."""
+        """The pfns of the frames, uint64."""
         import numpy as np  # noqa: PLC0415
 
         return np.frombuffer(self.raw, "<u8").astype(np.uint64, copy=False)
 
     @classmethod
     def parse(cls, ctx: RecordContext, body: memoryview, *, offset: int) -> Self | None:
-        start, end = cls.FIELDS.unpack(body, ctx.order)
+        start, end = cls.FIELDS.unpack(body, ctx.byte_order)
         raw = bytes(body[8:])
-        if ctx.order == ">" and len(raw) % 8 == 0:  # one of another size is refused below
-            raw = swapped_words(raw)
+        if ctx.byte_order == ">" and len(raw) % 8 == 0:  # check() refuses other sizes
+            raw = byteswap_words(raw)
         record = cls(offset=offset, length=len(body), start_pfn=start, end_pfn=end, raw=raw)
         return record if record.check(ctx) else None
 
@@ -119,7 +118,7 @@ class P2MLeaves(Record):
     the frame that stands in all of them.
     """
 
-    TYPE = Type.XENPV_P2M_LEAVES
+    TYPE = RecordType.XENPV_P2M_LEAVES
     LENGTH = range(8 + 24, RECORD_LENGTH_MAX + 1)
     FIELDS = Fields(entries=8)
     BLOB = "raw"
@@ -128,6 +127,7 @@ class P2MLeaves(Record):
 
     @property
     def end_pfn(self) -> int:
+        """The last pfn of the p2m."""
         return self.entries - 1
 
     def update_context(self, ctx: RecordContext) -> None:
@@ -135,7 +135,7 @@ class P2MLeaves(Record):
 
     @property
     def runs(self) -> tuple[I64, I64, U64]:
-        """First place, number of places and pfn of each run."""
+        """Number of the first leaf (int64), number of leaves (int64), and pfn (uint64) of each run."""
         import numpy as np  # noqa: PLC0415
 
         first, count, pfn = np.frombuffer(self.raw, "<u8").reshape(-1, 3).T
@@ -143,9 +143,9 @@ class P2MLeaves(Record):
 
     @classmethod
     def parse(cls, ctx: RecordContext, body: memoryview, *, offset: int) -> Self | None:
-        entries, raw = cls.FIELDS.unpack(body, ctx.order)[0], bytes(body[8:])
-        if ctx.order == ">" and len(raw) % 8 == 0:
-            raw = swapped_words(raw)
+        entries, raw = cls.FIELDS.unpack(body, ctx.byte_order)[0], bytes(body[8:])
+        if ctx.byte_order == ">" and len(raw) % 8 == 0:
+            raw = byteswap_words(raw)
         record = cls(offset=offset, length=len(body), entries=entries, raw=raw)
         return record if record.check(ctx) else None
 
@@ -155,20 +155,23 @@ class P2MLeaves(Record):
         from xenpv.frames import first_bad  # noqa: PLC0415
 
         if len(self.raw) % 24:
-            ctx.report(rules.RECORD_SIZE, f"XENPV_P2M_LEAVES: {len(self.raw)} bytes are no runs of 24 each")
+            ctx.report(
+                rules.RECORD_SIZE,
+                f"XENPV_P2M_LEAVES: {len(self.raw)} bytes are not a multiple of 24",
+            )
             return False
         first, count, pfn = np.frombuffer(self.raw, "<u8").reshape(-1, 3).T
-        most = np.uint64(PFN_MAX)
-        sound = (first <= most) & (count > 0) & (count <= most) & (pfn <= most)
-        sound[0] &= first[0] == 0
-        sound[1:] &= first[1:] == first[:-1] + count[:-1]
-        if (at := first_bad(~sound)) is not None:
+        limit = np.uint64(PFN_MAX)
+        valid = (first <= limit) & (count > 0) & (count <= limit) & (pfn <= limit)
+        valid[0] &= first[0] == 0
+        valid[1:] &= first[1:] == first[:-1] + count[:-1]
+        if (at := first_bad(~valid)) is not None:
             words = ", ".join(f"{int(n):#x}" for n in (first[at], count[at], pfn[at]))
-            ctx.report(rules.P2M_RANGE, f"XENPV_P2M_LEAVES: run {at} ({words}) does not follow the one before it")
+            ctx.report(rules.P2M_RANGE, f"XENPV_P2M_LEAVES: run {at} ({words}) does not continue the last run")
             return False
-        places, end = -(-self.entries * (ctx.width or 8) // PAGE_SIZE), int(first[-1]) + int(count[-1])
-        if places != end or self.entries > PFN_MAX + 1:
-            what = f"XENPV_P2M_LEAVES: {self.entries:#x} entries take {places:#x} leaves, not {end:#x}"
+        leaves, end = -(-self.entries * (ctx.width or 8) // PAGE_SIZE), int(first[-1]) + int(count[-1])
+        if leaves != end or self.entries > PFN_MAX + 1:
+            what = f"XENPV_P2M_LEAVES: {self.entries:#x} entries have {leaves:#x} leaves, not {end:#x}"
             ctx.report(rules.P2M_RANGE, what)
             return False
         return True
@@ -176,7 +179,7 @@ class P2MLeaves(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VcpuBlob(Record):
-    """One vcpu's state as a pair of domctls gives and takes it."""
+    """One part of a vcpu's state, as a domctl returns it and another one sets it."""
 
     LENGTH = range(8, BLOB_MAX)
     FIELDS = Fields(vcpu_id=4, _reserved=4)
@@ -192,60 +195,61 @@ class VcpuBlob(Record):
         if vcpu >= VCPUS_MAX:
             ctx.report(rules.VCPU_ID, f"{name} record vcpu_id ({vcpu}) exceeds what Xen can have ({VCPUS_MAX - 1})")
             return False
-        if wrong := self.wrong_size(ctx, size):
-            ctx.report(rules.VCPU_SIZE, f"{name} record of vcpu{vcpu} {wrong}, got {size}")
+        if error := self.size_error(ctx, size):
+            ctx.report(rules.VCPU_SIZE, f"{name} record of vcpu{vcpu} {error}, got {size}")
             return False
         return True
 
     @classmethod
-    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:
+    def size_error(cls, ctx: RecordContext, size: int) -> str | None:
+        """Return what is wrong with a context of that size; None if nothing."""
         raise NotImplementedError
 
 
 class VcpuBasic(VcpuBlob):
-    TYPE = Type.X86_PV_VCPU_BASIC
+    TYPE = RecordType.X86_PV_VCPU_BASIC
 
     @classmethod
-    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:
+    def size_error(cls, ctx: RecordContext, size: int) -> str | None:
         expected = VCPU_GUEST_CONTEXT.size(ctx.width or 8)
         return None if size == expected else f"wrong size: expected {expected} bytes"
 
 
 class VcpuExtended(VcpuBlob):
-    TYPE = Type.X86_PV_VCPU_EXTENDED
+    TYPE = RecordType.X86_PV_VCPU_EXTENDED
 
     @classmethod
-    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:  # noqa: ARG003
+    def size_error(cls, ctx: RecordContext, size: int) -> str | None:  # noqa: ARG003
         return None if size <= EXT_VCPUCONTEXT_MAX else f"too long: max {EXT_VCPUCONTEXT_MAX} bytes"
 
 
 class VcpuXsave(VcpuBlob):
-    TYPE = Type.X86_PV_VCPU_XSAVE
+    TYPE = RecordType.X86_PV_VCPU_XSAVE
 
     @classmethod
-    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:  # noqa: ARG003
+    def size_error(cls, ctx: RecordContext, size: int) -> str | None:  # noqa: ARG003
         return None if size >= XSAVE_HEADER_SIZE else f"too short: min {XSAVE_HEADER_SIZE} bytes"
 
 
 class VcpuMsrs(VcpuBlob):
-    TYPE = Type.X86_PV_VCPU_MSRS
+    TYPE = RecordType.X86_PV_VCPU_MSRS
 
     @classmethod
-    def wrong_size(cls, ctx: RecordContext, size: int) -> str | None:  # noqa: ARG003
+    def size_error(cls, ctx: RecordContext, size: int) -> str | None:  # noqa: ARG003
         return None if size % VCPU_MSR.size(8) == 0 else f"expected to be a multiple of {VCPU_MSR.size(8)} bytes"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedInfo(Opaque):
-    """The shared info page, 4096 bytes; its mfns are those of the host that saved."""
+    """The shared info page, 4096 bytes; its mfns are the saving host's."""
 
-    TYPE = Type.SHARED_INFO
+    TYPE = RecordType.SHARED_INFO
     LENGTH = range(PAGE_SIZE, PAGE_SIZE + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class X86TscInfo(Record):
-    TYPE = Type.X86_TSC_INFO
+    TYPE = RecordType.X86_TSC_INFO
     LENGTH = range(24, 25)
     FIELDS = Fields(mode=4, khz=4, nsec=8, incarnation=4, _reserved=4)
     mode: int
@@ -256,15 +260,15 @@ class X86TscInfo(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HvmContext(Opaque):
-    TYPE = Type.HVM_CONTEXT
+    TYPE = RecordType.HVM_CONTEXT
     LENGTH = range(1, RECORD_LENGTH_MAX + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HvmParams(Record):
-    """HVM parameters, value by index."""
+    """HVM parameters: ``params`` has the values by index."""
 
-    TYPE = Type.HVM_PARAMS
+    TYPE = RecordType.HVM_PARAMS
     LENGTH = range(8, BLOB_MAX)
     FIELDS = Fields(count=4, _reserved=4)
     params: dict[int, int]
@@ -277,7 +281,7 @@ class HvmParams(Record):
                 rules.RECORD_SIZE, f"HVM_PARAMS: {count} parameters need {8 + count * 16} bytes, got {len(body)}"
             )
             return None
-        record = cls(offset=offset, length=len(body), params=dict(struct.iter_unpack(f"{ctx.order}QQ", body[8:])))
+        record = cls(offset=offset, length=len(body), params=dict(struct.iter_unpack(f"{ctx.byte_order}QQ", body[8:])))
         return record if record.check(ctx) else None
 
     def check(self, ctx: RecordContext) -> bool:
@@ -295,7 +299,7 @@ _PARAM = Fields(index=8, value=8)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy(Opaque):
-    """A CPU policy: an array of ENTRY structs, at least one."""
+    """A CPU policy: an array of structs of ENTRY bytes, at least one."""
 
     LENGTH = range(1, BLOB_MAX)
     ENTRY: ClassVar[int]
@@ -309,22 +313,22 @@ class Policy(Opaque):
 
 
 class CpuidPolicy(Policy):
-    TYPE = Type.X86_CPUID_POLICY
+    TYPE = RecordType.X86_CPUID_POLICY
     ENTRY = CPUID_LEAF.size(8)
 
 
 class MsrPolicy(Policy):
-    TYPE = Type.X86_MSR_POLICY
+    TYPE = RecordType.X86_MSR_POLICY
     ENTRY = MSR_ENTRY.size(8)
 
 
 class Toolstack(Opaque):
-    TYPE = Type.TOOLSTACK
+    TYPE = RecordType.TOOLSTACK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointDirtyPfnList(Opaque):
-    TYPE = Type.CHECKPOINT_DIRTY_PFN_LIST
+    TYPE = RecordType.CHECKPOINT_DIRTY_PFN_LIST
 
 
 _ALL: tuple[type[Record], ...] = (

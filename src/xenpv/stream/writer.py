@@ -1,9 +1,8 @@
 """Writer: records in, buffers out, no I/O.
 
-Each call gives the buffers to be written next, in order; page content is among them as it was given, not copied. What
-a Reader refuses, a Writer does not write: both ask the same tables what may follow what (order.py, LibxlOrder), and
-the same records what their values may be. Reserved fields, padding and whatever else a verifier would warn of are
-right by construction, or refused.
+Each call returns the buffers to be written next, in order; page content is not copied. A Writer does not write what a
+Reader refuses: both ask the same tables for the order (order.py, LibxlOrder), and the same records for their values.
+What a verifier would warn of, such as reserved fields and padding, is right by construction, or refused.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from xenpv.stream.framing import (
     check_xen_version,
 )
 from xenpv.stream.libxl import LibxlOrder, LibxlRecord
-from xenpv.stream.order import Guest, Order, Type
+from xenpv.stream.order import Guest, Order, RecordType
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.records import LIBXC
 
 VERSION = 3
-KINDS = (Kind.XL, Kind.LIBXL, Kind.LIBXC)
+KINDS = (Kind.XL, Kind.LIBXL, Kind.LIBXC)  # that a Writer makes
 
 _PAGE_SHIFT = 12
 _ALL_ONES = (1 << 64) - 1
@@ -39,13 +38,21 @@ _ALL_ONES = (1 << 64) - 1
 class Writer:
     """Writes one stream, little-endian, libxc version 3: ``start``, then ``send`` and ``pages``, until it is ``done``.
 
-    ``kind`` is what wraps it: xl's file header with ``config`` (JSON as libxl has it, or nothing) around libxl's
-    records around libxc's, the latter two, or libxc's alone. ``xen`` is the version of Xen on which the domain ran.
-    ``legacy``: libxl's header says that the stream was converted from the legacy format. ``offset`` counts the bytes
-    given so far.
+    Args:
+        kind: the envelope: xl's file header, or none around a libxl or libxc stream.
+        guest: PV or HVM.
+        xen: the version of Xen on which the domain ran.
+        config: for xl, the domain's configuration as libxl's JSON; may be empty.
+        legacy: mark libxl's stream as converted from the legacy format.
 
-    Every call raises, and gives nothing, for what may not stand there: OutOfOrder, Malformed or Unsupported, with the
-    offset at which it would have stood. After that the stream cannot be finished, and each call raises the same again.
+    Attributes:
+        offset: bytes returned so far.
+        done: whether the stream is complete.
+
+    Raises:
+        RequestError: the constructor, for a kind or a configuration that cannot be written.
+        OutOfOrder, Malformed, Unsupported: every call, for a record that may not come here, with the offset at which
+            it would be. The call returns nothing, and each later call raises the same again.
 
     >>> writer = Writer(Kind.LIBXC)
     >>> head = writer.start()
@@ -62,11 +69,10 @@ class Writer:
         config: bytes = b"",
         legacy: bool = False,
     ) -> None:
-        """Raises RequestError for an envelope that is not written, or a configuration that it has no place for."""
         if kind not in KINDS:
-            raise RequestError(f"no {kind} envelope is written; {', '.join(KINDS)} are")
+            raise RequestError(f"cannot write a {kind} envelope; only {', '.join(KINDS)}")
         if config and kind is not Kind.XL:
-            raise RequestError(f"a bare {kind} stream has no place for a configuration")
+            raise RequestError(f"a bare {kind} stream cannot carry a configuration")
         envelope.check_config_size(config)
         if config and not config.startswith(b"{"):
             raise RequestError("the configuration is not libxl's JSON")
@@ -77,17 +83,17 @@ class Writer:
         self._xen = xen
         self._config = config
         self._options = libxl.OPTION_LEGACY if legacy else 0
-        self._ctx = RecordContext(self._fault, "<", VERSION, guest)
-        self._order: Order | None = None  # of the libxc stream, once it has begun
+        self._ctx = RecordContext(self._raise_breach, "<", VERSION, guest)
+        self._order: Order | None = None  # of the libxc stream; None before ``start``
         self._libxl = LibxlOrder()
         self._record: str | None = None
         self._failed: StreamError | None = None
 
     def start(self) -> list[Buffer]:
-        """The envelope's header and those of the streams, up to where the first libxc record stands."""
+        """Return the headers of envelope and streams, up to the first libxc record."""
         self._begin("image header")
         if self._order is not None:
-            raise self._broken(rules.REPEATED, "a second image header")
+            raise self._fatal_error(rules.REPEATED, "a second image header")
         self._order = Order(self.guest, VERSION)
         out: list[Buffer] = []
         if self.kind is Kind.XL:
@@ -97,106 +103,112 @@ class Writer:
             out.append(libxl.HEADER.pack(">", ident=ident, version=libxl.VERSION, options=self._options))
             context = libxl.LibxcContext()
             self._libxl.check_next(context.TYPE)
-            out += _framed(context.TYPE, context.body())
+            out += _frame(context.TYPE, context.body())
         out.append(IMAGE_HEADER.pack(">", marker=_ALL_ONES, id=IMAGE_ID, version=VERSION, options=0))
         major, minor = self._xen
         check_xen_version(self._ctx, major, minor)
         out.append(DOMAIN_HEADER.pack(type=self.guest, page_shift=_PAGE_SHIFT, xen_major=major, xen_minor=minor))
-        return self._give(out)
+        return self._count(out)
 
     def send(self, record: Record) -> list[Buffer]:
-        """A record, of libxc's or libxl's. PAGE_DATA has a call of its own.
+        """Return a record of libxc's or libxl's; PAGE_DATA is written by ``pages``.
 
-        libxl's come when libxc's END, or a CHECKPOINT, has handed the stream back; behind CHECKPOINT_END libxc's come
-        again.
+        libxl's records come after libxc's END or CHECKPOINT; after CHECKPOINT_END libxc's come again.
         """
-        inner = not isinstance(record, LibxlRecord)
-        known = LIBXC if inner else libxl.LIBXL
+        is_libxc = not isinstance(record, LibxlRecord)
+        known = LIBXC if is_libxc else libxl.LIBXL
         kind = getattr(type(record), "TYPE", -1)
         self._begin(record.name)
         if known.get(kind) is not type(record):
-            raise self._broken(rules.RECORD_UNKNOWN, f"{type(record).__name__} is no record that can be written")
-        self._place(kind, inner=inner)
+            raise self._fatal_error(rules.RECORD_UNKNOWN, f"cannot write a record of class {type(record).__name__}")
+        self._check_order(kind, is_libxc=is_libxc)
         try:
             body = record.body()
         except OverflowError as e:
-            raise self._broken(rules.RECORD_SIZE, f"a value does not fit: {e}") from None
-        length = _size(body)
+            raise self._fatal_error(rules.RECORD_SIZE, f"a value does not fit its field: {e}") from None
+        length = _total_size(body)
         if length not in record.LENGTH:
-            raise self._broken(rules.RECORD_SIZE, f"a body of {length:#x} bytes")
+            raise self._fatal_error(rules.RECORD_SIZE, f"a body of {length:#x} bytes")
         record.check(self._ctx)
         record.update_context(self._ctx)
-        self._turn(kind, inner=inner)
-        return self._give(_framed(kind, body))
+        self._note_sent(kind, is_libxc=is_libxc)
+        return self._count(_frame(kind, body))
 
     def pages(self, entries: Buffer, contents: Sequence[Buffer] = ()) -> list[Buffer]:
-        """PAGE_DATA. ``entries``: 64 bits each, little-endian, type in bits 63 to 60, pfn in 51 to 0. ``contents``: the
-        pages of those that have content, in their order, cut as they come: any number of bytes to a buffer.
+        """Return a PAGE_DATA record.
+
+        Args:
+            entries: 64 bits each, little-endian: type in bits 63 to 60, pfn in bits 51 to 0.
+            contents: the pages of those that have content, in their order; a buffer may have any number of bytes.
         """
-        self._begin(Type.PAGE_DATA.name)
-        self._place(Type.PAGE_DATA, inner=True)
+        self._begin(RecordType.PAGE_DATA.name)
+        self._check_order(RecordType.PAGE_DATA, is_libxc=True)
         count, rest = divmod(len(entries), 8)
-        length = PageData.FIELDS.size + len(entries) + _size(contents)
+        length = PageData.FIELDS.size + len(entries) + _total_size(contents)
         if not count or rest:
-            raise self._broken(rules.PAGE_COUNT, f"PAGE_DATA with {len(entries)} bytes of pfns")
+            raise self._fatal_error(rules.PAGE_COUNT, f"PAGE_DATA with {len(entries)} bytes of pfns")
         if length > RECORD_LENGTH_MAX:
-            raise self._broken(rules.RECORD_LENGTH, f"length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})")
+            raise self._fatal_error(rules.RECORD_LENGTH, f"length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})")
         begin = self.offset + RECORD_HEADER.size + PageData.FIELDS.size + len(entries)
         raw = memoryview(entries)
         PageData.parse_entries(self._ctx, raw, offset=self.offset, length=length, pages_offset=begin)
-        return self._give(_framed(Type.PAGE_DATA, [PageData.FIELDS.pack(count=count), entries, *contents], length))
+        body = [PageData.FIELDS.pack(count=count), entries, *contents]
+        return self._count(_frame(RecordType.PAGE_DATA, body, length))
 
-    # --- what may stand where ----------------------------------------------------------------------------------------
+    # --- order -------------------------------------------------------------------------------------------------------
 
     def _begin(self, record: str) -> None:
+        """Start a record. Raises if an earlier one failed or the stream is done."""
         self._record = record
         if self._failed is not None:
             raise self._failed
         if self.done:
-            raise self._broken(rules.ORDER, f"{record} behind the end of the stream")
+            raise self._fatal_error(rules.ORDER, f"{record} after the end of the stream")
 
-    def _place(self, kind: int, *, inner: bool) -> None:
-        """Whether a record may come now; END also needs all others to have come."""
+    def _check_order(self, kind: int, *, is_libxc: bool) -> None:
+        """Raise if a record may not come now; END also needs all mandatory records."""
         order = self._order
         if order is None:
-            raise self._broken(rules.ORDER, f"{self._record} before the headers")
-        wrapped = self.kind is not Kind.LIBXC
-        if inner != (not wrapped or self._libxl.in_libxc):
-            where = "within libxc's stream" if not inner else "where libxl's records stand"
-            raise self._broken(rules.ORDER, f"{self._record} {where if wrapped else 'in a bare libxc stream'}")
-        for rule, message in order.check_next(kind) if inner else self._libxl.check_next(kind):
-            self._fault(rule, message)
-        if inner and kind == Type.END:
+            raise self._fatal_error(rules.ORDER, f"{self._record} before the headers")
+        has_libxl = self.kind is not Kind.LIBXC
+        if is_libxc != (not has_libxl or self._libxl.in_libxc):
+            where = "within libxc's stream" if not is_libxc else "among libxl's records"
+            raise self._fatal_error(rules.ORDER, f"{self._record} {where if has_libxl else 'in a bare libxc stream'}")
+        for rule, message in order.check_next(kind) if is_libxc else self._libxl.check_next(kind):
+            self._raise_breach(rule, message)
+        if is_libxc and kind == RecordType.END:
             for missing in order.missing():
-                self._fault(rules.MISSING, f"the stream ends without {missing.name}")
+                self._raise_breach(rules.MISSING, f"the stream ends without {missing.name}")
 
-    def _turn(self, kind: int, *, inner: bool) -> None:
-        """Who has the stream after this record."""
-        if not inner:
+    def _note_sent(self, kind: int, *, is_libxc: bool) -> None:
+        """Note whether the stream is done, and whether libxc's or libxl's records come next."""
+        if not is_libxc:
             self.done = self._libxl.ended
-        elif kind in {Type.END, Type.CHECKPOINT}:
-            self._libxl.libxc_handed_back(checkpoint=kind == Type.CHECKPOINT)
-            self.done = self.kind is Kind.LIBXC and kind == Type.END
+        elif kind in {RecordType.END, RecordType.CHECKPOINT}:
+            self._libxl.libxc_handed_back(checkpoint=kind == RecordType.CHECKPOINT)
+            self.done = self.kind is Kind.LIBXC and kind == RecordType.END
 
-    def _fault(self, rule: Rule, message: str) -> None:
-        raise self._broken(rule, message)
+    def _raise_breach(self, rule: Rule, message: str) -> None:
+        raise self._fatal_error(rule, message)
 
-    def _broken(self, rule: Rule, message: str) -> StreamError:
+    def _fatal_error(self, rule: Rule, message: str) -> StreamError:
+        """Note a breach, after which nothing can be written; return the error that the caller must raise."""
         self._failed = rules.breach(rule, message, offset=self.offset, record=self._record)
         return self._failed
 
-    def _give(self, buffers: list[Buffer]) -> list[Buffer]:
-        self.offset += _size(buffers)
+    def _count(self, buffers: list[Buffer]) -> list[Buffer]:
+        """Add the size of buffers to ``offset``, and return them."""
+        self.offset += _total_size(buffers)
         return buffers
 
 
-def _framed(kind: int, body: Sequence[Buffer], length: int | None = None) -> list[Buffer]:
-    """A record's header, body and padding."""
-    length = _size(body) if length is None else length
+def _frame(kind: int, body: Sequence[Buffer], length: int | None = None) -> list[Buffer]:
+    """Return a record's header, body and padding."""
+    length = _total_size(body) if length is None else length
     padding = bytes(-length % 8)
-    whole = [RECORD_HEADER.pack(type=kind, length=length), *body, padding]
-    return [buffer for buffer in whole if len(buffer)]
+    buffers = [RECORD_HEADER.pack(type=kind, length=length), *body, padding]
+    return [buffer for buffer in buffers if len(buffer)]
 
 
-def _size(buffers: Sequence[Buffer]) -> int:
+def _total_size(buffers: Sequence[Buffer]) -> int:
     return sum(map(len, buffers))
