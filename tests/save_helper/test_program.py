@@ -26,7 +26,7 @@ from xenpv.host.model.host import ModelHost
 from xenpv.host.protocol import XenVersion
 from xenpv.save.precopy import PrecopyPolicy
 from xenpv.save_helper import program
-from xenpv.save_helper.program import EXIT_GONE, EXIT_REFUSED, EXIT_USAGE, Libxl, LibxlGone, precopy, serve
+from xenpv.save_helper.program import EXIT_GONE, EXIT_REFUSED, EXIT_USAGE, Libxl, LibxlGone, parse_precopy, serve
 from xenpv.save_helper.protocol import Level, Message, Restore, Save
 from xenpv.stream.envelope import Kind
 from xenpv.verify.stream import verify
@@ -45,9 +45,9 @@ def stream() -> Iterator[BinaryIO]:
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in program._STOPS}
+    before = {number: signal.getsignal(number) for number in program._STOP_SIGNALS}
     yield
-    program._stopped.clear()
+    program._received_signals.clear()
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -183,6 +183,19 @@ def test_when_libxl_dies_the_guest_runs_on(guest: Guest, stream: BinaryIO, last:
     assert not guest.host.info(guest.domid).shutdown
 
 
+def test_serve_libxl_gone_and_resume_fails_raises_host_error(guest: Guest, stream: BinaryIO) -> None:
+    def dies() -> None:
+        guest.do("suspend")
+
+    def resume(domid: DomId) -> None:
+        raise HostError("resume: no", op="resume", domid=domid)
+
+    with pytest.raises(HostError, match="resume: no") as e:
+        save(guest, stream.fileno(), Twisted(guest, resume=resume), answers={Message.SUSPEND: dies})
+    assert (e.value.op, e.value.domid) == ("resume", guest.domid)
+    assert not isinstance(e.value, LibxlGone)
+
+
 def test_when_libxl_and_the_reader_die_the_guest_runs_on(guest: Guest) -> None:
     """The save fails of the stream, and then there is nobody to tell."""
     with open("/dev/full", "wb") as full, pytest.raises(LibxlGone):
@@ -293,11 +306,11 @@ def test_a_live_save_where_xen_cannot(guest: Guest, stream: BinaryIO, monkeypatc
 
 
 def test_how_a_live_save_is_made() -> None:
-    assert precopy("") == PrecopyPolicy()
-    assert precopy("max-downtime=.25, target_dirty=10") == PrecopyPolicy(max_downtime=0.25, target_dirty=10)
+    assert parse_precopy("") == PrecopyPolicy()
+    assert parse_precopy("max-downtime=.25, target_dirty=10") == PrecopyPolicy(max_downtime=0.25, target_dirty=10)
     for wrong in ("yes", "bandwidth", "bandwidth=fast", "downtime=3", "max-iterations=0", ","):
         with pytest.raises(RequestError):
-            precopy(wrong)
+            parse_precopy(wrong)
 
 
 # --- the program itself ----------------------------------------------------------------------------------------------

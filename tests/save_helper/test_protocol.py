@@ -12,7 +12,7 @@ import pytest
 import lab
 from xenpv.errors import RequestError
 from xenpv.save_helper import protocol
-from xenpv.save_helper.protocol import Level, Message, Restore, Save, arguments, messages
+from xenpv.save_helper.protocol import Level, Message, Restore, Save, decode_messages, parse_arguments
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 XENS = [version.xen for version in lab.SUPPORTED]
@@ -24,7 +24,7 @@ def conversations(xen: str) -> dict[str, dict[str, Any]]:
 
 
 def said(conversation: dict[str, Any]) -> list[tuple[Message, tuple[int | str, ...]]]:
-    return list(messages(bytes.fromhex(conversation["said"])))
+    return list(decode_messages(bytes.fromhex(conversation["said"])))
 
 
 @pytest.fixture(params=XENS)
@@ -34,7 +34,7 @@ def recorded(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
 
 def test_what_the_stock_helper_says_is_read_and_written_alike(recorded: dict[str, dict[str, Any]]) -> None:
     for conversation in recorded.values():
-        again = b"".join(protocol.message(kind, *values) for kind, values in said(conversation))
+        again = b"".join(protocol.encode(kind, *values) for kind, values in said(conversation))
         assert again.hex() == conversation["said"]
 
 
@@ -42,8 +42,8 @@ def test_every_answer_is_to_a_message_that_has_one(recorded: dict[str, dict[str,
     for conversation in recorded.values():
         heard = bytes.fromhex(conversation["heard"])
         asked = [kind for kind, _ in said(conversation) if kind in protocol.ANSWERED]
-        assert len(heard) == protocol.REPLY * len(asked)
-        answers = {kind: protocol.reply(heard[4 * at : 4 * at + 4]) for at, kind in enumerate(asked)}
+        assert len(heard) == protocol.REPLY_SIZE * len(asked)
+        answers = {kind: protocol.decode_reply(heard[4 * at : 4 * at + 4]) for at, kind in enumerate(asked)}
         assert answers.pop(Message.COMPLETE) == 0
         assert answers.pop(Message.SUSPEND, 1) == 1, "libxl's answer to a guest that refused, too: who asks has to look"
         assert answers.pop(Message.STATIC_DATA_DONE, 0) == 0
@@ -52,7 +52,7 @@ def test_every_answer_is_to_a_message_that_has_one(recorded: dict[str, dict[str,
 
 def test_libxls_arguments_are_understood(recorded: dict[str, dict[str, Any]]) -> None:
     for name, conversation in recorded.items():
-        request = arguments(conversation["arguments"])
+        request = parse_arguments(conversation["arguments"])
         assert isinstance(request, Restore if "restore)" in name else Save)
         if isinstance(request, Save):
             assert (request.live, request.debug) == (name.startswith("migrate"), False)
@@ -82,15 +82,15 @@ def test_how_each_conversation_ends(recorded: dict[str, dict[str, Any]]) -> None
 
 
 def test_our_words_have_xls_form() -> None:
-    assert list(messages(protocol.log(Level.ERROR, "dom5: no"))) == [
+    assert list(decode_messages(protocol.encode_log(Level.ERROR, "dom5: no"))) == [
         (Message.LOG, (8, protocol.NO_ERRNO, "xenpv", "dom5: no")),
     ]
-    assert list(messages(protocol.complete())) == [(Message.COMPLETE, (0, 0))]
-    assert list(messages(protocol.complete(28))) == [(Message.COMPLETE, (-1, 28))]
+    assert list(decode_messages(protocol.encode_complete())) == [(Message.COMPLETE, (0, 0))]
+    assert list(decode_messages(protocol.encode_complete(28))) == [(Message.COMPLETE, (-1, 28))]
 
 
 def test_words_of_any_length_and_kind_fit() -> None:
-    ((_, (_, _, _, text)),) = messages(protocol.log(Level.INFO, "a\0b\ud800" + "é" * 100_000))
+    ((_, (_, _, _, text)),) = decode_messages(protocol.encode_log(Level.INFO, "a\0b\ud800" + "é" * 100_000))
     assert isinstance(text, str)
     assert text.startswith("a?b?é")
     assert text.endswith("é...")
@@ -106,9 +106,9 @@ def changed(argv: list[str], at: int, value: str) -> list[str]:
 
 
 def test_arguments_say_live_and_debug() -> None:
-    assert arguments(changed(SAVE, 4, "1")) == Save(14, 1, live=True, debug=False)
-    assert arguments(changed(SAVE, 4, "3")) == Save(14, 1, live=True, debug=True)
-    assert arguments(RESTORE) == Restore(12, 2, 1, 0, 2, 0)
+    assert parse_arguments(changed(SAVE, 4, "1")) == Save(14, 1, live=True, debug=False)
+    assert parse_arguments(changed(SAVE, 4, "3")) == Save(14, 1, live=True, debug=True)
+    assert parse_arguments(RESTORE) == Restore(12, 2, 1, 0, 2, 0)
 
 
 @pytest.mark.parametrize(
@@ -134,19 +134,19 @@ def test_arguments_say_live_and_debug() -> None:
 )
 def test_what_is_not_known_is_refused_in_words(argv: list[str], why: str) -> None:
     with pytest.raises(RequestError, match=why):
-        arguments(argv)
+        parse_arguments(argv)
 
 
 def test_a_recording_that_is_none_is_refused() -> None:
-    good = protocol.log(Level.INFO, "words") + protocol.complete(5)
+    good = protocol.encode_log(Level.INFO, "words") + protocol.encode_complete(5)
     for cut in range(1, len(good)):
-        if cut != len(protocol.log(Level.INFO, "words")):
+        if cut != len(protocol.encode_log(Level.INFO, "words")):
             with pytest.raises(ValueError, match="message at"):
-                list(messages(good[:cut]))
+                list(decode_messages(good[:cut]))
     for _ in range(200):
         noise = bytearray(good)
         noise[int.from_bytes(os.urandom(2), "little") % len(good)] ^= 1 << os.urandom(1)[0] % 8
         try:
-            list(messages(bytes(noise)))
+            list(decode_messages(bytes(noise)))
         except ValueError as e:
             assert "message at" in str(e)  # noqa: PT017 - it may be fine, too

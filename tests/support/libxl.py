@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-from xenpv.save_helper.protocol import ANSWERED, Message, messages
+from xenpv.save_helper.protocol import ANSWERED, Message, decode_messages
 
 Answer = int | None | Callable[[], int | None]
 """What is answered; None: libxl dies instead."""
@@ -40,7 +40,7 @@ class FakeLibxl:
                 body = b""
                 while len(body) < int.from_bytes(head, "little"):
                     body += said.read(int.from_bytes(head, "little") - len(body)) or b""
-                ((kind, values),) = messages(head + body)
+                ((kind, values),) = decode_messages(head + body)
                 self.told.append((kind, values))
                 answer = self._answers.get(kind, 0)
                 if callable(answer):

@@ -2,10 +2,10 @@
 
     LIBXL_SAVE_HELPER=/path/to/xenpv-save-helper xl save|restore|migrate …
 
-libxl runs it with the stream's descriptor, and talks to it over standard input and output (protocol.py); what
-goes wrong is said to libxl, which prints it. docs/howto/xl.md is for who uses it.
+libxl runs it with the stream's descriptor and talks to it over standard input and output (protocol.py). Errors go to
+libxl, which prints them. docs/howto/xl.md is for users.
 
-NumPy, and all that stands on it, is imported when it is known what for.
+NumPy, and what needs it, is imported by the function that uses it.
 """
 
 from __future__ import annotations
@@ -29,87 +29,92 @@ if TYPE_CHECKING:
     from xenpv.save.precopy import PrecopyPolicy
 
 EXIT_REFUSED = 1
-EXIT_GONE = 2  # nobody is left to talk to
+EXIT_GONE = 2  # libxl has gone
 EXIT_USAGE = 64
 
 _PRECOPY = "XENPV_PRECOPY"  # in the environment: xl has no options for it
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_stopped: list[signal.Signals] = []  # by which signals a save is to end
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_received_signals: list[signal.Signals] = []  # stop signals, in the order of their arrival
 
 
 class LibxlGone(HostError):
-    """libxl does not answer any more."""
+    """libxl has closed its end of the pipes."""
 
     def __init__(self) -> None:
         super().__init__("libxl has gone", op="save helper", errno=errno.EPIPE)
 
 
 class Libxl:
-    """The other end: told, asked, and shown how far it is."""
+    """The connection to the libxl that runs this program.
 
-    def __init__(self, heard: int, said: int) -> None:
-        self._heard, self._said = heard, said
+    Args:
+        read_fd: The pipe from libxl.
+        write_fd: The pipe to libxl.
+    """
+
+    def __init__(self, read_fd: int, write_fd: int) -> None:
+        self._read_fd, self._write_fd = read_fd, write_fd
         self._reported: tuple[str, int] | None = None
 
     @classmethod
     def at_standard_descriptors(cls) -> Libxl:
-        """Whoever started us; what anything else prints goes to standard error from now on."""
+        """Connect by standard input and output; what is printed from now on goes to standard error."""
         libxl = cls(os.dup(0), os.dup(1))
         os.dup2(2, 1)
         return libxl
 
-    def tell(self, message: bytes) -> None:
-        """Send a message. LibxlGone when nobody reads it."""
+    def send(self, message: bytes) -> None:
+        """Send a message. LibxlGone if libxl has closed the pipe."""
         try:
             while message:
-                message = message[os.write(self._said, message) :]
+                message = message[os.write(self._write_fd, message) :]
         except OSError as e:
             raise LibxlGone from e
 
-    def ask(self, message: bytes) -> int:
-        """Send a message, and wait for the answer, however long that takes. LibxlGone when none comes."""
-        self.tell(message)
+    def call(self, message: bytes) -> int:
+        """Send a message and return libxl's answer, without a timeout. LibxlGone if none comes."""
+        self.send(message)
         answer = b""
-        while len(answer) < protocol.REPLY:
+        while len(answer) < protocol.REPLY_SIZE:
             try:
-                more = os.read(self._heard, protocol.REPLY - len(answer))
+                more = os.read(self._read_fd, protocol.REPLY_SIZE - len(answer))
             except OSError as e:
                 raise LibxlGone from e
             if not more:
                 raise LibxlGone
             answer += more
-        return protocol.reply(answer)
+        return protocol.decode_reply(answer)
 
     def log(self, level: Level, text: str) -> None:
-        """Say something, a message for each line."""
+        """Send a text, a LOG message per line."""
         for line in text.splitlines():
-            self.tell(protocol.log(level, line))
+            self.send(protocol.encode_log(level, line))
 
     def progress(self, context: str, done: int, total: int | None) -> None:
         """Send a PROGRESS message whenever the percentage has changed; nothing if the total is unknown."""
         percent = done * 100 // total if total else 0
         if total and self._reported != (context, percent):
             self._reported = context, percent
-            self.tell(protocol.message(Message.PROGRESS, "xenpv", context, done, total))
+            self.send(protocol.encode(Message.PROGRESS, "xenpv", context, done, total))
 
 
 # --- save ------------------------------------------------------------------------------------------------------------
 
 
 def save(request: Save, libxl: Libxl, host: Mover) -> None:
-    """Carry out a save. Raises what went wrong; the domain is left to libxl, which lets it run on."""
+    """Carry out a save. Raises XenPVError and OSError; libxl then resumes the domain."""
     from xenpv.frames import DomId  # noqa: PLC0415
     from xenpv.io.atomic_output import Output  # noqa: PLC0415
     from xenpv.save.save import save as save_domain  # noqa: PLC0415
     from xenpv.stream.envelope import Kind  # noqa: PLC0415
 
     def suspend() -> None:
-        if libxl.ask(protocol.message(Message.SUSPEND)) != 1:
+        if libxl.call(protocol.encode(Message.SUSPEND)) != 1:
             raise GuestError(f"dom{request.domid} was not suspended: what libxl says of it stands above")
 
     policy: PrecopyPolicy | None = None
     if request.live:
-        policy = precopy(os.environ.get(_PRECOPY, ""))
+        policy = parse_precopy(os.environ.get(_PRECOPY, ""))
         if policy is None:
             libxl.log(Level.WARN, f"the domain stands still while it is sent, as {_PRECOPY}=no asks for")
     try:
@@ -130,8 +135,8 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
     libxl.log(Level.INFO, f"{summary.name}: {summary.pages} pages, {summary.bytes} bytes written")
 
 
-def precopy(text: str) -> PrecopyPolicy | None:
-    """How a live save is made: "max-downtime=0.3,bandwidth=50000000"; "no": not live. RequestError for the rest."""
+def parse_precopy(text: str) -> PrecopyPolicy | None:
+    """Return the policy in a text such as "max-downtime=0.3,bandwidth=50000000"; None for "no". RequestError."""
     from dataclasses import fields  # noqa: PLC0415
 
     from xenpv.save.precopy import PrecopyPolicy  # noqa: PLC0415
@@ -139,18 +144,18 @@ def precopy(text: str) -> PrecopyPolicy | None:
     if text == "no":
         return None
     names = [field.name for field in fields(PrecopyPolicy)]
-    given: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for part in text.split(",") if text else []:
         name, _, value = part.partition("=")
         name = name.strip().replace("-", "_")
         try:
             if name not in names:
                 raise ValueError
-            given[name] = float(value) if name == "max_downtime" else int(value)
+            values[name] = float(value) if name == "max_downtime" else int(value)
         except ValueError:
             known = ", ".join(name.replace("_", "-") for name in names)
             raise RequestError(f"{_PRECOPY}: {part!r} is none of {known} with a number, nor no") from None
-    return PrecopyPolicy(**given)
+    return PrecopyPolicy(**values)
 
 
 def _progress_to(libxl: Libxl, *, live: bool) -> ProgressCallback:
@@ -176,23 +181,26 @@ def _progress_to(libxl: Libxl, *, live: bool) -> ProgressCallback:
     return report
 
 
-def _let_run(host: Mover, domid: int) -> None:
-    """Nobody is left who would let a domain run on that was suspended for a save which came to nothing: so it is us.
+def _resume_without_libxl(host: Mover, domid: int) -> None:
+    """Resume the domain of a failed save because libxl, which would do so, has gone. HostError if that fails.
 
-    libxl finishes the stream when it has heard COMPLETE, and answers as it hears it: until then nobody can restore it.
+    libxl finishes the stream and answers once it has received COMPLETE. Until then nobody can restore the stream.
     """
     from xenpv.frames import DomId  # noqa: PLC0415
     from xenpv.save.suspend import has_suspended, resume  # noqa: PLC0415
 
-    if has_suspended(host.info(DomId(domid))):
-        resume(host, DomId(domid))
+    try:
+        if has_suspended(host.info(DomId(domid))):
+            resume(host, DomId(domid))
+    except XenPVError as e:
+        raise HostError(f"libxl has gone, and dom{domid} could not be resumed: {e}", op="resume", domid=domid) from e
 
 
 # --- restore ---------------------------------------------------------------------------------------------------------
 
 
 def restore(request: Restore, libxl: Libxl, host: Mover) -> tuple[int, int]:
-    """Carry out a restore. The mfns of the rings of xenstore and console. Raises what went wrong."""
+    """Carry out a restore. Return the mfns of the xenstore and console rings. Raises XenPVError and OSError."""
     from xenpv.frames import DomId  # noqa: PLC0415
     from xenpv.io.stream_input import Input  # noqa: PLC0415
     from xenpv.restore.restore import restore as restore_domain  # noqa: PLC0415
@@ -205,7 +213,7 @@ def restore(request: Restore, libxl: Libxl, host: Mover) -> tuple[int, int]:
 
     def static_data_done(missing_cpuid: bool, missing_msr: bool) -> None:
         missing = protocol.MISSING_CPUID * missing_cpuid | protocol.MISSING_MSR * missing_msr
-        if libxl.ask(protocol.message(Message.STATIC_DATA_DONE, missing)):
+        if libxl.call(protocol.encode(Message.STATIC_DATA_DONE, missing)):
             raise HostError(f"libxl could not give dom{request.domid} its CPU policy", op="static_data_done")
 
     restored = restore_domain(
@@ -229,96 +237,90 @@ def restore(request: Restore, libxl: Libxl, host: Mover) -> tuple[int, int]:
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
-def serve(request: Save | Restore, libxl: Libxl, find_host: Callable[[], Mover]) -> None:
-    """Do what libxl asks for and tell it how that went. LibxlGone if it could not be told."""
-    found: list[Mover] = []
+def serve(request: Save | Restore, libxl: Libxl, open_host: Callable[[], Mover]) -> None:
+    """Carry out libxl's request and report the result.
 
-    def host() -> Mover:
-        found.append(find_host())
-        return found[0]
-
-    try:
-        rings, failed = _try(request, libxl, host)
-        if isinstance(request, Restore):
-            libxl.tell(protocol.message(Message.RESTORE_RESULTS, *rings))
-        libxl.ask(protocol.complete(failed))
-    except LibxlGone:
-        if found and isinstance(request, Save):
-            _let_run(found[0], request.domid)
-        raise
-
-
-def _try(request: Save | Restore, libxl: Libxl, find_host: Callable[[], Mover]) -> tuple[tuple[int, int], int | None]:
-    """The mfns of a restored domain's rings, and an errno if it failed: then libxl has been told why."""
+    Raises:
+        LibxlGone: libxl has gone. A suspended domain of a save was resumed.
+        HostError: libxl has gone, and the domain could not be resumed.
+    """
+    host: Mover | None = None
+    failure: int | None = None  # an errno
     rings = 0, 0
     try:
-        host = find_host()
-        _check_version(host)
-        if isinstance(request, Save):
-            save(request, libxl, host)
-        else:
-            rings = restore(request, libxl, host)
-    except LibxlGone:
-        raise
-    except (XenPVError, OSError, MemoryError) as e:
-        libxl.log(Level.ERROR, _words(e))
-        return rings, _errno(e)
-    except Exception:  # a bug of ours; libxl goes on as after any error
-        import traceback  # noqa: PLC0415
+        try:
+            host = open_host()
+            _check_version(host)
+            if isinstance(request, Save):
+                save(request, libxl, host)
+            else:
+                rings = restore(request, libxl, host)
+        except LibxlGone:
+            raise
+        except (XenPVError, OSError, MemoryError) as e:
+            failure = _errno(e)
+            libxl.log(Level.ERROR, _describe(e))
+        except Exception:  # a bug of xenpv's; libxl goes on as after any error
+            import traceback  # noqa: PLC0415
 
-        libxl.log(Level.ERROR, f"{traceback.format_exc()}this is a bug of xenpv's; please report it")
-        return rings, errno.EIO
-    return rings, None
+            failure = errno.EIO
+            libxl.log(Level.ERROR, f"{traceback.format_exc()}this is a bug of xenpv's; please report it")
+        if isinstance(request, Restore):
+            libxl.send(protocol.encode(Message.RESTORE_RESULTS, *rings))
+        libxl.call(protocol.encode_complete(failure))
+    except LibxlGone:
+        if host is not None and isinstance(request, Save):
+            _resume_without_libxl(host, request.domid)
+        raise
 
 
 def _check_version(host: Mover) -> None:
     version = host.version()
-    if (version.major, version.minor) < protocol.OLDEST:
+    if (version.major, version.minor) < protocol.OLDEST_XEN:
         raise RequestError(f"this is Xen {version.major}.{version.minor}; 4.14 and newer are supported")
 
 
 def _stop_by_signals(fd: int) -> None:
-    """From now on a signal makes the next write to the stream fail, as libxl-save-helper has it.
+    """Let a stop signal make the next write to the stream fail, as in libxl-save-helper.
 
-    So what was begun is ended in order, once. An exception could come between any two steps of that, or in the middle
-    of a message.
+    The save then ends as after any failed write. An exception could come at any moment, also within a message.
     """
-    nowhere = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    unwritable = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
 
     def stop(number: int, _: FrameType | None) -> None:
-        _stopped.append(signal.Signals(number))
-        os.dup2(nowhere, fd)
+        _received_signals.append(signal.Signals(number))
+        os.dup2(unwritable, fd)
 
-    for number in _STOPS:
+    for number in _STOP_SIGNALS:
         signal.signal(number, stop)
 
 
 def _errno(e: Exception) -> int:
-    """What libxl shall print as the reason, behind words of its own."""
-    given = getattr(e, "errno", None)
-    if given:
-        return int(given)
+    """Return the errno for COMPLETE, which libxl prints after its own words."""
+    number = getattr(e, "errno", None)
+    if number:
+        return int(number)
     if isinstance(e, StreamError):
         return errno.EBADMSG
     return errno.ENOMEM if isinstance(e, MemoryError) else errno.EINVAL
 
 
-def _words(e: Exception) -> str:
+def _describe(e: Exception) -> str:
     if isinstance(e, OSError):
-        reason = f"stopped by {_stopped[0].name}" if _stopped else e.strerror
+        reason = f"stopped by {_received_signals[0].name}" if _received_signals else e.strerror
         return f"{e.filename or 'the stream'}: {reason}"
     return str(e) or type(e).__name__
 
 
-def xen() -> Mover:
-    """The Xen that we run on. HostError where there is none."""
+def open_host() -> Mover:
+    """Open the Xen host that this program runs on. HostError if there is none."""
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
 
     return XenHost()
 
 
-def main(argv: list[str], find_host: Callable[[], Mover] = xen) -> int:
-    """Run as libxl does, with the arguments behind the program's name; the exit status."""
+def main(argv: list[str], open_host: Callable[[], Mover] = open_host) -> int:
+    """Run the program with libxl's arguments, without the program's name, and return the exit status."""
     if argv[:1] not in (["--save-domain"], ["--restore-domain"]):
         print("xenpv-save-helper is run by libxl: LIBXL_SAVE_HELPER=/path/to/xenpv-save-helper xl save|restore|migrate",
               file=sys.stderr)  # fmt: skip
@@ -327,24 +329,24 @@ def main(argv: list[str], find_host: Callable[[], Mover] = xen) -> int:
     libxl = Libxl.at_standard_descriptors()
     try:
         try:
-            request = protocol.arguments(argv)
+            request = protocol.parse_arguments(argv)
         except RequestError as e:
-            # Who asks for what is not known may number COMPLETE otherwise; LOG was always the first.
+            # An unknown libxl may number COMPLETE differently; LOG has always been the first.
             libxl.log(Level.ERROR, str(e))
             return EXIT_REFUSED
         if isinstance(request, Save):
             _stop_by_signals(request.fd)
         else:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is lost: the new domain is removed by libxl
-        serve(request, libxl, find_host)
-    except LibxlGone as e:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # libxl removes the new domain
+        serve(request, libxl, open_host)
+    except HostError as e:  # libxl has gone
         print(f"xenpv-save-helper: {e}", file=sys.stderr)
         return EXIT_GONE
     return 0
 
 
 def run() -> NoReturn:
-    """The console script. libxl waits for its end, while a migrated guest stands still: nothing is tidied up."""
+    """Run the console script. It ends at once, as libxl waits for that while a migrated guest is suspended."""
     status = main(sys.argv[1:])
     sys.stderr.flush()
     os._exit(status)

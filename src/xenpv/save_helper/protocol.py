@@ -1,11 +1,11 @@
-"""What libxl and its save helper say to each other, sans-IO: arguments and messages in and out of bytes.
+"""The protocol between libxl and its save helper, without I/O: arguments and messages.
 
-libxl runs a program for each save, restore and migration, and that program calls back: it writes messages, libxl
-answers some of them with one int (xen.git:tools/libs/light/libxl_save_helper.c, libxl_save_callout.c and
-libxl_save_msgs_gen.pl). All is in the byte order and the sizes of the machine, and of x86-64 here. Nothing carries a
-version: message numbers moved in Xen 4.6, 4.7 and 4.14, arguments never since 4.7. What libxl offers, one bit for each
-message, tells a libxl before 4.14 at a restore (see ``Restore``); a save looks the same to both, so there the helper
-asks Xen which version it is.
+libxl runs a program for each save, restore and migration. The program writes messages, and libxl answers some of them
+with one int. Everything is in the byte order and the sizes of x86-64. There is no version: message numbers changed
+in Xen 4.6, 4.7 and 4.14, arguments have not since 4.7. At a restore the callbacks that libxl offers, a bit per message,
+give away a libxl before 4.14. At a save they do not, so the helper asks Xen for its version.
+
+Source: xen.git:tools/libs/light/libxl_save_helper.c, libxl_save_callout.c, libxl_save_msgs_gen.pl
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from xenpv.errors import RequestError
 
-OLDEST = 4, 14  # Xen whose libxl numbers its messages so; 4.22 still does
-REPLY = 4  # bytes of an answer
+OLDEST_XEN = 4, 14  # its libxl was the first with these message numbers; 4.22 still has them
+REPLY_SIZE = 4  # bytes of an answer
 NO_ERRNO = 0xFFFF_FFFF
 
 _LENGTH = struct.Struct("<H")
@@ -27,7 +27,7 @@ _INT_MAX = 0x7FFF_FFFF
 
 
 class Message(IntEnum):
-    """What a helper may say. The number is also that of the message's bit in what libxl offers."""
+    """The messages of a helper. The number is also that of the message's bit among the offered callbacks."""
 
     LOG = 1
     PROGRESS = 2
@@ -42,7 +42,7 @@ class Message(IntEnum):
 
 
 class Level(IntEnum):
-    """How loud a LOG is (xen.git:tools/include/xentoollog.h). xl prints PROGRESS and above, with -v more."""
+    """The level of a LOG (xen.git:tools/include/xentoollog.h). xl prints PROGRESS and above, with -v more."""
 
     DEBUG = 1
     VERBOSE = 2
@@ -55,10 +55,10 @@ class Level(IntEnum):
     CRITICAL = 9
 
 
-# What each carries: an array-less struct format, "s" for a string (its length with the NUL in 32 bits, then that).
-_CARRIES = {
+# The format of each body: codes of struct, and "s" for a string (its length with the NUL in 32 bits, then the bytes).
+_BODY_FORMATS = {
     Message.LOG: "IIss",  # level, errno, context, text
-    Message.PROGRESS: "ssQQ",  # context, what is done, done, in all
+    Message.PROGRESS: "ssQQ",  # context, operation, done, total
     Message.SUSPEND: "",
     Message.POSTCOPY: "",
     Message.CHECKPOINT: "",
@@ -74,13 +74,13 @@ MISSING_CPUID = 1
 MISSING_MSR = 2
 
 _LIVE, _DEBUG = 1, 2  # XCFLAGS_*, xen.git:tools/include/xenguest.h
-_SAVES = sum(1 << m for m in range(Message.SUSPEND, Message.STATIC_DATA_DONE))
-_RESTORES = sum(1 << m for m in (*range(Message.SUSPEND, Message.SWITCH_QEMU_LOGDIRTY), 8, 9))
-_STREAMS = ("plain", "Remus", "COLO")
+_SAVE_CALLBACKS = sum(1 << m for m in range(Message.SUSPEND, Message.STATIC_DATA_DONE))
+_RESTORE_CALLBACKS = sum(1 << m for m in (*range(Message.SUSPEND, Message.SWITCH_QEMU_LOGDIRTY), 8, 9))
+_STREAM_TYPES = ("plain", "Remus", "COLO")
 
 
 class Save(NamedTuple):
-    """``--save-domain``: write domain ``domid`` to descriptor ``fd``; ``debug`` asks to send a live one twice."""
+    """``--save-domain``: write domain ``domid`` to descriptor ``fd``. ``debug``: send all pages of a live one twice."""
 
     fd: int
     domid: int
@@ -89,9 +89,9 @@ class Save(NamedTuple):
 
 
 class Restore(NamedTuple):
-    """``--restore-domain``: read from descriptor ``fd`` into ``domid``, which is there and has no memory.
+    """``--restore-domain``: read from descriptor ``fd`` into ``domid``, which exists and has no memory.
 
-    The ports are its event channels, the domains those at their other ends.
+    The ports are its event channels; the other domids are those at their other ends.
     """
 
     fd: int
@@ -102,21 +102,29 @@ class Restore(NamedTuple):
     console_domid: int
 
 
-def arguments(argv: Sequence[str]) -> Save | Restore:
-    """What libxl asks for: the arguments without the program's name. RequestError in words."""
+def parse_arguments(argv: Sequence[str]) -> Save | Restore:
+    """Return libxl's request. RequestError if it is not supported.
+
+    Args:
+        argv: The arguments without the program's name.
+    """
     if argv and argv[0] == "--save-domain":
-        fd, _, domid, flags, offers, stream = _numbers(argv[1:], 6)
-        _plain(stream)
-        _known(offers, _SAVES, needs=1 << Message.SUSPEND)
+        fd, _, domid, flags, callbacks, stream = _parse_numbers(argv[1:], 6)
+        _check_stream_type(stream)
+        _check_callbacks(callbacks, _SAVE_CALLBACKS, needs=1 << Message.SUSPEND)
         if flags & ~(_LIVE | _DEBUG):
             raise RequestError(f"flags {flags:#x} ask for something that is not known here")
         return Save(fd, domid, bool(flags & _LIVE), bool(flags & _DEBUG))
     if argv and argv[0] == "--restore-domain":
-        fd, _, domid, store_port, store_domid, console_port, console_domid, offers, stream = _numbers(argv[1:], 9)
-        _plain(stream)
-        if offers & (1 << 8 | 1 << 9) == 1 << 8:  # where RESTORE_RESULTS was before there was STATIC_DATA_DONE
+        fd, _, domid, store_port, store_domid, console_port, console_domid, callbacks, stream = _parse_numbers(
+            argv[1:], 9
+        )
+        _check_stream_type(stream)
+        if callbacks & (1 << 8 | 1 << 9) == 1 << 8:  # where RESTORE_RESULTS was before there was STATIC_DATA_DONE
             raise RequestError("this libxl is of Xen 4.13 or older; 4.14 and newer are supported")
-        _known(offers, _RESTORES, needs=1 << Message.STATIC_DATA_DONE | 1 << Message.RESTORE_RESULTS)
+        _check_callbacks(
+            callbacks, _RESTORE_CALLBACKS, needs=1 << Message.STATIC_DATA_DONE | 1 << Message.RESTORE_RESULTS
+        )
         return Restore(fd, domid, store_port, store_domid, console_port, console_domid)
     raise RequestError(
         "libxl runs this program: LIBXL_SAVE_HELPER=/path/to/xenpv-save-helper xl save|restore|migrate "
@@ -124,7 +132,7 @@ def arguments(argv: Sequence[str]) -> Save | Restore:
     )
 
 
-def _numbers(texts: Sequence[str], count: int) -> list[int]:
+def _parse_numbers(texts: Sequence[str], count: int) -> list[int]:
     try:
         numbers = [int(text) for text in texts]
     except ValueError:
@@ -135,24 +143,24 @@ def _numbers(texts: Sequence[str], count: int) -> list[int]:
     return numbers
 
 
-def _plain(stream: int) -> None:
+def _check_stream_type(stream: int) -> None:
     if stream:
-        what = _STREAMS[stream] if stream < len(_STREAMS) else f"a stream of type {stream}"
+        what = _STREAM_TYPES[stream] if stream < len(_STREAM_TYPES) else f"a stream of type {stream}"
         raise RequestError(f"{what} is not supported, only a save, restore or migration once; unset LIBXL_SAVE_HELPER")
 
 
-def _known(offers: int, known: int, *, needs: int) -> None:
-    if offers & ~known or offers & needs != needs:
-        raise RequestError(f"libxl offers callbacks {offers:#x}, which is not what it does from Xen 4.14 to 4.22")
+def _check_callbacks(callbacks: int, known: int, *, needs: int) -> None:
+    if callbacks & ~known or callbacks & needs != needs:
+        raise RequestError(f"libxl offers callbacks {callbacks:#x}, which is not what it does from Xen 4.14 to 4.22")
 
 
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
-def message(kind: Message, *values: int | str) -> bytes:
-    """A message as it goes over the pipe. What is too long of a text is left out, at its end."""
+def encode(kind: Message, *values: int | str) -> bytes:
+    """Return the bytes of a message. Text that is too long is cut."""
     body = bytearray(_LENGTH.pack(kind))
-    for code, value in zip(_CARRIES[kind], values, strict=True):
+    for code, value in zip(_BODY_FORMATS[kind], values, strict=True):
         if isinstance(value, str):
             assert code == "s"
             text = value.replace("\0", "?").encode(errors="replace")
@@ -164,23 +172,23 @@ def message(kind: Message, *values: int | str) -> bytes:
     return _LENGTH.pack(len(body)) + body
 
 
-def log(level: Level, text: str, *, errno: int | None = None) -> bytes:
-    """Words for xl's standard error, as "xenpv: error: words", or with ": what errno means" behind them."""
-    return message(Message.LOG, level, NO_ERRNO if errno is None else errno, "xenpv", text)
+def encode_log(level: Level, text: str, *, errno: int | None = None) -> bytes:
+    """Return a LOG, which xl prints as "xenpv: error: TEXT"; with an errno, followed by what that means."""
+    return encode(Message.LOG, level, NO_ERRNO if errno is None else errno, "xenpv", text)
 
 
-def complete(errno: int | None = None) -> bytes:
-    """All is done; or, with an errno, nothing will come of it. libxl answers, and waits for the program to end."""
-    return message(Message.COMPLETE, 0 if errno is None else -1, min(errno or 0, _INT_MAX))
+def encode_complete(errno: int | None = None) -> bytes:
+    """Return a COMPLETE: success or, with an errno, failure. libxl answers, and waits for the program to end."""
+    return encode(Message.COMPLETE, 0 if errno is None else -1, min(errno or 0, _INT_MAX))
 
 
-def reply(answer: bytes) -> int:
-    """The int of an answer."""
+def decode_reply(answer: bytes) -> int:
+    """Return the int in an answer."""
     return int(struct.unpack("<i", answer)[0])
 
 
-def messages(data: bytes) -> Iterator[tuple[Message, tuple[int | str, ...]]]:
-    """What a helper said, for who wants to look at a recording. ValueError where it is none of this protocol's."""
+def decode_messages(data: bytes) -> Iterator[tuple[Message, tuple[int | str, ...]]]:
+    """Yield the messages in a recording of what a helper wrote. ValueError where it breaks the protocol."""
     at = 0
     while at < len(data):
         body = data[at + 2 : at + 2 + int.from_bytes(data[at : at + 2], "little")]
@@ -188,15 +196,15 @@ def messages(data: bytes) -> Iterator[tuple[Message, tuple[int | str, ...]]]:
             raise ValueError(f"the message at {at:#x} is cut off")
         try:
             kind = Message(int.from_bytes(body[:2], "little"))
-            yield kind, tuple(_values(kind, body[2:]))
+            yield kind, tuple(_decode_values(kind, body[2:]))
         except (struct.error, ValueError, UnicodeDecodeError) as e:
             raise ValueError(f"the message at {at:#x} is not one of the save helper's: {e}") from e
         at += 2 + len(body)
 
 
-def _values(kind: Message, body: bytes) -> Iterator[int | str]:
+def _decode_values(kind: Message, body: bytes) -> Iterator[int | str]:
     at = 0
-    for code in _CARRIES[kind]:
+    for code in _BODY_FORMATS[kind]:
         if code == "s":
             (length,) = struct.unpack_from("<I", body, at)
             text = body[at + 4 : at + 4 + length]
