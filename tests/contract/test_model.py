@@ -1,4 +1,4 @@
-"""The contract, on ModelHost: domains of both widths, paused and not, of single frames and of extents."""
+"""The checks of Host, Toolstack and Mover on ModelHost: both widths, single frames and extents."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from itertools import count
 
 import pytest
 
-from tests.contract.building import BUILDING
-from tests.contract.checks import CHECKS, gone
-from tests.contract.moving import MOVING
-from tests.contract.running import (
-    a_guest_suspends_when_asked,
-    a_request_that_was_not_seen_is_taken_back,
-    a_suspend_is_cancelled,
-    all_that_changes_is_in_the_log,
+from tests.contract.host_checks import HOST_CHECKS, assert_gone
+from tests.contract.mover_checks import MOVER_CHECKS
+from tests.contract.running_guest_checks import (
+    log_dirty_logs_every_page_that_changes,
+    request_shutdown_is_withdrawn_before_the_guest_sees_it,
+    request_shutdown_suspends_the_guest,
+    resume_cancels_a_suspend,
 )
+from tests.contract.toolstack_checks import TOOLSTACK_CHECKS
 from tests.support.kernel_guest import Guest
 from tests.support.model_guest import make_guest
 from xenpv.abi.declare import Width
@@ -24,18 +24,18 @@ from xenpv.host.model.host import ModelHost
 from xenpv.host.protocol import Host, Mover
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", HOST_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("order", [0, 9])
 @pytest.mark.parametrize("width", [8, 4])
-def test_contract(check: Callable[[Host, DomId], None], width: Width, order: int) -> None:
+def test_host_check_on_the_model(check: Callable[[Host, DomId], None], width: Width, order: int) -> None:
     host = ModelHost()
     made = make_guest(host, width, order=order, name="litmus")
     check(host, made.domid)
 
 
-@pytest.mark.parametrize("check", BUILDING + MOVING, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", TOOLSTACK_CHECKS + MOVER_CHECKS, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("width", [8, 4])
-def test_building_and_moving(check: Callable[[Mover, Width], None], width: Width) -> None:
+def test_build_or_move_check_on_the_model_leaves_nothing(check: Callable[[Mover, Width], None], width: Width) -> None:
     host = ModelHost()
     before = {path: host.store.list(path) for path in ("/local/domain", "/vm", "/libxl", "/local/domain/0")}
     free = host.free_pages()
@@ -47,8 +47,8 @@ def test_building_and_moving(check: Callable[[Mover, Width], None], width: Width
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_running(width: Width) -> None:
-    """A kernel that writes to a few pages, and does as it is asked, whenever it runs."""
+def test_running_guest_checks_on_the_model(width: Width) -> None:
+    """The guest is a kernel that writes a few pages and obeys requests in each time slice."""
     guest = Guest.boot("both", width)
     free = guest.do("free_pfns")[:20]
     numbers = count(1)
@@ -58,17 +58,17 @@ def test_running(width: Width) -> None:
         guest.do("poll")
 
     guest.host.set_time_slice(guest.domid, lambda: guest.do("poll"))
-    written = all_that_changes_is_in_the_log(guest.host, guest.domid, go)
+    written = log_dirty_logs_every_page_that_changes(guest.host, guest.domid, go)
     assert len(free) <= written["changed"] <= written["logged"] < 30
-    a_request_that_was_not_seen_is_taken_back(guest.host, guest.domid, go)
-    a_guest_suspends_when_asked(guest.host, guest.domid, go)
-    a_suspend_is_cancelled(guest.host, guest.domid, lambda: None)
+    request_shutdown_is_withdrawn_before_the_guest_sees_it(guest.host, guest.domid, go)
+    request_shutdown_suspends_the_guest(guest.host, guest.domid, go)
+    resume_cancels_a_suspend(guest.host, guest.domid, lambda: None)
     assert guest.do("resume") is True
     assert guest.assert_consistent() == []
 
 
-def test_a_domain_that_was_destroyed_is_gone() -> None:
+def test_destroy_makes_all_host_calls_raise_esrch() -> None:
     host = ModelHost()
     made = make_guest(host)
     host.destroy(made.domid)
-    gone(host, made.domid)
+    assert_gone(host, made.domid)

@@ -1,4 +1,4 @@
-"""What moves domains on real Xen, each version: the contract holds, and our calls give what stock xl save writes."""
+"""XenHost as a mover on each version of Xen: it passes the checks, and reads the same as stock xl save."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lab import guests
 NAME = "moved"
 STREAM = "/tmp/moved.save"  # noqa: S108  in dom0
 CANCELLED = "litmus: resume (cancelled) 1"
-WITHOUT_SHADOW = ("4.20",)  # Debian builds it without CONFIG_SHADOW_PAGING: it cannot log what PV domains write
+WITHOUT_SHADOW = ("4.20",)  # Debian builds it without CONFIG_SHADOW_PAGING: no log-dirty mode for PV domains
 
 
 @pytest.mark.deep_elsewhere
-def test_the_contract_of_what_moves_domains(host: lab.Host) -> None:
+def test_mover_and_running_guest_checks_pass(host: lab.Host) -> None:
     before = start(host)
-    live = look(host, "")
-    assert {name: why for name, why in live["contract"].items() if why != "ok"} == {}
+    live = run_checks(host, "")
+    assert {name: result for name, result in live["contract"].items() if result != "ok"} == {}
     running = live["running"]
-    logged = running.pop("all_that_changes_is_in_the_log")
-    assert {name: why for name, why in running.items() if why != "ok"} == {}
+    logged = running.pop("log_dirty_logs_every_page_that_changes")
+    assert {name: result for name, result in running.items() if result != "ok"} == {}
     if host.xen in WITHOUT_SHADOW:
         assert logged == "not on this Xen"
     else:
@@ -34,11 +34,11 @@ def test_the_contract_of_what_moves_domains(host: lab.Host) -> None:
 
 
 @pytest.mark.deep_elsewhere
-def test_our_calls_give_what_stock_xl_save_writes(host: lab.Host) -> None:
-    """Byte for byte, vcpus and policies, of the very suspend; the TSC has gone on."""
+def test_vcpu_state_and_policy_equal_what_stock_xl_save_writes(host: lab.Host) -> None:
+    """Vcpus and policies of the same suspend are equal byte for byte; the TSC has advanced."""
     start(host)
     host.run(f"xl save -p {NAME} {STREAM}").check()
-    stock = look(host, STREAM)["stock"]
+    stock = run_checks(host, STREAM)["stock"]
     tsc, ours = stock.pop("tsc"), stock.pop("our tsc")
     assert {name: sizes for name, sizes in stock.items() if not sizes[1]} == {}
     assert [stock[name][0] for name in ("extended0", "extended1")] == [64, 64]
@@ -50,7 +50,7 @@ def test_our_calls_give_what_stock_xl_save_writes(host: lab.Host) -> None:
 
 
 def start(host: lab.Host) -> int:
-    """Where its console begins."""
+    """Start the guest. Where its console output begins."""
     config = host.write(f"{NAME}.cfg", guests.litmus_config(NAME, 16, 2, options="dirty=500 p2m=both"))
     before = len(host.guest_console(NAME))
     host.run(f"xl create {config}").check()
@@ -58,10 +58,10 @@ def start(host: lab.Host) -> int:
     return before
 
 
-def look(host: lab.Host, stream: str) -> dict[str, Any]:
-    result = host.run(f"python3 -m tests.contract.live_move {NAME} {stream} > live.json", timeout=600)
+def run_checks(host: lab.Host, stream: str) -> dict[str, Any]:
+    result = host.run(f"python3 -m tests.contract.mover_on_xen {NAME} {stream} > live.json", timeout=600)
     text = (result.outputs / "live.json").read_text()
     print(text)  # shown when something fails
     result.check()
-    found: dict[str, Any] = json.loads(text)
-    return found
+    results: dict[str, Any] = json.loads(text)
+    return results

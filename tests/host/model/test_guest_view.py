@@ -1,4 +1,4 @@
-"""Guests that run on ModelHost: their memory by virtual address, what they dirty, and how they suspend."""
+"""Guests that run on the model: memory by virtual address, log-dirty, suspend, events and xenstore."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ BOTH = pytest.mark.parametrize("width", [8, 4])
 
 
 @BOTH
-def test_a_guest_reads_and_writes_its_memory(width: Width) -> None:
+def test_write_across_pages_is_read_back(width: Width) -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, width, 1200)
 
-    def guest(view: GuestView) -> bytes:
+    def program(view: GuestView) -> bytes:
         view.write(made.vaddr(511) + 4000, b"x" * 5000)
         return view.read(made.vaddr(511) + 3999, 5002)
 
-    assert host.run(made.domid, guest) == b"\0" + b"x" * 5000 + b"\0"
+    assert host.run(made.domid, program) == b"\0" + b"x" * 5000 + b"\0"
     pages, _ = host.map_frames(made.domid, made.mfns[511:514])
     assert pages.reshape(-1)[4000:9000].tobytes() == b"x" * 5000
 
 
-def test_any_piece_of_memory_is_written_and_no_more() -> None:
+def test_write_of_any_offset_and_length_writes_only_that() -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, 8, 64)
     expected = bytearray(8 * 4096)
 
-    def guest(view: GuestView) -> None:
+    def program(view: GuestView) -> None:
         for start in (0, 1, 4095, 4096, 5000):
             for length in (0, 1, 95, 4095, 4096, 4097, 8192, 12000):
                 data = bytes([(start + length) % 255 + 1]) * length
@@ -48,17 +48,17 @@ def test_any_piece_of_memory_is_written_and_no_more() -> None:
                 expected[start : start + length] = data
                 assert view.read(made.vaddr(8), len(expected)) == expected
 
-    host.run(made.domid, guest)
+    host.run(made.domid, program)
 
 
 @BOTH
 @pytest.mark.parametrize("write", [False, True])
-def test_what_is_not_mapped_faults(width: Width, write: bool) -> None:
+def test_translate_of_an_unmapped_address_faults_with_its_level(width: Width, write: bool) -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, width, 64)
     xen = 0xFFFF_8000_0000_0000 if width == 8 else 0xF580_0000
 
-    def guest(view: GuestView) -> None:
+    def program(view: GuestView) -> None:
         for vaddr, level in (
             (made.vaddr(64), 1),
             (BASE[width] + (4 << 20), 2),
@@ -70,15 +70,15 @@ def test_what_is_not_mapped_faults(width: Width, write: bool) -> None:
                 view.translate(vaddr, write=write)
             assert (e.value.space, e.value.address, e.value.level) == ("vaddr", vaddr, level)
 
-    host.run(made.domid, guest)
+    host.run(made.domid, program)
 
 
 @BOTH
-def test_page_tables_are_read_and_not_written(width: Width) -> None:
+def test_write_to_a_page_table_faults(width: Width) -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, width, 64)
 
-    def guest(view: GuestView) -> None:
+    def program(view: GuestView) -> None:
         assert any(view.read(made.vaddr(63), 4096))
         with pytest.raises(Fault, match="read-only") as e:
             view.write(made.vaddr(62) + 4095, b"xy")
@@ -87,17 +87,17 @@ def test_page_tables_are_read_and_not_written(width: Width) -> None:
             view.mmu_update([(*made.entry_of(63), int(made.mfns[63]) << 12 | READ_ONLY | 2)])
         assert no.value.errno == errno.EBUSY
 
-    host.run(made.domid, guest)
+    host.run(made.domid, program)
 
 
-def test_a_guest_builds_tables_and_moves_pages() -> None:
-    """It takes a page for a new L1, maps itself anew through it, and moves a page to a pfn beyond 2^31."""
+def test_guest_adds_an_l1_table_and_moves_a_page() -> None:
+    """It allocates a new L1 table, maps a page by it, and moves the page to a pfn beyond 2^31."""
     host = ModelHost(1 << 30)
     made = make_guest(host, 8, 64)
     host.set_max_mem(made.domid, 70)
     far = 1 << 32
 
-    def guest(view: GuestView) -> bytes:
+    def program(view: GuestView) -> bytes:
         table, moved = view.populate_physmap(array(64, 65)).tolist()
         view.mmu_update([(table, 5, moved << 12 | READ_ONLY | 2), (made.l2, 9, table << 12 | READ_ONLY)])
         with pytest.raises(Fault, match=r"L2\[9\] is read-only"):
@@ -109,19 +109,19 @@ def test_a_guest_builds_tables_and_moves_pages() -> None:
         assert view.decrease_reservation(made.mfns[7:8]) == 1
         return view.read(BASE[8] + (9 << 21) + 0x5000, 5)
 
-    assert host.run(made.domid, guest) == b"hello"
+    assert host.run(made.domid, program) == b"hello"
     assert host.info(made.domid).pages == 66
     check_invariants(host)
 
 
 @BOTH
-def test_pages_in_any_order(width: Width) -> None:
-    """Across L1 tables, twice, and with one among them that may not be written: then none is."""
+def test_write_pages_in_any_order_writes_all_or_none(width: Width) -> None:
+    """Across L1 tables, with a repeated page; then with a read-only one, which prevents all writes."""
     host = ModelHost(1 << 30)
     made = make_guest(host, width, 1200)
     wanted = [1100, 5, 600, 1100, 7]
 
-    def guest(view: GuestView) -> None:
+    def program(view: GuestView) -> None:
         vaddrs = array(*map(made.vaddr, wanted))
         assert view.translate_pages(vaddrs).tolist() == made.mfns[wanted].tolist()
         content = np.arange(len(wanted), dtype=np.uint8)[:, None].repeat(4096, axis=1)
@@ -133,12 +133,12 @@ def test_pages_in_any_order(width: Width) -> None:
         assert view.read_pages(vaddrs)[:, 77].tolist() == [3, 1, 2, 3, 4]
         assert view.read_pages(array()).shape == (0, 4096)
 
-    host.run(made.domid, guest)
+    host.run(made.domid, program)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_many_entries_at_once_are_as_one_after_another(seed: int) -> None:
-    """update_va_mapping against mmu_update, also where Xen refuses one, or a frame is gone before it is mapped anew."""
+def test_update_va_mapping_equals_single_mmu_updates(seed: int) -> None:
+    """Also if Xen refuses one, or if a frame is freed before it is mapped again."""
     random = np.random.default_rng(seed)
     width: Width = 8 if seed % 2 else 4
     hosts, mades = [ModelHost(1 << 28), ModelHost(1 << 28)], []
@@ -175,21 +175,21 @@ def test_many_entries_at_once_are_as_one_after_another(seed: int) -> None:
 
 
 @BOTH
-def test_a_mapping_without_a_table_is_refused(width: Width) -> None:
+def test_update_va_mapping_without_an_l1_table_raises_einval(width: Width) -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, width, 64)
 
-    def guest(view: GuestView) -> None:
+    def program(view: GuestView) -> None:
         with pytest.raises(HostError, match="update_va_mapping") as e:
             view.update_va_mapping(array(BASE[width] + (4 << 20)), array(0))
         assert (e.value.errno, e.value.domid) == (errno.EINVAL, made.domid)
 
-    host.run(made.domid, guest)
+    host.run(made.domid, program)
 
 
 @BOTH
-def test_what_the_registers_say(width: Width) -> None:
-    """As the vcpu was set; after a suspend the third argument is in rdx, or edx, and the result in rax."""
+def test_register_returns_the_context_and_the_shutdown_argument(width: Width) -> None:
+    """After a suspend, the third argument is in rdx or edx, and the result in rax or eax."""
     host = ModelHost(1 << 30)
     made = make_guest(host, width, 64)
     data = np.frombuffer(bytearray(host.vcpu_context(made.domid, 0)), VCPU_GUEST_CONTEXT[width])
@@ -197,21 +197,21 @@ def test_what_the_registers_say(width: Width) -> None:
     data["user_regs"]["rax" if width == 8 else "eax"] = 9
     host.set_vcpu_context(made.domid, 0, data.tobytes())
 
-    def guest(view: GuestView) -> None:
+    def program(view: GuestView) -> None:
         assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 9, 0)
         assert [view.alloc_event_channel(), view.alloc_event_channel()] == [1, 2]
         view.shutdown(SHUTDOWN_SUSPEND, 0xABC)
 
-    host.run(made.domid, guest)
+    host.run(made.domid, program)
     view = host.guest_view(made.domid)
     assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 0, 0xABC)
 
 
-def test_dom0_has_no_uuid_as_on_real_xen() -> None:
+def test_info_of_dom0_has_no_uuid_as_on_real_xen() -> None:
     assert ModelHost(1 << 30).info(DomId(0)).uuid is None
 
 
-def test_what_is_dirty() -> None:
+def test_dirty_pfns_are_those_that_the_guest_wrote() -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, 8, 64)
     with pytest.raises(HostError) as e:
@@ -224,7 +224,7 @@ def test_what_is_dirty() -> None:
     assert e.value.errno == errno.EINVAL
     host.run(made.domid, lambda view: view.write(made.vaddr(8) + 4090, b"two pages"))
     host.write_frames(made.domid, made.mfns[20:21], page({}))
-    assert host.dirty_pfns(made.domid, 64, clean=False).tolist() == [8, 9], "and not what a toolstack wrote"
+    assert host.dirty_pfns(made.domid, 64, clean=False).tolist() == [8, 9], "without what a toolstack wrote"
     assert host.dirty_pfns(made.domid, 9, clean=False).tolist() == [8]
     assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == [8, 9]
     host.run(made.domid, lambda view: view.mmu_update([(*made.entry_of(30), 0)]))
@@ -237,35 +237,35 @@ def test_what_is_dirty() -> None:
     assert not len(host.dirty_pfns(made.domid, 64, clean=True))
 
 
-def test_suspending_by_xenstore_and_resuming() -> None:
+def test_suspend_by_xenstore_and_resume() -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, 8, 64)
     node = f"/local/domain/{made.domid}/control/shutdown"
     seen: list[str] = []
     host.store.watch(node, "token", lambda path, _: seen.append(path))
 
-    def guest(view: GuestView) -> str:
+    def program(view: GuestView) -> str:
         if view.xenstore_read("control/shutdown") == b"suspend":
             view.xenstore_write("control/shutdown", b"")
             view.shutdown(SHUTDOWN_SUSPEND)
         return "running"
 
-    assert host.run(made.domid, guest) == "running"
+    assert host.run(made.domid, program) == "running"
     host.store.write(node, b"suspend")
-    assert host.run(made.domid, guest) is None
+    assert host.run(made.domid, program) is None
     assert seen == [node] * 3
     info = host.info(made.domid)
     assert (info.shutdown, info.shutdown_reason) == (True, SHUTDOWN_SUSPEND)
-    with pytest.raises(HostError, match="has shut down"):
-        host.run(made.domid, guest)
+    with pytest.raises(HostError, match="shut down"):
+        host.run(made.domid, program)
     host.resume(made.domid)
-    assert host.run(made.domid, guest) == "running"
+    assert host.run(made.domid, program) == "running"
     host.pause(made.domid)
-    with pytest.raises(HostError, match="is paused"):
-        host.run(made.domid, guest)
+    with pytest.raises(HostError, match="paused"):
+        host.run(made.domid, program)
 
 
-def test_events_come_once() -> None:
+def test_consume_event_clears_a_pending_event() -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, 8, 64)
     host.hypervisor.send_event(made.domid, 3)
@@ -274,7 +274,7 @@ def test_events_come_once() -> None:
 
 
 @BOTH
-def test_shared_info_is_the_guests_to_write(width: Width) -> None:
+def test_guest_writes_shared_info_by_hypervisor_and_by_mapping(width: Width) -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, width, 64)
     at = SHARED_INFO.offset(width, "arch.p2m_generation")
@@ -287,7 +287,7 @@ def test_shared_info_is_the_guests_to_write(width: Width) -> None:
     check_invariants(host)
 
 
-def test_a_store_keeps_parents_and_loses_children() -> None:
+def test_xenstore_remove_keeps_parents_and_fires_watches() -> None:
     store = ModelXenStore()
     store.write("/a/b/c", b"1")
     store.write("/a/d", b"2")

@@ -1,4 +1,4 @@
-"""Who has which frame: what is handed out and taken back, the m2p, and what a sparse domain costs."""
+"""Allocating and freeing frames, the m2p, and the cost of a sparse domain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NONE = (1 << 64) - 1
 
 
 @pytest.mark.parametrize("order", [0, 9])
-def test_frames_are_shuffled_known_to_the_m2p_and_never_their_own_pfn(order: int) -> None:
+def test_populate_physmap_returns_shuffled_mfns_that_differ_from_their_pfns(order: int) -> None:
     host = ModelHost(GIB)
     domid = host.create(max_pages=1 << 17)
     wanted = pfns(1 << 17)[:: 1 << order]  # as many pfns as there are mfns below half a GiB
@@ -34,7 +34,7 @@ def test_frames_are_shuffled_known_to_the_m2p_and_never_their_own_pfn(order: int
     check_invariants(host)
 
 
-def test_the_same_seed_hands_out_the_same_frames() -> None:
+def test_populate_physmap_with_the_same_seed_returns_the_same_mfns() -> None:
     def frames(seed: int) -> list[int]:
         host = ModelHost(GIB, seed=seed)
         return [int(mfn) for mfn in host.populate_physmap(host.create(max_pages=64), pfns(64))]
@@ -43,7 +43,7 @@ def test_the_same_seed_hands_out_the_same_frames() -> None:
 
 
 @pytest.mark.parametrize("order", [0, 9])
-def test_max_mem_bounds_what_is_given_and_takes_nothing_away(order: int) -> None:
+def test_set_max_mem_limits_populate_physmap_and_frees_nothing(order: int) -> None:
     host = ModelHost(GIB)
     domid = host.create(max_pages=3 << 9)
     assert len(host.populate_physmap(domid, pfns(5) << np.uint64(order), order)) == (3 if order else 5)
@@ -53,7 +53,7 @@ def test_max_mem_bounds_what_is_given_and_takes_nothing_away(order: int) -> None
     assert host.info(domid).max_pages == 4
 
 
-def test_a_full_host_gives_what_it_has() -> None:
+def test_populate_physmap_on_a_full_host_returns_what_is_free() -> None:
     host = ModelHost(GIB)
     domid = host.create(max_pages=1 << 20)
     extents = len(host.populate_physmap(domid, pfns(1024) << np.uint64(9), 9))
@@ -68,7 +68,7 @@ def test_a_full_host_gives_what_it_has() -> None:
     assert len(host.populate_physmap(again, pfns(1024) << np.uint64(9), 9)) == extents
 
 
-def test_32_bit_domains_stay_below_128_gib_and_others_begin_at_the_top() -> None:
+def test_populate_physmap_of_32_bit_domains_stays_below_128_gib() -> None:
     host = ModelHost(1 << 40)
     low = host.populate_physmap(host.create(4, max_pages=1 << 16), pfns(1 << 7) << np.uint64(9), 9)
     high = host.populate_physmap(host.create(8, max_pages=1 << 16), pfns(1 << 7) << np.uint64(9), 9)
@@ -78,7 +78,7 @@ def test_32_bit_domains_stay_below_128_gib_and_others_begin_at_the_top() -> None
     assert len(host.populate_physmap(greedy, pfns(1 << 19) << np.uint64(9), 9)) < 1 << 16
 
 
-def test_decreasing_stops_at_the_first_that_is_not_the_domains() -> None:
+def test_decrease_reservation_stops_at_a_foreign_frame() -> None:
     host = ModelHost(GIB)
     a, b = host.create(max_pages=8), host.create(max_pages=8)
     mine, theirs = host.populate_physmap(a, pfns(8)), host.populate_physmap(b, pfns(8))
@@ -91,7 +91,7 @@ def test_decreasing_stops_at_the_first_that_is_not_the_domains() -> None:
     check_invariants(host)
 
 
-def test_a_frame_that_is_mapped_stays_until_it_is_not() -> None:
+def test_decrease_reservation_of_a_mapped_frame_waits_for_the_unmapping() -> None:
     host = ModelHost(GIB)
     made = make_guest(host, 8, 64)
     frame = made.mfns[5:6]
@@ -105,7 +105,7 @@ def test_a_frame_that_is_mapped_stays_until_it_is_not() -> None:
     check_invariants(host)
 
 
-def test_what_is_freed_comes_back_blank() -> None:
+def test_freed_frames_are_zeroed() -> None:
     host = ModelHost(GIB)
     domid = host.create(max_pages=1 << 18)
     mfns = host.populate_physmap(domid, pfns(2048))
@@ -116,11 +116,11 @@ def test_what_is_freed_comes_back_blank() -> None:
     assert np.isin(mfns, again).any()
     assert not host.map_frames(domid, again[np.isin(again, mfns)])[0].any()
     host.hypervisor.mmu_update(domid, [(int(again[0]), 9, 1)])
-    assert np.count_nonzero(host.map_frames(domid, again[:1])[0]) == 1, "and so does memory that content was kept in"
+    assert np.count_nonzero(host.map_frames(domid, again[:1])[0]) == 1, "and so is the content store's memory"
 
 
 @pytest.mark.parametrize("order", [0, 9])
-def test_a_single_frame_is_not_its_own_pfn_either(order: int) -> None:
+def test_populate_physmap_of_one_extent_avoids_its_own_pfn(order: int) -> None:
     def first(pfn: int) -> int:
         host = ModelHost(GIB)
         return int(host.populate_physmap(host.create(max_pages=512), array(pfn), order)[0])
@@ -129,7 +129,7 @@ def test_a_single_frame_is_not_its_own_pfn_either(order: int) -> None:
 
 
 @pytest.mark.parametrize("touched", [False, True])
-def test_extents_are_taken_back_whole(touched: bool) -> None:
+def test_decrease_reservation_of_extents_frees_them_whole(touched: bool) -> None:
     host = ModelHost(GIB)
     domid = host.create(max_pages=1024)
     mfns = host.populate_physmap(domid, array(0, 512), 9)
@@ -142,7 +142,7 @@ def test_extents_are_taken_back_whole(touched: bool) -> None:
     check_invariants(host)
 
 
-def test_the_m2p_says_what_the_owner_says() -> None:
+def test_machphys_update_sets_the_m2p_up_to_a_foreign_frame() -> None:
     host = ModelHost(GIB)
     domid = host.create(max_pages=600)
     mfns = host.populate_physmap(domid, array(0), 9)
@@ -158,7 +158,7 @@ def test_the_m2p_says_what_the_owner_says() -> None:
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_domains_do_not_see_each_others_frames(width: Width) -> None:
+def test_map_frames_and_page_types_hide_foreign_frames(width: Width) -> None:
     host = ModelHost(GIB)
     a, b = make_guest(host, width, 64), make_guest(host, width, 64)
     pages, mapped = host.map_frames(a.domid, b.mfns)
@@ -170,15 +170,15 @@ def test_domains_do_not_see_each_others_frames(width: Width) -> None:
     check_invariants(host)
 
 
-def test_other_orders_are_refused() -> None:
+def test_populate_physmap_of_other_orders_raises_einval() -> None:
     host = ModelHost(GIB)
     with pytest.raises(HostError) as e:
         host.populate_physmap(host.create(max_pages=64), pfns(1), 3)
     assert e.value.errno == errno.EINVAL
 
 
-def test_a_terabyte_costs_what_is_touched() -> None:
-    """64 MiB touched of 1 TiB, on a host of 16 TiB: less than 64 MiB and its rows."""
+def test_a_domain_of_1_tib_costs_what_is_touched() -> None:
+    """64 MiB of 1 TiB are touched, on a host of 16 TiB."""
     tracemalloc.start()
     host = ModelHost(16 << 40)
     before = tracemalloc.get_traced_memory()[0]
@@ -197,7 +197,7 @@ def test_a_terabyte_costs_what_is_touched() -> None:
     assert host.info(domid).pages == 1 << 28
 
 
-def test_a_pte_of_an_untouched_extent() -> None:
+def test_pin_of_a_table_that_maps_an_untouched_extent() -> None:
     host = ModelHost(GIB)
     domid = host.create(max_pages=1024)
     one, two = host.populate_physmap(domid, array(0, 512), 9).tolist()

@@ -1,4 +1,4 @@
-"""Xen's rules of page types, one by one, with its errnos (xen.git:xen/arch/x86/mm.c)."""
+"""Xen's rules for page types, one by one, with its errnos (xen.git:xen/arch/x86/mm.c)."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ from xenpv.frames import DomId
 from xenpv.host.model.host import ModelHost
 
 
-def refused(call: Callable[[], object], number: int, says: str = "dom") -> None:
-    with pytest.raises(HostError, match=says) as e:
+def refused(call: Callable[[], object], number: int, culprit: str = "dom") -> None:
+    """Check that a call raises HostError with this errno, and names what is at fault."""
+    with pytest.raises(HostError, match=culprit) as e:
         call()
     assert e.value.errno == number, e.value
 
@@ -81,7 +82,7 @@ def tree(b: Bare) -> None:
         b.fill(n, {9: b.pte(n - 1)})
 
 
-def test_pinning_an_l4_types_all_below_it_and_unpinning_untypes_it() -> None:
+def test_pin_of_an_l4_types_all_tables_below_and_unpin_untypes_them() -> None:
     b = bare()
     tree(b)
     b.pin(4, 4)
@@ -93,7 +94,7 @@ def test_pinning_an_l4_types_all_below_it_and_unpinning_untypes_it() -> None:
     b.fill(1, {})
 
 
-def test_a_table_below_may_be_pinned_too_and_then_stays() -> None:
+def test_pin_of_a_lower_table_keeps_it_typed() -> None:
     b = bare()
     tree(b)
     b.pin(4, 4)
@@ -103,16 +104,16 @@ def test_a_table_below_may_be_pinned_too_and_then_stays() -> None:
     check_invariants(b.host)
 
 
-def test_pins_are_not_counted() -> None:
+def test_pin_twice_and_unpin_twice_raise_einval() -> None:
     b = bare()
     b.pin(1, 1)
-    refused(lambda: b.pin(1, 1), errno.EINVAL, "already pinned")
+    refused(lambda: b.pin(1, 1), errno.EINVAL, f"{b.mfns[1]:#x}")
     b.host.hypervisor.unpin(b.domid, b.mfns[1])
-    refused(lambda: b.host.hypervisor.unpin(b.domid, b.mfns[1]), errno.EINVAL, "not pinned")
+    refused(lambda: b.host.hypervisor.unpin(b.domid, b.mfns[1]), errno.EINVAL, f"{b.mfns[1]:#x}")
     check_invariants(b.host)
 
 
-def test_only_the_domains_own_frames_become_tables() -> None:
+def test_pin_of_a_foreign_frame_raises_einval() -> None:
     b = bare()
     [theirs] = b.host.populate_physmap(b.host.create(max_pages=1), pfns(1)).tolist()
     for mfn in (theirs, b.host.max_mfn() + 1, (1 << 40) - 1):
@@ -122,7 +123,7 @@ def test_only_the_domains_own_frames_become_tables() -> None:
 
 
 @pytest.mark.parametrize("flags", [TABLE, READ_ONLY])
-def test_what_an_l1_may_map(flags: int) -> None:
+def test_pin_of_an_l1_that_maps_a_foreign_frame_raises_xens_errno(flags: int) -> None:
     b = bare()
     [theirs] = b.host.populate_physmap(b.host.create(max_pages=1), pfns(1)).tolist()
     for mfn, number in (
@@ -140,21 +141,21 @@ def test_what_an_l1_may_map(flags: int) -> None:
     assert b.host.page_types(b.domid, shared).tolist() == [PageType.XTAB]
 
 
-def test_the_first_bad_entry_of_an_l1_is_the_answer() -> None:
+def test_pin_of_an_l1_reports_its_first_bad_entry() -> None:
     b = bare()
     b.fill(1, {3: b.host.max_mfn() + 1 << 12 | TABLE, 5: b.pte(0, TABLE | PTE_PSE)})
     refused(lambda: b.pin(1, 1), errno.EPERM, r"L1\[3\]")
 
 
 @pytest.mark.parametrize("level", [1, 2, 3, 4])
-def test_flags_that_may_not_be(level: int) -> None:
+def test_pin_of_a_table_with_forbidden_flags_raises_einval(level: int) -> None:
     b = bare()
     b.fill(level, {9: b.pte(level - 1, TABLE | PTE_PSE)})
     refused(lambda: b.pin(level, level), errno.EINVAL)
     check_invariants(b.host)
 
 
-def test_no_table_is_mapped_writable() -> None:
+def test_pin_of_a_table_that_maps_a_table_writable_raises_ebusy() -> None:
     b = bare()
     b.fill(1, {0: b.pte(2)})
     b.fill(2, {0: b.pte(1)})
@@ -166,7 +167,7 @@ def test_no_table_is_mapped_writable() -> None:
     check_invariants(b.host)
 
 
-def test_nothing_mapped_writable_becomes_a_table() -> None:
+def test_pin_of_a_frame_mapped_writable_raises_einval() -> None:
     b = bare()
     b.fill(1, {0: b.pte(2)})
     b.pin(1, 1)
@@ -176,7 +177,7 @@ def test_nothing_mapped_writable_becomes_a_table() -> None:
     b.pin(2, 4)
 
 
-def test_tables_are_not_written_through_foreign_mappings_but_read() -> None:
+def test_write_frames_of_a_table_raises_ebusy() -> None:
     b = bare()
     b.pin(1, 1)
     refused(lambda: b.fill(1, {}), errno.EBUSY)
@@ -184,7 +185,7 @@ def test_tables_are_not_written_through_foreign_mappings_but_read() -> None:
     refused(lambda: b.host.write_frames(DomId(0), array(b.mfns[0]), page({})), errno.EINVAL)
 
 
-def test_a_frame_is_a_table_of_one_level() -> None:
+def test_pin_as_a_table_of_two_levels_raises_einval() -> None:
     b = bare()
     b.pin(1, 1)
     refused(lambda: b.pin(1, 2), errno.EINVAL)
@@ -195,7 +196,7 @@ def test_a_frame_is_a_table_of_one_level() -> None:
     check_invariants(b.host)
 
 
-def test_a_refusal_deep_down_gives_all_back() -> None:
+def test_pin_that_fails_deep_down_drops_all_references() -> None:
     b = bare()
     b.fill(1, {0: b.pte(0)})
     b.fill(2, {0: b.pte(1), 1: b.pte(5)})
@@ -207,7 +208,7 @@ def test_a_refusal_deep_down_gives_all_back() -> None:
     b.fill(1, {})
 
 
-def test_entries_are_stored_as_xen_stores_them() -> None:
+def test_pin_adjusts_entries_as_xen_does() -> None:
     b = bare()
     b.fill(1, {0: b.pte(0, PTE_P | PTE_RW), 1: b.pte(0, PTE_P | PTE_US)})
     b.fill(2, {0: b.pte(1, PTE_P | PTE_RW)})
@@ -220,21 +221,21 @@ def test_entries_are_stored_as_xen_stores_them() -> None:
     assert b.entries(1)[0] == b.pte(0, PTE_P | PTE_RW)
 
 
-def test_xens_slots_are_ignored_then_filled_and_refused() -> None:
+def test_pin_of_an_l4_fills_xens_slots_which_mmu_update_refuses() -> None:
     b = bare()
     tree(b)
     b.fill(4, {9: b.pte(3), 256: 1 << 63 | 0x7F, 271: b.pte(5)})
     b.pin(4, 4)
-    found = b.entries(4)
-    assert found[258] & PTE_FRAME_MASK == b.mfns[4] << 12
-    theirs = array(*(found[i] >> 12 & (1 << 40) - 1 for i in XEN_L4_SLOTS if found[i] and i != 258))
+    entries = b.entries(4)
+    assert entries[258] & PTE_FRAME_MASK == b.mfns[4] << 12
+    theirs = array(*(entries[i] >> 12 & (1 << 40) - 1 for i in XEN_L4_SLOTS if entries[i] and i != 258))
     assert (b.host.page_types(b.domid, theirs) == PageType.XTAB).all()
     for slot in (256, 271):
         refused(lambda slot=slot: b.host.hypervisor.mmu_update(b.domid, [(b.mfns[4], slot, 0)]), errno.EINVAL)  # type: ignore[misc]
     check_invariants(b.host)
 
 
-def test_linear_tables_are_read_only_and_one_deep() -> None:
+def test_linear_page_tables_are_read_only_and_one_deep() -> None:
     b = bare()
     b.fill(4, {300: b.pte(4)})
     refused(lambda: b.pin(4, 4), errno.EINVAL)
@@ -259,7 +260,7 @@ def test_linear_tables_are_read_only_and_one_deep() -> None:
     check_invariants(b.host)
 
 
-def test_mmu_update_takes_the_new_and_gives_back_the_old() -> None:
+def test_mmu_update_takes_new_and_drops_old_references() -> None:
     b = bare()
     tree(b)
     b.pin(4, 4)
@@ -278,7 +279,7 @@ def test_mmu_update_takes_the_new_and_gives_back_the_old() -> None:
     check_invariants(b.host)
 
 
-def test_mmu_update_writes_what_is_no_table() -> None:
+def test_mmu_update_of_a_frame_that_is_no_table_writes_it() -> None:
     b = bare()
     b.host.hypervisor.mmu_update(b.domid, [(b.mfns[7], 3, 0xFFF)])
     assert b.entries(7)[3] == 0xFFF
@@ -289,7 +290,7 @@ def pae(b: Bare) -> None:
     b.fill(3, {0: b.pte(4, PTE_P), 3: b.pte(2, PTE_P), 4: 0xFFF, 511: b.pte(0)})
 
 
-def test_pae_top_tables() -> None:
+def test_pin_of_a_pae_l3_needs_entry_3_and_fills_xens_slots() -> None:
     b = bare(4)
     b.fill(3, {0: b.pte(4, PTE_P)})
     refused(lambda: b.pin(3, 3), errno.EINVAL, r"L3\[3\]")
@@ -303,7 +304,7 @@ def test_pae_top_tables() -> None:
     check_invariants(b.host)
 
 
-def test_the_last_pae_l2_stands_once() -> None:
+def test_pin_of_the_last_pae_l2_twice_raises_einval() -> None:
     b = bare(4)
     b.fill(3, {0: b.pte(2, PTE_P), 3: b.pte(2, PTE_P)})
     refused(lambda: b.pin(3, 3), errno.EINVAL)
@@ -315,7 +316,7 @@ def test_the_last_pae_l2_stands_once() -> None:
     check_invariants(b.host)
 
 
-def test_the_last_pae_l2_is_any_table_again_once_it_is_let_go() -> None:
+def test_unpin_makes_the_last_pae_l2_an_ordinary_frame() -> None:
     b = bare(4)
     pae(b)
     b.pin(3, 3)
@@ -327,13 +328,13 @@ def test_the_last_pae_l2_is_any_table_again_once_it_is_let_go() -> None:
     check_invariants(b.host)
 
 
-def test_pae_top_tables_are_not_linear() -> None:
+def test_pin_of_a_linear_pae_l3_raises_einval() -> None:
     b = bare(4)
     b.fill(3, {0: b.pte(3, PTE_P), 3: b.pte(2, PTE_P)})
     refused(lambda: b.pin(3, 3), errno.EINVAL)
 
 
-def test_linear_counts_go_with_their_domain() -> None:
+def test_destroy_forgets_linear_page_tables() -> None:
     b = bare()
     b.pin(4, 4)
     b.fill(5, {300: b.pte(4, READ_ONLY)})
@@ -348,13 +349,13 @@ def test_linear_counts_go_with_their_domain() -> None:
     again.pin(4, 4)
 
 
-def test_a_32_bit_domain_has_no_l4() -> None:
+def test_pin_of_an_l4_of_a_32_bit_domain_is_ignored() -> None:
     b = bare(4)
     b.pin(4, 4)
     assert b.types(4) == [0]
 
 
-def test_pae_top_tables_lie_below_4_gib_once_the_domain_has_begun() -> None:
+def test_pin_of_a_pae_l3_above_4_gib_after_the_start_raises_erange() -> None:
     host = ModelHost(8 << 30)
     domid = host.create(4, max_pages=512 * 2048)
     mfns = host.populate_physmap(domid, pfns(2048) * np.uint64(512), 9)
@@ -369,7 +370,7 @@ def test_pae_top_tables_lie_below_4_gib_once_the_domain_has_begun() -> None:
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_context_holds_its_tables_and_its_gdt(width: Width) -> None:
+def test_set_vcpu_context_holds_its_tables_and_its_gdt(width: Width) -> None:
     host = ModelHost(1 << 30)
     domid = host.create(width, max_pages=64, vcpus=2)
     made = write_page_tables(host, domid, width, host.populate_physmap(domid, pfns(64)))
@@ -392,7 +393,7 @@ def test_a_context_holds_its_tables_and_its_gdt(width: Width) -> None:
     refused(lambda: host.set_vcpu_context(domid, 2, data.tobytes()), errno.EINVAL)
 
 
-def test_loading_a_top_table_lets_the_old_one_go() -> None:
+def test_load_cr3_drops_the_old_table() -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, 8, 64)
     host.hypervisor.mmu_update(made.domid, [(*made.entry_of(2), 0), (*made.entry_of(3), 0)])

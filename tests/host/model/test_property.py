@@ -1,4 +1,8 @@
-"""Whatever guests and toolstacks ask for in whatever order: Xen's counts stay right, and a refusal changes nothing."""
+"""Random calls of guests and toolstacks: reference counts stay right, and a refused call changes nothing.
+
+The rule is Xen's, in the head comment of xen.git:xen/arch/x86/mm.c: a frame's type changes only while its type count
+is 0, so that no guest can write its own page tables.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from xenpv.abi.x86 import PTE_PSE
 from xenpv.errors import HostError
 from xenpv.host.model.host import ModelHost
 
-FRAMES = 12  # that random things are done to, the first of the domain's
+FRAMES = 12  # the domain's first frames, on which random calls are made
 some = st.integers(0, FRAMES - 1)
 slot = st.sampled_from([0, 1, 3, 255, 256, 300, 511])
 flags = st.sampled_from([0, TABLE, TABLE, READ_ONLY, READ_ONLY, TABLE | PTE_PSE])
@@ -30,7 +34,7 @@ ops = st.one_of(
     st.tuples(st.just("decrease"), some),
     st.tuples(st.just("populate"), st.integers(1, 3)),
     st.tuples(st.just("m2p"), some, some),
-    st.tuples(st.just("load_top"), some, st.booleans()),
+    st.tuples(st.just("load_cr3"), some, st.booleans()),
     st.tuples(st.just("foreign"), some, st.sampled_from([0, TABLE, READ_ONLY])),
 )
 
@@ -40,7 +44,7 @@ def state(host: ModelHost) -> bytes:
     return b"".join(column.tobytes() for column in (rows.owner, rows.ref_count, rows.type_count, rows.m2p))
 
 
-def do(host: ModelHost, domid: Any, mfns: Any, op: tuple[Any, ...]) -> None:
+def call(host: ModelHost, domid: Any, mfns: Any, op: tuple[Any, ...]) -> None:
     def pte(at: tuple[int, int, int]) -> int:
         return int(mfns[at[1]]) << 12 | at[2]
 
@@ -59,7 +63,7 @@ def do(host: ModelHost, domid: Any, mfns: Any, op: tuple[Any, ...]) -> None:
             host.populate_physmap(domid, pfns(n, 5000))
         case ("m2p", n, pfn):
             host.hypervisor.machphys_update(domid, mfns[n : n + 1], array(0x10_0000_0000 + pfn))
-        case ("load_top", n, user):
+        case ("load_cr3", n, user):
             host.hypervisor.load_cr3(domid, int(mfns[n]), user=user)
         case ("foreign", n, bits):
             other = host.info(type(domid)(0)).shared_info_mfn
@@ -71,14 +75,14 @@ def do(host: ModelHost, domid: Any, mfns: Any, op: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("width", [8, 4])
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(ops, min_size=15, max_size=60))
-def test_counts_stay_right_and_refusals_change_nothing(width: Width, steps: list[tuple[Any, ...]]) -> None:
+def test_random_calls_keep_counts_right_and_refusals_change_nothing(width: Width, steps: list[tuple[Any, ...]]) -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, width, 64)
     unmap(host, made)
     for op in steps:
         before = state(host)
         try:
-            do(host, made.domid, made.mfns, op)
+            call(host, made.domid, made.mfns, op)
         except HostError:
             assert state(host) == before
         info = host.info(made.domid)
@@ -90,12 +94,12 @@ def test_counts_stay_right_and_refusals_change_nothing(width: Width, steps: list
 
 
 def unmap(host: ModelHost, made: Any) -> None:
-    """Take the frames that things are done to out of the domain's own tables, so that they may become any type."""
+    """Unmap the frames of the random calls from the domain's own tables, so that they can become any type."""
     host.hypervisor.mmu_update(made.domid, [(*made.entry_of(n), 0) for n in range(FRAMES) if n != 1])
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_made_domain_has_right_counts(width: Width) -> None:
+def test_model_guest_has_right_counts(width: Width) -> None:
     host = ModelHost(1 << 30)
     made = make_guest(host, width, 600)
     check_invariants(host)

@@ -1,7 +1,6 @@
-"""What every Toolstack must do, as plain functions of a host and the width of the domains to build.
+"""What every Toolstack must do: functions of a host and the width of the domains to build.
 
-ModelHost is held to them always, XenHost on real Xen in the lab (tests/contract/live_build.py). Each leaves the
-host as it was.
+They run on ModelHost always, and on XenHost in the lab (toolstack_on_xen.py). Each leaves the host as it was.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from tests.contract import tiny
-from tests.contract.checks import NOBODY, array, fails
+from tests.contract import tiny_guest
+from tests.contract.host_checks import NOBODY, array, fails
 from xenpv.abi.declare import Width
 from xenpv.abi.domctl import PINNED, PageType
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
@@ -24,7 +23,7 @@ from xenpv.frames import U8, U64, DomId
 from xenpv.host.protocol import Ring, Toolstack, find_domain
 
 NAME, UUID = "contract", "c0117ac7-0000-4000-8000-0123456789ab"
-SOON = 30.0  # seconds: Xen frees a domain when its last reference has gone, daemons' mappings among them
+SOON = 30.0  # seconds: Xen frees a domain when nothing refers to it any more, such as mappings of daemons
 
 
 def pfns(n: int, first: int = 0, step: int = 1) -> U64:
@@ -39,13 +38,13 @@ def levels(*numbers: int) -> U8:
 def domain(
     host: Toolstack, width: Width, pages: int = 16, *, vcpus: int = 1, name: str | None = None, uuid: str | None = None
 ) -> Iterator[DomId]:
-    """A new domain, gone when the block ends."""
+    """Create a domain; destroy it when the block ends."""
     domid = host.create(width, max_pages=pages, vcpus=vcpus, name=name, uuid=uuid)
     try:
         yield domid
     finally:
         host.destroy(domid)
-        assert eventually(lambda: gone(host, domid))
+        assert eventually(lambda: is_gone(host, domid))
 
 
 def top_level(width: Width) -> int:
@@ -59,21 +58,22 @@ def content(host: Toolstack, domid: DomId, mfns: U64) -> U8:
 
 
 def with_tables(host: Toolstack, domid: DomId, width: Width, *, writable: int | None = None) -> U64:
-    """The frames of a domain that has tiny's page tables, not pinned yet."""
-    mfns = host.populate_physmap(domid, pfns(tiny.PAGES))
-    wanted = tiny.tables(mfns, width, writable=writable)
+    """Populate a domain, and write the tiny guest's page tables, not pinned yet. Its frames."""
+    mfns = host.populate_physmap(domid, pfns(tiny_guest.PAGES))
+    wanted = tiny_guest.tables(mfns, width, writable=writable)
     host.write_frames(domid, mfns[list(wanted)], np.array(list(wanted.values())))
     return mfns
 
 
-def eventually(what: Callable[[], bool]) -> bool:
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Return whether a condition holds within SOON seconds."""
     deadline = time.monotonic() + SOON
-    while not (held := what()) and time.monotonic() < deadline:
+    while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return held
+    return holds
 
 
-def gone(host: Toolstack, domid: DomId) -> bool:
+def is_gone(host: Toolstack, domid: DomId) -> bool:
     try:
         host.info(domid)
     except HostError as error:
@@ -81,7 +81,7 @@ def gone(host: Toolstack, domid: DomId) -> bool:
     return False
 
 
-def a_new_domain_is_paused_and_has_no_memory(host: Toolstack, width: Width) -> None:
+def create_makes_a_paused_domain_without_memory(host: Toolstack, width: Width) -> None:
     with domain(host, width, 77, vcpus=3, name=NAME, uuid=UUID) as domid:
         info = host.info(domid)
         assert (info.name, info.uuid, info.width, info.hvm) == (NAME, UUID, width, False)
@@ -91,7 +91,7 @@ def a_new_domain_is_paused_and_has_no_memory(host: Toolstack, width: Width) -> N
         assert info.shared_info_mfn <= host.max_mfn()
 
 
-def a_domain_is_renamed(host: Toolstack, width: Width) -> None:
+def rename_changes_the_name(host: Toolstack, width: Width) -> None:
     for uuid in (UUID, None):
         with domain(host, width, name=NAME, uuid=uuid) as domid:
             host.rename(domid, f"{NAME}--other")
@@ -99,7 +99,7 @@ def a_domain_is_renamed(host: Toolstack, width: Width) -> None:
     fails(lambda: host.rename(domid, NAME), errno.ESRCH, domid)
 
 
-def a_domain_keeps_its_configuration(host: Toolstack, width: Width) -> None:
+def set_configuration_stores_what_configuration_returns(host: Toolstack, width: Width) -> None:
     for uuid in (UUID, None):
         with domain(host, width, name=NAME, uuid=uuid) as domid:
             assert host.configuration(domid) is None
@@ -107,7 +107,7 @@ def a_domain_keeps_its_configuration(host: Toolstack, width: Width) -> None:
             assert host.configuration(domid) == b'{"c_info": {}}'
 
 
-def a_domain_becomes_32_bit_while_it_has_no_memory(host: Toolstack, width: Width) -> None:
+def set_width_works_while_a_domain_has_no_memory(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         host.set_width(domid, width)
         if width == 4:
@@ -124,35 +124,35 @@ def a_domain_becomes_32_bit_while_it_has_no_memory(host: Toolstack, width: Width
         fails(lambda: host.set_width(domid, 4), errno.EACCES, domid)
 
 
-def a_domain_needs_vcpus_and_not_too_many(host: Toolstack, width: Width) -> None:
+def create_with_a_bad_number_of_vcpus_raises_einval(host: Toolstack, width: Width) -> None:
     before = [d.domid for d in host.domains()]
     for vcpus in (-1, 0, 8193):
         fails(lambda vcpus=vcpus: host.create(width, vcpus=vcpus), errno.EINVAL, None)  # type: ignore[misc]
     assert [d.domid for d in host.domains()] == before
 
 
-def what_was_destroyed_is_free_again(host: Toolstack, width: Width) -> None:
+def destroy_frees_the_memory_and_the_uuid(host: Toolstack, width: Width) -> None:
     with domain(host, width, 2000, name=NAME, uuid=UUID) as domid:
-        tiny.fill(host, domid, width)
+        tiny_guest.fill(host, domid, width)
         assert len(host.populate_physmap(domid, pfns(1900, 64))) == 1900
         built = host.free_pages()
-    assert eventually(lambda: host.free_pages() >= built + tiny.PAGES + 1900), (built, host.free_pages())
+    assert eventually(lambda: host.free_pages() >= built + tiny_guest.PAGES + 1900), (built, host.free_pages())
     assert UUID not in [d.uuid for d in host.domains()]
 
 
-def a_builder_that_fails_half_way_can_always_destroy(host: Toolstack, width: Width) -> None:
+def destroy_works_after_every_step_of_a_build(host: Toolstack, width: Width) -> None:
     for steps in range(4):
         with domain(host, width, 64, name=NAME, uuid=UUID) as domid:
             if steps > 0:
                 mfns = with_tables(host, domid, width)
             if steps > 1:
-                host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
+                host.pin_tables(domid, mfns[[tiny_guest.top(width)]], levels(top_level(width)))
             if steps > 2:
                 host.alloc_event_channel(domid)
-                host.seed_grants(domid, console=int(mfns[tiny.CONSOLE]), xenstore=int(mfns[tiny.STORE]))
+                host.seed_grants(domid, console=int(mfns[tiny_guest.CONSOLE]), xenstore=int(mfns[tiny_guest.STORE]))
 
 
-def populate_gives_as_many_as_max_mem_allows(host: Toolstack, width: Width) -> None:
+def populate_physmap_stops_at_max_mem(host: Toolstack, width: Width) -> None:
     with domain(host, width, 10) as domid:
         first = host.populate_physmap(domid, pfns(16))
         assert len(first) == len(set(first.tolist())) == 10
@@ -168,7 +168,7 @@ def populate_gives_as_many_as_max_mem_allows(host: Toolstack, width: Width) -> N
         assert not set(first.tolist()) & set(more.tolist())
 
 
-def populate_gives_whole_extents(host: Toolstack, width: Width) -> None:
+def populate_physmap_of_order_9_allocates_whole_extents(host: Toolstack, width: Width) -> None:
     with domain(host, width, 1024 + 511) as domid:
         mfns = host.populate_physmap(domid, pfns(3, 1 << 20, 512), 9)
         assert len(mfns) == 2
@@ -179,7 +179,7 @@ def populate_gives_whole_extents(host: Toolstack, width: Width) -> None:
         assert (host.page_types(domid, frames) == PageType.NOTAB).all()
 
 
-def m2p_has_the_pfns_of_what_was_populated(host: Toolstack, width: Width) -> None:
+def populate_physmap_sets_the_m2p(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         wanted = array(5, 0, (1 << 31) + 7, 1 << 36, 6)
         mfns = host.populate_physmap(domid, wanted)
@@ -187,7 +187,7 @@ def m2p_has_the_pfns_of_what_was_populated(host: Toolstack, width: Width) -> Non
         assert wanted.tolist() == [5, 0, (1 << 31) + 7, 1 << 36, 6]  # what was passed is left alone
 
 
-def frames_are_written_and_read_back(host: Toolstack, width: Width) -> None:
+def write_frames_and_map_writable_write_what_map_frames_reads(host: Toolstack, width: Width) -> None:
     with domain(host, width, 2000) as domid:
         mfns = host.populate_physmap(domid, pfns(1500))
         pattern = np.repeat(np.arange(1500, dtype="<u8"), 512).view(np.uint8).reshape(-1, PAGE_SIZE)
@@ -207,7 +207,7 @@ def frames_are_written_and_read_back(host: Toolstack, width: Width) -> None:
             assert pages.shape == (0, PAGE_SIZE)
 
 
-def what_is_written_in_a_block_that_fails_is_written(host: Toolstack, width: Width) -> None:
+def map_writable_keeps_writes_of_a_block_that_raises(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         mfns = host.populate_physmap(domid, pfns(1))
         try:
@@ -219,7 +219,7 @@ def what_is_written_in_a_block_that_fails_is_written(host: Toolstack, width: Wid
         assert (content(host, domid, mfns) == 7).all()
 
 
-def frames_of_others_are_not_written(host: Toolstack, width: Width) -> None:
+def write_frames_with_a_foreign_frame_writes_none(host: Toolstack, width: Width) -> None:
     """All or none, also where Xen would let dom0 write: device registers, and dom0's own memory by another's name."""
     with domain(host, width) as domid, domain(host, width) as other:
         mfns = host.populate_physmap(domid, pfns(2))
@@ -236,10 +236,10 @@ def frames_of_others_are_not_written(host: Toolstack, width: Width) -> None:
         assert (content(host, domid, mfns) == 1).all()
 
 
-def page_tables_are_typed_and_pinned(host: Toolstack, width: Width) -> None:
+def pin_tables_types_all_tables_below(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
-        which = [tiny.L1, tiny.L2, tiny.L3, tiny.L4][: top_level(width)]
+        which = [tiny_guest.L1, tiny_guest.L2, tiny_guest.L3, tiny_guest.L4][: top_level(width)]
         assert (host.page_types(domid, mfns) == PageType.NOTAB).all()
         host.pin_tables(domid, mfns[which[-1:]], levels(top_level(width)))
         types = host.page_types(domid, mfns)
@@ -251,11 +251,11 @@ def page_tables_are_typed_and_pinned(host: Toolstack, width: Width) -> None:
         assert (others == PageType.NOTAB).all()
 
 
-def tables_are_pinned_up_to_the_first_that_may_not_be(host: Toolstack, width: Width) -> None:
+def pin_tables_stops_at_the_first_refused_table(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
-        one, two, code = (int(mfns[n]) for n in (tiny.L1, tiny.L2, tiny.CODE))
-        empty = int(mfns[tiny.STACK])
+        one, two, code = (int(mfns[n]) for n in (tiny_guest.L1, tiny_guest.L2, tiny_guest.CODE))
+        empty = int(mfns[tiny_guest.STACK])
         host.write_frames(domid, array(empty), np.zeros((1, PAGE_SIZE), np.uint8))
         host.pin_tables(domid, array(), levels())
         wanted = array(one, one, empty)
@@ -267,11 +267,11 @@ def tables_are_pinned_up_to_the_first_that_may_not_be(host: Toolstack, width: Wi
         fails(lambda: host.pin_tables(domid, foreign, levels(1)), errno.EINVAL, domid)
 
 
-def a_table_that_maps_itself_writable_is_refused(host: Toolstack, width: Width) -> None:
-    for which in (tiny.L1, tiny.L2, tiny.top(width)):
+def pin_tables_of_a_table_mapped_writable_raises_ebusy(host: Toolstack, width: Width) -> None:
+    for which in (tiny_guest.L1, tiny_guest.L2, tiny_guest.top(width)):
         with domain(host, width) as domid:
             mfns = with_tables(host, domid, width, writable=which)
-            top = mfns[[tiny.top(width)]]
+            top = mfns[[tiny_guest.top(width)]]
             fails(lambda top=top: host.pin_tables(domid, top, levels(top_level(width))), errno.EBUSY, domid)  # type: ignore[misc]
             types = host.page_types(domid, mfns)
             assert not (types & PINNED).any()
@@ -280,30 +280,30 @@ def a_table_that_maps_itself_writable_is_refused(host: Toolstack, width: Width) 
             host.write_frames(domid, mfns, np.zeros((len(mfns), PAGE_SIZE), np.uint8))  # none is in use as a table
 
 
-def tables_are_not_written_and_what_is_written_is_no_table(host: Toolstack, width: Width) -> None:
+def page_tables_and_writable_frames_exclude_each_other(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
-        top = mfns[[tiny.top(width)]]
+        top = mfns[[tiny_guest.top(width)]]
         level = levels(top_level(width))
-        with host.map_writable(domid, mfns[[tiny.L1]]):
+        with host.map_writable(domid, mfns[[tiny_guest.L1]]):
             fails(lambda: host.pin_tables(domid, top, level), errno.EINVAL, domid)
         host.pin_tables(domid, top, level)
         before = content(host, domid, mfns)
-        two = mfns[[tiny.CODE, tiny.L1]]
+        two = mfns[[tiny_guest.CODE, tiny_guest.L1]]
         fails(lambda: host.write_frames(domid, two, np.ones((2, PAGE_SIZE), np.uint8)), errno.EBUSY, domid)
         fails(lambda: host.map_writable(domid, two).__enter__(), errno.EBUSY, domid)
         assert (content(host, domid, mfns) == before).all()
 
 
-def a_vcpu_has_the_context_that_was_set(host: Toolstack, width: Width) -> None:
+def set_vcpu_context_sets_what_vcpu_context_returns(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
-        top = int(mfns[tiny.top(width)])
-        given = tiny.context(top, width)
+        top = int(mfns[tiny_guest.top(width)])
+        given = tiny_guest.context(top, width)
         fails(lambda: host.set_vcpu_context(domid, 0, given[:-8]), errno.EINVAL, domid)
         fails(lambda: host.set_vcpu_context(domid, 1, given), errno.EINVAL, domid)
-        no_table = tiny.context(int(mfns[tiny.CODE]), width)
-        host.write_frames(domid, mfns[[tiny.CODE]], np.full((1, PAGE_SIZE), 0xFF, np.uint8))
+        no_table = tiny_guest.context(int(mfns[tiny_guest.CODE]), width)
+        host.write_frames(domid, mfns[[tiny_guest.CODE]], np.full((1, PAGE_SIZE), 0xFF, np.uint8))
         fails(lambda: host.set_vcpu_context(domid, 0, no_table), errno.EINVAL, domid)
         host.pin_tables(domid, array(top), levels(top_level(width)))
         host.set_vcpu_context(domid, 0, given)
@@ -316,7 +316,7 @@ def a_vcpu_has_the_context_that_was_set(host: Toolstack, width: Width) -> None:
         assert found["ctrlreg"][3] == wanted["ctrlreg"][3]
 
 
-def shared_info_is_written(host: Toolstack, width: Width) -> None:
+def write_shared_info_writes_within_the_page_only(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         data = np.zeros(1, SHARED_INFO[width])
         data["arch"]["max_pfn"] = 1234
@@ -329,7 +329,7 @@ def shared_info_is_written(host: Toolstack, width: Width) -> None:
             fails(lambda offset=offset: host.write_shared_info(domid, b"beyond", offset), errno.EINVAL, domid)  # type: ignore[misc]
 
 
-def event_channels_are_a_domains_own(host: Toolstack, width: Width) -> None:
+def alloc_event_channel_numbers_ports_per_domain(host: Toolstack, width: Width) -> None:
     with domain(host, width) as one, domain(host, width) as two:
         ports = [host.alloc_event_channel(one), host.alloc_event_channel(one), host.alloc_event_channel(one, two)]
         assert len(set(ports)) == 3
@@ -337,32 +337,32 @@ def event_channels_are_a_domains_own(host: Toolstack, width: Width) -> None:
         assert host.alloc_event_channel(two) == min(ports)
 
 
-def the_hypercall_page_is_filled(host: Toolstack, width: Width) -> None:
+def init_hypercall_page_writes_the_code(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
-        host.init_hypercall_page(domid, int(mfns[tiny.HYPERCALLS]))
-        entries = content(host, domid, mfns[[tiny.HYPERCALLS]]).reshape(-1, 32)
+        host.init_hypercall_page(domid, int(mfns[tiny_guest.HYPERCALLS]))
+        entries = content(host, domid, mfns[[tiny_guest.HYPERCALLS]]).reshape(-1, 32)
         for number in (0, 1, 29, 32, 127):
             code = entries[number].tobytes()
             assert b"\xb8" + number.to_bytes(4, "little") in code  # mov $number, %eax
             assert b"\xc3" in code  # ret
         assert entries[23].tobytes().count(b"\xc3") == 0  # iret does not return
-        host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
-        fails(lambda: host.init_hypercall_page(domid, int(mfns[tiny.L1])), errno.EPERM, domid)
+        host.pin_tables(domid, mfns[[tiny_guest.top(width)]], levels(top_level(width)))
+        fails(lambda: host.init_hypercall_page(domid, int(mfns[tiny_guest.L1])), errno.EPERM, domid)
         fails(lambda: host.init_hypercall_page(domid, host.info(DomId(0)).shared_info_mfn), errno.EINVAL, domid)
 
 
-def a_built_domain_is_one_that_the_read_side_knows(host: Toolstack, width: Width) -> None:
-    with domain(host, width, tiny.PAGES, name=NAME, uuid=UUID) as domid:
-        built = tiny.fill(host, domid, width)
+def a_built_domain_passes_the_host_checks(host: Toolstack, width: Width) -> None:
+    with domain(host, width, tiny_guest.PAGES, name=NAME, uuid=UUID) as domid:
+        built = tiny_guest.fill(host, domid, width)
         info = host.info(domid)
-        assert (info.name, info.pages, info.paused) == (NAME, tiny.PAGES, True)
-        assert host.m2p(built.mfns).tolist() == list(range(tiny.PAGES))
+        assert (info.name, info.pages, info.paused) == (NAME, tiny_guest.PAGES, True)
+        assert host.m2p(built.mfns).tolist() == list(range(tiny_guest.PAGES))
         foreign = host.info(DomId(0)).shared_info_mfn
         fails(lambda: host.seed_grants(domid, console=foreign, xenstore=built.xenstore.mfn), errno.EINVAL, domid)
 
 
-def nothing_is_done_to_a_domain_that_is_not_there(host: Toolstack, width: Width) -> None:
+def toolstack_calls_for_an_absent_domain_raise_esrch(host: Toolstack, width: Width) -> None:
     some, ring = array(0), Ring(0, 1)
     for call in (
         lambda: host.destroy(NOBODY),
@@ -376,7 +376,7 @@ def nothing_is_done_to_a_domain_that_is_not_there(host: Toolstack, width: Width)
         lambda: host.init_hypercall_page(NOBODY, 0),
         lambda: host.pin_tables(NOBODY, some, levels(1)),
         lambda: host.pin_tables(NOBODY, array(), levels()),
-        lambda: host.set_vcpu_context(NOBODY, 0, tiny.context(0, width)),
+        lambda: host.set_vcpu_context(NOBODY, 0, tiny_guest.context(0, width)),
         lambda: host.write_shared_info(NOBODY, b""),
         lambda: host.alloc_event_channel(NOBODY),
         lambda: host.seed_grants(NOBODY, console=0, xenstore=0),
@@ -387,34 +387,34 @@ def nothing_is_done_to_a_domain_that_is_not_there(host: Toolstack, width: Width)
         fails(call, errno.ESRCH, NOBODY)
 
 
-def dom0_is_not_destroyed(host: Toolstack, width: Width) -> None:
+def destroy_of_dom0_raises_einval(host: Toolstack, width: Width) -> None:
     fails(lambda: host.destroy(DomId(0)), errno.EINVAL, DomId(0))
     assert host.info(DomId(0)).name == "Domain-0"
 
 
-BUILDING: tuple[Callable[[Toolstack, Width], None], ...] = (
-    a_new_domain_is_paused_and_has_no_memory,
-    a_domain_is_renamed,
-    a_domain_keeps_its_configuration,
-    a_domain_becomes_32_bit_while_it_has_no_memory,
-    a_domain_needs_vcpus_and_not_too_many,
-    what_was_destroyed_is_free_again,
-    a_builder_that_fails_half_way_can_always_destroy,
-    populate_gives_as_many_as_max_mem_allows,
-    populate_gives_whole_extents,
-    m2p_has_the_pfns_of_what_was_populated,
-    frames_are_written_and_read_back,
-    what_is_written_in_a_block_that_fails_is_written,
-    frames_of_others_are_not_written,
-    page_tables_are_typed_and_pinned,
-    tables_are_pinned_up_to_the_first_that_may_not_be,
-    a_table_that_maps_itself_writable_is_refused,
-    tables_are_not_written_and_what_is_written_is_no_table,
-    a_vcpu_has_the_context_that_was_set,
-    shared_info_is_written,
-    event_channels_are_a_domains_own,
-    the_hypercall_page_is_filled,
-    a_built_domain_is_one_that_the_read_side_knows,
-    nothing_is_done_to_a_domain_that_is_not_there,
-    dom0_is_not_destroyed,
+TOOLSTACK_CHECKS: tuple[Callable[[Toolstack, Width], None], ...] = (
+    create_makes_a_paused_domain_without_memory,
+    rename_changes_the_name,
+    set_configuration_stores_what_configuration_returns,
+    set_width_works_while_a_domain_has_no_memory,
+    create_with_a_bad_number_of_vcpus_raises_einval,
+    destroy_frees_the_memory_and_the_uuid,
+    destroy_works_after_every_step_of_a_build,
+    populate_physmap_stops_at_max_mem,
+    populate_physmap_of_order_9_allocates_whole_extents,
+    populate_physmap_sets_the_m2p,
+    write_frames_and_map_writable_write_what_map_frames_reads,
+    map_writable_keeps_writes_of_a_block_that_raises,
+    write_frames_with_a_foreign_frame_writes_none,
+    pin_tables_types_all_tables_below,
+    pin_tables_stops_at_the_first_refused_table,
+    pin_tables_of_a_table_mapped_writable_raises_ebusy,
+    page_tables_and_writable_frames_exclude_each_other,
+    set_vcpu_context_sets_what_vcpu_context_returns,
+    write_shared_info_writes_within_the_page_only,
+    alloc_event_channel_numbers_ports_per_domain,
+    init_hypercall_page_writes_the_code,
+    a_built_domain_passes_the_host_checks,
+    toolstack_calls_for_an_absent_domain_raise_esrch,
+    destroy_of_dom0_raises_einval,
 )

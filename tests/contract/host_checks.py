@@ -1,7 +1,6 @@
-"""What every Host must do, as plain functions of a host and a running PV domain on it.
+"""What every Host must do: functions of a host and a running PV domain on it.
 
-ModelHost is held to them always, XenHost on real Xen in the lab (tests/contract/live.py). Where they differ, the model
-is wrong.
+They run on ModelHost always, and on XenHost in the lab (host_on_xen.py). Where the two differ, the model is wrong.
 """
 
 from __future__ import annotations
@@ -59,20 +58,20 @@ def fails(call: Callable[[], object], number: int, domid: DomId | None) -> None:
     assert domid is None or f"dom{domid}" in str(caught), caught
 
 
-def version_is_one(host: Host, domid: DomId) -> None:
+def version_is_plausible(host: Host, domid: DomId) -> None:
     version = host.version()
     assert (version.major, version.minor) >= (4, 0)
     assert isinstance(version.extra, str)
 
 
-def domains_are_listed_once_ascending_with_dom0(host: Host, domid: DomId) -> None:
+def domains_are_ascending_and_include_dom0(host: Host, domid: DomId) -> None:
     listed = [d.domid for d in host.domains()]
     assert listed == sorted(set(listed))
     assert listed[0] == 0
     assert domid in listed
 
 
-def info_is_what_the_list_says(host: Host, domid: DomId) -> None:
+def info_equals_the_entry_of_domains(host: Host, domid: DomId) -> None:
     [listed] = [d for d in host.domains() if d.domid == domid]
     info = host.info(domid)
     for name in ("domid", "name", "uuid", "hvm", "width", "max_pages", "shared_info_mfn", "max_vcpu", "dying"):
@@ -84,7 +83,7 @@ def info_is_what_the_list_says(host: Host, domid: DomId) -> None:
     assert (info.shutdown_reason is None) != info.shutdown
 
 
-def a_domain_is_found_by_id_name_and_uuid(host: Host, domid: DomId) -> None:
+def find_domain_by_id_name_or_uuid_returns_it(host: Host, domid: DomId) -> None:
     info = host.info(domid)
     assert find_domain(host, str(domid)).domid == domid
     for text in (info.name, info.uuid):
@@ -92,8 +91,8 @@ def a_domain_is_found_by_id_name_and_uuid(host: Host, domid: DomId) -> None:
     fails(lambda: find_domain(host, "no such domain"), errno.ESRCH, None)
 
 
-def gone(host: Host, domid: DomId) -> None:
-    """No call takes a domain that is not there, or is not there any more."""
+def assert_gone(host: Host, domid: DomId) -> None:
+    """Check that every call refuses a domain that does not exist, or not any more."""
     some = array(0)
     fails(lambda: host.info(domid), errno.ESRCH, domid)
     fails(lambda: host.map_frames(domid, some), errno.ESRCH, domid)
@@ -107,23 +106,23 @@ def gone(host: Host, domid: DomId) -> None:
     assert domid not in [d.domid for d in host.domains()]
 
 
-def a_domain_that_is_not_there_is_an_error(host: Host, domid: DomId) -> None:
-    gone(host, NOBODY)
+def host_calls_for_an_absent_domain_raise_esrch(host: Host, domid: DomId) -> None:
+    assert_gone(host, NOBODY)
 
 
-def no_vcpu_beyond_the_last(host: Host, domid: DomId) -> None:
+def vcpu_context_beyond_the_last_vcpu_raises_einval(host: Host, domid: DomId) -> None:
     info = host.info(domid)
     assert len(host.vcpu_context(domid, 0)) == VCPU_GUEST_CONTEXT.size(info.width)
     fails(lambda: host.vcpu_context(domid, info.max_vcpu + 1), errno.EINVAL, domid)
 
 
-def cr3_is_a_pinned_top_table(host: Host, domid: DomId) -> None:
+def cr3_names_a_pinned_top_level_table(host: Host, domid: DomId) -> None:
     kind = PageType.L4TAB_PIN if host.info(domid).width == 8 else PageType.L3TAB_PIN
     assert host.page_types(domid, array(top_table(host, domid))).tolist() == [kind]
 
 
-def what_tables_point_to_is_typed_a_level_lower(host: Host, domid: DomId) -> None:
-    """Down the present entries from cr3, Xen's own slots left out, paused: so that nothing changes meanwhile."""
+def entries_of_tables_name_tables_of_the_level_below(host: Host, domid: DomId) -> None:
+    """Follow the present entries from cr3, except Xen's slots. The domain is paused, so that nothing changes."""
     width = host.info(domid).width
     tables = array(top_table(host, domid))
     host.pause(domid)
@@ -147,7 +146,7 @@ def what_tables_point_to_is_typed_a_level_lower(host: Host, domid: DomId) -> Non
         host.unpause(domid)
 
 
-def m2p_knows_each_table_once(host: Host, domid: DomId) -> None:
+def m2p_of_a_table_is_a_pfn_of_the_domain(host: Host, domid: DomId) -> None:
     top = top_table(host, domid)
     info = SHARED_INFO.read(host.shared_info(domid), host.info(domid).width)
     [pfn] = host.m2p(array(top)).tolist()
@@ -155,7 +154,7 @@ def m2p_knows_each_table_once(host: Host, domid: DomId) -> None:
     assert pfn < int(info["arch"]["max_pfn"]) or not int(info["arch"]["max_pfn"])
 
 
-def m2p_keeps_order_and_says_all_ones_beyond_the_host(host: Host, domid: DomId) -> None:
+def m2p_keeps_the_order_and_is_all_ones_beyond_the_host(host: Host, domid: DomId) -> None:
     top = top_table(host, domid)
     [pfn] = host.m2p(array(top)).tolist()
     far = beyond(host)
@@ -165,7 +164,7 @@ def m2p_keeps_order_and_says_all_ones_beyond_the_host(host: Host, domid: DomId) 
     assert host.m2p(array()).shape == (0,)
 
 
-def frames_that_cannot_be_mapped_are_zeroes_among_the_others(host: Host, domid: DomId) -> None:
+def map_frames_zeroes_frames_that_cannot_be_mapped(host: Host, domid: DomId) -> None:
     top = top_table(host, domid)
     other = 1 if domid == 0 else 0
     foreign = array(host.info(DomId(other)).shared_info_mfn)
@@ -188,14 +187,14 @@ def frames_that_cannot_be_mapped_are_zeroes_among_the_others(host: Host, domid: 
     assert host.page_types(domid, bad).tolist() == [PageType.XTAB] * len(bad)
 
 
-def no_frames_are_no_pages(host: Host, domid: DomId) -> None:
+def map_frames_and_page_types_of_no_frames_are_empty(host: Host, domid: DomId) -> None:
     pages, mapped = host.map_frames(domid, array())
     assert pages.shape == (0, PAGE_SIZE)
     assert mapped.shape == (0,)
     assert host.page_types(domid, array()).shape == (0,)
 
 
-def more_frames_than_a_call_of_xen_takes(host: Host, domid: DomId) -> None:
+def page_types_of_more_frames_than_one_hypercall_takes(host: Host, domid: DomId) -> None:
     """getpageframeinfo3 takes 1024."""
     top = top_table(host, domid)
     wanted = np.full(2500, top, np.uint64)
@@ -207,7 +206,7 @@ def more_frames_than_a_call_of_xen_takes(host: Host, domid: DomId) -> None:
     assert (host.map_frames(domid, wanted)[1] == expected).all()
 
 
-def shared_info_is_the_frame_that_info_names(host: Host, domid: DomId) -> None:
+def shared_info_is_the_frame_in_domain_info(host: Host, domid: DomId) -> None:
     host.pause(domid)
     try:
         page = host.shared_info(domid)
@@ -231,20 +230,20 @@ def pauses_are_counted(host: Host, domid: DomId) -> None:
     assert host.info(domid).paused == before
 
 
-CHECKS: tuple[Callable[[Host, DomId], None], ...] = (
-    version_is_one,
-    domains_are_listed_once_ascending_with_dom0,
-    info_is_what_the_list_says,
-    a_domain_is_found_by_id_name_and_uuid,
-    a_domain_that_is_not_there_is_an_error,
-    no_vcpu_beyond_the_last,
-    cr3_is_a_pinned_top_table,
-    what_tables_point_to_is_typed_a_level_lower,
-    m2p_knows_each_table_once,
-    m2p_keeps_order_and_says_all_ones_beyond_the_host,
-    frames_that_cannot_be_mapped_are_zeroes_among_the_others,
-    no_frames_are_no_pages,
-    more_frames_than_a_call_of_xen_takes,
-    shared_info_is_the_frame_that_info_names,
+HOST_CHECKS: tuple[Callable[[Host, DomId], None], ...] = (
+    version_is_plausible,
+    domains_are_ascending_and_include_dom0,
+    info_equals_the_entry_of_domains,
+    find_domain_by_id_name_or_uuid_returns_it,
+    host_calls_for_an_absent_domain_raise_esrch,
+    vcpu_context_beyond_the_last_vcpu_raises_einval,
+    cr3_names_a_pinned_top_level_table,
+    entries_of_tables_name_tables_of_the_level_below,
+    m2p_of_a_table_is_a_pfn_of_the_domain,
+    m2p_keeps_the_order_and_is_all_ones_beyond_the_host,
+    map_frames_zeroes_frames_that_cannot_be_mapped,
+    map_frames_and_page_types_of_no_frames_are_empty,
+    page_types_of_more_frames_than_one_hypercall_takes,
+    shared_info_is_the_frame_in_domain_info,
     pauses_are_counted,
 )

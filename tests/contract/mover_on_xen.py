@@ -1,6 +1,6 @@
 """The contract of what moves domains on real Xen, in dom0, as root, with a litmus that dirties memory.
 
-    python3 -m tests.contract.live_move NAME [STREAM]
+    python3 -m tests.contract.mover_on_xen NAME [STREAM]
 
 STREAM is what `xl save -p` wrote of NAME, which is paused since: its state is held against what our calls give.
 Prints JSON. One program for all of it, since starting Python takes seconds under emulation.
@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.contract.moving import MOVING
-from tests.contract.running import RUNNING, all_that_changes_is_in_the_log
+from tests.contract.mover_checks import MOVER_CHECKS
+from tests.contract.running_guest_checks import RUNNING_GUEST_CHECKS, log_dirty_logs_every_page_that_changes
 from xenpv.errors import HostError
 from xenpv.frames import DomId
 from xenpv.host.protocol import find_domain
@@ -28,25 +28,25 @@ from xenpv.host.xen.host import XenHost
 from xenpv.source.live import LiveDomain
 from xenpv.source.saved import SavedDomain
 
-WHILE = 1.0  # seconds that a guest runs
+GUEST_SECONDS = 1.0  # seconds that a guest runs
 
 
-def ran(check: Callable[..., object], *arguments: object) -> object:
-    """What it returns, "ok" for nothing, or what was wrong."""
+def run_check(check: Callable[..., object], *arguments: object) -> object:
+    """Run a check: its result, "ok" if it returns None, or the traceback."""
     try:
         result = check(*arguments)
-    except Exception:  # told, and the rest run
+    except Exception:  # reported; the other checks run
         return traceback.format_exc()
     return "ok" if result is None else result
 
 
 def running(host: XenHost, domid: DomId) -> dict[str, object]:
     out: dict[str, object] = {}
-    for check in RUNNING:
-        if check is all_that_changes_is_in_the_log and not can_log(host, domid):
+    for check in RUNNING_GUEST_CHECKS:
+        if check is log_dirty_logs_every_page_that_changes and not can_log(host, domid):
             out[check.__name__] = "not on this Xen"
             continue
-        out[check.__name__] = ran(check, host, domid, lambda: time.sleep(WHILE))
+        out[check.__name__] = run_check(check, host, domid, lambda: time.sleep(GUEST_SECONDS))
     return out
 
 
@@ -108,14 +108,14 @@ def timed(call: Callable[[], object]) -> float:
     return round((time.perf_counter() - began) * 1000, 3)
 
 
-def look(name: str, stream: str | None, out: dict[str, Any]) -> None:
+def run_all(name: str, stream: str | None, out: dict[str, Any]) -> None:
     """Everything, into ``out``."""
     with XenHost() as host:
         domid = find_domain(host, name).domid
         if stream is not None:
             out["stock"] = compared(host, domid, stream)
             return
-        out["contract"] = {check.__name__: ran(check, host, 8) for check in MOVING}
+        out["contract"] = {check.__name__: run_check(check, host, 8) for check in MOVER_CHECKS}
         out["running"] = running(host, domid)
         out["speed"] = speed(host, domid)
         out["domains"] = [d.domid for d in host.domains()]
@@ -124,7 +124,7 @@ def look(name: str, stream: str | None, out: dict[str, Any]) -> None:
 def main(name: str, stream: str | None = None) -> None:
     out: dict[str, Any] = {}
     try:
-        look(name, stream, out)
+        run_all(name, stream, out)
     finally:
         print(json.dumps(out, indent=1))
 

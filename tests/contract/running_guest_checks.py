@@ -1,6 +1,6 @@
 """What every Mover must do to a guest that runs, as plain functions of a host and a domain in which one does.
 
-ModelHost is held to them with its kernel, XenHost in the lab with litmus (tests/contract/live_move.py). ``go`` lets
+ModelHost is held to them with its kernel, XenHost in the lab with litmus (tests/contract/mover_on_xen.py). ``go`` lets
 the guest run and write to its memory for a while; it is not called while the domain is paused.
 """
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from tests.contract.building import eventually
+from tests.contract.toolstack_checks import eventually
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
@@ -54,7 +54,7 @@ def rings(host: Mover, domid: DomId, pfns: U64, pages: U8) -> U64:
     return np.intersect1d(host.m2p(np.array(mfns, np.uint64).reshape(-1)), pfns)
 
 
-def all_that_changes_is_in_the_log(host: Mover, domid: DomId, go: Callable[[], None]) -> dict[str, int]:
+def log_dirty_logs_every_page_that_changes(host: Mover, domid: DomId, go: Callable[[], None]) -> dict[str, int]:
     """And little more. How many pages changed, and how many were in the log."""
     with paused(host, domid):
         pfns, before = contents(host, domid)
@@ -83,7 +83,7 @@ def all_that_changes_is_in_the_log(host: Mover, domid: DomId, go: Callable[[], N
     return {"changed": len(changed), "logged": len(logged)}
 
 
-def a_request_that_was_not_seen_is_taken_back(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
+def request_shutdown_is_withdrawn_before_the_guest_sees_it(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
     with paused(host, domid):
         host.request_shutdown(domid, "suspend")
         assert host.shutdown_request(domid) == "suspend"
@@ -93,7 +93,7 @@ def a_request_that_was_not_seen_is_taken_back(host: Mover, domid: DomId, go: Cal
     assert not host.info(domid).shutdown
 
 
-def a_guest_suspends_when_asked(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
+def request_shutdown_suspends_the_guest(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
     """It takes the request away, and stops."""
     host.request_shutdown(domid, "suspend")
     assert eventually(lambda: host.info(domid).shutdown)
@@ -103,7 +103,7 @@ def a_guest_suspends_when_asked(host: Mover, domid: DomId, go: Callable[[], None
     assert host.info(domid).shutdown
 
 
-def a_suspend_is_cancelled(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
+def resume_cancels_a_suspend(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
     """What the guest makes of it, the caller sees."""
     width = host.info(domid).width
     context = np.frombuffer(bytearray(host.vcpu_context(domid, 0)), VCPU_GUEST_CONTEXT[width])
@@ -116,9 +116,9 @@ def a_suspend_is_cancelled(host: Mover, domid: DomId, go: Callable[[], None]) ->
     assert (host.info(domid).paused, host.info(domid).shutdown) == (False, False)
 
 
-RUNNING: tuple[Callable[[Mover, DomId, Callable[[], None]], object], ...] = (
-    all_that_changes_is_in_the_log,
-    a_request_that_was_not_seen_is_taken_back,
-    a_guest_suspends_when_asked,
-    a_suspend_is_cancelled,
+RUNNING_GUEST_CHECKS: tuple[Callable[[Mover, DomId, Callable[[], None]], object], ...] = (
+    log_dirty_logs_every_page_that_changes,
+    request_shutdown_is_withdrawn_before_the_guest_sees_it,
+    request_shutdown_suspends_the_guest,
+    resume_cancels_a_suspend,
 )

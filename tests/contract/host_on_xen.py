@@ -1,9 +1,9 @@
-"""The contract on real Xen, and XenHost against what stock tools say; to be run in dom0, as root.
+"""The checks of Host on real Xen, and XenHost compared with stock tools. Run it in dom0, as root.
 
-    python3 -m tests.contract.live DOMAIN CORE      # a paused domain, and `xl dump-core` of it
+    python3 -m tests.contract.host_on_xen DOMAIN CORE      # a paused domain, and `xl dump-core` of it
 
-Prints JSON: which checks held, what was compared, how fast. One program for all of it, since starting Python takes
-seconds under emulation. Ends the domain.
+Prints JSON: results of the checks, of the comparisons, and speeds. It is one program, because starting Python takes
+seconds under emulation. It destroys the domain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.contract import checks
+from tests.contract import host_checks
 from xenpv.abi.domctl import PageType
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE, U8, U64, DomId
@@ -30,7 +30,7 @@ BATCH = 1024
 
 
 def sections(core: bytes) -> dict[str, tuple[int, int]]:
-    """Offset and size of an ELF64 file's sections."""
+    """Return offset and size of an ELF64 file's sections."""
     [table] = struct.unpack_from("<Q", core, 40)
     size, count, names = struct.unpack_from("<3H", core, 58)
     headers = [struct.unpack_from("<IIQQQQ", core, table + n * size) for n in range(count)]
@@ -39,7 +39,7 @@ def sections(core: bytes) -> dict[str, tuple[int, int]]:
 
 
 def against_core(host: XenHost, domid: DomId, path: str) -> dict[str, Any]:
-    """All of the paused domain's memory, m2p and page types against the core."""
+    """Compare all memory, m2p and page types of the paused domain with the core."""
     with open(path, "rb") as file:
         core = file.read()
     where = sections(core)
@@ -70,7 +70,7 @@ def against_core(host: XenHost, domid: DomId, path: str) -> dict[str, Any]:
     start = time.perf_counter()
     host.m2p(mfns)
     second_m2p = time.perf_counter() - start
-    top = checks.top_table(host, domid)
+    top = host_checks.top_table(host, domid)
     kinds = {PageType(kind).name: int(n) for kind, n in enumerate(np.bincount(types, minlength=16)) if n}
     return {
         "frames": len(mfns),
@@ -89,14 +89,14 @@ def against_core(host: XenHost, domid: DomId, path: str) -> dict[str, Any]:
 
 
 def leaks(host: XenHost, domid: DomId) -> dict[str, int]:
-    """How many mappings of Xen's device remain: before, while one is held, and after."""
+    """Count mappings of Xen's device before, while and after an array of map_frames is held."""
 
     def mappings() -> int:
         with open("/proc/self/maps") as file:
             return sum("privcmd" in line for line in file)
 
     before = mappings()
-    held, _ = host.map_frames(domid, np.full(4, checks.top_table(host, domid), np.uint64))
+    held, _ = host.map_frames(domid, np.full(4, host_checks.top_table(host, domid), np.uint64))
     kept = held[1:3]
     del held
     during = mappings()
@@ -106,19 +106,19 @@ def leaks(host: XenHost, domid: DomId) -> dict[str, int]:
 
 
 def contract(host: XenHost, domid: DomId) -> dict[str, str]:
-    """Each check's name, and "ok" or what was wrong."""
+    """Run each check: its name, and "ok" or the traceback."""
     results = {}
-    for check in checks.CHECKS:
+    for check in host_checks.HOST_CHECKS:
         try:
             check(host, domid)
             results[check.__name__] = "ok"
-        except Exception:  # told, and the rest run
+        except Exception:  # reported; the other checks run
             results[check.__name__] = traceback.format_exc()
     return results
 
 
 def without_root() -> str:
-    """What a user who is not root is told. Gives up root for good."""
+    """Return the error that a user without root gets. Gives up root for good."""
     os.setuid(65534)
     try:
         XenHost()
@@ -130,13 +130,13 @@ def without_root() -> str:
 def main(name: str, core: str) -> None:
     out: dict[str, Any] = {}
     try:
-        look(name, core, out)
+        run_all(name, core, out)
     finally:
         print(json.dumps(out, indent=1))
 
 
-def look(name: str, core: str, out: dict[str, Any]) -> None:
-    """Everything, into ``out``."""
+def run_all(name: str, core: str, out: dict[str, Any]) -> None:
+    """Run everything; results go to ``out``."""
     with XenHost() as host:
         version = host.version()
         out["version"] = f"{version.major}.{version.minor}{version.extra}"
@@ -146,12 +146,12 @@ def look(name: str, core: str, out: dict[str, Any]) -> None:
         out["core"] = against_core(host, domid, core)
         out["leaks"] = leaks(host, domid)
         out["dom0"] = own_memory(host)
-        kept, _ = host.map_frames(domid, np.array([checks.top_table(host, domid)], np.uint64))
+        kept, _ = host.map_frames(domid, np.array([host_checks.top_table(host, domid)], np.uint64))
         subprocess.run(["xl", "destroy", name], check=True)
         out["died"] = {"held": bool(kept.any())}  # its frames stay as long as somebody holds them
         del kept
         out["died"]["after"] = until_gone(host, domid)
-        checks.gone(host, domid)
+        host_checks.assert_gone(host, domid)
         held, _ = host.map_frames(DomId(0), np.array([host.info(DomId(0)).shared_info_mfn], np.uint64))
     out["readable_after_close"] = bool(held.any())
     del held
@@ -159,14 +159,14 @@ def look(name: str, core: str, out: dict[str, Any]) -> None:
 
 
 def own_memory(host: XenHost) -> dict[str, int]:
-    """Frames from all over the host, as dom0's: what is not must be marked, and neither kill us nor raise."""
+    """Map frames from all over the host as dom0's. Those of others must be marked, not kill us or raise."""
     mfns = np.linspace(0, host.max_mfn(), 1024).astype(np.uint64)
     _, mapped = host.map_frames(DomId(0), mfns)
     return {"asked": len(mfns), "mapped": int(mapped.sum()), "dom0_pages": host.info(DomId(0)).pages}
 
 
 def until_gone(host: XenHost, domid: DomId) -> str:
-    """What asking about a domain that has been destroyed says at last."""
+    """Wait until asking for a destroyed domain fails; the error."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         try:

@@ -1,7 +1,6 @@
-"""What every Mover must do, as plain functions of a host and the width of the domains to move.
+"""What every Mover must do: functions of a host and the width of the domains to move.
 
-ModelHost is held to them always, XenHost on real Xen in the lab (tests/contract/live_move.py). Each leaves the host as
-it was.
+They run on ModelHost always, and on XenHost in the lab (mover_on_xen.py). Each leaves the host as it was.
 """
 
 from __future__ import annotations
@@ -12,9 +11,9 @@ from struct import pack
 
 import numpy as np
 
-from tests.contract import tiny
-from tests.contract.building import domain, levels, pfns, top_level, with_tables
-from tests.contract.checks import NOBODY, array, fails
+from tests.contract import tiny_guest
+from tests.contract.host_checks import NOBODY, array, fails
+from tests.contract.toolstack_checks import domain, levels, pfns, top_level, with_tables
 from xenpv.abi.declare import Width
 from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT, MSR_ENTRY, VCPU_MSR
 from xenpv.abi.x86 import PAGE_SIZE
@@ -78,7 +77,7 @@ def dirty(host: Mover, domid: DomId, pages: int, *, clean: bool = True) -> list[
     return numbers
 
 
-def vcpu_state_goes_from_one_domain_to_another(host: Mover, width: Width) -> None:
+def vcpu_state_moves_to_another_domain(host: Mover, width: Width) -> None:
     with domain(host, width, vcpus=3) as one, domain(host, width, vcpus=2) as two:
         fresh = host.vcpu_state(one, 2)
         assert fresh.extended[:8] == pack("<II", 2, EXT_VCPUCONTEXT.size(8))
@@ -100,7 +99,7 @@ def vcpu_state_goes_from_one_domain_to_another(host: Mover, width: Width) -> Non
         assert unnumbered(host.vcpu_state(two, 1)) == unnumbered(fresh)
 
 
-def a_callback_is_given_the_privilege_of_a_kernel(host: Mover, width: Width) -> None:
+def set_vcpu_state_raises_the_ring_of_callbacks(host: Mover, width: Width) -> None:
     with domain(host, width) as domid:
         given = extended(width, syscall32_callback_cs=0xE030, sysenter_callback_cs=0)
         host.set_vcpu_state(domid, 0, VcpuState(extended=given))
@@ -109,7 +108,7 @@ def a_callback_is_given_the_privilege_of_a_kernel(host: Mover, width: Width) -> 
         assert found["sysenter_callback_cs"] == LEAST_PRIVILEGE[width]
 
 
-def vcpu_state_that_is_none_is_refused(host: Mover, width: Width) -> None:
+def set_vcpu_state_of_invalid_state_raises_einval(host: Mover, width: Width) -> None:
     with domain(host, width, vcpus=2) as domid:
         before = host.vcpu_state(domid, 1)
         for bad in (-1, 2, 1 << 33):
@@ -133,7 +132,7 @@ def vcpu_state_that_is_none_is_refused(host: Mover, width: Width) -> None:
         assert host.vcpu_state(domid, 1) == before
 
 
-def time_goes_on_where_it_was(host: Mover, width: Width) -> None:
+def tsc_info_moves_to_another_domain(host: Mover, width: Width) -> None:
     """Xen counts the hosts that a domain has been on: the incarnation that is read is one more."""
     with domain(host, width) as domid:
         told = host.tsc_info(domid)
@@ -152,7 +151,7 @@ def time_goes_on_where_it_was(host: Mover, width: Width) -> None:
         assert host.tsc_info(domid) == TscInfo(2, 0, 0, 2)
 
 
-def a_fresh_domain_takes_another_ones_policy(host: Mover, width: Width) -> None:
+def cpu_policy_moves_to_a_new_domain(host: Mover, width: Width) -> None:
     with domain(host, width) as one, domain(host, width) as two:
         policy = host.cpu_policy(one)
         assert policy.leaves
@@ -165,7 +164,7 @@ def a_fresh_domain_takes_another_ones_policy(host: Mover, width: Width) -> None:
             assert host.cpu_policy(two) == policy
 
 
-def a_policy_that_cannot_be_given_is_refused_by_name(host: Mover, width: Width) -> None:
+def set_cpu_policy_names_the_leaf_or_msr_it_refuses(host: Mover, width: Width) -> None:
     with domain(host, width) as domid:
         before = host.cpu_policy(domid)
         leaf, msr = pack("<6I", UNKNOWN, 0xFFFF_FFFF, 0, 0, 0, 0), pack("<IIQ", UNKNOWN, 0, 0)
@@ -187,10 +186,10 @@ def a_policy_that_cannot_be_given_is_refused_by_name(host: Mover, width: Width) 
         assert host.cpu_policy(domid) == before
 
 
-def a_domain_that_has_run_keeps_its_policy(host: Mover, width: Width) -> None:
-    with domain(host, width, tiny.PAGES) as domid:
+def set_cpu_policy_after_the_domain_ran_raises_eexist(host: Mover, width: Width) -> None:
+    with domain(host, width, tiny_guest.PAGES) as domid:
         if width == 8:
-            tiny.fill(host, domid, width)
+            tiny_guest.fill(host, domid, width)
         policy = host.cpu_policy(domid)
         host.set_cpu_policy(domid, policy)
         host.unpause(domid)
@@ -198,7 +197,7 @@ def a_domain_that_has_run_keeps_its_policy(host: Mover, width: Width) -> None:
         assert host.cpu_policy(domid) == policy
 
 
-def the_log_is_begun_and_ended_again_and_again(host: Mover, width: Width) -> None:
+def log_dirty_is_enabled_and_disabled_repeatedly(host: Mover, width: Width) -> None:
     with domain(host, width) as domid:
         if not logs_dirty(host, domid):
             return
@@ -213,31 +212,31 @@ def the_log_is_begun_and_ended_again_and_again(host: Mover, width: Width) -> Non
         assert dirty(host, domid, 0) == []  # and it is destroyed with the log on
 
 
-def what_a_toolstack_writes_is_not_in_the_log(host: Mover, width: Width) -> None:
+def log_dirty_ignores_writes_of_the_toolstack(host: Mover, width: Width) -> None:
     """But what Xen does for it is: tables that it pins."""
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
         if not logs_dirty(host, domid):
             return
-        some = mfns[[tiny.CODE, tiny.STACK]]
+        some = mfns[[tiny_guest.CODE, tiny_guest.STACK]]
         host.write_frames(domid, some, np.full((2, PAGE_SIZE), 1, np.uint8))
         with host.map_writable(domid, some) as pages:
             pages[:] = 2
         host.write_shared_info(domid, b"x")
-        host.init_hypercall_page(domid, int(mfns[tiny.HYPERCALLS]))
+        host.init_hypercall_page(domid, int(mfns[tiny_guest.HYPERCALLS]))
         host.map_frames(domid, mfns)
         assert len(host.populate_physmap(domid, pfns(2, 20))) == 2
         assert dirty(host, domid, 64) == []
-        host.pin_tables(domid, mfns[[tiny.top(width)]], levels(top_level(width)))
-        which = [tiny.L1, tiny.L2, tiny.L3, tiny.L4][: top_level(width)]
+        host.pin_tables(domid, mfns[[tiny_guest.top(width)]], levels(top_level(width)))
+        which = [tiny_guest.L1, tiny_guest.L2, tiny_guest.L3, tiny_guest.L4][: top_level(width)]
         assert dirty(host, domid, 64, clean=False) == which
-        host.set_vcpu_context(domid, 0, tiny.context(int(mfns[tiny.top(width)]), width))
+        host.set_vcpu_context(domid, 0, tiny_guest.context(int(mfns[tiny_guest.top(width)]), width))
         assert dirty(host, domid, 64) == which
         assert dirty(host, domid, 64) == []
         host.log_dirty(domid, on=False)
 
 
-def pages_far_apart_are_in_the_log(host: Mover, width: Width) -> None:
+def log_dirty_logs_sparse_pfns(host: Mover, width: Width) -> None:
     """Also where the log takes more memory than Xen gives it for so few; those beyond what is asked are not."""
     with domain(host, width, 2000) as domid:
         far = [*range(0, 1000 << 15, 1 << 15), (1 << 28) + 7]
@@ -254,8 +253,8 @@ def pages_far_apart_are_in_the_log(host: Mover, width: Width) -> None:
         assert dirty(host, domid, far[-1] + 1) == far[501:]
 
 
-def what_is_asked_of_a_guest_is_taken_back(host: Mover, width: Width) -> None:
-    with domain(host, width, tiny.PAGES) as domid:
+def request_shutdown_is_withdrawn_by_an_empty_request(host: Mover, width: Width) -> None:
+    with domain(host, width, tiny_guest.PAGES) as domid:
         assert host.shutdown_request(domid) == ""
         host.request_shutdown(domid, "")
         assert host.shutdown_request(domid) == ""
@@ -265,13 +264,13 @@ def what_is_asked_of_a_guest_is_taken_back(host: Mover, width: Width) -> None:
         assert host.shutdown_request(domid) == ""
 
 
-def a_domain_that_did_not_shut_down_is_resumed_for_nothing(host: Mover, width: Width) -> None:
+def resume_of_a_domain_that_did_not_shut_down_does_nothing(host: Mover, width: Width) -> None:
     with domain(host, width) as domid:
         host.resume(domid)
         assert (host.info(domid).paused, host.info(domid).shutdown) == (True, False)
 
 
-def nobody_is_moved(host: Mover, width: Width) -> None:
+def mover_calls_for_an_absent_domain_raise_esrch(host: Mover, width: Width) -> None:
     for call in (
         lambda: host.vcpu_state(NOBODY, 0),
         lambda: host.set_vcpu_state(NOBODY, 0, VcpuState(extended(width))),
@@ -290,18 +289,18 @@ def nobody_is_moved(host: Mover, width: Width) -> None:
         fails(call, errno.ESRCH, NOBODY)
 
 
-MOVING: tuple[Callable[[Mover, Width], None], ...] = (
-    vcpu_state_goes_from_one_domain_to_another,
-    a_callback_is_given_the_privilege_of_a_kernel,
-    vcpu_state_that_is_none_is_refused,
-    time_goes_on_where_it_was,
-    a_fresh_domain_takes_another_ones_policy,
-    a_policy_that_cannot_be_given_is_refused_by_name,
-    a_domain_that_has_run_keeps_its_policy,
-    the_log_is_begun_and_ended_again_and_again,
-    what_a_toolstack_writes_is_not_in_the_log,
-    pages_far_apart_are_in_the_log,
-    what_is_asked_of_a_guest_is_taken_back,
-    a_domain_that_did_not_shut_down_is_resumed_for_nothing,
-    nobody_is_moved,
+MOVER_CHECKS: tuple[Callable[[Mover, Width], None], ...] = (
+    vcpu_state_moves_to_another_domain,
+    set_vcpu_state_raises_the_ring_of_callbacks,
+    set_vcpu_state_of_invalid_state_raises_einval,
+    tsc_info_moves_to_another_domain,
+    cpu_policy_moves_to_a_new_domain,
+    set_cpu_policy_names_the_leaf_or_msr_it_refuses,
+    set_cpu_policy_after_the_domain_ran_raises_eexist,
+    log_dirty_is_enabled_and_disabled_repeatedly,
+    log_dirty_ignores_writes_of_the_toolstack,
+    log_dirty_logs_sparse_pfns,
+    request_shutdown_is_withdrawn_by_an_empty_request,
+    resume_of_a_domain_that_did_not_shut_down_does_nothing,
+    mover_calls_for_an_absent_domain_raise_esrch,
 )

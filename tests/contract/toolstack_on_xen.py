@@ -1,6 +1,6 @@
 """The write side's contract on real Xen, and the tiniest domain built and run; to be run in dom0, as root.
 
-    python3 -m tests.contract.live_build NAME
+    python3 -m tests.contract.toolstack_on_xen NAME
 
 Prints JSON. One program for all of it, since starting Python takes seconds under emulation.
 """
@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.contract import tiny
-from tests.contract.building import BUILDING, domain, eventually, gone, pfns
+from tests.contract import tiny_guest
+from tests.contract.toolstack_checks import TOOLSTACK_CHECKS, domain, eventually, is_gone, pfns
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE
 from xenpv.host.xen.host import XenHost
@@ -35,13 +35,13 @@ def text_of(*command: str) -> str:
 
 
 def contract(host: XenHost) -> dict[str, str]:
-    """Each check's name, and "ok" or what was wrong."""
+    """Run each check: its name, and "ok" or the traceback."""
     results = {}
-    for check in BUILDING:
+    for check in TOOLSTACK_CHECKS:
         try:
             check(host, 8)
             results[check.__name__] = "ok"
-        except Exception:  # told, and the rest run
+        except Exception:  # reported; the other checks run
             results[check.__name__] = traceback.format_exc()
     return results
 
@@ -50,10 +50,10 @@ def run_tiny(host: XenHost, name: str) -> dict[str, Any]:
     """Build it, run it, and look at it with stock tools before it goes."""
     out: dict[str, Any] = {}
     started = time.monotonic()
-    domid = host.create(max_pages=tiny.PAGES, name=name, uuid=UUID)
+    domid = host.create(max_pages=tiny_guest.PAGES, name=name, uuid=UUID)
     try:
         out["create_seconds"] = time.monotonic() - started
-        tiny.fill(host, domid, text=f"hello from {name}\r\n".encode(), reason=REASON)
+        tiny_guest.fill(host, domid, text=f"hello from {name}\r\n".encode(), reason=REASON)
         out["build_seconds"] = time.monotonic() - started
         out["list_paused"] = text_of("xl", "list")
         host.unpause(domid)
@@ -68,16 +68,16 @@ def run_tiny(host: XenHost, name: str) -> dict[str, Any]:
         out["printed"] = eventually(lambda: log.exists() and f"hello from {name}" in log.read_text())
     finally:
         host.destroy(domid)
-    out["gone"] = eventually(lambda: gone(host, domid))
+    out["gone"] = eventually(lambda: is_gone(host, domid))
     return out
 
 
 def destroyed_by_xl(host: XenHost, name: str) -> bool:
     """What we built, `xl destroy` ends."""
-    domid = host.create(max_pages=tiny.PAGES, name=name, uuid=UUID)
-    tiny.fill(host, domid)
+    domid = host.create(max_pages=tiny_guest.PAGES, name=name, uuid=UUID)
+    tiny_guest.fill(host, domid)
     subprocess.run(["xl", "destroy", name], check=True)
-    return eventually(lambda: gone(host, domid))
+    return eventually(lambda: is_gone(host, domid))
 
 
 def speed(host: XenHost) -> dict[str, int]:
@@ -101,7 +101,7 @@ def speed(host: XenHost) -> dict[str, int]:
 
 
 def settled(host: XenHost) -> int:
-    """How many pages are free once that does not change: what a domain had comes back a moment after it has gone."""
+    """Wait until the number of free pages is stable. Xen frees a domain's memory a moment after its end."""
     found = [host.free_pages()]
     while found[-QUIET:] != [found[-1]] * QUIET:
         time.sleep(0.1)
@@ -130,7 +130,7 @@ def without_root() -> str:
     return "opened"
 
 
-def look(name: str, out: dict[str, Any]) -> None:
+def run_all(name: str, out: dict[str, Any]) -> None:
     """Everything, into ``out``."""
     with XenHost() as host:
         out["version"] = f"{host.version().major}.{host.version().minor}{host.version().extra}"
@@ -155,7 +155,7 @@ def look(name: str, out: dict[str, Any]) -> None:
 def main(name: str) -> None:
     out: dict[str, Any] = {}
     try:
-        look(name, out)
+        run_all(name, out)
     finally:
         print(json.dumps(out, indent=1))
 
