@@ -220,10 +220,10 @@ def build(
         with Output.open(output) as file:
             return build_file(model, image, layout, content, file, name=called, uuid=uuid, progress=progress)
     from xenpv.build.build import build as build_domain  # noqa: PLC0415
-    from xenpv.source.config import as_libxl  # noqa: PLC0415
+    from xenpv.source.config import libxl_config  # noqa: PLC0415
 
     layout = plan(image, request)
-    config = as_libxl(called, uuid, pages=layout.nr_pages, vcpus=layout.vcpus, boot={"kernel": kernel})
+    config = libxl_config(called, uuid, pages=layout.nr_pages, vcpus=layout.vcpus, boot={"kernel": kernel})
     with _open_host(host) as on:
         return build_domain(on, image, layout, content, name=called, uuid=uuid, config=config, progress=progress)
 

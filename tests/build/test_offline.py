@@ -20,7 +20,7 @@ from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
 from xenpv.image.request import Request
 from xenpv.save.save import Summary
-from xenpv.source.config import as_libxl, config_of
+from xenpv.source.config import Config, libxl_config
 from xenpv.source.saved import SavedDomain
 from xenpv.verify.stream import verify
 
@@ -48,7 +48,7 @@ def test_build_file_verifies_and_holds_start_of_day(kernel: str, tmp_path: Path)
     report = verify(str(file))
     assert [str(finding) for finding in report.findings] == []
     with SavedDomain.open(str(file)) as saved:
-        config = config_of(saved.contents)
+        config = Config.from_contents(saved.contents)
         assert config is not None
         assert (config.name, config.max_vcpus, config.max_memkb) == ("built", 2, 32 << 10)
         index = saved.contents.index
@@ -79,6 +79,6 @@ def test_build_file_size_follows_written_pages() -> None:
 
 def test_as_libxl_names_vcpus_and_memory() -> None:
     layout = plan_file(KERNELS["32 bit"], Request(64 * MIB, vcpus=3))
-    text = json.loads(as_libxl("n", "u", pages=layout.nr_pages, vcpus=layout.vcpus))
+    text = json.loads(libxl_config("n", "u", pages=layout.nr_pages, vcpus=layout.vcpus))
     assert text["b_info"]["avail_vcpus"] == [0, 1, 2]
     assert text["b_info"]["max_memkb"] == np.int64(64 << 10)

@@ -120,7 +120,9 @@ def test_its_p2m(guest: P2MGuest) -> None:
 
 
 def test_that_it_changed_meanwhile_is_said(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("xenpv.source.live.LiveDomain.changed", lambda _: "leaves were replaced: look again")
+    monkeypatch.setattr(
+        "xenpv.source.live.LiveDomain.describe_p2m_change", lambda _: "leaves were replaced: look again"
+    )
     assert xenpv("p2m", guest.made.domid).out.splitlines()[-1] == "warning: leaves were replaced: look again"
 
 

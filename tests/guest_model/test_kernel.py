@@ -222,7 +222,7 @@ def test_generation_is_odd_while_the_list_grows(monkeypatch: pytest.MonkeyPatch)
         live = guest.live
         seen.append((live.anchors.p2m_generation, live.anchors.p2m_cr3 != 0))
         if live.anchors.p2m_generation & 1:
-            assert "odd" in str(live.changed())
+            assert "odd" in str(live.describe_p2m_change())
         original(view, updates)
 
     monkeypatch.setattr(GuestView, "mmu_update", mmu_update)
@@ -231,7 +231,7 @@ def test_generation_is_odd_while_the_list_grows(monkeypatch: pytest.MonkeyPatch)
     guest.do("balloon_out", guest.do("free_pfns")[:1])
     guest.do("balloon_in", array(5000))
     assert seen == [(1, True)]
-    assert live.changed() == "p2m_generation went from 0x0 to 0x2 meanwhile: look again"
+    assert live.describe_p2m_change() == "p2m_generation went from 0x0 to 0x2 meanwhile: look again"
 
 
 def test_page_tables_and_the_shared_leaf_are_read_only() -> None:

@@ -19,7 +19,7 @@ def _of(guest: Guest) -> Digest:
     """Of a running domain, its p2m's leaves and start info aside, which hold mfns."""
     live = guest.live
     aside = np.append(live.pfns_of(live.p2m.distinct_leaves.frame), np.uint64(guest.layout.start_info))
-    return digest(live.frames, live.kinds(), aside)
+    return digest(live.frames, live.iter_types(), aside)
 
 
 @pytest.mark.parametrize(("width", "form"), SOME_FORMS)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.support.writers.envelopes import CONFIG_SEXP, config_json
-from xenpv.source.config import Config, config_of
+from xenpv.source.config import Config
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import SectionHeader
@@ -17,7 +17,7 @@ UUID = "8d1c2f6e-3f0a-4c5b-9a77-0123456789ab"
 
 
 def parse(data: bytes, style: str) -> Config:
-    config = config_of(Contents(envelope=Envelope(Kind.XL, 0, 48, data, style)))
+    config = Config.from_contents(Contents(envelope=Envelope(Kind.XL, 0, 48, data, style)))
     assert config is not None
     assert config.format == style
     return config
@@ -31,9 +31,9 @@ NOTHING = (None,) * 6
 
 
 def test_none() -> None:
-    assert config_of(Contents()) is None
-    assert config_of(Contents(envelope=Envelope(Kind.LIBXL, 0, 0))) is None
-    assert config_of(Contents(envelope=Envelope(Kind.XL, 0, 48, b"", "json"))) is None
+    assert Config.from_contents(Contents()) is None
+    assert Config.from_contents(Contents(envelope=Envelope(Kind.LIBXL, 0, 0))) is None
+    assert Config.from_contents(Contents(envelope=Envelope(Kind.XL, 0, 48, b"", "json"))) is None
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_xl_that_tells_nothing(data: bytes) -> None:
 def test_xenopsd_keeps_its_record_as_text() -> None:
     contents = Contents(envelope=Envelope(Kind.XENOPSD, 0, 15))
     contents.sections.append(SectionHeader(15, Section.XENOPS, len(CONFIG_SEXP), CONFIG_SEXP))
-    config = config_of(contents)
+    config = Config.from_contents(contents)
     assert config is not None
     assert (config.format, config.text) == ("sexp", CONFIG_SEXP.decode())
     assert facts(config) == NOTHING

@@ -268,10 +268,11 @@ def test_a_cr3_that_leads_nowhere(tmp_path: Path) -> None:
     context["ctrlreg"][0, 3] = 0xDEAD_BEEF_000
     core.contexts[0] = context.tobytes()
     with opened(core, tmp_path) as back:
-        with pytest.raises(GuestError, match=r"cr3 of vcpu 0 names mfn 0xdeadbeef, which is no page of the core"):
+        with pytest.raises(GuestError, match="vcpu 0 .* mfn 0xdeadbeef"):
             back.cr3(0)
-        with pytest.raises(Fault, match="no vcpu's cr3 is known"):
+        with pytest.raises(Fault) as e:
             back.memory.read_virtual(domain.vaddrs[0], 1)
+        assert (e.value.space, e.value.address, e.value.level) == ("vaddr", domain.vaddrs[0], None)
         assert back.cr3(1) == domain.places.top
         assert back.frames.types(array(domain.places.top)).tolist() == [4], "found by vcpu 1"
 

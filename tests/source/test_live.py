@@ -104,9 +104,10 @@ def test_what_is_no_page_table_any_more_is_not_walked(guest: P2MGuest) -> None:
     memory = guest.live.memory
     fault = memory.walk(guest.made.vaddr(12), top=Pfn(WRITTEN.start)).fault
     assert fault is not None
-    assert f"pfn {WRITTEN.start:#x} is no page table, or is none any more: look again, or pause" in str(fault)
-    with pytest.raises(Fault, match="is no page table, or is none any more"):
+    assert f"pfn {WRITTEN.start:#x} is no page table" in str(fault)
+    with pytest.raises(Fault) as e:
         memory.read_virtual(guest.made.vaddr(12), 16, top=Pfn(WRITTEN.start))
+    assert (e.value.space, e.value.address, e.value.level) == (fault.space, fault.address, fault.level)
 
 
 def test_a_table_that_ends_while_it_is_read_is_left_as_it_is(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +138,7 @@ def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:
     live = guest.live
     [l1] = as_entries(live.frames.pages(live.pfns_of(np.array([table], np.uint64))))
     assert int(l1[slot]) == NO_PFN << 12 | TABLE
-    with pytest.raises(Fault, match="no pfn of the domain") as e:
+    with pytest.raises(Fault) as e:
         live.memory.read_virtual(guest.made.vaddr(30), 1)
     assert (e.value.level, e.value.entry) == (1, 30)
 
@@ -176,7 +177,7 @@ def test_a_top_table_that_is_no_pfns_is_named() -> None:
     guest = P2MGuest()
     top = int(np.flatnonzero(guest.made.mfns == guest.made.top)[0])
     guest.put(top, INVALID_MFN[8])
-    with pytest.raises(GuestError, match=f"cr3 of vcpu 0 names mfn {guest.made.top:#x}, which is in the p2m of dom1"):
+    with pytest.raises(GuestError, match=f"vcpu 0 .* mfn {guest.made.top:#x}, .* dom1"):
         guest.live.cr3(0)
 
 
@@ -204,8 +205,9 @@ def test_a_pfn_without_a_frame_of_the_domains_is_a_fault_with_pfn_and_mfn() -> N
             guest.live.frames.pages(np.array([12, pfn, 13], np.uint64))
         assert (str(e.value), e.value.space, e.value.address) == (words, "pfn", pfn)
     for lost in (13, 14):
-        with pytest.raises(Fault, match=f"pfn {lost:#x} "):
+        with pytest.raises(Fault) as e:
             guest.live.memory.page(lost)
+        assert (e.value.space, e.value.address) == ("pfn", lost)
 
 
 def test_a_frame_that_cannot_be_mapped_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +223,9 @@ def test_a_frame_that_cannot_be_mapped_is_a_fault(monkeypatch: pytest.MonkeyPatc
         return pages, mapped
 
     monkeypatch.setattr(guest.host, "map_frames", map_frames)
-    with pytest.raises(Fault, match=f"pfn 0xc: mfn {int(gone):#x} cannot be mapped"):
+    with pytest.raises(Fault, match=f"mfn {int(gone):#x}") as e:
         live.frames.pages(np.array([11, 12], np.uint64))
+    assert (e.value.space, e.value.address) == ("pfn", 12)
 
 
 def test_a_domain_that_goes_meanwhile_is_a_host_error() -> None:
@@ -234,7 +237,7 @@ def test_a_domain_that_goes_meanwhile_is_a_host_error() -> None:
     for asks in (
         lambda: late.p2m,
         live.read_anchors,
-        live.changed,
+        live.describe_p2m_change,
         lambda: live.cr3(0),
         lambda: live.frames.types(some),
         lambda: live.frames.pages(some),
@@ -270,7 +273,7 @@ def test_what_leads_nowhere_from_the_first_has_not_changed() -> None:
     """The list is no list, the tree is sound: one finding for the list, and none of a p2m that is no more."""
     guest = P2MGuest()
     guest.arch(p2m_cr3=guest.made.top << 12, p2m_vaddr=BASE[8] + 1)
-    assert guest.live.changed() is None
+    assert guest.live.describe_p2m_change() is None
     assert guest.findings() == [("physmap-reach", None)]
 
 
@@ -332,6 +335,6 @@ def test_a_new_domain_without_anything(width: Width) -> None:
     """Made, and not yet built: no anchors, no vcpu, no name."""
     host = ModelHost(1 << 30)
     live = LiveDomain(host, host.info(host.create(width)))
-    assert (live.name, live.cr3(0), live.changed()) == ("dom1", None, None)
-    with pytest.raises(GuestError, match="dom1 exposes no p2m: its anchor is 0x0, which is not set up yet"):
+    assert (live.name, live.cr3(0), live.describe_p2m_change()) == ("dom1", None, None)
+    with pytest.raises(GuestError, match="dom1 .* 0x0"):
         live.frames.pages(np.array([0], np.uint64))

@@ -118,7 +118,8 @@ def test_no_pages_are_no_pages(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pfn", "why"), [(150, "pfn 0x96 is not in the stream"), (200, "pfn 0xc8 is of type XTAB"), (1 << 50, "not in the")]
+    ("pfn", "why"), [(150, "not in the stream"), (200, "XTAB"), (1 << 50, "not in the stream")],
+    ids=["absent", "XTAB", "beyond"],
 )
 def test_pages_that_are_not_there(file: Path, pfn: int, why: str) -> None:
     with SavedDomain.open(str(file)) as saved:
@@ -132,10 +133,12 @@ def test_a_file_that_is_cut_while_it_is_open(domain: Domain, tmp_path: Path) -> 
     path.write_bytes(domain.to_bytes())
     with SavedDomain.open(str(path)) as saved:
         os.truncate(path, 8 * PAGE)
-        with pytest.raises(Fault, match=r"pfn 0x63: the file ends before its content"):
+        with pytest.raises(Fault) as e:
             saved.memory.page(99)
-        with pytest.raises(Fault, match="the file ends before its content"):
+        assert (e.value.space, e.value.address) == ("pfn", 99)
+        with pytest.raises(Fault) as e:
             saved.frames.pages(array(*range(100)))
+        assert e.value.space == "pfn"
 
 
 def test_reads_that_come_in_pieces(domain: Domain, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,8 +189,9 @@ def test_what_did_not_come_is_not_known(tmp_path: Path) -> None:
         assert saved.start_info_pfn is None
         assert saved.anchors is None
         assert saved.cr3(0) is None
-        with pytest.raises(Fault, match="no vcpu's cr3 is known"):
+        with pytest.raises(Fault) as e:
             saved.memory.read_virtual(0, 1)
+        assert (e.value.space, e.value.address, e.value.level) == ("vaddr", 0, None)
 
 
 # --- where it comes from ---------------------------------------------------------------------------------------------
@@ -201,8 +205,9 @@ def test_of_a_pipe_what_a_look_needs_is_kept(domain: Domain) -> None:
         for pfn in kept:
             assert saved.memory.page(pfn) == bytes(domain.pages[pfn])
         assert saved.frames.types(array(*SPREAD)).tolist() == [domain.types[pfn] for pfn in SPREAD]
-        with pytest.raises(Fault, match="pfn 0x0 is of type NOTAB, or was not kept"):
+        with pytest.raises(Fault, match="NOTAB") as e:
             saved.memory.page(at.text)
+        assert (e.value.space, e.value.address) == ("pfn", at.text)
         assert saved.memory.walk(domain.vaddrs[0x1_0001]).pfn == 0x1_0001
 
 
@@ -266,7 +271,7 @@ def test_what_cannot_be_opened(tmp_path: Path, what: str) -> None:
 def test_a_device_without_end_is_no_stream() -> None:
     with pytest.raises(Unsupported):
         SavedDomain.open("/dev/zero")
-    with pytest.raises(Unsupported, match="the input is empty"):
+    with pytest.raises(Unsupported):
         SavedDomain.open("/dev/null")
 
 
@@ -274,8 +279,9 @@ def test_without_a_handler_the_first_fault_raises(tmp_path: Path) -> None:
     path = tmp_path / "broken"
     stream = pv_domain().to_stream()
     path.write_bytes(bytes(Stream(stream).drop("X86_PV_P2M_FRAMES")))
-    with pytest.raises(OutOfOrder, match="PAGE_DATA before X86_PV_P2M_FRAMES"):
+    with pytest.raises(OutOfOrder) as e:
         SavedDomain.open(str(path))
+    assert e.value.record == "PAGE_DATA"
     path.write_bytes(bytes(stream)[:-1])
     with pytest.raises(Truncated):
         SavedDomain.open(str(path))
@@ -320,8 +326,9 @@ def test_file_pages_tells_types_and_contents_by_two_indices(tmp_path: Path) -> N
         frames = FilePages(fd, kept, known)
         assert frames.types(array(1, 2, 3, 4, 5)).tolist() == [0, 0, XTAB, BROKEN, ABSENT]
         assert frames.pages(array(2)).tobytes() == b"2" * PAGE
-        for pfn, why in ((1, "NOTAB, or was not kept"), (3, "XTAB"), (4, "BROKEN"), (5, "not in the stream")):
-            with pytest.raises(Fault, match=why):
+        for pfn, why in ((1, "NOTAB"), (3, "XTAB"), (4, "BROKEN"), (5, "not in the stream")):
+            with pytest.raises(Fault, match=why) as e:
                 frames.pages(array(2, pfn))
+            assert (e.value.space, e.value.address) == ("pfn", pfn)
     finally:
         os.close(fd)

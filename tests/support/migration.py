@@ -20,13 +20,13 @@ from xenpv.host.model.host import ModelHost
 from xenpv.migrate.receiver import ReceivedDomain, receive_domain
 from xenpv.migrate.sender import SentDomain, send_domain
 from xenpv.migrate.transport import Link
-from xenpv.source.config import as_libxl
+from xenpv.source.config import libxl_config
 from xenpv.stream.fields import Buffer
 
 NAME, PAGES = "litmus", 1100
 MEMORY = 256 << 20  # bytes of a host
 UUID = "01234567-89ab-cdef-0123-456789abcdef"
-CONFIG = as_libxl(NAME, UUID, pages=PAGES, vcpus=1)
+CONFIG = libxl_config(NAME, UUID, pages=PAGES, vcpus=1)
 
 L = TypeVar("L", bound=Link)
 

@@ -175,14 +175,14 @@ def test_changed_p2m_that_moved_is_reported() -> None:
     guest = P2MGuest(form="linear")
     live = guest.live
     assert live.p2m.entries == PAGES
-    assert live.changed() is None
+    assert live.describe_p2m_change() is None
     guest.arch(p2m_generation=2)
-    assert "p2m_generation" in str(live.changed())
+    assert "p2m_generation" in str(live.describe_p2m_change())
     tree = P2MGuest()
     live = tree.live
     assert live.p2m.entries == PAGES
     tree.publish("tree", 3)
-    assert "anchors" in str(live.changed())
+    assert "anchors" in str(live.describe_p2m_change())
 
 
 def test_check_all_entries_wrong_counts_all_and_keeps_few() -> None:

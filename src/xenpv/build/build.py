@@ -68,7 +68,7 @@ def build(
         ramdisk: Content of the ramdisk.
         name: Name of the domain.
         uuid: Its uuid.
-        config: Configuration that is kept for xl: source.config.as_libxl().
+        config: Configuration that is kept for xl: source.config.libxl_config().
         progress: Called after each batch.
 
     Raises:

@@ -22,7 +22,7 @@ from xenpv.io.sink import Sink
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.pagetables import cr3_of
 from xenpv.save.save import Summary, save
-from xenpv.source.config import as_libxl
+from xenpv.source.config import libxl_config
 
 HOST_BYTES = 8 << 30
 """Bytes of memory that the model host needs beyond the domain's own."""
@@ -70,7 +70,7 @@ def build_file(
     built = build(host, image, layout, ramdisk, name=name, uuid=uuid, progress=progress)
     _publish_p2m(host, built, layout)
     _suspend(host, built, layout)
-    config = as_libxl(name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
+    config = libxl_config(name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
 
     def report(status: Progress) -> None:
         if progress is not None:

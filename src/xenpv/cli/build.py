@@ -75,11 +75,11 @@ def build(
         layout = plan(image, request)
     from xenpv.build.build import build as build_domain  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
-    from xenpv.source.config import as_libxl  # noqa: PLC0415
+    from xenpv.source.config import libxl_config  # noqa: PLC0415
 
     uuid = str(uuid4())
     boot = _boot_source(kernel, ramdisk, request)
-    config = as_libxl(domain_name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus, boot=boot)
+    config = libxl_config(domain_name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus, boot=boot)
     with XenHost() as host:
         if any(domain.name == domain_name for domain in host.domains()):
             raise RequestError(f"a domain {domain_name!r} exists already; choose another --name")

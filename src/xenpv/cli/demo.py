@@ -38,7 +38,7 @@ from xenpv.migrate.transport import Link
 from xenpv.save.file import configuration, save_file
 from xenpv.save.precopy import PrecopyPolicy
 from xenpv.save.source_domain import Rollback
-from xenpv.source.config import as_libxl
+from xenpv.source.config import libxl_config
 from xenpv.source.live import LiveDomain
 from xenpv.text import size
 from xenpv.verify.physmap import PhysmapCheck
@@ -81,7 +81,7 @@ def _large(form: str, memory: int, path: str) -> bool:
     host = ModelHost(memory + _OTHERS, sparse=True)
     with progress_bar() as bar:
         uuid = str(UUID(int=0x5EED))
-        config = as_libxl("demo", uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
+        config = libxl_config("demo", uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
         domid = build(host, image, layout, name="demo", uuid=uuid, config=config, progress=bar).domid
     host.unpause(domid)
     _title("Built on a model of Xen's memory rules, and started")
@@ -143,7 +143,7 @@ class _Guest:
     def digest(self) -> Digest:
         """Of all pages that are not its kernel's own, whose tables hold mfns."""
         live = self.live
-        return digest(live.frames, live.kinds(self.kernel.pages.end), self.pages[:0])
+        return digest(live.frames, live.iter_types(self.kernel.pages.end), self.pages[:0])
 
     def kept(self, path: str) -> bool:
         with progress_bar() as bar:

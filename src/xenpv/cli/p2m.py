@@ -76,7 +76,7 @@ def p2m(
             if mfns:
                 facts["mfns"] = _reverse_lookup(domain, table, mfns)
         if domain.live is not None:
-            facts["changed"] = domain.live.changed()
+            facts["changed"] = domain.live.describe_p2m_change()
     if as_json:
         print_json(facts)
     else:

@@ -10,7 +10,7 @@ import numpy as np
 from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.diff.fields import FieldDifference, compare_bytes, compare_structs, compare_values
 from xenpv.errors import Fault
-from xenpv.source.config import config_of
+from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.contents import Contents, Vcpu
 from xenpv.stream.framing import Record
@@ -20,7 +20,7 @@ def compare_records(a: SavedDomain, b: SavedDomain) -> Iterator[FieldDifference]
     """Compare all records of two domains of one type and width."""
     contents = a.contents, b.contents
     yield from compare_values("stream", *map(_header_values, contents))
-    configs = [config_of(one) for one in contents]
+    configs = [Config.from_contents(one) for one in contents]
     yield from compare_bytes("configuration", *(None if config is None else config.text.encode() for config in configs))
     yield from compare_values("X86_TSC_INFO", *(_field_values(one.tsc) for one in contents))
     yield from compare_bytes("X86_CPUID_POLICY", *(_data(one.cpuid_policy) for one in contents))

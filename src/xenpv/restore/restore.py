@@ -23,7 +23,7 @@ from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
 from xenpv.restore.finish import Ports, StreamComplete
 from xenpv.restore.pages import DeferRead, MemoryLoader
-from xenpv.source.config import Config, config_of
+from xenpv.source.config import Config
 from xenpv.stream import rules
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
@@ -139,7 +139,7 @@ def restore_domain(
     created: list[DomId] = []
 
     def create_domain(contents: Contents, width: Width) -> tuple[DomainInfo, Ports]:
-        config = config_of(contents)
+        config = Config.from_contents(contents)
         vcpus, pages = _vcpus_and_pages(config, source)
         new_name = name or (config.name if config else None)
         for other in host.domains():
@@ -230,7 +230,7 @@ class _Restore:
         assert self._target is not None
         info, ports, memory = self._target
         completed = StreamComplete(self.host, info, self.contents, memory, ports).run()
-        config = config_of(self.contents)
+        config = Config.from_contents(self.contents)
         return Restored(
             domid=info.domid,
             console=completed.console,

@@ -13,7 +13,7 @@ from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import undisturbed
 from xenpv.save.save import Summary, inspect_p2m, save
 from xenpv.save.source_domain import DepartingDomain, Rollback, SourceState
-from xenpv.source.config import as_libxl
+from xenpv.source.config import libxl_config
 
 _OTHER_RECORDS = 16 << 10  # bytes of a file that are neither pages nor vcpus, about
 _VCPU_RECORDS = 8 << 10  # bytes per vcpu, about
@@ -77,7 +77,7 @@ def configuration(host: Mover, domid: DomId) -> bytes:
         return stored
     vcpus = info.max_vcpu + 1
     name, uuid = info.name or f"domain-{domid}", info.uuid or "00000000-0000-0000-0000-000000000000"
-    return as_libxl(name, uuid, pages=info.pages, vcpus=vcpus)
+    return libxl_config(name, uuid, pages=info.pages, vcpus=vcpus)
 
 
 def save_file(

@@ -1,4 +1,4 @@
-"""The domain's configuration as an envelope carries it: who it is and how large it may be."""
+"""Config: the domain's configuration in a stream's envelope: its identity and its limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Section
 
-# libvirt's units of memory: https://libvirt.org/formatdomain.html#memory-allocation
+# Libvirt's units of memory in bytes: https://libvirt.org/formatdomain.html#memory-allocation
 _UNITS = {"b": 1, "bytes": 1}
 for _power, _letter in enumerate("kmgtpe", 1):
     _UNITS |= {_letter: 1 << 10 * _power, f"{_letter}ib": 1 << 10 * _power, f"{_letter}b": 1000**_power}
@@ -20,7 +20,18 @@ for _power, _letter in enumerate("kmgtpe", 1):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """What matters of it here; None for what it does not say. Memory in KiB. ``text`` is all of it."""
+    """The part of a configuration that xenpv uses. A member is None if the configuration does not tell it.
+
+    Attributes:
+        format: "json", "xl", "xml" or "sexp".
+        text: All of the configuration.
+        name: The domain's name.
+        uuid: Its uuid.
+        type: Its type, in the words of the format.
+        max_memkb: The most memory that it may have, in KiB.
+        target_memkb: The memory that it is meant to have, in KiB.
+        max_vcpus: The number of its vcpus.
+    """
 
     format: str
     text: str
@@ -31,29 +42,40 @@ class Config:
     target_memkb: int | None = None
     max_vcpus: int | None = None
 
+    @classmethod
+    def from_contents(cls, contents: Contents) -> Config | None:
+        """Return the configuration in a stream's envelope; None if there is none.
 
-def config_of(contents: Contents) -> Config | None:
-    """The configuration of a stream's envelope; None where there is none. What cannot be understood stays text."""
-    envelope = contents.envelope
-    if envelope is None:
-        return None
-    data, style = envelope.config, envelope.config_format
-    for section in contents.sections:
-        if section.section is Section.XENOPS:
-            data, style = section.data, "sexp"
-    if not data:
-        return None
-    text = data.rstrip(b"\0").decode("utf-8", "replace")
-    try:
-        parse = _PARSERS.get(style)
-        return parse(text) if parse else Config(style, text)
-    except (ValueError, ET.ParseError, RecursionError):
-        return Config(style, text)
+        Of a configuration that cannot be parsed only ``text`` is given.
+        """
+        envelope = contents.envelope
+        if envelope is None:
+            return None
+        data, config_format = envelope.config, envelope.config_format
+        for section in contents.sections:
+            if section.section is Section.XENOPS:
+                data, config_format = section.data, "sexp"
+        if not data:
+            return None
+        text = data.rstrip(b"\0").decode("utf-8", "replace")
+        parse = _PARSERS.get(config_format)
+        if parse is None:
+            return cls(config_format, text)
+        try:
+            return parse(text)
+        except (ValueError, ET.ParseError, RecursionError):
+            return cls(config_format, text)
 
 
-def as_libxl(name: str, uuid: str, *, pages: int, vcpus: int, boot: Mapping[str, str] | None = None) -> bytes:
-    """What xl makes a PV domain without devices by, JSON as libxl_domain_config_to_json() would have it; what is not
-    said is its default. ``boot``: members of b_info that say what it boots from.
+def libxl_config(name: str, uuid: str, *, pages: int, vcpus: int, boot: Mapping[str, str] | None = None) -> bytes:
+    """Return the configuration of a PV domain without devices, as libxl_domain_config_to_json() writes it.
+
+    Args:
+        name: The domain's name.
+        uuid: Its uuid.
+        pages: Its memory in pages.
+        vcpus: The number of its vcpus.
+        boot: Members of b_info that tell what it boots from.
     """
     kib = pages * 4
     config = {
@@ -72,39 +94,39 @@ def as_libxl(name: str, uuid: str, *, pages: int, vcpus: int, boot: Mapping[str,
     return json.dumps(config, indent=4).encode()
 
 
-def _json(text: str) -> Config:
-    """libxl_domain_config as libxl_domain_config_to_json() writes it."""
+def _parse_json(text: str) -> Config:
+    """Parse what libxl_domain_config_to_json() writes."""
     config = json.loads(text)
-    c_info, b_info = _dict(config, "c_info"), _dict(config, "b_info")
+    c_info, b_info = _dict_member(config, "c_info"), _dict_member(config, "b_info")
     return Config(
         "json",
         text,
-        name=_str(c_info.get("name")),
-        uuid=_str(c_info.get("uuid")),
-        type=_str(c_info.get("type")),
-        max_memkb=_int(b_info.get("max_memkb")),
-        target_memkb=_int(b_info.get("target_memkb")),
-        max_vcpus=_int(b_info.get("max_vcpus")),
+        name=_str_or_none(c_info.get("name")),
+        uuid=_str_or_none(c_info.get("uuid")),
+        type=_str_or_none(c_info.get("type")),
+        max_memkb=_int_or_none(b_info.get("max_memkb")),
+        target_memkb=_int_or_none(b_info.get("target_memkb")),
+        max_vcpus=_int_or_none(b_info.get("max_vcpus")),
     )
 
 
-def _dict(config: Any, key: str) -> dict[str, Any]:
+def _dict_member(config: Any, key: str) -> dict[str, Any]:
     value = config.get(key) if isinstance(config, dict) else None
     return value if isinstance(value, dict) else {}
 
 
-def _str(value: object) -> str | None:
+def _str_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _int(value: object) -> int | None:
+def _int_or_none(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _xml(text: str) -> Config:
-    """Libvirt's domain XML."""
+def _parse_xml(text: str) -> Config:
+    """Parse libvirt's domain XML."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise ValueError("a domain's XML has no entities of its own")
+        raise ValueError("a domain's XML defines no entities")
     root = ET.fromstring(text)  # noqa: S314  entities were refused above
     domain = root if root.tag == "domain" else root.find(".//domain")
     if domain is None:
@@ -130,16 +152,16 @@ def _xml(text: str) -> Config:
     )
 
 
-def _xl(text: str) -> Config:
-    """Xl's own text format, as files from before Xen 4.5's JSON have it: only plain ``key = value`` lines."""
+def _parse_xl(text: str) -> Config:
+    """Parse the plain ``key = value`` lines of xl's text format, which files before Xen 4.5 carry."""
 
     def value(key: str) -> str | None:
         match = re.search(rf"^\s*{key}\s*=\s*[\"']?([^\"'\n#]+?)[\"']?\s*(?:#.*)?$", text, re.MULTILINE)
         return match.group(1) if match else None
 
     def number(key: str, scale: int = 1) -> int | None:
-        found = value(key)
-        return int(found) * scale if found and found.isdecimal() else None
+        digits = value(key)
+        return int(digits) * scale if digits and digits.isdecimal() else None
 
     memory = number("memory", 1024)
     maximum = number("maxmem", 1024)
@@ -155,4 +177,4 @@ def _xl(text: str) -> Config:
     )
 
 
-_PARSERS = {"json": _json, "xml": _xml, "xl": _xl}
+_PARSERS = {"json": _parse_json, "xml": _parse_xml, "xl": _parse_xl}

@@ -1,4 +1,4 @@
-"""A running domain: its p2m found and walked, its memory read. Reads only, and pauses nothing unless asked to."""
+"""LiveDomain: a domain that runs on a host. It is only read, and never paused unbidden."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class LiveDomain(Domain):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """All its vcpus stand still while the body runs."""
+        """Return a context in which no vcpu runs."""
         self.host.pause(self.info.domid)
         try:
             yield
@@ -101,7 +101,7 @@ class LiveDomain(Domain):
 
     @cached_property
     def anchors(self) -> Anchors:
-        """The anchors as they were when first asked for."""
+        """The anchors in shared info, read at first use."""
         return self.read_anchors()
 
     @property
@@ -115,22 +115,30 @@ class LiveDomain(Domain):
         return pages, mapped.astype(np.bool_)
 
     def walk_p2m(self, root: P2MRoot, entries: int | None = None) -> P2M:
-        """Its p2m by one way, or its first ``entries``. Raises GuestError when it cannot be right."""
+        """Walk the p2m from one root.
+
+        Args:
+            root: One of ``anchors.roots``.
+            entries: Walk only so many entries from pfn 0 on.
+
+        Raises:
+            GuestError: The p2m is damaged.
+        """
         anchors = self.anchors if entries is None else replace(self.anchors, max_pfn=entries)
         return P2M.from_root(anchors, root, self.read_p2m_frames)
 
     @cached_property
     def p2m(self) -> P2M:
-        """Its p2m by the best way. Raises GuestError when there is none, or it cannot be right."""
+        """The p2m by the best root, walked at first use. Raises GuestError if there is none, or it is damaged."""
         if not self.anchors.roots:
             raise GuestError(f"dom{self.info.domid} exposes no p2m: {self.anchors.explain_no_root()}")
         return self.walk_p2m(self.anchors.roots[0])
 
-    def changed(self) -> str | None:
-        """What has become of its p2m since it was first walked: None if it is the same, else a sentence.
+    def describe_p2m_change(self) -> str | None:
+        """Return how the p2m has changed since it was first walked, as a sentence; None if it has not.
 
-        By its anchors, and, since only the list has a generation, by walking the tables once more. Entries of leaves
-        change at any time and are not meant.
+        Compares the anchors, and walks the tables once more: only the linear list has a generation. Entries of leaves
+        change at any time and do not count.
         """
         now, then = self.read_anchors(), self.anchors
         if then.p2m_cr3 and then.p2m_generation & 1:
@@ -138,20 +146,18 @@ class LiveDomain(Domain):
         if now.p2m_generation != then.p2m_generation:
             return f"p2m_generation went from {then.p2m_generation:#x} to {now.p2m_generation:#x} meanwhile: look again"
         if now != then:
-            return "the anchors in shared info are not what they were: the p2m has moved, look again"
-        if then.roots:
-            try:
-                before = self.p2m.leaves
-            except GuestError:
-                return None  # the best way has led nowhere from the first
-            try:
-                again = self.walk_p2m(then.roots[0]).leaves
-            except GuestError as e:
-                return f"the p2m is no more: {e}"
-            for a, b in ((again.first, before.first), (again.count, before.count), (again.frame, before.frame)):
-                if not np.array_equal(a, b):
-                    return "leaves of the p2m were replaced meanwhile: look again"
-        return None
+            return "the anchors in shared info have changed: the p2m has moved, look again"
+        if not then.roots:
+            return None
+        try:
+            leaves = self.p2m.leaves
+        except GuestError:
+            return None  # it was damaged before, too
+        try:
+            leaves_now = self.walk_p2m(then.roots[0]).leaves
+        except GuestError as e:
+            return f"the p2m can no longer be walked: {e}"
+        return None if leaves_now.equals(leaves) else "leaves of the p2m were replaced meanwhile: look again"
 
     # --- its memory --------------------------------------------------------------------------------------------------
 
@@ -161,29 +167,32 @@ class LiveDomain(Domain):
         return list(range(self.info.max_vcpu + 1))
 
     def vcpu_context(self, vcpu: int) -> np.void | None:
-        """The vcpu_guest_context of a vcpu as a NumPy record (abi.x86.VCPU_GUEST_CONTEXT); its frames are mfns.
+        """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``, with mfns; None if the vcpu was never started.
 
-        None for a vcpu that is not there or was never started. Raises HostError when the domain has gone.
+        Raises:
+            HostError: The domain has gone.
         """
         try:
             return VCPU_GUEST_CONTEXT.read(self.host.vcpu_context(self.info.domid, vcpu), self.info.width)
         except HostError:
-            self.host.info(self.info.domid)  # ESRCH, too, may be of the vcpu or of the domain
+            self.host.info(self.info.domid)  # raises if the domain has gone: ESRCH may mean either
             return None
 
     def registers(self, vcpu: int) -> Registers | None:
-        """What a vcpu's registers hold; None and HostError as of ``vcpu_context``."""
+        """Return a vcpu's registers; None, or HostError, as ``vcpu_context``."""
         context = self.vcpu_context(vcpu)
         return None if context is None else Registers.of_context(context, self.info.width)
 
     def shared_info(self) -> bytes:
-        """The 4096 bytes of its shared info page, now."""
+        """Return the 4096 bytes of the shared info page, as they are now."""
         return self.host.shared_info(self.info.domid)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """The pfn of a vcpu's top table; ``user``: of its user half, which 64-bit guests may have.
+        """Return the pfn of a vcpu's top page table, or of its user half's; None if the vcpu was never started.
 
-        None and HostError as of ``vcpu_context``.
+        Raises:
+            GuestError: cr3 names a frame that the p2m does not have.
+            HostError: The domain has gone.
         """
         context = self.vcpu_context(vcpu)
         mfn = None if context is None else top_frame(context, self.info.width, user=user)
@@ -191,26 +200,26 @@ class LiveDomain(Domain):
             return None
         pfn = self.pfns_of(np.array([mfn], np.uint64))[0]
         if pfn == NO_FRAME:
-            raise GuestError(f"cr3 of vcpu {vcpu} names mfn {mfn:#x}, which is in the p2m of {self.name} nowhere")
+            raise GuestError(f"cr3 of vcpu {vcpu} names mfn {mfn:#x}, which is not in the p2m of {self.name}")
         return Pfn(int(pfn))
 
     def pfns_of(self, mfns: U64) -> U64:
-        """The pfn of each machine frame: what m2p says, if the p2m agrees; else NO_FRAME."""
+        """Return the pfn of each mfn by M2P, NO_FRAME where the p2m does not agree."""
         pfns = self.host.m2p(mfns)
         return np.where(self.p2m.lookup(pfns) == mfns, pfns, NO_FRAME)
 
-    def kinds(self, first: int = 0) -> Iterator[tuple[U64, U8]]:
-        """The pfns from ``first`` on that have a frame of the domain, ascending and in pieces, with their types."""
+    def iter_types(self, first: int = 0) -> Iterator[tuple[U64, U8]]:
+        """Yield pfns, ascending, that have a frame of the domain, and their page types, from ``first`` on."""
         for leaves in self.p2m.iter_leaves():
-            own = names_local_frame(leaves.mfns) & (leaves.pfns >= np.uint64(first))
-            kinds = self.host.page_types(self.info.domid, leaves.mfns[own])
-            there = kinds != PageType.XTAB
-            yield leaves.pfns[own][there], kinds[there]
+            local = names_local_frame(leaves.mfns) & (leaves.pfns >= np.uint64(first))
+            page_types = self.host.page_types(self.info.domid, leaves.mfns[local])
+            present = page_types != PageType.XTAB
+            yield leaves.pfns[local][present], page_types[present]
 
     def extents(self) -> Iterator[Extents]:
-        """Which pages it has, as Domain has it."""
-        for pfns, kinds in self.kinds():
-            yield Extents.from_types(pfns, kinds)
+        """Yield the domain's pages as runs of one page type, in ascending order."""
+        for pfns, page_types in self.iter_types():
+            yield Extents.from_types(pfns, page_types)
 
     @cached_property
     def frames(self) -> LiveFrames:
@@ -234,11 +243,12 @@ class LiveFrames:
         return self._types(self._domain.p2m.lookup(pfns.reshape(-1))).reshape(pfns.shape)
 
     def _types(self, mfns: U64) -> U8:
-        types = np.full(mfns.shape, ABSENT, np.uint8)
-        own = names_local_frame(mfns)
-        types[own] = self._domain.host.page_types(self._domain.info.domid, mfns[own])
-        types[types == PageType.XTAB] = ABSENT
-        return types
+        """Return the page type of each machine frame, ABSENT for one that is not the domain's."""
+        page_types = np.full(mfns.shape, ABSENT, np.uint8)
+        local = names_local_frame(mfns)
+        page_types[local] = self._domain.host.page_types(self._domain.info.domid, mfns[local])
+        page_types[page_types == PageType.XTAB] = ABSENT
+        return page_types
 
     def pages(self, pfns: U64) -> U8:
         """Return the pages' content, uint8 of shape (n, 4096)."""
@@ -247,21 +257,21 @@ class LiveFrames:
     def pages_and_types(self, pfns: U64) -> tuple[U8, U8]:
         """Return the pages' content as ``pages`` does, and the types by which it was read, uint8 of shape (n,)."""
         mfns = self._domain.p2m.lookup(pfns)
-        kinds = self._types(mfns)
-        if (absent := first_bad(kinds == ABSENT)) is not None:
-            pfn, mfn = int(pfns[absent]), int(mfns[absent])
-            why = "has no frame" if mfn == int(NO_FRAME) else f"has mfn {mfn:#x}, which is not the domain's"
-            raise Fault(f"pfn {pfn:#x} {why}", space="pfn", address=pfn)
+        page_types = self._types(mfns)
+        if (row := first_bad(page_types == ABSENT)) is not None:
+            pfn, mfn = int(pfns[row]), int(mfns[row])
+            reason = "has no frame" if mfn == int(NO_FRAME) else f"has mfn {mfn:#x}, which is not the domain's"
+            raise Fault(f"pfn {pfn:#x} {reason}", space="pfn", address=pfn)
         content, mapped = self._domain.read_p2m_frames(mfns)
-        if (lost := first_bad(~mapped)) is not None:
-            pfn, mfn = int(pfns[lost]), int(mfns[lost])
+        if (row := first_bad(~mapped)) is not None:
+            pfn, mfn = int(pfns[row]), int(mfns[row])
             raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn)
-        pages = content.copy()  # what is mapped may change
-        tables = IS_TABLE[kinds]
-        if tables.any():  # one that has ended meanwhile may hold data already, which is to be left alone
-            kinds[tables] = self._types(mfns[tables])
-        normalise_pages(pages, kinds, self._domain.info.width, self._domain.pfns_of)
-        return pages, kinds
+        pages = content.copy()  # mapped memory may change
+        is_table = IS_TABLE[page_types]
+        if is_table.any():  # ask again: a table that was freed meanwhile may hold data already, and must stay as it is
+            page_types[is_table] = self._types(mfns[is_table])
+        normalise_pages(pages, page_types, self._domain.info.width, self._domain.pfns_of)
+        return pages, page_types
 
 
 @dataclass(frozen=True)
@@ -278,9 +288,10 @@ class _LivePageTables:
         return self._frames.types(pfns)
 
     def pages(self, pfns: U64) -> U8:
-        pages, kinds = self._frames.pages_and_types(pfns)
-        if (other := first_bad(~IS_TABLE[kinds])) is not None:
-            pfn = int(pfns[other])
-            what = f"pfn {pfn:#x} is no page table, or is none any more: look again, or pause the domain"
-            raise Fault(what, space="pfn", address=pfn)
+        pages, page_types = self._frames.pages_and_types(pfns)
+        if (row := first_bad(~IS_TABLE[page_types])) is not None:
+            pfn = int(pfns[row])
+            raise Fault(
+                f"pfn {pfn:#x} is no page table (any more): try again, or pause the domain", space="pfn", address=pfn
+            )
         return pages

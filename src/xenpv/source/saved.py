@@ -27,7 +27,7 @@ from xenpv.memory.p2m import P2M, frame_reader
 from xenpv.memory.pagetables import cr3_frame
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
-from xenpv.source.config import Config, config_of
+from xenpv.source.config import Config
 from xenpv.source.domain import Domain
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
@@ -274,7 +274,7 @@ class SavedDomain(Domain):
     @property
     def config(self) -> Config | None:
         """The configuration in the stream's envelope; None if there is none."""
-        return config_of(self.contents)
+        return Config.from_contents(self.contents)
 
     @property
     def saved_by(self) -> tuple[int, int] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from xenpv.findings import Findings
 from xenpv.io.progress import ProgressCallback
-from xenpv.source.config import config_of
+from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain
 from xenpv.verify.heuristics import check_resume
 from xenpv.verify.p2m import check_p2m
@@ -20,7 +20,7 @@ def check_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallb
         findings: Gets the findings.
         progress: Called after each batch of page tables.
     """
-    config = config_of(saved.contents)
+    config = Config.from_contents(saved.contents)
     check_vcpus(saved, findings, config)
     check_start_info(saved, findings)
     check_resume(saved, findings)

@@ -108,7 +108,7 @@ class PhysmapCheck:
                 self._check_entries(p2m, root)
             else:  # the leaves that both roots lead to are checked already
                 self._check_entries(replace(p2m, leaves=p2m.leaves.difference(best.leaves)), root)
-        change = live.changed() if best is not None else None
+        change = live.describe_p2m_change() if best is not None else None
         if change is not None:
             findings.add(GENERATION, change)
 
