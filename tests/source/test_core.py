@@ -268,7 +268,7 @@ def test_a_cr3_that_leads_nowhere(tmp_path: Path) -> None:
     context["ctrlreg"][0, 3] = 0xDEAD_BEEF_000
     core.contexts[0] = context.tobytes()
     with opened(core, tmp_path) as back:
-        with pytest.raises(GuestError, match="vcpu 0 .* mfn 0xdeadbeef"):
+        with pytest.raises(GuestError, match=r"vcpu 0 .* mfn 0xdeadbeef"):
             back.cr3(0)
         with pytest.raises(Fault) as e:
             back.memory.read_virtual(domain.vaddrs[0], 1)

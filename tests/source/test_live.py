@@ -336,5 +336,5 @@ def test_a_new_domain_without_anything(width: Width) -> None:
     host = ModelHost(1 << 30)
     live = LiveDomain(host, host.info(host.create(width)))
     assert (live.name, live.cr3(0), live.describe_p2m_change()) == ("dom1", None, None)
-    with pytest.raises(GuestError, match="dom1 .* 0x0"):
+    with pytest.raises(GuestError, match=r"dom1 .* 0x0"):
         live.frames.pages(np.array([0], np.uint64))

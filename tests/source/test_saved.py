@@ -118,7 +118,8 @@ def test_no_pages_are_no_pages(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pfn", "why"), [(150, "not in the stream"), (200, "XTAB"), (1 << 50, "not in the stream")],
+    ("pfn", "why"),
+    [(150, "not in the stream"), (200, "XTAB"), (1 << 50, "not in the stream")],
     ids=["absent", "XTAB", "beyond"],
 )
 def test_pages_that_are_not_there(file: Path, pfn: int, why: str) -> None:
