@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.saved_files import judge, piped
+from tests.support.saved_files import piped, verify_file
 from tests.support.writers.build import pv_domain_with_gdt
 from tests.support.writers.legacy import hvm_stream as legacy_hvm
 from tests.support.writers.legacy import pv_stream
@@ -27,7 +27,7 @@ def test_convert_legacy_stream_on_descriptors_reads_no_byte_after_the_stream(tmp
         assert os.read(rest, 99) == b"qemu's"
         os.close(rest)
         os.dup2(os.open(os.devnull, os.O_RDONLY), fd)  # the program has closed its descriptor
-    assert judge(tmp_path / "out").rules == set()
+    assert verify_file(tmp_path / "out").rules == set()
 
 
 def test_convert_legacy_stream_verbose_names_each_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.command import xenpv
 from tests.support.migration import CONFIG, NAME, PAGES, Move
-from tests.support.saved_files import judge
+from tests.support.saved_files import verify_file
 from xenpv.errors import HostError
 
 
@@ -38,7 +38,7 @@ def test_a_domain_goes_into_a_file_and_comes_back(move: Move, tmp_path: Path, mo
     assert move.is_gone_here()
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert os.listdir(tmp_path) == ["web.save"]
-    assert judge(file).rules <= {"p2m-invalid"}
+    assert verify_file(file).rules <= {"p2m-invalid"}
     on_target(move, monkeypatch)
     told = xenpv("restore", "--json", file).json
     assert (told["name"], told["pages"], told["running"]) == (NAME, PAGES, True)
@@ -215,7 +215,7 @@ def test_save_with_keep_and_a_failing_host_exits_with_failure(
         assert ran.code == 1
         assert f"{call}: no" in ran.err
     assert move.source.info(move.guest.domid).shutdown is (call != "pause")
-    assert judge(tmp_path / "web.save").rules <= {"p2m-invalid"}, "the file is complete all the same"
+    assert verify_file(tmp_path / "web.save").rules <= {"p2m-invalid"}, "the file is complete all the same"
     if call == "pause":
         assert move.runs_here()
 

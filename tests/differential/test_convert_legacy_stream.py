@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import lab
-from tests.support.saved_files import judge
+from tests.support.saved_files import verify_file
 from tests.support.writers.build import pv_domain
 from tests.support.writers.legacy import UNMAPPED, Legacy, hvm_stream, in_xl, pv_stream, remus_stream
 from tests.support.writers.stream import Stream
@@ -79,8 +79,8 @@ def test_where_the_original_writes_what_nobody_takes(both: Both) -> None:
     wire = Legacy()
     stream = pv_stream(pv_domain(pfns=range(36))).before("chunk -7", wire.chunk(2, wire.longs(UNMAPPED, UNMAPPED)))
     both.on(stream, "-w", "64", "-g", "pv")
-    assert judge(both.folder / "theirs").rules == {"page-data-count"}
-    assert judge(both.folder / "ours").rules == set()
+    assert verify_file(both.folder / "theirs").rules == {"page-data-count"}
+    assert verify_file(both.folder / "ours").rules == set()
 
 
 def test_where_the_original_gives_up(both: Both) -> None:
@@ -88,7 +88,7 @@ def test_where_the_original_gives_up(both: Both) -> None:
     domain, wire = pv_domain(pfns=range(36)), Legacy()
     options = ("-w", "64", "-g", "pv", "-f", "libxl")
     assert both.status(in_xl(pv_stream(domain)), *options, "-x") == (1, 0)
-    assert judge(both.folder / "ours").rules == set()
+    assert verify_file(both.folder / "ours").rules == set()
     rounds = [[wire.pages([], [], count=0)][:0]]
     assert both.status(remus_stream(domain, rounds), *options) == (2, 0)
-    assert judge(both.folder / "ours").rules == set()
+    assert verify_file(both.folder / "ours").rules == set()

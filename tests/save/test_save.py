@@ -19,7 +19,7 @@ from tests.support.memory_limit import at_most
 from tests.support.model_guest import pfns
 from tests.support.reference_restore import restored_from
 from tests.support.requirements import cannot_run
-from tests.support.saved_files import judge, judge_pipe
+from tests.support.saved_files import verify_file, verify_pipe
 from tests.support.saving import (
     BOTH,
     CONFIG,
@@ -65,9 +65,9 @@ def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path)
     guest = suspended(form, width)
     path = tmp_path / "x.save"
     summary = saved(guest, path, config=CONFIG)
-    verdict = judge(path)
-    assert not verdict.found, str(verdict)
-    assert judge_pipe(path.read_bytes()).rules <= {"not-checked"}, "a tree's tables may have gone by"
+    result = verify_file(path)
+    assert not result.findings, str(result)
+    assert verify_pipe(path.read_bytes()).rules <= {"not-checked"}, "a tree's tables may have gone by"
     at, kinds, pages = of_host(guest)
     assert (summary.pages, summary.page_tables) == (len(at), int(np.count_nonzero(IS_TABLE[kinds])))
     assert summary.bytes == path.stat().st_size
@@ -113,7 +113,7 @@ def test_what_libxenguest_wrote_of_a_domain_is_what_is_written_here(tmp_path: Pa
     heap = Heap()
     summary = save(host, domid, heap)
     ours.write_bytes(heap.data)
-    assert not judge(ours).found, str(judge(ours))
+    assert not verify_file(ours).findings, str(verify_file(ours))
     with SavedDomain.open(str(theirs)) as a, SavedDomain.open(str(ours)) as b:
         assert a.contents.pv_info == b.contents.pv_info
         assert a.contents.p2m_record == b.contents.p2m_record
@@ -228,8 +228,8 @@ def test_cost_follows_pages_up_to_16_tib(form: str, width: Width, stretch: int, 
     assert path.stat().st_size < frames_of_p2m + 4096 * 4104 + (1 << 16)
     assert took < 3, "milliseconds, on an idle machine"
     if stretch <= 1 << 30:  # a verifier looks at every entry of the record
-        verdict = judge(path)
-        assert not verdict.found, str(verdict)
+        result = verify_file(path)
+        assert not result.findings, str(result)
 
 
 @pytest.mark.parametrize("stretch", [(1 << 32) + 512, 1 << 36])
@@ -245,8 +245,8 @@ def test_beyond_16_tib_by_a_record_of_our_own(stretch: int, tmp_path: Path) -> N
         summary = saved(guest, path, libxc_compatible=False)
     assert (summary.entries, summary.pages) == (stretch, 3000)
     assert path.stat().st_size < 3000 * 4104 + (1 << 16)
-    verdict = judge(path)
-    assert not verdict.found, str(verdict)
+    result = verify_file(path)
+    assert not result.findings, str(result)
     with SavedDomain.open(str(path)) as domain:
         record = domain.contents.p2m_record
         assert isinstance(record, P2MLeaves)
@@ -268,7 +268,7 @@ def test_our_own_record_is_for_who_asks_and_where_it_is_shorter(tmp_path: Path) 
     saved(guest, stock)
     saved(guest, ours, libxc_compatible=False)
     assert ours.stat().st_size < stock.stat().st_size - (15 << 20)
-    assert not judge(ours).found, str(judge(ours))
+    assert not verify_file(ours).findings, str(verify_file(ours))
     with SavedDomain.open(str(stock)) as a, SavedDomain.open(str(ours)) as b:
         assert isinstance(a.contents.p2m_record, X86PVP2MFrames)
         assert isinstance(b.contents.p2m_record, P2MLeaves)
@@ -286,7 +286,7 @@ def test_an_end_that_is_all_one_leaf_is_dropped_but_for_the_first(width: Width, 
     path = tmp_path / "x"
     summary = saved(guest, path)
     assert summary.entries == (n + 1) * per
-    assert not judge(path).found, str(judge(path))
+    assert not verify_file(path).findings, str(verify_file(path))
     with SavedDomain.open(str(path)) as domain:
         assert len(domain.contents.p2m_frames) == n + 1
 
@@ -301,7 +301,7 @@ def test_nor_do_the_tables_matter_that_an_end_is_in(tmp_path: Path) -> None:
     tree_of(guest, dict.fromkeys(range(8, 512), missing), 2 << 18)
     second_list(guest, mid)
     assert saved(guest, tmp_path / "x").entries == 9 * 512
-    assert not judge(tmp_path / "x").found
+    assert not verify_file(tmp_path / "x").findings
 
 
 def test_an_end_of_two_leaves_is_not(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_an_end_of_two_leaves_is_not(tmp_path: Path) -> None:
     guest.do("suspend")
     tree_of(guest, {8: one, 9: other, 10: one}, 11 * 512)
     assert saved(guest, tmp_path / "x").entries == 11 * 512
-    assert not judge(tmp_path / "x").found
+    assert not verify_file(tmp_path / "x").findings
 
 
 def test_a_generation_of_who_has_no_list_means_nothing(tmp_path: Path) -> None:
@@ -333,7 +333,7 @@ def test_marked_entries_are_counted_and_not_saved(width: Width, tmp_path: Path) 
     guest.host.write_frames(guest.domid, leaf, table.view(np.uint8))
     summary = saved(guest, tmp_path / "x")
     assert (summary.foreign, summary.identity, summary.not_owned, summary.pages) == (3, 2, 0, 4086)
-    assert not judge(tmp_path / "x").found
+    assert not verify_file(tmp_path / "x").findings
 
 
 def test_a_leaf_of_marks_counts_as_often_as_it_stands_there(tmp_path: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_leaf_of_marks_counts_as_often_as_it_stands_there(tmp_path: Path) -> N
     guest.host.write_frames(guest.domid, np.array([leaf], np.uint64), page.view(np.uint8))
     tree_of(guest, {8: leaf, 9: leaf, 10: leaf, 11: end}, 12 * 512)
     assert saved(guest, tmp_path / "x").identity == 3 * 512
-    assert not judge(tmp_path / "x").found
+    assert not verify_file(tmp_path / "x").findings
 
 
 def test_entries_that_claim_another_domains_frame_are_sent_as_none(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_entries_that_claim_another_domains_frame_are_sent_as_none(tmp_path: Pat
     with SavedDomain.open(str(tmp_path / "x")) as domain:
         kind = domain.frames.types(np.array([4095], np.uint64))[0]
     assert kind == PageType.XTAB
-    assert judge(tmp_path / "x").rules == {"page-missing"}
+    assert verify_file(tmp_path / "x").rules == {"page-missing"}
 
 
 def test_pages_without_content_are_sent_by_type(tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_xens_own_entries_of_a_pae_guest_are_left_out(tmp_path: Path) -> None:
     xens = int(guest.host.frames.owned(1)[7])
     host = rewriting(guest, last, slice(XEN_PAE_L2_FIRST, 512), xens << 12 | PTE_P | PTE_PSE)
     saved(guest, tmp_path / "x", host)
-    assert not judge(tmp_path / "x").found
+    assert not verify_file(tmp_path / "x").findings
     other = next(m for m in frames(as_entries(top))[0, :3].tolist() if m)
     host = rewriting(guest, np.array([other], np.uint64), [XEN_PAE_L2_FIRST + 1], xens << 12 | PTE_P)
     e = failed(guest, host)
@@ -427,7 +427,7 @@ def test_a_vcpus_frames_are_pfns(width: Width, tmp_path: Path) -> None:
     if width == 8:
         fields["ctrlreg_1"] = int(top) << 12
     saved(guest, tmp_path / "x", with_context(guest, **fields))
-    assert not judge(tmp_path / "x").found
+    assert not verify_file(tmp_path / "x").findings
     with SavedDomain.open(str(tmp_path / "x")) as domain:
         context = domain.vcpu_context(0)
         assert context is not None

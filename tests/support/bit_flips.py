@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.support.saved_files import Verdict, judge
+from tests.support.saved_files import VerifyResult, verify_file
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import StreamError
@@ -76,7 +76,7 @@ def flip_survey(path: Path, kinds: Iterable[str], samples: int, seed: int) -> di
     rng = random.Random(seed)
     with tempfile.NamedTemporaryFile(suffix=".save") as copy:
         shutil.copyfile(path, copy.name)
-        if judge(copy.name).found:
+        if verify_file(copy.name).findings:
             raise ValueError(f"{path} is not sound to begin with")
         spans = _spans(Path(copy.name))
         fd = os.open(copy.name, os.O_RDWR)
@@ -111,30 +111,30 @@ def _flip(fd: int, offset: int, bit: int) -> None:
 def _count(tally: Tally, path: Path, span: Span, at: int, bit: int) -> None:
     tally.total += 1
     try:
-        verdict = _verdict(path, span, at)
+        result = _verify(path, span, at)
     except StreamError as e:
         tally.errors += 1
         tally.placed += span.offset <= e.offset <= span.offset + span.length
         return
-    if verdict.report.findings.errors:
+    if result.report.findings.errors:
         tally.errors += 1
-    elif verdict.found:
+    elif result.findings:
         tally.warnings += 1
     else:
         why = span.why(at, bit)
         tally.missed[why] += 1
         tally.examples.setdefault(why, f"{span.name} at {span.offset:#x}, byte {at:#x}, bit {bit}")
         return
-    tally.placed += any(_points_at(finding, span, at) for finding in verdict.found)
+    tally.placed += any(_points_at(finding, span, at) for finding in result.findings)
 
 
-def _verdict(path: Path, span: Span, at: int) -> Verdict:
+def _verify(path: Path, span: Span, at: int) -> VerifyResult:
     """What verify finds; only as much of it as the reader does, which takes a tenth of the time, if that is enough."""
     if span.framing:
-        verdict = judge(path, deep=False)
-        if verdict.report.findings.errors and any(_points_at(finding, span, at) for finding in verdict.found):
-            return verdict
-    return judge(path)
+        result = verify_file(path, deep=False)
+        if result.report.findings.errors and any(_points_at(finding, span, at) for finding in result.findings):
+            return result
+    return verify_file(path)
 
 
 def _points_at(finding: Finding, span: Span, at: int) -> bool:

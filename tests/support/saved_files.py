@@ -1,4 +1,4 @@
-"""Puts made streams on disk or into a pipe, and hands back what verify says of them."""
+"""Verifies streams from a file and from a pipe."""
 
 from __future__ import annotations
 
@@ -19,41 +19,40 @@ from xenpv.verify.stream import Report, verify
 
 
 @dataclass
-class Verdict:
-    """What was found. The report in it is closed."""
+class VerifyResult:
+    """A report, and short names for what tests ask of it."""
 
     report: Report
 
     @property
-    def found(self) -> list[Finding]:
+    def findings(self) -> list[Finding]:
         return list(self.report.findings)
 
     @property
     def rules(self) -> set[str]:
         return {rule.name for rule in self.report.findings.count}
 
-    def of(self, rule: str) -> list[Finding]:
-        return [finding for finding in self.found if finding.rule.name == rule]
+    def of_rule(self, rule: str) -> list[Finding]:
+        return [finding for finding in self.findings if finding.rule.name == rule]
 
     def __str__(self) -> str:
-        return "\n".join(str(finding) for finding in self.found) or "nothing"
+        return "\n".join(str(finding) for finding in self.findings) or "nothing"
 
 
-def judge(source: Path | str | Input, **how: Any) -> Verdict:
-    """Verify a file, or what is open."""
-    report = verify(source if isinstance(source, Input) else str(source), **how)
-    return Verdict(report)
+def verify_file(source: Path | str | Input, **options: Any) -> VerifyResult:
+    """Verify a path or an Input."""
+    return VerifyResult(verify(source if isinstance(source, Input) else str(source), **options))
 
 
-def judge_pipe(data: bytes, **how: Any) -> Verdict:
-    """Verify the same out of a pipe."""
+def verify_pipe(data: bytes, **options: Any) -> VerifyResult:
+    """Verify a stream that comes out of a pipe."""
     with piped(data) as fd:
-        return judge(Input(os.dup(fd), "pipe"), **how)  # closed, every end that reads, or the writer waits for ever
+        return verify_file(Input(os.dup(fd), "pipe"), **options)
 
 
 @contextmanager
 def piped(data: bytes) -> Iterator[int]:
-    """The reading end of a pipe into which a thread writes the data."""
+    """Give the reading end of a pipe into which a thread writes the data."""
     reading, writing = os.pipe()
 
     def write() -> None:
@@ -76,8 +75,8 @@ def piped(data: bytes) -> Iterator[int]:
 
 
 def page_offsets(stream: Stream) -> dict[int, int]:
-    """For each pfn the byte offset at which its content begins, the last one where a page comes again."""
-    out: dict[int, int] = {}
+    """Return the byte offset of each pfn's content; of a page that is sent again, the last one."""
+    offsets: dict[int, int] = {}
     at = 0
     for piece in stream:
         if piece.name == "PAGE_DATA":
@@ -85,20 +84,21 @@ def page_offsets(stream: Stream) -> dict[int, int]:
             content = at + 16 + count * 8
             for entry in struct.unpack_from(f"<{count}Q", piece.data, 16):
                 if entry >> 60 in WITH_DATA:
-                    out[entry & (1 << 52) - 1] = content
+                    offsets[entry & (1 << 52) - 1] = content
                     content += PAGE
         at += len(piece.data)
-    return out
+    return offsets
 
 
-def both_ways(tmp_path: Path, data: bytes, **how: Any) -> list[Verdict]:
+def verify_file_and_pipe(tmp_path: Path, data: bytes, **options: Any) -> list[VerifyResult]:
+    """Verify a stream from a file, then from a pipe."""
     file = tmp_path / "made.save"
     file.write_bytes(data)
-    return [judge(file, **how), judge_pipe(data, **how)]
+    return [verify_file(file, **options), verify_pipe(data, **options)]
 
 
-def flawed() -> tuple[Stream, int]:
-    """A domain with a flaw in its top table, and the byte offset of that."""
+def stream_with_bad_entry() -> tuple[Stream, int]:
+    """Return the stream of a domain with a bad entry in its top table, and the byte offset of the entry."""
     domain = pv_domain(vcpus=2)
     domain.table(domain.places.top)[300] = domain.entries << 12 | 1
     stream = domain.to_stream(batch=16)

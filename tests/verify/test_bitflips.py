@@ -1,7 +1,7 @@
-"""One flipped bit: is it found, is its place named, and if not, why not? Run with -s to see the tables.
+"""Flips single bits in saved domains: verify must find most of them, and name their place.
 
-The shares below are what is reached; a change that finds less has to say why.
-``python -m tests.support.bit_flips FILE`` makes the same table of any file.
+The shares below are those reached today. Run with -s to see tables of what was missed and why;
+``python -m tests.support.bit_flips FILE`` makes them for any file.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from tests.support.writers.build import pv_domain
 
 VECTORS = Path(__file__).parent.parent / "vectors"
 
-# What a bit may mean that nobody can miss, by kind: a verifier that found it would have to know the guest's intention.
+# Flips that verify may miss, by kind: to find them it would have to know what the guest intended.
 UNKNOWABLE = {
     "page tables": (
-        "leaf: ",  # a page mapped elsewhere, or otherwise protected, is just another mapping
+        "leaf: ",  # another page or protection is just another mapping
         "upper entry: a bit that is software's own",
         "upper entry: accessed",
         "upper entry: dirty",
         "upper entry: writable",
         "upper entry: user",
         "upper entry: no-execute",
-        "upper entry: present",  # its table stays pinned, or is named elsewhere, too
+        "upper entry: present",  # its table stays pinned, or another table names it
         "upper entry: names another page of the same type",
         "entry that is not present: nobody reads it",
     ),
@@ -34,8 +34,8 @@ UNKNOWABLE = {
     "vcpu context": (
         "a register",
         "fpu_ctxt",
-        "trap_ctxt",  # privilege of a gate, an address within the same page
-        "gdt_frames",  # those beyond gdt_ents, and another ordinary page
+        "trap_ctxt",  # a gate's privilege, or an address in the same page
+        "gdt_frames",  # those after gdt_ents, and other ordinary pages
         "gdt_ents",
         "ldt_ents",
         "ldt_base",
@@ -52,18 +52,18 @@ UNKNOWABLE = {
     ),
     "headers": (
         "domain header: the version of Xen",
-        "becomes another record",  # one that may come again, or may be left out
-        "X86_PV_VCPU_XSAVE: length",  # just long enough to swallow the MSRs behind it
+        "becomes another record",  # one that may be repeated or missing
+        "X86_PV_VCPU_XSAVE: length",  # just long enough to include the MSRs after it
     ),
     "page list": (),
 }
-# Shares of found flips, and of those the share of which the place is named.
-MADE = {"page tables": 0.95, "p2m frame list": 0.95, "vcpu context": 0.75, "headers": 0.97, "page list": 1.0}
+# The share of flips that verify must find, and of these the share whose place it must name.
+SYNTHETIC = {"page tables": 0.95, "p2m frame list": 0.95, "vcpu context": 0.75, "headers": 0.97, "page list": 1.0}
 REAL = {"page tables": 0.95, "p2m frame list": 0.95, "vcpu context": 0.75, "headers": 0.97, "page list": 1.0}
 PLACED = {"page tables": 0.98, "p2m frame list": 0.85, "vcpu context": 0.95, "headers": 0.90, "page list": 0.85}
 
 
-def hold(result: dict[str, Tally], shares: dict[str, float]) -> None:
+def check_shares(result: dict[str, Tally], shares: dict[str, float]) -> None:
     print("\n" + as_table(result))
     for kind, tally in result.items():
         assert tally.share >= shares[kind], f"{kind}: only {tally.share:.1%} of the flips are found"
@@ -73,45 +73,45 @@ def hold(result: dict[str, Tally], shares: dict[str, float]) -> None:
             assert known, f"{kind}: {why} went unnoticed: {tally.examples[why]}"
 
 
-def test_flips_in_a_made_domain(tmp_path: Path) -> None:
+def test_verify_bit_flips_in_synthetic_domain(tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     file.write_bytes(pv_domain(pfns=range(700), vcpus=2, tree=True).to_bytes())
-    hold(flip_survey(file, KINDS, 70, seed=2), MADE)
+    check_shares(flip_survey(file, KINDS, 70, seed=2), SYNTHETIC)
 
 
-def test_flips_in_a_made_32_bit_domain(tmp_path: Path) -> None:
+def test_verify_bit_flips_in_synthetic_32_bit_domain(tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     file.write_bytes(pv_domain(width=4, pfns=range(700)).to_bytes())
-    kinds = [kind for kind in KINDS if kind != "vcpu context"]  # its likeness is not known yet
-    hold(flip_survey(file, kinds, 40, seed=3), MADE)
+    kinds = [kind for kind in KINDS if kind != "vcpu context"]  # there are no heuristics for it yet
+    check_shares(flip_survey(file, kinds, 40, seed=3), SYNTHETIC)
 
 
 @pytest.mark.parametrize("name", ["litmus-4.17-linear"])
-def test_flips_in_a_real_domain(tmp_path: Path, name: str) -> None:
+def test_verify_bit_flips_in_real_domain(tmp_path: Path, name: str) -> None:
     file = tmp_path / f"{name}.save"
     file.write_bytes(lzma.decompress((VECTORS / f"{name}.save.xz").read_bytes()))
-    hold(flip_survey(file, KINDS, 60, seed=4), REAL)
+    check_shares(flip_survey(file, KINDS, 60, seed=4), REAL)
 
 
-def test_every_bit_of_the_headers(tmp_path: Path) -> None:
-    """Of the smallest domain that there is: image, domain and record headers whole."""
+def test_verify_every_bit_of_all_headers(tmp_path: Path) -> None:
+    """All image, domain and record headers of the smallest domain."""
     file = tmp_path / "small.save"
     file.write_bytes(pv_domain(pfns=range(20), user=False).to_bytes("libxc", batch=1024))
     result = flip_survey(file, ["headers"], 1 << 20, seed=0)
     assert result["headers"].total == 8 * (24 + 16 + 16 + 12 * 8)
-    hold(result, {"headers": 0.98})
+    check_shares(result, {"headers": 0.98})
 
 
-def test_a_survey_needs_a_sound_file(tmp_path: Path) -> None:
+def test_flip_survey_of_unsound_file_raises(tmp_path: Path) -> None:
     domain = pv_domain()
     domain.shared_info["arch"]["p2m_generation"] = 1
     file = tmp_path / "bad.save"
     file.write_bytes(domain.to_bytes())
-    with pytest.raises(ValueError, match="not sound"):
+    with pytest.raises(ValueError, match=r"bad\.save"):
         flip_survey(file, ["headers"], 1, seed=0)
 
 
-def test_a_survey_leaves_its_file_alone(tmp_path: Path) -> None:
+def test_flip_survey_leaves_its_file_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     data = pv_domain().to_bytes()
     file.write_bytes(data)

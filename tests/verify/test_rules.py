@@ -1,4 +1,4 @@
-"""Every rule of what a stream describes: a good domain keeps all; what breaks one is named, with its place."""
+"""Every rule of verify: a sound domain breaks none, and a broken one is reported with rule and place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.breakage import CASES, Case, as_stream
-from tests.support.saved_files import judge, judge_pipe
+from tests.support.saved_files import verify_file, verify_pipe
+from tests.support.saving import BOTH
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.envelopes import ENVELOPES
@@ -23,40 +24,40 @@ assert cases_page_tables
 assert cases_vcpus
 
 ANCHORS = {"list": (True, False), "tree": (False, True), "both": (True, True)}
-# Rules that take more than a domain to break; the test of that name does.
+# Rules that need more than a broken domain, and the tests that break them.
 ELSEWHERE = {
-    rules.TABLE_CONTENT: "test_verify.py::test_content_of_which_nobody_knows_whose_it_is",
-    rules.PAGE_REPEATED: "test_streams.py::test_one_record_that_names_a_page_twice",
-    rules.NOT_CHECKED: "test_streams.py::test_what_a_pipe_let_go_is_said",
+    rules.TABLE_CONTENT: "test_verify.py::test_verify_page_data_with_too_few_pages_reports_its_tables",
+    rules.PAGE_REPEATED: "test_streams.py::test_verify_pfn_twice_in_a_record_is_a_warning",
+    rules.NOT_CHECKED: "test_streams.py::test_verify_pipe_reports_what_it_could_not_check",
 }
 
 
 @pytest.mark.parametrize("vcpus", [1, 3])
 @pytest.mark.parametrize("anchors", ANCHORS)
-@pytest.mark.parametrize("width", [8, 4])
-def test_a_good_domain_has_no_findings(tmp_path: Path, width: Width, anchors: str, vcpus: int) -> None:
+@BOTH
+def test_verify_sound_domain_finds_nothing(tmp_path: Path, width: Width, anchors: str, vcpus: int) -> None:
     linear, tree = ANCHORS[anchors]
     domain = pv_domain(width=width, linear=linear, tree=tree, vcpus=vcpus, pfns=[*range(128), 1030, 0x2_0000])
     data = domain.to_bytes()
     file = tmp_path / "good.save"
     file.write_bytes(data)
-    for verdict in (judge(file), judge_pipe(data)):
-        assert not verdict.found, str(verdict)
-        assert verdict.report.deep
-        assert verdict.report.ok
+    for result in (verify_file(file), verify_pipe(data)):
+        assert not result.findings, str(result)
+        assert result.report.deep
+        assert result.report.ok
 
 
 @pytest.mark.parametrize("envelope", ENVELOPES)
 @pytest.mark.parametrize("version", [2, 3])
-def test_a_good_domain_has_no_findings_in_any_envelope(tmp_path: Path, envelope: str, version: int) -> None:
+def test_verify_sound_domain_in_any_envelope_finds_nothing(tmp_path: Path, envelope: str, version: int) -> None:
     data = pv_domain().to_bytes(envelope, version=version)
     file = tmp_path / "good.save"
     file.write_bytes(data)
-    for verdict in (judge(file), judge_pipe(data)):
-        assert not verdict.found, str(verdict)
+    for result in (verify_file(file), verify_pipe(data)):
+        assert not result.findings, str(result)
 
 
-def test_every_rule_has_a_way_to_be_broken() -> None:
+def test_every_rule_has_a_test_that_breaks_it() -> None:
     ours = {rule.name for rule in vars(rules).values() if isinstance(rule, Rule)}
     assert ours <= set(RULES)
     tested = {case.rule.name for case in CASES} | {rule.name for rule in ELSEWHERE}
@@ -66,14 +67,14 @@ def test_every_rule_has_a_way_to_be_broken() -> None:
         assert f"def {test}(" in (Path(__file__).parent / file).read_text()
 
 
-def _made(case: Case) -> Domain:
+def _sound_domain(case: Case) -> Domain:
     domain = pv_domain(**case.make)
     if case.prepare:
         case.prepare(domain)
     return domain
 
 
-def _broken(domain: Domain, case: Case) -> Stream:
+def _broken_stream(domain: Domain, case: Case) -> Stream:
     stream = as_stream(domain, case.config)
     if case.rewrite:
         case.rewrite(stream)
@@ -81,36 +82,36 @@ def _broken(domain: Domain, case: Case) -> Stream:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_what_breaks_is_named_with_its_place(tmp_path: Path, case: Case) -> None:
-    good = as_stream(_made(case))
-    domain = _made(case)
+def test_verify_broken_domain_names_rule_and_place(tmp_path: Path, case: Case) -> None:
+    good = as_stream(_sound_domain(case))
+    domain = _sound_domain(case)
     where = case.spoil(domain)
-    bad = _broken(domain, case)
+    bad = _broken_stream(domain, case)
     file = tmp_path / "broken.save"
     file.write_bytes(bytes(good))
-    assert not judge(file).found, "the domain is to be good before it is broken"
+    assert not verify_file(file).findings, "the domain must be sound before it is broken"
 
     file.write_bytes(bytes(bad))
-    verdict = judge(file)
+    result = verify_file(file)
 
-    assert verdict.rules - case.may == {case.rule.name} | case.also, str(verdict)
+    assert result.rules - case.may == {case.rule.name} | case.also, str(result)
     expected = dict(where.fields)
     if where.span:
         expected["offset"] = where.span(bad)[0]
-    matching = [f for f in verdict.of(case.rule.name) if _agrees(f, expected)]
-    assert len(matching) == 1, f"{expected}\n{verdict}"
+    matching = [f for f in result.of_rule(case.rule.name) if _has_fields(f, expected)]
+    assert len(matching) == 1, f"{expected}\n{result}"
     if case.rule.name not in case.also:
-        assert verdict.report.findings.count[case.rule] == 1, str(verdict)
-    assert verdict.report.ok == all(RULES[name].severity == "warning" for name in verdict.rules)
+        assert result.report.findings.count[case.rule] == 1, str(result)
+    assert result.report.ok == all(RULES[name].severity == "warning" for name in result.rules)
 
     offset, length = where.span(bad) if where.span else (0, 0)
-    if length:  # put the good bytes back where the finding points, and nothing is wrong any more
+    if length:  # with the sound bytes at the place of the finding, nothing is wrong
         _patch(file, offset, bytes(good)[offset : offset + length])
-        mended = judge(file)
-        assert not mended.found, str(mended)
+        repaired = verify_file(file)
+        assert not repaired.findings, str(repaired)
 
 
-def _agrees(finding: Finding, expected: dict[str, int | str | None]) -> bool:
+def _has_fields(finding: Finding, expected: dict[str, int | str | None]) -> bool:
     return all(getattr(finding, name) == value for name, value in expected.items())
 
 
@@ -121,10 +122,10 @@ def _patch(file: Path, offset: int, data: bytes) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_a_pipe_tells_the_same_as_a_file(tmp_path: Path, case: Case) -> None:
-    domain = _made(case)
+def test_verify_pipe_finds_the_same_as_file(tmp_path: Path, case: Case) -> None:
+    domain = _sound_domain(case)
     case.spoil(domain)
-    data = bytes(_broken(domain, case))
+    data = bytes(_broken_stream(domain, case))
     file = tmp_path / "broken.save"
     file.write_bytes(data)
-    assert judge_pipe(data).found == judge(file).found
+    assert verify_pipe(data).findings == verify_file(file).findings
