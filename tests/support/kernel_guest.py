@@ -1,4 +1,4 @@
-"""A kernel on a ModelHost of its own, and all that agrees when nothing is wrong."""
+"""A kernel on a model host of its own, and checks that all views of its p2m agree."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SOME_FORMS = [(width, name) for width, name in ALL_FORMS if not name.startswith(
 
 @dataclass
 class Guest:
-    """A kernel, and where it runs."""
+    """A kernel, the host and domain that it runs in, and the layout that it booted from."""
 
     host: ModelHost
     domid: DomId
@@ -48,14 +48,14 @@ class Guest:
         return cls(host, layout.domid, kernel, layout)
 
     def do(self, name: str, *arguments: Any) -> Any:
-        """One of the kernel's calls, run by the host."""
+        """Run one of the kernel's methods on the host."""
         return self.host.run(self.domid, lambda view: getattr(self.kernel, name)(view, *arguments))
 
     def entries(self, wanted: U64) -> U64:
-        """Entries of the kernel's own list."""
-        found = self.host.run(self.domid, lambda view: self.kernel.p2m.lookup(view, wanted))
-        assert found is not None
-        return found
+        """Return entries of the kernel's own p2m list."""
+        entries = self.host.run(self.domid, lambda view: self.kernel.p2m.lookup(view, wanted))
+        assert entries is not None
+        return entries
 
     @property
     def live(self) -> LiveDomain:
@@ -67,7 +67,11 @@ class Guest:
         return findings
 
     def assert_consistent(self) -> list[str]:
-        """All ways lead to the kernel's own list, mfn for mfn, nothing is wrong; the names of what is noted."""
+        """Check that every published p2m equals the kernel's own list, and that nothing is wrong.
+
+        Returns:
+            The names of the rules of all notes.
+        """
         findings = list(self.findings())
         assert [str(f) for f in findings if f.severity is not Severity.NOTE] == []
         live = self.live
@@ -84,7 +88,7 @@ class Guest:
 
 
 def mfn_by_pfn(p2m: P2M) -> dict[int, int]:
-    """What has a frame."""
+    """Return the mfn of each pfn that has a frame."""
     return {
         pfn: mfn
         for leaves in p2m.iter_leaves()
@@ -94,7 +98,7 @@ def mfn_by_pfn(p2m: P2M) -> dict[int, int]:
 
 
 def cancel_suspend(guest: Guest) -> Any:
-    """What the kernel says when it goes on as a toolstack lets it that gave up: the call's result is 1."""
+    """Resume the guest as a toolstack that cancels does: with result 1. What the kernel's resume returns."""
     context = np.frombuffer(bytearray(guest.host.vcpu_context(guest.domid, 0)), VCPU_GUEST_CONTEXT[guest.layout.width])
     context["user_regs"]["rax" if guest.layout.width == 8 else "eax"] = 1
     guest.host.set_vcpu_context(guest.domid, 0, context.tobytes())
@@ -103,10 +107,12 @@ def cancel_suspend(guest: Guest) -> Any:
 
 
 def ring_frames(guest: Guest) -> tuple[int, int]:
+    """Return the frames of xenstore's and the console's ring in start info: mfns, or pfns of a suspended guest."""
     page, _ = guest.host.map_frames(guest.domid, guest.layout.mfns[guest.layout.start_info :][:1])
     info = START_INFO.read(page.tobytes(), guest.layout.width)
     return int(info["store_mfn"]), int(info["console"]["domU"]["mfn"])
 
 
 def register(guest: Guest, name: str) -> int:
+    """Return a register of vcpu 0."""
     return guest.host.guest_view(guest.domid).register(name)

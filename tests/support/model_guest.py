@@ -1,4 +1,4 @@
-"""Domains on a ModelHost as a builder leaves them: memory, page tables that map all of it, a vcpu."""
+"""Domains on the model: memory, page tables that map all of it, and a vcpu."""
 
 from __future__ import annotations
 
@@ -45,7 +45,13 @@ def page(entries: dict[int, int]) -> U8:
 
 @dataclass
 class ModelGuest:
-    """What was made: ``mfns`` by pfn, ``l1`` the tables that map them at BASE, ``top`` the one for cr3."""
+    """A domain and its frames.
+
+    Attributes:
+        mfns: The frame of each pfn.
+        l1: The L1 tables, which map all pfns from BASE on.
+        top: The table for cr3.
+    """
 
     domid: DomId
     width: Width
@@ -56,15 +62,16 @@ class ModelGuest:
     top: int
 
     def vaddr(self, pfn: int) -> int:
+        """Return the address of a pfn."""
         return BASE[self.width] + pfn * PAGE_SIZE
 
     def entry_of(self, pfn: int) -> tuple[int, int]:
-        """The table and slot that maps a pfn."""
+        """Return the L1 table and the slot that map a pfn."""
         return int(self.l1[pfn // ENTRIES]), pfn % ENTRIES
 
 
 def write_page_tables(host: ModelHost, domid: DomId, width: Width, mfns: U64) -> ModelGuest:
-    """Write the tables into the domain's last frames. They are not pinned yet."""
+    """Write page tables into the domain's last frames. They are not pinned yet."""
     n = -(-len(mfns) // ENTRIES)
     used = n + (3 if width == 8 else 2)
     tables = mfns[len(mfns) - used :]
@@ -84,7 +91,7 @@ def write_page_tables(host: ModelHost, domid: DomId, width: Width, mfns: U64) ->
 
 
 def context(made: ModelGuest) -> bytes:
-    """A vcpu context with that top table, and a GDT in pfn 1."""
+    """Return a vcpu context with the guest's top-level table, and its GDT in pfn 1."""
     data = np.zeros(1, VCPU_GUEST_CONTEXT[made.width])
     data["flags"] = VGCF_ONLINE | VGCF_IN_KERNEL
     data["ctrlreg"][0, 3] = made.top << 12 if made.width == 8 else (made.top << 12 | made.top >> 20) & 0xFFFF_FFFF
@@ -95,7 +102,7 @@ def context(made: ModelGuest) -> bytes:
 def make_guest(
     host: ModelHost, width: Width = 8, pages: int = 1024, *, order: int = 0, name: str | None = None
 ) -> ModelGuest:
-    """A domain that runs: pfn 1 is its GDT, mapped read-only, its tables pinned."""
+    """Make a running domain with pinned tables. Pfn 1 is its GDT, mapped read-only."""
     domid = host.create(width, max_pages=pages, name=name, uuid=f"00000000-0000-0000-0000-{pages:012}")
     mfns = host.populate_physmap(domid, pfns(pages)[:: 1 << order], order)
     mfns = (mfns[:, None] + pfns(1 << order)).reshape(-1)

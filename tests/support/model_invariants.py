@@ -1,4 +1,4 @@
-"""What holds of a ModelHost whatever happened on it: all counts, reckoned anew from what refers to what."""
+"""Invariants of the model: all counts equal the references that exist."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from xenpv.memory.pagetables import frames, is_xen_slot
 
 
 def check_invariants(host: ModelHost) -> None:
-    """Each frame's references are those that there are, and no page table can be written."""
+    """Check that the counts of each frame equal its references, and that no page table can be written.
+
+    Source: xen.git:xen/arch/x86/mm.c, head comment
+    """
     table, rows = host.frames, host.frames.rows
     live = np.flatnonzero((rows.owner != NOBODY) & (rows.owner != XEN))
     count = np.where(rows.flags & ALLOCATED, 1, 0).astype(np.int64)
@@ -37,13 +40,13 @@ def check_invariants(host: ModelHost) -> None:
 
     tables = live[(rows.flags[live] & VALIDATED != 0) & (rows.type[live] <= 4) & (rows.type[live] > 0)]
     for row, mfn in zip(tables.tolist(), table.mfns_of(tables).tolist(), strict=True):
-        assert rows.type_count[row] > 0, f"{mfn:#x} is a validated table that nothing uses"
+        assert rows.type_count[row] > 0, f"{mfn:#x} is a validated table without a reference"
         level, width = int(rows.type[row]), host.info(DomId(int(rows.owner[row]) - 1)).width
         slots = ~is_xen_slot(level, width, last_pae_l2=bool(rows.flags[row] & PAE_XEN_L2))
         ptes = table.entries(mfn)[slots]
         ptes = ptes[ptes & np.uint64(PTE_P) != 0]
         targets = frames(ptes)
-        assert (table.owners(targets) == rows.owner[row]).all(), f"L{level} {mfn:#x} maps what is not its domain's"
+        assert (table.owners(targets) == rows.owner[row]).all(), f"L{level} {mfn:#x} maps a foreign frame"
         writable = ptes & np.uint64(PTE_RW) != 0
         if level == 1:
             refer(targets[~writable], typed=False)
@@ -64,6 +67,6 @@ def check_invariants(host: ModelHost) -> None:
         assert not column[free].any()
     for info in host.domains():
         mine = table.owned(info.domid + 1)
-        assert len(mine) == info.pages + 1, "and its shared info"
+        assert len(mine) == info.pages + 1, "one more: its shared info"
         assert (host.m2p(mine) != mine).all()
         assert host.m2p(np.array([info.shared_info_mfn], np.uint64))[0] == NO_PFN

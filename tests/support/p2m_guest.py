@@ -1,4 +1,4 @@
-"""A domain on a model host that publishes its p2m in a form of choice, made without xenpv's own code for it."""
+"""A domain on the model that publishes its p2m in a given form, made without xenpv's own code for that."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck
 
 PAGES = 1024
-ROOM = 500  # pfns from here on hold the p2m: they are ordinary pages
+ROOM = 500  # the first pfn of the pages that hold the p2m
 
 
 class P2MGuest:
-    """A domain on a model host that publishes its p2m."""
+    """A domain that publishes its p2m."""
 
     def __init__(self, width: Width = 8, form: str = "tree", *, levels: int = 4) -> None:
         self.host = ModelHost(1 << 30)
@@ -31,7 +31,7 @@ class P2MGuest:
         self.publish(form, levels)
 
     def table(self, mfns: U64, fill: int | None = None) -> int:
-        """Put mfns into a page of the guest's; the page's mfn."""
+        """Write mfns to a page of the guest. The mfn of that page."""
         page = np.full(self.per, INVALID_MFN[self.width] if fill is None else fill, f"<u{self.width}")
         page[: len(mfns)] = mfns
         mfn = int(self.made.mfns[self.next])
@@ -65,7 +65,7 @@ class P2MGuest:
             self.host.write_shared_info(self.made.domid, value.to_bytes(self.width, "little"), at)
 
     def put(self, pfn: int, mfn: int) -> None:
-        """Change one entry of the p2m."""
+        """Set one entry of the p2m."""
         leaf = np.array([self.leaves[pfn // self.per]], np.uint64)
         page = self.host.map_frames(self.made.domid, leaf)[0].copy()
         page.view(f"<u{self.width}")[0, pfn % self.per] = mfn
@@ -76,7 +76,7 @@ class P2MGuest:
         return LiveDomain(self.host, self.host.info(self.made.domid))
 
     def findings(self, *, owner: bool = True) -> list[tuple[str, int | None]]:
-        """Rule and pfn of all errors and warnings."""
+        """Return rule and pfn of all errors and warnings."""
         return [(f.rule.name, f.pfn) for f in self.checked(owner=owner) if f.severity is not Severity.NOTE]
 
     def checked(self, *, owner: bool = True) -> Findings:

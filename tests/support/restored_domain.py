@@ -1,4 +1,4 @@
-"""What a toolstack makes of a suspended domain: another one, every mfn of it another. No stream between."""
+"""Restore a suspended domain to another host without a stream. Every mfn changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xenpv.source.live import LiveDomain
 
 
 def restore_directly(source: ModelHost, domid: DomId, target: ModelHost) -> DomId:
-    """The domain on another host, or on the same. It is where it was suspended, and runs when it is asked to."""
+    """Restore a domain on another host, or the same one. It is unpaused, and can resume."""
     info = source.info(domid)
     width = info.width
     old = source.frames.owned(domid + 1)
@@ -23,7 +23,7 @@ def restore_directly(source: ModelHost, domid: DomId, target: ModelHost) -> DomI
     pfns = source.m2p(old)
     assert len(np.unique(pfns)) == info.pages
     other = target.create(width, max_pages=info.max_pages)
-    target.populate_physmap(other, np.zeros(7, np.uint64))  # so that on the same seed mfns do not come out the same
+    target.populate_physmap(other, np.zeros(7, np.uint64))  # so that mfns differ even with the same seed
     target.hypervisor.decrease_reservation(other, target.frames.owned(other + 1)[1:])
     new = target.populate_physmap(other, pfns)
 

@@ -1,8 +1,10 @@
-"""A domain on a ModelHost as a domain builder leaves it: the start-of-day ABI (xen.git:xen/include/public/xen.h).
+"""A domain on the model as a domain builder leaves it: the start-of-day ABI.
 
-Initial mapping: kernel image, p2m list unless it is outside, start info, xenstore and console rings, page tables, boot
-stack, and at least 512 KiB; up to a multiple of 4 MiB. A list outside lies behind it, with its own page tables, as
-libxenguest has it: at OUTSIDE, which Linux asks for with INIT_P2M.
+The initial mapping has the kernel image, the p2m list unless it is outside, start info, the rings of xenstore and
+console, page tables, boot stack, and at least 512 KiB of padding, up to a multiple of 4 MiB. A list outside is mapped
+at OUTSIDE, which Linux asks for with INIT_P2M. Its pages and page tables follow the initial mapping.
+
+Source: xen.git:xen/include/public/xen.h; libxenguest for a list outside
 """
 
 from __future__ import annotations
@@ -28,22 +30,22 @@ PADDING = 128
 
 @dataclass
 class BootLayout:
-    """Where things are, in pfns; ``mfns`` of all of them."""
+    """The first pfn of each part of the domain, and the mfns of all pfns."""
 
     domid: DomId
     width: Width
     mfns: U64
-    list: int  # its first pfn
+    list: int
     start_info: int
     tables: int
     stack: int
-    mapped: int  # the end of the initial mapping
+    mapped: int  # where the initial mapping ends
 
 
 def build_domain(
     host: ModelHost, width: Width = 8, pages: int = 4096, *, outside: bool = False, order: int = 0, name: str = "litmus"
 ) -> BootLayout:
-    """Build it and let it run: the next ``host.run`` is its first instruction."""
+    """Build a domain and unpause it. The next ``host.run`` starts its kernel."""
     domid = host.create(width, max_pages=pages, name=name)
     mfns = host.populate_physmap(domid, pfns(pages)[:: 1 << order], order)
     mfns = (mfns[:, None] + pfns(1 << order)).reshape(-1)

@@ -177,13 +177,10 @@ class CpuState:
         if number == errno.EEXIST:
             raise host_error(op, number, domid, "the domain runs or has run already")
         if number == errno.E2BIG:
-            raise host_error(op, number, domid, f"this Xen knows fewer than {leaves} leaves and {msrs} MSRs")
+            raise host_error(op, number, domid, f"{leaves} leaves and {msrs} MSRs are more than this Xen knows")
         leaf, subleaf, msr = (int(result[f"err_{name}"]) for name in ("leaf", "subleaf", "msr"))
-        culprits = (
-            [f"leaf {leaf:#x}" + (f", subleaf {subleaf:#x}" if subleaf != _NO_CULPRIT else "")]
-            if leaf != _NO_CULPRIT
-            else []
-        )
+        subleaf_text = f", subleaf {subleaf:#x}" if subleaf != _NO_CULPRIT else ""
+        culprits = [f"leaf {leaf:#x}{subleaf_text}"] if leaf != _NO_CULPRIT else []
         culprits += [f"MSR {msr:#x}"] if msr != _NO_CULPRIT else []
         if number == errno.ESRCH or not culprits:
             raise host_error(op, number, domid)
@@ -194,12 +191,8 @@ def _count(op: str, domid: DomId, data: bytes, struct: Struct) -> int:
     """Return the number of structs in an array. HostError if it is no whole number."""
     size = struct.size(8)
     if len(data) % size:
-        raise host_error(
-            op,
-            errno.EINVAL,
-            domid,
-            f"{len(data)} bytes are not a whole number of struct {struct.name} ({size} bytes each)",
-        )
+        reason = f"{len(data)} bytes are not a whole number of struct {struct.name} ({size} bytes each)"
+        raise host_error(op, errno.EINVAL, domid, reason)
     return len(data) // size
 
 

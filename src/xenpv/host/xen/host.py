@@ -137,10 +137,10 @@ class XenHost:
         raise host_error("getdomaininfo", errno.ESRCH, domid)
 
     def _domain_info(self, raw: np.void) -> DomainInfo:
+        """Return the DomainInfo of a struct xen_domctl_getdomaininfo, with its name and width."""
         domid, flags = DomId(int(raw["domain"])), int(raw["flags"])
         shutdown = bool(flags & domctl.DOMINF_SHUTDOWN)
         handle = raw["handle"].tobytes()
-        max_vcpu_id = int(raw["max_vcpu_id"])
         return DomainInfo(
             domid=domid,
             name=self._name(domid),
@@ -150,7 +150,7 @@ class XenHost:
             pages=int(raw["tot_pages"]),
             max_pages=int(raw["max_pages"]),
             shared_info_mfn=int(raw["shared_info_frame"]),
-            max_vcpu=-1 if max_vcpu_id == domctl.INVALID_MAX_VCPU_ID else max_vcpu_id,
+            max_vcpu=_max_vcpu_of(raw),
             paused=bool(flags & domctl.DOMINF_PAUSED),
             shutdown=shutdown,
             shutdown_reason=flags >> domctl.DOMINF_SHUTDOWN_SHIFT & domctl.DOMINF_SHUTDOWN_MASK if shutdown else None,
@@ -162,8 +162,7 @@ class XenHost:
 
     def _max_vcpu(self, domid: DomId) -> int:
         """Return a domain's highest vcpu number; -1 if it has none."""
-        max_vcpu_id = int(self._getdomaininfo(domid)["max_vcpu_id"])
-        return -1 if max_vcpu_id == domctl.INVALID_MAX_VCPU_ID else max_vcpu_id
+        return _max_vcpu_of(self._getdomaininfo(domid))
 
     def _xenstore(self) -> XenStore:
         if self._store is None:
@@ -459,10 +458,9 @@ class XenHost:
             if number == errno.ESRCH or (number and not len(wanted)):
                 raise host_error(op, number, domid)
             if number:
-                table = (
-                    f"mfn {int(wanted[start + pinned]):#x} cannot be pinned as an L{int(levels[start + pinned])} table"
-                )
-                raise host_error(op, number, domid, f"{table}; `xl dmesg` may name the entry")
+                mfn, level = int(wanted[start + pinned]), int(levels[start + pinned])
+                reason = f"mfn {mfn:#x} cannot be pinned as an L{level} table; `xl dmesg` may name the entry"
+                raise host_error(op, number, domid, reason)
 
     def _check_ownership(self, op: str, domid: DomId, mfns: U64) -> None:
         """Raise HostError (EINVAL) unless all frames are the domain's memory. A device's registers are not."""
@@ -602,6 +600,12 @@ class XenHost:
     def resume(self, domid: DomId) -> None:
         """See Mover."""
         self._calls.domctl(domctl.RESUMEDOMAIN, "resumedomain", domid, domctl.NOTHING)
+
+
+def _max_vcpu_of(info: np.void) -> int:
+    """Return the highest vcpu number in a struct xen_domctl_getdomaininfo; -1 if the domain has no vcpu."""
+    max_vcpu_id = int(info["max_vcpu_id"])
+    return -1 if max_vcpu_id == domctl.INVALID_MAX_VCPU_ID else max_vcpu_id
 
 
 def ram_bounds(e820: bytes) -> U64:
