@@ -69,7 +69,7 @@ def test_link_idle_peer_times_out() -> None:
         for blocked in (
             lambda: here.read(1),
             lambda: here.write([bytes(64 << 20)]),
-            lambda: source.take(memoryview(bytearray(1))),
+            lambda: source.read_into(memoryview(bytearray(1))),
         ):
             with pytest.raises(OSError, match=r"0\.05 s") as e:
                 blocked()

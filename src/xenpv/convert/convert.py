@@ -13,7 +13,7 @@ from xenpv.convert.repack import BATCH_MAX, Batch, PageRepacker
 from xenpv.errors import RequestError, Truncated, Unsupported
 from xenpv.findings import Finding
 from xenpv.frames import PAGE_SIZE
-from xenpv.io.checkpoint_buffer import Checkpoints
+from xenpv.io.checkpoint_buffer import CheckpointBuffer
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
 from xenpv.stream import envelope, framing, libxl, records
@@ -144,7 +144,7 @@ class Conversion:
         self._static_data_ended = False
         self._repacker = PageRepacker(options.batch, drop_zero=options.drop_zero)
         self._deltas = DeltaStore(source.fd if source.seekable else None, source.start)
-        self._checkpoint: Checkpoints | None = None  # events since the last checkpoint
+        self._checkpoint: CheckpointBuffer | None = None  # events since the last checkpoint
 
     def output(self) -> Iterator[Buffers]:
         """Yield the buffers of the output, in order.
@@ -163,9 +163,9 @@ class Conversion:
                     yield from self._convert_checkpoint(event)
                     ended |= isinstance(event, records.End)
                 if self._checkpoint is None or ended:
-                    yield from self._convert(event, self._source.take)
+                    yield from self._convert(event, self._source.read_into)
                 else:
-                    self._checkpoint.keep(event, self._source.take)
+                    self._checkpoint.add(event, self._source.read_into)
             yield from self._finish()
         finally:
             self.close()
@@ -173,7 +173,7 @@ class Conversion:
     def _events(self) -> Iterator[Event]:
         """Yield the reader's events. An input that ends after a checkpoint ends there."""
         try:
-            yield from self._source.events(self._reader, self._progress, taking=True)
+            yield from self._source.events(self._reader, self._progress, reads_pages=True)
         except Truncated as e:
             if self._checkpoint is None:
                 raise
@@ -185,11 +185,12 @@ class Conversion:
     def _convert_checkpoint(self, event: Event) -> Iterator[Buffers]:
         """Convert the events since the last checkpoint, which are whole now."""
         if self._checkpoint is not None:
-            for kept, read_into in self._checkpoint.release():
+            for kept, read_into in self._checkpoint.events():
                 yield from self._convert(kept, read_into)
+            self._checkpoint.clear()
         if isinstance(event, records.Checkpoint):
             self.result.checkpoints += 1
-            self._checkpoint = self._checkpoint or Checkpoints()
+            self._checkpoint = self._checkpoint or CheckpointBuffer()
 
     def _convert(self, event: Event, read_into: ReadInto) -> Iterator[Buffers]:
         """Convert one event; ``read_into`` gives the page content of a PAGE_DATA record."""

@@ -110,7 +110,7 @@ class _ConvertedInput(Input):
         reader: Reader,
         progress: ProgressCallback | None = None,  # noqa: ARG002
         *,
-        taking: bool = False,  # noqa: ARG002
+        reads_pages: bool = False,  # noqa: ARG002
     ) -> Iterator[Event]:
         """Feed the output to the reader and yield its events; write the buffers before the last ones."""
         while (buffers := self._next_buffers()) is not None:

@@ -1,4 +1,4 @@
-"""Where a stream goes: a file, which has its name only when it is whole, or a pipe or a device as it is."""
+"""A file that appears only when it is complete; a pipe or a device is written to directly."""
 
 from __future__ import annotations
 
@@ -15,30 +15,37 @@ from xenpv.stream.fields import Buffer
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")  # buffers that one writev takes
 _ZEROS = memoryview(bytes(1 << 20))
-_COPIED = 1 << 20  # bytes at a time, where buffers have to be copied first
+_COPY_MAX = 1 << 20  # bytes per write, where buffers have to be copied first
 
 
 class Output:
-    """A descriptor that buffers are written to, as they are.
+    """A descriptor that buffers are written to without a copy.
 
-    As a context: the file is whole when its block ends, and gone when that ends with an exception. What had its name
-    before is there until then. A file can be read by its owner only: it holds a guest's memory.
+    As a context manager: the file appears when the body ends, and nothing of it is left if the body raises. Until then
+    a file that had its name stays. Only the owner can read the file, as it holds a guest's memory.
+
+    Attributes:
+        fd: The descriptor.
+        name: Its name, for people.
+        written: Bytes written so far.
+        copies: Whether buffers are copied first, because the target refused mapped pages of a guest.
+        is_regular_file: Whether writes cannot hang.
     """
 
-    def __init__(self, fd: int, name: str, *, becomes: str | None = None, temporary: str | None = None) -> None:
+    def __init__(self, fd: int, name: str, *, target: str | None = None, temporary: str | None = None) -> None:
         self.fd = fd
         self.name = name
-        self.written = 0  # bytes
-        self.copies = False  # whether the target showed that it does not take foreign pages
+        self.written = 0
+        self.copies = False
         self.is_regular_file = stat.S_ISREG(os.fstat(fd).st_mode)
-        self._becomes = becomes
+        self._target = target
         self._temporary = temporary
 
     @classmethod
     def open(cls, path: str) -> Self:
-        """Open a path to write to; "-" is standard output. Raises RequestError.
+        """Open a path to write to; "-" is standard output. RequestError if that fails.
 
-        A pipe or a device that is there already is written to. Of a symbolic link the file that it names is replaced.
+        An existing pipe or device is written to. If the path is a symbolic link, the file that it names is replaced.
         """
         try:
             if path == "-":
@@ -46,12 +53,12 @@ class Output:
             target = os.path.realpath(path)
             if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode):
                 return cls(os.open(target, os.O_WRONLY | os.O_CLOEXEC), path)
-            # The same directory, or it could not be renamed.
+            # In the same directory: a rename does not cross file systems.
             temporary = os.path.join(os.path.dirname(target), f".xenpv-{os.urandom(8).hex()}.part")
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as e:
             raise RequestError(f"{path}: {e.strerror}") from e
-        return cls(fd, path, becomes=target, temporary=temporary)
+        return cls(fd, path, target=target, temporary=temporary)
 
     def __enter__(self) -> Self:
         return self
@@ -63,18 +70,18 @@ class Output:
             self.abandon()
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """All of the buffers, in order. Raises OSError, which names the output: ENOSPC, EPIPE and their like.
+        """Write all buffers, in order. OSError, with the output's name, if that fails: ENOSPC, EPIPE.
 
-        What pins the pages that it writes (9p, O_DIRECT) says EFAULT to another domain's, and is given copies from
-        then on.
+        A target that pins the pages it writes (9p, O_DIRECT) refuses those of another domain with EFAULT. It gets
+        copies from then on.
         """
-        waiting = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
         first = 0
-        while first < len(waiting):
-            now = waiting[first : first + _IOV_MAX]
+        while first < len(pending):
+            batch = pending[first : first + _IOV_MAX]
             try:
-                done = os.writev(self.fd, [_copied(now)] if self.copies else now)
-            except BlockingIOError:  # whoever shares the pipe may have made it so
+                done = os.writev(self.fd, [_copy(batch)] if self.copies else batch)
+            except BlockingIOError:  # another process may have made the pipe non-blocking
                 self.wait()
                 continue
             except OSError as e:
@@ -83,19 +90,19 @@ class Output:
                     continue
                 raise self._named(e) from e
             self.written += done
-            while first < len(waiting) and done >= len(waiting[first]):
-                done -= len(waiting[first])
+            while first < len(pending) and done >= len(pending[first]):
+                done -= len(pending[first])
                 first += 1
             if done:
-                waiting[first] = waiting[first][done:]
+                pending[first] = pending[first][done:]
 
     @property
     def sparse(self) -> bool:
-        """Whether it is a file that was made here: it can have holes, and be written at any place."""
+        """Whether it is a new file, which can have holes and be written at any offset."""
         return self._temporary is not None
 
     def skip(self, length: int) -> None:
-        """So many zeros: a hole in a sparse file, written out to anything else. Raises OSError."""
+        """Write ``length`` zero bytes: a hole in a sparse file. Raises OSError."""
         if self.sparse:
             try:
                 os.lseek(self.fd, length, os.SEEK_CUR)
@@ -103,46 +110,47 @@ class Output:
                 raise self._named(e) from e
             self.written += length
             return
-        for at in range(0, length, len(_ZEROS)):
-            self.write([_ZEROS[: length - at]])
+        for offset in range(0, length, len(_ZEROS)):
+            self.write([_ZEROS[: length - offset]])
 
     def write_at(self, data: Buffer, offset: int) -> None:
-        """All of the data at a place of a sparse file that was skipped. Raises OSError."""
-        left = memoryview(data)
-        while left:
+        """Write data at an offset of a sparse file that was skipped before. Raises OSError."""
+        pending = memoryview(data)
+        while pending:
             try:
-                done = os.pwrite(self.fd, left, offset)
+                done = os.pwrite(self.fd, pending, offset)
             except OSError as e:
                 raise self._named(e) from e
-            left, offset = left[done:], offset + done
+            pending, offset = pending[done:], offset + done
 
     def wait(self) -> None:
-        """Until it takes something again."""
+        """Wait until it accepts data."""
         poll = select.poll()
         poll.register(self.fd, select.POLLOUT)
         poll.poll()
 
     def finish(self) -> None:
-        """All is written: give the file its name, once it is on the disk. Raises OSError.
+        """Write the file to the disk and give it its name. Raises OSError.
 
-        Then nothing has changed, or, if the last step failed, the file is there, yet might not outlive a power cut.
+        After an error nothing has changed; if only the last step failed, the file exists but may not survive a power
+        cut.
         """
         try:
-            self._settle()
+            self._commit()
         except BaseException as e:
             self.abandon()
             if isinstance(e, OSError):
                 raise self._named(e) from e
             raise
 
-    def _settle(self) -> None:
-        if self._temporary is not None and self._becomes is not None:
+    def _commit(self) -> None:
+        if self._temporary is not None and self._target is not None:
             if os.fstat(self.fd).st_size < self.written:  # it ends with a hole
                 os.ftruncate(self.fd, self.written)
             os.fsync(self.fd)
-            os.rename(self._temporary, self._becomes)
+            os.rename(self._temporary, self._target)
             self._temporary = None
-            directory = os.open(os.path.dirname(self._becomes), os.O_RDONLY | os.O_CLOEXEC)
+            directory = os.open(os.path.dirname(self._target), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(directory)
             finally:
@@ -152,7 +160,7 @@ class Output:
             os.close(fd)
 
     def abandon(self) -> None:
-        """Close it; of a file that is not whole nothing is left. Again does no harm."""
+        """Close it and remove an incomplete file; may be called again."""
         if self._temporary is not None:
             os.unlink(self._temporary)
             self._temporary = None
@@ -164,12 +172,12 @@ class Output:
         return OSError(e.errno or errno.EIO, e.strerror, self.name)
 
 
-def _copied(buffers: Sequence[memoryview]) -> bytes:
-    """The first of the buffers in memory of our own, up to about _COPIED bytes."""
-    taken, room = [], _COPIED
+def _copy(buffers: Sequence[memoryview]) -> bytes:
+    """Return a copy of the first buffers, up to _COPY_MAX bytes."""
+    parts, room = [], _COPY_MAX
     for buffer in buffers:
-        taken.append(buffer[:room])
-        room -= len(taken[-1])
+        parts.append(buffer[:room])
+        room -= len(parts[-1])
         if room <= 0:
             break
-    return b"".join(taken)
+    return b"".join(parts)

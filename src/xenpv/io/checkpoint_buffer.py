@@ -1,6 +1,7 @@
-"""What comes behind a checkpoint is kept until the next one says that it is whole, as the specification has it.
+"""Holds the events since a checkpoint until the next one says that they are complete.
 
-xen.git:docs/specs/libxc-migration-stream.pandoc CHECKPOINT, tools/libs/guest/xg_sr_restore.c handle_checkpoint().
+Source: xen.git:docs/specs/libxc-migration-stream.pandoc CHECKPOINT, tools/libs/guest/xg_sr_restore.c
+handle_checkpoint()
 """
 
 from __future__ import annotations
@@ -17,67 +18,68 @@ from xenpv.stream.events import Event, PageDeltas
 from xenpv.stream.framing import Record
 from xenpv.stream.pagedata import PageData, ReadInto
 
-_RECORDS_MAX = 1 << 30  # bytes of records, pages aside, that are kept in memory: p2m frames of 16 TiB are 64 MiB
-_AT_ONCE = 1 << 20
-_END = 40  # bytes that a number of PageDeltas.ends takes
+_RECORDS_MAX = 1 << 30  # bytes of records, pages aside, in memory: p2m frames of 16 TiB are 64 MiB
+_CHUNK = 1 << 20  # bytes copied at a time
+_DELTA_END = 40  # bytes of memory per item of PageDeltas.ends
 
 
-class Checkpoints:
-    """Events behind a checkpoint, in order; page content, and what has changed in pages, is in a file without a name,
-    which ``close`` gives back.
-    """
+class CheckpointBuffer:
+    """Events since a checkpoint, in order. Page content and deltas are in a temporary file until ``close``."""
 
     def __init__(self) -> None:
-        self._events: list[tuple[Event, int]] = []
+        self._events: list[tuple[Event, int]] = []  # with the offset of the content in the file
         self._fd = unlinked_file()
-        self._end = 0  # of the file
-        self._kept = 0  # bytes in memory
+        self._file_size = 0
+        self._records_size = 0  # bytes in memory
 
-    def keep(self, event: Event, take: ReadInto) -> None:
-        """Put one event aside. Unsupported when records take more memory than any checkpoint's would."""
-        self._events.append((event if not isinstance(event, PageDeltas) else replace(event, data=b""), self._end))
+    def add(self, event: Event, read_into: ReadInto) -> None:
+        """Add an event; ``read_into`` reads its page content. Unsupported if the records take too much memory."""
+        self._events.append((event if not isinstance(event, PageDeltas) else replace(event, data=b""), self._file_size))
         match event:
             case PageData():
-                self._kept += len(event.raw)
-                buffer, left = memoryview(bytearray(_AT_ONCE)), event.pages * PAGE_SIZE
-                while left:
-                    some = buffer[: min(left, _AT_ONCE)]
-                    take(some)
-                    self._write(some)
-                    left -= len(some)
+                self._records_size += len(event.raw)
+                buffer, remaining = memoryview(bytearray(_CHUNK)), event.pages * PAGE_SIZE
+                while remaining:
+                    chunk = buffer[: min(remaining, _CHUNK)]
+                    read_into(chunk)
+                    self._append(chunk)
+                    remaining -= len(chunk)
             case PageDeltas():
-                self._kept += len(event.raw) + _END * len(event.ends)
-                self._write(memoryview(event.data))
+                self._records_size += len(event.raw) + _DELTA_END * len(event.ends)
+                self._append(memoryview(event.data))
             case Record():
-                self._kept += event.length
-        if self._kept > _RECORDS_MAX:
-            what = f"more than {_RECORDS_MAX >> 20} MiB of records, pages aside, behind one checkpoint"
+                self._records_size += event.length
+        if self._records_size > _RECORDS_MAX:
+            what = f"more than {_RECORDS_MAX >> 20} MiB of records, pages aside, after one checkpoint"
             raise Unsupported(what, offset=event.offset, record=event.name)
 
-    def _write(self, some: memoryview) -> None:
-        while some:
-            n = os.pwrite(self._fd, some, self._end)
-            self._end, some = self._end + n, some[n:]
+    def _append(self, data: memoryview) -> None:
+        while data:
+            n = os.pwrite(self._fd, data, self._file_size)
+            self._file_size, data = self._file_size + n, data[n:]
 
-    def release(self) -> Iterator[tuple[Event, ReadInto]]:
-        """The next checkpoint has come: all events, each with its content."""
-        for event, at in self._events:
-            take = partial(self._take, [at])
+    def events(self) -> Iterator[tuple[Event, ReadInto]]:
+        """Yield all events, each with the function that reads its page content."""
+        for event, offset in self._events:
+            read_into = partial(self._read_into, [offset])
             if isinstance(event, PageDeltas):
                 data = bytearray(event.ends[-1])
-                take(memoryview(data))
-                yield replace(event, data=bytes(data)), take
+                read_into(memoryview(data))
+                yield replace(event, data=bytes(data)), read_into
             else:
-                yield event, take
-        self._events, self._end, self._kept = [], 0, 0
+                yield event, read_into
+
+    def clear(self) -> None:
+        """Drop all events."""
+        self._events, self._file_size, self._records_size = [], 0, 0
         os.ftruncate(self._fd, 0)
 
-    def _take(self, place: list[int], into: memoryview) -> None:
-        while into:
-            data = os.pread(self._fd, min(len(into), _AT_ONCE), place[0])
-            into[: len(data)] = data
-            place[0], into = place[0] + len(data), into[len(data) :]
+    def _read_into(self, position: list[int], buffer: memoryview) -> None:
+        while buffer:
+            data = os.pread(self._fd, min(len(buffer), _CHUNK), position[0])
+            buffer[: len(data)] = data
+            position[0], buffer = position[0] + len(data), buffer[len(data) :]
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the temporary file."""
         os.close(self._fd)

@@ -1,4 +1,4 @@
-"""Being asked to end while a domain stands still: it has to run again first."""
+"""Handles requests to end while a domain is suspended: it has to run again first."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-_ASKS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Signals that ask this program to end are ignored while the body runs. In the main thread, which gets them."""
-    with _all(signal.SIG_IGN):
+def uninterruptible() -> Iterator[None]:
+    """Ignore SIGINT, SIGTERM and SIGHUP while the body runs. Without effect outside the main thread."""
+    with _handled_by(signal.SIG_IGN):
         yield
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP are KeyboardInterrupt, as SIGINT is, while the body runs: so that what it does is undone."""
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP, too, while the body runs, so that it is undone."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    with _all(interrupt):
+    with _handled_by(interrupt):
         yield
 
 
 @contextmanager
-def _all(handler: signal._HANDLER) -> Iterator[None]:
-    kept: dict[signal.Signals, signal._HANDLER] = {}
-    with contextlib.suppress(ValueError):  # of another thread
-        for one in _ASKS:
-            kept[one] = signal.signal(one, handler)
+def _handled_by(handler: signal._HANDLER) -> Iterator[None]:
+    previous: dict[signal.Signals, signal._HANDLER] = {}
+    with contextlib.suppress(ValueError):  # only the main thread gets signals, and may set handlers
+        for number in _STOP_SIGNALS:
+            previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for one, before in kept.items():
-            signal.signal(one, before)
+        for number, handler_before in previous.items():
+            signal.signal(number, handler_before)

@@ -1,4 +1,4 @@
-"""A file, a pipe or a descriptor that a stream comes out of, and how a Reader is driven over it."""
+"""A file or a pipe that a stream is read from, and the loop that feeds a Reader from it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,27 @@ from xenpv.stream.events import Event
 from xenpv.stream.pagedata import PageData
 from xenpv.stream.reader import Reader
 
-_WINDOW = 4 << 10  # bytes to read of a file at least; at a PAGE_DATA, what the last one took up to its pages
-_CHUNK = 1 << 20  # bytes to read of a pipe at most
+_READ_MIN = 4 << 10  # bytes per read of a file; after a PAGE_DATA, as much as that one had before its pages
+_READ_MAX = 1 << 20  # bytes per read
 
 
 class Input:
-    """Where a stream comes from. ``start`` is the file offset of its first byte, ``size`` the bytes seen from there on.
+    """Where a stream comes from.
 
-    ``exact``: leave the descriptor right behind the stream, as a program must that shares it with its caller.
-    Otherwise a pipe is read to its end, so that its writer finishes; what follows the stream is counted in
-    ``trailing``.
+    Attributes:
+        start: The file offset of the stream's first byte; 0 for a pipe.
+        size: Bytes from there to the end of the file; of a pipe, those read so far.
+        seekable: Whether it is a regular file.
+        trailing: Bytes after the stream.
+
+    Args:
+        fd: The descriptor, which belongs to the input from now on.
+        name: Its name, for people.
+        exact: Leave the descriptor right after the stream, for a caller that shares it. Otherwise a pipe is read to
+            its end, so that its writer finishes.
+
+    Raises:
+        RequestError: It is a directory.
     """
 
     def __init__(self, fd: int, name: str, *, exact: bool = False) -> None:
@@ -40,12 +51,12 @@ class Input:
         self.start = os.lseek(fd, 0, os.SEEK_CUR) if self.seekable else 0
         self.size = os.fstat(fd).st_size - self.start if self.seekable else 0
         self.trailing = 0
-        self._next = 0  # where in the stream the content is that ``take`` gives
-        self._taken = 0  # of it, out of a pipe, and not yet told to the reader
+        self._next = 0  # offset in the stream of the page content that is read next
+        self._read_of_pipe = 0  # bytes of page content read from a pipe, of which the reader does not know yet
 
     @classmethod
     def open(cls, path: str) -> Self:
-        """Open a path; "-" is standard input. Raises RequestError."""
+        """Open a path; "-" is standard input. RequestError if that fails."""
         try:
             fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
@@ -53,85 +64,88 @@ class Input:
         return cls(fd, path)
 
     def close(self) -> None:
-        """Close the descriptor; again does no harm."""
+        """Close the descriptor; may be called again."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
     def read(self, count: int) -> bytes:
-        """What a pipe has next, at most so many bytes; none at its end."""
+        """Read up to ``count`` bytes from a pipe; none at its end."""
         return os.read(self.fd, count)
 
     def events(
-        self, reader: Reader, progress: ProgressCallback | None = None, *, taking: bool = False
+        self, reader: Reader, progress: ProgressCallback | None = None, *, reads_pages: bool = False
     ) -> Iterator[Event]:
-        """All events of the reader, fed from here. Raises what the reader raises.
+        """Yield all events of a reader that is fed from this input. Raises as the reader.
 
-        ``taking``: at a PageData event, until the next event, page content is there for ``take``; what is not taken is
-        passed over.
+        Args:
+            reader: The reader.
+            progress: Receives the progress.
+            reads_pages: Between a PageData event and the next one, ``read_into`` reads its page content. The rest
+                is skipped.
         """
-        return self._of_file(reader, progress) if self.seekable else self._of_pipe(reader, progress, taking)
+        return (
+            self._events_of_file(reader, progress)
+            if self.seekable
+            else self._events_of_pipe(reader, progress, reads_pages)
+        )
 
-    def take(self, into: memoryview) -> None:
-        """Fill a buffer, which may be a guest's own mapped memory, with the next bytes of page content.
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill a buffer, which may be a guest's mapped memory, with the next bytes of page content.
 
-        Truncated when the input ends before, OSError when it cannot be read.
+        Raises:
+            Truncated: The input ends before.
+            OSError: It cannot be read.
         """
-        self._next += self._take_at(self._next, into)
+        self._fill(buffer, self._next)
+        self._next += len(buffer)
 
-    def later(self, count: int) -> Callable[[memoryview], None]:
-        """A ``take`` of the next so many bytes that may be called at any time, in any thread: a file's only."""
-        at, self._next = self._next, self._next + count
+    def defer_read(self, count: int) -> Callable[[memoryview], None]:
+        """Return a ``read_into`` for the next ``count`` bytes of a file that any thread may call at any time."""
+        offset, self._next = self._next, self._next + count
+        return lambda buffer: self._fill(buffer, offset)
 
-        def take(into: memoryview) -> None:
-            self._take_at(at, into)
-
-        return take
-
-    def _take_at(self, place: int, into: memoryview) -> int:
-        """Fill a buffer; how many bytes that were."""
-        first = place
-        while into:
-            n = self._read_into(place, into)
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            n = self._read_some(buffer, offset)
             if not n:
-                end = f"{len(into)} more bytes of page content are missing, the input ends at {place:#x}"
-                raise rules.breach(rules.TRUNCATED, end, offset=place, record="PAGE_DATA")
-            place += n
+                end = f"{len(buffer)} more bytes of page content are missing, the input ends at {offset:#x}"
+                raise rules.breach(rules.TRUNCATED, end, offset=offset, record="PAGE_DATA")
+            offset += n
             if not self.seekable:
-                self._taken += n
-            into = into[n:]
-        return place - first
+                self._read_of_pipe += n
+            buffer = buffer[n:]
 
-    def _read_into(self, place: int, into: memoryview) -> int:
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
         try:
             if self.seekable:
-                return os.preadv(self.fd, [into], self.start + place)
+                return os.preadv(self.fd, [buffer], self.start + offset)
             self.wait()
-            return os.readv(self.fd, [into])
+            return os.readv(self.fd, [buffer])
         except OSError as e:
             if e.errno != errno.EFAULT:
                 raise
-        # The file system reads into no memory of other domains (9p is one), so by way of our own.
-        n = min(len(into), _CHUNK)
-        data = os.pread(self.fd, n, self.start + place) if self.seekable else os.read(self.fd, n)
-        into[: len(data)] = data
+        # The file system, such as 9p, does not read into memory of other domains: copy through our own.
+        n = min(len(buffer), _READ_MAX)
+        data = os.pread(self.fd, n, self.start + offset) if self.seekable else os.read(self.fd, n)
+        buffer[: len(data)] = data
         return len(data)
 
     def wait(self) -> None:
-        """Until a pipe has something: whoever shares it may have made it one that does not wait."""
+        """Wait until a pipe has data, should another process have made it non-blocking."""
         if not os.get_blocking(self.fd):
             poll = select.poll()
             poll.register(self.fd, select.POLLIN)
             poll.poll()
 
-    def _of_file(self, reader: Reader, progress: ProgressCallback | None) -> Iterator[Event]:
-        position, window = 0, _WINDOW
+    def _events_of_file(self, reader: Reader, progress: ProgressCallback | None) -> Iterator[Event]:
+        position, read_size = 0, _READ_MIN
         try:
             while not reader.done:
                 event = reader.next_event()
                 if event is not None:
                     if isinstance(event, PageData):
-                        window = 16 + len(event.raw)
+                        read_size = 16 + len(event.raw)
                         self._next = event.pages_offset
                     yield event
                 elif reader.skippable and position < self.size:
@@ -141,7 +155,7 @@ class Input:
                     if progress is not None:
                         progress(Progress(position, self.size, unit="bytes"))
                 elif not reader.done:
-                    data = os.pread(self.fd, min(max(reader.needed, window), _CHUNK), self.start + position)
+                    data = os.pread(self.fd, min(max(reader.needed, read_size), _READ_MAX), self.start + position)
                     position += len(data)
                     reader.feed(data) if data else reader.feed_eof()
         finally:
@@ -149,26 +163,26 @@ class Input:
             if self.exact:
                 os.lseek(self.fd, self.start + reader.offset, os.SEEK_SET)
 
-    def _of_pipe(self, reader: Reader, progress: ProgressCallback | None, taking: bool) -> Iterator[Event]:
+    def _events_of_pipe(self, reader: Reader, progress: ProgressCallback | None, reads_pages: bool) -> Iterator[Event]:
         while not reader.done:
             event = reader.next_event()
             if event is not None:
                 if isinstance(event, PageData):
-                    self._next, self._taken = event.pages_offset, 0
+                    self._next, self._read_of_pipe = event.pages_offset, 0
                 yield event
                 continue
-            if self._taken:
-                reader.skip(self._taken)
-                self.size, self._taken = self.size + self._taken, 0
+            if self._read_of_pipe:
+                reader.skip(self._read_of_pipe)
+                self.size, self._read_of_pipe = self.size + self._read_of_pipe, 0
             elif not reader.done:
                 wanted = reader.skippable or reader.needed
                 self.wait()
-                data = os.read(self.fd, min(wanted, _CHUNK) if self.exact or taking else _CHUNK)
+                data = os.read(self.fd, min(wanted, _READ_MAX) if self.exact or reads_pages else _READ_MAX)
                 self.size += len(data)
                 reader.feed(data) if data else reader.feed_eof()
             if progress is not None:
                 progress(Progress(self.size, unit="bytes"))
         self.trailing = reader.trailing
-        while not self.exact and (data := os.read(self.fd, _CHUNK)):
+        while not self.exact and (data := os.read(self.fd, _READ_MAX)):
             self.trailing += len(data)
             self.size += len(data)

@@ -12,7 +12,7 @@ from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.domain_names import INCOMING
 from xenpv.host.protocol import DomainInfo, Mover
 from xenpv.io.progress import ProgressCallback
-from xenpv.io.signals import undisturbed
+from xenpv.io.signals import uninterruptible
 from xenpv.memory.anchors import P2MForm
 from xenpv.migrate.channel import EventCallback, MigrationChannel, OutcomeUnknown, ignore_event
 from xenpv.migrate.protocol import RECEIVER, VERSIONS, Message, Offer, Stage
@@ -69,7 +69,7 @@ def receive_domain(
         channel.send(Message.READY, domid=domid)
         channel.receive()
     except BaseException as e:
-        with undisturbed():
+        with uninterruptible():
             _abort(host, channel, domid, e)
         raise
     return _start(host, channel, domid, offer, on_event)
@@ -119,7 +119,7 @@ def _start(
     host: Mover, channel: MigrationChannel, domid: DomId, offer: Offer, on_event: EventCallback
 ) -> ReceivedDomain:
     """Start a domain that was committed: the sender will never run it again."""
-    with undisturbed():
+    with uninterruptible():
         try:
             if offer.name is not None:
                 host.rename(domid, offer.name)

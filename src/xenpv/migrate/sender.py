@@ -10,7 +10,7 @@ from xenpv.frames import DomId
 from xenpv.host.domain_names import AWAY
 from xenpv.host.protocol import Host, Mover
 from xenpv.io.progress import ProgressCallback
-from xenpv.io.signals import undisturbed
+from xenpv.io.signals import uninterruptible
 from xenpv.migrate.channel import EventCallback, MigrationChannel, OutcomeUnknown, ignore_event
 from xenpv.migrate.protocol import SENDER, VERSIONS, Message, Offer, OnDisconnect, common_version
 from xenpv.migrate.transport import Link
@@ -119,7 +119,7 @@ def send_domain(
         on_event("sent", bytes=summary.bytes, pages=summary.pages)
         channel.receive()
         on_event("ready")
-        with undisturbed():
+        with uninterruptible():
             domain.mark_away()
             channel.send(Message.COMMIT)
             answer = channel.receive()
@@ -173,7 +173,7 @@ def _handle_failure(
     """Roll the domain back if the receiver cannot run it; otherwise raise HostError or OutcomeUnknown."""
     peer, domid = channel.link.name, domain.domid
     if channel.on_disconnect is OnDisconnect.RESUME:
-        with undisturbed():
+        with uninterruptible():
             domain.rollback_after(error, lambda rollback: on_event("kept", rollback=rollback))
     elif channel.on_disconnect is OnDisconnect.DESTROY:
         what = f"{domain.label} runs on {peer}, and its copy here could not be destroyed: {error}"

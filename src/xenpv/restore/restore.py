@@ -18,7 +18,7 @@ from xenpv.findings import Rule, Severity
 from xenpv.frames import IS_POPULATED, U64, DomId
 from xenpv.host.protocol import CpuPolicy, DomainInfo, Mover, Ring
 from xenpv.host.xenstore_nodes import MAX_MEM_SLACK
-from xenpv.io.checkpoint_buffer import Checkpoints
+from xenpv.io.checkpoint_buffer import CheckpointBuffer
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
 from xenpv.restore.finish import Ports, StreamComplete
@@ -218,13 +218,13 @@ class _Restore:
         self.contents = Contents()
         self._target: tuple[DomainInfo, Ports, MemoryLoader] | None = None
         self._resources = ExitStack()
-        self._checkpoint_buffer: Checkpoints | None = None  # events since the last checkpoint
+        self._checkpoint_buffer: CheckpointBuffer | None = None  # events since the last checkpoint
         self._in_static_data = True
 
     def run(self, kind: Kind | None, progress: ProgressCallback | None) -> Restored:
         reader = Reader(on_breach=_raise_breach, kind=kind)
         with self._resources:
-            for event in self.source.events(reader, progress, taking=True):
+            for event in self.source.events(reader, progress, reads_pages=True):
                 self._apply_or_buffer(event)
             self._memory.flush()
         assert self._target is not None
@@ -253,9 +253,9 @@ class _Restore:
             self._apply_checkpoint(event)
         if self._checkpoint_buffer is None or not isinstance(event, Record) or isinstance(event, _NEVER_BUFFERED):
             # Content of a file is read in the background. Not so of a pipe, where a read may never return.
-            self._apply(event, self.source.take, self.source.later if self.source.seekable else None)
+            self._apply(event, self.source.read_into, self.source.defer_read if self.source.seekable else None)
         else:
-            self._checkpoint_buffer.keep(event, self.source.take)
+            self._checkpoint_buffer.add(event, self.source.read_into)
 
     def _apply_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Apply what was buffered since the last checkpoint."""
@@ -263,11 +263,12 @@ class _Restore:
             problem = "a checkpoint, after which the stream is the toolstack's: Remus and COLO are not supported"
             raise Unsupported(problem, offset=checkpoint.offset, record=checkpoint.name)
         if self._checkpoint_buffer is None:
-            self._checkpoint_buffer = Checkpoints()
+            self._checkpoint_buffer = CheckpointBuffer()
             self._resources.callback(self._checkpoint_buffer.close)
         else:
-            for event, read_into in self._checkpoint_buffer.release():
+            for event, read_into in self._checkpoint_buffer.events():
                 self._apply(event, read_into)
+            self._checkpoint_buffer.clear()
 
     def _apply(self, event: Event, read_into: ReadInto, defer_read: DeferRead | None = None) -> None:
         """Carry one event out."""

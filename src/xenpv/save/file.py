@@ -10,7 +10,7 @@ from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.protocol import Mover
 from xenpv.io.atomic_output import Output
 from xenpv.io.progress import ProgressCallback
-from xenpv.io.signals import undisturbed
+from xenpv.io.signals import uninterruptible
 from xenpv.save.save import Summary, inspect_p2m, save
 from xenpv.save.source_domain import DepartingDomain, Rollback, SourceState
 from xenpv.source.config import libxl_config
@@ -127,14 +127,14 @@ def save_file(
             libxc_compatible=libxc_compatible,
             progress=progress,
         )
-        with undisturbed():
+        with uninterruptible():
             out.finish()
     except BaseException as e:
-        with undisturbed():
+        with uninterruptible():
             out.abandon()
             domain.rollback_after(e, on_rollback)
         raise
-    with undisturbed():
+    with uninterruptible():
         state = _let_run(domain, path, paused=paused) if keep else _destroy(domain, path)
     return SavedFile(summary, domain.downtime, state)
 
