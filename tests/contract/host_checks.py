@@ -19,7 +19,7 @@ from xenpv.host.protocol import Host, find_domain
 from xenpv.memory.pagetables import cr3_frame
 
 ALL_ONES = (1 << 64) - 1
-NOBODY = DomId(0x7FEF)  # the highest number that a domain may have, which no test host gets to
+NO_DOMAIN = DomId(0x7FEF)  # the highest number that a domain may have, which no test host gets to
 BEYOND = (1, 1 << 20, (1 << 40) - 1, (1 << 52) + 5)  # above max_mfn; the last becomes frame 5 if it is shifted by 12
 
 
@@ -107,7 +107,7 @@ def assert_gone(host: Host, domid: DomId) -> None:
 
 
 def host_calls_for_an_absent_domain_raise_esrch(host: Host, domid: DomId) -> None:
-    assert_gone(host, NOBODY)
+    assert_gone(host, NO_DOMAIN)
 
 
 def vcpu_context_beyond_the_last_vcpu_raises_einval(host: Host, domid: DomId) -> None:

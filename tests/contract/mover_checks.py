@@ -12,7 +12,7 @@ from struct import pack
 import numpy as np
 
 from tests.contract import tiny_guest
-from tests.contract.host_checks import NOBODY, array, fails
+from tests.contract.host_checks import NO_DOMAIN, array, fails
 from tests.contract.toolstack_checks import domain, levels, pfns, top_level, with_tables
 from xenpv.abi.declare import Width
 from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT, MSR_ENTRY, VCPU_MSR
@@ -272,21 +272,21 @@ def resume_of_a_domain_that_did_not_shut_down_does_nothing(host: Mover, width: W
 
 def mover_calls_for_an_absent_domain_raise_esrch(host: Mover, width: Width) -> None:
     for call in (
-        lambda: host.vcpu_state(NOBODY, 0),
-        lambda: host.set_vcpu_state(NOBODY, 0, VcpuState(extended(width))),
-        lambda: host.tsc_info(NOBODY),
-        lambda: host.set_tsc_info(NOBODY, TscInfo()),
-        lambda: host.cpu_policy(NOBODY),
-        lambda: host.set_cpu_policy(NOBODY, CpuPolicy()),
-        lambda: host.log_dirty(NOBODY, on=True),
-        lambda: host.log_dirty(NOBODY, on=False),
-        lambda: host.dirty_pfns(NOBODY, 64, clean=True),
-        lambda: host.request_shutdown(NOBODY, "suspend"),
-        lambda: host.request_shutdown(NOBODY, ""),
-        lambda: host.shutdown_request(NOBODY),
-        lambda: host.resume(NOBODY),
+        lambda: host.vcpu_state(NO_DOMAIN, 0),
+        lambda: host.set_vcpu_state(NO_DOMAIN, 0, VcpuState(extended(width))),
+        lambda: host.tsc_info(NO_DOMAIN),
+        lambda: host.set_tsc_info(NO_DOMAIN, TscInfo()),
+        lambda: host.cpu_policy(NO_DOMAIN),
+        lambda: host.set_cpu_policy(NO_DOMAIN, CpuPolicy()),
+        lambda: host.log_dirty(NO_DOMAIN, on=True),
+        lambda: host.log_dirty(NO_DOMAIN, on=False),
+        lambda: host.dirty_pfns(NO_DOMAIN, 64, clean=True),
+        lambda: host.request_shutdown(NO_DOMAIN, "suspend"),
+        lambda: host.request_shutdown(NO_DOMAIN, ""),
+        lambda: host.shutdown_request(NO_DOMAIN),
+        lambda: host.resume(NO_DOMAIN),
     ):
-        fails(call, errno.ESRCH, NOBODY)
+        fails(call, errno.ESRCH, NO_DOMAIN)
 
 
 MOVER_CHECKS: tuple[Callable[[Mover, Width], None], ...] = (

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from tests.contract import tiny_guest
-from tests.contract.host_checks import NOBODY, array, fails
+from tests.contract.host_checks import NO_DOMAIN, array, fails
 from xenpv.abi.declare import Width
 from xenpv.abi.domctl import PINNED, PageType
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
@@ -365,26 +365,26 @@ def a_built_domain_passes_the_host_checks(host: Toolstack, width: Width) -> None
 def toolstack_calls_for_an_absent_domain_raise_esrch(host: Toolstack, width: Width) -> None:
     some, ring = array(0), Ring(0, 1)
     for call in (
-        lambda: host.destroy(NOBODY),
-        lambda: host.set_width(NOBODY, width),
-        lambda: host.set_max_mem(NOBODY, 1),
-        lambda: host.populate_physmap(NOBODY, some),
-        lambda: host.populate_physmap(NOBODY, array()),
-        lambda: host.map_writable(NOBODY, some).__enter__(),
-        lambda: host.map_writable(NOBODY, array()).__enter__(),
-        lambda: host.write_frames(NOBODY, some, np.zeros((1, PAGE_SIZE), np.uint8)),
-        lambda: host.init_hypercall_page(NOBODY, 0),
-        lambda: host.pin_tables(NOBODY, some, levels(1)),
-        lambda: host.pin_tables(NOBODY, array(), levels()),
-        lambda: host.set_vcpu_context(NOBODY, 0, tiny_guest.context(0, width)),
-        lambda: host.write_shared_info(NOBODY, b""),
-        lambda: host.alloc_event_channel(NOBODY),
-        lambda: host.seed_grants(NOBODY, console=0, xenstore=0),
-        lambda: host.introduce(NOBODY, console=ring, xenstore=ring),
-        lambda: host.set_configuration(NOBODY, b"{}"),
-        lambda: host.configuration(NOBODY),
+        lambda: host.destroy(NO_DOMAIN),
+        lambda: host.set_width(NO_DOMAIN, width),
+        lambda: host.set_max_mem(NO_DOMAIN, 1),
+        lambda: host.populate_physmap(NO_DOMAIN, some),
+        lambda: host.populate_physmap(NO_DOMAIN, array()),
+        lambda: host.map_writable(NO_DOMAIN, some).__enter__(),
+        lambda: host.map_writable(NO_DOMAIN, array()).__enter__(),
+        lambda: host.write_frames(NO_DOMAIN, some, np.zeros((1, PAGE_SIZE), np.uint8)),
+        lambda: host.init_hypercall_page(NO_DOMAIN, 0),
+        lambda: host.pin_tables(NO_DOMAIN, some, levels(1)),
+        lambda: host.pin_tables(NO_DOMAIN, array(), levels()),
+        lambda: host.set_vcpu_context(NO_DOMAIN, 0, tiny_guest.context(0, width)),
+        lambda: host.write_shared_info(NO_DOMAIN, b""),
+        lambda: host.alloc_event_channel(NO_DOMAIN),
+        lambda: host.seed_grants(NO_DOMAIN, console=0, xenstore=0),
+        lambda: host.introduce(NO_DOMAIN, console=ring, xenstore=ring),
+        lambda: host.set_configuration(NO_DOMAIN, b"{}"),
+        lambda: host.configuration(NO_DOMAIN),
     ):
-        fails(call, errno.ESRCH, NOBODY)
+        fails(call, errno.ESRCH, NO_DOMAIN)
 
 
 def destroy_of_dom0_raises_einval(host: Toolstack, width: Width) -> None:

@@ -8,8 +8,8 @@ from xenpv.abi.x86 import PTE_P, PTE_RW
 from xenpv.frames import DomId
 from xenpv.host.model.frame_table import (
     ALLOCATED,
-    NO_PFN,
-    NOBODY,
+    INVALID_M2P_ENTRY,
+    NO_OWNER,
     PAE_XEN_L2,
     PINNED,
     SPECIAL,
@@ -27,7 +27,7 @@ def check_invariants(host: ModelHost) -> None:
     Source: xen.git:xen/arch/x86/mm.c, head comment
     """
     table, rows = host.frames, host.frames.rows
-    live = np.flatnonzero((rows.owner != NOBODY) & (rows.owner != XEN))
+    live = np.flatnonzero((rows.owner != NO_OWNER) & (rows.owner != XEN))
     count = np.where(rows.flags & ALLOCATED, 1, 0).astype(np.int64)
     types = np.where(rows.flags & (SPECIAL | PINNED), 1, 0).astype(np.int64)
     count += (rows.flags & PINNED) != 0
@@ -62,11 +62,11 @@ def check_invariants(host: ModelHost) -> None:
             refer(np.array([mfn for mfn in held if mfn], np.uint64), typed=True)
     np.testing.assert_array_equal(rows.ref_count[live], count[live])
     np.testing.assert_array_equal(rows.type_count[live], types[live])
-    free = np.flatnonzero(rows.owner == NOBODY)
+    free = np.flatnonzero(rows.owner == NO_OWNER)
     for column in (rows.ref_count, rows.type_count, rows.flags, rows.type, rows.content):
         assert not column[free].any()
     for info in host.domains():
         mine = table.owned(info.domid + 1)
         assert len(mine) == info.pages + 1, "one more: its shared info"
         assert (host.m2p(mine) != mine).all()
-        assert host.m2p(np.array([info.shared_info_mfn], np.uint64))[0] == NO_PFN
+        assert host.m2p(np.array([info.shared_info_mfn], np.uint64))[0] == INVALID_M2P_ENTRY

@@ -14,14 +14,14 @@ import numpy as np
 from xenpv.frames import I64, PAGE_SIZE, U8, U64, Mask
 from xenpv.memory.pagetables import as_entries
 
-NO_PFN = np.uint64((1 << 64) - 1)  # INVALID_M2P_ENTRY
-ORDER = 9
-PER_EXTENT = 1 << ORDER  # frames in an extent
-_LOW = np.uint64(ORDER)
-_WITHIN = np.uint64(PER_EXTENT - 1)
+INVALID_M2P_ENTRY = np.uint64((1 << 64) - 1)
+EXTENT_ORDER = 9
+EXTENT_FRAMES = 1 << EXTENT_ORDER  # frames in an extent
+_LOW = np.uint64(EXTENT_ORDER)
+_WITHIN = np.uint64(EXTENT_FRAMES - 1)
 _FRAMES_AT_ONCE = 1 << 15  # frames that are looked up at once: what fits into a cache
 _SHUFFLED_EXTENTS = 4096  # extents that are shuffled together: 8 GiB
-NOBODY, XEN = 0, 0x7FF3  # an owner is its domid + 1; Xen's domid is DOMID_XEN
+NO_OWNER, XEN = 0, 0x7FF3  # an owner is its domid + 1; Xen's domid is DOMID_XEN
 RESERVED = 8  # extents at the bottom that are Xen's own; shared info pages are allocated there
 COMPAT_EXTENTS = 1 << 37 - 21  # a 32-bit guest's frames lie below 128 GiB, where the m2p that it sees ends
 
@@ -30,11 +30,11 @@ ALLOCATED, PINNED, VALIDATED, SPECIAL, PAE_XEN_L2 = 1, 2, 4, 8, 16  # flags of a
 
 
 class NoMemoryError(Exception):
-    """The host has no free frame of the types wanted."""
+    """The host has no free frame of the kind wanted."""
 
 
 class _Rows:
-    """Single frames, as columns of a table. A slot of PER_EXTENT rows holds the frames of one split extent."""
+    """Single frames, as columns of a table. A slot of EXTENT_FRAMES rows holds the frames of one split extent."""
 
     def __init__(self) -> None:
         self.owner = np.zeros(0, np.uint16)
@@ -68,7 +68,7 @@ class _Rows:
         slots = max(slots, 2 * len(self.extent), 16)
         for name in ("owner", "type", "flags", "type_count", "ref_count", "m2p", "content", "extent"):
             old = getattr(self, name)
-            new = np.zeros(slots * (1 if name == "extent" else PER_EXTENT), old.dtype)
+            new = np.zeros(slots * (1 if name == "extent" else EXTENT_FRAMES), old.dtype)
             new[: len(old)] = old
             setattr(self, name, new)
 
@@ -122,7 +122,7 @@ class FrameTable:
 
     def __init__(self, size: int, seed: int = 0) -> None:
         self.extents = max(size >> 21, RESERVED + 1)
-        self.max_mfn = self.extents * PER_EXTENT - 1
+        self.max_mfn = self.extents * EXTENT_FRAMES - 1
         self.rows = _Rows()
         self.pages: Counter[int] = Counter()
         self._owner = np.zeros(self.extents, np.uint16)  # of a uniform extent
@@ -135,8 +135,8 @@ class FrameTable:
         self._free_frames = np.empty(0, np.uint64)
         self._owner[:RESERVED] = XEN
         self._split(np.arange(RESERVED))
-        self.rows.m2p[: RESERVED * PER_EXTENT] = NO_PFN
-        self._reserved = np.arange(1 << 8, RESERVED * PER_EXTENT).tolist()  # the first MiB stays the firmware's
+        self.rows.m2p[: RESERVED * EXTENT_FRAMES] = INVALID_M2P_ENTRY
+        self._reserved = np.arange(1 << 8, RESERVED * EXTENT_FRAMES).tolist()  # the first MiB stays the firmware's
 
     # -- looking up frames
 
@@ -144,31 +144,31 @@ class FrameTable:
     def free_count(self) -> int:
         """The number of free frames."""
         untouched = self._top - self._bottom
-        return (untouched + len(self._free_extents)) * PER_EXTENT + len(self._free_frames)
+        return (untouched + len(self._free_extents)) * EXTENT_FRAMES + len(self._free_frames)
 
     def valid(self, mfns: U64) -> Mask:
         """Return which mfns are frames of this host."""
         return mfns <= np.uint64(self.max_mfn)
 
     def owners(self, mfns: U64) -> U64:
-        """Return the owner of each frame, NOBODY beyond the host."""
+        """Return the owner of each frame, NO_OWNER beyond the host."""
         extent, slot, row = self._locate(mfns)
         owners = np.where(slot > 0, self.rows.owner[row], self._owner[extent]).astype(np.uint64)
-        owners[~self.valid(mfns)] = NOBODY
+        owners[~self.valid(mfns)] = NO_OWNER
         return owners
 
     def m2p(self, mfns: U64) -> U64:
-        """Return the pfn of each frame, NO_PFN for none."""
+        """Return the pfn of each frame, INVALID_M2P_ENTRY for none."""
         out = np.empty(len(mfns), np.uint64)
         for i in range(0, len(mfns), _FRAMES_AT_ONCE):
             batch = mfns[i : i + _FRAMES_AT_ONCE]
             extent, slot, row = self._locate(batch)
             pfn = self._pfn[extent] + (batch & _WITHIN)
-            pfn[self._owner[extent] == NOBODY] = NO_PFN
+            pfn[self._owner[extent] == NO_OWNER] = INVALID_M2P_ENTRY
             split = slot > 0
             if split.any():
                 pfn[split] = self.rows.m2p[row[split]]
-            pfn[~self.valid(batch)] = NO_PFN
+            pfn[~self.valid(batch)] = INVALID_M2P_ENTRY
             out[i : i + _FRAMES_AT_ONCE] = pfn
         return out
 
@@ -182,7 +182,7 @@ class FrameTable:
     def owned(self, owner: int) -> U64:
         """Return all frames of an owner, ascending, including special ones."""
         uniform = np.flatnonzero(self._owner == owner).astype(np.uint64)
-        uniform = (uniform[:, None] << _LOW | np.arange(PER_EXTENT, dtype=np.uint64)).reshape(-1)
+        uniform = (uniform[:, None] << _LOW | np.arange(EXTENT_FRAMES, dtype=np.uint64)).reshape(-1)
         return np.sort(np.append(uniform, self.mfns_of(np.flatnonzero(self.rows.owner == owner))))
 
     def is_untouched(self, mfns: U64, owner: int) -> Mask:
@@ -200,19 +200,19 @@ class FrameTable:
         """Return the row of one frame if it is that owner's, else -1. As rows_of, for one frame and fast."""
         if not 0 <= mfn <= self.max_mfn:
             return -1
-        slot = int(self._slot[mfn >> ORDER])
+        slot = int(self._slot[mfn >> EXTENT_ORDER])
         if not slot:
-            if self._owner[mfn >> ORDER] != owner:
+            if self._owner[mfn >> EXTENT_ORDER] != owner:
                 return -1
-            self._split(np.array([mfn >> ORDER]))
-            slot = int(self._slot[mfn >> ORDER])
-        row = slot - 1 << ORDER | mfn & PER_EXTENT - 1
+            self._split(np.array([mfn >> EXTENT_ORDER]))
+            slot = int(self._slot[mfn >> EXTENT_ORDER])
+        row = slot - 1 << EXTENT_ORDER | mfn & EXTENT_FRAMES - 1
         return row if self.rows.owner[row] == owner else -1
 
     def mfns_of(self, rows: I64) -> U64:
         """Return the frames of rows."""
-        extent = self.rows.extent[rows >> ORDER].astype(np.uint64)
-        out: U64 = extent << _LOW | (rows & PER_EXTENT - 1).astype(np.uint64)
+        extent = self.rows.extent[rows >> EXTENT_ORDER].astype(np.uint64)
+        out: U64 = extent << _LOW | (rows & EXTENT_FRAMES - 1).astype(np.uint64)
         return out
 
     def _locate(self, mfns: U64) -> tuple[I64, I64, I64]:
@@ -220,7 +220,7 @@ class FrameTable:
         extent = np.minimum(mfns >> _LOW, np.uint64(self.extents - 1)).astype(np.int64)
         slot = self._slot[extent].astype(np.int64)
         slot[~self.valid(mfns)] = 0
-        row = np.maximum(slot - 1, 0) << ORDER | (mfns & _WITHIN).astype(np.int64)
+        row = np.maximum(slot - 1, 0) << EXTENT_ORDER | (mfns & _WITHIN).astype(np.int64)
         return extent, slot, row
 
     def _split(self, extents: I64) -> None:
@@ -228,14 +228,14 @@ class FrameTable:
         if not len(extents):
             return
         slots = self.rows.alloc_slots(extents)
-        rows = (slots[:, None] << ORDER) + np.arange(PER_EXTENT)
+        rows = (slots[:, None] << EXTENT_ORDER) + np.arange(EXTENT_FRAMES)
         owner = self._owner[extents]
         self.rows.owner[rows] = owner[:, None]
-        self.rows.flags[rows] = np.where(owner == NOBODY, 0, ALLOCATED)[:, None]
-        self.rows.ref_count[rows] = np.where(owner == NOBODY, 0, 1)[:, None]
-        pfns = self._pfn[extents][:, None] + np.arange(PER_EXTENT, dtype=np.uint64)
-        self.rows.m2p[rows] = np.where(owner == NOBODY, NO_PFN, pfns.T).T
-        self._owner[extents] = NOBODY
+        self.rows.flags[rows] = np.where(owner == NO_OWNER, 0, ALLOCATED)[:, None]
+        self.rows.ref_count[rows] = np.where(owner == NO_OWNER, 0, 1)[:, None]
+        pfns = self._pfn[extents][:, None] + np.arange(EXTENT_FRAMES, dtype=np.uint64)
+        self.rows.m2p[rows] = np.where(owner == NO_OWNER, INVALID_M2P_ENTRY, pfns.T).T
+        self._owner[extents] = NO_OWNER
         self._slot[extents] = slots + 1
 
     # -- allocating and freeing
@@ -262,18 +262,18 @@ class FrameTable:
                 self._free_extents = np.append(self._free_extents, extents)
                 extents, pfns = replacement, pfns[: len(replacement)]
         self._owner[extents], self._pfn[extents] = owner, pfns
-        self.pages[owner] += len(extents) * PER_EXTENT
+        self.pages[owner] += len(extents) * EXTENT_FRAMES
         out: U64 = extents.astype(np.uint64) << _LOW
         return out
 
     def alloc_frames(self, owner: int, pfns: U64, *, compat: bool = False) -> U64:
         """Allocate a frame for each of ``pfns``, in random order, as long as there are free ones. See alloc_extents."""
-        limit = np.uint64((COMPAT_EXTENTS if compat else self.extents) * PER_EXTENT)
+        limit = np.uint64((COMPAT_EXTENTS if compat else self.extents) * EXTENT_FRAMES)
         missing = len(pfns) + 1 - int(np.count_nonzero(self._free_frames < limit))  # one to spare
         if missing > 0:
-            extents = self._alloc_extents(-(-missing // PER_EXTENT), compat)
+            extents = self._alloc_extents(-(-missing // EXTENT_FRAMES), compat)
             self._split(extents)
-            new = (extents.astype(np.uint64)[:, None] << _LOW | np.arange(PER_EXTENT, dtype=np.uint64)).reshape(-1)
+            new = (extents.astype(np.uint64)[:, None] << _LOW | np.arange(EXTENT_FRAMES, dtype=np.uint64)).reshape(-1)
             self._free_frames = np.append(self._free_frames, self._random.permutation(new))
         fits = np.flatnonzero(self._free_frames < limit)
         spare = fits[len(pfns) : len(pfns) + 1]
@@ -310,11 +310,11 @@ class FrameTable:
     def free_uniform_extents(self, mfns: U64) -> Mask:
         """Free those extents that are uniform. Which of them were."""
         extents = (mfns >> _LOW).astype(np.int64)
-        uniform: Mask = (self._slot[extents] == 0) & (self._owner[extents] != NOBODY)
+        uniform: Mask = (self._slot[extents] == 0) & (self._owner[extents] != NO_OWNER)
         extents = extents[uniform]
         for owner, n in zip(*np.unique(self._owner[extents], return_counts=True), strict=True):
-            self.pages[int(owner)] -= int(n) * PER_EXTENT
-        self._owner[extents], self._pfn[extents] = NOBODY, 0
+            self.pages[int(owner)] -= int(n) * EXTENT_FRAMES
+        self._owner[extents], self._pfn[extents] = NO_OWNER, 0
         self._free_extents = np.append(self._free_extents, extents)
         return uniform
 
@@ -336,10 +336,10 @@ class FrameTable:
         self._content.free(content[content > 0])
         for column in (self.rows.type, self.rows.flags, self.rows.type_count, self.rows.ref_count, self.rows.content):
             column[rows] = 0
-        self.rows.m2p[rows], self.rows.owner[rows] = NO_PFN, np.where(special, XEN, NOBODY)
+        self.rows.m2p[rows], self.rows.owner[rows] = INVALID_M2P_ENTRY, np.where(special, XEN, NO_OWNER)
         self._reserved += mfns[special].tolist()
         extents, n = np.unique(mfns[~special] >> _LOW, return_counts=True)
-        whole = extents[n == PER_EXTENT].astype(np.int64)
+        whole = extents[n == EXTENT_FRAMES].astype(np.int64)
         self.rows.free_slots(self._slot[whole].astype(np.int64) - 1)
         self._slot[whole], self._pfn[whole] = 0, 0
         self._free_extents = np.append(self._free_extents, whole)
@@ -391,8 +391,8 @@ class FrameTable:
 
     def page(self, mfn: int) -> U8:
         """Return the 4096 bytes of one frame. Writing to the array writes the frame."""
-        slot = int(self._slot[mfn >> ORDER])
-        number = int(self.rows.content[slot - 1 << ORDER | mfn & PER_EXTENT - 1]) if slot else 0
+        slot = int(self._slot[mfn >> EXTENT_ORDER])
+        number = int(self.rows.content[slot - 1 << EXTENT_ORDER | mfn & EXTENT_FRAMES - 1]) if slot else 0
         if not number:
             row = self.rows_of(np.array([mfn], np.uint64))
             self._ensure_content(row)

@@ -1,4 +1,4 @@
-"""ModelHost: Xen's memory rules in process, to test and try without a hypervisor what needs one."""
+"""ModelHost: a host with Xen's memory rules, in process, so that nothing here needs a hypervisor to be tested."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xenpv.host import xenstore_nodes
 from xenpv.host.model.cpu_state import updated_cpu_policy, updated_tsc_info, updated_vcpu_state
 from xenpv.host.model.dirty_log import DirtyLog
 from xenpv.host.model.domain import ModelDomain, Vcpu
-from xenpv.host.model.frame_table import ORDER, PER_EXTENT, PINNED, SPECIAL, VALIDATED
+from xenpv.host.model.frame_table import EXTENT_FRAMES, EXTENT_ORDER, PINNED, SPECIAL, VALIDATED
 from xenpv.host.model.guest_view import GuestShutDown, GuestView
 from xenpv.host.model.hypervisor import Hypervisor
 from xenpv.host.model.xenstore import ModelXenStore
@@ -59,7 +59,7 @@ class ModelHost:
         self._sparse = sparse
         self._next_domid = 0
         dom0 = self.create(8, max_pages=_DOM0_PAGES, name="Domain-0")
-        self.populate_physmap(dom0, np.arange(0, _DOM0_PAGES, PER_EXTENT, dtype=np.uint64), order=ORDER)
+        self.populate_physmap(dom0, np.arange(0, _DOM0_PAGES, EXTENT_FRAMES, dtype=np.uint64), order=EXTENT_ORDER)
         self.hypervisor.domains[dom0].pauses = 0
 
     # -- the Host protocol

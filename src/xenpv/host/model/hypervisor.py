@@ -18,7 +18,7 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
 from xenpv.frames import I64, PAGE_SIZE, U64, DomId, Mask
 from xenpv.host.model.domain import ModelDomain, Vcpu
-from xenpv.host.model.frame_table import ALLOCATED, ORDER, PER_EXTENT, SPECIAL, FrameTable, NoMemoryError
+from xenpv.host.model.frame_table import ALLOCATED, EXTENT_FRAMES, EXTENT_ORDER, SPECIAL, FrameTable, NoMemoryError
 from xenpv.host.model.page_types import HypercallError, PageTypes
 
 
@@ -115,8 +115,8 @@ class Hypervisor:
         return self._decrease_frames(domain, mfns)
 
     def _check_order(self, op: str, domid: DomId, order: int) -> None:
-        if order not in {0, ORDER}:
-            raise self.error(op, domid, errno.EINVAL, f"order {order}: the model supports 0 and {ORDER}")
+        if order not in {0, EXTENT_ORDER}:
+            raise self.error(op, domid, errno.EINVAL, f"order {order}: the model supports 0 and {EXTENT_ORDER}")
 
     def _decrease_frames(self, domain: ModelDomain, mfns: U64) -> int:
         bad = ~self.is_owned("decrease_reservation", domain.domid, mfns)
@@ -131,9 +131,12 @@ class Hypervisor:
     def _decrease_extents(self, domain: ModelDomain, mfns: U64) -> int:
         for i, mfn in enumerate(mfns):
             extent = mfns[i : i + 1]
-            owned = int(mfn) % PER_EXTENT == 0 and self.is_owned("decrease_reservation", domain.domid, extent)
+            owned = int(mfn) % EXTENT_FRAMES == 0 and self.is_owned("decrease_reservation", domain.domid, extent)
             freed = owned and self.frames.free_uniform_extents(extent).all()
-            if not freed and self._decrease_frames(domain, mfn + np.arange(PER_EXTENT, dtype=np.uint64)) < PER_EXTENT:
+            if (
+                not freed
+                and self._decrease_frames(domain, mfn + np.arange(EXTENT_FRAMES, dtype=np.uint64)) < EXTENT_FRAMES
+            ):
                 return i
         return len(mfns)
 

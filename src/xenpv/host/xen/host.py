@@ -225,36 +225,36 @@ class XenHost:
         shared info.
         """
         assert self._memory
-        wanted = np.asarray(mfns, dtype=np.uint64)
-        safe = self.is_ram(wanted)
-        if safe.all() and len(wanted):
-            pages, mapped = self._memory.map_read_only(domid, wanted)
+        mfns = np.asarray(mfns, dtype=np.uint64)
+        safe = self.is_ram(mfns)
+        if safe.all() and len(mfns):
+            pages, mapped = self._memory.map_read_only(domid, mfns)
             return pages, mapped.astype(np.uint8)
-        types = self.page_types(domid, wanted[~safe])
+        types = self.page_types(domid, mfns[~safe])
         safe[~safe] = (types != PageType.XTAB) & (types != PageType.BROKEN)
         if not safe.all():
-            safe |= wanted == np.uint64(self._getdomaininfo(domid)["shared_info_frame"])
-        out = np.zeros((len(wanted), PAGE_SIZE), np.uint8)
+            safe |= mfns == np.uint64(self._getdomaininfo(domid)["shared_info_frame"])
+        out = np.zeros((len(mfns), PAGE_SIZE), np.uint8)
         rows = np.flatnonzero(safe)
         if len(rows):
-            out[rows], safe[rows] = self._memory.map_read_only(domid, wanted[rows])
+            out[rows], safe[rows] = self._memory.map_read_only(domid, mfns[rows])
         return out, safe.astype(np.uint8)
 
     def page_types(self, domid: DomId, mfns: U64) -> U8:
         """See Host."""
-        wanted = np.asarray(mfns, dtype=np.uint64)
-        out = np.full(len(wanted), PageType.XTAB, np.uint8)
+        mfns = np.asarray(mfns, dtype=np.uint64)
+        out = np.full(len(mfns), PageType.XTAB, np.uint8)
         batch_size = domctl.PAGEFRAMEINFO_MAX
         with self._calls.buffer(8 * batch_size) as buffer:
             array = buffer.array.view("<u8")
-            for start in range(0, max(len(wanted), 1), batch_size):  # also without frames, to fail without the domain
-                batch = wanted[start : start + batch_size]
+            for start in range(0, max(len(mfns), 1), batch_size):  # also without frames, to fail without the domain
+                batch = mfns[start : start + batch_size]
                 array[: len(batch)] = batch
                 arguments = {"num": len(batch), "array": buffer.address}
                 op = "getpageframeinfo3"
                 self._calls.domctl(domctl.GETPAGEFRAMEINFO3, op, domid, domctl.PAGEFRAMEINFO3, **arguments)
                 out[start : start + batch_size] = array[: len(batch)] >> np.uint64(domctl.PFINFO_LTAB_SHIFT)
-        out[wanted > np.uint64(self._max_mfn)] = PageType.XTAB
+        out[mfns > np.uint64(self._max_mfn)] = PageType.XTAB
         return out
 
     def m2p(self, mfns: U64) -> U64:
@@ -419,15 +419,15 @@ class XenHost:
     def map_writable(self, domid: DomId, mfns: U64) -> Iterator[U8]:
         """See Toolstack."""
         assert self._memory
-        op, wanted = "map_writable", np.asarray(mfns, dtype=np.uint64)
-        is_ram = self.is_ram(wanted)
-        if not is_ram.all() or not len(wanted):
-            self._check_ownership(op, domid, wanted[~is_ram])
-        with self._memory.map_writable(domid, wanted) as (pages, errors):
+        op, mfns = "map_writable", np.asarray(mfns, dtype=np.uint64)
+        is_ram = self.is_ram(mfns)
+        if not is_ram.all() or not len(mfns):
+            self._check_ownership(op, domid, mfns[~is_ram])
+        with self._memory.map_writable(domid, mfns) as (pages, errors):
             if errors.any():
-                self._check_ownership(op, domid, wanted)
+                self._check_ownership(op, domid, mfns)
                 first = int(np.argmax(errors != 0))
-                reason = f"mfn {int(wanted[first]):#x} cannot be mapped writable: is it a page table?"
+                reason = f"mfn {int(mfns[first]):#x} cannot be mapped writable: is it a page table?"
                 raise host_error(op, -int(errors[first]), domid, reason)
             yield pages
 
@@ -450,15 +450,15 @@ class XenHost:
 
     def pin_tables(self, domid: DomId, mfns: U64, levels: U8) -> None:
         """See Toolstack."""
-        op, wanted = "mmuext_op", np.asarray(mfns, dtype=np.uint64)
+        op, mfns = "mmuext_op", np.asarray(mfns, dtype=np.uint64)
         commands = np.asarray(levels, np.uint8) - np.uint8(1) + np.uint8(domctl.MMUEXT_PIN_L1_TABLE)
-        for start in range(0, max(len(wanted), 1), _PINS_AT_ONCE):
+        for start in range(0, max(len(mfns), 1), _PINS_AT_ONCE):
             batch = slice(start, start + _PINS_AT_ONCE)
-            pinned, number = self._calls.mmuext_op(domid, commands[batch], wanted[batch])
-            if number == errno.ESRCH or (number and not len(wanted)):
+            pinned, number = self._calls.mmuext_op(domid, commands[batch], mfns[batch])
+            if number == errno.ESRCH or (number and not len(mfns)):
                 raise host_error(op, number, domid)
             if number:
-                mfn, level = int(wanted[start + pinned]), int(levels[start + pinned])
+                mfn, level = int(mfns[start + pinned]), int(levels[start + pinned])
                 reason = f"mfn {mfn:#x} cannot be pinned as an L{level} table; `xl dmesg` may name the entry"
                 raise host_error(op, number, domid, reason)
 

@@ -293,11 +293,11 @@ class ForeignMemory:
         """
         if self._closing:
             raise HostError("this host has been closed", op="close")
-        wanted = np.ascontiguousarray(mfns, dtype=np.uint64)
-        errors = np.zeros(len(wanted), np.int32)
+        mfns = np.ascontiguousarray(mfns, dtype=np.uint64)
+        errors = np.zeros(len(mfns), np.int32)
         flags = 0 if at is None else MAP_FIXED
-        arrays = (wanted.ctypes.data, errors.ctypes.data)
-        address = self._map(self._handle, domid, at, protection, flags, len(wanted), *arrays)
+        arrays = (mfns.ctypes.data, errors.ctypes.data)
+        address = self._map(self._handle, domid, at, protection, flags, len(mfns), *arrays)
         if not address:
             raise host_error("map frames", ctypes.get_errno(), domid)
         return int(address), errors.astype(np.int64)
