@@ -28,7 +28,7 @@ from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
 from xenpv.cli.main import main
-from xenpv.findings import Rule
+from xenpv.findings import RULES, Rule
 from xenpv.stream import order
 
 logger = logging.getLogger(__name__)
@@ -96,14 +96,21 @@ def _help(command: click.Command, parent: click.Context | None, name: str) -> st
 
 
 class Rules(SphinxDirective):
-    """`{rules} xenpv.verify.rules`: the rules of a module as a table, in the order in which it declares them."""
+    """`{rules} xenpv.verify.rules`: the rules of a module as a table, in the order in which it declares them.
+
+    With `:prefix: physmap-`: all rules whose name begins so.
+    """
 
     required_arguments = 1
+    option_spec = {"prefix": directives.unchanged}  # noqa: RUF012
 
     def run(self) -> list[nodes.Node]:
-        """Return the table; each rule's name is a target (`rule-NAME`)."""
+        """Return the table."""
         module = importlib.import_module(self.arguments[0])
-        rules = [value for value in vars(module).values() if isinstance(value, Rule)]
+        if "prefix" in self.options:
+            rules = [rule for name, rule in RULES.items() if name.startswith(self.options["prefix"])]
+        else:
+            rules = [value for value in vars(module).values() if isinstance(value, Rule)]
         rows = [[f"`{rule.name}`", str(rule.severity), rule.text, f"`{rule.source}`"] for rule in rules]
         return _table(self, ["rule", "severity", "what must hold", "who demands it"], rows)
 
