@@ -259,7 +259,7 @@ def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
         path.write_bytes(data[:end])
         with pytest.raises(StreamError) as e:
             open_domain(str(path))
-        assert end < 64 or "cut short" in str(e.value) or "do not lie in the file" in str(e.value)
+        assert end < 64 or e.value.rule in {"truncated", "core-section"}
 
 
 def test_a_cr3_that_leads_nowhere(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from xenpv.source.core_page_tables import PageTables, PageTableSearch
 from xenpv.source.core_pages import CorePages
 from xenpv.source.domain import Domain
 from xenpv.stream import rules
-from xenpv.stream.dumpcore import read_layout
+from xenpv.stream.dumpcore import read_core_layout
 from xenpv.stream.records import VCPUS_MAX
 from xenpv.stream.rules import BreachHandler
 from xenpv.text import size
@@ -49,7 +49,7 @@ class CoreDomain(Domain):
         self._on_breach = on_breach
         if not source.seekable:
             raise RequestError(f"{source.name}: reading a core needs seeking: give a file, not a pipe")
-        self.layout = read_layout(self._read, source.size, self._report)
+        self.layout = read_core_layout(self._read, source.size, self._report)
         if self.layout.vcpus > VCPUS_MAX:
             raise rules.breach(rules.VCPU_ID, f"{self.layout.vcpus} vcpus", offset=0, record=None)
         self.page_list = CorePages(source, self.layout, self._report)
@@ -142,8 +142,8 @@ class CoreDomain(Domain):
             return None
         width = self.layout.width
         context_size = VCPU_GUEST_CONTEXT.size(width)
-        data = self._read(self.layout.prstatus.offset + vcpu * self.layout.context, context_size)
-        return VCPU_GUEST_CONTEXT.read(data, width) if len(data) == context_size <= self.layout.context else None
+        data = self._read(self.layout.prstatus.offset + vcpu * self.layout.context_size, context_size)
+        return VCPU_GUEST_CONTEXT.read(data, width) if len(data) == context_size <= self.layout.context_size else None
 
     def registers(self, vcpu: int) -> Registers | None:
         """Return a vcpu's registers; None if they are not known."""

@@ -16,7 +16,7 @@ from xenpv.memory.pagetables import NO_PFN
 from xenpv.runs import Extents, FrameMap, Runs
 from xenpv.source.saved import FilePages
 from xenpv.stream import dumpcore
-from xenpv.stream.dumpcore import Layout, Report
+from xenpv.stream.dumpcore import CoreLayout, Report
 from xenpv.stream.index import PageIndex
 
 _REPEATS_MAX = 1 << 16  # entries of one batch that may repeat the pfn before them
@@ -32,7 +32,7 @@ class CorePages:
         raw: The pages as they are in the file, all of type NOTAB.
     """
 
-    def __init__(self, source: Input, layout: Layout, report: Report) -> None:
+    def __init__(self, source: Input, layout: CoreLayout, report: Report) -> None:
         self._source = source
         self._layout = layout
         try:
@@ -55,8 +55,8 @@ class CorePages:
         layout, last_pfn = self._layout, -1
         for first_row in range(0, layout.present, PFNS_PER_SCAN):
             count = min(PFNS_PER_SCAN, layout.present - first_row)
-            offset = self._source.start + layout.table.offset + first_row * layout.entry
-            words = np.frombuffer(os.pread(self._source.fd, count * layout.entry, offset), "<u8")
+            offset = self._source.start + layout.table.offset + first_row * layout.entry_size
+            words = np.frombuffer(os.pread(self._source.fd, count * layout.entry_size, offset), "<u8")
             pfns, mfns = (words, words) if layout.hvm else words[: len(words) & ~1].reshape(-1, 2).T
             used = (pfns != INVALID) & (mfns != INVALID)
             valid = used & (pfns < NO_PFN) & (mfns < NO_PFN)
@@ -66,11 +66,11 @@ class CorePages:
                 self._refuse_hole(valid_pfns, rows)
                 if (bad := first_bad(used & ~valid)) is not None:
                     message = f"entry {first_row + bad:#x} names pfn {int(pfns[bad]):#x}, mfn {int(mfns[bad]):#x}"
-                    report(dumpcore.RANGE, message, offset + bad * layout.entry)
+                    report(dumpcore.RANGE, message, offset + bad * layout.entry_size)
                 steps = np.diff(valid_pfns.astype(np.int64), prepend=last_pfn)
                 if (back := first_bad(steps < 0)) is not None:
                     message = f"pfn {int(valid_pfns[back]):#x} comes after a higher one"
-                    report(dumpcore.ORDER, message, offset + int(rows[back] - np.uint64(first_row)) * layout.entry)
+                    report(dumpcore.ORDER, message, offset + int(rows[back] - np.uint64(first_row)) * layout.entry_size)
                 last_pfn = int(valid_pfns[-1]) if len(valid_pfns) else last_pfn
             yield valid_pfns, valid_mfns, rows
 
@@ -86,7 +86,7 @@ class CorePages:
             raise Unsupported(
                 f"the list of pages has a hole: from entry {row:#x} on it names pfn {pfn:#x} again and again; "
                 "is the core cut short, or copied in part?",
-                offset=self._layout.table.offset + row * self._layout.entry,
+                offset=self._layout.table.offset + row * self._layout.entry_size,
             )
 
     @cached_property
