@@ -22,17 +22,17 @@ from xenpv.errors import HostError
 from xenpv.frames import DomId
 from xenpv.host.protocol import CpuPolicy, Mover, TscInfo, VcpuState
 
-LEAST_PRIVILEGE: dict[Width, int] = {8: 3, 4: 1}
+KERNEL_RING: dict[Width, int] = {8: 3, 4: 1}
 MAX_PFN: dict[Width, int] = {8: SHARED_INFO.offset(8, "arch.max_pfn"), 4: SHARED_INFO.offset(4, "arch.max_pfn")}
 UNKNOWN = 0x12345  # neither a leaf nor an MSR
 
 
 def extended(width: Width, **changes: int) -> bytes:
-    """An extended context as Xen gives it back."""
+    """Return an extended context in the form in which Xen returns it."""
     context = np.zeros(1, EXT_VCPUCONTEXT[8])
     context["size"] = EXT_VCPUCONTEXT.size(8)
     context["syscall32_callback_eip"], context["sysenter_callback_eip"] = 0xFFFF_8800_0000_1000, 0x7FFF_F000
-    context["syscall32_callback_cs"] = context["sysenter_callback_cs"] = 0xE030 | LEAST_PRIVILEGE[width]
+    context["syscall32_callback_cs"] = context["sysenter_callback_cs"] = 0xE030 | KERNEL_RING[width]
     context["syscall32_disables_events"] = 1
     for name, value in changes.items():
         context[name] = value
@@ -40,25 +40,25 @@ def extended(width: Width, **changes: int) -> bytes:
 
 
 def max_pfn(entries: int, width: Width) -> bytes:
-    """As shared info has it."""
+    """Return arch.max_pfn as shared info has it."""
     return entries.to_bytes(width, "little")
 
 
 def xsave() -> bytes:
-    """The x87 and SSE state of a vcpu that has used both."""
+    """Return the xsave area of a vcpu that has used x87 and SSE."""
     area = bytearray(576)
     area[0:2], area[24:28] = pack("<H", 0x37F), pack("<I", 0x1F80)
     area[160:176], area[512:520] = bytes(range(16)), pack("<Q", 3)
     return pack("<QQ", 3, 3) + bytes(area)
 
 
-def unnumbered(state: VcpuState) -> VcpuState:
-    """Without the vcpu's number, which stands in front of its extended context."""
+def without_vcpu_number(state: VcpuState) -> VcpuState:
+    """Return the state without the vcpu's number, the first member of its extended context."""
     return VcpuState(state.extended[4:], state.xsave, state.msrs)
 
 
-def logs_dirty(host: Mover, domid: DomId) -> bool:
-    """Begin the log, if this Xen can; where it cannot, it says so to each call."""
+def enable_log_dirty(host: Mover, domid: DomId) -> bool:
+    """Enable log-dirty. Whether this Xen has it; if not, check that each call raises EOPNOTSUPP."""
     try:
         host.log_dirty(domid, on=True)
     except HostError as error:
@@ -69,12 +69,12 @@ def logs_dirty(host: Mover, domid: DomId) -> bool:
     return True
 
 
-def dirty(host: Mover, domid: DomId, pages: int, *, clean: bool = True) -> list[int]:
-    found = host.dirty_pfns(domid, pages, clean=clean)
-    assert found.dtype == np.uint64
-    numbers: list[int] = found.tolist()
-    assert numbers == sorted(set(numbers))
-    return numbers
+def dirty_pfns(host: Mover, domid: DomId, pages: int, *, clean: bool = True) -> list[int]:
+    pfns = host.dirty_pfns(domid, pages, clean=clean)
+    assert pfns.dtype == np.uint64
+    dirty: list[int] = pfns.tolist()
+    assert dirty == sorted(set(dirty))
+    return dirty
 
 
 def vcpu_state_moves_to_another_domain(host: Mover, width: Width) -> None:
@@ -85,27 +85,27 @@ def vcpu_state_moves_to_another_domain(host: Mover, width: Width) -> None:
         host.set_vcpu_state(one, 2, VcpuState())
         assert host.vcpu_state(one, 2) == fresh
         caps = int(EXT_VCPUCONTEXT.read(fresh.extended, 8)["vmce"]["caps"])
-        wanted = bytearray(extended(width, vcpu=77))
-        wanted[EXT_VCPUCONTEXT.offset(8, "vmce") :][:8] = pack("<Q", caps)
-        host.set_vcpu_state(one, 2, VcpuState(extended=bytes(wanted)))
+        context = bytearray(extended(width, vcpu=77))
+        context[EXT_VCPUCONTEXT.offset(8, "vmce") :][:8] = pack("<Q", caps)
+        host.set_vcpu_state(one, 2, VcpuState(extended=bytes(context)))
         state = host.vcpu_state(one, 2)
-        assert state.extended[4:26] == bytes(wanted[4:26])
+        assert state.extended[4:26] == bytes(context[4:26])
         assert (state.extended[:4], state.xsave, state.msrs) == (pack("<I", 2), fresh.xsave, fresh.msrs)
         host.set_vcpu_state(one, 2, VcpuState(xsave=xsave()))
         state = host.vcpu_state(one, 2)
         assert state.xsave == xsave()
         host.set_vcpu_state(two, 0, state)
-        assert unnumbered(host.vcpu_state(two, 0)) == unnumbered(state)
-        assert unnumbered(host.vcpu_state(two, 1)) == unnumbered(fresh)
+        assert without_vcpu_number(host.vcpu_state(two, 0)) == without_vcpu_number(state)
+        assert without_vcpu_number(host.vcpu_state(two, 1)) == without_vcpu_number(fresh)
 
 
 def set_vcpu_state_raises_the_ring_of_callbacks(host: Mover, width: Width) -> None:
     with domain(host, width) as domid:
         given = extended(width, syscall32_callback_cs=0xE030, sysenter_callback_cs=0)
         host.set_vcpu_state(domid, 0, VcpuState(extended=given))
-        found = EXT_VCPUCONTEXT.read(host.vcpu_state(domid, 0).extended, 8)
-        assert found["syscall32_callback_cs"] == 0xE030 | LEAST_PRIVILEGE[width]
-        assert found["sysenter_callback_cs"] == LEAST_PRIVILEGE[width]
+        context = EXT_VCPUCONTEXT.read(host.vcpu_state(domid, 0).extended, 8)
+        assert context["syscall32_callback_cs"] == 0xE030 | KERNEL_RING[width]
+        assert context["sysenter_callback_cs"] == KERNEL_RING[width]
 
 
 def set_vcpu_state_of_invalid_state_raises_einval(host: Mover, width: Width) -> None:
@@ -133,17 +133,17 @@ def set_vcpu_state_of_invalid_state_raises_einval(host: Mover, width: Width) -> 
 
 
 def tsc_info_moves_to_another_domain(host: Mover, width: Width) -> None:
-    """Xen counts the hosts that a domain has been on: the incarnation that is read is one more."""
+    """Xen counts the hosts that a domain has been on: each set_tsc_info adds 1 to the incarnation."""
     with domain(host, width) as domid:
-        told = host.tsc_info(domid)
-        assert (told.mode, told.incarnation) == (0, 1)
-        assert told.khz > 0
+        info = host.tsc_info(domid)
+        assert (info.mode, info.incarnation) == (0, 1)
+        assert info.khz > 0
         for mode in (1, 0):
             given = TscInfo(mode, 1_234_567, 10**12, 7)
             host.set_tsc_info(domid, given)
-            told = host.tsc_info(domid)
-            assert (told.mode, told.khz, told.incarnation) == (mode, given.khz, 8)
-            assert 10**12 <= told.nsec < 10**12 + 10**11
+            info = host.tsc_info(domid)
+            assert (info.mode, info.khz, info.incarnation) == (mode, given.khz, 8)
+            assert 10**12 <= info.nsec < 10**12 + 10**11
         host.set_tsc_info(domid, TscInfo(2, 1_234_567, 10**12, 1))
         assert host.tsc_info(domid) == TscInfo(2, 0, 0, 2)
         for mode in (3, 9):
@@ -189,7 +189,7 @@ def set_cpu_policy_names_the_leaf_or_msr_it_refuses(host: Mover, width: Width) -
 def set_cpu_policy_after_the_domain_ran_raises_eexist(host: Mover, width: Width) -> None:
     with domain(host, width, tiny_guest.PAGES) as domid:
         if width == 8:
-            tiny_guest.fill(host, domid, width)
+            tiny_guest.build(host, domid, width)
         policy = host.cpu_policy(domid)
         host.set_cpu_policy(domid, policy)
         host.unpause(domid)
@@ -199,24 +199,24 @@ def set_cpu_policy_after_the_domain_ran_raises_eexist(host: Mover, width: Width)
 
 def log_dirty_is_enabled_and_disabled_repeatedly(host: Mover, width: Width) -> None:
     with domain(host, width) as domid:
-        if not logs_dirty(host, domid):
+        if not enable_log_dirty(host, domid):
             return
         for _ in range(2):
-            assert dirty(host, domid, 64) == []
+            assert dirty_pfns(host, domid, 64) == []
             fails(lambda: host.log_dirty(domid, on=True), errno.EINVAL, domid)
             host.log_dirty(domid, on=False)
             fails(lambda: host.log_dirty(domid, on=False), errno.EINVAL, domid)
             for clean in (False, True):
                 fails(lambda clean=clean: host.dirty_pfns(domid, 64, clean=clean), errno.EINVAL, domid)  # type: ignore[misc]
             host.log_dirty(domid, on=True)
-        assert dirty(host, domid, 0) == []  # and it is destroyed with the log on
+        assert dirty_pfns(host, domid, 0) == []  # and it is destroyed with the log on
 
 
 def log_dirty_ignores_writes_of_the_toolstack(host: Mover, width: Width) -> None:
     """But what Xen does for it is: tables that it pins."""
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
-        if not logs_dirty(host, domid):
+        if not enable_log_dirty(host, domid):
             return
         some = mfns[[tiny_guest.CODE, tiny_guest.STACK]]
         host.write_frames(domid, some, np.full((2, PAGE_SIZE), 1, np.uint8))
@@ -226,13 +226,13 @@ def log_dirty_ignores_writes_of_the_toolstack(host: Mover, width: Width) -> None
         host.init_hypercall_page(domid, int(mfns[tiny_guest.HYPERCALLS]))
         host.map_frames(domid, mfns)
         assert len(host.populate_physmap(domid, pfns(2, 20))) == 2
-        assert dirty(host, domid, 64) == []
-        host.pin_tables(domid, mfns[[tiny_guest.top(width)]], levels(top_level(width)))
+        assert dirty_pfns(host, domid, 64) == []
+        host.pin_tables(domid, mfns[[tiny_guest.top_table(width)]], levels(top_level(width)))
         which = [tiny_guest.L1, tiny_guest.L2, tiny_guest.L3, tiny_guest.L4][: top_level(width)]
-        assert dirty(host, domid, 64, clean=False) == which
-        host.set_vcpu_context(domid, 0, tiny_guest.context(int(mfns[tiny_guest.top(width)]), width))
-        assert dirty(host, domid, 64) == which
-        assert dirty(host, domid, 64) == []
+        assert dirty_pfns(host, domid, 64, clean=False) == which
+        host.set_vcpu_context(domid, 0, tiny_guest.context(int(mfns[tiny_guest.top_table(width)]), width))
+        assert dirty_pfns(host, domid, 64) == which
+        assert dirty_pfns(host, domid, 64) == []
         host.log_dirty(domid, on=False)
 
 
@@ -243,14 +243,14 @@ def log_dirty_logs_sparse_pfns(host: Mover, width: Width) -> None:
         host.write_shared_info(domid, max_pfn(far[-1] + 1, width), MAX_PFN[width])
         mfns = host.populate_physmap(domid, array(*far))
         host.write_frames(domid, mfns, np.zeros((len(far), PAGE_SIZE), np.uint8))
-        if not logs_dirty(host, domid):
+        if not enable_log_dirty(host, domid):
             return
         host.pin_tables(domid, mfns, np.ones(len(far), np.uint8))
-        assert dirty(host, domid, far[-1] + 1, clean=False) == far
-        assert dirty(host, domid, far[-1], clean=False) == far[:-1]
-        assert dirty(host, domid, far[500], clean=False) == far[:500]
-        assert dirty(host, domid, far[500] + 1) == far[:501]
-        assert dirty(host, domid, far[-1] + 1) == far[501:]
+        assert dirty_pfns(host, domid, far[-1] + 1, clean=False) == far
+        assert dirty_pfns(host, domid, far[-1], clean=False) == far[:-1]
+        assert dirty_pfns(host, domid, far[500], clean=False) == far[:500]
+        assert dirty_pfns(host, domid, far[500] + 1) == far[:501]
+        assert dirty_pfns(host, domid, far[-1] + 1) == far[501:]
 
 
 def request_shutdown_is_withdrawn_by_an_empty_request(host: Mover, width: Width) -> None:

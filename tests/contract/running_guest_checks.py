@@ -1,7 +1,7 @@
-"""What every Mover must do to a guest that runs, as plain functions of a host and a domain in which one does.
+"""What every Mover must do with a running guest: functions of a host, a domain, and ``run_guest``.
 
-ModelHost is held to them with its kernel, XenHost in the lab with litmus (tests/contract/mover_on_xen.py). ``go`` lets
-the guest run and write to its memory for a while; it is not called while the domain is paused.
+They run on ModelHost with its kernel, and on XenHost in the lab with litmus (mover_on_xen.py). ``run_guest`` lets the
+guest run and write its memory for a while. The checks do not call it while the domain is paused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def paused(host: Mover, domid: DomId) -> Iterator[None]:
 
 
 def contents(host: Mover, domid: DomId) -> tuple[U64, U8]:
-    """All its pages, by the p2m: their pfns, ascending, and what they hold."""
+    """Return the pfns of all pages, ascending, by the p2m; and their content."""
     live = LiveDomain(host, host.info(domid))
     pfns = [leaves.pfns[names_local_frame(leaves.mfns)] for leaves in live.p2m.iter_leaves()]
     mfns = [leaves.mfns[names_local_frame(leaves.mfns)] for leaves in live.p2m.iter_leaves()]
@@ -46,28 +46,28 @@ def contents(host: Mover, domid: DomId) -> tuple[U64, U8]:
 
 
 def rings(host: Mover, domid: DomId, pfns: U64, pages: U8) -> U64:
-    """The pfns of the rings of console and xenstore, which daemons write to as well: no log has that."""
+    """Return the pfns of the rings of console and xenstore. Daemons write them, too, which no log has."""
     width = host.info(domid).width
     magic = np.frombuffer(START_INFO_MAGIC[width], np.uint8)
-    found = [START_INFO.read(page.tobytes(), width) for page in pages[(pages[:, : len(magic)] == magic).all(axis=1)]]
-    mfns = [[int(info["store_mfn"]), int(info["console"]["domU"]["mfn"])] for info in found]
+    infos = [START_INFO.read(page.tobytes(), width) for page in pages[(pages[:, : len(magic)] == magic).all(axis=1)]]
+    mfns = [[int(info["store_mfn"]), int(info["console"]["domU"]["mfn"])] for info in infos]
     return np.intersect1d(host.m2p(np.array(mfns, np.uint64).reshape(-1)), pfns)
 
 
-def log_dirty_logs_every_page_that_changes(host: Mover, domid: DomId, go: Callable[[], None]) -> dict[str, int]:
-    """And little more. How many pages changed, and how many were in the log."""
+def log_dirty_logs_every_page_that_changes(host: Mover, domid: DomId, run_guest: Callable[[], None]) -> dict[str, int]:
+    """Return how many pages changed, and how many are in the log; the caller compares them."""
     with paused(host, domid):
         pfns, before = contents(host, domid)
         entries = int(pfns[-1]) + 1
         host.log_dirty(domid, on=True)
     try:
-        go()
+        run_guest()
         first = host.dirty_pfns(domid, entries, clean=True)
-        go()
+        run_guest()
         with paused(host, domid):
             seen = host.dirty_pfns(domid, entries, clean=False)
             last = host.dirty_pfns(domid, entries, clean=True)
-            assert not len(host.dirty_pfns(domid, entries, clean=True)), "while nothing runs"
+            assert not len(host.dirty_pfns(domid, entries, clean=True)), "while the domain is paused"
             again, after = contents(host, domid)
     finally:
         host.log_dirty(domid, on=False)
@@ -83,18 +83,20 @@ def log_dirty_logs_every_page_that_changes(host: Mover, domid: DomId, go: Callab
     return {"changed": len(changed), "logged": len(logged)}
 
 
-def request_shutdown_is_withdrawn_before_the_guest_sees_it(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
+def request_shutdown_is_withdrawn_before_the_guest_runs(
+    host: Mover, domid: DomId, run_guest: Callable[[], None]
+) -> None:
     with paused(host, domid):
         host.request_shutdown(domid, "suspend")
         assert host.shutdown_request(domid) == "suspend"
         host.request_shutdown(domid, "")
         assert host.shutdown_request(domid) == ""
-    go()
+    run_guest()
     assert not host.info(domid).shutdown
 
 
-def request_shutdown_suspends_the_guest(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
-    """It takes the request away, and stops."""
+def request_shutdown_suspends_the_guest(host: Mover, domid: DomId, run_guest: Callable[[], None]) -> None:
+    """The guest empties the request, and shuts down."""
     host.request_shutdown(domid, "suspend")
     assert eventually(lambda: host.info(domid).shutdown)
     assert host.info(domid).shutdown_reason == SUSPEND
@@ -103,8 +105,8 @@ def request_shutdown_suspends_the_guest(host: Mover, domid: DomId, go: Callable[
     assert host.info(domid).shutdown
 
 
-def resume_cancels_a_suspend(host: Mover, domid: DomId, go: Callable[[], None]) -> None:
-    """What the guest makes of it, the caller sees."""
+def resume_cancels_a_suspend(host: Mover, domid: DomId, run_guest: Callable[[], None]) -> None:
+    """The caller checks what the guest does then."""
     width = host.info(domid).width
     context = np.frombuffer(bytearray(host.vcpu_context(domid, 0)), VCPU_GUEST_CONTEXT[width])
     assert context["user_regs"][RAX[width]][0] == 0
@@ -112,13 +114,13 @@ def resume_cancels_a_suspend(host: Mover, domid: DomId, go: Callable[[], None]) 
     host.set_vcpu_context(domid, 0, context.tobytes())
     host.resume(domid)
     assert (host.info(domid).paused, host.info(domid).shutdown) == (False, False)
-    go()
+    run_guest()
     assert (host.info(domid).paused, host.info(domid).shutdown) == (False, False)
 
 
 RUNNING_GUEST_CHECKS: tuple[Callable[[Mover, DomId, Callable[[], None]], object], ...] = (
     log_dirty_logs_every_page_that_changes,
-    request_shutdown_is_withdrawn_before_the_guest_sees_it,
+    request_shutdown_is_withdrawn_before_the_guest_runs,
     request_shutdown_suspends_the_guest,
     resume_cancels_a_suspend,
 )

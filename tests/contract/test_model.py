@@ -11,7 +11,7 @@ from tests.contract.host_checks import HOST_CHECKS, assert_gone
 from tests.contract.mover_checks import MOVER_CHECKS
 from tests.contract.running_guest_checks import (
     log_dirty_logs_every_page_that_changes,
-    request_shutdown_is_withdrawn_before_the_guest_sees_it,
+    request_shutdown_is_withdrawn_before_the_guest_runs,
     request_shutdown_suspends_the_guest,
     resume_cancels_a_suspend,
 )
@@ -53,15 +53,15 @@ def test_running_guest_checks_on_the_model(width: Width) -> None:
     free = guest.do("free_pfns")[:20]
     numbers = count(1)
 
-    def go() -> None:
+    def run_guest() -> None:
         guest.do("write_pattern", free, next(numbers))
         guest.do("poll")
 
     guest.host.set_time_slice(guest.domid, lambda: guest.do("poll"))
-    written = log_dirty_logs_every_page_that_changes(guest.host, guest.domid, go)
+    written = log_dirty_logs_every_page_that_changes(guest.host, guest.domid, run_guest)
     assert len(free) <= written["changed"] <= written["logged"] < 30
-    request_shutdown_is_withdrawn_before_the_guest_sees_it(guest.host, guest.domid, go)
-    request_shutdown_suspends_the_guest(guest.host, guest.domid, go)
+    request_shutdown_is_withdrawn_before_the_guest_runs(guest.host, guest.domid, run_guest)
+    request_shutdown_suspends_the_guest(guest.host, guest.domid, run_guest)
     resume_cancels_a_suspend(guest.host, guest.domid, lambda: None)
     assert guest.do("resume") is True
     assert guest.assert_consistent() == []

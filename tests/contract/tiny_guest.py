@@ -1,6 +1,6 @@
-"""The tiniest PV domain, built by hand with the calls of a Toolstack, none of xenpv's own builder.
+"""A tiny PV domain, built with the calls of a Toolstack, without xenpv's own builder.
 
-Its code prints a text to the console ring, rings the bell, and shuts down; it makes both hypercalls through the
+Its code prints a text to the console ring, notifies the console, and shuts down. It makes both hypercalls through the
 hypercall page.
 """
 
@@ -39,8 +39,8 @@ EVTCHNOP_SEND, SCHEDOP_SHUTDOWN, SCHED_OP, EVENT_CHANNEL_OP = 4, 2, 29, 32
 
 
 @dataclass(frozen=True)
-class Tiny:
-    """What was built: mfns by page, and its event channels."""
+class TinyGuest:
+    """A tiny guest: the mfn of each page, and its rings."""
 
     domid: DomId
     mfns: U64
@@ -51,7 +51,7 @@ class Tiny:
         return int(self.mfns[page])
 
 
-def address(page: int, offset: int = 0, width: Width = 8) -> int:
+def vaddr(page: int, offset: int = 0, width: Width = 8) -> int:
     return FIRST[width] + page * PAGE_SIZE + offset
 
 
@@ -63,7 +63,7 @@ def page(entries: dict[int, int]) -> U8:
 
 
 def tables(mfns: U64, width: Width = 8, *, writable: int | None = None) -> dict[int, U8]:
-    """The page tables that map all pages; the tables read-only, but for the one of that page."""
+    """Return page tables that map all pages. Tables are read-only, except the table in page ``writable``."""
     ptes = {}
     for number, mfn in enumerate(mfns.tolist()):
         read_only = L1 <= number <= L4 and number != writable
@@ -74,28 +74,28 @@ def tables(mfns: U64, width: Width = 8, *, writable: int | None = None) -> dict[
     return out | {L3: page({510: int(mfns[L2]) << 12 | TABLE}), L4: page({511: int(mfns[L3]) << 12 | TABLE})}
 
 
-def top(width: Width) -> int:
+def top_table(width: Width) -> int:
     return L4 if width == 8 else L3
 
 
 def code(text: bytes, port: int, reason: int) -> U8:
-    """The page of code for a 64-bit domain."""
+    """Return the page of code for a 64-bit domain."""
 
     def number(value: int, size: int = 8) -> str:
         return value.to_bytes(size, "little").hex()
 
-    def hypercall(which: int, command: int, argument: int) -> str:
-        entry = number(address(HYPERCALLS, 32 * which))
+    def hypercall(index: int, command: int, argument: int) -> str:
+        entry = number(vaddr(HYPERCALLS, 32 * index))
         return f"bf {number(command, 4)} 48be {number(argument)} 48b8 {entry} ffd0"  # mov edi, rsi, rax; call rax
 
     steps = [
         "fc",  # cld
-        f"48be {number(address(CODE, TEXT_AT))} 48bf {number(address(CONSOLE, OUT))}",  # mov rsi, text; mov rdi, out
+        f"48be {number(vaddr(CODE, TEXT_AT))} 48bf {number(vaddr(CONSOLE, OUT))}",  # mov rsi, text; mov rdi, out
         f"b9 {number(len(text), 4)} f3a4",  # mov ecx, length; rep movsb
-        f"48b8 {number(address(CONSOLE, OUT_PROD))} c700 {number(len(text), 4)}",  # mov dword [out_prod], length
-        hypercall(EVENT_CHANNEL_OP, EVTCHNOP_SEND, address(CODE, PORT_AT)),
-        hypercall(SCHED_OP, SCHEDOP_SHUTDOWN, address(CODE, REASON_AT)),
-        "ebfe",  # jmp here
+        f"48b8 {number(vaddr(CONSOLE, OUT_PROD))} c700 {number(len(text), 4)}",  # mov dword [out_prod], length
+        hypercall(EVENT_CHANNEL_OP, EVTCHNOP_SEND, vaddr(CODE, PORT_AT)),
+        hypercall(SCHED_OP, SCHEDOP_SHUTDOWN, vaddr(CODE, REASON_AT)),
+        "ebfe",  # jmp .
     ]
     out = np.zeros(PAGE_SIZE, np.uint8)
     for at, data in (
@@ -109,12 +109,12 @@ def code(text: bytes, port: int, reason: int) -> U8:
 
 
 def context(mfn: int, width: Width = 8) -> bytes:
-    """Of vcpu 0, with that top table."""
+    """Return the context of vcpu 0, with this top-level table."""
     data = np.zeros(1, VCPU_GUEST_CONTEXT[width])
     regs, r = data["user_regs"][0], "r" if width == 8 else "e"
     data["flags"] = VGCF_ONLINE | VGCF_IN_KERNEL
-    regs[f"{r}ip"], regs[f"{r}sp"] = address(CODE, 0, width), address(STACK, PAGE_SIZE, width)
-    regs[f"{r}si"], regs[f"{r}flags"] = address(START, 0, width), 0x200
+    regs[f"{r}ip"], regs[f"{r}sp"] = vaddr(CODE, 0, width), vaddr(STACK, PAGE_SIZE, width)
+    regs[f"{r}si"], regs[f"{r}flags"] = vaddr(START, 0, width), 0x200
     regs["cs"], regs["ss"] = CS[width], SS[width]
     data["kernel_ss"], data["kernel_sp"] = regs["ss"], regs[f"{r}sp"]
     if width == 4:
@@ -123,8 +123,8 @@ def context(mfn: int, width: Width = 8) -> bytes:
     return data.tobytes()
 
 
-def fill(host: Toolstack, domid: DomId, width: Width = 8, text: bytes = b"", reason: int = 0) -> Tiny:
-    """Make a domain without memory one that runs when it is unpaused."""
+def build(host: Toolstack, domid: DomId, width: Width = 8, text: bytes = b"", reason: int = 0) -> TinyGuest:
+    """Build the guest in a domain without memory. It runs when it is unpaused."""
     mfns = host.populate_physmap(domid, np.arange(PAGES, dtype=np.uint64))
     assert len(mfns) == PAGES
     daemons = host.daemons()
@@ -143,11 +143,11 @@ def fill(host: Toolstack, domid: DomId, width: Width = 8, text: bytes = b"", rea
             pages[number] = content
     host.init_hypercall_page(domid, int(mfns[HYPERCALLS]))
     level: U8 = np.array([4 if width == 8 else 3], np.uint8)
-    host.pin_tables(domid, mfns[[top(width)]], level)
+    host.pin_tables(domid, mfns[[top_table(width)]], level)
     shared = np.zeros(1, SHARED_INFO[width])
     shared["vcpu_info"]["evtchn_upcall_mask"] = 1
     host.write_shared_info(domid, shared.tobytes())
-    host.set_vcpu_context(domid, 0, context(int(mfns[top(width)]), width))
+    host.set_vcpu_context(domid, 0, context(int(mfns[top_table(width)]), width))
     host.seed_grants(domid, console=console.mfn, xenstore=xenstore.mfn)
     host.introduce(domid, console=console, xenstore=xenstore)
-    return Tiny(domid, mfns, console, xenstore)
+    return TinyGuest(domid, mfns, console, xenstore)

@@ -133,7 +133,7 @@ def create_with_a_bad_number_of_vcpus_raises_einval(host: Toolstack, width: Widt
 
 def destroy_frees_the_memory_and_the_uuid(host: Toolstack, width: Width) -> None:
     with domain(host, width, 2000, name=NAME, uuid=UUID) as domid:
-        tiny_guest.fill(host, domid, width)
+        tiny_guest.build(host, domid, width)
         assert len(host.populate_physmap(domid, pfns(1900, 64))) == 1900
         built = host.free_pages()
     assert eventually(lambda: host.free_pages() >= built + tiny_guest.PAGES + 1900), (built, host.free_pages())
@@ -146,7 +146,7 @@ def destroy_works_after_every_step_of_a_build(host: Toolstack, width: Width) -> 
             if steps > 0:
                 mfns = with_tables(host, domid, width)
             if steps > 1:
-                host.pin_tables(domid, mfns[[tiny_guest.top(width)]], levels(top_level(width)))
+                host.pin_tables(domid, mfns[[tiny_guest.top_table(width)]], levels(top_level(width)))
             if steps > 2:
                 host.alloc_event_channel(domid)
                 host.seed_grants(domid, console=int(mfns[tiny_guest.CONSOLE]), xenstore=int(mfns[tiny_guest.STORE]))
@@ -268,10 +268,10 @@ def pin_tables_stops_at_the_first_refused_table(host: Toolstack, width: Width) -
 
 
 def pin_tables_of_a_table_mapped_writable_raises_ebusy(host: Toolstack, width: Width) -> None:
-    for which in (tiny_guest.L1, tiny_guest.L2, tiny_guest.top(width)):
+    for which in (tiny_guest.L1, tiny_guest.L2, tiny_guest.top_table(width)):
         with domain(host, width) as domid:
             mfns = with_tables(host, domid, width, writable=which)
-            top = mfns[[tiny_guest.top(width)]]
+            top = mfns[[tiny_guest.top_table(width)]]
             fails(lambda top=top: host.pin_tables(domid, top, levels(top_level(width))), errno.EBUSY, domid)  # type: ignore[misc]
             types = host.page_types(domid, mfns)
             assert not (types & PINNED).any()
@@ -283,7 +283,7 @@ def pin_tables_of_a_table_mapped_writable_raises_ebusy(host: Toolstack, width: W
 def page_tables_and_writable_frames_exclude_each_other(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
-        top = mfns[[tiny_guest.top(width)]]
+        top = mfns[[tiny_guest.top_table(width)]]
         level = levels(top_level(width))
         with host.map_writable(domid, mfns[[tiny_guest.L1]]):
             fails(lambda: host.pin_tables(domid, top, level), errno.EINVAL, domid)
@@ -298,7 +298,7 @@ def page_tables_and_writable_frames_exclude_each_other(host: Toolstack, width: W
 def set_vcpu_context_sets_what_vcpu_context_returns(host: Toolstack, width: Width) -> None:
     with domain(host, width) as domid:
         mfns = with_tables(host, domid, width)
-        top = int(mfns[tiny_guest.top(width)])
+        top = int(mfns[tiny_guest.top_table(width)])
         given = tiny_guest.context(top, width)
         fails(lambda: host.set_vcpu_context(domid, 0, given[:-8]), errno.EINVAL, domid)
         fails(lambda: host.set_vcpu_context(domid, 1, given), errno.EINVAL, domid)
@@ -347,14 +347,14 @@ def init_hypercall_page_writes_the_code(host: Toolstack, width: Width) -> None:
             assert b"\xb8" + number.to_bytes(4, "little") in code  # mov $number, %eax
             assert b"\xc3" in code  # ret
         assert entries[23].tobytes().count(b"\xc3") == 0  # iret does not return
-        host.pin_tables(domid, mfns[[tiny_guest.top(width)]], levels(top_level(width)))
+        host.pin_tables(domid, mfns[[tiny_guest.top_table(width)]], levels(top_level(width)))
         fails(lambda: host.init_hypercall_page(domid, int(mfns[tiny_guest.L1])), errno.EPERM, domid)
         fails(lambda: host.init_hypercall_page(domid, host.info(DomId(0)).shared_info_mfn), errno.EINVAL, domid)
 
 
 def a_built_domain_passes_the_host_checks(host: Toolstack, width: Width) -> None:
     with domain(host, width, tiny_guest.PAGES, name=NAME, uuid=UUID) as domid:
-        built = tiny_guest.fill(host, domid, width)
+        built = tiny_guest.build(host, domid, width)
         info = host.info(domid)
         assert (info.name, info.pages, info.paused) == (NAME, tiny_guest.PAGES, True)
         assert host.m2p(built.mfns).tolist() == list(range(tiny_guest.PAGES))

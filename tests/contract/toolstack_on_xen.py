@@ -53,7 +53,7 @@ def run_tiny(host: XenHost, name: str) -> dict[str, Any]:
     domid = host.create(max_pages=tiny_guest.PAGES, name=name, uuid=UUID)
     try:
         out["create_seconds"] = time.monotonic() - started
-        tiny_guest.fill(host, domid, text=f"hello from {name}\r\n".encode(), reason=REASON)
+        tiny_guest.build(host, domid, text=f"hello from {name}\r\n".encode(), reason=REASON)
         out["build_seconds"] = time.monotonic() - started
         out["list_paused"] = text_of("xl", "list")
         host.unpause(domid)
@@ -75,7 +75,7 @@ def run_tiny(host: XenHost, name: str) -> dict[str, Any]:
 def destroyed_by_xl(host: XenHost, name: str) -> bool:
     """What we built, `xl destroy` ends."""
     domid = host.create(max_pages=tiny_guest.PAGES, name=name, uuid=UUID)
-    tiny_guest.fill(host, domid)
+    tiny_guest.build(host, domid)
     subprocess.run(["xl", "destroy", name], check=True)
     return eventually(lambda: is_gone(host, domid))
 
