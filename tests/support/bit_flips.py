@@ -1,10 +1,9 @@
-"""Flips single bits in a saved domain and counts which of them verify finds.
+"""Flips single bits in a saved domain, and counts how many of them verify finds.
 
-    python -m tests.support.bit_flips FILE [SAMPLES]      of a file of your own; it is copied, never changed
+    python -m tests.support.bit_flips FILE [SAMPLES]      FILE is copied, and never changed
 
-Places are told apart by kind: the entries of page tables, the P2M_FRAMES record, vcpu contexts, headers (of the
-envelope, the image, the domain and every record), and the list of pfns of PAGE_DATA. What was not found is counted by
-reason: what that bit means to whoever restores.
+Kinds of place are: entries of page tables, the P2M_FRAMES record, vcpu contexts, headers (of envelope, image, domain
+and records), and the list of pfns in PAGE_DATA. Missed flips are counted by reason: what the bit means to a restorer.
 """
 
 from __future__ import annotations
@@ -38,9 +37,15 @@ _FLAGS = {0: "present", 1: "writable", 2: "user", 5: "accessed", 6: "dirty", 8: 
 
 @dataclass
 class Tally:
-    """Flips of one kind: how many there were, how many gave an error or only a warning, and why the others did not.
+    """Counts of flips of one kind.
 
-    ``placed`` counts those of which a finding names the very place: the entry or the table, the record.
+    Attributes:
+        total: All flips.
+        errors: Flips that gave an error.
+        warnings: Flips that gave only a warning.
+        placed: Flips whose place a finding names: the entry, the table or the record.
+        missed: Flips without a finding, by reason.
+        examples: One missed flip for each reason.
     """
 
     total: int = 0
@@ -61,23 +66,32 @@ class Tally:
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of one kind: at which offset, how many, what they are, and what a flipped bit in them means."""
+    """Consecutive bytes of one kind.
+
+    Attributes:
+        offset: Byte offset in the file.
+        length: Number of bytes.
+        name: What they are.
+        why: why(byte, bit): what a flip of this bit means.
+        framing: Whether a check of framing alone may find a flip.
+        unit: Findings point at a multiple of so many bytes; 0: at the begin of the span.
+    """
 
     offset: int
     length: int
     name: str
-    why: Callable[[int, int], str]  # of a byte in the span and a bit in the byte
-    framing: bool = False  # the reader itself may find them
-    unit: int = 0  # findings point at a multiple of so many bytes in the span; 0: at its begin
+    why: Callable[[int, int], str]
+    framing: bool = False
+    unit: int = 0
 
 
 def flip_survey(path: Path, kinds: Iterable[str], samples: int, seed: int) -> dict[str, Tally]:
-    """Flip ``samples`` bits of each kind (or all there are) in a copy of the file, one at a time, and verify each."""
+    """Flip up to ``samples`` bits of each kind in a copy of the file, one at a time, and verify each copy."""
     rng = random.Random(seed)
     with tempfile.NamedTemporaryFile(suffix=".save") as copy:
         shutil.copyfile(path, copy.name)
         if verify_file(copy.name).findings:
-            raise ValueError(f"{path} is not sound to begin with")
+            raise ValueError(f"{path} is not sound")
         spans = _spans(Path(copy.name))
         fd = os.open(copy.name, os.O_RDWR)
         try:
@@ -129,7 +143,7 @@ def _count(tally: Tally, path: Path, span: Span, at: int, bit: int) -> None:
 
 
 def _verify(path: Path, span: Span, at: int) -> VerifyResult:
-    """What verify finds; only as much of it as the reader does, which takes a tenth of the time, if that is enough."""
+    """Verify a copy; framing alone, which takes a tenth of the time, if that finds the flip."""
     if span.framing:
         result = verify_file(path, deep=False)
         if result.report.findings.errors and any(_points_at(finding, span, at) for finding in result.findings):
@@ -145,7 +159,7 @@ def _points_at(finding: Finding, span: Span, at: int) -> bool:
     return finding.offset in {span.offset + at // span.unit * span.unit, span.offset, span.offset - 8}
 
 
-# --- which bytes are what --------------------------------------------------------------------------------------------
+# --- kinds of bytes --------------------------------------------------------------------------------------------------
 
 
 def _spans(path: Path) -> dict[str, list[Span]]:
@@ -238,11 +252,11 @@ def _page_list_bit(entries: bytes) -> Callable[[int, int], str]:
     return why
 
 
-# --- for people ------------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def as_table(result: dict[str, Tally]) -> str:
-    """What was found of each kind, and below it why the rest was not."""
+    """Return a table of what was found of each kind, and of the reasons why the rest was not."""
     lines = [f"{'flipped in':<18}{'bits':>6}{'error':>7}{'warning':>9}{'missed':>8}{'found':>8}{'placed':>8}"]
     for kind, tally in result.items():
         missed = tally.total - tally.found

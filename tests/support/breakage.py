@@ -1,4 +1,4 @@
-"""How a test breaks one thing in a domain, and where verify then has to point."""
+"""Breaks one thing in a domain, and says which finding verify must report for it."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from xenpv.abi.declare import Width
 from xenpv.findings import Finding, Rule
 
 KEEP = (1 << 64) - 1
-UNMAPPED = {"vcpu-resume", "vcpu-handler"}  # what follows when a vcpu's page tables lead nowhere
+UNMAPPED = {"vcpu-resume", "vcpu-handler"}  # rules that break too if a vcpu's page tables map nothing
+WIDTHS: tuple[Width, ...] = (8, 4)
+BASIC = "X86_PV_VCPU_BASIC"
 
 
 @dataclass(frozen=True)
 class Where:
-    """What a finding has to name: ``fields`` of it, and a ``span`` of bytes, offset and length.
+    """Where a finding must point.
 
-    The offset is the finding's; the bytes hold all that broke. No length: what broke is elsewhere, or is missing.
+    Attributes:
+        fields: Fields of the finding.
+        span: Its offset, and the length of the bytes there that were broken; 0 if these are elsewhere, or missing.
     """
 
     fields: Mapping[str, int | str | None] = field(default_factory=dict)
     span: Callable[[Stream], tuple[int, int]] | None = None
 
-    def no_longer(self) -> Where:
-        """The same place; but the bytes there are not what broke."""
+    def without_bytes(self) -> Where:
+        """Return the same place; but the bytes there are not those that were broken."""
         if self.span is None:
             return self
         span = self.span
@@ -36,25 +40,25 @@ class Where:
 
 
 def at_entry(pfn: int, level: int, entry: int) -> Where:
-    """An entry of a page table."""
+    """Return the place of a page-table entry."""
     place = {"pfn": pfn, "level": level, "entry": entry}
     return Where(place, lambda stream: (page_offsets(stream)[pfn] + entry * 8, 8))
 
 
 def at_p2m_entry(domain: Domain, pfn: int) -> Where:
-    """The p2m's entry of a pfn."""
-    part, entry = divmod(pfn, PAGE // domain.width)
-    frame = int(domain.p2m_pfns[part])
-    return Where({"pfn": pfn}, lambda stream: (page_offsets(stream)[frame] + entry * domain.width, domain.width))
+    """Return the place of a pfn's p2m entry."""
+    place, entry = divmod(pfn, PAGE // domain.width)
+    leaf = int(domain.p2m_pfns[place])
+    return Where({"pfn": pfn}, lambda stream: (page_offsets(stream)[leaf] + entry * domain.width, domain.width))
 
 
 def at_page(page: int, *, at: int = 0, extent: int = 0, **fields: int | str | None) -> Where:
-    """The content of a page, or ``extent`` bytes of it from byte ``at`` on; ``fields`` may tell another pfn."""
+    """Return the place of ``extent`` bytes of a page from byte ``at`` on; ``fields`` may name another pfn."""
     return Where({"pfn": page} | fields, lambda stream: (page_offsets(stream)[page] + at, extent))
 
 
 def at_record(name: str, nth: int = 0, *, at: int = 0, extent: int | None = None, **fields: int | str | None) -> Where:
-    """A record, the nth of its name, or ``extent`` bytes of it from byte ``at`` on."""
+    """Return the place of the nth record of a name, or of ``extent`` bytes of it from byte ``at`` on."""
 
     def span(stream: Stream) -> tuple[int, int]:
         whole = len(stream[stream.find(name, nth)].data)
@@ -64,16 +68,24 @@ def at_record(name: str, nth: int = 0, *, at: int = 0, extent: int | None = None
 
 
 def nowhere(**fields: int | str | None) -> Where:
-    """No byte of the stream: something is missing."""
+    """Return no place in the stream: something is missing."""
     return Where({"offset": None} | fields)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing broken: ``spoil`` changes a good domain and says where that has to show.
+    """One way to break one rule.
 
-    ``prepare`` comes before, and leaves the domain good. ``also`` are the rules that cannot but break with it, ``may``
-    those that may: a vcpu whose page tables are no good is not mapped either.
+    Attributes:
+        rule: The rule.
+        name: What is broken.
+        spoil: Breaks a sound domain, and returns where the finding must point.
+        prepare: Changes the domain before, so that it stays sound.
+        make: Arguments of pv_domain().
+        config: Values of the broken domain's configuration; the sound one's fits the domain.
+        also: Rules that break as well.
+        may: Rules that may break as well.
+        rewrite: Breaks the stream, and not the domain.
     """
 
     rule: Rule
@@ -81,10 +93,10 @@ class Case:
     spoil: Callable[[Domain], Where]
     prepare: Callable[[Domain], object] | None = None
     make: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] | None = None  # of the broken one; the good one's fits the domain
+    config: Mapping[str, Any] | None = None
     also: frozenset[str] = frozenset()
     may: frozenset[str] = frozenset()
-    rewrite: Callable[[Stream], object] | None = None  # what is broken in the stream rather than in the domain
+    rewrite: Callable[[Stream], object] | None = None
 
     @property
     def id(self) -> str:
@@ -106,12 +118,12 @@ def case(
     rewrite: Callable[[Stream], object] | None = None,
     **make: Any,
 ) -> Callable[[Callable[[Domain], Where]], Callable[[Domain], Where]]:
-    """Register the function below as a way to break that rule."""
+    """Register the decorated function as a way to break a rule; see Case."""
 
     def register(spoil: Callable[[Domain], Where]) -> Callable[[Domain], Where]:
-        follows = frozenset(r.name for r in also)
+        also_names = frozenset(r.name for r in also)
         CASES.extend(
-            Case(rule, name, spoil, prepare, {"width": width} | make, config, follows, frozenset(may), rewrite)
+            Case(rule, name, spoil, prepare, {"width": width} | make, config, also_names, frozenset(may), rewrite)
             for width in widths
         )
         return spoil
@@ -120,18 +132,18 @@ def case(
 
 
 def as_stream(domain: Domain, config: Mapping[str, Any] | None = None) -> Stream:
-    """The domain in an xl envelope, whose configuration may tell something else."""
+    """Return the domain in an xl envelope; ``config`` overrides values of its configuration."""
     if config is None:
         return domain.to_stream()
-    facts = {"vcpus": len(domain.vcpus), "memory_kib": len(domain.pages) * 4} | dict(config)
-    return domain.to_stream(config=config_json(**facts) + b"\0")
+    values = {"vcpus": len(domain.vcpus), "memory_kib": len(domain.pages) * 4} | dict(config)
+    return domain.to_stream(config=config_json(**values) + b"\0")
 
 
-# --- what several cases do -------------------------------------------------------------------------------------------
+# --- helpers of several cases --------------------------------------------------------------------------------------
 
 
 def make_table(domain: Domain, pfn: int, level: int, pin: int = 0) -> int:
-    """Make an empty page table out of a page, mapped read-only as it must be."""
+    """Turn a page into an empty page table, and map it read-only."""
     domain.pages[pfn][:] = bytes(PAGE)
     domain.types[pfn] = L1TAB - 1 + level | pin
     leaf = domain.walk(domain.vaddrs[pfn])[-1]
@@ -140,12 +152,12 @@ def make_table(domain: Domain, pfn: int, level: int, pin: int = 0) -> int:
 
 
 def unmap(domain: Domain, pfn: int) -> None:
-    """Take a page out of the kernel's mapping of all its memory."""
+    """Remove a page from the kernel's mapping of all memory."""
     domain.set_pte(domain.vaddrs[pfn], 0)
 
 
 def lose(domain: Domain, pfn: int, kind: int | None = None) -> None:
-    """Take a page and its mapping away; ``kind`` is what the stream says of it instead, None for nothing at all."""
+    """Remove a page and its mapping; ``kind`` is the type that the stream still names, None for none."""
     unmap(domain, pfn)
     del domain.pages[pfn]
     if kind is None:
@@ -155,7 +167,7 @@ def lose(domain: Domain, pfn: int, kind: int | None = None) -> None:
 
 
 def free_entry(domain: Domain, table: int, *, above: int = 0) -> int:
-    """An entry of a table that is empty, and not Xen's."""
+    """Return the number of an empty entry of a table, outside Xen's slots."""
     entries = domain.table(table)
     return next(i for i in range(above, 512) if not entries[i])
 

@@ -1,4 +1,4 @@
-"""Kernels as images, made by hand or by hypothesis, and plans for them."""
+"""Kernel images, fixed ones and those of hypothesis, and plans for them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ UNMAPPED = note(16, word(1))
 
 
 def image(kernel: Kernel) -> KernelImage:
+    """Parse a synthetic kernel."""
     return KernelImage.parse(kernel.to_bytes())
 
 
 def sized(mib: int, *notes: bytes) -> KernelImage:
-    """A 64-bit kernel that ends so many MiB behind its virt_base."""
+    """Return a 64-bit kernel that ends so many MiB after its virt_base."""
     return image(Kernel(notes=[*PV64, *notes], loads=[Load(0x10_0000, b"", (mib - 1) << 20)]))
 
 
 def asking_for_symbols(litmus: bytes) -> bytes:
-    """litmus.elf with its note SUSPEND_CANCEL made one of BSD_SYMTAB."""
+    """Return litmus.elf with its note SUSPEND_CANCEL turned into BSD_SYMTAB."""
     old, new = (struct.pack("<III", 4, 8, number) + b"Xen\0" for number in (14, 11))
     at = litmus.index(old)
     return litmus[:at] + new + b"yes\0\0\0\0\0" + litmus[at + len(old) + 8 :]
@@ -38,7 +39,7 @@ BASES = {8: (BASE, 0, 1 << 30, (1 << 39) + (3 << 30), 0xFFFF_8800_0000_0000), 4:
 
 @st.composite
 def kernels(draw: st.DrawFn) -> KernelImage:
-    """Kernels of both widths, at many addresses, with and without the notes that matter."""
+    """Draw kernels of both widths, at many addresses, with and without INIT_P2M and MOD_START_PFN."""
     width = draw(st.sampled_from([8, 8, 4]))
     base, load = draw(st.sampled_from(BASES[width])), draw(st.sampled_from([0, 0x1000, 0x10_0000, 0x100_0000]))
     number = quad if width == 8 else word
@@ -54,12 +55,12 @@ def kernels(draw: st.DrawFn) -> KernelImage:
 
 @st.composite
 def layouts(draw: st.DrawFn, most: int = 1 << 32) -> tuple[KernelImage, Request, Layout]:
-    """Plans of all sizes that fit: up to ``most`` pages, or as many as the kernel can have."""
+    """Draw plans of any size that fits: up to ``most`` pages, and up to the kernel's limit."""
     kernel = draw(kernels())
     ramdisk = draw(st.one_of(st.just(0), st.integers(1, 64 * MIB)))
     limit = libxc_memory_limit(kernel, initrd=ramdisk)
     assert limit.min_pages is not None
-    low = limit.min_pages + (8 << 8)  # where a page more needs no 4 MiB more
+    low = limit.min_pages + (8 << 8)  # so that one page more does not need 4 MiB more
     pages = draw(st.integers(low, max(low, min(limit.max_pages, most))))
     request = Request(
         pages << 12,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tests.support.breakage import Where, at_entry, at_record, case, free_entry
+from tests.support.breakage import BASIC, WIDTHS, Where, at_entry, at_record, case, free_entry
 from tests.support.writers.domain import RW, Domain, P
-from tests.verify.cases_vcpus import BASIC, BOTH
 from xenpv.verify import rules
 
 US, AVAILABLE, GLOBAL = 1 << 2, 1 << 10, 1 << 8
@@ -91,12 +90,12 @@ def lone_bit(d: Domain, level: int, bit: int) -> Where:
     return at_entry(table, level, entry)
 
 
-@case(rules.PTE_OUTLIER, "a single bit in L1", widths=BOTH)
+@case(rules.PTE_OUTLIER, "a single bit in L1", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return lone_bit(d, 1, 44)
 
 
-@case(rules.PTE_OUTLIER, "a single bit in L2", widths=BOTH)
+@case(rules.PTE_OUTLIER, "a single bit in L2", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return lone_bit(d, 2, 63)
 
@@ -112,27 +111,27 @@ def leaf_in_a_run(d: Domain, flip: int) -> Where:
     return at_entry(step.table, 1, step.entry)
 
 
-@case(rules.PTE_OUTLIER, "another pfn", widths=BOTH, pfns=range(600))
+@case(rules.PTE_OUTLIER, "another pfn", widths=WIDTHS, pfns=range(600))
 def _(d: Domain) -> Where:
     return leaf_in_a_run(d, (d.places.data[100] ^ d.places.data[5]) << 12)
 
 
-@case(rules.PTE_OUTLIER, "not present any more", widths=BOTH, pfns=range(600))
+@case(rules.PTE_OUTLIER, "not present any more", widths=WIDTHS, pfns=range(600))
 def _(d: Domain) -> Where:
     return leaf_in_a_run(d, P)
 
 
-@case(rules.PTE_OUTLIER, "alone not for the user", widths=BOTH, pfns=range(600))
+@case(rules.PTE_OUTLIER, "alone not for the user", widths=WIDTHS, pfns=range(600))
 def _(d: Domain) -> Where:
     return leaf_in_a_run(d, US)
 
 
-@case(rules.PTE_OUTLIER, "alone global", widths=BOTH, pfns=range(600))
+@case(rules.PTE_OUTLIER, "alone global", widths=WIDTHS, pfns=range(600))
 def _(d: Domain) -> Where:
     return leaf_in_a_run(d, GLOBAL)
 
 
-@case(rules.PTE_OUTLIER, "alone with a bit of software's", widths=BOTH, pfns=range(600))
+@case(rules.PTE_OUTLIER, "alone with a bit of software's", widths=WIDTHS, pfns=range(600))
 def _(d: Domain) -> Where:
     return leaf_in_a_run(d, AVAILABLE)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tests.support.breakage import UNMAPPED, Where, at_entry, at_page, case, free_entry, make_table
+from tests.support.breakage import UNMAPPED, WIDTHS, Where, at_entry, at_page, case, free_entry, make_table
 from tests.support.writers.domain import RW, Domain, P
 from tests.support.writers.stream import PIN
-from tests.verify.cases_vcpus import BOTH
 from xenpv.verify import rules
 
 PWT, PCD, PSE, GLOBAL, NX = 1 << 3, 1 << 4, 1 << 7, 1 << 8, 1 << 63
@@ -39,17 +38,17 @@ def flip(d: Domain, level: int, bits: int) -> Where:
 # --- what an entry names ---------------------------------------------------------------------------------------------
 
 
-@case(rules.PTE_RANGE, "L1", widths=BOTH)
+@case(rules.PTE_RANGE, "L1", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return put_new(d, 1, d.entries << 12 | P)
 
 
-@case(rules.PTE_RANGE, "L1, far beyond", widths=BOTH)
+@case(rules.PTE_RANGE, "L1, far beyond", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return put_new(d, 1, (1 << 40) - 1 << 12 | P)
 
 
-@case(rules.PTE_RANGE, "L2", widths=BOTH)
+@case(rules.PTE_RANGE, "L2", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return put_new(d, 2, d.entries << 12 | TABLE)
 
@@ -59,7 +58,7 @@ def _(d: Domain) -> Where:
     return put_new(d, 4, d.entries + 3 << 12 | TABLE)
 
 
-@case(rules.PTE_MISSING, "L1, page is XTAB", widths=BOTH)
+@case(rules.PTE_MISSING, "L1, page is XTAB", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return put_new(d, 1, d.entries - 1 << 12 | P)
 
@@ -68,12 +67,12 @@ def forget_97(d: Domain) -> None:
     del d.types[97]
 
 
-@case(rules.PTE_MISSING, "L1, no such page", widths=BOTH, prepare=forget_97, ballooned=[96, 97, 98])
+@case(rules.PTE_MISSING, "L1, no such page", widths=WIDTHS, prepare=forget_97, ballooned=[96, 97, 98])
 def _(d: Domain) -> Where:
     return put_new(d, 1, 97 << 12 | P)
 
 
-@case(rules.PTE_MISSING, "L2", widths=BOTH)
+@case(rules.PTE_MISSING, "L2", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return put_new(d, 2, d.entries - 1 << 12 | TABLE)
 
@@ -83,12 +82,12 @@ def _(d: Domain) -> Where:
     return put_new(d, 4, d.entries - 1 << 12 | TABLE)
 
 
-@case(rules.PTE_LEVEL, "L2 names an ordinary page", widths=BOTH)
+@case(rules.PTE_LEVEL, "L2 names an ordinary page", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return put_new(d, 2, d.places.data[0] << 12 | TABLE)
 
 
-@case(rules.PTE_LEVEL, "L2 names the table above", widths=BOTH)
+@case(rules.PTE_LEVEL, "L2 names the table above", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return put_new(d, 2, d.walk(d.vaddrs[0])[-3].table << 12 | P)
 
@@ -111,25 +110,25 @@ def _(d: Domain) -> Where:
 # --- writable mappings -----------------------------------------------------------------------------------------------
 
 
-@case(rules.PTE_WRITABLE, "of an L1 table", widths=BOTH)
+@case(rules.PTE_WRITABLE, "of an L1 table", widths=WIDTHS)
 def _(d: Domain) -> Where:
     table, entry = leaf(d, d.tables(1)[0])
     return put(d, 1, table, entry, int(d.table(table)[entry]) | RW)
 
 
-@case(rules.PTE_WRITABLE, "of the pinned top table", widths=BOTH)
+@case(rules.PTE_WRITABLE, "of the pinned top table", widths=WIDTHS)
 def _(d: Domain) -> Where:
     table, entry = leaf(d, d.places.top)
     return put(d, 1, table, entry, int(d.table(table)[entry]) | RW)
 
 
-@case(rules.PTE_WRITABLE, "of a GDT", widths=BOTH, vcpus=3, gdt_frames=2)
+@case(rules.PTE_WRITABLE, "of a GDT", widths=WIDTHS, vcpus=3, gdt_frames=2)
 def _(d: Domain) -> Where:
     table, entry = leaf(d, d.places.gdt[-1])
     return put(d, 1, table, entry, int(d.table(table)[entry]) | RW)
 
 
-@case(rules.LINEAR_TABLE, "L2", widths=BOTH)
+@case(rules.LINEAR_TABLE, "L2", widths=WIDTHS)
 def _(d: Domain) -> Where:
     table = d.walk(d.vaddrs[0])[-2].table
     return put_new(d, 2, table << 12 | TABLE)
@@ -143,37 +142,37 @@ def _(d: Domain) -> Where:
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-@case(rules.SUPERPAGE, "L2", widths=BOTH, may=UNMAPPED)
+@case(rules.SUPERPAGE, "L2", widths=WIDTHS, may=UNMAPPED)
 def _(d: Domain) -> Where:
     return flip(d, 2, PSE)
 
 
-@case(rules.SUPERPAGE, "L3", widths=BOTH, may={*UNMAPPED, "p2m-anchor"})  # it may have mapped the list, too
+@case(rules.SUPERPAGE, "L3", widths=WIDTHS, may={*UNMAPPED, "p2m-anchor"})  # it may have mapped the list, too
 def _(d: Domain) -> Where:
     return flip(d, 3, PSE)
 
 
-@case(rules.PTE_FLAGS, "write-through in L1", widths=BOTH)
+@case(rules.PTE_FLAGS, "write-through in L1", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return flip(d, 1, PWT)
 
 
-@case(rules.PTE_FLAGS, "PAT in L1", widths=BOTH)
+@case(rules.PTE_FLAGS, "PAT in L1", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return flip(d, 1, PSE)
 
 
-@case(rules.PTE_FLAGS, "Xen's own grant bit in L1", widths=BOTH)
+@case(rules.PTE_FLAGS, "Xen's own grant bit in L1", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return flip(d, 1, 1 << 62)
 
 
-@case(rules.PTE_FLAGS, "uncached in L2", widths=BOTH)
+@case(rules.PTE_FLAGS, "uncached in L2", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return flip(d, 2, PCD)
 
 
-@case(rules.PTE_FLAGS, "global in L2", widths=BOTH)
+@case(rules.PTE_FLAGS, "global in L2", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return flip(d, 2, GLOBAL)
 
@@ -234,7 +233,7 @@ def _(d: Domain) -> Where:
 # --- tables that are there -------------------------------------------------------------------------------------------
 
 
-@case(rules.TABLE_ORPHAN, "not named, not pinned", widths=BOTH)
+@case(rules.TABLE_ORPHAN, "not named, not pinned", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return at_page(make_table(d, d.places.data[0], 1), level=1)
 

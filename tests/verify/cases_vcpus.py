@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tests.support.breakage import UNMAPPED, Where, at_page, at_record, case, nowhere
+from tests.support.breakage import BASIC, UNMAPPED, WIDTHS, Where, at_page, at_record, case, nowhere
 from tests.support.writers.domain import Domain
 from tests.support.writers.stream import XALLOC
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import START_INFO
 from xenpv.verify import rules
 
-BOTH: tuple[Width, ...] = (8, 4)
-BASIC = "X86_PV_VCPU_BASIC"
 EXTENDED = "X86_PV_VCPU_EXTENDED"
 HOLE = 0x0000_9000_0000_0000  # not canonical
 
@@ -28,33 +26,33 @@ def absent(domain: Domain) -> int:
     return domain.entries - 1
 
 
-@case(rules.VCPU0, "the other vcpus came", widths=BOTH, vcpus=3, config={"vcpus": 3})
+@case(rules.VCPU0, "the other vcpus came", widths=WIDTHS, vcpus=3, config={"vcpus": 3})
 def _(d: Domain) -> Where:
     del d.vcpus[0]
     return nowhere(vcpu=0)
 
 
-@case(rules.VCPU_BASIC, "the rest of it came", widths=BOTH, vcpus=3, rewrite=lambda s: s.replace(BASIC, nth=1))
+@case(rules.VCPU_BASIC, "the rest of it came", widths=WIDTHS, vcpus=3, rewrite=lambda s: s.replace(BASIC, nth=1))
 def _(d: Domain) -> Where:
     return nowhere(vcpu=1)
 
 
-@case(rules.VCPU_COUNT, "three vcpus, two allowed", widths=BOTH, vcpus=3, config={"vcpus": 2})
+@case(rules.VCPU_COUNT, "three vcpus, two allowed", widths=WIDTHS, vcpus=3, config={"vcpus": 2})
 def _(d: Domain) -> Where:
     return at_record(BASIC, 2, vcpu=2, record=None, extent=0)
 
 
-@case(rules.START_INFO, "beyond the end", widths=BOTH)
+@case(rules.START_INFO, "beyond the end", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return set_suspend_record(d, d.entries)
 
 
-@case(rules.START_INFO, "a page table", widths=BOTH)
+@case(rules.START_INFO, "a page table", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return set_suspend_record(d, d.places.top)
 
 
-@case(rules.START_INFO, "no such page", widths=BOTH)
+@case(rules.START_INFO, "no such page", widths=WIDTHS)
 def _(d: Domain) -> Where:
     return set_suspend_record(d, absent(d))
 
@@ -65,13 +63,13 @@ def _(d: Domain) -> Where:
     return at_record(BASIC, pfn=d.places.start_info, vcpu=0, extent=0)
 
 
-@case(rules.START_INFO_MAGIC, "another page", widths=BOTH)
+@case(rules.START_INFO_MAGIC, "another page", widths=WIDTHS)
 def _(d: Domain) -> Where:
     d.start_info["magic"] = b"xen-2.0-x86_64"
     return at_page(d.places.start_info, extent=32)
 
 
-@case(rules.START_INFO_MAGIC, "of the other width", widths=BOTH)
+@case(rules.START_INFO_MAGIC, "of the other width", widths=WIDTHS)
 def _(d: Domain) -> Where:
     d.start_info["magic"] = b"xen-3.0-x86_32p" if d.width == 8 else b"xen-3.0-x86_64"
     return at_page(d.places.start_info, extent=32)
@@ -82,19 +80,19 @@ def at_start_info(d: Domain, member: str, pfn: int) -> Where:
     return at_page(d.places.start_info, at=at, extent=d.width, pfn=pfn)
 
 
-@case(rules.START_INFO_FRAMES, "xenstore beyond the end", widths=BOTH)
+@case(rules.START_INFO_FRAMES, "xenstore beyond the end", widths=WIDTHS)
 def _(d: Domain) -> Where:
     d.start_info["store_mfn"] = d.entries + 7
     return at_start_info(d, "store_mfn", d.entries + 7)
 
 
-@case(rules.START_INFO_FRAMES, "no console page", widths=BOTH)
+@case(rules.START_INFO_FRAMES, "no console page", widths=WIDTHS)
 def _(d: Domain) -> Where:
     d.start_info["console"]["domU"]["mfn"] = absent(d)
     return at_start_info(d, "console.domU.mfn", absent(d))
 
 
-@case(rules.GDT_COUNT, "one too many", widths=BOTH, vcpus=2)
+@case(rules.GDT_COUNT, "one too many", widths=WIDTHS, vcpus=2)
 def _(d: Domain) -> Where:
     d.vcpus[1]["gdt_ents"] = 7169
     return at_record(BASIC, 1, vcpu=1)
@@ -105,17 +103,17 @@ def gdt_frame(d: Domain, pfn: int) -> Where:
     return at_record(BASIC, 1, vcpu=1, pfn=pfn)
 
 
-@case(rules.GDT_FRAME, "beyond the end", widths=BOTH, vcpus=2, gdt_frames=2)
+@case(rules.GDT_FRAME, "beyond the end", widths=WIDTHS, vcpus=2, gdt_frames=2)
 def _(d: Domain) -> Where:
     return gdt_frame(d, d.entries)
 
 
-@case(rules.GDT_FRAME, "a page table", widths=BOTH, vcpus=2, gdt_frames=2)
+@case(rules.GDT_FRAME, "a page table", widths=WIDTHS, vcpus=2, gdt_frames=2)
 def _(d: Domain) -> Where:
     return gdt_frame(d, d.tables(1)[0])
 
 
-@case(rules.GDT_FRAME, "no such page", widths=BOTH, vcpus=2, gdt_frames=2)
+@case(rules.GDT_FRAME, "no such page", widths=WIDTHS, vcpus=2, gdt_frames=2)
 def _(d: Domain) -> Where:
     return gdt_frame(d, absent(d))
 
@@ -125,22 +123,22 @@ def set_cr3(d: Domain, pfn: int) -> Where:
     return at_record(BASIC, 1, vcpu=1, pfn=pfn)
 
 
-@case(rules.CR3, "beyond the end", widths=BOTH, vcpus=2, may=UNMAPPED)
+@case(rules.CR3, "beyond the end", widths=WIDTHS, vcpus=2, may=UNMAPPED)
 def _(d: Domain) -> Where:
     return set_cr3(d, d.entries)
 
 
-@case(rules.CR3, "an ordinary page", widths=BOTH, vcpus=2, may=UNMAPPED)
+@case(rules.CR3, "an ordinary page", widths=WIDTHS, vcpus=2, may=UNMAPPED)
 def _(d: Domain) -> Where:
     return set_cr3(d, d.places.text)
 
 
-@case(rules.CR3, "a table below the top", widths=BOTH, vcpus=2, may=UNMAPPED)
+@case(rules.CR3, "a table below the top", widths=WIDTHS, vcpus=2, may=UNMAPPED)
 def _(d: Domain) -> Where:
     return set_cr3(d, d.tables(d.levels - 1)[0])
 
 
-@case(rules.CR3, "no such page", widths=BOTH, vcpus=2, may=UNMAPPED)
+@case(rules.CR3, "no such page", widths=WIDTHS, vcpus=2, may=UNMAPPED)
 def _(d: Domain) -> Where:
     return set_cr3(d, absent(d))
 
@@ -204,10 +202,10 @@ _state("dr7 is too wide", _set("debugreg", 7, to=1 << 40 | 0x400))
 _state("dr3 is not canonical", _set("debugreg", 3, to=HOLE))
 _state("dr0 is in Xen, 64 bit", _set("debugreg", 0, to=0xFFFF_8300_0000_0000))
 _state("dr0 is in Xen", _set("debugreg", 0, to=0xFFC0_0000), (4,))
-_state("the LDT is in the midst of a page", _set("ldt_base", to=0xC000_0008), BOTH)
+_state("the LDT is in the midst of a page", _set("ldt_base", to=0xC000_0008), WIDTHS)
 _state("the LDT is in Xen", _set("ldt_base", to=0xFFFF_8300_0000_0000))
-_state("the LDT has too many entries", _set("ldt_ents", to=8193), BOTH)
-_state("vm_assist has unknown bits", _set("vm_assist", to=1 << 9), BOTH, 0)
+_state("the LDT has too many entries", _set("ldt_ents", to=8193), WIDTHS)
+_state("vm_assist has unknown bits", _set("vm_assist", to=1 << 9), WIDTHS, 0)
 
 
 def set_extended(d: Domain, at: int, value: int) -> Where:
@@ -215,17 +213,17 @@ def set_extended(d: Domain, at: int, value: int) -> Where:
     return at_record(EXTENDED, 1, vcpu=1)
 
 
-@case(rules.VCPU_EXTENDED, "of another vcpu", widths=BOTH, vcpus=2)
+@case(rules.VCPU_EXTENDED, "of another vcpu", widths=WIDTHS, vcpus=2)
 def _(d: Domain) -> Where:
     return set_extended(d, 0, 0)
 
 
-@case(rules.VCPU_EXTENDED, "larger than it is", widths=BOTH, vcpus=2)
+@case(rules.VCPU_EXTENDED, "larger than it is", widths=WIDTHS, vcpus=2)
 def _(d: Domain) -> Where:
     return set_extended(d, 4, 129)
 
 
-@case(rules.VCPU_EXTENDED, "smaller than any Xen's", widths=BOTH, vcpus=2)
+@case(rules.VCPU_EXTENDED, "smaller than any Xen's", widths=WIDTHS, vcpus=2)
 def _(d: Domain) -> Where:
     return set_extended(d, 4, 8)
 

@@ -32,9 +32,11 @@ BEYOND = Rule("physmap-beyond", "no entry is above the host's last frame", _M2P)
 NOT_OWN = Rule("physmap-not-own", "every entry is a frame of the domain", _M2P)
 TWICE = Rule("physmap-twice", "no two pfns have one mfn", _M2P)
 STALE = Rule("physmap-stale", "m2p of an entry's mfn gives the pfn back", _M2P)
-LOST = Rule("physmap-lost", "every frame of the domain is the entry of the pfn that m2p says", _M2P)
-SHARED = Rule("physmap-shared", "a leaf that stands in several places maps nothing", "else its pfns have one mfn")
-GENERATION = Rule("physmap-generation", "p2m_generation is even, and the p2m the same after as before", _SHARED_INFO)
+LOST = Rule("physmap-lost", "every frame of the domain is the p2m entry of its m2p pfn", _M2P)
+SHARED = Rule("physmap-shared", "a leaf in several places of the p2m maps nothing", "otherwise its pfns share mfns")
+GENERATION = Rule(
+    "physmap-generation", "p2m_generation is even, and the p2m does not change during the check", _SHARED_INFO
+)
 CHANGED = Rule(
     "physmap-changed", "no entry changes during the check", "check again, or pause the domain", Severity.WARNING
 )
@@ -50,7 +52,7 @@ _KINDS = {
         "are mapped from another domain (FOREIGN)",
     ),
     EntryKind.IDENTITY: (
-        Rule("physmap-identity", "no entry is a machine frame of its own number", "Linux's IDENTITY_FRAME_BIT", _NOTE),
+        Rule("physmap-identity", "no entry is a machine frame of the same number", "Linux's IDENTITY_FRAME_BIT", _NOTE),
         "stand for machine frames of the same number (IDENTITY)",
     ),
 }

@@ -1,6 +1,6 @@
-"""The rules of what a PV stream describes: what libxenguest and Xen demand at restore, and what no tool checks.
+"""The rules for a saved PV domain: what libxenguest and Xen demand at restore, and what no other tool checks.
 
-The functions named are those of xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c, xen.git:xen/arch/x86/domain.c and
+Functions without a path are in xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c, xen.git:xen/arch/x86/domain.c or
 xen.git:xen/arch/x86/mm.c.
 """
 
@@ -11,10 +11,10 @@ from xenpv.findings import Rule, Severity
 WARNING = Severity.WARNING
 _SOUND = "below the domain's end, of the right type, and with content"
 
-# --- what the restore path checks ------------------------------------------------------------------------------------
+# --- checked by the restore path -------------------------------------------------------------------------------------
 VCPU0 = Rule("vcpu0-missing", "vcpu 0's basic state is in the stream", "update_vcpu_context()")
 VCPU_BASIC = Rule("vcpu-basic-missing", "a vcpu with other state has its basic state", "update_vcpu_context()")
-VCPU_COUNT = Rule("vcpu-count", "no vcpu is beyond what the configuration allows", "handle_x86_pv_vcpu_blob()")
+VCPU_COUNT = Rule("vcpu-count", "no vcpu number exceeds the configuration's maximum", "handle_x86_pv_vcpu_blob()")
 START_INFO = Rule("start-info", f"vcpu 0's suspend record is a pfn {_SOUND}", "process_start_info()")
 START_INFO_FRAMES = Rule(
     "start-info-frames", "start info's xenstore and console frames are pages of the domain", "process_start_info()"
@@ -26,44 +26,52 @@ USER_CR3 = Rule("user-cr3", f"the user half's cr3, if any, is a top table's pfn,
 P2M_FRAME = Rule("p2m-frame", f"each p2m frame is a pfn {_SOUND}", "update_guest_p2m()")
 PTE_RANGE = Rule("pte-range", "no present entry names a pfn beyond the domain's end", "x86_pv_localise_page()")
 SUPERPAGE = Rule("superpage", "no present entry above L1 is a superpage", "normalise_pagetable(); base_disallow_mask")
-MEMORY_LIMIT = Rule(
-    "memory-limit", "no more pages are populated than the configuration's maxmem allows", "populate_pfns()"
-)
+MEMORY_LIMIT = Rule("memory-limit", "no more pages are populated than the configuration's maxmem", "populate_pfns()")
 
-# --- what Xen checks when the restorer hands over --------------------------------------------------------------------
+# --- checked by Xen at the end of a restore --------------------------------------------------------------------------
 VCPU_STATE = Rule(
     "vcpu-state", "addresses in a vcpu's context are canonical, its registers settable", "arch_set_info_guest()"
 )
 VCPU_EXTENDED = Rule("vcpu-extended", "the extended state names its record's vcpu and size", "process_vcpu_extended()")
-PTE_LEVEL = Rule("pte-level", "an entry of an Ln table names an L(n-1) table", "get_page_from_l2e() and its kin")
+PTE_LEVEL = Rule("pte-level", "an entry of an Ln table names an L(n-1) table", "get_page_from_l2e() and its variants")
 PTE_WRITABLE = Rule("pte-writable", "no entry maps a page table or a GDT frame writable", "get_page_from_l1e()")
-PTE_FLAGS = Rule("pte-flags", "a present entry has no flag that Xen refuses", "L1_DISALLOW_MASK and its kin")
+PTE_FLAGS = Rule("pte-flags", "a present entry has no flag that Xen refuses", "L1_DISALLOW_MASK and its variants")
 XEN_SLOT = Rule("xen-slot", "Xen's own slots of a table are empty", "normalise_pagetable(); is_guest_l4_slot()")
 PAE_L3 = Rule("pae-l3", "entry 3 of a 32-bit guest's L3 is present, its L2 not shared", "promote_l3_table()")
 LINEAR_TABLE = Rule("linear-table", "a table maps one of its own level read-only", "define_get_linear_pagetable()")
 
-# --- what nobody checks ----------------------------------------------------------------------------------------------
-PTE_MISSING = Rule("pte-missing", "every present entry names a page that is in the stream", "else the page is empty")
-TABLE_CONTENT = Rule("table-content", "every page table's content is in the stream", "else there is nothing to pin")
+# --- not checked by other tools --------------------------------------------------------------------------------------
+PTE_MISSING = Rule(
+    "pte-missing", "every present entry names a page that is in the stream", "otherwise the page would be empty"
+)
+TABLE_CONTENT = Rule(
+    "table-content", "every page table's content is in the stream", "otherwise there is nothing to pin"
+)
 TABLE_ORPHAN = Rule("table-orphan", "every page table is pinned or named by another", "mm.c type counts", WARNING)
 PTE_OUTLIER = Rule(
     "pte-outlier",
     "an entry fits in with its neighbours",
-    "likeness: no rule of Xen's, but what flips look like",
+    "heuristic: the mark of a flipped bit",
     WARNING,
 )
-VCPU_RESUME = Rule("vcpu-resume", "rip and stack of a vcpu in kernel mode are mapped", "else it faults as it resumes")
+VCPU_RESUME = Rule(
+    "vcpu-resume", "rip and stack of a vcpu in kernel mode are mapped", "otherwise it faults when it resumes"
+)
 VCPU_HANDLER = Rule(
-    "vcpu-handler", "a vcpu's trap table and callbacks look like that, and are mapped", "do_set_trap_table()", WARNING
+    "vcpu-handler", "a vcpu's trap table and callbacks are valid and mapped", "do_set_trap_table()", WARNING
 )
 START_INFO_MAGIC = Rule("start-info-magic", "the suspend record is a start info page", "xen/include/public/xen.h")
-P2M_REPEATED = Rule("p2m-frame-repeated", "no two parts of the p2m share a frame", "else one overwrites the other")
+P2M_REPEATED = Rule(
+    "p2m-frame-repeated", "no two populated parts of the p2m share a frame", "otherwise one overwrites the other"
+)
 P2M_EXTENT = Rule("p2m-extent", "the p2m ends where shared info says", "arch-x86/xen.h arch_shared_info.max_pfn")
-P2M_START = Rule("p2m-start", "the p2m is sent from the start of a frame on", "write_x86_pv_p2m_frames()", WARNING)
+P2M_START = Rule(
+    "p2m-start", "the p2m is sent from the first entry of a frame on", "write_x86_pv_p2m_frames()", WARNING
+)
 P2M_ANCHOR = Rule("p2m-anchor", "the guest's anchors lead to the frames that the stream names", "x86_pv_map_p2m()")
 P2M_GENERATION = Rule("p2m-generation", "p2m_generation is even: no change was under way", "arch-x86/xen.h")
-PAGE_MISSING = Rule("page-missing", "every pfn that the p2m maps is in the stream", "else the page is empty")
+PAGE_MISSING = Rule("page-missing", "every pfn that the p2m maps is in the stream", "otherwise the page would be empty")
 PAGE_UNMAPPED = Rule("page-unmapped", "every page in the stream is mapped by the p2m", "x86_pv_p2m", WARNING)
-PAGE_REPEATED = Rule("page-repeated", "one PAGE_DATA record names a pfn once", "legacy.py, of a batch", WARNING)
+PAGE_REPEATED = Rule("page-repeated", "a PAGE_DATA record names each pfn once", "legacy.py, of a batch", WARNING)
 PAGE_BROKEN = Rule("page-broken", "no page was lost to a memory error before the save", "PFINFO_BROKEN", WARNING)
-NOT_CHECKED = Rule("not-checked", "nothing was left unchecked for want of a seekable input", "pipes pass once", WARNING)
+NOT_CHECKED = Rule("not-checked", "everything could be checked", "a pipe can be read only once", WARNING)
