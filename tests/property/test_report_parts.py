@@ -1,4 +1,4 @@
-"""Parts of the pfns and the axis that they are drawn on, against plain sets of pfns."""
+"""PfnRanges of the pfns and the axis that they are drawn on, against plain sets of pfns."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenpv.report.parts import NOTHING, Collector, Parts, axis
+from xenpv.report.parts import NO_RANGES, PfnRanges, RangeCollector, pfn_axis
 
 PFNS = st.sets(st.integers(0, 300), max_size=80)
 
 
-def parts(pfns: set[int]) -> Parts:
-    return Parts.of_pfns(np.array(sorted(pfns), np.uint64))
+def parts(pfns: set[int]) -> PfnRanges:
+    return PfnRanges.from_pfns(np.array(sorted(pfns), np.uint64))
 
 
-def pfns_of(some: Parts) -> set[int]:
+def pfns_of(some: PfnRanges) -> set[int]:
     """Of parts of which every pfn is meant."""
     assert (some.span == some.pages).all()
     return {pfn for start, span, _ in _rows(some) for pfn in range(start, start + span)}
 
 
-def _rows(some: Parts) -> list[tuple[int, int, int]]:
+def _rows(some: PfnRanges) -> list[tuple[int, int, int]]:
     flat = some.rows()
     return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
@@ -38,7 +38,7 @@ def test_pfns_become_as_few_parts_as_there_are_runs(pfns: set[int]) -> None:
 
 @given(PFNS, st.integers(1, 12))
 def test_coarse_parts_hold_all_pages_and_pass_over_the_narrowest_gaps(pfns: set[int], limit: int) -> None:
-    exact, coarse = parts(pfns), parts(pfns).coarse(limit)
+    exact, coarse = parts(pfns), parts(pfns).coarsen(limit)
     assert len(coarse) == min(len(exact), limit)
     assert int(coarse.pages.sum()) == len(pfns)
     for start, span, pages in _rows(coarse):
@@ -49,14 +49,14 @@ def test_coarse_parts_hold_all_pages_and_pass_over_the_narrowest_gaps(pfns: set[
 
 @given(PFNS, PFNS)
 def test_two_together(one: set[int], other: set[int]) -> None:
-    both = parts(one).and_also(parts(other))
+    both = parts(one).union(parts(other))
     covered = {pfn for start, span, _ in _rows(both) for pfn in range(start, start + span)}
     assert covered == one | other
     assert (both.start[1:] > both.end[:-1]).all() or len(both) < 2
 
 
 def test_a_collector_is_exact_until_it_is_full() -> None:
-    few, many = Collector(rows=64), Collector(rows=64)
+    few, many = RangeCollector(rows=64), RangeCollector(rows=64)
     for pfn in range(0, 120, 2):
         few.add(parts({pfn}))
     for pfn in range(0, 1000, 2):
@@ -64,12 +64,12 @@ def test_a_collector_is_exact_until_it_is_full() -> None:
     assert pfns_of(few.all) == set(range(0, 120, 2))
     assert int(many.all.pages.sum()) == 500
     assert len(many.all) <= 64
-    assert Collector().all is NOTHING
+    assert RangeCollector().all is NO_RANGES
 
 
 @given(PFNS, st.integers(301, 1 << 52))
 def test_the_axis_ascends_from_0_to_1_over_all_pfns(pfns: set[int], end: int) -> None:
-    line = axis(parts(pfns), end)
+    line = pfn_axis(parts(pfns), end)
     assert line[0] == (0, 0.0)
     assert line[-1][0] == end
     assert line[-1][1] == pytest.approx(1)
@@ -80,8 +80,8 @@ def test_the_axis_ascends_from_0_to_1_over_all_pfns(pfns: set[int], end: int) ->
 
 def test_a_few_pages_far_away_are_seen() -> None:
     far = 1 << 32
-    some = Parts.of(np.array([0, far - 2], np.uint64), np.array([16384, 2]))
-    line = dict(axis(some, far))
+    some = PfnRanges.of(np.array([0, far - 2], np.uint64), np.array([16384, 2]))
+    line = dict(pfn_axis(some, far))
     assert line[16384] > 0.95
     assert line[far] - line[far - 2] > 0.009  # two pages of 16,386
     assert line[far - 2] - line[16384] < 0.02  # 16 TiB without any

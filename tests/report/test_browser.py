@@ -19,8 +19,8 @@ from tests.support.requirements import cannot_run
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from xenpv.findings import Findings
-from xenpv.report.gather import Checked, gather
-from xenpv.report.page import page as page_of
+from xenpv.report.gather import CheckResult, gather_facts
+from xenpv.report.page import render_page
 from xenpv.source.saved import SavedDomain
 from xenpv.verify.stream import verify_domain
 
@@ -53,8 +53,8 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> Broken:
     findings = Findings()
     with SavedDomain.open(str(save), on_breach=findings.add_breach) as saved:
         report = verify_domain(saved, findings)
-        facts = gather(saved, Checked("so it is", report.ok, findings), content_pages=1 << 20)
-    return domain, page_of(facts)
+        facts = gather_facts(saved, CheckResult("so it is", report.ok, findings), content_pages=1 << 20)
+    return domain, render_page(facts)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_it_renders_at_any_size(shown: Show, broken: Broken, width: int, scheme:
     drawn = page.ask(f"{SEEN}.width")
     assert width * 0.85 < drawn <= width
     lanes = page.ask("[...document.querySelectorAll('#chart .lane')].map(lane => lane.textContent)")
-    assert lanes == ["Findings", "Parts to play", "Memory", "Page tables", "p2m", "Zero and duplicate"]
+    assert lanes == ["Findings", "PfnRanges to play", "Memory", "Page tables", "p2m", "Zero and duplicate"]
     assert page.ask("document.querySelectorAll('#chart path[class^=k-][d^=M]').length") >= 8
     assert page.ask("document.querySelector('.drawing').getBoundingClientRect().height") > 100
     paper = [int(n) for n in page.ask("getComputedStyle(document.body).backgroundColor")[4:-1].split(",")]
@@ -164,7 +164,7 @@ def test_a_box_of_the_p2m_shows_its_pfns(shown: Show, broken: Broken) -> None:
 
 
 def test_hostile_text_does_nothing(shown: Show, tmp_path: Path) -> None:
-    page = shown(page_of(hostile_facts(tmp_path)))
+    page = shown(render_page(hostile_facts(tmp_path)))
     assert page.ask("document.title").startswith("</title><script>alert(1)</script>")
     assert page.ask("document.querySelectorAll('script').length") == 2
     page.click("#chart .spot.error")
@@ -174,7 +174,7 @@ def test_hostile_text_does_nothing(shown: Show, tmp_path: Path) -> None:
 
 
 def test_a_script_that_is_not_its_own_is_refused(shown: Show, tmp_path: Path, tab: Page) -> None:
-    text = page_of(hostile_facts(tmp_path))
+    text = render_page(hostile_facts(tmp_path))
     page = shown(text.replace("</footer>", "</footer><script>document.title = 'taken'</script>"
                               "<img src='https://192.0.2.1/x' onerror=\"document.title = 'taken'\">"))  # fmt: skip
     assert page.ask("document.title") != "taken"

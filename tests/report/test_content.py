@@ -13,20 +13,20 @@ from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.stream import PAGE
 from xenpv.frames import U8, U64, Frames
-from xenpv.report.content import Content, content_of
-from xenpv.report.parts import Parts
-from xenpv.report.pfnmap import whole
+from xenpv.report.content import ContentStats, analyse_content
+from xenpv.report.parts import PfnRanges
+from xenpv.report.pfnmap import collect_extents
 from xenpv.source.saved import SavedDomain
 
 
-def content(domain: Domain, tmp_path: Path, limit: int = 1 << 20) -> Content:
+def content(domain: Domain, tmp_path: Path, limit: int = 1 << 20) -> ContentStats:
     file = tmp_path / "made.save"
     file.write_bytes(domain.to_bytes())
     with SavedDomain.open(str(file)) as saved:
-        return content_of(saved.frames, whole(saved.extents())[0], limit)
+        return analyse_content(saved.frames, collect_extents(saved.extents())[0], limit)
 
 
-def pfns_of(parts: Parts) -> list[int]:
+def pfns_of(parts: PfnRanges) -> list[int]:
     flat = parts.rows()
     return [pfn for start, span in zip(flat[::3], flat[1::3], strict=True) for pfn in range(start, start + span)]
 
@@ -91,7 +91,7 @@ def test_pages_that_cannot_be_read_are_counted(domain: Domain, tmp_path: Path) -
     file.write_bytes(data)
     with SavedDomain.open(str(file)) as saved:
         file.write_bytes(data[: len(data) // 2])  # the file shrinks under us
-        found = content_of(saved.frames, whole(saved.extents())[0], 1 << 20)
+        found = analyse_content(saved.frames, collect_extents(saved.extents())[0], 1 << 20)
     assert 300 < found.unread < 400
     assert found.looked_at == len(domain.pages)
 
@@ -101,8 +101,8 @@ def test_pages_that_stand_apart_are_read_together(tmp_path: Path) -> None:
     file.write_bytes(pv_domain(pfns=range(0, 4000, 2)).to_bytes())
     with SavedDomain.open(str(file)) as saved:
         frames = Counting(saved.frames)
-        extents = whole(saved.extents())[0]
-        found = content_of(frames, extents, 1 << 20)
+        extents = collect_extents(saved.extents())[0]
+        found = analyse_content(frames, extents, 1 << 20)
         assert len(extents) > 1900
         assert found.looked_at == 2000
         assert frames.calls <= 2000 // 256 + 1
@@ -128,8 +128,8 @@ def test_what_is_known_to_be_gone_is_not_asked_for(domain: Domain, tmp_path: Pat
     file.write_bytes(domain.to_bytes())
     with SavedDomain.open(str(file)) as saved:
         frames = Counting(saved.frames)
-        extents = whole(saved.extents())[0]
-        found = content_of(frames, extents, 1 << 20, kept=lambda pfns: pfns % np.uint64(2) == 0)
+        extents = collect_extents(saved.extents())[0]
+        found = analyse_content(frames, extents, 1 << 20, kept=lambda pfns: pfns % np.uint64(2) == 0)
         assert found.unread == sum(pfn % 2 for pfn in domain.pages)
         assert all(pfn % 2 == 0 for pfn in pfns_of(found.zero_at))
         assert frames.calls <= len(domain.pages) // 256 + 1

@@ -14,14 +14,14 @@ from tests.support.writers.build import pv_domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_PSE
 from xenpv.memory.anchors import P2MForm
-from xenpv.report.drawing import picture_of
-from xenpv.report.p2mform import Shape, leaves_at, shapes_of
+from xenpv.report.drawing import draw_p2m_tree
+from xenpv.report.p2mform import P2MTree, describe_p2m_trees, leaf_ranges
 from xenpv.source.saved import SavedDomain
 
 
-def shapes(saved: SavedDomain) -> list[Shape]:
+def shapes(saved: SavedDomain) -> list[P2MTree]:
     assert saved.anchors is not None
-    return shapes_of(saved, saved.anchors)
+    return describe_p2m_trees(saved, saved.anchors)
 
 
 def test_a_tree_and_a_list_in_a_file(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_tree_and_a_list_in_a_file(tmp_path: Path) -> None:
     file.write_bytes(domain.to_bytes())
     with SavedDomain.open(str(file)) as saved:
         linear, tree = shapes(saved)
-        at = leaves_at(saved.p2m, mfns=False)
+        at = leaf_ranges(saved.p2m, mfns=False)
     assert (linear.error, tree.error) == (None, None)
     assert [level.name for level in linear.levels] == ["L4 table", "L3 table", "L2 table", "L1 table", "leaf"]
     assert [level.name for level in tree.levels] == ["frame list list", "frame list", "leaf"]
@@ -55,14 +55,14 @@ def test_a_running_domain(width: Width, form: str) -> None:
     live = guest.live
     p2m = live.p2m
     assert live.p2m_names_mfns
-    best = shapes_of(live, live.anchors)[0]
+    best = describe_p2m_trees(live, live.anchors)[0]
     assert best.linear == (live.anchors.roots[0].form is P2MForm.LINEAR)
     assert best.error is None
     leaf = best.levels[-1]
     assert (leaf.frames, leaf.places) == (len(p2m.distinct_leaves), p2m.leaf_count)
     for node in leaf.nodes:
         assert p2m.leaves.frame_of(np.array([node.at])).tolist() == [node.frame]
-    assert sum(leaves_at(p2m, mfns=True).pages) == len(p2m.distinct_leaves)  # its own frames, all of them
+    assert sum(leaf_ranges(p2m, mfns=True).pages) == len(p2m.distinct_leaves)  # its own frames, all of them
 
 
 def test_anchors_that_lead_nowhere_say_why(tmp_path: Path) -> None:
@@ -72,12 +72,12 @@ def test_anchors_that_lead_nowhere_say_why(tmp_path: Path) -> None:
     with SavedDomain.open(str(file)) as saved:
         assert saved.anchors is not None
         wrong = replace(saved.anchors, p2m_cr3=0x7777 << 12, frame_list_list=0x8888)
-        for shape in shapes_of(saved, wrong):
+        for shape in describe_p2m_trees(saved, wrong):
             assert shape.levels == []
             assert "no pfn has mfn" in str(shape.error)
-            picture_of(shape)
+            draw_p2m_tree(shape)
         high = replace(saved.anchors, max_pfn=1 << 50)
-        for shape in shapes_of(saved, high):
+        for shape in describe_p2m_trees(saved, high):
             assert shape.levels == []
             assert shape.error is not None
 
@@ -88,7 +88,7 @@ def test_the_drawing_has_every_node_within_its_frame(tmp_path: Path) -> None:
     file.write_bytes(domain.to_bytes())
     with SavedDomain.open(str(file)) as saved:
         shape = shapes(saved)[0]
-    picture = picture_of(shape)
+    picture = draw_p2m_tree(shape)
     assert len(picture.rows) == 1 + len(shape.levels)
     drawn = [box for box in picture.boxes if box.first is not None]
     assert len(drawn) == sum(len(level.nodes) for level in shape.levels)
@@ -110,4 +110,4 @@ def test_a_superpage_on_the_way_to_a_list_leads_nowhere(tmp_path: Path) -> None:
     with SavedDomain.open(str(file)) as saved:
         shape = shapes(saved)[0]
     assert [level.frames for level in shape.levels] == [1, 1, 0, 0, 0]
-    picture_of(shape)
+    draw_p2m_tree(shape)

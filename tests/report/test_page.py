@@ -18,8 +18,8 @@ from tests.support.writers.build import pv_domain
 from tests.support.writers.envelopes import config_json
 from xenpv.errors import RequestError
 from xenpv.findings import Findings, Rule, Severity
-from xenpv.report.gather import Checked, Facts, gather
-from xenpv.report.page import page
+from xenpv.report.gather import CheckResult, ReportFacts, gather_facts
+from xenpv.report.page import render_page
 from xenpv.source.saved import SavedDomain
 
 HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\x1b[2J--></script>"
@@ -52,7 +52,7 @@ class Read(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def hostile_facts(tmp_path: Path) -> Facts:
+def hostile_facts(tmp_path: Path) -> ReportFacts:
     """A domain of which every text is hostile."""
     domain = pv_domain(pfns=range(100), vcpus=2)
     line = HOSTILE.encode()[:200]
@@ -66,11 +66,11 @@ def hostile_facts(tmp_path: Path) -> Facts:
     findings = Findings()
     findings.add(_SAID, HOSTILE, pfn=5, record=HOSTILE, offset=7)
     with SavedDomain.open(str(file)) as saved:
-        return gather(saved, Checked(HOSTILE, ok=False, findings=findings), content_pages=1000)
+        return gather_facts(saved, CheckResult(HOSTILE, ok=False, findings=findings), content_pages=1000)
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
-    text = page(hostile_facts(tmp_path))
+    text = render_page(hostile_facts(tmp_path))
     read = Read(text)
     assert len(read.all("script")) == 2
     assert read.all("img") == []
@@ -87,7 +87,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 
 
 def test_it_loads_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:
-    read = Read(page(hostile_facts(tmp_path)))
+    read = Read(render_page(hostile_facts(tmp_path)))
     for tag, attributes in read.tags:
         for name in ("href", "src", "srcset", "action", "data", "poster", "background"):
             value = attributes.get(name)
@@ -112,7 +112,7 @@ def _sha256(text: str) -> str:
 
 
 def test_every_link_within_the_page_leads_somewhere(tmp_path: Path) -> None:
-    read = Read(page(hostile_facts(tmp_path)))
+    read = Read(render_page(hostile_facts(tmp_path)))
     ids = [attributes["id"] for _, attributes in read.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
     to = {link["href"] for link in read.all("a")}
@@ -123,14 +123,14 @@ def test_every_link_within_the_page_leads_somewhere(tmp_path: Path) -> None:
 def test_text_that_is_no_utf_8_at_all(tmp_path: Path) -> None:
     facts = hostile_facts(tmp_path)
     facts.identity.name = facts.identity.config = "a\udcffb"  # as file names come in
-    assert "a?b" in page(facts).encode().decode()
+    assert "a?b" in render_page(facts).encode().decode()
     json.dumps(facts.to_json()).encode()
 
 
 def test_a_huge_configuration_is_cut(tmp_path: Path) -> None:
     facts = hostile_facts(tmp_path)
     facts.identity.config = "x" * 1_000_000
-    text = page(facts)
+    text = render_page(facts)
     assert len(text) < 400_000
     assert "it goes on for 900,000 characters" in text
 
@@ -138,10 +138,10 @@ def test_a_huge_configuration_is_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["both", "none", "invalid"])
 def test_a_running_domain(form: str) -> None:
     guest = Guest.boot(form)
-    facts = gather(guest.live, None, content_pages=100)
+    facts = gather_facts(guest.live, None, content_pages=100)
     told = facts.to_json()
     assert told["identity"]["kind"] == "running"
-    text = page(facts)
+    text = render_page(facts)
     if form == "both":
         pages = sum(layer["pages"] for layer in told["map"]["layers"] if layer["lane"] in {"pages", "tables"})
         assert pages == guest.host.info(guest.domid).pages
@@ -157,4 +157,4 @@ def test_without_jinja_it_says_what_to_install(tmp_path: Path, monkeypatch: pyte
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     with pytest.raises(RequestError, match=r"pip install 'xenpv\[report\]'"):
-        page(facts)
+        render_page(facts)

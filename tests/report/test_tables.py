@@ -12,16 +12,16 @@ from tests.support.writers.hvm import hvm_stream
 from tests.support.writers.stream import PIN
 from xenpv.abi.declare import Width
 from xenpv.report import tables
-from xenpv.report.pfnmap import whole
-from xenpv.report.tables import FLAGS, TableStats, table_stats
+from xenpv.report.pfnmap import collect_extents
+from xenpv.report.tables import FLAGS, PageTableStats, count_page_tables
 from xenpv.source.saved import SavedDomain
 
 
-def stats_of(domain: Domain, tmp_path: Path) -> TableStats:
+def stats_of(domain: Domain, tmp_path: Path) -> PageTableStats:
     file = tmp_path / "made.save"
     file.write_bytes(domain.to_bytes())
     with SavedDomain.open(str(file)) as saved:
-        return table_stats(saved.frames, whole(saved.extents())[0])
+        return count_page_tables(saved.frames, collect_extents(saved.extents())[0])
 
 
 @pytest.mark.parametrize("width", [4, 8])
@@ -79,5 +79,5 @@ def test_a_domain_without_tables(tmp_path: Path) -> None:
     file = tmp_path / "hvm.save"
     file.write_bytes(bytes(hvm_stream(pages=16)))
     with SavedDomain.open(str(file)) as saved:
-        stats = table_stats(saved.frames, whole(saved.extents())[0])
+        stats = count_page_tables(saved.frames, collect_extents(saved.extents())[0])
     assert (stats.levels, stats.mapped, stats.populated) == ([], 0, 16)

@@ -12,8 +12,8 @@ from xenpv.cli.terminal import JSON, NUMBER, keep_option, print_json, progress_b
 from xenpv.findings import Findings
 from xenpv.frames import PAGE_SIZE
 from xenpv.io.atomic_output import Output
-from xenpv.report.gather import Checked, gather
-from xenpv.report.page import page
+from xenpv.report.gather import CheckResult, gather_facts
+from xenpv.report.page import render_page
 from xenpv.source.domain import Domain
 from xenpv.verify.physmap import PhysmapCheck
 from xenpv.verify.stream import verify_domain
@@ -45,9 +45,9 @@ def report(target: str, output: str | None, content: int, keep: int, pause: bool
     if output is None and not as_json:
         raise click.UsageError("name the file of the report: -o report.html")
     with _checked_domain(target, pause=pause, keep=keep) as (domain, checked), progress_bar() as bar:
-        facts = gather(domain, checked, content_pages=content // PAGE_SIZE, progress=bar)
+        facts = gather_facts(domain, checked, content_pages=content // PAGE_SIZE, progress=bar)
     if output is not None:
-        html = page(facts).encode()
+        html = render_page(facts).encode()
         with Output.open(output) as out:
             out.write([html])
     if as_json:
@@ -55,7 +55,7 @@ def report(target: str, output: str | None, content: int, keep: int, pause: bool
 
 
 @contextmanager
-def _checked_domain(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, Checked]]:
+def _checked_domain(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Domain, CheckResult]]:
     """Open a domain and check all that can be checked of it."""
     findings = Findings(keep)
     with open_target(target, pause=pause, allow_hvm=True, on_breach=findings.add_breach) as domain:
@@ -69,4 +69,4 @@ def _checked_domain(target: str, *, pause: bool, keep: int) -> Iterator[tuple[Do
             verdict = "p2m and m2p do not agree" if findings.errors else "p2m and m2p agree"
         else:
             verdict = "the core is damaged" if findings.errors else "the core could be read"
-        yield domain, Checked(verdict, not findings.errors, findings)
+        yield domain, CheckResult(verdict, not findings.errors, findings)

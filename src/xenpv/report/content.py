@@ -1,4 +1,4 @@
-"""Pages that hold nothing, and pages that hold the same: what a domain's memory could do without."""
+"""Zero pages and duplicate pages: how much memory a domain could do without."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import numpy as np
 
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask, filled
 from xenpv.memory.p2m import frame_reader
-from xenpv.report.parts import NOTHING, Collector, Parts
+from xenpv.report.parts import NO_RANGES, PfnRanges, RangeCollector
 from xenpv.runs import Extents
 
-_AT_ONCE = 256  # pages: 1 MiB, which stays in the processor's cache
-_TABLE = np.uint64(1 << 63)  # beside a pfn: the page is a page table
-_GROUPS = 8  # of the largest that are told one by one
+_BATCH = 256  # pages: 1 MiB, which stays in the processor's cache
+_TABLE = np.uint64(1 << 63)  # added to a pfn: the page is a page table
+_GROUPS_SHOWN = 8  # the largest
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``pages`` pages of one content; ``first``: the lowest pfn of them, ``table``: whether that is a page table."""
+    """``pages`` pages of one content. ``first`` is the lowest pfn, ``table`` tells whether that is a page table."""
 
     pages: int
     first: int
@@ -28,9 +28,19 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Content:
-    """Of ``looked_at`` pages (``left_out`` were not, ``unread`` could not be read): ``zero`` hold nothing,
-    ``duplicate`` hold something that others hold too, in ``contents`` different ones. One page of each would do.
+class ContentStats:
+    """Counts of zero and duplicate pages.
+
+    Attributes:
+        looked_at: Pages that were compared.
+        left_out: Pages beyond the limit.
+        unread: Pages that could not be read.
+        zero: Pages of zeros.
+        duplicate: Pages with the content of another page, zeros aside.
+        contents: How many different contents these have.
+        groups: The contents that most pages share.
+        zero_at: The pfns of the pages of zeros.
+        duplicate_at: The pfns of the duplicate pages.
     """
 
     looked_at: int
@@ -40,53 +50,60 @@ class Content:
     duplicate: int = 0
     contents: int = 0
     groups: list[Group] = field(default_factory=list)
-    zero_at: Parts = field(default=NOTHING, repr=False)
-    duplicate_at: Parts = field(default=NOTHING, repr=False)
+    zero_at: PfnRanges = field(default=NO_RANGES, repr=False)
+    duplicate_at: PfnRanges = field(default=NO_RANGES, repr=False)
 
     @property
     def saving(self) -> int:
-        """Pages that could go, if those that hold the same were one, and those that hold nothing none."""
+        """Pages that could go if each content were kept once, and zeros never."""
         return self.zero + self.duplicate - self.contents
 
 
-def content_of(
+def analyse_content(
     memory: Frames,
     extents: Extents,
     limit: int,
     step: Callable[[int], None] | None = None,
     *,
     kept: Callable[[U64], Mask] | None = None,
-) -> Content:
-    """Read pages, ``limit`` of them at most, from the lowest pfn on; 24 bytes of memory each. ``step``: (pages done).
-    ``kept``: which pages can be read, where that is known.
+) -> ContentStats:
+    """Find zero and duplicate pages, from the lowest pfn on. Takes 24 bytes of memory for each page.
 
-    Pages are told apart by a hash under keys of this moment, so that no guest can have two of its pages taken for one.
+    Pages are compared by a hash with random keys, so that no guest can make two of its pages look alike.
+
+    Args:
+        memory: The pages.
+        extents: All pages of the domain.
+        limit: How many pages to read, at most.
+        step: Called with the number of pages done, after each batch.
+        kept: Returns which pages have content; None if all have.
     """
     keys, read = _Hash(), frame_reader(memory)
-    zero_at, looked_at, unread = Collector(), 0, 0
+    zero_at, looked_at, unread = RangeCollector(), 0, 0
     seen: list[tuple[U64, U64]] = []  # pfns, bit 63: a table; and hashes
     with_data = extents[HAS_DATA[extents.type]]
-    for every, types in with_data.typed_batches(_AT_ONCE, limit):
+    for batch, types in with_data.typed_batches(_BATCH, limit):
         marks = np.where(IS_TABLE[types], _TABLE, np.uint64(0))
-        there = np.ones(len(every), np.bool_) if kept is None else kept(every)
-        content, readable = read(every[there])
-        pfns, content = every[there][readable], content[readable]
-        held = filled(content)
-        zero_at.add(Parts.of_pfns(pfns[~held]))
-        seen.append(((every | marks)[there][readable][held], keys(content[held])))
-        unread += len(every) - len(pfns)
-        looked_at += len(every)
+        has_content = np.ones(len(batch), np.bool_) if kept is None else kept(batch)
+        content, readable = read(batch[has_content])
+        pfns, content = batch[has_content][readable], content[readable]
+        not_zero = filled(content)
+        zero_at.add(PfnRanges.from_pfns(pfns[~not_zero]))
+        seen.append(((batch | marks)[has_content][readable][not_zero], keys(content[not_zero])))
+        unread += len(batch) - len(pfns)
+        looked_at += len(batch)
         if step is not None:
             step(looked_at)
-    marked = np.concatenate([np.empty(0, np.uint64), *(some for some, _ in seen)])
-    hashes = np.concatenate([np.empty((0, 2), np.uint64), *(some for _, some in seen)])
-    found = zero_at.all
-    zero = int(found.pages.sum())
-    return _alike(marked, hashes, Content(looked_at, with_data.total - looked_at, unread, zero, zero_at=found))
+    marked = np.concatenate([np.empty(0, np.uint64), *(part for part, _ in seen)])
+    hashes = np.concatenate([np.empty((0, 2), np.uint64), *(part for _, part in seen)])
+    zero_ranges = zero_at.all
+    zero = int(zero_ranges.pages.sum())
+    stats = ContentStats(looked_at, with_data.total - looked_at, unread, zero, zero_at=zero_ranges)
+    return _add_duplicates(stats, marked, hashes)
 
 
-def _alike(marked: U64, hashes: U64, so_far: Content) -> Content:
-    """With what is alike among pages of these hashes."""
+def _add_duplicates(stats: ContentStats, marked: U64, hashes: U64) -> ContentStats:
+    """Return the statistics with the duplicates among pages of these hashes."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: in a group the lowest pfn stays first
     hashes, marked = hashes[order], marked[order]
     first = np.flatnonzero(np.append(True, (hashes[1:] != hashes[:-1]).any(axis=1))[: len(hashes)])
@@ -95,15 +112,16 @@ def _alike(marked: U64, hashes: U64, so_far: Content) -> Content:
     first, size = first[size > 1], size[size > 1]
     groups = [
         Group(int(size[row]), int(marked[first[row]] & ~_TABLE), bool(marked[first[row]] & _TABLE))
-        for row in np.argsort(-size, kind="stable")[:_GROUPS].tolist()
+        for row in np.argsort(-size, kind="stable")[:_GROUPS_SHOWN].tolist()
     ]
-    where = Parts.of_pfns(marked[alike] & ~_TABLE)
-    return replace(so_far, duplicate=int(size.sum()), contents=len(size), groups=groups, duplicate_at=where)
+    where = PfnRanges.from_pfns(marked[alike] & ~_TABLE)
+    return replace(stats, duplicate=int(size.sum()), contents=len(size), groups=groups, duplicate_at=where)
 
 
 class _Hash:
-    """NH of two keys (Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, 1999): two pages that differ have one hash with
-    a probability of 2^-32 for each key, whatever is in them.
+    """NH with two random keys: two pages that differ have the same hash with a probability of 2^-32 for each key.
+
+    Source: Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, 1999.
     """
 
     def __init__(self) -> None:
@@ -111,9 +129,9 @@ class _Hash:
         self._keys = [key.copy() for key in keys]
 
     def __call__(self, pages: U8) -> U64:
-        """Both hashes of each page, uint8 (n, 4096): uint64 (n, 2)."""
-        words, out = pages.view("<u4"), np.empty((len(pages), 2), np.uint64)
+        """Return both hashes of each page, uint64 of shape (n, 2), of uint8 of shape (n, 4096)."""
+        words, hashes = pages.view("<u4"), np.empty((len(pages), 2), np.uint64)
         for i, key in enumerate(self._keys):
             pairs = (words + key).view(np.uint64)
-            out[:, i] = ((pairs >> np.uint64(32)) * (pairs & np.uint64(0xFFFF_FFFF))).sum(axis=1)
-        return out
+            hashes[:, i] = ((pairs >> np.uint64(32)) * (pairs & np.uint64(0xFFFF_FFFF))).sum(axis=1)
+        return hashes

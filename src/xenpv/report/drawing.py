@@ -1,20 +1,20 @@
-"""The p2m's tables as a picture: where boxes and the lines between them lie."""
+"""The drawing of a p2m tree: the positions of its boxes and of the lines between them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from xenpv.frames import PAGE_SIZE
-from xenpv.report.p2mform import Level, Node, Shape
+from xenpv.report.p2mform import Level, Node, P2MTree
 
-_WIDTH, _LEFT, _ROW, _BOX = 1100, 140, 62, 38
-_GAP = 10  # between boxes
-_WIDEST = 160
+_WIDTH, _LEFT, _ROW_HEIGHT, _BOX_HEIGHT = 1100, 140, 62, 38
+_BOX_GAP = 10
+_BOX_WIDTH_MAX = 160
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A box with lines of text; its middle is where edges end. ``first`` to ``last``: the pfns that it stands for."""
+    """A box with lines of text. Edges end at its middle. It stands for the pfns ``first`` to ``last``."""
 
     x: float
     y: float
@@ -43,7 +43,7 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What stands in front of a level."""
+    """The label of a level."""
 
     y: float
     name: str
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A drawing of so many units."""
+    """A drawing: its size, boxes, edges and labels."""
 
     width: float
     height: float
@@ -61,28 +61,28 @@ class Picture:
     rows: list[Row]
 
 
-def picture_of(shape: Shape) -> Picture:
-    """The drawing of one way: its anchor, a row for each level, and, of a list, how it lies in the address space."""
+def draw_p2m_tree(shape: P2MTree) -> Picture:
+    """Draw one form: its anchor, and a row of boxes for each level. Leaves of a list show their virtual address."""
     fields = [f"{name} {value}" for name, value in shape.anchors.items()]
     wide = max(180.0, 7.2 * max(map(len, fields)) + 20)
     anchor = Box(_LEFT, 0, wide, 10 + 15 * len(fields), fields, "anchor", "shared info")
     rows, boxes, edges = [Row(0, "shared info", "")], [anchor], []
-    y = anchor.h + _ROW - _BOX
+    y = anchor.h + _ROW_HEIGHT - _BOX_HEIGHT
     above = [anchor]
     for number, level in enumerate(shape.levels):
         last = number == len(shape.levels) - 1
-        here = _row(shape, level, y, last)
-        rows.append(Row(y, _many(level, last), _note(shape, level, last)))
-        edges += [Edge(_over(box, above).middle, _foot(above), box.middle, y) for box in here]
+        here = _draw_level(shape, level, y, last)
+        rows.append(Row(y, _level_name(level, last), _note(shape, level, last)))
+        edges += [Edge(_parent(box, above).middle, _bottom(above), box.middle, y) for box in here]
         boxes += here
         above = here
-        y += _ROW
-    return Picture(_WIDTH + 2, y - _ROW + _BOX + 4 if shape.levels else anchor.h, boxes, edges, rows)
+        y += _ROW_HEIGHT
+    return Picture(_WIDTH + 2, y - _ROW_HEIGHT + _BOX_HEIGHT + 4 if shape.levels else anchor.h, boxes, edges, rows)
 
 
-def _row(shape: Shape, level: Level, y: float, last: bool) -> list[Box]:
+def _draw_level(shape: P2MTree, level: Level, y: float, last: bool) -> list[Box]:
     style = ("list" if shape.linear else "leaf") if last else "table"
-    gap = 0 if style == "list" else _GAP
+    gap = 0 if style == "list" else _BOX_GAP
     nodes: list[Node | None] = list(level.nodes)
     skips = [
         i for i in range(1, len(level.nodes)) if level.nodes[i].at > level.nodes[i - 1].at + level.nodes[i - 1].times
@@ -90,11 +90,11 @@ def _row(shape: Shape, level: Level, y: float, last: bool) -> list[Box]:
     for i in reversed(skips[:3]):
         nodes.insert(i, None)
     cells = sum(0.4 if node is None else 1 for node in nodes) or 1
-    wide = min((_WIDTH - _LEFT - gap * (len(nodes) - 1)) / cells, _WIDEST)
+    wide = min((_WIDTH - _LEFT - gap * (len(nodes) - 1)) / cells, _BOX_WIDTH_MAX)
     x, out = float(_LEFT), []
     for node in nodes:
         if node is None:
-            out.append(Box(x, y, wide * 0.4, _BOX, ["…"], "more", "more"))
+            out.append(Box(x, y, wide * 0.4, _BOX_HEIGHT, ["…"], "more", "more"))
             x += wide * 0.4 + gap
             continue
         times = f" ×{node.times:,}" if node.times > 1 else ""
@@ -107,7 +107,7 @@ def _row(shape: Shape, level: Level, y: float, last: bool) -> list[Box]:
                 round(x, 1),
                 y,
                 round(wide, 1),
-                _BOX,
+                _BOX_HEIGHT,
                 [f"{node.frame:#x}{times}", line],
                 style,
                 title,
@@ -119,8 +119,8 @@ def _row(shape: Shape, level: Level, y: float, last: bool) -> list[Box]:
     return out
 
 
-def _over(box: Box, above: list[Box]) -> Box:
-    """The box that a box hangs below: the one whose pfns hold its first."""
+def _parent(box: Box, above: list[Box]) -> Box:
+    """Return the box above that has the first pfn of this box."""
     for one in above:
         if (
             one.first is not None
@@ -133,17 +133,17 @@ def _over(box: Box, above: list[Box]) -> Box:
     return (more or above)[0]
 
 
-def _foot(above: list[Box]) -> float:
+def _bottom(above: list[Box]) -> float:
     return above[0].y + above[0].h
 
 
-def _many(level: Level, last: bool) -> str:
+def _level_name(level: Level, last: bool) -> str:
     if last:
         return f"{level.frames:,} " + ("leaf" if level.frames == 1 else "leaves")
     return level.name if level.frames == 1 else f"{level.frames:,} {level.name}s"
 
 
-def _note(shape: Shape, level: Level, last: bool) -> str:
+def _note(shape: P2MTree, level: Level, last: bool) -> str:
     if level.places != level.frames:
         return f"in {level.places:,} places"
     return f"of {shape.per_leaf:,} entries" if last else ""

@@ -1,4 +1,4 @@
-"""All that a report shows of a domain, gathered: plain values, which the page and --json are made from."""
+"""gather_facts(): read all that a report shows of a domain. The HTML page and the JSON are made from it."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from xenpv.frames import U64
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.registers import Registers
 from xenpv.memory.survey import Survey, survey
-from xenpv.report.content import Content, content_of
-from xenpv.report.identity import Identity, Place, identity_of, places_of
-from xenpv.report.p2mform import Shape, leaves_at, shapes_of
-from xenpv.report.parts import NOTHING, Parts
-from xenpv.report.pfnmap import Layer, PfnMap, pfn_map, whole
-from xenpv.report.tables import TableStats, table_stats
+from xenpv.report.content import ContentStats, analyse_content
+from xenpv.report.identity import Identity, NotablePage, find_notable_pages, identify
+from xenpv.report.p2mform import P2MTree, describe_p2m_trees, leaf_ranges
+from xenpv.report.parts import NO_RANGES, PfnRanges
+from xenpv.report.pfnmap import Layer, PfnMap, build_map, collect_extents
+from xenpv.report.tables import PageTableStats, count_page_tables
 from xenpv.source.domain import Domain
 
 
 @dataclass(frozen=True, slots=True)
 class VcpuState:
-    """A vcpu; ``registers`` is None where they are not known, ``problem`` why something is not."""
+    """A vcpu. A member is None if it is not known; ``problem`` tells why."""
 
     vcpu: int
     registers: Registers | None
@@ -36,9 +36,18 @@ class VcpuState:
 
 @dataclass(frozen=True, slots=True)
 class P2MState:
-    """The p2m: by each way, and what it holds; ``problem`` why that is not known."""
+    """The p2m.
 
-    shapes: list[Shape] = field(default_factory=list)
+    Attributes:
+        shapes: Its forms, the best first.
+        leaves: How many different leaves there are.
+        places: In how many places.
+        shared: How many leaves stand in several places.
+        found: The kinds of its entries.
+        problem: Why the p2m is not known, or None.
+    """
+
+    shapes: list[P2MTree] = field(default_factory=list)
     leaves: int = 0
     places: int = 0
     shared: int = 0
@@ -47,8 +56,8 @@ class P2MState:
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
-    """What a verifier found: a sentence, whether it is all right, and the findings."""
+class CheckResult:
+    """The result of checking a domain: the verdict in a sentence, whether it is good, and the findings."""
 
     sentence: str
     ok: bool
@@ -56,26 +65,26 @@ class Checked:
 
 
 @dataclass
-class Facts:
-    """All that is shown. What does not apply, or was not asked for, is None."""
+class ReportFacts:
+    """All that a report shows. A member is None if it does not apply, or was not asked for."""
 
     identity: Identity
     start: dict[str, str]
-    places: list[Place]
+    places: list[NotablePage]
     map: PfnMap
     p2m: P2MState | None
-    tables: TableStats | None
-    content: Content | None
+    tables: PageTableStats | None
+    content: ContentStats | None
     vcpus: list[VcpuState]
-    checked: Checked | None
+    checked: CheckResult | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for --json."""
-        pfns = {"end": self.map.end, "layers": [_layer(layer) for layer in self.map.layers]}
-        p2m = self.p2m and _p2m(self.p2m)
+        """Return plain values for --json."""
+        pfns = {"end": self.map.end, "layers": [_layer_to_json(layer) for layer in self.map.layers]}
+        p2m = self.p2m and _p2m_to_json(self.p2m)
         content = None
         if self.content is not None:
-            content = asdict(replace(self.content, zero_at=NOTHING, duplicate_at=NOTHING))  # those are in the map
+            content = asdict(replace(self.content, zero_at=NO_RANGES, duplicate_at=NO_RANGES))  # those are in the map
             content |= {"saving": self.content.saving}
             del content["zero_at"], content["duplicate_at"]
         return {
@@ -87,28 +96,35 @@ class Facts:
             "page_tables": self.tables and asdict(self.tables),
             "content": content,
             "vcpus": [asdict(vcpu) for vcpu in self.vcpus],
-            "verify": self.checked and _checked(self.checked),
+            "verify": self.checked and _check_result_to_json(self.checked),
         }
 
 
-def gather(
-    domain: Domain, checked: Checked | None, *, content_pages: int, progress: ProgressCallback | None = None
-) -> Facts:
-    """Look at a domain. ``content_pages``: of how many pages, at most, the content is looked at; 0 for none.
+def gather_facts(
+    domain: Domain, checked: CheckResult | None, *, content_pages: int, progress: ProgressCallback | None = None
+) -> ReportFacts:
+    """Read all that a report shows of a domain.
 
-    Raises HostError when a running domain goes away meanwhile.
+    Args:
+        domain: The domain.
+        checked: The result of checking it.
+        content_pages: How many pages to search for zero and duplicate pages; 0 for none.
+        progress: Called after each step.
+
+    Raises:
+        HostError: A running domain has gone meanwhile.
     """
     report = progress or (lambda _: None)
-    identity = identity_of(domain)
+    identity = identify(domain)
     try:
-        extents, by_type = whole(domain.extents())
-    except GuestError:  # what is wrong with its p2m, by which all is found, is said there
-        extents, by_type = whole([])
-    p2m, p2m_parts = _look_at_p2m(domain, report)
-    places, start = places_of(domain)
+        extents, by_type = collect_extents(domain.extents())
+    except GuestError:  # its p2m is damaged, which the p2m's section tells
+        extents, by_type = collect_extents([])
+    p2m, p2m_parts = _read_p2m(domain, report)
+    notable_pages, start_info = find_notable_pages(domain)
     tables = None
     if not domain.hvm:
-        tables = table_stats(
+        tables = count_page_tables(
             domain.frames,
             extents,
             lambda done, of: report(Progress(done, of, "page tables", "tables")),
@@ -117,35 +133,35 @@ def gather(
     content = None
     if content_pages:
         total = min(content_pages, int(extents.pages.sum()))
-        content = content_of(
+        content = analyse_content(
             domain.frames,
             extents,
             content_pages,
             lambda done: report(Progress(done, total, "content", "pages")),
             kept=domain.has_content,
         )
-    others = [("p2m", "leaf", "leaves of the p2m", p2m_parts)] if p2m_parts is not None else []
+    extra_layers = [("p2m", "leaf", "leaves of the p2m", p2m_parts)] if p2m_parts is not None else []
     if content is not None:
-        others.append(("content", "zero", "hold nothing but zeroes", content.zero_at))
-        others.append(("content", "twin", "hold what others hold, too", content.duplicate_at))
-    named = [place.pfn for place in places]
+        extra_layers.append(("content", "zero", "hold nothing but zeroes", content.zero_at))
+        extra_layers.append(("content", "twin", "hold what others hold, too", content.duplicate_at))
+    named = [page.pfn for page in notable_pages]
     named += [finding.pfn for finding in checked.findings if finding.pfn is not None] if checked else []
     entries = p2m.found.cell_pfns * len(p2m.found.local_pages) if p2m and p2m.found else 0
     entries = p2m.shapes[0].entries if p2m and p2m.shapes else entries
-    drawn = pfn_map(by_type, others, _below(named), min(entries, _PFN_MAX))
-    vcpus = [_vcpu(domain, vcpu) for vcpu in domain.vcpus]
-    return Facts(identity, start, places, drawn, p2m, tables, content, vcpus, checked)
+    pfn_map = build_map(by_type, extra_layers, _valid_pfns(named), min(entries, _PFN_END))
+    vcpus = [_read_vcpu(domain, vcpu) for vcpu in domain.vcpus]
+    return ReportFacts(identity, start_info, notable_pages, pfn_map, p2m, tables, content, vcpus, checked)
 
 
-_PFN_MAX = 1 << 52  # of a page-table entry
+_PFN_END = 1 << 52  # a page-table entry holds no higher frame number
 
 
-def _below(pfns: list[int]) -> U64:
-    """Those that can be a pfn at all."""
-    return np.array([pfn for pfn in pfns if 0 <= pfn < _PFN_MAX], np.uint64)
+def _valid_pfns(pfns: list[int]) -> U64:
+    """Return those numbers that can be a pfn."""
+    return np.array([pfn for pfn in pfns if 0 <= pfn < _PFN_END], np.uint64)
 
 
-def _look_at_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | None, Parts | None]:
+def _read_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | None, PfnRanges | None]:
     if domain.hvm:
         return None, None
     try:
@@ -154,24 +170,25 @@ def _look_at_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | N
         p2m = domain.p2m
         report(Progress(0, 1, "p2m"))
         found = survey(p2m)
-        shapes = [] if domain.anchors is None else shapes_of(domain, replace(domain.anchors, max_pfn=p2m.entries))
+        anchors = domain.anchors
+        shapes = [] if anchors is None else describe_p2m_trees(domain, replace(anchors, max_pfn=p2m.entries))
         report(Progress(1, 1, "p2m"))
     except GuestError as e:
         return P2MState(problem=str(e)), None
     distinct = p2m.distinct_leaves
     several = int(np.count_nonzero(distinct.count > 1))
     state = P2MState(shapes, len(distinct), int(distinct.count.sum()), several, found)
-    return state, leaves_at(p2m, mfns=domain.p2m_names_mfns)
+    return state, leaf_ranges(p2m, mfns=domain.p2m_names_mfns)
 
 
-def _vcpu(domain: Domain, vcpu: int) -> VcpuState:
+def _read_vcpu(domain: Domain, vcpu: int) -> VcpuState:
     problem, cr3, user, kernel_sp = None, None, None, None
     try:
         registers = domain.registers(vcpu)
     except HostError as e:
         return VcpuState(vcpu, None, problem=str(e))
     if registers is None:
-        return VcpuState(vcpu, None, problem="nothing is known of its registers")
+        return VcpuState(vcpu, None, problem="its registers are not known")
     try:
         cr3, user = domain.cr3(vcpu), domain.cr3(vcpu, user=True)
     except GuestError as e:
@@ -181,7 +198,7 @@ def _vcpu(domain: Domain, vcpu: int) -> VcpuState:
     return VcpuState(vcpu, registers, cr3, user, kernel_sp, problem)
 
 
-def _checked(checked: Checked) -> dict[str, Any]:
+def _check_result_to_json(checked: CheckResult) -> dict[str, Any]:
     found = checked.findings
     return {
         "verdict": checked.sentence,
@@ -194,7 +211,7 @@ def _checked(checked: Checked) -> dict[str, Any]:
     }
 
 
-def _layer(layer: Layer) -> dict[str, Any]:
+def _layer_to_json(layer: Layer) -> dict[str, Any]:
     return {
         "lane": layer.lane,
         "kind": layer.kind,
@@ -204,7 +221,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
     }
 
 
-def _p2m(state: P2MState) -> dict[str, Any]:
+def _p2m_to_json(state: P2MState) -> dict[str, Any]:
     found = state.found
     out = {"shapes": [asdict(shape) for shape in state.shapes], "leaves": state.leaves, "places": state.places}
     out |= {"shared": state.shared, "problem": state.problem}

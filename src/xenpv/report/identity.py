@@ -1,4 +1,4 @@
-"""Who a domain is, and which of its pages have a part to play."""
+"""The identity of a domain for a report, and its pages with a special role."""
 
 from __future__ import annotations
 
@@ -13,12 +13,23 @@ _NAMES_MAX = 256  # characters of a name or a command line that are shown as suc
 
 @dataclass
 class Identity:
-    """``name`` as people call it; ``facts``, label and text each, all there is to say in a line; ``config`` in full."""
+    """The identity of a domain.
+
+    Attributes:
+        name: The name for people.
+        source: The name in messages.
+        kind: "saved", "running" or "dumped".
+        domain_type: "PV" or "HVM".
+        bits: 64 or 32.
+        facts: Text by label, one line each.
+        config: The whole configuration, or None.
+        config_format: Its format.
+    """
 
     name: str
     source: str
-    kind: str  # "saved", "running", "dumped"
-    domain_type: str  # "PV", "HVM"
+    kind: str
+    domain_type: str
     bits: int
     facts: dict[str, str] = field(default_factory=dict)
     config: str | None = None
@@ -26,14 +37,14 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A page with a part to play."""
+class NotablePage:
+    """A page with a special role, told in ``what``."""
 
     pfn: int
     what: str
 
 
-def identity_of(domain: Domain) -> Identity:
+def identify(domain: Domain) -> Identity:
     """Return who a domain is, as far as its source tells."""
     kind = "HVM" if domain.hvm else "PV"
     out = Identity(domain.title[:_NAMES_MAX], domain.name, domain.origin, kind, domain.width * 8, domain.facts())
@@ -42,35 +53,35 @@ def identity_of(domain: Domain) -> Identity:
     return out
 
 
-def places_of(domain: Domain) -> tuple[list[Place], dict[str, str]]:
-    """The pages that have a part to play, and what start info says; of a domain that did not suspend, what is known."""
-    places: list[Place] = []
-    told: dict[str, str] = {}
+def find_notable_pages(domain: Domain) -> tuple[list[NotablePage], dict[str, str]]:
+    """Return the pages with a special role, and facts of start info by label, as far as they are known."""
+    notable_pages: list[NotablePage] = []
+    start_info: dict[str, str] = {}
     for vcpu in domain.vcpus:
         for user in (False, True):
             pfn = _cr3(domain, vcpu, user=user)
             if pfn is not None:
-                places.append(Place(pfn, f"cr3 of vcpu {vcpu}" + (", user half" if user else "")))
-    places += [Place(int(pfn), "GDT") for pfn in domain.gdt_pfns().tolist()]
+                notable_pages.append(NotablePage(pfn, f"cr3 of vcpu {vcpu}" + (", user half" if user else "")))
+    notable_pages += [NotablePage(int(pfn), "GDT") for pfn in domain.gdt_pfns().tolist()]
     pfn = domain.start_info_pfn
     if pfn is None:
-        return places, told
-    places.append(Place(pfn, "start info"))
+        return notable_pages, start_info
+    notable_pages.append(NotablePage(pfn, "start info"))
     try:
         page = domain.memory.page(pfn)
     except Fault:
-        return places, told
+        return notable_pages, start_info
     if page.startswith(START_INFO_MAGIC[domain.width]):
         info = START_INFO.read(page, domain.width)
-        places.append(Place(int(info["store_mfn"]), "xenstore ring"))
-        places.append(Place(int(info["console"]["domU"]["mfn"]), "console ring"))
+        notable_pages.append(NotablePage(int(info["store_mfn"]), "xenstore ring"))
+        notable_pages.append(NotablePage(int(info["console"]["domU"]["mfn"]), "console ring"))
         line = bytes(info["cmd_line"]).split(b"\0")[0].decode("utf-8", "replace")
-        told = {"Command line": line, "Pages at start": f"{int(info['nr_pages']):,}"}
-    return places, told
+        start_info = {"Command line": line, "Pages at start": f"{int(info['nr_pages']):,}"}
+    return notable_pages, start_info
 
 
 def _cr3(domain: Domain, vcpu: int, *, user: bool) -> int | None:
     try:
         return domain.cr3(vcpu, user=user)
     except (GuestError, HostError):
-        return None  # what is wrong with it is a finding
+        return None  # verify reports it as a finding

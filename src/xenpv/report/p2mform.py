@@ -1,4 +1,4 @@
-"""The p2m as the tree or list that it is: each way that a guest exposes, level by level from its anchor down."""
+"""The trees of a p2m: each form that a guest exposes, level by level from its anchor down."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from xenpv.memory.anchors import Anchors, P2MForm, P2MRoot
 from xenpv.memory.p2m import P2M, decode_entries
 from xenpv.memory.pagetables import frames_of_tables
 from xenpv.memory.radix import ReadFrames, walk_tree
-from xenpv.report.parts import Parts
+from xenpv.report.parts import PfnRanges
 from xenpv.runs import FrameRuns
 from xenpv.source.domain import Domain
 
-_SHOWN = 7  # nodes of a level that are told one by one
+_NODES_SHOWN = 7  # of a level
 
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A table or leaf in the p2m: ``frame`` that it is, in ``times`` places from the entry of pfn ``first`` on; they
-    reach to ``last``. ``at``: its first place in its level.
+    """A table or leaf in the p2m.
+
+    Attributes:
+        frame: Its frame.
+        times: In how many consecutive places of its level it stands.
+        at: The first of these places.
+        first: The first pfn of its entries.
+        last: The last pfn of its entries.
     """
 
     frame: int
@@ -36,9 +42,14 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """Tables of one depth: ``frames`` different ones in ``places`` places; ``shared`` of them stand in several.
+    """The tables or leaves of one level.
 
-    ``nodes``: some of them, the first and the last.
+    Attributes:
+        name: What Xen calls them.
+        frames: How many different ones there are.
+        places: In how many places.
+        shared: How many stand in several places.
+        nodes: The first and the last of them.
     """
 
     name: str
@@ -49,10 +60,18 @@ class Level:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
-    """One way to the p2m. ``anchors``: the fields that lead to it, as text; ``error``: why it leads nowhere.
+class P2MTree:
+    """One form of the p2m, from its anchor down.
 
-    ``per_leaf`` entries a leaf; a linear list lies from ``vaddr`` on.
+    Attributes:
+        form: The name of the form.
+        linear: Whether it is the linear virtual list.
+        anchors: The fields of shared info that lead to it, as text.
+        levels: From the top table down to the leaves.
+        entries: How many entries it has.
+        per_leaf: Entries in a leaf.
+        vaddr: The virtual address of a linear list.
+        error: Why the walk ended early, or None.
     """
 
     form: str
@@ -65,23 +84,23 @@ class Shape:
     error: str | None = None
 
 
-def shapes_of(domain: Domain, anchors: Anchors) -> list[Shape]:
+def describe_p2m_trees(domain: Domain, anchors: Anchors) -> list[P2MTree]:
     """Return every form in which the domain exposes its p2m by these anchors, the best first."""
     resolve = None if domain.p2m_names_mfns else domain.p2m.pfns_of
     return [_shape(anchors, root, domain.read_p2m_frames, resolve) for root in anchors.roots]
 
 
-def leaves_at(p2m: P2M, *, mfns: bool) -> Parts:
-    """The pfns of the frames that hold the p2m's leaves; ``mfns``: whether its frames are mfns."""
+def leaf_ranges(p2m: P2M, *, mfns: bool) -> PfnRanges:
+    """Return the pfns of the frames that hold the p2m's leaves. ``mfns`` tells whether it names them by mfn."""
     frames = p2m.distinct_leaves.frame
     if mfns:
         frames = p2m.pfns_of(frames)
-    return Parts.of_pfns(frames[frames != NO_FRAME])
+    return PfnRanges.from_pfns(frames[frames != NO_FRAME])
 
 
 @dataclass(frozen=True, slots=True)
-class _Tree:
-    """A way to the p2m, to be walked level by level."""
+class _TreeWalk:
+    """The walk of one form, level by level."""
 
     anchors: Anchors
     root: P2MRoot
@@ -93,7 +112,7 @@ class _Tree:
         return self.root.form is P2MForm.LINEAR
 
     def levels(self) -> Iterator[Level]:
-        """From the top table down. Raises GuestError."""
+        """Yield the levels from the top table down. Raises GuestError if the p2m is damaged."""
         places, top = self.anchors.leaf_places(self.root), self.root.frame
         if self.resolve is not None:
             top = int(self.resolve(np.array([top], np.uint64))[0])
@@ -121,11 +140,11 @@ class _Tree:
         return table if self.resolve is None else self.resolve(table)
 
 
-def _shape(anchors: Anchors, root: P2MRoot, read: ReadFrames, resolve: Callable[[U64], U64] | None) -> Shape:
-    tree, levels, error = _Tree(anchors, root, read, resolve), [], None
+def _shape(anchors: Anchors, root: P2MRoot, read: ReadFrames, resolve: Callable[[U64], U64] | None) -> P2MTree:
+    tree, levels, error = _TreeWalk(anchors, root, read, resolve), [], None
     try:
         for level in tree.levels():
-            levels.append(level)  # noqa: PERF402  those above the one that fails are kept
+            levels.append(level)  # noqa: PERF402  levels above a damaged one are shown
     except GuestError as e:
         error = str(e)
     fields = {"max_pfn": anchors.max_pfn, "frame_list_list": anchors.frame_list_list}
@@ -133,10 +152,10 @@ def _shape(anchors: Anchors, root: P2MRoot, read: ReadFrames, resolve: Callable[
         fields = {"p2m_cr3": anchors.p2m_cr3, "p2m_vaddr": anchors.p2m_vaddr, "p2m_generation": anchors.p2m_generation}
     elif root.form is P2MForm.ROOTED:
         fields = {"p2m_levels": anchors.p2m_levels, "p2m_root": anchors.p2m_root}
-    told = {name: f"{value:#x}" for name, value in fields.items()}
+    anchor_texts = {name: f"{value:#x}" for name, value in fields.items()}
     vaddr = anchors.p2m_vaddr if tree.linear else None
     per_leaf = PAGE_SIZE // anchors.width
-    return Shape(root.name, tree.linear, told, levels, anchors.max_pfn, per_leaf, vaddr, error)
+    return P2MTree(root.name, tree.linear, anchor_texts, levels, anchors.max_pfn, per_leaf, vaddr, error)
 
 
 def _name(root: P2MRoot, above: int) -> str:
@@ -149,7 +168,7 @@ def _name(root: P2MRoot, above: int) -> str:
 
 
 def _counts(runs: FrameRuns) -> tuple[int, int, int]:
-    """How many different ones, in how many places, and how many of them in several."""
+    """Return how many different frames there are, in how many places, and how many of them in several."""
     frame, row = np.unique(runs.frame, return_inverse=True)
     times = np.bincount(row, runs.count, len(frame))
     return len(frame), int(runs.count.sum()), int(np.count_nonzero(times > 1))
@@ -157,8 +176,8 @@ def _counts(runs: FrameRuns) -> tuple[int, int, int]:
 
 def _nodes(runs: FrameRuns, shift: int, places: range, anchors: Anchors) -> list[Node]:
     rows = list(range(len(runs)))
-    if len(runs) > _SHOWN:
-        rows = [*rows[: _SHOWN - 2], *rows[-2:]]
+    if len(runs) > _NODES_SHOWN:
+        rows = [*rows[: _NODES_SHOWN - 2], *rows[-2:]]
     per_leaf, nodes = PAGE_SIZE // anchors.width, []
     for row in rows:
         first, count = int(runs.first[row]), int(runs.count[row])

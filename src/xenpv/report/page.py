@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs nothing else: styles, script and data are in it, and it may load nothing."""
+"""render_page(): a report as one HTML file. Styles, script and data are in it; it may load nothing else."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from xenpv.findings import Finding, Rule, Severity
 from xenpv.frames import PAGE_SIZE
 from xenpv.memory.registers import SEGMENTS, Registers
 from xenpv.memory.survey import EntryKind
-from xenpv.report.drawing import picture_of
-from xenpv.report.gather import Checked, Facts, VcpuState
+from xenpv.report.drawing import draw_p2m_tree
+from xenpv.report.gather import CheckResult, ReportFacts, VcpuState
 from xenpv.report.tables import FLAGS
 from xenpv.text import printable, size
 
-_CONFIG_MAX = 100_000  # characters of a configuration that are shown
-_PLACES_MAX = 100  # pages with a part to play that are listed
-_OPEN = 12  # findings that are seen at once, at most
+_CONFIG_MAX = 100_000  # characters
+_PLACES_MAX = 100  # pages with a special role in the list
+_FINDINGS_OPEN_MAX = 12  # findings visible at once
 _P2M_KINDS = {
     EntryKind.LOCAL: ("a frame of the domain", "k-leaf"),
     EntryKind.INVALID: ("INVALID_MFN", "k-zero"),
@@ -30,15 +30,15 @@ _P2M_KINDS = {
 }
 
 
-def page(facts: Facts) -> str:
-    """The whole page. Raises RequestError where jinja2 is not installed."""
+def render_page(facts: ReportFacts) -> str:
+    """Return the HTML of a report. Raises RequestError if jinja2 is not installed."""
     try:
         from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415  an extra
         from markupsafe import Markup  # noqa: PLC0415
     except ImportError as e:
         raise RequestError("a report needs jinja2, which is not installed: pip install 'xenpv[report]'") from e
     loader = PackageLoader("xenpv.report")
-    # What a guest or a configuration says is hostile: everything is escaped, and control characters do not get far.
+    # Text of a guest or a configuration is hostile: all of it is escaped, and control characters are replaced.
     env = Environment(
         autoescape=True,
         finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else printable(value),
@@ -67,21 +67,21 @@ def page(facts: Facts) -> str:
         policy=policy,
         version=__version__,
         data=_data(facts),
-        **_told(facts),
+        **_template_values(facts),
     )
 
 
-def _told(facts: Facts) -> dict[str, Any]:
-    """What the template needs beside the facts."""
+def _template_values(facts: ReportFacts) -> dict[str, Any]:
+    """Return the values that the template needs besides the facts."""
     p2m, content, config = facts.p2m, facts.content, facts.identity.config or ""
     return {
         "sections": list(_sections(facts)),
         "cards": list(_cards(facts)),
         "facts_told": [(label, text) for label, text in {**facts.identity.facts, **facts.start}.items() if text],
         "groups": _groups(facts.checked) if facts.checked else [],
-        "p2m_kinds": [(kind, *told) for kind, told in _P2M_KINDS.items()],
+        "p2m_kinds": [(kind, *label_and_style) for kind, label_and_style in _P2M_KINDS.items()],
         "p2m_total": sum(p2m.found.pages.values()) if p2m and p2m.found else 0,
-        "pictures": [(shape, picture_of(shape)) for shape in p2m.shapes] if p2m else [],
+        "pictures": [(shape, draw_p2m_tree(shape)) for shape in p2m.shapes] if p2m else [],
         "flag_names": list(FLAGS),
         "content_rows": []
         if content is None
@@ -96,7 +96,7 @@ def _told(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _sections(facts: Facts) -> Iterable[tuple[str, str]]:
+def _sections(facts: ReportFacts) -> Iterable[tuple[str, str]]:
     yield "summary", "Summary"
     yield "map", "Map"
     if facts.checked:
@@ -112,7 +112,7 @@ def _sections(facts: Facts) -> Iterable[tuple[str, str]]:
     yield "more", "More"
 
 
-def _cards(facts: Facts) -> Iterable[dict[str, str]]:
+def _cards(facts: ReportFacts) -> Iterable[dict[str, str]]:
     def card(to: str, label: str, value: str, note: str = "", tone: str = "") -> dict[str, str]:
         return {"to": to, "label": label, "value": value, "note": note, "tone": tone}
 
@@ -122,8 +122,8 @@ def _cards(facts: Facts) -> Iterable[dict[str, str]]:
         found = facts.checked.findings
         tone = "bad" if found.errors else "warn" if found.warnings else "good"
         counts = [(found.errors, "error"), (found.warnings, "warning"), (found.notes, "note")]
-        told = [_count(n, what) for n, what in counts if n] or ["none"]
-        yield card("findings", "Findings", told[0], ", ".join(told[1:]), tone)
+        texts = [_count(n, what) for n, what in counts if n] or ["none"]
+        yield card("findings", "Findings", texts[0], ", ".join(texts[1:]), tone)
     if facts.p2m:
         forms = [shape.form for shape in facts.p2m.shapes]
         value, note = "not known", ""
@@ -148,8 +148,8 @@ def _cards(facts: Facts) -> Iterable[dict[str, str]]:
         )
 
 
-def _groups(checked: Checked) -> list[dict[str, Any]]:
-    """The findings by rule, the worst first; a few are open from the start."""
+def _groups(checked: CheckResult) -> list[dict[str, Any]]:
+    """Return the findings by rule, the worst first. The first few groups are open."""
     by_rule: dict[Rule, list[Finding]] = {}
     for finding in checked.findings:
         by_rule.setdefault(finding.rule, []).append(finding)
@@ -159,14 +159,14 @@ def _groups(checked: Checked) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for rule in rules:
         shown += len(by_rule[rule])
-        opened = shown <= _OPEN or not out
+        opened = shown <= _FINDINGS_OPEN_MAX or not out
         out.append({"rule": rule, "findings": by_rule[rule], "count": checked.findings.count[rule],
                     "more": more.get(rule, 0), "open": opened})  # fmt: skip
     return out
 
 
-def _data(facts: Facts) -> dict[str, Any]:
-    """What the script draws from."""
+def _data(facts: ReportFacts) -> dict[str, Any]:
+    """Return the data that the script draws."""
     drawn = facts.map
     findings = list(facts.checked.findings) if facts.checked else []
     return {
@@ -186,7 +186,7 @@ def _data(facts: Facts) -> dict[str, Any]:
 
 
 def _registers(vcpu: VcpuState) -> list[tuple[str, str]]:
-    """Name and value of each register, for people."""
+    """Return name and value of each register."""
     registers = vcpu.registers
     assert isinstance(registers, Registers)
     digits = registers.width * 2
@@ -198,17 +198,17 @@ def _registers(vcpu: VcpuState) -> list[tuple[str, str]]:
             ("other gs_base", registers.other_gs_base),
         )
         wide |= dict(bases)
-    told = [(name, f"{value:0{digits}x}") for name, value in {**wide, **registers.control}.items()]
-    return told + [(name, f"{registers.segments[name]:04x}") for name in SEGMENTS]
+    rows = [(name, f"{value:0{digits}x}") for name, value in {**wide, **registers.control}.items()]
+    return rows + [(name, f"{registers.segments[name]:04x}") for name in SEGMENTS]
 
 
 def _count(n: int, one: str, more: str | None = None) -> str:
-    """So many of something: "1 error", "2 errors"."""
+    """Return a count with its noun: "1 error", "2 errors"."""
     return f"{n:,} {one if n == 1 else more or one + 's'}"
 
 
 def _share(part: int, of: int) -> str:
-    """A part of something, in per cent; what is there at all is never 0."""
+    """Return a share in per cent; only 0 is shown as 0."""
     if not of or not part:
         return "0 %"
     share = 100 * part / of
@@ -220,5 +220,5 @@ def _share(part: int, of: int) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy names what may run."""
+    """Return the hash by which a Content-Security-Policy allows a script or style."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

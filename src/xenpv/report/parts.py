@@ -1,4 +1,4 @@
-"""Which pfns are of some kind, in as few rows as a picture needs; and an axis of pfns that makes gaps narrow."""
+"""PfnRanges: pfns of one kind in as few rows as a picture needs; and an axis on which wide gaps are narrow."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ import numpy as np
 
 from xenpv.frames import I64, U64
 
-_SEGMENTS = 24  # parts of the axis that have pages, at most
-_GAP = 0.015  # of the axis: what a gap takes, however wide it is
-_LEAST = 0.01  # of the axis: what a part with pages takes, however small it is
+_SEGMENTS_MAX = 24  # ranges with pages on the axis
+_GAP_MAX = 0.015  # of the axis, for a gap of any width
+_SEGMENT_MIN = 0.01  # of the axis, for a range of any size
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """Parts of the pfns, ascending and apart: first pfn, how many pfns it spans, how many of them are meant."""
+class PfnRanges:
+    """Ranges of pfns, ascending and apart. A coarse range has other pfns in between.
+
+    Attributes:
+        start: The first pfn of each.
+        span: How many pfns each covers.
+        pages: How many of those belong to the set.
+    """
 
     start: U64
     span: I64
@@ -26,37 +32,37 @@ class Parts:
 
     @property
     def end(self) -> U64:
-        """One more than the last pfn of each."""
+        """The pfn after the last one of each."""
         end: U64 = self.start + self.span.astype(np.uint64)
         return end
 
     @classmethod
-    def of(cls, start: U64, span: I64, pages: I64 | None = None) -> Parts:
-        """Out of parts in any order that do not overlap; those that touch, and are meant as a whole, become one."""
+    def of(cls, start: U64, span: I64, pages: I64 | None = None) -> PfnRanges:
+        """Return ranges that come in any order and do not overlap; adjacent whole ranges are joined."""
         order = np.argsort(start, kind="stable")
         pages = span if pages is None else pages
         start, span, pages = start[order], span[order], pages[order]
         whole = span == pages
         end = start + span.astype(np.uint64)
-        goes_on = (end[:-1] == start[1:]) & whole[:-1] & whole[1:]
-        return _joined(start, end, pages, np.flatnonzero(np.append(True, ~goes_on)[: len(start)]))
+        continues = (end[:-1] == start[1:]) & whole[:-1] & whole[1:]
+        return _joined(start, end, pages, np.flatnonzero(np.append(True, ~continues)[: len(start)]))
 
     @classmethod
-    def of_pfns(cls, pfns: U64) -> Parts:
-        """Of single pfns, in any order; of one that comes twice once."""
+    def from_pfns(cls, pfns: U64) -> PfnRanges:
+        """Return the ranges of pfns in any order; duplicates count once."""
         pfns = np.unique(pfns)
         return cls.of(pfns, np.ones(len(pfns), np.int64))
 
-    def coarse(self, limit: int) -> Parts:
-        """These in no more than ``limit`` rows: the narrowest gaps are passed over."""
+    def coarsen(self, limit: int) -> PfnRanges:
+        """Return at most ``limit`` ranges: those with the narrowest gaps in between are joined."""
         if len(self) <= limit:
             return self
         gaps, least = self.start[1:] - self.end[:-1], len(self) - 1 - limit
         cuts = np.sort(np.argpartition(gaps, least)[least + 1 :]) + 1  # the widest, limit - 1 of them
         return _joined(self.start, self.end, self.pages, np.append(0, cuts))
 
-    def and_also(self, other: Parts) -> Parts:
-        """Both, as one; where they overlap, as one part."""
+    def union(self, other: PfnRanges) -> PfnRanges:
+        """Return the pfns of both; ranges that overlap are joined."""
         start = np.concatenate([self.start, other.start])
         end = np.concatenate([self.end, other.end])
         pages = np.concatenate([self.pages, other.pages])
@@ -65,72 +71,76 @@ class Parts:
         reach = np.maximum.accumulate(end) if len(end) else end
         first = np.flatnonzero(np.append(True, start[1:] > reach[:-1])[: len(start)])
         out = _joined(start, reach, pages, first)
-        return Parts(out.start, out.span, np.minimum(out.pages, out.span))
+        return PfnRanges(out.start, out.span, np.minimum(out.pages, out.span))
 
     def rows(self) -> list[int]:
-        """Start, span, pages of each, one behind the other."""
+        """Return start, span and pages of each range, in one list."""
         table = np.column_stack([self.start.astype(np.int64), self.span, self.pages])
         return [int(n) for n in table.reshape(-1).tolist()]
 
 
-NOTHING = Parts(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+NO_RANGES = PfnRanges(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
 
 
-def _joined(start: U64, end: U64, pages: I64, first: I64) -> Parts:
-    """Rows joined to groups; ``first``: the first row of each."""
+def _joined(start: U64, end: U64, pages: I64, first: I64) -> PfnRanges:
+    """Join groups of rows; ``first`` is the first row of each group."""
     if not len(start):
-        return NOTHING
+        return NO_RANGES
     last = np.append(first[1:], len(start)) - 1
     span = (end[last] - start[first]).astype(np.int64)
-    return Parts(start[first], span, np.add.reduceat(pages, first))
+    return PfnRanges(start[first], span, np.add.reduceat(pages, first))
 
 
-class Collector:
-    """Parts that come in pieces, held in bounded memory: beyond ``rows`` they become coarse."""
+class RangeCollector:
+    """Collects ranges in bounded memory: beyond ``rows`` they become coarse."""
 
     def __init__(self, rows: int = 1 << 18) -> None:
         self._rows = rows
-        self._parts: list[Parts] = []
+        self._parts: list[PfnRanges] = []
         self._held = 0
 
-    def add(self, part: Parts) -> None:
-        """Take some in; they must not overlap what is held."""
+    def add(self, part: PfnRanges) -> None:
+        """Add ranges, which must not overlap those added before."""
         self._parts.append(part)
         self._held += len(part)
         if self._held > self._rows:
-            self._parts = [self.all.coarse(self._rows // 4)]
+            self._parts = [self.all.coarsen(self._rows // 4)]
             self._held = len(self._parts[0])
 
     @property
-    def all(self) -> Parts:
-        """All that came, ascending."""
+    def all(self) -> PfnRanges:
+        """All ranges that were added, ascending."""
         parts = self._parts
         if not parts:
-            return NOTHING
+            return NO_RANGES
         whole = (np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "span", "pages"))
-        return Parts.of(*whole)
+        return PfnRanges.of(*whole)
 
 
-def axis(there: Parts, end: int) -> list[tuple[int, float]]:
-    """Where pfns lie on a line from 0 to 1: corners (pfn, place), ascending, between which the line is straight.
+def pfn_axis(present: PfnRanges, end: int) -> list[tuple[int, float]]:
+    """Map pfns to a line from 0 to 1, on which wide gaps are narrow: 64 MiB spread over 16 TiB stay visible.
 
-    Of the gaps in ``there`` the widest take the same small place each, so that 64 MiB of pages that are spread over
-    16 TiB are seen. ``end`` is one more than the last pfn that the line has.
+    Args:
+        present: The pfns that have pages.
+        end: The pfn after the last one on the line.
+
+    Returns:
+        Corners (pfn, position), ascending, between which the line is straight.
     """
-    segments = there.coarse(_SEGMENTS)
+    segments = present.coarsen(_SEGMENTS_MAX)
     total = max(int(segments.span.sum()), 1)
     corners, weights = [0], []
     at = 0
     for start, span in zip(segments.start.tolist(), segments.span.tolist(), strict=True):
         if start > at:
             corners.append(start)
-            weights.append(min((start - at) / total, _GAP))
+            weights.append(min((start - at) / total, _GAP_MAX))
         corners.append(start + span)
-        weights.append(max(span / total, _LEAST))
+        weights.append(max(span / total, _SEGMENT_MIN))
         at = start + span
     if end > at:
         corners.append(end)
-        weights.append(min((end - at) / total, _GAP) if len(segments) else 1.0)
+        weights.append(min((end - at) / total, _GAP_MAX) if len(segments) else 1.0)
     places = np.append(0, np.cumsum(weights))
     places /= max(float(places[-1]), 1e-300)
     return list(zip(corners, places.tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""The map of a domain's pfns: lanes of what lies where, as rows that a picture is drawn from."""
+"""The map of a domain's pfns: layers of pages by kind, as rows that a picture is drawn from."""
 
 from __future__ import annotations
 
@@ -8,68 +8,81 @@ from dataclasses import dataclass
 import numpy as np
 
 from xenpv.frames import ABSENT, HAS_DATA, IS_POPULATED, IS_TABLE, PINNED, U64, PageType
-from xenpv.report.parts import NOTHING, Collector, Parts, axis
+from xenpv.report.parts import NO_RANGES, PfnRanges, RangeCollector, pfn_axis
 from xenpv.runs import Extents
 
-_ROWS = 4096  # of each kind
+_ROWS_MAX = 4096  # of each layer
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Pages of one kind: in ``lane``, by what it is called there, and ``parts`` of the pfns."""
+    """Pages of one kind.
+
+    Attributes:
+        lane: Which line of the map they are drawn in.
+        kind: Their style there.
+        what: What they are, for people.
+        pages: How many there are.
+        parts: Where they are.
+    """
 
     lane: str
     kind: str
     what: str
     pages: int
-    parts: Parts
+    parts: PfnRanges
 
 
 @dataclass(frozen=True, slots=True)
 class PfnMap:
-    """``end``: one more than the last pfn of the map. ``axis``: see parts.axis."""
+    """The map: ``end`` is the pfn after the last one, ``axis`` the corners of parts.pfn_axis()."""
 
     end: int
     axis: list[tuple[int, float]]
     layers: list[Layer]
 
 
-def whole(pieces: Iterable[Extents]) -> tuple[Extents, dict[int, Parts]]:
-    """All pages of a domain: their extents, and the parts of each page type that there is."""
+def collect_extents(pieces: Iterable[Extents]) -> tuple[Extents, dict[int, PfnRanges]]:
+    """Return all pages of a domain: their extents, and the ranges of each page type."""
     exact: list[Extents] = []
-    by_type: dict[int, Collector] = {}
+    by_type: dict[int, RangeCollector] = {}
     for piece in pieces:
-        there = IS_POPULATED[piece.type] | (piece.type == PageType.BROKEN)
-        extents = piece[there]
+        shown = IS_POPULATED[piece.type] | (piece.type == PageType.BROKEN)
+        extents = piece[shown]
         for kind in np.unique(extents.type).tolist():
             mine = extents.type == kind
-            by_type.setdefault(kind, Collector()).add(Parts.of(extents.first[mine], extents.pages[mine]))
+            by_type.setdefault(kind, RangeCollector()).add(PfnRanges.of(extents.first[mine], extents.pages[mine]))
         exact.append(extents)
     return Extents.concatenate(exact), {kind: found.all for kind, found in sorted(by_type.items())}
 
 
-def pfn_map(
-    by_type: dict[int, Parts], others: Iterable[tuple[str, str, str, Parts]], named: U64, entries: int
+def build_map(
+    by_type: dict[int, PfnRanges], extra_layers: Iterable[tuple[str, str, str, PfnRanges]], named: U64, entries: int
 ) -> PfnMap:
-    """The map. ``others``: layers beside those of page types: lane, kind, what it is, which pfns. ``named``: pfns of
-    which something is said, there or not; the map ends behind the last of all, and ``entries`` of the p2m.
+    """Build the map.
+
+    Args:
+        by_type: The pages of each page type.
+        extra_layers: Further layers: lane, kind, what they are, their pfns.
+        named: Pfns that the report mentions, present or not. The map reaches to the last.
+        entries: Entries of the p2m. The map reaches to the last.
     """
-    layers = [_layer(*_of_type(kind), parts) for kind, parts in by_type.items()]
-    layers += [_layer(lane, kind, what, parts) for lane, kind, what, parts in others if len(parts)]
-    there, last = NOTHING, int(named.max(initial=0)) + 1
+    layers = [_layer(*_describe_page_type(kind), parts) for kind, parts in by_type.items()]
+    layers += [_layer(lane, kind, what, parts) for lane, kind, what, parts in extra_layers if len(parts)]
+    present, last = NO_RANGES, int(named.max(initial=0)) + 1
     for layer in layers:
-        there = there.and_also(layer.parts.coarse(_ROWS))
+        present = present.union(layer.parts.coarsen(_ROWS_MAX))
         last = max(last, int(layer.parts.end[-1]))
     end = max(last, entries)
-    return PfnMap(end, axis(there.and_also(Parts.of_pfns(named)), end), layers)
+    return PfnMap(end, pfn_axis(present.union(PfnRanges.from_pfns(named)), end), layers)
 
 
-def _layer(lane: str, kind: str, what: str, parts: Parts) -> Layer:
-    return Layer(lane, kind, what, int(parts.pages.sum()), parts.coarse(_ROWS))
+def _layer(lane: str, kind: str, what: str, parts: PfnRanges) -> Layer:
+    return Layer(lane, kind, what, int(parts.pages.sum()), parts.coarsen(_ROWS_MAX))
 
 
-def _of_type(kind: int) -> tuple[str, str, str]:
-    """Lane, kind and words of a page type."""
+def _describe_page_type(kind: int) -> tuple[str, str, str]:
+    """Return lane, kind and description of a page type."""
     if IS_TABLE[kind]:
         level, pinned = kind & 7, bool(kind & PINNED)
         return "tables", f"l{level}" + ("p" if pinned else ""), f"L{level} tables" + (", pinned" if pinned else "")

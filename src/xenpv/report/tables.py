@@ -1,4 +1,4 @@
-"""Page tables in numbers: how many of each level, what their entries say, how much of the memory they map."""
+"""Statistics of page tables: tables of each level, flags of their entries, how much memory they map."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from xenpv.memory.pagetables import GLOBAL, NO_PFN, as_entries, frames
 from xenpv.runs import Extents, Runs
 
 FLAGS = {"RW": PTE_RW, "US": PTE_US, "A": PTE_A, "D": PTE_D, "G": GLOBAL, "PSE": PTE_PSE, "NX": PTE_NX}
-TABLES_MAX = 1 << 22  # that are read: 16 GiB of them map 8 TiB
-PAGES_MAX = 1 << 28  # of a domain, to say which are mapped: a byte each
+TABLES_MAX = 1 << 22  # tables to read: 16 GiB of them map 8 TiB
+PAGES_MAX = 1 << 28  # pages to count mappings of: a byte each
 
 
 @dataclass
 class LevelStats:
-    """The tables of one level. ``pinned`` of them are, None where that is not known; ``unread`` have no content;
-    ``flags``: how many present entries have each.
+    """The tables of one level.
+
+    Attributes:
+        level: 1 to 4.
+        tables: How many there are.
+        pinned: How many of them are pinned; None if that is not known.
+        unread: How many have no content.
+        empty: How many have no present entry.
+        entries: Present entries.
+        other: Present entries whose frame is not the domain's, but another's or Xen's.
+        flags: How many present entries have each flag.
     """
 
     level: int
@@ -30,15 +39,22 @@ class LevelStats:
     unread: int = 0
     empty: int = 0
     entries: int = 0
-    other: int = 0  # present, and what they name is no frame of the domain: another's, or Xen's
+    other: int = 0
     flags: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FLAGS, 0))
 
 
 @dataclass
-class TableStats:
-    """``mapped``: pages that some L1 entry names, ``writable`` those that one names writable, ``several`` those that
-    more than one names; None where the domain is too large to say. ``loose``: L1 entries both writable and executable.
-    ``left_out``: tables that were not read, being too many.
+class PageTableStats:
+    """Statistics of all page tables. Counts of mapped pages are None if the domain is too large.
+
+    Attributes:
+        levels: The levels that have tables, the highest first.
+        populated: Pages of the domain.
+        mapped: Pages that an L1 entry maps.
+        writable: Pages that an L1 entry maps writable.
+        several: Pages that more than one L1 entry maps.
+        loose: L1 entries that are both writable and executable.
+        left_out: Tables beyond TABLES_MAX, which were not read.
     """
 
     levels: list[LevelStats]
@@ -50,11 +66,16 @@ class TableStats:
     left_out: int = 0
 
 
-def table_stats(
+def count_page_tables(
     memory: Frames, extents: Extents, step: Callable[[int, int], None] | None = None, *, pins: bool = True
-) -> TableStats:
-    """Read every page table once. ``extents``: all pages of the domain. ``step``: (tables done, in all). ``pins``:
-    whether page types say which are pinned.
+) -> PageTableStats:
+    """Read every page table once, and count.
+
+    Args:
+        memory: The pages.
+        extents: All pages of the domain.
+        step: Called with the tables done and their number in all, after each batch.
+        pins: Whether page types tell which tables are pinned.
     """
     is_table = IS_TABLE[extents.type]
     levels = {n: LevelStats(n, pinned=0 if pins else None) for n in range(1, 5)}
@@ -65,27 +86,27 @@ def table_stats(
             level.pinned += pages if kind & PINNED else 0
     populated = IS_POPULATED[extents.type]
     total = extents[is_table].total
-    stats = TableStats([levels[n] for n in (4, 3, 2, 1)], extents[populated].total)
+    stats = PageTableStats([levels[n] for n in (4, 3, 2, 1)], extents[populated].total)
     stats.left_out = max(0, total - TABLES_MAX)
-    mapping = _Mapped(extents[populated]) if stats.populated <= PAGES_MAX else None
+    mapping = _MappedPages(extents[populated]) if stats.populated <= PAGES_MAX else None
     read, done = frame_reader(memory), 0
     for number, tables in _batches(extents[is_table]):
         pages, readable = read(tables)
-        _count(levels[number], as_entries(pages[readable]), stats, mapping)
+        _count_entries(levels[number], as_entries(pages[readable]), stats, mapping)
         levels[number].unread += int(np.count_nonzero(~readable))
         done += len(tables)
         if step is not None:
             step(done, min(total, TABLES_MAX))
     if mapping is not None:
-        stats.mapped = int(np.count_nonzero(mapping.times))
-        stats.several = int(np.count_nonzero(mapping.times & 2))
-        stats.writable = int(np.count_nonzero(mapping.times & 4))
+        stats.mapped = int(np.count_nonzero(mapping.flags))
+        stats.several = int(np.count_nonzero(mapping.flags & 2))
+        stats.writable = int(np.count_nonzero(mapping.flags & 4))
     stats.levels = [level for level in stats.levels if level.tables]
     return stats
 
 
 def _batches(tables: Extents) -> Iterator[tuple[int, U64]]:
-    """The pfns of tables, some of one level at a time, TABLES_MAX of them at most."""
+    """Yield a level and pfns of tables of that level, in batches, TABLES_MAX in all."""
     room = TABLES_MAX
     for n in range(4, 0, -1):
         for pfns in tables[tables.type & np.uint8(7) == n].batches(PAGES_PER_BATCH, room):
@@ -93,7 +114,7 @@ def _batches(tables: Extents) -> Iterator[tuple[int, U64]]:
             room -= len(pfns)
 
 
-def _count(level: LevelStats, entries: U64, stats: TableStats, mapping: _Mapped | None) -> None:
+def _count_entries(level: LevelStats, entries: U64, stats: PageTableStats, mapping: _MappedPages | None) -> None:
     present = (entries & np.uint64(PTE_P)) != 0
     level.empty += int(np.count_nonzero(~present.any(axis=1)))
     ptes = entries[present]
@@ -109,18 +130,18 @@ def _count(level: LevelStats, entries: U64, stats: TableStats, mapping: _Mapped 
             mapping.add(named, writable)
 
 
-class _Mapped:
-    """How often each page of a domain is mapped: bit 0 once or more, bit 1 more than once, bit 2 writable."""
+class _MappedPages:
+    """Flags of each page of a domain: bit 0 mapped, bit 1 more than once, bit 2 writable."""
 
     def __init__(self, pages: Runs) -> None:
         self._pages = pages
-        self.times = np.zeros(pages.total, np.uint8)
+        self.flags = np.zeros(pages.total, np.uint8)
 
     def add(self, pfns: U64, writable: Mask) -> None:
-        place = self._pages.positions(pfns)
-        there = place >= 0
-        place = place[there]
-        self.times[place[writable[there]]] |= 4
-        once, count = np.unique(place, return_counts=True)
-        self.times[once[(count > 1) | (self.times[once] & 1 != 0)]] |= 2
-        self.times[once] |= 1
+        position = self._pages.positions(pfns)
+        present = position >= 0
+        position = position[present]
+        self.flags[position[writable[present]]] |= 4
+        once, count = np.unique(position, return_counts=True)
+        self.flags[once[(count > 1) | (self.flags[once] & 1 != 0)]] |= 2
+        self.flags[once] |= 1
