@@ -12,7 +12,7 @@ from xenpv.findings import Findings
 from xenpv.frames import U64
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.registers import Registers
-from xenpv.memory.survey import Survey, survey
+from xenpv.memory.survey import EntryKind, Survey, survey
 from xenpv.report.content import ContentStats, analyse_content
 from xenpv.report.identity import Identity, NotablePage, find_notable_pages, identify
 from xenpv.report.p2mform import P2MTree, describe_p2m_trees, leaf_ranges
@@ -20,6 +20,14 @@ from xenpv.report.parts import NO_RANGES, PfnRanges
 from xenpv.report.pfnmap import Layer, PfnMap, build_map, collect_extents
 from xenpv.report.tables import PageTableStats, count_page_tables
 from xenpv.source.domain import Domain
+
+_ENTRY_KEYS = {
+    EntryKind.LOCAL: "own",
+    EntryKind.INVALID: "invalid",
+    EntryKind.FOREIGN: "foreign",
+    EntryKind.IDENTITY: "identity",
+    EntryKind.HOLE: "hole",
+}  # in the JSON
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,4 +233,4 @@ def _p2m_to_json(state: P2MState) -> dict[str, Any]:
     found = state.found
     out = {"shapes": [asdict(shape) for shape in state.shapes], "leaves": state.leaves, "places": state.places}
     out |= {"shared": state.shared, "problem": state.problem}
-    return out | {"entries": {kind.name.lower(): n for kind, n in found.pages.items()} if found else None}
+    return out | {"entries": {_ENTRY_KEYS[kind]: n for kind, n in found.pages.items()} if found else None}
