@@ -76,7 +76,7 @@ def turns(host: lab.Host, name: str, who: Iterable[str], runs: int, timeout: flo
     for what in ("save", "restore"):
         for _ in range(runs):
             start = host.run(
-                f"time -p python3 -c 'import xenpv.save_helper.program, xenpv.host.xen.host, xenpv.domain.{what}'"
+                f"time -p python3 -c 'import xenpv.save_helper.program, xenpv.host.xen.host, xenpv.{what}.{what}'"
             )
             seconds = float(start.check().stderr.split()[1])
             said.append({"what": what, "by": "ours", "start": seconds})
