@@ -49,7 +49,7 @@ def both(original: lab.PeerTools, tmp_path: Path) -> Both:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("long", LONGS)
 @pytest.mark.parametrize("width", [8, 4])
-def test_pv(both: Both, width: Width, long: int, form: str) -> None:
+def test_convert_legacy_stream_pv_gives_the_originals_bytes(both: Both, width: Width, long: int, form: str) -> None:
     domain = pv_domain(width=width, pfns=range(96), vcpus=3, tree=True)
     theirs, ours = both.on(pv_stream(domain, Legacy(long)), "-w", str(long * 8), "-g", "pv", "-f", form)
     assert ours == theirs
@@ -58,12 +58,14 @@ def test_pv(both: Both, width: Width, long: int, form: str) -> None:
 @pytest.mark.parametrize("skip", [(), ("--skip-qemu",)])
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("long", LONGS)
-def test_hvm(both: Both, long: int, form: str, skip: tuple[str, ...]) -> None:
+def test_convert_legacy_stream_hvm_gives_the_originals_bytes(
+    both: Both, long: int, form: str, skip: tuple[str, ...]
+) -> None:
     theirs, ours = both.on(hvm_stream(Legacy(long)), "-w", str(long * 8), "-g", "hvm", "-f", form, *skip)
     assert ours == theirs
 
 
-def test_what_the_original_refuses_and_we_too(both: Both) -> None:
+def test_convert_legacy_stream_refuses_what_the_original_refuses(both: Both) -> None:
     domain, wire = pv_domain(pfns=range(36)), Legacy()
     options = ("-w", "64", "-g", "pv")
     for piece in (wire.chunk(1025), wire.chunk(-99), wire.chunk(2, wire.longs(0xE << 28, 0xE << 28))):
@@ -74,7 +76,7 @@ def test_what_the_original_refuses_and_we_too(both: Both) -> None:
     assert not (both.folder / "ours").exists()
 
 
-def test_where_the_original_writes_what_nobody_takes(both: Both) -> None:
+def test_convert_legacy_stream_writes_restorable_streams_where_the_original_does_not(both: Both) -> None:
     """A batch of nothing but pfns that cannot be mapped: libxenguest refuses a PAGE_DATA without a pfn."""
     wire = Legacy()
     stream = pv_stream(pv_domain(pfns=range(36))).before("chunk -7", wire.chunk(2, wire.longs(UNMAPPED, UNMAPPED)))
@@ -83,7 +85,7 @@ def test_where_the_original_writes_what_nobody_takes(both: Both) -> None:
     assert verify_file(both.folder / "ours").rules == set()
 
 
-def test_where_the_original_gives_up(both: Both) -> None:
+def test_convert_legacy_stream_converts_where_the_original_fails(both: Both) -> None:
     """Its -x compares bytes with text, under Python 3; compression is "todo" there."""
     domain, wire = pv_domain(pfns=range(36)), Legacy()
     options = ("-w", "64", "-g", "pv", "-f", "libxl")

@@ -28,20 +28,20 @@ def both(original: lab.PeerTools, path: Path, form: str) -> tuple[int, int]:
     return theirs, main(["-q", "-f", form, "-i", str(path)])
 
 
-def test_both_pass_a_real_file(original: lab.PeerTools, tmp_path: Path) -> None:
+def test_verify_stream_v2_real_file_passes_in_both(original: lab.PeerTools, tmp_path: Path) -> None:
     path = tmp_path / "real.save"
     path.write_bytes(lzma.decompress(DEMO.read_bytes()))
     assert both(original, path, "xl") == (0, 0)
 
 
 @pytest.mark.parametrize("base", ["libxc", "libxl", "xl", "v2"])
-def test_both_pass_sound_streams(original: lab.PeerTools, base: str, tmp_path: Path) -> None:
+def test_verify_stream_v2_sound_streams_pass_in_both(original: lab.PeerTools, base: str, tmp_path: Path) -> None:
     path = tmp_path / "sound"
     path.write_bytes(bytes(sound(base)))
     assert both(original, path, FORMATS[base]) == (0, 0)
 
 
-def test_whatever_the_original_rejects_so_do_we(original: lab.PeerTools, tmp_path: Path) -> None:
+def test_verify_stream_v2_rejects_what_the_original_rejects(original: lab.PeerTools, tmp_path: Path) -> None:
     """Of all our broken streams; the original's own false rejects are apart, below."""
     path = tmp_path / "broken"
     theirs_alone, ours_alone = [], []
@@ -61,7 +61,7 @@ def test_whatever_the_original_rejects_so_do_we(original: lab.PeerTools, tmp_pat
     assert {rules.ORDER, rules.MISSING, rules.PAGE_RANGE} <= set(ours_alone)
 
 
-def test_optional_records_are_no_fault(original: lab.PeerTools, tmp_path: Path) -> None:
+def test_verify_stream_v2_optional_records_pass(original: lab.PeerTools, tmp_path: Path) -> None:
     """libxc-migration-stream.pandoc: "The contents of optional records may be ignored during a restore."."""
     path = tmp_path / "optional"
     stream = sound("libxc")
@@ -70,20 +70,20 @@ def test_optional_records_are_no_fault(original: lab.PeerTools, tmp_path: Path) 
     assert both(original, path, "libxc") == (BAD, 0)
 
 
-def test_emulator_xenstore_data_is_no_fault(original: lab.PeerTools, tmp_path: Path) -> None:
+def test_verify_stream_v2_emulator_xenstore_data_passes(original: lab.PeerTools, tmp_path: Path) -> None:
     """The original compares a byte with a string, which under Python 3 is never equal."""
     path = tmp_path / "hvm"
     path.write_bytes(bytes(sound("hvm")))
     assert both(original, path, "libxl") == (BAD, 0)
 
 
-def test_checkpointed_libxl_streams_are_no_fault(original: lab.PeerTools, tmp_path: Path) -> None:
+def test_verify_stream_v2_checkpointed_libxl_stream_passes(original: lab.PeerTools, tmp_path: Path) -> None:
     path = tmp_path / "remus"
     path.write_bytes(bytes(sound("remus")))
     assert both(original, path, "libxl") == (BAD, 0)
 
 
-def test_warnings_of_ours_that_the_original_takes_for_errors(original: lab.PeerTools, tmp_path: Path) -> None:
+def test_verify_stream_v2_reserved_and_padding_are_errors(original: lab.PeerTools, tmp_path: Path) -> None:
     """Reserved bits and padding: a restorer must ignore them, a verifier says so."""
     path = tmp_path / "reserved"
     for breach in BREACHES:

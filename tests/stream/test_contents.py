@@ -26,7 +26,7 @@ def contents_of(stream: Stream, *, pages: bool = False) -> Contents:
     return contents
 
 
-def test_all_parts_of_a_pv_domain() -> None:
+def test_contents_pv_stream_has_all_records() -> None:
     domain = pv_domain(vcpus=3)
     stream = domain.to_stream("xl")
     found = contents_of(stream)
@@ -58,7 +58,7 @@ def test_all_parts_of_a_pv_domain() -> None:
             assert record.context == blob
 
 
-def test_page_content_is_where_the_index_says() -> None:
+def test_contents_index_gives_offset_of_page_content() -> None:
     domain = pv_domain()
     data = domain.to_bytes("libvirt")
     found = contents_of(domain.to_stream("libvirt"), pages=True)
@@ -67,7 +67,7 @@ def test_page_content_is_where_the_index_says() -> None:
         assert data[offset : offset + PAGE] == page
 
 
-def test_runs_list_what_lies_where() -> None:
+def test_contents_record_groups_list_records_in_order() -> None:
     stream = pv_domain().to_stream("libxl", batch=10)
     found = contents_of(stream)
     names = list(dict.fromkeys(piece.name for piece in stream))  # PAGE_DATA in a row are one
@@ -77,7 +77,7 @@ def test_runs_list_what_lies_where() -> None:
     assert (data.count, data.pages) == (10, 96)
 
 
-def test_an_hvm_domain() -> None:
+def test_contents_hvm_stream_has_params_context_and_emulators() -> None:
     found = contents_of(hvm_stream("xenopsd"))
     assert found.domain is not None
     assert found.domain.guest is Guest.HVM
@@ -91,7 +91,7 @@ def test_an_hvm_domain() -> None:
     ]
 
 
-def test_the_last_of_a_page_a_vcpu_and_a_p2m_frame_counts() -> None:
+def test_contents_repeated_records_keep_the_last() -> None:
     domain = pv_domain()
     stream = domain.to_stream("libxc")
     later = bytes(len(domain.vcpus[0].tobytes()))
@@ -105,7 +105,7 @@ def test_the_last_of_a_page_a_vcpu_and_a_p2m_frame_counts() -> None:
     assert found.p2m_frames.tolist() == [77]
 
 
-def test_a_p2m_that_grows_while_it_is_sent() -> None:
+def test_contents_second_p2m_frames_extends_the_p2m() -> None:
     """expand_p2m(): "liable to expand multiple times if the domain grows on the sending side"."""
     stream = pv_domain().to_stream("libxc").before("X86_TSC_INFO", W.p2m_frames(1024, 1535, [9]))
     found = contents_of(stream)
@@ -114,7 +114,7 @@ def test_a_p2m_that_grows_while_it_is_sent() -> None:
     assert found.p2m_frames.tolist() == [first, int(NO_FRAME), 9]
 
 
-def test_the_first_pv_info_counts() -> None:
+def test_contents_second_pv_info_is_ignored() -> None:
     domain = pv_domain()
     stream = domain.to_stream("libxc").before("SHARED_INFO", W.pv_info(4, 3))
     found = contents_of(stream)
@@ -123,7 +123,7 @@ def test_the_first_pv_info_counts() -> None:
     assert len(found.vcpus[0].basic.context) == 5168
 
 
-def test_a_context_that_came_before_its_width_was_known_is_of_that_width_or_none() -> None:
+def test_contents_vcpu_context_before_pv_info_of_another_width_is_dropped() -> None:
     for width, kept in ((8, True), (4, False)):
         stream = pv_domain().to_stream("libxc")
         info = W.pv_info(width, 4 if width == 8 else 3)
@@ -132,7 +132,7 @@ def test_a_context_that_came_before_its_width_was_known_is_of_that_width_or_none
 
 
 @pytest.mark.parametrize("breach", BREACHES, ids=lambda b: f"{b.rule.name}:{b.what}")
-def test_whatever_is_broken_the_rest_is_gathered(breach: Breach) -> None:
+def test_contents_malformed_stream_keeps_the_other_records(breach: Breach) -> None:
     reading = read(whole(bytes(breach.stream())), collect=True, pages=True)
     found = Contents()
     for event in reading.events:

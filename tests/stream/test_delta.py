@@ -21,7 +21,7 @@ def made(data: bytes, old: bytes = OLD) -> bytes:
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, PAGE - 1), st.binary(min_size=1, max_size=1200)), max_size=6))
-def test_what_was_made_is_found_again(changes: list[tuple[int, bytes]]) -> None:
+def test_apply_changes_inverts_the_senders_compression(changes: list[tuple[int, bytes]]) -> None:
     new = bytearray(OLD)
     for at, data in changes:
         new[at : at + len(data)] = data[: PAGE - at]
@@ -30,14 +30,14 @@ def test_what_was_made_is_found_again(changes: list[tuple[int, bytes]]) -> None:
     assert delta.page_ends(said + b"\x00", 9) == [len(said), len(said) + 1]
 
 
-def test_the_worst_page_takes_4105_bytes() -> None:
+def test_apply_changes_page_with_all_words_changed_takes_4105_bytes() -> None:
     """xc_compression.c WORST_COMP_PAGE_SIZE."""
     said = legacy.delta(OLD, bytes(b ^ 0xFF for b in OLD))
     assert len(said) == PAGE + 9
     assert made(said) == bytes(b ^ 0xFF for b in OLD)
 
 
-def test_a_whole_page_and_one_that_is_the_same() -> None:
+def test_apply_changes_full_and_empty_page() -> None:
     page = bytes(PAGE - 1) + b"!"
     assert made(legacy.whole(page)) == page
     assert made(b"\x00") == OLD
@@ -45,7 +45,7 @@ def test_a_whole_page_and_one_that_is_the_same() -> None:
     assert not delta.is_full_page(b"\x00", 0)
 
 
-def test_pages_that_are_not_all_there_are_left_for_more() -> None:
+def test_page_ends_partial_page_is_left_out() -> None:
     whole = legacy.whole(OLD)
     changed = legacy.delta(OLD, bytes(4) + OLD[4:])
     for data in (whole, changed):
@@ -62,7 +62,7 @@ def test_pages_that_are_not_all_there_are_left_for_more() -> None:
         (b"\xff\x00", 1),
     ],
 )
-def test_what_no_sender_makes(data: bytes, at: int) -> None:
+def test_page_ends_malformed_run_raises_with_offset(data: bytes, at: int) -> None:
     with pytest.raises(delta.MalformedDelta) as e:
         delta.page_ends(data, 1)
     assert e.value.offset == at
@@ -70,7 +70,7 @@ def test_what_no_sender_makes(data: bytes, at: int) -> None:
 
 @settings(deadline=None)
 @given(st.binary(max_size=300))
-def test_any_bytes_are_pages_or_damaged(data: bytes) -> None:
+def test_page_ends_any_bytes_are_pages_or_malformed(data: bytes) -> None:
     try:
         ends = delta.page_ends(data, 50)
     except delta.MalformedDelta as e:

@@ -36,20 +36,20 @@ def envelope_of(stream: Stream) -> Envelope:
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-def test_each_kind_is_told_by_its_first_bytes(kind: Kind) -> None:
+def test_sniff_detects_each_kind(kind: Kind) -> None:
     head = pv_domain().to_bytes(str(kind))[:SNIFF_SIZE]
     assert sniff(head) is kind
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-def test_a_few_bytes_are_enough_where_the_input_ends(kind: Kind) -> None:
+def test_sniff_truncated_magic_is_of_its_kind(kind: Kind) -> None:
     """The first byte of xl's magic begins xenopsd's too; from the fifth on each is told."""
     head = pv_domain().to_bytes(str(kind))[:SNIFF_SIZE]
     for n in range(5, 9):
         assert sniff(head[:n]) is kind
 
 
-def test_xl() -> None:
+def test_reader_xl_envelope_gives_json_config() -> None:
     found = envelope_of(pv_domain(vcpus=2).to_stream("xl"))
     expected = config_json(vcpus=2, memory_kib=96 * 4)
     assert (found.kind, found.config_format) == (Kind.XL, "json")
@@ -57,23 +57,23 @@ def test_xl() -> None:
     assert (found.offset, found.length) == (0, 48 + 4 + len(expected) + 1)
 
 
-def test_xl_without_a_configuration() -> None:
+def test_reader_xl_envelope_without_config_gives_empty_config() -> None:
     found = envelope_of(pv_domain().to_stream("xl").replace("xl header", xl_header(b"", mandatory=2)))
     assert (found.config, found.length) == (b"", 48)
 
 
-def test_xl_with_a_configuration_that_is_not_json() -> None:
+def test_reader_xl_envelope_with_text_config_gives_format_xl() -> None:
     found = envelope_of(pv_domain().to_stream("xl").replace("xl header", xl_header(b'name = "made"\n', mandatory=2)))
     assert (found.config, found.config_format) == (b'name = "made"\n', "xl")
 
 
-def test_libvirt() -> None:
+def test_reader_libvirt_envelope_gives_xml_config() -> None:
     found = envelope_of(pv_domain().to_stream("libvirt"))
     assert (found.kind, found.config, found.config_format) == (Kind.LIBVIRT, CONFIG_XML, "xml")
     assert found.length == 64 + len(CONFIG_XML) + 1
 
 
-def test_xenopsd() -> None:
+def test_reader_xenopsd_envelope_gives_sections() -> None:
     reading = read(whole(pv_domain().to_bytes("xenopsd")))
     sections = [event for event in reading.events if isinstance(event, SectionHeader)]
     assert [section.section for section in sections] == [Section.XENOPS, Section.LIBXC, Section.END]
@@ -81,14 +81,14 @@ def test_xenopsd() -> None:
     assert [section.name for section in sections] == ["xenops section", "libxc section", "end section"]
 
 
-def test_xenopsd_of_an_hvm_domain_passes_over_its_device_model() -> None:
+def test_reader_xenopsd_emulator_section_is_skipped() -> None:
     reading = read(whole(bytes(hvm_stream("xenopsd"))))
     assert reading.done
     sections = [event.section for event in reading.events if isinstance(event, SectionHeader)]
     assert sections == [Section.XENOPS, Section.LIBXC, Section.QEMU_XEN, Section.END]
 
 
-def test_bare_streams_have_no_envelope() -> None:
+def test_reader_bare_stream_gives_no_envelope() -> None:
     for kind in ("libxl", "libxc"):
         assert not any(isinstance(event, Envelope) for event in read(whole(pv_domain().to_bytes(kind))).events)
 
@@ -117,7 +117,7 @@ NOT_OURS = {
 
 
 @pytest.mark.parametrize(("data", "says"), NOT_OURS.values(), ids=NOT_OURS)
-def test_what_is_not_a_saved_domain_is_told_for_what_it_is(data: bytes, says: str) -> None:
+def test_sniff_other_inputs_are_unsupported_and_described(data: bytes, says: str) -> None:
     for chunks in ([data], [*bytewise(data)]):
         for collect in (False, True):
             reading = read(chunks, collect=collect)
@@ -128,7 +128,7 @@ def test_what_is_not_a_saved_domain_is_told_for_what_it_is(data: bytes, says: st
             assert "\n" not in str(reading.error)
 
 
-def test_an_xl_file_of_before_the_stream_had_a_version() -> None:
+def test_reader_legacy_xl_file_is_unsupported() -> None:
     stream = pv_domain().to_stream("xl").replace("xl header", xl_header(mandatory=1))
     reading = read(whole(bytes(stream)))
     assert type(reading.error) is Unsupported
@@ -136,14 +136,14 @@ def test_an_xl_file_of_before_the_stream_had_a_version() -> None:
     assert reading.names == ["xl envelope"]
 
 
-def test_a_libvirt_file_of_before_the_stream_had_a_version() -> None:
+def test_reader_legacy_libvirt_file_is_unsupported() -> None:
     stream = pv_domain().to_stream("libvirt").replace("libvirt header", libvirt_header(version=1))
     reading = read(whole(bytes(stream)))
     assert type(reading.error) is Unsupported
     assert "legacy" in str(reading.error)
 
 
-def test_a_suspend_image_with_a_legacy_stream() -> None:
+def test_reader_legacy_xenopsd_section_is_unsupported() -> None:
     stream = pv_domain().to_stream("xenopsd")
     stream.replace("xenopsd section", xenopsd_section(LIBXC_LEGACY), nth=1)
     reading = read(whole(bytes(stream)))
@@ -152,7 +152,7 @@ def test_a_suspend_image_with_a_legacy_stream() -> None:
     assert reading.error.offset == stream.offset("xenopsd section", 1)
 
 
-def test_a_configuration_that_lies_about_its_length() -> None:
+def test_reader_config_length_beyond_maximum_is_malformed() -> None:
     for length in (1 << 31, (1 << 32) - 1):
         reading = read([xl_header(length=length).data])
         assert type(reading.error) is Malformed
@@ -164,7 +164,7 @@ def test_a_configuration_that_lies_about_its_length() -> None:
 
 
 @pytest.mark.parametrize("kind", list(Kind))
-def test_a_kind_that_was_told_is_checked(kind: Kind) -> None:
+def test_reader_given_kind_is_checked(kind: Kind) -> None:
     reading = read([b"\x55" * 200], kind=kind)
     assert type(reading.error) is Malformed
     assert reading.error.offset == 0

@@ -76,7 +76,7 @@ def read(chunks: list[bytes], reader: Reader | None = None) -> Read:
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_reads_the_same_however_it_is_fed(name: str) -> None:
+def test_legacy_reader_fed_in_any_pieces_gives_the_same_events(name: str) -> None:
     data = bytes(SMALL[name])
     first = read(whole(data))
     assert first.error is None
@@ -88,7 +88,7 @@ def test_reads_the_same_however_it_is_fed(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "remus"])
-def test_cut_anywhere_it_says_where(name: str) -> None:
+def test_legacy_reader_truncated_stream_names_the_offset(name: str) -> None:
     stream = SMALL[name]
     data = bytes(stream)
     edges = {stream.offset_of(i) + n for i in range(1, len(stream)) for n in (-1, 0, 1, 5)}
@@ -99,7 +99,7 @@ def test_cut_anywhere_it_says_where(name: str) -> None:
         assert not got.reader.done
 
 
-def test_under_remus_it_may_end_behind_any_tail() -> None:
+def test_legacy_reader_remus_stream_may_end_after_any_tail() -> None:
     stream = SMALL["remus"]
     first_tail = stream.offset_of(stream.find("shared info") + 1)
     got = read([bytes(stream)[:first_tail]])
@@ -112,7 +112,7 @@ def test_under_remus_it_may_end_behind_any_tail() -> None:
 
 @pytest.mark.parametrize("long", LONGS)
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_pv_domain_is_what_was_written(long: int, width: Width) -> None:
+def test_legacy_reader_pv_stream_gives_the_domain(long: int, width: Width) -> None:
     domain = pv_domain(width=width, pfns=range(48), vcpus=2)
     got = read([bytes(pv_stream(domain, Legacy(long), batch=16))])
     assert got.error is None
@@ -141,7 +141,7 @@ def test_a_pv_domain_is_what_was_written(long: int, width: Width) -> None:
 
 
 @pytest.mark.parametrize("long", LONGS)
-def test_an_hvm_domain_is_what_was_written(long: int) -> None:
+def test_legacy_reader_hvm_stream_gives_the_domain(long: int) -> None:
     got = read([bytes(hvm_stream(Legacy(long)))])
     assert got.error is None
     params = [event.params for event in got.events if isinstance(event, records.HvmParams)]
@@ -161,7 +161,7 @@ def test_an_hvm_domain_is_what_was_written(long: int) -> None:
 
 
 @pytest.mark.parametrize("signature", [QEMU_REMUS, QEMU_OLD])
-def test_qemu_records_of_other_ages(signature: bytes) -> None:
+def test_legacy_reader_other_qemu_signatures_are_read(signature: bytes) -> None:
     stream = hvm_stream().replace("qemu", Legacy().qemu(b"QEVM" + bytes(9000), signature))
     for chunks in (whole(bytes(stream)), at_random(bytes(stream), 4)):
         got = read(chunks)
@@ -170,7 +170,7 @@ def test_qemu_records_of_other_ages(signature: bytes) -> None:
         assert got.events[-2].data == b"QEVM" + bytes(9000)
 
 
-def test_what_a_stream_is_told_by_looking() -> None:
+def test_detect_toolstack_by_first_bytes() -> None:
     for long in LONGS:
         assert detect_toolstack(bytes(pv_stream(DOMAIN, Legacy(long)))[:32]) == (long, Guest.PV)
         assert detect_toolstack(bytes(hvm_stream(Legacy(long)))[:32]) == (long, Guest.HVM)
@@ -180,7 +180,7 @@ def test_what_a_stream_is_told_by_looking() -> None:
     assert read([bytes(SMALL["pv-64"])], Reader(legacy=LegacyFormat(toolstack=(4, Guest.PV)))).error is not None
 
 
-def test_streams_of_today_are_read_as_ever() -> None:
+def test_legacy_reader_current_streams_give_the_same_events() -> None:
     for envelope in ("xl", "libvirt", "xenopsd", "libxl", "libxc"):
         data = DOMAIN.to_bytes(envelope)
         ours, reader = read([data], Reader(legacy=LegacyFormat())), Reader()
@@ -191,7 +191,7 @@ def test_streams_of_today_are_read_as_ever() -> None:
         assert not ours.reader.is_legacy
 
 
-def test_other_envelopes_of_legacy_streams() -> None:
+def test_legacy_reader_reads_streams_in_libvirt_and_xenopsd_envelopes() -> None:
     inside = bytes(SMALL["pv-64"])
     got = read([libvirt_header(version=1).data + inside])
     assert (got.error, got.names[0], got.names[-1]) == (None, "libvirt envelope", "END")
@@ -203,7 +203,7 @@ def test_other_envelopes_of_legacy_streams() -> None:
         assert (got.error, got.names[-1]) == (None, "end section")
 
 
-def test_in_verify_mode_pages_come_twice() -> None:
+def test_legacy_reader_verify_chunk_is_ignored() -> None:
     wire = Legacy()
     again = [wire.chunk(VERIFY), wire.pages([(0, NOTAB)], [bytes(PAGE)])]
     got = read([bytes(pv_stream(DOMAIN).before("chunk -7", *again))])
@@ -211,7 +211,7 @@ def test_in_verify_mode_pages_come_twice() -> None:
     assert "VERIFY" not in got.names
 
 
-def test_without_a_map_there_is_one_vcpu() -> None:
+def test_legacy_reader_without_vcpu_info_reads_one_vcpu() -> None:
     """xc_domain_restore(): vcpumap[0] = 1."""
     one = pv_domain(pfns=range(36), vcpus=1)
     got = read([bytes(pv_stream(one).drop("chunk -2"))])
@@ -219,7 +219,7 @@ def test_without_a_map_there_is_one_vcpu() -> None:
     assert got.names.count("X86_PV_VCPU_BASIC") == 1
 
 
-def test_vcpus_beyond_the_last_are_none() -> None:
+def test_legacy_reader_vcpus_beyond_the_last_are_ignored() -> None:
     """xc_domain_restore() counts up to max_vcpu_id, whatever the map has above it."""
     stream = pv_stream(DOMAIN).replace("chunk -2", Legacy().chunk(-2, struct.pack("<iQ", 1, 0xFF)))
     got = read([bytes(stream)])
@@ -227,7 +227,7 @@ def test_vcpus_beyond_the_last_are_none() -> None:
     assert [event.vcpu_id for event in got.events if isinstance(event, records.VcpuBasic)] == [0, 1]
 
 
-def test_a_batch_of_nothing_but_what_cannot_be_mapped() -> None:
+def test_legacy_reader_batch_of_unmapped_pfns_gives_no_record() -> None:
     """Xen's own converter makes a PAGE_DATA without pfns of it, which no restorer takes."""
     wire = Legacy()
     got = read([bytes(pv_stream(DOMAIN).before("chunk -7", wire.chunk(2, wire.longs(UNMAPPED, UNMAPPED))))])
@@ -242,7 +242,7 @@ def deltas(*pieces: Piece) -> Read:
     return read([bytes(remus_stream(DOMAIN, [pieces]))])
 
 
-def test_compressed_pages_come_with_the_pfns_before_them() -> None:
+def test_legacy_reader_compressed_pages_come_with_their_pfns() -> None:
     wire, a, b = Legacy(), b"a" * PAGE, b"b" * PAGE
     data = whole_page(a) + delta(a, b"x" * 8 + a[8:])
     got = deltas(
@@ -350,7 +350,7 @@ def test_legacy_reader_transcendent_memory_is_unsupported() -> None:
     assert got.error.record == "legacy chunk -5"
 
 
-def test_what_has_no_content_needs_none() -> None:
+def test_legacy_reader_compressed_pfns_without_content_give_page_data() -> None:
     got = deltas(
         W.pages([(3, NOTAB)], []), W.compressed(whole_page(bytes(PAGE))), W.pages([(7, XTAB), (9, XALLOC)], [])
     )
@@ -359,7 +359,7 @@ def test_what_has_no_content_needs_none() -> None:
     assert (last.pfns.tolist(), last.types.tolist(), last.pages) == ([7, 9], [XTAB, XALLOC], 0)
 
 
-def test_many_pages_of_a_byte_each_come_in_batches() -> None:
+def test_legacy_reader_many_compressed_pages_come_in_batches() -> None:
     named = [W.pages([(pfn, NOTAB) for pfn in range(48)], [])] * 100
     got = deltas(*named, W.compressed(bytes(4800)))
     found = [event for event in got.events if isinstance(event, PageDeltas)]
@@ -371,7 +371,7 @@ def test_many_pages_of_a_byte_each_come_in_batches() -> None:
     assert str(1 << 16) in got.error.reason
 
 
-def test_pages_that_never_come() -> None:
+def test_legacy_reader_missing_compressed_content_is_malformed() -> None:
     got = deltas(W.pages([(3, NOTAB), (4, NOTAB)], []), W.compressed(whole_page(bytes(PAGE))))
     assert type(got.error) is Malformed
     assert (got.error.rule, got.error.record) == ("legacy", "legacy chunk 0")
@@ -381,14 +381,14 @@ def test_pages_that_never_come() -> None:
     assert "0x4" in got.error.reason
 
 
-def test_compression_begins_with_the_next_body() -> None:
+def test_legacy_reader_compression_begins_with_the_next_body() -> None:
     """The chunk that enables it comes in a body whose pages are as ever."""
     stream = pv_stream(DOMAIN, batch=16)
     stream.before("pages", W.chunk(ENABLE_COMPRESSION))
     assert read([bytes(stream)]).error is None
 
 
-def test_junk_is_refused_and_never_anything_else() -> None:
+def test_legacy_reader_random_changes_raise_only_stream_errors() -> None:
     rng = random.Random(7)
     for name, stream in SMALL.items():
         data = bytearray(bytes(stream))

@@ -57,20 +57,20 @@ def swapped(records: list[RecordType], a: RecordType, b: RecordType) -> list[Rec
     return [*rest[:at], *(record for record in records if record is a), *rest[at:]]
 
 
-def test_a_typical_save_record() -> None:
+def test_order_typical_streams_break_no_rule() -> None:
     """ "A typical save record for an x86 PV guest image would look like", and for an HVM one."""
     assert wrong(V3_PV) == []
     assert wrong(V3_HVM, Guest.HVM) == []
 
 
-def test_every_record_of_the_specification_has_a_place_and_a_parser() -> None:
+def test_order_every_specified_record_has_a_place_and_a_class() -> None:
     """ "type: 0x00000000: END [...] 0x00000012: X86_MSR_POLICY"."""
     ours = {RecordType.XENPV_P2M_LEAVES}
     assert set(RecordType) - ours == set(range(0x13)) == set(PLACES) - ours == {*LIBXC, RecordType.PAGE_DATA} - ours
     assert all(record.type_name() == RecordType(kind).name for kind, record in LIBXC.items())
 
 
-def test_our_own_record_is_one_that_others_refuse_and_serves_instead_of_theirs() -> None:
+def test_order_p2m_leaves_is_mandatory_and_replaces_p2m_frames() -> None:
     """ "0x00000013 - 0x7FFFFFFF: Reserved for future mandatory records"."""
     ours = RecordType.XENPV_P2M_LEAVES
     assert 0x13 <= ours < OPTIONAL
@@ -86,12 +86,12 @@ def test_our_own_record_is_one_that_others_refuse_and_serves_instead_of_theirs()
     assert ("record-misplaced", ours) in wrong([ours], Guest.HVM)
 
 
-def test_optional_records_have_bit_31() -> None:
+def test_order_optional_bit_is_31() -> None:
     """ "Optional records have bit 31 set in their type"."""
     assert OPTIONAL == 1 << 31
 
 
-def test_the_strict_ordering_requirements() -> None:
+def test_order_swapped_dependent_records_break_record_order() -> None:
     """They are of the PV guest's records.
 
     "The following records must be present in the following order as each of them depends on information present in the
@@ -106,7 +106,7 @@ def test_the_strict_ordering_requirements() -> None:
             assert {name for name, _ in found} == {rules.ORDER.name}
 
 
-def test_no_assumptions_about_independent_records() -> None:
+def test_order_independent_records_may_come_anywhere() -> None:
     """ "No assumptions should be made about the ordering or interleaving of independent records."."""
     free = [RecordType.X86_TSC_INFO, RecordType.SHARED_INFO]
     for record in free:
@@ -119,14 +119,14 @@ def test_no_assumptions_about_independent_records() -> None:
     assert wrong(two) == []
 
 
-def test_hvm_params_precede_the_context() -> None:
+def test_order_hvm_context_before_params_breaks_record_order() -> None:
     """ "HVM_PARAMS must precede HVM_CONTEXT, as certain parameters can affect the validity of architectural state"."""
     found = wrong(swapped(V3_HVM, RecordType.HVM_CONTEXT, RecordType.HVM_PARAMS), Guest.HVM)
     assert found == [(rules.ORDER.name, RecordType.HVM_CONTEXT)]
 
 
 @pytest.mark.parametrize("guest", list(Guest))
-def test_static_data_end_comes_ahead_of_memory_and_registers(guest: Guest) -> None:
+def test_order_missing_static_data_end_is_reported(guest: Guest) -> None:
     """ "mandates the presense of a STATIC_DATA_END record ahead of any memory/register content"."""
     records = V3_PV if guest is Guest.PV else V3_HVM
     without = [record for record in records if record is not RecordType.STATIC_DATA_END]
@@ -138,7 +138,7 @@ def test_static_data_end_comes_ahead_of_memory_and_registers(guest: Guest) -> No
 
 
 @pytest.mark.parametrize("guest", list(Guest))
-def test_version_2_has_its_end_of_static_data_inferred(guest: Guest) -> None:
+def test_order_version_2_infers_static_data_end(guest: Guest) -> None:
     """The place where it would have stood.
 
     "A v3-compatible receiver interpreting a v2 stream should infer the position of STATIC_DATA_END based on finding
@@ -150,13 +150,13 @@ def test_version_2_has_its_end_of_static_data_inferred(guest: Guest) -> None:
         assert (rules.MISPLACED.name, static) in wrong([static, *records], guest, version=2)
 
 
-def test_static_data_belongs_in_front_of_its_end() -> None:
+def test_order_static_data_after_its_end_breaks_record_order() -> None:
     """ "A static data end record marks the end of the static state."."""
     for record in (RecordType.X86_PV_INFO, RecordType.X86_CPUID_POLICY, RecordType.X86_MSR_POLICY):
         assert (rules.ORDER.name, record) in wrong(swapped(V3_PV, record, RecordType.X86_TSC_INFO))
 
 
-def test_records_of_one_guest_type_do_not_belong_to_the_other() -> None:
+def test_order_records_of_the_other_guest_type_are_misplaced() -> None:
     """ "The set of valid records depends on the guest architecture and type."."""
     for record, place in PLACES.items():
         for guest in Guest:
@@ -169,7 +169,7 @@ def test_records_of_one_guest_type_do_not_belong_to_the_other() -> None:
     assert {r for r, place in PLACES.items() if not place.guests <= ANY} == set()
 
 
-def test_records_that_come_once() -> None:
+def test_order_repeated_record_is_reported() -> None:
     """handle_x86_pv_info(): "Already received X86_PV_INFO record"; "Multiple STATIC_DATA_END records found"."""
     for record in (RecordType.X86_PV_INFO, RecordType.STATIC_DATA_END):
         at = V3_PV.index(record)
@@ -180,7 +180,7 @@ def test_records_that_come_once() -> None:
     }
 
 
-def test_what_a_domain_cannot_be_restored_without() -> None:
+def test_order_missing_mandatory_record_is_reported() -> None:
     """ "The following records must be present"; update_vcpu_context(): "Sender didn't send vcpu0's basic state"."""
     for guest, records, needed in (
         (Guest.PV, V3_PV, {"X86_PV_INFO", "X86_PV_P2M_FRAMES", "PAGE_DATA", "X86_PV_VCPU_BASIC", "SHARED_INFO"}),
@@ -191,13 +191,13 @@ def test_what_a_domain_cannot_be_restored_without() -> None:
             assert ((rules.MISSING.name, None) in found) == (record.name in needed), record.name
 
 
-def test_the_same_fault_is_told_once_however_often_it_comes() -> None:
+def test_order_repeated_breach_is_reported_once() -> None:
     order = Order(Guest.PV, 3)
     assert len(order.check_next(RecordType.PAGE_DATA)) == 1
     assert [order.check_next(RecordType.PAGE_DATA) for _ in range(100)] == [[]] * 100
 
 
-def test_checkpoint_and_verify_follow_memory() -> None:
+def test_order_checkpoint_before_page_data_breaks_record_order() -> None:
     """ "all the preceding records in the stream represent a consistent view"; "all memory has now been sent"."""
     for record in (RecordType.CHECKPOINT, RecordType.VERIFY):
         assert wrong([*V3_PV[:-1], record, RecordType.PAGE_DATA, *V3_PV[7:]]) == []

@@ -43,7 +43,7 @@ def pv(big_endian: bool = False, version: int = 3) -> Reading:
 
 
 @BOTH_ORDERS
-def test_headers(big_endian: bool) -> None:
+def test_reader_gives_headers(big_endian: bool) -> None:
     reading = pv(big_endian)
     assert reading.done
     assert len(reading.faults) == (2 if big_endian else 0)
@@ -54,7 +54,7 @@ def test_headers(big_endian: bool) -> None:
 
 
 @BOTH_ORDERS
-def test_pv_info_and_p2m_frames(big_endian: bool) -> None:
+def test_reader_gives_pv_info_and_p2m_frames(big_endian: bool) -> None:
     info = the(pv(big_endian), records.X86PVInfo)
     assert (info.guest_width, info.pt_levels, info.offset, info.length) == (8, 4, 64, 8)
     frames = the(pv(big_endian), records.X86PVP2MFrames)
@@ -64,7 +64,7 @@ def test_pv_info_and_p2m_frames(big_endian: bool) -> None:
 
 
 @BOTH_ORDERS
-def test_page_data(big_endian: bool) -> None:
+def test_reader_gives_page_data(big_endian: bool) -> None:
     data = [event for event in pv(big_endian).events if isinstance(event, PageData)]
     pfns, types = np.concatenate([d.pfns for d in data]), np.concatenate([d.types for d in data])
     assert dict(zip(pfns.tolist(), types.tolist(), strict=True)) == domain().types
@@ -75,7 +75,7 @@ def test_page_data(big_endian: bool) -> None:
     assert all(d.entries.dtype == np.uint64 for d in data)
 
 
-def test_entries_of_an_unknown_type_have_no_content() -> None:
+def test_page_data_entries_of_unknown_type_have_no_content() -> None:
     """The pages of a record are matched with its entries by has_data, so the two have to agree whatever comes."""
     wire = Wire()
     for kind in range(16):
@@ -86,7 +86,7 @@ def test_entries_of_an_unknown_type_have_no_content() -> None:
         assert data.pages == 2 + (kind in WITH_DATA)
 
 
-def test_a_long_record_is_looked_at_to_its_last_entry() -> None:
+def test_page_data_last_of_5000_entries_is_checked() -> None:
     """Pages without content may be many to a record: only its length bounds them."""
     last = the(pv(), records.X86PVP2MFrames).end_pfn
     for pfn, message in (
@@ -101,7 +101,7 @@ def test_a_long_record_is_looked_at_to_its_last_entry() -> None:
 
 
 @BOTH_ORDERS
-def test_vcpus(big_endian: bool) -> None:
+def test_reader_gives_vcpu_records(big_endian: bool) -> None:
     expected = {
         records.VcpuBasic: {i: vcpu.tobytes() for i, vcpu in domain().vcpus.items()},
         records.VcpuExtended: domain().extended,
@@ -114,18 +114,18 @@ def test_vcpus(big_endian: bool) -> None:
 
 
 @BOTH_ORDERS
-def test_tsc_info_and_shared_info(big_endian: bool) -> None:
+def test_reader_gives_tsc_info_and_shared_info(big_endian: bool) -> None:
     tsc = the(pv(big_endian), records.X86TscInfo)
     assert (tsc.mode, tsc.khz, tsc.nsec, tsc.incarnation) == (0, 2_400_000, 10**9, 1)
     assert the(pv(big_endian), records.SharedInfo).data == domain().shared_page
 
 
-def test_policies() -> None:
+def test_reader_gives_policies() -> None:
     assert the(pv(), records.CpuidPolicy).data == b"".join(struct.pack("<6I", *leaf) for leaf in CPUID_POLICY)
     assert the(pv(), records.MsrPolicy).data == b"".join(struct.pack("<IIQ", *entry) for entry in MSR_POLICY)
 
 
-def test_version_2_has_no_static_data_records_and_needs_none() -> None:
+def test_reader_version_2_has_no_static_data_records() -> None:
     reading = pv(version=2)
     assert reading.faults == []
     assert the(reading, ImageHeader).version == 2
@@ -134,7 +134,7 @@ def test_version_2_has_no_static_data_records_and_needs_none() -> None:
     assert names == set(pv().names) - {"STATIC_DATA_END", "X86_CPUID_POLICY", "X86_MSR_POLICY"}
 
 
-def test_a_32_bit_domain() -> None:
+def test_reader_32_bit_domain_gives_width_4() -> None:
     domain = pv_domain(width=4, pfns=range(40))
     reading = read(whole(domain.to_bytes("libxc")), collect=True)
     assert reading.faults == []
@@ -143,13 +143,13 @@ def test_a_32_bit_domain() -> None:
     assert len(the(reading, records.VcpuBasic).context) == 2800
 
 
-def test_p2m_frames_of_a_32_bit_domain_hold_1024_entries() -> None:
+def test_reader_32_bit_p2m_frame_holds_1024_entries() -> None:
     domain = pv_domain(width=4, pfns=[*range(39), 1023, 1024], ballooned=())
     frames = the(read(whole(domain.to_bytes("libxc"))), records.X86PVP2MFrames)
     assert (frames.end_pfn, len(frames.p2m_pfns)) == (1024, 2)
 
 
-def test_records_of_an_hvm_domain() -> None:
+def test_reader_gives_hvm_records() -> None:
     reading = read(whole(bytes(hvm_stream("libxl"))), collect=True)
     assert reading.faults == []
     assert the(reading, DomainHeader).guest is Guest.HVM
@@ -161,13 +161,13 @@ def test_records_of_an_hvm_domain() -> None:
     assert pairs == {"physmap/f0000000/start_addr": "f0000000", "physmap/f0000000/size": "800000"}
 
 
-def test_checkpoint_state_of_colo() -> None:
+def test_reader_gives_checkpoint_state() -> None:
     wire = Wire()
     stream = domain().to_stream("libxl").before("libxl END", wire.checkpoint_state(2))
     assert the(read(whole(bytes(stream))), libxl.CheckpointState).control_id == 2
 
 
-def test_a_checkpointed_stream_goes_back_and_forth_between_the_layers() -> None:
+def test_reader_checkpointed_stream_alternates_between_libxc_and_libxl() -> None:
     reading = read(whole(bytes(domain().to_checkpointed(rounds=2))), collect=True)
     assert reading.done
     assert {fault.rule.name for fault in reading.faults} == {"checkpointed"}
@@ -177,7 +177,7 @@ def test_a_checkpointed_stream_goes_back_and_forth_between_the_layers() -> None:
     assert sum(isinstance(event, records.VcpuBasic) for event in reading.events) == 3 * 2
 
 
-def test_records_that_may_be_passed_over_are_named_by_number() -> None:
+def test_reader_optional_record_gives_unknown_with_type() -> None:
     wire = Wire()
     stream = domain().to_stream("libxl").before("END", wire.record(0x8000_0042, b"12345"))
     unknown = the(read(whole(bytes(stream))), framing.Unknown)
@@ -185,7 +185,7 @@ def test_records_that_may_be_passed_over_are_named_by_number() -> None:
     assert unknown.offset == stream.offset("optional record 0x80000042")
 
 
-def test_offsets_and_lengths_are_those_of_the_pieces() -> None:
+def test_reader_events_have_offset_and_length() -> None:
     stream = domain().to_stream("libxl", batch=16)
     events = read(whole(bytes(stream))).events
     assert [event.offset for event in events] == [stream.offset_of(i) for i in range(len(stream))]

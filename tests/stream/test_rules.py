@@ -21,7 +21,7 @@ def offset_of(breach: Breach) -> int:
 
 
 @EACH
-def test_a_reader_stops_at_it(breach: Breach) -> None:
+def test_reader_breach_raises_its_error_at_the_record(breach: Breach) -> None:
     reading = read(whole(bytes(breach.stream())))
     if breach.error is None:
         assert breach.rule.severity is Severity.WARNING
@@ -36,7 +36,7 @@ def test_a_reader_stops_at_it(breach: Breach) -> None:
 
 
 @EACH
-def test_a_verifier_is_told_and_goes_on(breach: Breach) -> None:
+def test_reader_with_handler_reports_the_breach_and_goes_on(breach: Breach) -> None:
     stream = breach.stream()
     reading = read(whole(bytes(stream)), collect=True)
     assert reading.rules == {breach.rule}, [str(f) for f in reading.faults]
@@ -55,7 +55,7 @@ def test_a_verifier_is_told_and_goes_on(breach: Breach) -> None:
 
 
 @EACH
-def test_what_is_sound_around_it_is_still_read(breach: Breach) -> None:
+def test_reader_with_handler_reads_the_records_around_a_breach(breach: Breach) -> None:
     """Beside a fault that is not fatal, every record comes out but, at most, the faulty one."""
     if breach.fatal:
         return
@@ -68,30 +68,30 @@ def test_what_is_sound_around_it_is_still_read(breach: Breach) -> None:
 
 
 @pytest.mark.parametrize("base", sorted({breach.base for breach in BREACHES} - {"big-endian", "remus"}))
-def test_without_the_change_nothing_is_found(base: str) -> None:
+def test_reader_sound_stream_breaks_no_rule(base: str) -> None:
     reading = read(whole(bytes(sound(base))), collect=True)
     assert reading.faults == []
     assert reading.done
 
 
-def test_what_follows_the_end_is_counted_for_the_rule_trailing_data() -> None:
+def test_reader_trailing_bytes_are_counted() -> None:
     """TRAILING is the caller's to report: whether bytes follow is known only where the input ends."""
     reading = read([bytes(sound("libxc")), b"more"], collect=True)
     assert reading.faults == []
     assert reading.trailing == 4
 
 
-def test_every_rule_is_broken_by_some_test() -> None:
+def test_breaches_cover_every_rule() -> None:
     named = {value for value in vars(rules).values() if isinstance(value, Rule)}
     elsewhere = {rules.TRAILING, rules.LEGACY}  # above, and in test_legacy.py
     assert named - {breach.rule for breach in BREACHES} - elsewhere == set()
 
 
-def test_warnings_are_not_raised_and_errors_are() -> None:
+def test_breaches_raise_unless_warnings() -> None:
     assert all((breach.error is None) == (breach.rule.severity is Severity.WARNING) for breach in BREACHES)
 
 
-def test_rules_say_who_demands_them() -> None:
+def test_rules_have_sources() -> None:
     for rule in {breach.rule for breach in BREACHES}:
         assert rule.text
         assert rule.source

@@ -40,13 +40,13 @@ def path(recipe: Recipe, tmp_path: Path) -> Path:
     return path
 
 
-def test_is_sound(path: Path) -> None:
+def test_vector_breaks_no_rule(path: Path) -> None:
     report = verify(str(path))
     assert [str(finding) for finding in report.findings] == []
     assert report.deep
 
 
-def test_is_what_its_recipe_says(recipe: Recipe, path: Path) -> None:
+def test_vector_has_the_p2m_of_its_recipe(recipe: Recipe, path: Path) -> None:
     with SavedDomain.open(str(path)) as saved:
         shown = describe(saved)
     assert shown["xen"] == recipe.xen
@@ -75,7 +75,7 @@ def events(data: bytes, pieces: int, *, seed: int = 1) -> list[object]:
     return [*out, reader.offset]
 
 
-def test_reads_the_same_however_it_is_fed(recipe: Recipe) -> None:
+def test_vector_fed_in_any_pieces_gives_the_same_events(recipe: Recipe) -> None:
     data = unpacked(recipe)
     whole = events(data, len(data))
     assert whole[-1] == len(data)
@@ -84,7 +84,7 @@ def test_reads_the_same_however_it_is_fed(recipe: Recipe) -> None:
     assert events(data + b"junk" * 1000, 5000, seed=2) == whole
 
 
-def test_a_cut_vector_says_where(recipe: Recipe, tmp_path: Path) -> None:
+def test_vector_truncated_names_the_offset(recipe: Recipe, tmp_path: Path) -> None:
     data, path = unpacked(recipe), tmp_path / "cut.save"
     for cut in sorted(random.Random(3).sample(range(40, len(data)), 12)):
         path.write_bytes(data[:cut])

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from xenpv.errors import RequestError, StreamError
-from xenpv.findings import Findings, Rule
+from xenpv.findings import Findings
 from xenpv.io.stream_input import Input
 from xenpv.stream import rules
 from xenpv.stream.envelope import Envelope, Kind
@@ -33,39 +33,35 @@ from xenpv.stream.records import X86PVInfo, X86PVP2MFrames
 EXIT_BAD_STREAM = 1
 EXIT_OUR_FAULT = 2
 
-# Warnings of ours that the original takes for errors: a verifier may, a restorer must not.
-_ERRORS_HERE = {rules.RESERVED, rules.PADDING}
+# Rules that xenpv only warns of, and the original takes for errors.
+_WARNINGS_AS_ERRORS = {rules.RESERVED, rules.PADDING}
 
 
-def verify(fd: int, kind: Kind, say: Callable[[str], None]) -> list[str]:
-    """Read one stream of that kind from fd, up to its last byte; what is wrong with it, a sentence each."""
+def verify(fd: int, kind: Kind, print_line: Callable[[str], None]) -> list[str]:
+    """Read one stream of that kind from fd, up to its last byte; return the errors in it, a line each."""
     findings = Findings()
-
-    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
-        findings.add(rule, message, offset=offset, record=record)
-
-    reader = Reader(on_breach=fault, kind=kind)
+    reader = Reader(on_breach=findings.add_breach, kind=kind)
     page_data = 0
-    wrong = []
+    errors = []
     try:
         for event in Input(fd, "the stream", exact=True).events(reader):
             if isinstance(event, PageData):
                 page_data += 1
                 continue
             if page_data:
-                say(f"Squashed {page_data} Page Data records together")
+                print_line(f"Squashed {page_data} Page Data records together")
                 page_data = 0
             for line in _describe(event):
-                say(line)
+                print_line(line)
     except StreamError as e:
         if not findings.errors:
-            wrong.append(str(e))
-    wrong += [str(f) for f in findings if f.rule in _ERRORS_HERE or f.severity == "error"]
-    return wrong
+            errors.append(str(e))
+    errors += [str(f) for f in findings if f.rule in _WARNINGS_AS_ERRORS or f.severity == "error"]
+    return errors
 
 
 def _describe(event: Event) -> list[str]:
-    """The original's words for what goes by."""
+    """Describe an event in the original's words."""
     match event:
         case Envelope():
             return [f"Processed {event.kind} header"]
@@ -122,17 +118,17 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         fd = int(options.fin) if options.fin.isdigit() else os.open(options.fin, os.O_RDONLY | os.O_CLOEXEC)
-        wrong = verify(fd, Kind(options.format), info)
+        errors = verify(fd, Kind(options.format), info)
     except (OSError, RequestError) as e:
         error(f"Stream Error:\n{options.fin}: {e.strerror if isinstance(e, OSError) else e}")
         return EXIT_BAD_STREAM
     except Exception:  # the original's contract: its own bugs are 2
         error(f"Script Error:\n{traceback.format_exc()}Please fix me")
         return EXIT_OUR_FAULT
-    if wrong:
+    if errors:
         error("Stream Error:")
-        for sentence in wrong:
-            error(sentence)
+        for line in errors:
+            error(line)
         return EXIT_BAD_STREAM
     return 0
 

@@ -48,7 +48,7 @@ def bytes_of(kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_bytewise_and_in_pieces_give_the_same(kind: str) -> None:
+def test_reader_fed_in_any_pieces_gives_the_same_events(kind: str) -> None:
     data = bytes_of(kind)
     expected = read(whole(data))
     assert expected.error is None
@@ -62,7 +62,7 @@ def test_whole_bytewise_and_in_pieces_give_the_same(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_cut_at_every_record_and_beside_it_changes_nothing(kind: str) -> None:
+def test_reader_pieces_cut_near_records_give_the_same_events(kind: str) -> None:
     stream, data = stream_of(kind), bytes_of(kind)
     expected = read(whole(data)).plain
     begins = [stream.offset_of(i) for i in range(1, len(stream))]
@@ -71,7 +71,7 @@ def test_a_cut_at_every_record_and_beside_it_changes_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["xl", "pae", "hvm-xenopsd", "remus"])
-def test_with_pages_everything_else_is_the_same_and_the_content_is_there(kind: str) -> None:
+def test_reader_with_pages_gives_content_beside_the_same_events(kind: str) -> None:
     data = bytes_of(kind)
     expected = read(whole(data), pages=True)
     assert [e for e in expected.plain if e[0] != "PageContent"] == read(whole(data)).plain
@@ -83,7 +83,7 @@ def test_with_pages_everything_else_is_the_same_and_the_content_is_there(kind: s
             assert data[event.offset : event.offset + len(event.raw)] == event.raw
 
 
-def test_pages_are_those_of_the_domain_in_their_order() -> None:
+def test_reader_with_pages_gives_256_pages_an_event() -> None:
     domain = pv_domain(pfns=range(1200))
     reading = read(whole(domain.to_bytes(batch=1024)), pages=True)
     sent = [pfn for pfn in sorted(domain.types) if domain.types[pfn] in WITH_DATA]
@@ -94,7 +94,7 @@ def test_pages_are_those_of_the_domain_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reader_that_seeks_sees_the_same_and_reads_no_page(kind: str) -> None:
+def test_reader_seeking_caller_gets_the_same_events_without_page_content(kind: str) -> None:
     data = bytes_of(kind)
     expected = read(whole(data))
     for step in (1, 24, 1000, 1 << 20):
@@ -105,7 +105,7 @@ def test_a_reader_that_seeks_sees_the_same_and_reads_no_page(kind: str) -> None:
     assert read_seeking(data, step=1).skipped >= pages
 
 
-def test_no_more_can_be_skipped_than_will_be_passed_over() -> None:
+def test_reader_skip_beyond_skippable_raises_value_error() -> None:
     data = bytes_of("libxc")
     reader = Reader()
     reader.feed(data[:2000])
@@ -118,7 +118,7 @@ def test_no_more_can_be_skipped_than_will_be_passed_over() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("junk", [b"\0", b"\xff" * 3, b"\0" * 4096, b"Xen saved domain, xl format\n \0 \r"])
-def test_what_follows_is_not_read_and_counted(kind: str, junk: bytes) -> None:
+def test_reader_bytes_after_the_stream_are_trailing(kind: str, junk: bytes) -> None:
     data = bytes_of(kind)
     expected = read(whole(data)).plain
     for chunks in ([data, junk], [data + junk], [data[:-3], data[-3:] + junk[:1], junk[1:]]):
@@ -138,7 +138,7 @@ def assert_truncated(stream: Stream, data: bytes, end: int) -> None:
     assert reading.error.record
 
 
-def test_a_stream_cut_at_any_byte_is_truncated_there() -> None:
+def test_reader_stream_cut_at_any_byte_is_truncated_there() -> None:
     stream = hvm_stream("xl", pages=2)
     data = bytes(stream)
     for end in range(1, len(data)):
@@ -146,7 +146,7 @@ def test_a_stream_cut_at_any_byte_is_truncated_there() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_of_any_kind_cut_near_the_start_of_a_record_is_truncated_there(kind: str) -> None:
+def test_reader_stream_cut_near_a_record_is_truncated_there(kind: str) -> None:
     stream, data = stream_of(kind), bytes_of(kind)
     ends = {stream.offset_of(i) + n for i in range(len(stream)) for n in (0, 1, 4, 7, 8, 9, 15, 16, 23, 24, 40)}
     for end in {*ends, *range(1, len(data), 4099)} - {0}:
@@ -154,7 +154,7 @@ def test_a_stream_of_any_kind_cut_near_the_start_of_a_record_is_truncated_there(
             assert_truncated(stream, data, end)
 
 
-def test_a_cut_is_told_apart_from_bytes_that_have_not_come_yet() -> None:
+def test_reader_truncated_only_after_feed_eof() -> None:
     data = bytes_of("xl")
     reader = Reader()
     reader.feed(data[:100])
@@ -169,7 +169,7 @@ def test_a_cut_is_told_apart_from_bytes_that_have_not_come_yet() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 1000])
-def test_need_says_how_many_bytes_make_progress(chunk: int) -> None:
+def test_reader_fed_exactly_what_is_needed_reads_all(chunk: int) -> None:
     """Feeding exactly what is needed reads the whole stream, and never one byte beyond it."""
     data = bytes_of("xl")
     reader, position, plain = Reader(pages=True), 0, 0
@@ -185,7 +185,7 @@ def test_need_says_how_many_bytes_make_progress(chunk: int) -> None:
     assert plain == len(read(whole(data), pages=True).events)
 
 
-def test_memoryviews_and_bytearrays_are_bytes_too() -> None:
+def test_reader_feed_copies_mutable_buffers() -> None:
     data = bytes_of("xl")
     expected = read(whole(data), pages=True).plain
     buffer = bytearray(data)
@@ -198,7 +198,7 @@ def test_memoryviews_and_bytearrays_are_bytes_too() -> None:
     assert first.name == "xl envelope"
 
 
-def test_a_kind_that_is_told_is_not_looked_for() -> None:
+def test_reader_given_kind_is_not_detected() -> None:
     assert read(whole(bytes_of("libxc")), kind=Kind.LIBXC).done
     assert isinstance(read(whole(bytes_of("libxl")), kind=Kind.LIBXC).error, Exception)
     assert isinstance(read(whole(b"nonsense" * 8)).error, Unsupported)

@@ -34,7 +34,7 @@ def lying(name: str, body: bytes, length: int) -> Piece:
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_of_more_than_128_mib_is_refused(name: str) -> None:
+def test_reader_record_beyond_128_mib_is_malformed_at_once(name: str) -> None:
     for length in (128 * MIB + 1, U32):
         data = up_to(name if name in "X86_PV_INFO PAGE_DATA SHARED_INFO END" else "END", lying(name, b"", length))
         with at_most(MIB):
@@ -45,7 +45,7 @@ def test_a_record_of_more_than_128_mib_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in RECORDS if name not in {"PAGE_DATA", "X86_PV_P2M_FRAMES"}])
-def test_a_record_that_cannot_be_so_long_is_not_waited_for(name: str) -> None:
+def test_reader_impossible_record_length_is_malformed_before_the_body(name: str) -> None:
     """Those with a fixed or bounded size; the others hold what really came, and no more."""
     data = up_to("END", lying(name, bytes(PAGE), 100 * MIB))
     with at_most(MIB):
@@ -55,7 +55,7 @@ def test_a_record_that_cannot_be_so_long_is_not_waited_for(name: str) -> None:
 
 @pytest.mark.parametrize("count", [2, 1024, 1 << 24, U32])
 @pytest.mark.parametrize("collect", [False, True])
-def test_page_data_with_more_pfns_than_fit(count: int, collect: bool) -> None:
+def test_reader_page_data_count_beyond_length_is_malformed(count: int, collect: bool) -> None:
     data = up_to("PAGE_DATA", W.page_data([(1, NOTAB)], [], count=count), *pv_domain().to_stream("libxc")[-3:])
     with at_most(MIB):
         reading = read([data], collect=collect)
@@ -63,7 +63,7 @@ def test_page_data_with_more_pfns_than_fit(count: int, collect: bool) -> None:
     assert str(count) in told
 
 
-def test_page_data_that_really_has_16_million_pfns_but_ends() -> None:
+def test_reader_truncated_page_data_of_16_million_pfns_takes_bounded_memory() -> None:
     """128 MiB of pfns are promised within the bounds of the format, some come: what is held is what came."""
     count = 128 * MIB // 8 - 1
     data = up_to("PAGE_DATA", lying("PAGE_DATA", struct.pack("<II", count, 0) + bytes(PAGE), 8 + 8 * count))
@@ -74,7 +74,7 @@ def test_page_data_that_really_has_16_million_pfns_but_ends() -> None:
 
 @pytest.mark.parametrize(("start", "end"), [(0, U32), (U32, U32), (U32 - 1, U32), (0, 1 << 31), (U32, 0)])
 @pytest.mark.parametrize("collect", [False, True])
-def test_p2m_frames_of_a_huge_range_with_a_short_body(start: int, end: int, collect: bool) -> None:
+def test_reader_p2m_frames_of_huge_range_with_short_body_is_malformed(start: int, end: int, collect: bool) -> None:
     data = up_to("X86_PV_P2M_FRAMES", W.p2m_frames(start, end, [1, 2, 3]), W.end())
     with at_most(MIB):
         reading = read([data], collect=collect)
@@ -83,14 +83,14 @@ def test_p2m_frames_of_a_huge_range_with_a_short_body(start: int, end: int, coll
     assert f"{end:#x}" in told
 
 
-def test_p2m_frames_of_the_largest_pfns_and_the_right_size() -> None:
+def test_reader_p2m_frames_of_largest_pfns_is_read() -> None:
     """Not a lie for the reader: the frame of the last pfn that the format can name."""
     with at_most(MIB):
         reading = read([up_to("X86_PV_P2M_FRAMES", W.p2m_frames(U32, U32, [7]), W.end())], collect=True)
     assert reading.names[-2:] == ["X86_PV_P2M_FRAMES", "END"]
 
 
-def test_hvm_params_with_more_than_fit() -> None:
+def test_reader_hvm_params_count_beyond_length_is_malformed() -> None:
     piece = W.hvm_params({1: 2}, count=U32)
     head = Stream([W.image_header(), W.domain_header(2), W.static_data_end()])
     with at_most(MIB):
@@ -108,7 +108,7 @@ ENVELOPES: dict[str, Callable[[int], bytes]] = {
 
 @pytest.mark.parametrize("kind", ENVELOPES)
 @pytest.mark.parametrize("length", [16 * MIB + 1, 1 << 31, U32])
-def test_a_huge_configuration_is_refused(kind: str, length: int) -> None:
+def test_reader_config_beyond_maximum_takes_bounded_memory(kind: str, length: int) -> None:
     with at_most(MIB):
         reading = read([ENVELOPES[kind](length)])
     assert type(reading.error) is Malformed
@@ -116,13 +116,13 @@ def test_a_huge_configuration_is_refused(kind: str, length: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ENVELOPES)
-def test_a_configuration_within_bounds_that_does_not_come(kind: str) -> None:
+def test_reader_missing_config_takes_bounded_memory(kind: str) -> None:
     with at_most(MIB):
         reading = read([ENVELOPES[kind](16 * MIB), bytes(PAGE)])
     assert type(reading.error) is Truncated
 
 
-def test_a_xenopsd_section_of_any_length_is_passed_over() -> None:
+def test_reader_xenopsd_section_of_any_length_is_skipped() -> None:
     data = (
         pv_domain().to_stream("xenopsd").before("xenopsd section", xenopsd_section(0x0F00, length=(1 << 64) - 1), nth=1)
     )
@@ -135,7 +135,7 @@ def repeated(chunk: bytes, n: int) -> Iterable[bytes]:
     return (chunk for _ in range(n))
 
 
-def test_page_content_is_never_gathered() -> None:
+def test_reader_page_content_takes_no_memory() -> None:
     """64 MiB of pages go by, in chunks as a pipe gives them: without PageContent events nothing of them is kept."""
     pfns = np.arange(16384, dtype=np.uint64)
     head = struct.pack("<IIII", 1, 8 + len(pfns) * (8 + PAGE), len(pfns), 0) + pfns.tobytes()
@@ -146,7 +146,7 @@ def test_page_content_is_never_gathered() -> None:
     assert reading.faults == []
 
 
-def test_with_pages_a_few_are_held_at_a_time() -> None:
+def test_reader_with_pages_holds_one_event() -> None:
     pfns = np.arange(16384, dtype=np.uint64)
     head = struct.pack("<IIII", 1, 8 + len(pfns) * (8 + PAGE), len(pfns), 0) + pfns.tobytes()
     reader = Reader(pages=True)
@@ -161,7 +161,7 @@ def test_with_pages_a_few_are_held_at_a_time() -> None:
     assert seen == 64
 
 
-def test_a_long_record_in_small_pieces_takes_no_more_than_its_size() -> None:
+def test_reader_long_record_in_small_pieces_takes_its_size() -> None:
     """A slow pipe may give a few bytes at a time; what is kept for each must not add up."""
     data = W.hvm_context(bytes(MIB // 4)).data
     start = bytes(Stream([W.image_header(), W.domain_header(2), W.static_data_end()]))
@@ -178,7 +178,7 @@ def contents_of(reading: Reading) -> Contents:
     return contents
 
 
-def test_what_a_stream_held_is_no_larger_than_the_stream() -> None:
+def test_contents_memory_is_bounded_by_the_stream() -> None:
     """A P2M_FRAMES record for the last pfns only does not make a table of all the others."""
     reading = read([up_to("X86_PV_P2M_FRAMES", W.p2m_frames(U32 - 511, U32, [7]), W.end())], collect=True)
     with at_most(80 * MIB):
