@@ -32,6 +32,17 @@ def test_build_into_a_file_reports_name_size_and_next_command(kernel: Path) -> N
     assert f"xl restore {output}" in ran.err
 
 
+def test_build_into_a_file_gives_a_file_that_verifies(kernel: Path) -> None:
+    assert build(kernel).code == 0
+    assert xenpv("verify", kernel.parent / "out.save").code == 0
+    assert xenpv("show", "--json", kernel.parent / "out.save").json["config"]["name"] == "kernel.elf"
+
+
+def test_build_with_too_little_memory_leaves_no_file(kernel: Path) -> None:
+    assert xenpv("build", kernel, "--memory", "1M", "-o", kernel.parent / "out.save").error
+    assert list(kernel.parent.iterdir()) == [kernel]
+
+
 def test_build_json_counts_every_page(kernel: Path) -> None:
     ran = build(kernel, "--json")
     assert (ran.code, ran.err) == (0, "")

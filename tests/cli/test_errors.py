@@ -201,12 +201,6 @@ def test_usage(args: list[str]) -> None:
     assert "Traceback" not in ran.err
 
 
-def test_no_verb_shows_the_help() -> None:
-    ran = xenpv()
-    assert ran.code in {0, 64}
-    assert "verify" in ran.out + ran.err
-
-
 def test_a_bug_is_called_one(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **more: object) -> None:
         raise ZeroDivisionError("one and only")

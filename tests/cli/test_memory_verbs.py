@@ -12,9 +12,7 @@ from tests.support.writers.build import USER_VADDR, pattern, pv_domain
 from tests.support.writers.core import core_of
 from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import cpu, hvm_context, hvm_stream
-from tests.support.writers.kernel import Kernel
 from xenpv.abi.declare import Width
-from xenpv.memory.digest import Digest
 
 PAGE = 4096
 
@@ -318,49 +316,3 @@ def test_what_is_no_number(good: Path, number: str) -> None:
 @pytest.mark.parametrize(("text", "value"), [("0x10", 16), ("16", 16), ("1k", 1024), ("2K", 2048), ("0X1_0", 16)])
 def test_numbers(good: Path, text: str, value: int) -> None:
     assert len(xenpv("read", "-p", "--raw", good, 0, text).raw) == value
-
-
-@pytest.mark.parametrize(("form", "name"), [("linear", "linear virtual list"), ("rooted4", "rooted tree of 4 levels")])
-def test_demo(form: str, name: str, tmp_path: Path) -> None:
-    file = tmp_path / "large.save"
-    ran = xenpv("demo", "--memory", "64M", "--p2m", form, "-o", file)
-    assert (ran.code, ran.err) == (0, "")
-    assert f"dom1 (demo): {name}" in ran.out
-    assert "pages are the same here as they were there (by digest)" in ran.out
-    assert "every entry of its p2m agrees with the m2p, and every frame of the domain is in it" in ran.out
-    for saved in ("large.save", "demo.save"):
-        assert f"{saved}: should restore" in ran.out
-    assert "Next, with files of your own:" in ran.out
-    shown = xenpv("show", "--json", file).json
-    assert shown["config"]["name"] == "demo"
-    assert file.stat().st_size < 40 << 20  # its kernel writes to half of its pages; the others are not stored
-
-
-def test_demo_of_a_kernel_that_shows_nothing(tmp_path: Path) -> None:
-    ran = xenpv("demo", "--memory", "64M", "--p2m", "none", "-o", tmp_path / "none.save")
-    assert ran.code == 1
-    assert "that cannot be done: dom1 exposes no p2m: its anchor is 0x0, which is not set up yet" in ran.out
-    assert not list(tmp_path.iterdir())
-
-
-def test_demo_tells_a_copy_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    digests = iter(range(9))
-    monkeypatch.setattr("xenpv.cli.demo.digest", lambda *_: Digest(1, 1, str(next(digests))))
-    ran = xenpv("demo", "--memory", "64M")
-    assert ran.code == 1
-    assert "pages are NOT the same here" in ran.out
-
-
-def test_build_into_a_file(tmp_path: Path) -> None:
-    kernel, file = tmp_path / "kernel", tmp_path / "built.save"
-    kernel.write_bytes(Kernel().to_bytes())
-    ran = xenpv("build", kernel, "--memory", "16M", "-o", file)
-    assert (ran.code, ran.out) == (0, "")
-    assert f"xl restore {file}" in ran.err
-    assert xenpv("verify", file).code == 0
-    assert xenpv("show", "--json", file).json["config"]["name"] == "kernel"
-    ran = xenpv("build", kernel, "--memory", "16M", "--start", "-o", file)
-    assert "--start" in ran.usage_error
-    ran = xenpv("build", kernel, "--memory", "1M", "-o", tmp_path / "none")
-    assert ran.code == 1
-    assert not (tmp_path / "none").exists()

@@ -12,7 +12,6 @@ import pytest
 from tests.support.command import xenpv
 from tests.support.writers.build import pv_domain
 from tests.support.writers.envelopes import config_json
-from xenpv.cli.main import main
 from xenpv.text import printable, size
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2Jname\u202egpj\r\x08\x7f\x9b31m"
@@ -69,61 +68,6 @@ def test_printable() -> None:
 )
 def test_size(n: int, text: str) -> None:
     assert size(n) == text
-
-
-# --- help ------------------------------------------------------------------------------------------------------------
-
-VERBS = sorted(main.list_commands(None))  # type: ignore[arg-type]  # it needs no context
-
-
-def test_help_lists_the_verbs() -> None:
-    for option in ("--help", "-h"):
-        ran = xenpv(option)
-        assert ran.code == 0
-        for verb in VERBS:
-            assert verb in ran.out
-    assert "Exit status:" in ran.out
-    assert "..." not in ran.out.partition("First steps:")[2]  # each says in a line what it is for
-
-
-def test_help_comes_at_once() -> None:
-    """No verb is imported to list them all, nor NumPy."""
-    code = "import sys, xenpv.cli.main as m; m.main(['--help'], standalone_mode=False); print('numpy' in sys.modules)"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.splitlines()[-1] == "False"
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_help_of_a_verb_explains_it(verb: str) -> None:
-    ran = xenpv(verb, "--help")
-    assert ran.code == 0
-    assert f"Usage: xenpv {verb}" in ran.out
-    words = ran.out.partition("Options:")[0].split()
-    assert len(words) > 12 or f"xenpv {verb} " in ran.out.partition("\n")[2]
-    for line in ran.out.partition("Options:")[2].splitlines():
-        if line.strip().startswith("-"):
-            assert len(line.split("  ")) >= 2, f"an option without a word of explanation: {line}"
-
-
-def test_version() -> None:
-    ran = xenpv("--version")
-    assert ran.code == 0
-    assert ran.out.startswith("xenpv, version ")
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion(shell: str) -> None:
-    """What the shell evaluates, as --help says."""
-    environment = os.environ | {"_XENPV_COMPLETE": f"{shell}_source"}
-    program = "import sys; sys.argv[0] = 'xenpv'; from xenpv.cli.main import run; run()"
-    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    if shell == "bash" and "bash" in ran.stderr.lower() and ran.returncode:
-        pytest.skip(ran.stderr)
-    assert ran.returncode == 0, ran.stderr
-    assert "_XENPV_COMPLETE" in ran.stdout
-    environment = os.environ | {"_XENPV_COMPLETE": "bash_complete", "COMP_WORDS": "xenpv ver", "COMP_CWORD": "1"}
-    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
-    assert ran.stdout == "plain,verify\n"
 
 
 # --- pipes -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``xenpv demo``: the main job, on a model of Xen and on a real saved domain that both come with the package."""
+"""``xenpv demo``: a domain's whole life on a model of Xen, and a real saved domain; both come with the package."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import numpy as np
 from xenpv.build.build import build
 from xenpv.cli.outcomes import describe_rollback
 from xenpv.cli.p2m import describe, print_p2m
-from xenpv.cli.terminal import NUMBER, progress_bar
-from xenpv.cli.verify import summary
+from xenpv.cli.terminal import NUMBER, print_field, progress_bar
+from xenpv.cli.verify import summary as verdict_of
 from xenpv.errors import GuestError, RequestError
 from xenpv.findings import Finding, Findings
 from xenpv.frames import DomId
@@ -46,184 +46,202 @@ from xenpv.verify.stream import verify
 
 SAVED = "demo.save.xz"  # tests/vectors/README.md has the command that made it
 KERNEL = "demo.elf.xz"  # guests/litmus/build/litmus.elf
-_OTHERS = 8 << 30  # bytes of the host that are not the domain's
-_BUSY = 10_000  # pages that its guest works on
+_OTHER_MEMORY = 8 << 30  # bytes of the host that are not the domain's
+_WORKING_SET = 10_000  # pages that the guest writes to
+_MAP_CELLS = 64 * 8
 
 
 @click.command()
 @click.option("--p2m", "form", default="linear", show_default=True, type=click.Choice(list(FORMS)), metavar="FORM",
-              help=f"How its kernel shows its p2m: {', '.join(FORMS)}.")  # fmt: skip
-@click.option(
-    "--memory", type=NUMBER, default=600 << 30, metavar="SIZE", help="Memory of the domain; 600G unless said."
-)
+              help=f"Form in which the kernel exposes its p2m: {', '.join(FORMS)}.")  # fmt: skip
+@click.option("--memory", type=NUMBER, default="600G", show_default=True, metavar="SIZE", help="Memory of the domain.")
 @click.option("-o", "output", type=click.Path(), metavar="FILE",
-              help="Keep the file that the domain is saved to: 2.4 GiB for 600.")  # fmt: skip
+              help="Keep the save file of the domain (2.4 GiB for 600G).")  # fmt: skip
 def demo(form: str, memory: int, output: str | None) -> int:
-    """A PV domain of 600 GiB built, saved, verified and live-migrated without a hypervisor; and a real one verified.
+    """Build, save, verify and live-migrate a 600 GiB PV domain on a model of Xen; then verify a real saved domain.
+
+    Needs no hypervisor. The save file takes 2.4 GiB of disk.
 
     \b
-    xenpv demo --p2m rooted4           the tree of any depth that was proposed in 2014
-    xenpv demo --p2m tree3             a tree of three levels ends at 512 GiB, and says so
-    xenpv demo --p2m tree4hidden       a kernel that shows less than it has is refused, in words
+    Examples:
+      xenpv demo
+      xenpv demo --p2m rooted4           the tree of any depth that was proposed in 2014
+      xenpv demo --p2m tree3             refused: three levels reach 512 GiB
+      xenpv demo --p2m tree4hidden       refused: the kernel exposes fewer levels than it uses
+      xenpv demo --memory 1G -o demo.save
     """
     with tempfile.TemporaryDirectory(prefix="xenpv-demo-") as folder:
-        ok = _large(form, memory, output or f"{folder}/demo.save") and _saved()
-    click.echo("\nNext, with files of your own:  xenpv verify FILE    xenpv image KERNEL    xenpv layout KERNEL")
+        ok = _show_large_domain(form, memory, output or f"{folder}/demo.save") and _show_real_domain()
+    click.echo("\nNext, with your own files:  xenpv verify FILE    xenpv image KERNEL    xenpv layout KERNEL")
     click.echo("and in dom0:  xenpv list    xenpv check DOM    xenpv build KERNEL --start    xenpv migrate DOM HOST")
     return 0 if ok else 1
 
 
-def _large(form: str, memory: int, path: str) -> bool:
-    image = KernelImage.parse(lzma.decompress(files("xenpv.cli").joinpath(KERNEL).read_bytes()))
+def _show_large_domain(form: str, memory: int, path: str) -> bool:
+    """Build, start, save, verify and migrate a domain; return whether all went well."""
+    image = KernelImage.parse(_packaged_file(KERNEL))
     layout = plan(image, Request(memory, cmdline=f"p2m={form}"))
-    _title(f"A PV domain of {size(memory)}, laid out")
-    _say_layout(layout)
-    host = ModelHost(memory + _OTHERS, sparse=True)
+    _print_title(f"The layout of a PV domain of {size(memory)}")
+    _print_layout(layout)
+    host = ModelHost(memory + _OTHER_MEMORY, sparse=True)
     with progress_bar() as bar:
         uuid = str(UUID(int=0x5EED))
         config = libxl_config("demo", uuid, pages=layout.nr_pages, vcpus=layout.vcpus)
         domid = build(host, image, layout, name="demo", uuid=uuid, config=config, progress=bar).domid
     host.unpause(domid)
-    _title("Built on a model of Xen's memory rules, and started")
+    _print_title("Built and started on a model of Xen's memory rules")
     guest = _Guest(host, domid, Kernel(parse_form(form)), layout.nr_pages)
     try:
         guest.start()
-    except RequestError as e:
-        _say(f"its kernel cannot show its p2m that way: {e}")
-        return False
-    try:
-        live = guest.live
-        found = survey(live.p2m, 64 * 8)
-        print_p2m(describe(live, live.p2m, found), found)
-        _title("Suspended, saved to a file, and verified; then it goes on")
-        return guest.kept(path) and guest.moved(ModelHost(memory + _OTHERS, seed=1, sparse=True))
+        domain = guest.domain
+        content = survey(domain.p2m, _MAP_CELLS)
+        print_p2m(describe(domain, domain.p2m, content), content)
+        _print_title("Suspended, saved to a file, verified, and resumed")
+        return guest.save(path) and guest.migrate(ModelHost(memory + _OTHER_MEMORY, seed=1, sparse=True))
     except (GuestError, RequestError) as e:
-        _say(f"that cannot be done: {e}")
+        _print(f"refused: {e}")
         return False
 
 
 @dataclass
 class _Guest:
-    """A guest that works: it writes to some of its pages, always others, whenever time passes."""
+    """A running guest that writes to some of its pages, each time to others, whenever time passes on its host."""
 
     host: ModelHost
     domid: DomId
     kernel: Kernel
     nr_pages: int
     counter: int = 0
-    leaving: bool = False
-    last: Digest | None = None  # of its own pages, when it suspended in order to leave
+    migrating: bool = False
+    digest_before: Digest | None = None  # of its data pages, when it suspended for the migration
 
     def __post_init__(self) -> None:
         half = self.nr_pages // 2
-        self.pages = np.arange(half, self.nr_pages, max(half // _BUSY, 1), dtype=np.uint64)
+        self.pages = np.arange(half, self.nr_pages, max(half // _WORKING_SET, 1), dtype=np.uint64)
 
     @property
-    def live(self) -> LiveDomain:
+    def domain(self) -> LiveDomain:
+        """The domain as xenpv opens a running one."""
         return LiveDomain(self.host, self.host.info(self.domid))
 
     def start(self) -> None:
+        """Boot the kernel, which writes a pattern to its working set."""
         self.host.run(self.domid, self.kernel.boot)
         self.host.run(self.domid, lambda view: self.kernel.write_pattern(view, self.pages, 0))
         self.host.set_time_slice(self.domid, self.work)
 
     def work(self) -> None:
-        """Write to a fifth of the pages, and suspend if it is asked to."""
+        """Write to a fifth of the working set, and suspend if the toolstack asks for it."""
         self.counter += 1
-        some = self.pages[self.counter % 5 :: 5]
+        pfns = self.pages[self.counter % 5 :: 5]
 
-        def do(view: GuestView) -> None:
-            self.kernel.write_pattern(view, some, self.counter)
+        def run_vcpu(view: GuestView) -> None:
+            self.kernel.write_pattern(view, pfns, self.counter)
             self.kernel.poll(view)
 
-        self.host.run(self.domid, do)
-        if self.leaving and self.live.info.shutdown:
-            self.last = self.digest()
+        self.host.run(self.domid, run_vcpu)
+        if self.migrating and self.domain.info.shutdown:
+            self.digest_before = self.digest()
 
     def digest(self) -> Digest:
-        """Of all pages that are not its kernel's own, whose tables hold mfns."""
-        live = self.live
-        return digest(live.frames, live.iter_types(self.kernel.pages.end), self.pages[:0])
+        """Return the digest of all pages after the kernel's own, whose page tables hold mfns."""
+        domain = self.domain
+        return digest(domain.frames, domain.iter_types(self.kernel.pages.end), self.pages[:0])
 
-    def kept(self, path: str) -> bool:
+    def save(self, path: str) -> bool:
+        """Save the domain, resume it, and verify the file."""
         with progress_bar() as bar:
-            done = save_file(self.host, self.domid, path, keep=True, on_rollback=_say_rollback, progress=bar).summary
+            summary = save_file(
+                self.host, self.domid, path, keep=True, on_rollback=_print_rollback, progress=bar
+            ).summary
         self.host.run(self.domid, self.kernel.resume)
-        pages = f"{done.pages} pages with content, {done.page_tables} of them page tables"
-        _say(f"{pages}, and {done.without_content} without: {size(done.bytes)}")
-        return _verified(path, Path(path).name)
+        pages = f"{summary.pages} pages with content, {summary.page_tables} of them page tables"
+        _print(f"{pages}, and {summary.without_content} without: {size(summary.bytes)}")
+        return _verify(path, Path(path).name)
 
-    def moved(self, target: ModelHost) -> bool:
-        _title("Live-migrated to another model host while it writes to its memory")
-        self.leaving = True
-        one, other = socket.socketpair()
+    def migrate(self, target: ModelHost) -> bool:
+        """Migrate the domain while it writes; compare its memory and check its p2m on the other host."""
+        _print_title("Live-migrated to another model host while the guest writes to its memory")
+        self.migrating = True
+        source_end, target_end = socket.socketpair()
         config = configuration(self.host, self.domid)
-        with Link.of_socket(one, "there") as here, Link.of_socket(other, "here") as there, progress_bar() as bar:
-            receiver = threading.Thread(target=receive_domain, args=(target, there))
+        with (
+            Link.of_socket(source_end, "the target") as to_target,
+            Link.of_socket(target_end, "the source") as to_source,
+            progress_bar() as bar,
+        ):
+            receiver = threading.Thread(target=receive_domain, args=(target, to_source))
             receiver.start()
-            sent = send_domain(self.host, self.domid, here, config=config, live=PrecopyPolicy(), progress=bar)
+            sent = send_domain(self.host, self.domid, to_target, config=config, live=PrecopyPolicy(), progress=bar)
             receiver.join()
-        done = sent.summary
-        _say(f"{done.iterations} iterations, {done.pages} pages with content in all, {size(done.bytes)}")
+        summary = sent.summary
+        _print(f"{summary.iterations} iterations, {summary.pages} pages with content in all, {size(summary.bytes)}")
         assert sent.domid is not None
         self.host, self.domid = target, sent.domid
         target.run(self.domid, self.kernel.resume)
-        same = self.last is not None and self.digest() == self.last
-        how = "the same" if same else "NOT the same"
-        _say(f"{self.last.pages if self.last else 0} pages are {how} here as they were there (by digest)")
-        return same and self._right()
+        same = self.digest_before is not None and self.digest() == self.digest_before
+        pages = self.digest_before.pages if self.digest_before else 0
+        _print(f"{pages} pages are {'the same' if same else 'NOT the same'} on both hosts (by digest)")
+        return same and self._check_p2m()
 
-    def _right(self) -> bool:
-        """Whether its p2m is right."""
-        live, findings = self.live, Findings(3)
-        with progress_bar("checking its p2m") as bar:
-            PhysmapCheck(live, findings, owner=False, progress=bar).run()  # the digest is of what Xen says is its own
-        _say_findings(findings)
+    def _check_p2m(self) -> bool:
+        """Cross-check the p2m and the M2P; return whether they agree."""
+        findings = Findings(3)
+        with progress_bar("checking the p2m") as bar:
+            # The digest has shown already that each frame is the domain's.
+            PhysmapCheck(self.domain, findings, owner=False, progress=bar).run()
+        _print_findings(findings)
         if not findings.errors:
-            _say("every entry of its p2m agrees with the m2p, and every frame of the domain is in it")
+            _print("p2m and m2p agree in every entry, and every frame of the domain has a pfn")
         return not findings.errors
 
 
-def _say_layout(layout: Layout) -> None:
+def _print_layout(layout: Layout) -> None:
     p2m = layout.segment(Part.P2M)
     assert p2m is not None
-    tables = sum(span.count for span in layout.tables)
+    page_tables = sum(span.count for span in layout.tables)
     mapped = layout.mapping_end - layout.virt_base
-    where = "outside" if layout.p2m_outside else "inside"
-    _say(f"initial mapping  {layout.virt_base:#x} to {layout.mapping_end:#x} ({size(mapped)})")
-    _say(f"p2m list         {size(p2m.size)} at {p2m.vaddr:#x}, {where} the initial mapping")
-    _say(f"page tables      {tables}")
+    place = "outside" if layout.p2m_outside else "inside"
+    print_field("mapping", f"{layout.virt_base:#x} to {layout.mapping_end:#x} ({size(mapped)})")
+    print_field("p2m list", f"{size(p2m.size)} at {p2m.vaddr:#x}, {place} the initial mapping")
+    print_field("page tables", f"{page_tables}")
 
 
-def _saved() -> bool:
-    _title("A domain that stock xl saved on real Xen, verified")
+def _packaged_file(name: str) -> bytes:
+    return lzma.decompress(files("xenpv.cli").joinpath(name).read_bytes())
+
+
+def _show_real_domain() -> bool:
+    """Verify a domain that xl saved; return whether it would restore."""
+    _print_title("A domain that xl saved on real Xen, verified")
     with tempfile.NamedTemporaryFile(prefix="xenpv-demo-", suffix=".save") as file:
-        file.write(lzma.decompress(files("xenpv.cli").joinpath(SAVED).read_bytes()))
+        file.write(_packaged_file(SAVED))
         file.flush()
-        return _verified(file.name, "demo.save")
+        return _verify(file.name, "demo.save")
 
 
-def _verified(path: str, name: str) -> bool:
+def _verify(path: str, name: str) -> bool:
+    """Verify a file and print the result under a name; return whether it would restore."""
     with progress_bar("verifying") as bar:
         report = verify(path, progress=bar)
     report.name = name
-    _say_findings(report.findings)
-    _say(summary(report))
+    _print_findings(report.findings)
+    _print(verdict_of(report))
     return report.ok
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     click.echo(f"  {text}")
 
 
-def _say_rollback(rollback: Rollback) -> None:
-    _say(describe_rollback(rollback))
+def _print_rollback(rollback: Rollback) -> None:
+    _print(describe_rollback(rollback))
 
 
-def _say_findings(findings: Iterable[Finding]) -> None:
+def _print_findings(findings: Iterable[Finding]) -> None:
     for finding in findings:
-        _say(f"{finding.severity}: {finding}")
+        _print(f"{finding.severity}: {finding}")
 
 
-def _title(text: str) -> None:
-    click.echo(click.style(f"\n{text}", bold=True))
+def _print_title(title: str) -> None:
+    click.echo(click.style(f"\n{title}", bold=True))

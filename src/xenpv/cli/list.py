@@ -18,28 +18,35 @@ _SHUTDOWN_REASONS = ("poweroff", "reboot", "suspend", "crash", "watchdog", "soft
 @click.command("list")
 @JSON
 def list(as_json: bool) -> None:  # noqa: A001  the verb's name
-    """The domains that run on this machine: id, name, uuid, memory, vcpus, state and width.
+    """List the domains of this host: id, name, uuid, memory, vcpus, state and type.
 
-    Needs Xen's dom0 and root. Changes nothing, stops nothing.
+    Needs root in dom0. It only reads.
+
+    \b
+    Examples:
+      xenpv list
+      xenpv list --json | jq '.[] | select(.hvm | not) | .name'
     """
     with XenHost() as host:
         domains = host.domains()
     if as_json:
-        print_json([asdict(d) | {"memory": d.pages * PAGE_SIZE, "vcpus": d.max_vcpu + 1} for d in domains])
+        print_json(
+            [asdict(domain) | {"memory": domain.pages * PAGE_SIZE, "vcpus": domain.max_vcpu + 1} for domain in domains]
+        )
         return
     rows = [
         [
-            str(d.domid),
-            printable(d.name) if d.name else "",
-            d.uuid or "",
-            size(d.pages * PAGE_SIZE),
-            str(d.max_vcpu + 1),
-            state(d),
-            "HVM or PVH" if d.hvm else f"PV, {8 * d.width}-bit",
+            str(domain.domid),
+            printable(domain.name) if domain.name else "",
+            domain.uuid or "",
+            size(domain.pages * PAGE_SIZE),
+            str(domain.max_vcpu + 1),
+            state(domain),
+            "HVM or PVH" if domain.hvm else f"PV, {8 * domain.width}-bit",
         ]
-        for d in domains
+        for domain in domains
     ]
-    print_table("", ["id#", "name", "uuid", "memory#", "vcpus#", "state", "kind"], rows)
+    print_table("", ["id#", "name", "uuid", "memory#", "vcpus#", "state", "type"], rows)
 
 
 def state(domain: DomainInfo) -> str:
@@ -50,7 +57,7 @@ def state(domain: DomainInfo) -> str:
     \b
     Examples:
       xenpv list
-      xenpv list --json | jq '.[] | select(.hvm | not) | .name'     the PV domains
+      xenpv list --json | jq '.[] | select(.hvm | not) | .name'
     """
     if domain.dying:
         return "dying"
