@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.support.images import GIB, MIB, P2M, UNMAPPED, image
-from tests.support.saving import Heap
+from tests.support.saving import MemorySink
 from tests.support.writers.kernel import PV64, Kernel, kernel32
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import SIF_MOD_START_PFN, START_INFO
@@ -33,9 +33,9 @@ KERNELS = {
 }
 
 
-def built_file(image_: KernelImage, layout: Layout, ramdisk: bytes = b"") -> tuple[Heap, Summary]:
+def built_file(image_: KernelImage, layout: Layout, ramdisk: bytes = b"") -> tuple[MemorySink, Summary]:
     """Build a file on a model host of its own."""
-    sink, host = Heap(), ModelHost((layout.nr_pages << 12) + HOST_BYTES, sparse=True)
+    sink, host = MemorySink(), ModelHost((layout.nr_pages << 12) + HOST_BYTES, sparse=True)
     return sink, build_file(host, image_, layout, ramdisk, sink, name="built", uuid=UUID)
 
 

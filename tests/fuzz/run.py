@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from tests.fuzz.mutate import case
-from tests.support.memory_limit import at_most
+from tests.support.memory_limit import peak_memory_below
 
 MEASURED = 25  # every so many cases memory is measured
 MIB = 1 << 20
@@ -45,7 +45,7 @@ def bounded(n: int, size: int, *, memory: int, seconds: float = 10) -> Iterator[
     ``n``: the case; ``size``: bytes of its input.
     """
     began = time.monotonic()
-    with nullcontext() if n % MEASURED else at_most(memory):
+    with nullcontext() if n % MEASURED else peak_memory_below(memory):
         yield
     took = time.monotonic() - began
     assert took < seconds, f"{took:.1f} s for {size} bytes"

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from tests.support.memory_limit import at_most
+from tests.support.memory_limit import peak_memory_below
 from tests.support.writers.kernel import PV64, Kernel, Load, Section, kernel32, note, quad, text, word
 from xenpv.errors import ImageError
 from xenpv.image.capacity import memory_limits
@@ -107,13 +107,13 @@ def test_parse_damaged_header_raises_image_error(kind: str) -> None:
 
 def test_parse_too_many_notes_raises_image_error() -> None:
     data = Kernel(notes=[note(0, b"", b"")] * 65537).to_bytes()
-    with at_most(64 << 20):
+    with peak_memory_below(64 << 20):
         assert "more than 65536 notes" in parse_error(data).reason
 
 
 def test_parse_many_huge_segments_allocates_little() -> None:
     data = bytearray(Kernel(loads=[Load(0, b"", 1 << 40)] * 10_000).to_bytes())
-    with at_most(64 << 20):
+    with peak_memory_below(64 << 20):
         assert isinstance(parse_and_use(bytes(data)), KernelImage)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from tests.support.images import GIB, MIB, P2M, TIB, UNMAPPED, image, layouts, sized
-from tests.support.memory_limit import at_most
+from tests.support.memory_limit import peak_memory_below
 from tests.support.writers.kernel import BASE, LEGACY, PV32, PV64, Kernel, Load, kernel32, note, quad, word
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
 from xenpv.abi.x86 import LEVELS, PTE_RW, VCPU_GUEST_CONTEXT
@@ -213,7 +213,7 @@ def test_plan_start_info_and_registers_name_the_segments(case: tuple[KernelImage
 def test_plan_of_any_size_allocates_little() -> None:
     kernel = sized(20, P2M, UNMAPPED)
     for memory in (32 * MIB, 640 * GIB, 16 * TIB):
-        with at_most(1 << 20):
+        with peak_memory_below(1 << 20):
             layout = plan(kernel, Request(memory, ramdisk=4 * MIB))
         assert len(layout.segments) <= 18
     at, outside = layout.segment(Part.P2M), layout.spans(1)[1]

@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.support.memory_limit import at_most
+from tests.support.memory_limit import peak_memory_below
 from tests.support.writers.kernel import COMPRESSIONS, LZ4_LEGACY, Kernel, bzimage, lz4_legacy, pack, word
 from xenpv.errors import ImageError
 from xenpv.image.kernel import KernelImage
@@ -65,7 +65,7 @@ def test_unpack_bomb_allocates_no_more_than_its_size(compression: str) -> None:
     payload = pack(compression, bytes(64 << 20))
     lie = payload[:-4] + word(100_000)
     limit = 17 if compression == "lz4" else 2  # a block of lz4 has 8 MiB, and is put behind what was there
-    with at_most(limit << 20):
+    with peak_memory_below(limit << 20):
         parse_error(bzimage(compression, b"", payload=lie))
 
 
@@ -94,7 +94,7 @@ def test_unpack_lzma_with_huge_dictionary_allocates_little() -> None:
     filters = [{"id": lzma.FILTER_LZMA1, "preset": 0, "dict_size": 1 << 20}]
     packed = bytearray(lzma.compress(ELF, lzma.FORMAT_ALONE, filters=filters))
     struct.pack_into("<I", packed, 1, 0xC000_0000)
-    with at_most(2 << 20):
+    with peak_memory_below(2 << 20):
         KernelImage.parse(bzimage("lzma", b"", payload=bytes(packed) + word(len(ELF))))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.saving import Heap, suspended
+from tests.support.saving import MemorySink, suspended
 from xenpv.errors import RequestError
 from xenpv.io.atomic_output import Output
 from xenpv.save.save import save
@@ -193,7 +193,7 @@ def reading(path: Path, into: bytearray) -> threading.Thread:
 
 
 def test_a_pipe_is_written_as_it_is_with_signals_in_between(fifo: Path) -> None:
-    guest, expected, got = suspended("linear"), Heap(), bytearray()
+    guest, expected, got = suspended("linear"), MemorySink(), bytearray()
     save(guest.host, guest.domid, expected)
     thread, ticks = reading(fifo, got), list[int]()
     old = signal.signal(signal.SIGALRM, lambda *_: ticks.append(1))

@@ -20,7 +20,7 @@ from tests.support.restoring import (
     restore_error,
     restore_stream,
 )
-from tests.support.saving import BOTH, CONFIG, Heap, suspended
+from tests.support.saving import BOTH, CONFIG, MemorySink, suspended
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.stream import NOTAB, PAGE, Piece, Stream, Wire
@@ -115,7 +115,7 @@ def tables_of(domain: Domain) -> list[int]:
 @BOTH
 @pytest.mark.parametrize("form", ["linear", "tree3"])
 def test_localise_saved_guest_leaves_less_than_one_batch(width: Width, form: str) -> None:
-    guest, heap = suspended(form, width=width), Heap()
+    guest, heap = suspended(form, width=width), MemorySink()
     save(guest.host, guest.domid, heap, config=CONFIG)
     for count in (1, 2):
         with localising_in_batches_of(count) as collected:

@@ -20,7 +20,7 @@ from tests.support.restoring import (
     stream_input,
 )
 from tests.support.saved_files import piped
-from tests.support.saving import BOTH, CONFIG, Heap, suspended
+from tests.support.saving import BOTH, CONFIG, MemorySink, suspended
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.stream import BROKEN, NOTAB, PAGE, XALLOC, XTAB, Piece, Stream, Wire
@@ -138,7 +138,7 @@ def test_load_after_verify_reports_and_writes_differing_page() -> None:
 
 @pytest.mark.parametrize("extents", [1 << 30, 1, 0], ids=["enough extents", "one extent", "no extent"])
 def test_populate_uses_extents_while_the_host_has_some(extents: int) -> None:
-    guest, heap = suspended("linear"), Heap()
+    guest, heap = suspended("linear"), MemorySink()
     save(guest.host, guest.domid, heap, config=CONFIG)
     host = RecordingHost()
     host.extents_left = extents

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.support.kernel_guest import SOME_FORMS, Guest
-from tests.support.memory_limit import at_most
+from tests.support.memory_limit import peak_memory_below
 from tests.support.model_guest import pfns
 from tests.support.model_invariants import check_invariants
 from tests.support.restored_domain import restore_directly
@@ -25,7 +25,7 @@ from tests.support.restoring import (
     stream_input,
 )
 from tests.support.saved_files import piped
-from tests.support.saving import BOTH, CONFIG, Heap, saved, suspended
+from tests.support.saving import BOTH, CONFIG, MemorySink, saved, suspended
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.envelopes import config_json, wrap
@@ -62,7 +62,7 @@ def test_restore_saved_guest_resumes_with_same_memory(width: Width, form: str, t
 @BOTH
 def test_restore_equals_reference_that_uses_no_stream(width: Width) -> None:
     """The reference, support/restored_domain.py, knows no records and shares no code with restore."""
-    guest, heap = suspended("both", width), Heap()
+    guest, heap = suspended("both", width), MemorySink()
     save(guest.host, guest.domid, heap, config=CONFIG)
     host, ours = restore_stream(bytes(heap.data))
     other = ModelHost(1 << 30, seed=8)
@@ -86,13 +86,13 @@ def test_restore_64_mib_spread_over_16_tib_resumes() -> None:
 
     Restore takes 0.7 s, most of it in the model; a cost linear in max_pfn would take minutes and 32 GiB.
     """
-    guest, heap = Guest.boot("linear", pages=1 << 14), Heap()
+    guest, heap = Guest.boot("linear", pages=1 << 14), MemorySink()
     guest.do("spread", (1 << 32) - 4096)
     free = guest.do("free_pfns")
     guest.do("suspend")
     save(guest.host, guest.domid, heap, config=config_json(memory_kib=4 << 14))
     data = bytes(heap.data)
-    with at_most(512 << 20):  # a p2m of 2^32 entries has 32 GiB
+    with peak_memory_below(512 << 20):  # a p2m of 2^32 entries has 32 GiB
         host, result = restore_stream(data)
     assert result.entries > (1 << 32) - 5000
     other = guest_on(host, guest, result)
@@ -105,7 +105,7 @@ def test_restore_into_existing_domain_leaves_it_paused_and_the_rest_of_the_input
     source_kind: str, width: Width
 ) -> None:
     """As libxl does it: it creates a 64-bit domain for any stream, and reads on after the stream's end."""
-    guest, heap = suspended("both", width), Heap()
+    guest, heap = suspended("both", width), MemorySink()
     save(guest.host, guest.domid, heap, envelope=Kind.LIBXC)
     data = bytes(heap.data)
     host = ModelHost(1 << 30, seed=9)

@@ -14,7 +14,7 @@ from tests.support.model_invariants import check_invariants
 from tests.support.refused_calls import RESTORING, RefusingCall
 from tests.support.restoring import host_state, restore_error, restore_stream, stream_input
 from tests.support.saved_files import piped
-from tests.support.saving import BOTH, CONFIG, Heap, suspended
+from tests.support.saving import BOTH, CONFIG, MemorySink, suspended
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import hvm_stream
@@ -148,7 +148,7 @@ def test_restore_domain_with_low_max_pages_raises_needed_and_available() -> None
 
 
 def test_restore_domain_host_out_of_memory_raises_enomem() -> None:
-    guest, heap = suspended("linear"), Heap()
+    guest, heap = suspended("linear"), MemorySink()
     save(guest.host, guest.domid, heap, config=CONFIG)
     e = restore_error(bytes(heap.data), ModelHost(84 << 20, seed=3))  # 4 MiB for domains
     assert isinstance(e, HostError)

@@ -14,7 +14,7 @@ import pytest
 from tests.support.kernel_guest import SOME_FORMS, Guest, cancel_suspend
 from tests.support.live_guests import XTAB, attend, copied, is_off, times
 from tests.support.model_guest import pfns
-from tests.support.saving import BOTH, Heap, Twisted, a_page, arch, tree_of
+from tests.support.saving import BOTH, MemorySink, PatchedHost, a_page, arch, tree_of
 from xenpv.abi.declare import Width
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import U8, U64, DomId
@@ -53,7 +53,7 @@ def test_what_a_guest_writes_meanwhile_arrives(width: Width, form: str) -> None:
 def test_a_frame_is_told_from_every_other(top: int, others: list[int]) -> None:
     """What is remembered of an mfn is all of it, also on a host of 16 TiB and more."""
     guest = Guest.boot("linear")
-    p2m = P2MTracker(cast(Mover, Twisted(guest, max_mfn=lambda: top)), guest.domid, track_changes=True)
+    p2m = P2MTracker(cast(Mover, PatchedHost(guest, max_mfn=lambda: top)), guest.domid, track_changes=True)
     assert sum(len(p2m.record_leaves(leaves)[0]) for leaves in p2m.iter_leaves()) > 4000
     pfn = int(guest.do("free_pfns")[0])
     leaf = p2m.p2m.leaves.frame_of(np.array([pfn // 512]))
@@ -100,7 +100,7 @@ def test_a_p2m_that_grows_within_its_last_leaf_before_anything_is_logged(width: 
         guest.host.log_dirty(domid, on=on)
 
     attend(guest)
-    made, _ = copied(guest, Twisted(guest, log_dirty=log_dirty))
+    made, _ = copied(guest, PatchedHost(guest, log_dirty=log_dirty))
     assert made.end_pfn == 4059
 
 
@@ -138,7 +138,7 @@ def test_what_was_looked_up_in_a_leaf_that_is_none_any_more_is_sent_again() -> N
         return host.map_frames(domid, mfns)
 
     attend(guest, [write])
-    copied(guest, Twisted(guest, map_frames=map_frames))
+    copied(guest, PatchedHost(guest, map_frames=map_frames))
     assert moved
 
 
@@ -164,7 +164,7 @@ def test_a_page_table_that_cannot_be_translated_yet_comes_with_the_rest() -> Non
         return pages, mapped
 
     attend(guest)
-    made, _ = copied(guest, Twisted(guest, map_frames=map_frames))
+    made, _ = copied(guest, PatchedHost(guest, map_frames=map_frames))
     assert 1 in {kind & 7 for kind, _ in made.pages.values()}
 
 
@@ -186,7 +186,7 @@ def test_pages_that_leave_or_cannot_be_mapped_meanwhile() -> None:
         return pages, mapped
 
     attend(guest)
-    made, summary = copied(guest, Twisted(guest, page_types=page_types, map_frames=map_frames))
+    made, summary = copied(guest, PatchedHost(guest, page_types=page_types, map_frames=map_frames))
     assert (made.pages[4000][0], made.pages[4001][0], summary.not_owned) == (0, 0, 0)
 
 
@@ -201,20 +201,20 @@ def test_a_generation_that_is_odd_for_a_moment(width: Width) -> None:
         return guest.host.shared_info(domid)
 
     attend(guest, times(4, writing(guest)))
-    copied(guest, Twisted(guest, shared_info=shared_info), live=PrecopyPolicy(max_iterations=9))
+    copied(guest, PatchedHost(guest, shared_info=shared_info), live=PrecopyPolicy(max_iterations=9))
 
 
 def test_a_generation_that_stays_odd() -> None:
     """Before a byte is written if it is from the first; else when it has stopped, and its p2m may be anything."""
     guest = Guest.boot("linear")
     attend(guest, [lambda: arch(guest, p2m_generation=7)])
-    heap = Heap()
+    heap = MemorySink()
     with pytest.raises(GuestError, match="p2m_generation 0x7 is odd: the guest was stopped"):
         save(guest.host, guest.domid, heap, live=PrecopyPolicy(), suspend=lambda: suspend(guest.host, guest.domid))
     assert heap.calls
     is_off(guest)
     assert cancel_suspend(guest) is True
-    again = Heap()
+    again = MemorySink()
     with pytest.raises(GuestError, match="p2m_generation 0x7 is odd: giving up"):
         save(guest.host, guest.domid, again, live=PrecopyPolicy(), suspend=lambda: suspend(guest.host, guest.domid))
     assert again.calls == []
@@ -241,7 +241,13 @@ def test_a_p2m_that_shrinks_is_refused() -> None:
     guest = Guest.boot("tree3")
     attend(guest, [lambda: arch(guest, max_pfn=4096 - 512)])
     with pytest.raises(GuestError, match=r"0xdff .* 0xfff"):
-        save(guest.host, guest.domid, Heap(), live=PrecopyPolicy(), suspend=lambda: suspend(guest.host, guest.domid))
+        save(
+            guest.host,
+            guest.domid,
+            MemorySink(),
+            live=PrecopyPolicy(),
+            suspend=lambda: suspend(guest.host, guest.domid),
+        )
     is_off(guest)
 
 
@@ -251,7 +257,13 @@ def test_a_leaf_that_comes_to_stand_twice_is_refused() -> None:
     leaf = int(guest.live.p2m.leaves.frame[0])
     attend(guest, [lambda: tree_of(guest, {8: leaf, 9: end}, 10 * 512)])
     with pytest.raises(GuestError, match="512 pages, and stands in 2 places"):
-        save(guest.host, guest.domid, Heap(), live=PrecopyPolicy(), suspend=lambda: suspend(guest.host, guest.domid))
+        save(
+            guest.host,
+            guest.domid,
+            MemorySink(),
+            live=PrecopyPolicy(),
+            suspend=lambda: suspend(guest.host, guest.domid),
+        )
     is_off(guest)
 
 
@@ -299,9 +311,15 @@ def test_log_dirty_is_off_whichever_call_fails(call: str) -> None:
                     raise error  # noqa: B023
                 return getattr(_g.host, call)(*arguments, **how)
 
-            host = Twisted(guest, **{call: failing})
+            host = PatchedHost(guest, **{call: failing})
             with suppress(HostError, KeyboardInterrupt):
-                save(host, guest.domid, Heap(), live=PrecopyPolicy(), suspend=partial(suspend, guest.host, guest.domid))
+                save(
+                    host,
+                    guest.domid,
+                    MemorySink(),
+                    live=PrecopyPolicy(),
+                    suspend=partial(suspend, guest.host, guest.domid),
+                )
                 assert next(calls) <= nth, "there was no nth call"
             is_off(guest)
 
@@ -314,13 +332,13 @@ def test_what_somebody_who_was_killed_left_on() -> None:
 
 
 def test_a_host_that_cannot_is_found_out_before_a_byte_is_written() -> None:
-    guest, heap = Guest.boot("linear"), Heap()
+    guest, heap = Guest.boot("linear"), MemorySink()
 
     def log_dirty(domid: DomId, *, on: bool) -> None:
         raise HostError("Operation not supported", op="shadow_op", errno=95)
 
     with pytest.raises(HostError, match="not supported"):
-        save(Twisted(guest, log_dirty=log_dirty), guest.domid, heap, live=PrecopyPolicy(), suspend=lambda: None)
+        save(PatchedHost(guest, log_dirty=log_dirty), guest.domid, heap, live=PrecopyPolicy(), suspend=lambda: None)
     assert heap.calls == []
 
 
@@ -332,14 +350,14 @@ def test_a_guest_that_does_not_suspend_though_it_was_said_to(live: PrecopyPolicy
         (lambda: guest.host.hypervisor.shutdown(guest.domid, 3), "shut down for reason 3"),
     ):
         with pytest.raises(GuestError, match=f"dom1 .litmus. has not suspended: it {why}"):
-            save(guest.host, guest.domid, Heap(), live=live, suspend=spoil)
+            save(guest.host, guest.domid, MemorySink(), live=live, suspend=spoil)
         is_off(guest)
 
 
 def test_a_live_save_without_a_way_to_suspend_is_no_request() -> None:
     guest = Guest.boot("linear")
     with pytest.raises(RequestError, match="suspend"):
-        save(guest.host, guest.domid, Heap(), live=PrecopyPolicy())
+        save(guest.host, guest.domid, MemorySink(), live=PrecopyPolicy())
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -410,7 +428,7 @@ def test_a_bandwidth_is_kept_while_it_runs_and_not_when_it_stands_still() -> Non
 
 
 def test_the_envelope_of_a_live_copy() -> None:
-    guest, heap = Guest.boot("linear"), Heap()
+    guest, heap = Guest.boot("linear"), MemorySink()
     attend(guest, times(3, writing(guest)))
     save(
         guest.host,

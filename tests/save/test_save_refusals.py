@@ -14,8 +14,8 @@ from tests.support.kernel_guest import Guest
 from tests.support.model_guest import pfns
 from tests.support.saving import (
     CONFIG,
-    Heap,
-    Twisted,
+    MemorySink,
+    PatchedHost,
     a_page,
     arch,
     failed,
@@ -81,7 +81,7 @@ def test_a_domain_that_goes_away_while_its_vcpus_are_asked_for() -> None:
             raise HostError("no such domain", op="getdomaininfo", errno=3)
         return replace(guest.host.info(domid), max_vcpu=1)
 
-    e = refused(guest, Twisted(guest, vcpu_context=vcpu_context, info=info))
+    e = refused(guest, PatchedHost(guest, vcpu_context=vcpu_context, info=info))
     assert isinstance(e, HostError)
     assert e.op == "getdomaininfo"
 
@@ -185,7 +185,7 @@ def test_a_level_4_table_of_a_32_bit_guest() -> None:
     def page_types(domid: DomId, wanted: U64) -> U8:
         return np.where(wanted == mfn, np.uint8(PageType.L4TAB), guest.host.page_types(domid, wanted))
 
-    assert "an L4 table in a 32-bit guest" in str(failed(guest, Twisted(guest, page_types=page_types)))
+    assert "an L4 table in a 32-bit guest" in str(failed(guest, PatchedHost(guest, page_types=page_types)))
 
 
 def test_a_type_that_nobody_knows_and_a_page_that_cannot_be_mapped() -> None:
@@ -200,8 +200,8 @@ def test_a_type_that_nobody_knows_and_a_page_that_cannot_be_mapped() -> None:
         mapped[mfns == mfn] = 0
         return pages, mapped
 
-    assert "Unknown type 0x6 for pfn 0xfa0" in str(failed(guest, Twisted(guest, page_types=page_types)))
-    e = failed(guest, Twisted(guest, map_frames=map_frames))
+    assert "Unknown type 0x6 for pfn 0xfa0" in str(failed(guest, PatchedHost(guest, page_types=page_types)))
+    e = failed(guest, PatchedHost(guest, map_frames=map_frames))
     assert isinstance(e, HostError)
     assert "pfn 0xfa0" in str(e)
 
@@ -223,7 +223,7 @@ def test_what_a_vcpu_cannot_have() -> None:
 def test_vcpus_that_xen_does_not_give() -> None:
     guest = suspended("tree3")
 
-    def refusing(no: int, last: int) -> Twisted:
+    def refusing(no: int, last: int) -> PatchedHost:
         def vcpu_context(domid: DomId, vcpu: int) -> bytes:
             if vcpu == max(last, 0):
                 raise HostError("no", op="getvcpucontext", errno=no)
@@ -232,7 +232,7 @@ def test_vcpus_that_xen_does_not_give() -> None:
         def info(domid: DomId) -> DomainInfo:
             return replace(guest.host.info(domid), max_vcpu=last)
 
-        return Twisted(guest, vcpu_context=vcpu_context, info=info)
+        return PatchedHost(guest, vcpu_context=vcpu_context, info=info)
 
     assert isinstance(refused(guest, refusing(61, 0)), HostError)
     assert isinstance(refused(guest, refusing(1, 1)), HostError)
@@ -261,7 +261,7 @@ def test_a_paused_domain_whose_kernel_has_not_suspended() -> None:
 @pytest.mark.parametrize(("changed", "why"), [({"hvm": True}, "is an HVM domain"), ({"dying": True}, "is dying")])
 def test_domains_of_other_kinds(changed: dict[str, Any], why: str) -> None:
     guest = suspended("linear")
-    host = Twisted(guest, info=lambda domid: replace(guest.host.info(domid), **changed))
+    host = PatchedHost(guest, info=lambda domid: replace(guest.host.info(domid), **changed))
     e = refused(guest, host)
     assert isinstance(e, RequestError)
     assert why in str(e)
@@ -280,7 +280,7 @@ def test_a_domain_that_somebody_lets_run_meanwhile(tmp_path: Path) -> None:
 
 
 def test_a_configuration_that_has_no_place_is_refused_at_once() -> None:
-    guest, heap = suspended("linear"), Heap()
+    guest, heap = suspended("linear"), MemorySink()
     for kind, config in ((Kind.LIBXC, CONFIG), (Kind.XL, b"name = 'x'")):
         with pytest.raises(RequestError):
             save(guest.host, guest.domid, heap, envelope=kind, config=config)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.kernel_guest import Guest
 from tests.support.live_guests import attend
-from tests.support.saving import BOTH, Twisted
+from tests.support.saving import BOTH, PatchedHost
 from xenpv.abi.declare import Width
 from xenpv.errors import GuestError, HostError, RequestError
 from xenpv.frames import DomId
@@ -36,10 +36,8 @@ def test_a_guest_suspends_and_goes_on(width: Width) -> None:
 
 def test_one_that_does_not_react() -> None:
     guest = Guest.boot("linear")
-    before = time.monotonic()
     with pytest.raises(GuestError, match=r"dom1 \(litmus\) did not suspend in 0.05 s: its kernel has not reacted"):
         suspend(guest.host, guest.domid, timeout=0.05)
-    assert 0.05 <= time.monotonic() - before < 5
     assert guest.host.shutdown_request(guest.domid) == "", "the request was taken back"
 
 
@@ -88,7 +86,7 @@ def test_an_hvm_domain() -> None:
         return replace(guest.host.info(domid), hvm=True)
 
     with pytest.raises(RequestError, match="is an HVM domain"):
-        suspend(Twisted(guest, info=info), guest.domid)
+        suspend(PatchedHost(guest, info=info), guest.domid)
 
 
 def test_whoever_interrupts_takes_the_request_back(monkeypatch: pytest.MonkeyPatch) -> None:

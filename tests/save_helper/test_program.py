@@ -19,7 +19,7 @@ import pytest
 
 from tests.support.kernel_guest import Guest
 from tests.support.libxl import Answer, FakeLibxl
-from tests.support.saving import Twisted
+from tests.support.saving import PatchedHost
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.model.host import ModelHost
@@ -191,7 +191,7 @@ def test_serve_libxl_gone_and_resume_fails_raises_host_error(guest: Guest, strea
         raise HostError("resume: no", op="resume", domid=domid)
 
     with pytest.raises(HostError, match="resume: no") as e:
-        save(guest, stream.fileno(), Twisted(guest, resume=resume), answers={Message.SUSPEND: dies})
+        save(guest, stream.fileno(), PatchedHost(guest, resume=resume), answers={Message.SUSPEND: dies})
     assert (e.value.op, e.value.domid) == ("resume", guest.domid)
     assert not isinstance(e.value, LibxlGone)
 
@@ -230,13 +230,13 @@ def test_a_policy_that_libxl_cannot_make(guest: Guest, stream: BinaryIO) -> None
 
 
 def test_an_older_xen_and_a_bug(guest: Guest, stream: BinaryIO) -> None:
-    old = Twisted(guest, version=lambda: XenVersion(4, 13, ".1"))
+    old = PatchedHost(guest, version=lambda: XenVersion(4, 13, ".1"))
     assert save(guest, stream.fileno(), old).errors == ["this is Xen 4.13; 4.14 and newer are supported"]
 
     def breaks() -> XenVersion:
         raise ZeroDivisionError("of all things")
 
-    libxl = save(guest, stream.fileno(), Twisted(guest, version=breaks))
+    libxl = save(guest, stream.fileno(), PatchedHost(guest, version=breaks))
     assert libxl.completed == (-1, errno.EIO)
     assert libxl.errors[0] == "Traceback (most recent call last):"
     assert libxl.errors[-2:] == ["ZeroDivisionError: of all things", "this is a bug of xenpv's; please report it"]
@@ -246,13 +246,13 @@ def test_xen_says_no(guest: Guest, stream: BinaryIO) -> None:
     def info(domid: DomId) -> None:
         raise HostError("there is no dom9", op="getdomaininfo", domid=9, errno=errno.ESRCH)
 
-    libxl = save(guest, stream.fileno(), Twisted(guest, info=info))
+    libxl = save(guest, stream.fileno(), PatchedHost(guest, info=info))
     assert (libxl.completed, libxl.errors) == ((-1, errno.ESRCH), ["there is no dom9"])
 
 
 def test_a_domain_of_another_kind(guest: Guest, stream: BinaryIO) -> None:
     other = replace(guest.host.info(guest.domid), hvm=True)
-    libxl = save(guest, stream.fileno(), Twisted(guest, info=lambda _: other))
+    libxl = save(guest, stream.fileno(), PatchedHost(guest, info=lambda _: other))
     assert libxl.kinds == [Message.COMPLETE]
     assert "is an HVM domain; PV domains are saved" in libxl.errors[0]
 
@@ -295,7 +295,7 @@ def test_a_live_save_where_xen_cannot(guest: Guest, stream: BinaryIO, monkeypatc
     def log_dirty(domid: DomId, *, on: bool) -> None:
         raise HostError("it cannot", op="shadow_op", domid=domid, errno=errno.EOPNOTSUPP)
 
-    host = Twisted(guest, log_dirty=log_dirty)
+    host = PatchedHost(guest, log_dirty=log_dirty)
     libxl = save(guest, stream.fileno(), host, live=True)
     assert libxl.errors == ["XENPV_PRECOPY=no sends a domain that stands still meanwhile", "it cannot"]
     assert libxl.completed == (-1, errno.EOPNOTSUPP)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tests.support.kernel_guest import Guest
-from tests.support.saving import Heap, Twisted, of_host
+from tests.support.saving import MemorySink, PatchedHost, of_host
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.frames import DomId
 from xenpv.save.precopy import PrecopyPolicy
@@ -76,7 +76,7 @@ def attend(guest: Guest, steps: Iterable[Step | None] = ()) -> None:
 
 def copied(guest: Guest, host: Any = None, **how: Any) -> tuple[Copied, Summary]:
     """A live copy of a guest, held against what the host has of it once it has suspended."""
-    host, heap = host or guest.host, Heap()
+    host, heap = host or guest.host, MemorySink()
     how.setdefault("live", PrecopyPolicy())
     summary = save(host, guest.domid, heap, envelope=Kind.LIBXC, suspend=lambda: suspend(host, guest.domid), **how)
     is_off(guest)
@@ -99,7 +99,7 @@ def is_off(guest: Guest) -> None:
     guest.host.log_dirty(guest.domid, on=False)
 
 
-def meddling(guest: Guest, steps: Iterable[Step | None]) -> Twisted:
+def meddling(guest: Guest, steps: Iterable[Step | None]) -> PatchedHost:
     """A host on which the guest lives on between any two calls that read its memory."""
     todo = iter(steps)
 
@@ -113,7 +113,7 @@ def meddling(guest: Guest, steps: Iterable[Step | None]) -> Twisted:
 
         return answer
 
-    return Twisted(guest, **{name: call(name) for name in ("map_frames", "page_types", "shared_info")})
+    return PatchedHost(guest, **{name: call(name) for name in ("map_frames", "page_types", "shared_info")})
 
 
 def times(n: int, step: Step) -> Iterator[Step]:

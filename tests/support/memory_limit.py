@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def at_most(limit: int) -> Iterator[None]:
+def peak_memory_below(limit: int) -> Iterator[None]:
     """No more memory than ``limit`` bytes is held at any moment within."""
     tracemalloc.start()
     try:

@@ -27,7 +27,7 @@ BOTH = pytest.mark.parametrize("width", WIDTHS)
 CONFIG = config_json(memory_kib=4096 * 4)
 
 
-class Twisted:
+class PatchedHost:
     """A host of which a call or two answer something else."""
 
     def __init__(self, guest: Guest, **calls: Callable[..., Any]) -> None:
@@ -40,7 +40,7 @@ class Twisted:
 
 
 @dataclass
-class Heap:
+class MemorySink:
     """A sink that keeps all, in the pieces in which it came."""
 
     is_regular_file = False
@@ -70,7 +70,7 @@ def saved(guest: Guest, path: Path, host: Any = None, **how: Any) -> Summary:
 
 def refused(guest: Guest, host: Any = None) -> XenPVError:
     """Why it cannot be saved: said before a byte was written."""
-    heap = Heap()
+    heap = MemorySink()
     with pytest.raises(XenPVError) as e:
         save(host or guest.host, guest.domid, heap)
     assert heap.calls == []
@@ -79,7 +79,7 @@ def refused(guest: Guest, host: Any = None) -> XenPVError:
 
 def failed(guest: Guest, host: Any) -> XenPVError:
     """Why it cannot be saved, though that was seen only when it was half written."""
-    heap = Heap()
+    heap = MemorySink()
     with pytest.raises(XenPVError) as e:
         save(host, guest.domid, heap)
     assert heap.calls
@@ -153,7 +153,7 @@ def table_of(guest: Guest, level: int) -> U64:
     return found
 
 
-def rewriting(guest: Guest, mfn: U64, slots: slice | list[int], pte: int) -> Twisted:
+def rewriting(guest: Guest, mfn: U64, slots: slice | list[int], pte: int) -> PatchedHost:
     """A host on which some entries of a table are others."""
 
     def map_frames(domid: DomId, mfns: U64) -> tuple[U8, U8]:
@@ -162,10 +162,10 @@ def rewriting(guest: Guest, mfn: U64, slots: slice | list[int], pte: int) -> Twi
             as_entries(pages[row : row + 1])[0, slots] = np.uint64(pte)
         return pages, mapped
 
-    return Twisted(guest, map_frames=map_frames)
+    return PatchedHost(guest, map_frames=map_frames)
 
 
-def with_context(guest: Guest, **fields: Any) -> Twisted:
+def with_context(guest: Guest, **fields: Any) -> PatchedHost:
     """A host on which vcpu 0's context has other values: ``gdt_ents=600``, ``ctrlreg_1=…``, ``user_regs_rdx=…``."""
 
     def vcpu_context(domid: DomId, vcpu: int) -> bytes:
@@ -179,4 +179,4 @@ def with_context(guest: Guest, **fields: Any) -> Twisted:
                 context[member][0][int(part) if part.isdigit() else part] = value
         return bytes(data)
 
-    return Twisted(guest, vcpu_context=vcpu_context)
+    return PatchedHost(guest, vcpu_context=vcpu_context)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.support.breakage import KEEP, make_table, unmap
-from tests.support.memory_limit import at_most
+from tests.support.memory_limit import peak_memory_below
 from tests.support.saved_files import (
     page_offsets,
     piped,
@@ -145,15 +145,15 @@ def test_verify_pipe_allocates_bounded_memory(half_a_gigabyte: Path, deep: bool)
     with subprocess.Popen(["head", "-c", str(96 << 20), half_a_gigabyte], stdout=subprocess.PIPE) as cat:
         assert cat.stdout is not None
         fd = os.dup(cat.stdout.fileno())
-        with at_most(16 << 20):
+        with peak_memory_below(16 << 20):
             result = verify_file(Input(fd, "pipe"), deep=deep)
     assert "truncated" in result.rules
 
 
 def test_verify_file_allocates_memory_for_tables_only(half_a_gigabyte: Path) -> None:
-    with at_most(24 << 20):
+    with peak_memory_below(24 << 20):
         verify_file(half_a_gigabyte)
-    with at_most(4 << 20):
+    with peak_memory_below(4 << 20):
         verify_file(half_a_gigabyte, deep=False)
 
 
@@ -162,7 +162,7 @@ def test_verify_pfns_beyond_2_31_cost_only_populated_pages(tmp_path: Path) -> No
     domain = pv_domain(pfns=[*range(60), (1 << 31) - 1, 1 << 31, (1 << 31) + 1])
     file = tmp_path / "far.save"
     file.write_bytes(domain.to_bytes())
-    with at_most(512 << 20):  # a bit for each entry would take 256 MiB, a pfn 16 GiB
+    with peak_memory_below(512 << 20):  # a bit for each entry would take 256 MiB, a pfn 16 GiB
         result = verify_file(file)
     assert not result.findings, str(result)
 
@@ -181,7 +181,7 @@ def test_verify_too_large_length_allocates_little(tmp_path: Path) -> None:
     stream.patch("X86_PV_P2M_FRAMES", 4, (128 << 20).to_bytes(4, "little"))
     file = tmp_path / "lies.save"
     file.write_bytes(bytes(stream))
-    with at_most(8 << 20):
+    with peak_memory_below(8 << 20):
         verify_file(file)
     assert verify_file(file).rules == {"truncated"}
 
