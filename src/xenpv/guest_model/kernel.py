@@ -16,7 +16,7 @@ import numpy as np
 
 from xenpv.abi.xen import START_INFO
 from xenpv.errors import GuestError, RequestError
-from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, U64
+from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, U64, first_bad
 from xenpv.guest_model.kernel_p2m import KernelP2M
 from xenpv.guest_model.kernel_pages import LINKED_AT, KernelPages, StartInfo
 from xenpv.guest_model.p2m_forms import PublishedForm, parse_form
@@ -161,22 +161,20 @@ class Kernel:
 
     def _mfns_of(self, view: GuestView, pfns: U64) -> U64:
         """Return the frames of free pages. RequestError for any other."""
-        own = pfns < np.uint64(self.pages.end)
-        if own.any():
-            raise RequestError(f"pfn {int(pfns[own][0]):#x} is the kernel's own")
+        if (own := first_bad(pfns < np.uint64(self.pages.end))) is not None:
+            raise RequestError(f"pfn {int(pfns[own]):#x} is the kernel's own")
         mfns = self.p2m.lookup(view, pfns)
-        bad = ~names_local_frame(mfns)
-        if bad.any() or len(np.unique(pfns)) < len(pfns):
-            reason = f"pfn {int(pfns[bad][0]):#x} has no page" if bad.any() else "a pfn appears twice"
-            raise RequestError(reason)
+        if (absent := first_bad(~names_local_frame(mfns))) is not None:
+            raise RequestError(f"pfn {int(pfns[absent]):#x} has no page")
+        _check_unique(pfns)
         return mfns
 
     def _check_vacant(self, view: GuestView, pfns: U64) -> None:
         """Raise RequestError unless no pfn has a page, and each appears once."""
         taken = (pfns < np.uint64(self.pages.end)) | (self.p2m.lookup(view, pfns) != NO_FRAME)
-        if taken.any() or len(np.unique(pfns)) < len(pfns):
-            reason = f"pfn {int(pfns[taken][0]):#x} is taken" if taken.any() else "a pfn appears twice"
-            raise RequestError(reason)
+        if (first := first_bad(taken)) is not None:
+            raise RequestError(f"pfn {int(pfns[first]):#x} is taken")
+        _check_unique(pfns)
 
     # -- suspend and resume
 
@@ -231,6 +229,11 @@ class Kernel:
     def _write_field(self, view: GuestView, name: str, value: int) -> None:
         vaddr = self._start.address + START_INFO.offset(view.width, name)
         view.write(vaddr, value.to_bytes(view.width, "little"))
+
+
+def _check_unique(pfns: U64) -> None:
+    if len(np.unique(pfns)) < len(pfns):
+        raise RequestError("a pfn appears twice")
 
 
 def _reserve(nr_pages: int) -> int:

@@ -20,6 +20,7 @@ from xenpv.abi.domctl import (
     VCPU_MSR,
     XSAVE_HEADER_SIZE,
 )
+from xenpv.frames import first_bad
 from xenpv.host.model.page_types import HypercallError
 from xenpv.host.protocol import CpuPolicy, TscInfo, VcpuState
 
@@ -104,6 +105,5 @@ def _as_structs(data: bytes, struct: Struct) -> np.ndarray:
 
 def _check_known(numbers: np.ndarray, known: Iterable[int], noun: str, number: int) -> None:
     """Raise HypercallError with errno ``number`` for the first of ``numbers`` that is not among ``known``."""
-    unknown = numbers[~np.isin(numbers, list(known))]
-    if len(unknown):
-        raise HypercallError(number, f"unknown {noun} {int(unknown[0]):#x}")
+    if (first := first_bad(~np.isin(numbers, list(known)))) is not None:
+        raise HypercallError(number, f"unknown {noun} {int(numbers[first]):#x}")

@@ -12,7 +12,7 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.errors import HostError
-from xenpv.frames import PAGE_SIZE, U8, U64, DomId, PageType
+from xenpv.frames import PAGE_SIZE, U8, U64, DomId, PageType, first_bad
 from xenpv.host import xenstore_nodes
 from xenpv.host.model.cpu_state import updated_cpu_policy, updated_tsc_info, updated_vcpu_state
 from xenpv.host.model.dirty_log import DirtyLog
@@ -289,18 +289,17 @@ class ModelHost:
         """Return the domain; HostError unless all frames are its own and can be mapped writable."""
         domain = self.hypervisor.domain(op, domid)
         self._check_ownership(op, domid, mfns)
-        writable = self.types.can_map_writable(domain.owner, mfns)
-        if not writable.all():
-            reason = f"mfn {int(mfns[np.argmin(writable)]):#x} cannot be mapped writable"
+        first = first_bad(~self.types.can_map_writable(domain.owner, mfns))
+        if first is not None:
+            reason = f"mfn {int(mfns[first]):#x} cannot be mapped writable"
             raise self.hypervisor.error(op, domid, errno.EBUSY, reason)
         return domain
 
     def _check_ownership(self, op: str, domid: DomId, mfns: U64) -> None:
         """Raise HostError (EINVAL) unless all frames are the domain's memory. Xen's pages for it are not."""
         owned = self.hypervisor.is_owned(op, domid, mfns) & ((self.frames.types(mfns)[1] & SPECIAL) == 0)
-        if not owned.all():
-            reason = f"mfn {int(mfns[np.argmin(owned)]):#x} is not the domain's"
-            raise self.hypervisor.error(op, domid, errno.EINVAL, reason)
+        if (first := first_bad(~owned)) is not None:
+            raise self.hypervisor.error(op, domid, errno.EINVAL, f"mfn {int(mfns[first]):#x} is not the domain's")
 
     # -- the Mover protocol
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError
-from xenpv.frames import I64, PAGE_SIZE, U64, DomId, Mask
+from xenpv.frames import I64, PAGE_SIZE, U64, DomId, Mask, first_bad
 from xenpv.host.model.domain import ModelDomain, Vcpu
 from xenpv.host.model.frame_table import ALLOCATED, EXTENT_FRAMES, EXTENT_ORDER, SPECIAL, FrameTable, NoMemoryError
 from xenpv.host.model.page_types import HypercallError, PageTypes
@@ -121,7 +121,8 @@ class Hypervisor:
     def _decrease_frames(self, domain: ModelDomain, mfns: U64) -> int:
         bad = ~self.is_owned("decrease_reservation", domain.domid, mfns)
         bad |= (self.frames.types(mfns)[1] & SPECIAL) != 0
-        count = int(np.argmax(bad)) if bad.any() else len(mfns)
+        first = first_bad(bad)
+        count = len(mfns) if first is None else first
         rows = self.frames.rows_of(mfns[:count])
         rows = rows[(self.frames.rows.flags[rows] & ALLOCATED) != 0]
         self.frames.rows.flags[rows] &= np.uint8(~ALLOCATED & 0xFF)
@@ -148,12 +149,13 @@ class Hypervisor:
         """MMU_MACHPHYS_UPDATE: set the pfn of each of the domain's frames, up to the first that is not."""
         domain = self.domain("mmu_update", domid)
         bad = ~self.is_owned("mmu_update", domid, mfns)
-        count = int(np.argmax(bad)) if bad.any() else len(mfns)
+        foreign = first_bad(bad)
+        count = len(mfns) if foreign is None else foreign
         rows = self.frames.rows_of(mfns[:count])  # first: it may replace the columns by longer ones
         self.frames.rows.m2p[rows] = pfns[:count]
         self._mark_pfns_dirty(domain, pfns[:count])
-        if count < len(mfns):
-            raise self.error("mmu_update", domid, errno.EINVAL, f"mfn {int(mfns[count]):#x} is not the domain's")
+        if foreign is not None:
+            raise self.error("mmu_update", domid, errno.EINVAL, f"mfn {int(mfns[foreign]):#x} is not the domain's")
 
     # -- page tables
 

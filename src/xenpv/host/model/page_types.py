@@ -18,7 +18,7 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_FRAME_MASK, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
-from xenpv.frames import ENTRIES, I64, U64, Mask
+from xenpv.frames import ENTRIES, I64, U64, Mask, first_bad
 from xenpv.host.model.frame_table import (
     PAE_XEN_L2,
     PINNED,
@@ -216,8 +216,7 @@ class PageTypes:
         errnos[beyond] = np.where(mfns[beyond] == _INVALID_MFN, errno.EINVAL, errno.EPERM)
         disallowed = ~(PTE_FRAME_MASK | allowed_flags(1, owner.width)) & (1 << 64) - 1
         errnos[(ptes & np.uint64(disallowed)) != 0] = errno.EINVAL
-        if errnos.any():
-            first = int(np.argmax(errnos != 0))
+        if (first := first_bad(errnos != 0)) is not None:
             reason = f"L1[{slots[first]}] of mfn {table:#x} must not be {int(ptes[first]):#x}"
             raise HypercallError(int(errnos[first]), reason)
         _increment(self._rows.ref_count, rows)

@@ -17,7 +17,7 @@ from xenpv.abi.domctl import PageType
 from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
-from xenpv.frames import U8, U64, DomId, Mask
+from xenpv.frames import U8, U64, DomId, Mask, first_bad
 from xenpv.host import xenstore_nodes
 from xenpv.host.protocol import DOM0, CpuPolicy, Daemons, DomainInfo, Ring, TscInfo, VcpuState, XenVersion
 from xenpv.host.xen import domctl, libxen, userdata
@@ -424,9 +424,8 @@ class XenHost:
         if not is_ram.all() or not len(mfns):
             self._check_ownership(op, domid, mfns[~is_ram])
         with self._memory.map_writable(domid, mfns) as (pages, errors):
-            if errors.any():
+            if (first := first_bad(errors != 0)) is not None:
                 self._check_ownership(op, domid, mfns)
-                first = int(np.argmax(errors != 0))
                 reason = f"mfn {int(mfns[first]):#x} cannot be mapped writable: is it a page table?"
                 raise host_error(op, -int(errors[first]), domid, reason)
             yield pages
@@ -466,9 +465,8 @@ class XenHost:
         """Raise HostError (EINVAL) unless all frames are the domain's memory. A device's registers are not."""
         types = self.page_types(domid, mfns)
         foreign = (types == PageType.XTAB) | (types == PageType.BROKEN)
-        if foreign.any():
-            reason = f"mfn {int(mfns[np.argmax(foreign)]):#x} is not the domain's"
-            raise host_error(op, errno.EINVAL, domid, reason)
+        if (first := first_bad(foreign)) is not None:
+            raise host_error(op, errno.EINVAL, domid, f"mfn {int(mfns[first]):#x} is not the domain's")
 
     # -- vcpus, shared info, event channels, grants
 
