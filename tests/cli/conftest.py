@@ -1,11 +1,13 @@
-"""Files that the verbs are tried on."""
+"""Files and a running domain that the verbs are tried on."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from tests.support.p2m_guest import P2MGuest
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import hvm_stream
@@ -49,3 +51,11 @@ def hvm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("hvm") / "hvm.save"
     file.write_bytes(bytes(hvm_stream()))
     return file
+
+
+@pytest.fixture
+def guest(monkeypatch: pytest.MonkeyPatch) -> P2MGuest:
+    """A domain that runs on a model host, in place of Xen."""
+    guest = P2MGuest()
+    monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(guest.host))
+    return guest
