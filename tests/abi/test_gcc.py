@@ -137,7 +137,7 @@ def test_constants(include: Path, width: Width) -> None:
 def test_cr3_is_folded_as_the_macros_fold_it(include: Path, width: Width) -> None:
     frames = [0, 1, 0xFFFFF, 0x10_0000, 0x10_0001, 0xABCD_EF01, 0xFFFF_FFFF]
     cr3s = values(include, width, [f"xen_pfn_to_cr3({frame:#x}UL)" for frame in frames])
-    assert [pagetables.cr3_frame(cr3, width) for cr3 in cr3s] == frames
+    assert [pagetables.cr3_to_frame(cr3, width) for cr3 in cr3s] == frames
     back = values(include, width, [f"xen_cr3_to_pfn({cr3:#x}UL)" for cr3 in cr3s])
     assert back == frames
 

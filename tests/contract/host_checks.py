@@ -16,7 +16,7 @@ from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId, Mfn
 from xenpv.host.protocol import Host, find_domain
-from xenpv.memory.pagetables import cr3_frame
+from xenpv.memory.pagetables import cr3_to_frame
 
 ALL_ONES = (1 << 64) - 1
 NO_DOMAIN = DomId(0x7FEF)  # the highest number that a domain may have, which no test host gets to
@@ -31,7 +31,7 @@ def top_table(host: Host, domid: DomId) -> Mfn:
     """The top page table of vcpu 0."""
     width = host.info(domid).width
     context = VCPU_GUEST_CONTEXT.read(host.vcpu_context(domid, 0), width)
-    return Mfn(int(cr3_frame(int(context["ctrlreg"][3]), width)))
+    return Mfn(int(cr3_to_frame(int(context["ctrlreg"][3]), width)))
 
 
 def entries(host: Host, domid: DomId, mfns: U64) -> U64:

@@ -22,7 +22,7 @@ from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, plan
 from xenpv.image.request import Request
 from xenpv.memory import radix
-from xenpv.memory.pagetables import as_entries, frames, frames_of_tables, tables_needed
+from xenpv.memory.pagetables import as_ptes, count_tables, decode_page_tables, pte_frames
 from xenpv.source.saved import SavedDomain
 
 
@@ -63,12 +63,12 @@ def test_is_what_libxc_built(recipe: Recipe, tmp_path: Path) -> None:
         assert layout.start_info.pfn == saved.start_info_pfn
         seen = []
         for level, pfns, planned in start.iter_page_tables(layout):
-            theirs = as_entries(saved.frames.pages(pfns))
+            theirs = as_ptes(saved.frames.pages(pfns))
             compared = planned != 0 if level == 4 else np.ones(planned.shape, np.bool_)
-            assert (frames(theirs) == frames(planned))[compared].all()
+            assert (pte_frames(theirs) == pte_frames(planned))[compared].all()
             assert ((theirs ^ planned) & np.uint64(1) == 0)[compared].all()
             assert (theirs & planned & PTE_RW == theirs & PTE_RW)[compared].all()
-            lost = frames(planned)[compared & (theirs & PTE_RW != planned & PTE_RW)]
+            lost = pte_frames(planned)[compared & (theirs & PTE_RW != planned & PTE_RW)]
             assert (lost >= layout.segments[10].first).all(), (
                 "litmus's own tables and GDT, which it made in the padding"
             )
@@ -122,7 +122,7 @@ def test_plan_has_exactly_the_page_tables_needed(case: tuple[KernelImage, Reques
     """Rule: there is one table for each place that maps a page; 32-bit guests also have all later L2 tables."""
     _, _, layout = case
     first = layout.mapped[0]
-    needed = tables_needed(first.vaddr, first.count, layout.width)  # type: ignore[arg-type]
+    needed = count_tables(first.vaddr, first.count, layout.width)  # type: ignore[arg-type]
     if layout.width == 4:  # Xen wants all L2 up to the last
         needed[2] = 4 - (layout.virt_base >> 30)
     assert layout.start_info.nr_pt_frames == sum(needed.values())
@@ -163,7 +163,7 @@ def test_page_tables_map_exactly_the_mapping_and_are_read_only(
 
     levels = LEVELS[layout.width]
     found, unreadable = radix.walk_tree(
-        read, layout.registers.cr3_pfn, levels, range(1 << 9 * levels), frames_of_tables
+        read, layout.registers.cr3_pfn, levels, range(1 << 9 * levels), decode_page_tables
     )
     assert unreadable == []
     assert (found.count == 1).all()
@@ -172,7 +172,7 @@ def test_page_tables_map_exactly_the_mapping_and_are_read_only(
     for span in layout.spans(1):
         entries = start.table_entries(layout, span, range(span.count))
         there = entries != 0
-        assert ((entries[there] & PTE_RW == 0) == np.isin(frames(entries[there]), list(content))).all()
+        assert ((entries[there] & PTE_RW == 0) == np.isin(pte_frames(entries[there]), list(content))).all()
 
 
 @given(layouts())
@@ -220,7 +220,7 @@ def test_plan_of_any_size_allocates_little() -> None:
     assert at is not None
     assert (at.pages, outside.count, layout.spans(2)[1].count) == (1 << 23, 1 << 14, 32)
     last = start.table_entries(layout, outside, range(outside.count - 1, outside.count))
-    assert frames(last)[0, -1] == at.pfns[-1]
+    assert pte_frames(last)[0, -1] == at.pfns[-1]
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_plan_of_32_bit_kernel() -> None:
     [l2] = low.spans(2)
     [top] = start.table_entries(low, low.tables[0], range(1))
     assert (l2.place, l2.count) == (1, 3)
-    assert frames(top[:5]).tolist() == [0, l2.first, l2.first + 1, l2.first + 2, 0]
+    assert pte_frames(top[:5]).tolist() == [0, l2.first, l2.first + 1, l2.first + 2, 0]
     assert not low.top_below_4g
     old = LEGACY.replace("[extended-cr3]", "")
     loads = [Load(0xC010_0000, b"", 5)]
@@ -348,10 +348,10 @@ def test_table_entries_have_the_flags_of_libxc(kernel: KernelImage) -> None:
     layout = plan(kernel, Request(64 * MIB))
     for level, _, entries in start.iter_page_tables(layout):
         there = entries[entries != 0]
-        assert (frames(there) < 0x4000).all()
+        assert (pte_frames(there) < 0x4000).all()
         flags = there & np.uint64(0xFFF)
         if level > 1:
             assert set(flags.tolist()) == {0x67}  # P, RW, US, A, D
         else:
-            tables = np.isin(frames(there), [pfn for part in layout.read_only for pfn in part])
+            tables = np.isin(pte_frames(there), [pfn for part in layout.read_only for pfn in part])
             assert (flags == np.where(tables, 0x21, 0x23)).all()  # P, RW but for tables, A

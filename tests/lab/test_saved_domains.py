@@ -26,7 +26,7 @@ from xenpv.abi.x86 import PTE_P, PTE_RW
 from xenpv.cli.show import describe
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PageType
 from xenpv.io.stream_input import Input
-from xenpv.memory.pagetables import as_entries, frames
+from xenpv.memory.pagetables import as_ptes, pte_frames
 from xenpv.source.open import open_domain
 from xenpv.source.saved import SavedDomain
 from xenpv.verify.stream import Report, verify
@@ -199,9 +199,9 @@ def test_what_verify_refuses_stock_xl_does_not_restore(debian: Debian, host: lab
     with SavedDomain.open(str(path)) as saved:
         tables = saved.contents.index.pfns(IS_TABLE)
         l1s = tables[saved.frames.types(tables) & 7 == PageType.L1TAB]
-        entries = as_entries(saved.frames.pages(l1s))
+        entries = as_ptes(saved.frames.pages(l1s))
         present = entries & np.uint64(PTE_P) != 0
-        tops = IS_TABLE[saved.frames.types(frames(entries).reshape(-1))].reshape(entries.shape)
+        tops = IS_TABLE[saved.frames.types(pte_frames(entries).reshape(-1))].reshape(entries.shape)
         row, entry = (int(places[0]) for places in np.nonzero(present & tops))
         offset = int(saved.contents.index.offsets(l1s)[row]) + entry * 8
     with path.open("r+b") as file:

@@ -13,12 +13,12 @@ from xenpv.abi.x86 import LEVELS, PTE_FRAME_MASK, PTE_P
 from xenpv.frames import NO_FRAME, U64, Vaddr
 from xenpv.memory.pagetables import (
     NO_PFN,
-    as_entries,
-    frames_of_tables,
+    as_ptes,
+    count_tables,
+    decode_page_tables,
     is_xen_slot,
     localise,
     normalise,
-    tables_needed,
 )
 
 FLAGS = (1 << 64) - 1 & ~PTE_FRAME_MASK
@@ -113,18 +113,18 @@ def test_the_frames_that_a_table_names(ptes: list[int], level: int) -> None:
     """None that is not present, and no superpage, which PV has not; bit 7 of an L1 entry is none."""
     page = np.zeros((1, 512), np.uint64)
     page[0, : len(ptes)] = ptes
-    named = frames_of_tables(page.view(np.uint8), level)
+    named = decode_page_tables(page.view(np.uint8), level)
     for pte, frame in zip(ptes, named[0].tolist(), strict=False):
         there = pte & 1 and not (level > 1 and pte & 1 << 7)
         assert frame == (pte >> 12 & (1 << 40) - 1 if there else NONE)
     assert (named[0, len(ptes) :] == NO_FRAME).all()
-    assert np.array_equal(as_entries(page.view(np.uint8)), page)
+    assert np.array_equal(as_ptes(page.view(np.uint8)), page)
 
 
 @given(st.integers(0, (1 << 36) - 1), st.integers(1, 3000), st.sampled_from([8, 4]))
 def test_tables_needed_are_those_that_pages_take_one_by_one(first: int, pages: int, width: Width) -> None:
     first %= (1 << (36 if width == 8 else 20)) - 3000
-    needed = tables_needed(Vaddr(first << 12), pages, width)
+    needed = count_tables(Vaddr(first << 12), pages, width)
     levels = LEVELS[width]
     assert needed == {
         level: len({page >> 9 * level for page in range(first, first + pages)}) if level < levels else 1
@@ -134,4 +134,4 @@ def test_tables_needed_are_those_that_pages_take_one_by_one(first: int, pages: i
 
 def test_the_tables_of_a_tebibyte() -> None:
     """2^28 pages in 2^19 L1, 2^10 L2 and 2 L3 tables, when they begin where a table does."""
-    assert tables_needed(Vaddr(1 << 47), 1 << 28) == {1: 1 << 19, 2: 1 << 10, 3: 2, 4: 1}
+    assert count_tables(Vaddr(1 << 47), 1 << 28) == {1: 1 << 19, 2: 1 << 10, 3: 2, 4: 1}

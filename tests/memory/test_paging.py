@@ -13,15 +13,15 @@ from xenpv.errors import Fault
 from xenpv.frames import NO_FRAME, Pfn, Vaddr
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import frame_reader
-from xenpv.memory.pagetables import translate, walk
-from xenpv.memory.paging import OFF, PV, Paging, paging_of
+from xenpv.memory.pagetables import translate, walk_vaddr
+from xenpv.memory.paging import NO_PAGING, PV_PAGING, Paging, paging_mode
 
 PG, PSE, PAE, LA57 = 1 << 31, 1 << 4, 1 << 5, 1 << 12
 P, BIG = 0x67, 0xE7
-LONG = paging_of(PG | 1, 0x4000, PAE, long=True)
-LONG5 = paging_of(PG | 1, 0x5000, PAE | LA57, long=True)
-PAE3 = paging_of(PG | 1, 0x3000, PAE, long=False)
-TWO = paging_of(PG | 1, 0x2000, PSE, long=False)
+LONG = paging_mode(PG | 1, 0x4000, PAE, long=True)
+LONG5 = paging_mode(PG | 1, 0x5000, PAE | LA57, long=True)
+PAE3 = paging_mode(PG | 1, 0x3000, PAE, long=False)
+TWO = paging_mode(PG | 1, 0x2000, PSE, long=False)
 
 
 def long_tables() -> dict[int, bytes]:
@@ -59,11 +59,11 @@ def test_long_mode(vaddr: int, pfn: int, steps: int, mode: Paging) -> None:
 
 
 def test_five_levels_have_57_bits() -> None:
-    assert LONG.refuses(0xFF10_0000_0000_0000) == "not a canonical address"
-    assert LONG5.refuses(0xFF10_0000_0000_0000) is None
-    assert LONG5.refuses(0xFE10_0000_0000_0000) == "not a canonical address"
-    assert LONG5.refuses(1 << 55) is None
-    assert LONG5.refuses(1 << 56) == "not a canonical address"
+    assert LONG.invalid_reason(0xFF10_0000_0000_0000) == "not a canonical address"
+    assert LONG5.invalid_reason(0xFF10_0000_0000_0000) is None
+    assert LONG5.invalid_reason(0xFE10_0000_0000_0000) == "not a canonical address"
+    assert LONG5.invalid_reason(1 << 55) is None
+    assert LONG5.invalid_reason(1 << 56) == "not a canonical address"
 
 
 def test_a_range_over_pages_of_all_sizes() -> None:
@@ -76,8 +76,8 @@ def test_a_range_over_pages_of_all_sizes() -> None:
 
 
 def test_pae_has_a_top_table_of_32_bytes() -> None:
-    mode = paging_of(PG | 1, 0x3460, PAE, long=False)
-    assert mode.offset == 0x460
+    mode = paging_mode(PG | 1, 0x3460, PAE, long=False)
+    assert mode.top_table_offset == 0x460
     top = bytearray(4096)
     top[0x460:0x480] = b"".join(entry.to_bytes(8, "little") for entry in (0, 0, 0, 2 << 12 | 1))
     pages = {3: bytes(top), 2: words({511: 1 << 12 | P, 1: 0x20_0000 << 12 | BIG}), 1: words({0: 9 << 12 | P})}
@@ -98,35 +98,35 @@ def test_two_levels_of_1024_entries() -> None:
     assert memory.walk(0xC040_1000).pfn == 0x30_0801
     assert memory.translate(0xC040_0000, 1024).tolist() == list(range(0x30_0800, 0x30_0C00))
     # Without CR4.PSE the bit means nothing.
-    plain = DomainMemory(DictFrames(pages), 4, Pfn(2), paging=paging_of(PG, 0, 0, long=False))
+    plain = DomainMemory(DictFrames(pages), 4, Pfn(2), paging=paging_mode(PG, 0, 0, long=False))
     assert "L1 table at pfn 0x400" in str(plain.walk(0x80_0000).fault)
 
 
 def test_without_paging_addresses_are_physical() -> None:
-    memory = DomainMemory(DictFrames({7: bytes(4096)}), 4, Pfn(0), paging=OFF)
+    memory = DomainMemory(DictFrames({7: bytes(4096)}), 4, Pfn(0), paging=NO_PAGING)
     assert (memory.walk(0x7123).pfn, memory.walk(0x7123).steps) == (7, ())
     assert memory.read_virtual(0x7123, 4) == bytes(4)
-    assert paging_of(0, 0x1000, PAE, long=False) == OFF
+    assert paging_mode(0, 0x1000, PAE, long=False) == NO_PAGING
 
 
-@pytest.mark.parametrize("mode", [LONG, LONG5, PAE3, TWO, PV[8], PV[4]])
+@pytest.mark.parametrize("mode", [LONG, LONG5, PAE3, TWO, PV_PAGING[8], PV_PAGING[4]])
 def test_many_at_once_are_what_they_are_one_by_one(mode: Paging) -> None:
     """Tables of noise that mostly lead to each other, superpages and holes among them."""
-    rng = random.Random(mode.levels * 7 + mode.entry)
-    count = 4096 // mode.entry
+    rng = random.Random(mode.levels * 7 + mode.entry_size)
+    count = 4096 // mode.entry_size
 
     def entry() -> int:
         flags = rng.choice([0, 1, 1, 1, 1, 1, 0x81])
         return rng.randrange(12) << 12 | flags
 
-    pages = {pfn: words({i: entry() for i in range(count)}, mode.entry) for pfn in range(8)}
-    pages[1] = words({i: (2 + i) << 12 | 1 for i in range(4)} | {i: entry() for i in range(4, count)}, mode.entry)
+    pages = {pfn: words({i: entry() for i in range(count)}, mode.entry_size) for pfn in range(8)}
+    pages[1] = words({i: (2 + i) << 12 | 1 for i in range(4)} | {i: entry() for i in range(4, count)}, mode.entry_size)
     frames = DictFrames(pages)
     low = [rng.randrange(1 << min(32, 47)) for _ in range(300)]
-    far = [rng.randrange(1 << 47) for _ in range(300)] if mode.wide else []
+    far = [rng.randrange(1 << 47) for _ in range(300)] if mode.sign_extended else []
     vaddrs = [*low, *far, *(((1 << 64) - 1 - vaddr) for vaddr in far)]
-    width: Width = 8 if mode.wide else 4
-    one_by_one = [walk(frames, Pfn(1), Vaddr(vaddr), width, mode).pfn for vaddr in vaddrs]
+    width: Width = 8 if mode.sign_extended else 4
+    one_by_one = [walk_vaddr(frames, Pfn(1), Vaddr(vaddr), width, mode).pfn for vaddr in vaddrs]
     found = translate(frame_reader(frames), Pfn(1), np.array(vaddrs, np.uint64), mode)
     assert [None if pfn == NO_FRAME else int(pfn) for pfn in found] == one_by_one
     assert len({pfn for pfn in one_by_one if pfn is not None}) > 10

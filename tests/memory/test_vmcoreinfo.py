@@ -12,7 +12,7 @@ from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.vmcoreinfo import RELEASE, UTS_OFFSET, text
 from xenpv.abi.declare import Width
-from xenpv.memory.vmcoreinfo import find_vmcoreinfo, value
+from xenpv.memory.vmcoreinfo import find_vmcoreinfo, vmcoreinfo_value
 from xenpv.source.open import open_domain
 
 PAGE = 4096
@@ -136,6 +136,6 @@ def test_pages_that_were_given_back_meanwhile_hide_no_others(tmp_path: Path, los
 
 
 def test_values() -> None:
-    assert value(text(0x1234), "SYMBOL(init_uts_ns)") == "1234"
-    assert value(text(0x1234), "OSRELEASE") == RELEASE.decode()
-    assert value(text(0x1234), "SYMBOL(init_uts") is None
+    assert vmcoreinfo_value(text(0x1234), "SYMBOL(init_uts_ns)") == "1234"
+    assert vmcoreinfo_value(text(0x1234), "OSRELEASE") == RELEASE.decode()
+    assert vmcoreinfo_value(text(0x1234), "SYMBOL(init_uts") is None

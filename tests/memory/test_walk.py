@@ -13,13 +13,13 @@ from xenpv.memory.domain import DomainMemory
 from xenpv.memory.pagetables import (
     Walk,
     allowed_flags,
-    canonical,
-    cr3_frame,
-    entry_index,
+    cr3_to_frame,
     flag_names,
-    in_xen,
+    is_canonical,
     is_xen_slot,
-    walk,
+    is_xen_vaddr,
+    pte_index,
+    walk_vaddr,
 )
 
 TABLE = 0x67
@@ -46,7 +46,7 @@ def chain(**changes: bytes) -> dict[int, bytes]:
 
 
 def through(pages: dict[int, bytes], vaddr: int = address(1, 2, 3, 4)) -> Walk:
-    return walk(DictFrames(pages), Pfn(4), Vaddr(vaddr))
+    return walk_vaddr(DictFrames(pages), Pfn(4), Vaddr(vaddr))
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -54,7 +54,7 @@ def test_every_page_of_a_domain_is_found_as_its_maker_mapped_it(width: Width) ->
     domain = pv_domain(width=width, pfns=[*range(100), 0x12345], tree=True)
     frames = DictFrames.of(domain)
     for pfn, vaddr in domain.vaddrs.items():
-        way = walk(frames, Pfn(domain.places.top), Vaddr(vaddr + 0x123), width)
+        way = walk_vaddr(frames, Pfn(domain.places.top), Vaddr(vaddr + 0x123), width)
         assert way.pfn == pfn
         assert way.fault is None
         assert way.vaddr == vaddr + 0x123
@@ -65,8 +65,8 @@ def test_every_page_of_a_domain_is_found_as_its_maker_mapped_it(width: Width) ->
 def test_user_memory_has_a_table_of_its_own() -> None:
     domain = pv_domain()
     frames = DictFrames.of(domain)
-    assert walk(frames, Pfn(domain.places.user_top), Vaddr(USER_VADDR)).pfn == domain.places.user
-    kernel = walk(frames, Pfn(domain.places.user_top), Vaddr(domain.vaddrs[0]))
+    assert walk_vaddr(frames, Pfn(domain.places.user_top), Vaddr(USER_VADDR)).pfn == domain.places.user
+    kernel = walk_vaddr(frames, Pfn(domain.places.user_top), Vaddr(domain.vaddrs[0]))
     assert kernel.pfn is None
     assert kernel.fault is not None
     assert (kernel.fault.level, kernel.fault.entry) == (4, 511)
@@ -139,14 +139,14 @@ def test_a_table_that_names_itself_ends_at_a_table(depth: int) -> None:
 
 def test_a_32_bit_address_ends_at_4_gib() -> None:
     domain = pv_domain(width=4)
-    way = walk(DictFrames.of(domain), Pfn(domain.places.top), Vaddr(1 << 32), 4)
+    way = walk_vaddr(DictFrames.of(domain), Pfn(domain.places.top), Vaddr(1 << 32), 4)
     assert way.steps == ()
     assert "beyond 4 GiB, in a 32-bit guest" in str(way.fault)
 
 
 def test_a_32_bit_walk_has_three_levels_of_9_bits_and_one_of_2() -> None:
     pages = {3: words({2: 2 << 12 | 1}), 2: words({511: 1 << 12 | TABLE}), 1: words({1: 7 << 12 | TABLE})}
-    way = walk(DictFrames(pages), Pfn(3), Vaddr(2 << 30 | 511 << 21 | 1 << 12), 4)
+    way = walk_vaddr(DictFrames(pages), Pfn(3), Vaddr(2 << 30 | 511 << 21 | 1 << 12), 4)
     assert way.pfn == 7
     assert [(s.level, s.entry) for s in way.steps] == [(3, 2), (2, 511), (1, 1)]
 
@@ -160,10 +160,10 @@ def test_without_a_top_table_there_is_nothing_to_walk() -> None:
 
 
 def test_a_32_bit_cr3_is_folded() -> None:
-    assert cr3_frame(0x1234_5000, 8) == 0x12345
-    assert cr3_frame(0x1234_5000, 4) == 0x12345
-    assert cr3_frame(0x1234_5ABC, 4) == 0xABC1_2345
-    assert cr3_frame((0xF_FFFF_FFFF << 12), 8) == 0xF_FFFF_FFFF
+    assert cr3_to_frame(0x1234_5000, 8) == 0x12345
+    assert cr3_to_frame(0x1234_5000, 4) == 0x12345
+    assert cr3_to_frame(0x1234_5ABC, 4) == 0xABC1_2345
+    assert cr3_to_frame((0xF_FFFF_FFFF << 12), 8) == 0xF_FFFF_FFFF
 
 
 @pytest.mark.parametrize(
@@ -172,15 +172,15 @@ def test_a_32_bit_cr3_is_folded() -> None:
      ((1 << 64) - 1, True), (1 << 64, False)],
 )  # fmt: skip
 def test_canonical(vaddr: int, good: bool) -> None:
-    assert canonical(vaddr) == good
+    assert is_canonical(vaddr) == good
 
 
 def test_what_xen_keeps() -> None:
-    assert in_xen(0xFFFF_8000_0000_0000, 8)
-    assert in_xen(0xFFFF_87FF_FFFF_FFFF, 8)
-    assert not in_xen(0xFFFF_8800_0000_0000, 8)
-    assert in_xen(0xF580_0000, 4)
-    assert not in_xen(0xF57F_FFFF, 4)
+    assert is_xen_vaddr(0xFFFF_8000_0000_0000, 8)
+    assert is_xen_vaddr(0xFFFF_87FF_FFFF_FFFF, 8)
+    assert not is_xen_vaddr(0xFFFF_8800_0000_0000, 8)
+    assert is_xen_vaddr(0xF580_0000, 4)
+    assert not is_xen_vaddr(0xF57F_FFFF, 4)
     assert [i for i, own in enumerate(is_xen_slot(4, 8)) if own] == list(range(256, 272))
     assert [i for i, own in enumerate(is_xen_slot(3, 4)) if own] == list(range(4, 512))
     assert [i for i, own in enumerate(is_xen_slot(2, 4, last_pae_l2=True)) if own] == list(range(0x1AC, 512))
@@ -189,8 +189,8 @@ def test_what_xen_keeps() -> None:
 
 
 def test_the_entry_of_an_address() -> None:
-    assert [entry_index(address(1, 2, 3, 4), level) for level in (4, 3, 2, 1)] == [1, 2, 3, 4]
-    assert entry_index(0xFFFF_FFFF_FFFF_F000, 4) == 511
+    assert [pte_index(address(1, 2, 3, 4), level) for level in (4, 3, 2, 1)] == [1, 2, 3, 4]
+    assert pte_index(0xFFFF_FFFF_FFFF_F000, 4) == 511
 
 
 def test_flags_that_xen_takes() -> None:

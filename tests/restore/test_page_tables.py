@@ -29,7 +29,7 @@ from xenpv.errors import Fault
 from xenpv.frames import PAGE_SHIFT, U8, U64
 from xenpv.host.model.host import ModelHost
 from xenpv.io.background import BackgroundWorker, Task
-from xenpv.memory.pagetables import as_entries, frames
+from xenpv.memory.pagetables import as_ptes, pte_frames
 from xenpv.memory.physmap import Physmap
 from xenpv.restore import page_tables, pages
 from xenpv.restore.page_tables import PageTableLocaliser, Populate
@@ -166,7 +166,7 @@ def test_localise_waiting_table_received_again_is_localised_once() -> None:
     physmap.add_pages(np.array([one, two, three, mfns[near]], np.uint64), mfns[[one, two, three, 5]])
     physmap.set_types(np.array([one, two, three], np.uint64), np.ones(3, np.uint8))
     with host.map_writable(domid, mfns[: three + 1]) as content:
-        as_entries(content)[:, 0] = [near << PAGE_SHIFT | 1, far << PAGE_SHIFT | 1, 0]
+        as_ptes(content)[:, 0] = [near << PAGE_SHIFT | 1, far << PAGE_SHIFT | 1, 0]
     none = np.empty(0, np.uint64)
     with localising_in_batches_of(2):
         tables = PageTableLocaliser(host, host.info(domid), physmap)
@@ -175,7 +175,7 @@ def test_localise_waiting_table_received_again_is_localised_once() -> None:
             physmap.add_pages(np.array([pfn], np.uint64), mfns[[pfn]])
             tables.add_received(np.array(again, np.uint64), pfn, none)
     with host.map_writable(domid, mfns[: three + 1]) as content:
-        assert frames(as_entries(content)[:2, 0]).tolist() == mfns[[near, far]].tolist()
+        assert pte_frames(as_ptes(content)[:2, 0]).tolist() == mfns[[near, far]].tolist()
 
 
 def test_localise_waiting_table_sent_again_as_data_is_not_touched() -> None:

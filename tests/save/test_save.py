@@ -47,7 +47,7 @@ from xenpv.host.protocol import DomainInfo, VcpuState
 from xenpv.io.progress import Phase, Progress
 from xenpv.io.stream_input import Input
 from xenpv.memory.p2m import names_local_frame
-from xenpv.memory.pagetables import as_entries, frames
+from xenpv.memory.pagetables import as_ptes, pte_frames
 from xenpv.memory.publish import encode_entries
 from xenpv.restore.restore import restore_domain
 from xenpv.save.pages import ENTRIES_MAX
@@ -389,12 +389,12 @@ def test_xens_own_entries_of_a_pae_guest_are_left_out(tmp_path: Path) -> None:
     """normalise_pagetable(): the L2 that has Xen's mappings is known by the first of them."""
     guest = suspended("tree3", 4)
     top = guest.host.frames.read(guest.live.p2m.lookup(np.array([guest.layout.tables], np.uint64)))
-    last = frames(as_entries(top))[0, 3:4]
+    last = pte_frames(as_ptes(top))[0, 3:4]
     xens = int(guest.host.frames.owned(1)[7])
     host = rewriting(guest, last, slice(XEN_PAE_L2_FIRST, 512), xens << 12 | PTE_P | PTE_PSE)
     saved(guest, tmp_path / "x", host)
     assert not verify_file(tmp_path / "x").findings
-    other = next(m for m in frames(as_entries(top))[0, :3].tolist() if m)
+    other = next(m for m in pte_frames(as_ptes(top))[0, :3].tolist() if m)
     host = rewriting(guest, np.array([other], np.uint64), [XEN_PAE_L2_FIRST + 1], xens << 12 | PTE_P)
     e = failed(guest, host)
     assert isinstance(e, Fault)

@@ -14,7 +14,7 @@ from tests.support.writers.core import Core
 from tests.vectors.make import RECIPES, Recipe
 from tests.vectors.test_vectors import unpacked
 from xenpv.frames import HAS_DATA, IS_TABLE, U64
-from xenpv.memory.pagetables import as_entries, localise
+from xenpv.memory.pagetables import as_ptes, localise
 from xenpv.source.core import CoreDomain
 from xenpv.source.saved import SavedDomain
 
@@ -29,7 +29,7 @@ def core_of_saved(saved: SavedDomain) -> Core:
     mfns: U64 = saved.p2m.lookup(pfns)
     pages, kinds = saved.frames.pages(pfns), saved.frames.types(pfns)
     for row in np.flatnonzero(IS_TABLE[kinds]).tolist():
-        entries, lost = localise(as_entries(pages[row : row + 1]), saved.p2m.lookup)
+        entries, lost = localise(as_ptes(pages[row : row + 1]), saved.p2m.lookup)
         assert not lost.any()
         if kinds[row] & 7 == 4:
             entries[0, 258] = int(mfns[row]) << 12 | 0x63

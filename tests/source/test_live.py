@@ -20,7 +20,7 @@ from xenpv.cli.target import open_target
 from xenpv.errors import Fault, GuestError, HostError, RequestError
 from xenpv.frames import ABSENT, FOREIGN, IS_TABLE, NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType, Pfn
 from xenpv.host.model.host import ModelHost
-from xenpv.memory.pagetables import NO_PFN, as_entries, is_xen_slot
+from xenpv.memory.pagetables import NO_PFN, as_ptes, is_xen_slot
 from xenpv.source.live import LiveDomain
 
 WRITTEN = range(10, 20)
@@ -37,7 +37,7 @@ def guest(request: pytest.FixtureRequest) -> P2MGuest:
 def raw(guest: P2MGuest, pfn: int) -> U64:
     """The 64-bit words of a page as the machine has them."""
     pages, _ = guest.host.map_frames(guest.made.domid, guest.made.mfns[pfn : pfn + 1])
-    return as_entries(pages.copy()).reshape(-1)
+    return as_ptes(pages.copy()).reshape(-1)
 
 
 def tables(guest: P2MGuest) -> dict[int, int]:
@@ -75,7 +75,7 @@ def test_page_tables_read_as_in_a_stream(guest: P2MGuest) -> None:
     found = tables(guest)
     assert len(found) == PAGES // 512 + LEVELS[guest.width] - 1
     for pfn, level in found.items():
-        [table] = as_entries(guest.live.frames.pages(np.array([pfn], np.uint64))).tolist()
+        [table] = as_ptes(guest.live.frames.pages(np.array([pfn], np.uint64))).tolist()
         xens = is_xen_slot(level, guest.width, last_pae_l2=level == 2)
         for slot, (got, had) in enumerate(zip(table, raw(guest, pfn).tolist(), strict=True)):
             if xens[slot]:
@@ -136,7 +136,7 @@ def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:
     other = make_guest(guest.host, 8, 64)
     guest.host.frames.entries(table)[slot] = int(other.mfns[5]) << 12 | TABLE
     live = guest.live
-    [l1] = as_entries(live.frames.pages(live.pfns_of(np.array([table], np.uint64))))
+    [l1] = as_ptes(live.frames.pages(live.pfns_of(np.array([table], np.uint64))))
     assert int(l1[slot]) == NO_PFN << 12 | TABLE
     with pytest.raises(Fault) as e:
         live.memory.read_virtual(guest.made.vaddr(30), 1)
@@ -147,7 +147,7 @@ def test_the_last_l2_of_a_32_bit_guest_ends_with_what_is_xens() -> None:
     guest = P2MGuest(4)
     pfn = int(guest.live.pfns_of(np.array([guest.made.l2], np.uint64))[0])
     assert int(raw(guest, pfn)[XEN_PAE_L2_FIRST]) & PTE_P, "there Xen has its own entries"
-    [l2] = as_entries(guest.live.frames.pages(np.array([pfn], np.uint64)))
+    [l2] = as_ptes(guest.live.frames.pages(np.array([pfn], np.uint64)))
     assert not l2[XEN_PAE_L2_FIRST:].any()
     assert l2[:2].all()
 

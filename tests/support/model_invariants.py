@@ -18,7 +18,7 @@ from xenpv.host.model.frame_table import (
     XEN,
 )
 from xenpv.host.model.host import ModelHost
-from xenpv.memory.pagetables import frames, is_xen_slot
+from xenpv.memory.pagetables import is_xen_slot, pte_frames
 
 
 def check_invariants(host: ModelHost) -> None:
@@ -45,7 +45,7 @@ def check_invariants(host: ModelHost) -> None:
         slots = ~is_xen_slot(level, width, last_pae_l2=bool(rows.flags[row] & PAE_XEN_L2))
         ptes = table.entries(mfn)[slots]
         ptes = ptes[ptes & np.uint64(PTE_P) != 0]
-        targets = frames(ptes)
+        targets = pte_frames(ptes)
         assert (table.owners(targets) == rows.owner[row]).all(), f"L{level} {mfn:#x} maps a foreign frame"
         writable = ptes & np.uint64(PTE_RW) != 0
         if level == 1:

@@ -9,7 +9,7 @@ from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.frames import I64, IS_TABLE, PAGE_SIZE, U64, DomId
 from xenpv.host.model.host import ModelHost
 from xenpv.memory.p2m import decode_entries, names_local_frame
-from xenpv.memory.pagetables import cr3_frame, frames, is_xen_slot
+from xenpv.memory.pagetables import cr3_to_frame, is_xen_slot, pte_frames
 from xenpv.memory.publish import encode_entries
 from xenpv.source.live import LiveDomain
 
@@ -34,16 +34,16 @@ def restore_directly(source: ModelHost, domid: DomId, target: ModelHost) -> DomI
 
     pages = source.frames.read(old)
     kinds = source.page_types(domid, old)
-    top = cr3_frame(int(VCPU_GUEST_CONTEXT.read(source.vcpu_context(domid, 0), width)["ctrlreg"][3]), width)
+    top = cr3_to_frame(int(VCPU_GUEST_CONTEXT.read(source.vcpu_context(domid, 0), width)["ctrlreg"][3]), width)
     last = 0  # the L2 of a PAE guest that has Xen's entries
     if width == 4:
-        last = int(frames(pages[np.searchsorted(old, np.uint64(top))].view("<u8"))[3])
+        last = int(pte_frames(pages[np.searchsorted(old, np.uint64(top))].view("<u8"))[3])
     for row in np.flatnonzero(IS_TABLE[kinds]).tolist():
         ptes = pages[row].view("<u8")
         ptes[is_xen_slot(int(kinds[row]) & 7, width, last_pae_l2=int(old[row]) == last)] = 0
         there = ptes & np.uint64(PTE_P) != 0
         ptes[there] = ptes[there] & np.uint64(~PTE_FRAME_MASK & (1 << 64) - 1) | moved(
-            frames(ptes[there])
+            pte_frames(ptes[there])
         ) << np.uint64(12)
     p2m = LiveDomain(source, info).p2m
     rows: I64 = np.searchsorted(old, p2m.distinct_leaves.frame)

@@ -19,7 +19,7 @@ from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import XenPVError
 from xenpv.frames import IS_TABLE, U8, U64, DomId
 from xenpv.io.atomic_output import Output
-from xenpv.memory.pagetables import as_entries, cr3_frame, frames, is_xen_slot
+from xenpv.memory.pagetables import as_ptes, cr3_to_frame, is_xen_slot, pte_frames
 from xenpv.save.save import Summary, save
 from xenpv.stream.fields import Buffer
 
@@ -93,15 +93,15 @@ def of_host(guest: Guest) -> tuple[U64, U8, U8]:
     mfns = host.frames.owned(guest.domid + 1)
     mfns = mfns[mfns != np.uint64(info.shared_info_mfn)]
     kinds, pages = host.page_types(guest.domid, mfns), host.frames.read(mfns)
-    top = cr3_frame(int(VCPU_GUEST_CONTEXT.read(host.vcpu_context(guest.domid, 0), width)["ctrlreg"][3]), width)
+    top = cr3_to_frame(int(VCPU_GUEST_CONTEXT.read(host.vcpu_context(guest.domid, 0), width)["ctrlreg"][3]), width)
     last = 0
     if width == 4:
-        last = int(frames(as_entries(host.frames.read(np.array([top], np.uint64))))[0, 3])
+        last = int(pte_frames(as_ptes(host.frames.read(np.array([top], np.uint64))))[0, 3])
     for row in np.flatnonzero(IS_TABLE[kinds]).tolist():
-        ptes = as_entries(pages[row : row + 1])[0]
+        ptes = as_ptes(pages[row : row + 1])[0]
         ptes[is_xen_slot(int(kinds[row]) & 7, width, last_pae_l2=int(mfns[row]) == last)] = 0
         slots = np.flatnonzero(ptes & np.uint64(PTE_P))
-        named = frames(ptes[slots])
+        named = pte_frames(ptes[slots])
         ptes[slots] ^= (host.m2p(named) ^ named) << np.uint64(12)
     at = host.m2p(mfns)
     order = np.argsort(at)
@@ -159,7 +159,7 @@ def rewriting(guest: Guest, mfn: U64, slots: slice | list[int], pte: int) -> Pat
     def map_frames(domid: DomId, mfns: U64) -> tuple[U8, U8]:
         pages, mapped = guest.host.map_frames(domid, mfns)
         for row in np.flatnonzero(mfns == mfn[0]).tolist():
-            as_entries(pages[row : row + 1])[0, slots] = np.uint64(pte)
+            as_ptes(pages[row : row + 1])[0, slots] = np.uint64(pte)
         return pages, mapped
 
     return PatchedHost(guest, map_frames=map_frames)

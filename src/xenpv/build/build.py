@@ -22,7 +22,7 @@ from xenpv.image import start
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.pagetables import cr3_of, localise
+from xenpv.memory.pagetables import frame_to_cr3, localise
 from xenpv.memory.physmap import CHUNK, CHUNK_ORDER
 from xenpv.memory.publish import encode_entries
 from xenpv.runs import FrameMap, Runs, group_rows
@@ -290,4 +290,4 @@ def _cr3(top: int, layout: Layout) -> int:
             f"the top page table got mfn {top:#x}, at 4 GiB or above; this kernel (PAE without extended cr3) needs"
         )
         raise RequestError(f"{problem} one below mfn {_MFN_4G:#x}", needed=_MFN_4G, available=top)
-    return cr3_of(top, layout.width)
+    return frame_to_cr3(top, layout.width)

@@ -20,7 +20,7 @@ from xenpv.image.request import Request
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.io.sink import Sink
 from xenpv.memory.anchors import Anchors
-from xenpv.memory.pagetables import cr3_of
+from xenpv.memory.pagetables import frame_to_cr3
 from xenpv.save.save import Summary, save
 from xenpv.source.config import libxl_config
 
@@ -82,7 +82,7 @@ def build_file(
 def _publish_p2m(host: Mover, built: Built, layout: Layout) -> None:
     """Publish the linear p2m list that start info names: the restorer then fills in the list the kernel will read."""
     top = int(built.memory.lookup_range(range(layout.registers.cr3_pfn, layout.registers.cr3_pfn + 1))[0])
-    linear_list = cr3_of(top, layout.width), layout.start_info.mfn_list
+    linear_list = frame_to_cr3(top, layout.width), layout.start_info.mfn_list
     anchors = Anchors(layout.width, layout.p2m_entries, INVALID_MFN[layout.width], *linear_list)
     for offset, store in anchors.shared_info_writes():
         host.write_shared_info(built.domid, store, offset)

@@ -7,7 +7,7 @@ import numpy as np
 from xenpv.abi.x86 import GDT_ENTRIES_PER_FRAME, PTE_A, PTE_D, PTE_NX, PTE_P, PTE_RW, VCPU_GUEST_CONTEXT
 from xenpv.errors import RequestError
 from xenpv.frames import IS_TABLE, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PINNED, U8, U64, PageType
-from xenpv.memory.pagetables import as_entries, cr3_frame, cr3_of, localise
+from xenpv.memory.pagetables import as_ptes, cr3_to_frame, frame_to_cr3, localise
 from xenpv.source.core_page_tables import LINEAR_PT_SLOT
 from xenpv.source.domain import Domain
 
@@ -42,7 +42,7 @@ class MachineFrames:
         page_types = self._domain.frames.types(pfns)
         is_table = IS_TABLE[page_types]
         if is_table.any():
-            entries, _ = localise(as_entries(pages[is_table]), self._p2m.lookup)
+            entries, _ = localise(as_ptes(pages[is_table]), self._p2m.lookup)
             if self._domain.width == 8:
                 is_l4 = page_types[is_table] & ~np.uint8(PINNED) == PageType.L4TAB
                 own_mfns = self._p2m.lookup(pfns[is_table][is_l4])
@@ -69,9 +69,9 @@ class MachineFrames:
             rdx = "rdx" if width == 8 else "edx"
             fields["user_regs"][rdx] = self._mfn_or_pfn(int(fields["user_regs"][rdx]))
         cr = fields["ctrlreg"]
-        cr[3] = cr3_of(self._mfn_or_pfn(cr3_frame(int(cr[3]), width)), width)
+        cr[3] = frame_to_cr3(self._mfn_or_pfn(cr3_to_frame(int(cr[3]), width)), width)
         if width == 8 and int(cr[1]) & 1:  # the user half's top table
-            cr[1] = cr3_of(self._mfn_or_pfn(int(cr[1]) >> PAGE_SHIFT), width)
+            cr[1] = frame_to_cr3(self._mfn_or_pfn(int(cr[1]) >> PAGE_SHIFT), width)
         gdt = fields["gdt_frames"]
         for i in range(min(-(-int(fields["gdt_ents"]) // GDT_ENTRIES_PER_FRAME), len(gdt))):
             gdt[i] = self._mfn_or_pfn(int(gdt[i]))

@@ -24,7 +24,7 @@ from xenpv.guest_model.p2m_forms import PublishedForm
 from xenpv.host.model.guest_view import GuestView
 from xenpv.memory.anchors import Anchors, tree_capacity
 from xenpv.memory.p2m import decode_entries
-from xenpv.memory.pagetables import as_entries, cr3_of, place_of
+from xenpv.memory.pagetables import as_ptes, frame_to_cr3, page_number
 from xenpv.memory.publish import encode_entries, write_page_tables, write_tree_anchors
 from xenpv.memory.radix import build_tree
 from xenpv.runs import FrameRuns
@@ -150,12 +150,12 @@ class KernelP2M:
         allocated = [np.empty(0, np.uint64)]
 
         def store_tables(tables: U8) -> U64:
-            ptes = as_entries(tables)
+            ptes = as_ptes(tables)
             ptes[np.isin(ptes, shared)] ^= np.uint64(PTE_RW)
             allocated.append(self.pages.alloc_tables(view, tables))
             return self._mfns_of(view, allocated[-1])
 
-        list_runs = FrameRuns(runs.first + place_of(self.vaddr), runs.count, runs.frame)
+        list_runs = FrameRuns(runs.first + page_number(self.vaddr), runs.count, runs.frame)
         allocated.append(self.pages.link_tables(view, write_page_tables(list_runs, 1, store_tables, PAGE)))
         self.pages.free(view, self._list_tables)
         self._list_tables = np.concatenate(allocated)
@@ -193,7 +193,7 @@ class KernelP2M:
         if self.form.linear:
             anchors = replace(
                 anchors,
-                p2m_cr3=cr3_of(view.guest_table, self.width),
+                p2m_cr3=frame_to_cr3(view.guest_table, self.width),
                 p2m_vaddr=self.vaddr,
                 p2m_generation=self.generation,
             )

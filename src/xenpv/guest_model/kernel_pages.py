@@ -15,7 +15,7 @@ from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.errors import Fault, GuestError, RequestError
 from xenpv.frames import I64, U8, U64
 from xenpv.host.model.guest_view import GuestView
-from xenpv.memory.pagetables import place_of
+from xenpv.memory.pagetables import page_number
 from xenpv.memory.publish import TABLE_FLAGS, write_page_tables
 from xenpv.runs import FrameRuns
 
@@ -164,7 +164,7 @@ class KernelPages:
             message = f"{(first + tables) * ENTRIES} pages do not fit the address range of mapped pages"
             raise RequestError(message, needed=(first + tables) * ENTRIES, available=slots_max)
         self._l1_tables = np.append(self._l1_tables, self.alloc_tables(view, np.zeros((tables, PAGE_SIZE), np.uint8)))
-        place = place_of(VMAP_RANGE[self.width].start) // ENTRIES
+        place = page_number(VMAP_RANGE[self.width].start) // ENTRIES
         places = np.arange(place, place + len(self._l1_tables))
         frames = view.translate_pages(self.vaddrs(self._l1_tables))
         old = self._upper_tables

@@ -11,7 +11,7 @@ from xenpv.abi.x86 import LEVELS
 from xenpv.abi.xen import INVALID_MFN, P2M_LEVELS_AT, SHARED_INFO
 from xenpv.errors import GuestError
 from xenpv.frames import PAGE_SIZE, Vaddr
-from xenpv.memory.pagetables import canonical, cr3_frame, in_xen, place_of
+from xenpv.memory.pagetables import cr3_to_frame, is_canonical, is_xen_vaddr, page_number
 
 MARKED_TREE_BIT = 1 << 61  # in pfn_to_mfn_frame_list_list
 MARKED_TREE_LEVELS = 4
@@ -99,8 +99,8 @@ class Anchors:
         width, anchor = self.width, self.frame_list_list
         roots = []
         if self.p2m_cr3:
-            frame = cr3_frame(self.p2m_cr3, width)
-            roots.append(P2MRoot(P2MForm.LINEAR, frame, LEVELS[width], place_of(self.p2m_vaddr)))
+            frame = cr3_to_frame(self.p2m_cr3, width)
+            roots.append(P2MRoot(P2MForm.LINEAR, frame, LEVELS[width], page_number(self.p2m_vaddr)))
         if anchor == INVALID_MFN[width]:
             if self.p2m_levels:
                 roots.append(P2MRoot(P2MForm.ROOTED, self.p2m_root, self.p2m_levels - 1))
@@ -149,8 +149,8 @@ class Anchors:
             GuestError: it is not aligned, not canonical, or the list would reach into Xen's own addresses.
         """
         first, last = self.p2m_vaddr, self.p2m_vaddr + max(leaves, 1) * PAGE_SIZE - 1
-        outside = last >> 64 or not (canonical(first) and canonical(last)) if self.width == 8 else last >> 32
-        if outside or in_xen(first, self.width) or in_xen(last, self.width) or first % PAGE_SIZE:
+        outside = last >> 64 or not (is_canonical(first) and is_canonical(last)) if self.width == 8 else last >> 32
+        if outside or is_xen_vaddr(first, self.width) or is_xen_vaddr(last, self.width) or first % PAGE_SIZE:
             raise GuestError(f"Bad virtual p2m address range {first:#x}-{last:#x}")
         return Vaddr(first)
 

@@ -18,7 +18,7 @@ from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import Fault, GuestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PAGE_SIZE, PAGES_IN_CACHE, U8, U64, Frames, Mask
 from xenpv.memory.anchors import Anchors, P2MForm, P2MRoot
-from xenpv.memory.pagetables import frames_of_tables
+from xenpv.memory.pagetables import decode_page_tables
 from xenpv.memory.radix import ReadFrames, UnreadableTable, walk_tree
 from xenpv.runs import FrameRuns, expand_runs, group_rows
 
@@ -99,7 +99,7 @@ class P2M:
             if top == int(NO_FRAME):
                 raise GuestError(_unknown_root(anchors, root))
         if root.form is P2MForm.LINEAR:
-            decode: Callable[[U8, int], U64] = frames_of_tables
+            decode: Callable[[U8, int], U64] = decode_page_tables
         else:
             decode = partial(_frames_of_tree, width=anchors.width, to_pfns=to_pfns)
         found, unreadable = walk_tree(read, top, root.table_levels, places, decode)

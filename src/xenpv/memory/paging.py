@@ -1,4 +1,4 @@
-"""How a processor goes through page tables: of a PV guest by its width, of an HVM guest by its control registers."""
+"""Paging modes: a PV guest's by its width, an HVM guest's by its control registers."""
 
 from __future__ import annotations
 
@@ -15,87 +15,100 @@ _PSE36 = 0x001F_E000  # bits 39 to 32 of the address in a 4 MiB entry of 32 bits
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """``levels`` of tables with entries of ``entry`` bytes; none: addresses are pseudo-physical. Entries of the levels
-    in ``superpages`` may name memory instead of a table. ``offset``: where in its page the top table begins, in bytes.
-    ``pv``: Xen has slots of its own in these tables, and there are no superpages.
+    """A paging mode: how many levels of tables there are, and how their entries are read.
+
+    Attributes:
+        name: for people.
+        levels: levels of tables; 0 if addresses are pseudo-physical.
+        entry_size: bytes of an entry, 8 or 4.
+        superpage_levels: levels whose entries may name memory instead of a table.
+        top_table_offset: where the top table begins in its page, in bytes.
+        pv: whether Xen has slots of its own in these tables, and superpages are not valid.
     """
 
     name: str
     levels: int
-    entry: int = 8
-    superpages: tuple[int, ...] = ()
-    offset: int = 0
+    entry_size: int = 8
+    superpage_levels: tuple[int, ...] = ()
+    top_table_offset: int = 0
     pv: bool = False
 
     @property
-    def bits(self) -> int:
+    def index_bits(self) -> int:
         """Bits of an address that a level translates."""
-        return 9 if self.entry == 8 else 10
+        return 9 if self.entry_size == 8 else 10
 
     @property
-    def wide(self) -> bool:
-        """Whether addresses have 64 bits, sign-extended from the last that is translated."""
+    def sign_extended(self) -> bool:
+        """Whether addresses have 64 bits, sign-extended from the highest that is translated."""
         return self.levels > 3
 
-    def refuses(self, vaddr: int) -> str | None:
-        """Why no tables can translate an address, whatever is in them; None if they can."""
+    def invalid_reason(self, vaddr: int) -> str | None:
+        """Return why no tables can translate an address; None if some can."""
         if not self.levels:
             return None
-        if not self.wide:
+        if not self.sign_extended:
             return "beyond 4 GiB, in a 32-bit guest" if vaddr >> 32 else None
-        top = PAGE_SHIFT + 9 * self.levels - 1
-        return None if vaddr >> top in {0, (1 << 64 - top) - 1} else "not a canonical address"
+        top_bit = PAGE_SHIFT + 9 * self.levels - 1
+        return None if vaddr >> top_bit in {0, (1 << 64 - top_bit) - 1} else "not a canonical address"
 
-    def index(self, vaddr: int, level: int) -> int:
-        """Which entry of a table of that level translates the address."""
-        return vaddr >> PAGE_SHIFT + self.bits * (level - 1) & (1 << self.bits) - 1
+    def pte_index(self, vaddr: int, level: int) -> int:
+        """Return the index of the entry that translates the address in a table of that level."""
+        return vaddr >> PAGE_SHIFT + self.index_bits * (level - 1) & (1 << self.index_bits) - 1
 
-    def indices(self, vaddrs: U64, level: int) -> I64:
-        """The same of many addresses."""
-        shift, last = np.uint64(PAGE_SHIFT + self.bits * (level - 1)), np.uint64((1 << self.bits) - 1)
+    def pte_indices(self, vaddrs: U64, level: int) -> I64:
+        """Return the index as ``pte_index`` does, for many addresses; int64."""
+        shift, last = np.uint64(PAGE_SHIFT + self.index_bits * (level - 1)), np.uint64((1 << self.index_bits) - 1)
         return (vaddrs >> shift & last).astype(np.int64)
 
-    def entries(self, pages: U8, level: int) -> U64:
-        """Pages of tables of that level, uint8 (n, 4096), as entries, uint64 (n, entries)."""
+    def decode(self, pages: U8, level: int) -> U64:
+        """Return the entries in tables of one level, uint8 (n, 4096), as uint64 (n, entries)."""
         table = pages.reshape(-1, PAGE_SIZE)
         if level == self.levels:
-            table = table[:, self.offset :]
-        if self.entry == 8:
+            table = table[:, self.top_table_offset :]
+        if self.entry_size == 8:
             return np.ascontiguousarray(table).view("<u8")
         return np.ascontiguousarray(table).view("<u4").astype(np.uint64)
 
     def is_superpage(self, ptes: U64, level: int) -> Mask:
-        """Which entries of that level, present ones, name memory."""
-        if level not in self.superpages:
+        """Return which present entries of that level name memory."""
+        if level not in self.superpage_levels:
             return np.zeros(ptes.shape, np.bool_)
         return np.asarray(ptes & np.uint64(PTE_PSE) != 0)
 
     def superpage_frame(self, pte: int, level: int) -> int:
-        """The first frame of the memory that such an entry names."""
+        """Return the first frame of the superpage that an entry names."""
         address = pte & PTE_FRAME_MASK
-        if self.entry == 4:
+        if self.entry_size == 4:
             address = pte & 0xFFC0_0000 | (pte & _PSE36) << 19
-        return address >> PAGE_SHIFT & -(1 << self.bits * (level - 1))
+        return address >> PAGE_SHIFT & -(1 << self.index_bits * (level - 1))
 
-    def within(self, vaddr: int, level: int) -> int:
-        """How many frames into such memory an address lies."""
-        return vaddr >> PAGE_SHIFT & (1 << self.bits * (level - 1)) - 1
-
-
-PV: dict[Width, Paging] = {8: Paging("4 levels", 4, pv=True), 4: Paging("PAE", 3, pv=True)}
-OFF = Paging("off", 0)
+    def superpage_offset(self, vaddr: int, level: int) -> int:
+        """Return how many frames into a superpage of that level an address lies."""
+        return vaddr >> PAGE_SHIFT & (1 << self.index_bits * (level - 1)) - 1
 
 
-def paging_of(cr0: int, cr3: int, cr4: int, *, long: bool) -> Paging:
-    """By the registers of a vcpu of an HVM guest; ``long``: it is in long mode, EFER.LMA.
+PV_PAGING: dict[Width, Paging] = {8: Paging("4 levels", 4, pv=True), 4: Paging("PAE", 3, pv=True)}
+NO_PAGING = Paging("off", 0)
 
-    Intel SDM volume 3 section 4.1.1; AMD64 APM volume 2 section 5.1.
+
+def paging_mode(cr0: int, cr3: int, cr4: int, *, long: bool) -> Paging:
+    """Return the paging mode of an HVM guest's vcpu.
+
+    Args:
+        cr0: its control register 0.
+        cr3: its control register 3.
+        cr4: its control register 4.
+        long: whether it is in long mode (EFER.LMA).
+
+    Source:
+        Intel SDM volume 3 section 4.1.1; AMD64 APM volume 2 section 5.1
     """
     if not cr0 & CR0_PG:
-        return OFF
+        return NO_PAGING
     if long:
         levels = 5 if cr4 & CR4_LA57 else 4
-        return Paging(f"{levels} levels", levels, superpages=(2, 3))
+        return Paging(f"{levels} levels", levels, superpage_levels=(2, 3))
     if cr4 & CR4_PAE:
-        return Paging("PAE", 3, superpages=(2,), offset=cr3 & 0xFE0)
-    return Paging("2 levels", 2, entry=4, superpages=(2,) if cr4 & CR4_PSE else ())
+        return Paging("PAE", 3, superpage_levels=(2,), top_table_offset=cr3 & 0xFE0)
+    return Paging("2 levels", 2, entry_size=4, superpage_levels=(2,) if cr4 & CR4_PSE else ())

@@ -1,9 +1,9 @@
-"""VMCOREINFO: the lines by which a Linux kernel says where its own things are, found in a domain's memory.
+"""Finding VMCOREINFO in a domain's memory: the lines in which a Linux kernel describes itself to debuggers.
 
-A debugger of a crashed kernel gets them as an ELF note. A running kernel keeps them in memory all the time, as text and
-as that note (Linux: kernel/crash_core.c, vmcoreinfo_data and vmcoreinfo_note), in pages that nothing outside of the
-kernel points at. So all pages are looked through for the text, which begins on a multiple of 8 in both of them: in
-Linux from 4.12 on the text has a page for itself, before that they were arrays.
+A debugger of a crashed kernel gets them as an ELF note. A running kernel always keeps them in memory, as text and as
+that note (Linux: kernel/crash_core.c, vmcoreinfo_data and vmcoreinfo_note), in pages that nothing outside of the kernel
+points at. So all pages are searched for the text. It begins at a multiple of 8: from Linux 4.12 on it has a page of its
+own, before that it was an array.
 """
 
 from __future__ import annotations
@@ -17,120 +17,126 @@ from xenpv.errors import XenPVError
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64
 from xenpv.memory.domain import PagedDomain
 
-LONGEST = PAGE_SIZE  # VMCOREINFO_BYTES
-_FIRST = np.frombuffer(b"OSRELEAS", np.uint64)[0]
+VMCOREINFO_BYTES = PAGE_SIZE  # the most that the text has (Linux: include/linux/crash_core.h)
+_FIRST_WORD = np.frombuffer(b"OSRELEAS", np.uint64)[0]
 _TEXT = re.compile(rb"OSRELEASE=[^\n]+\n(?:[\x20-\x7e]+\n)*\Z")
-_ALWAYS = (b"\nPAGESIZE=", b"\nSYMBOL(swapper_pg_dir)=")
-_MOST = 1024  # places looked at: a guest may fill its memory with what is none
-_NEW_UTSNAME = 6 * 65  # bytes of struct new_utsname: a kernel's release is in there
+_REQUIRED_LINES = (b"\nPAGESIZE=", b"\nSYMBOL(swapper_pg_dir)=")
+_CANDIDATES_MAX = 1024  # places examined: a guest may fill its memory with false ones
+_NEW_UTSNAME = 6 * 65  # bytes of struct new_utsname, which has the kernel's release
 
 
-class Search:
-    """Looks for the text in pages as they are shown to it, of whatever order: who reads all of a domain's memory anyway
-    has it looked through on the way.
+class VmcoreinfoSearch:
+    """Searches pages for the text, in any order, as another reader of the memory comes by them.
 
-    Anybody in the guest can write such lines into memory. So a text is taken for the kernel's own when the kernel's
-    uts name, at the virtual address that it tells, has its release; where none does, or virtual memory cannot be read,
-    it is the one in the highest page.
+    Anybody in the guest can write such lines into memory. A text is the kernel's own if the kernel's uts name, at the
+    virtual address in the text, has the same release. If none is, or virtual memory cannot be read, the text in the
+    highest page counts.
+
+    Attributes:
+        text: lines of "KEY=value", None while no page had them.
+        finished: whether more pages would change nothing.
     """
 
     def __init__(self, domain: PagedDomain) -> None:
         self._domain = domain
-        self._left = _MOST
-        self._highest = -1
-        self.text: bytes | None = None  # lines of "KEY=value"; None as long as no page had it
-        self.ended = False  # whether more pages would change nothing
+        self._candidates_left = _CANDIDATES_MAX
+        self._highest_pfn = -1
+        self.text: bytes | None = None
+        self.finished = False
 
-    def look(self, pfns: U64, pages: U8) -> None:
-        """Look through some pages, uint8 (n, 4096)."""
-        if self.ended:
+    def add_pages(self, pfns: U64, pages: U8) -> None:
+        """Search pages, uint8 of shape (n, 4096)."""
+        if self.finished:
             return
-        places = pages.view(np.uint64) == _FIRST
-        if not places.any():  # which is told ten times as fast as that there are no places
+        candidates = pages.view(np.uint64) == _FIRST_WORD
+        if not candidates.any():  # ten times as fast as nonzero()
             return
-        rows, words = np.nonzero(places)
-        for row, word in zip(rows[: self._left].tolist(), words[: self._left].tolist(), strict=True):
+        rows, words = np.nonzero(candidates)
+        for row, word in zip(
+            rows[: self._candidates_left].tolist(), words[: self._candidates_left].tolist(), strict=True
+        ):
             pfn = int(pfns[row])
-            text = _text(self._domain, pages[row], pfn, word * 8)
-            if text and _is_own(self._domain, text):
-                self.text, self.ended = text, True
+            text = _text_at(self._domain, pages[row], pfn, word * 8)
+            if text and _is_kernels_own(self._domain, text):
+                self.text, self.finished = text, True
                 return
-            if text and pfn > self._highest:
-                self.text, self._highest = text, pfn
-        self._left -= len(rows)
-        self.ended = self._left <= 0
+            if text and pfn > self._highest_pfn:
+                self.text, self._highest_pfn = text, pfn
+        self._candidates_left -= len(rows)
+        self.finished = self._candidates_left <= 0
 
 
 def find_vmcoreinfo(domain: PagedDomain) -> bytes | None:
-    """The text, looked for in all pages; None where no page has it: no Linux, or none that says so."""
-    search = Search(domain)
+    """Search all pages and return the text; None if no page has it: not Linux, or a Linux without it."""
+    search = VmcoreinfoSearch(domain)
     for pfns in _batches(domain):
-        for here, pages in _readable(domain, pfns):
-            search.look(here, pages)
-            if search.ended:
+        for readable_pfns, pages in _read_readable(domain, pfns):
+            search.add_pages(readable_pfns, pages)
+            if search.finished:
                 return search.text
     return search.text
 
 
-def value(text: bytes, key: str) -> str | None:
-    """What the text says of a key such as "NUMBER(phys_base)"; None where it says nothing."""
+def vmcoreinfo_value(text: bytes, key: str) -> str | None:
+    """Return the value of a key such as "NUMBER(phys_base)" in the text, None if it has no such key."""
     for line in text.split(b"\n"):
-        name, equals, what = line.partition(b"=")
+        name, equals, vmcoreinfo_value = line.partition(b"=")
         if equals and name == key.encode():
-            return what.decode("ascii", "replace")
+            return vmcoreinfo_value.decode("ascii", "replace")
     return None
 
 
-def _text(domain: PagedDomain, page: U8, pfn: int, offset: int) -> bytes | None:
-    """The text from an offset in a page on, which may go on in the next pfn."""
-    text, ends, _ = page.tobytes()[offset:].partition(b"\0")
-    if not ends:
+def _text_at(domain: PagedDomain, page: U8, pfn: int, offset: int) -> bytes | None:
+    """Return the text at an offset in a page, which may continue in the next pfn; None if it is not VMCOREINFO."""
+    text, terminator, _ = page.tobytes()[offset:].partition(b"\0")
+    if not terminator:
         try:
-            more = domain.frames.pages(np.array([pfn + 1], np.uint64)).tobytes()
+            next_page = domain.frames.pages(np.array([pfn + 1], np.uint64)).tobytes()
         except XenPVError:
-            more = b""
-        text = (text + more)[:LONGEST].partition(b"\0")[0]
-    is_one = _TEXT.match(text) and all(line in text for line in _ALWAYS)
-    return text if is_one else None
+            next_page = b""
+        text = (text + next_page)[:VMCOREINFO_BYTES].partition(b"\0")[0]
+    is_vmcoreinfo = _TEXT.match(text) and all(line in text for line in _REQUIRED_LINES)
+    return text if is_vmcoreinfo else None
 
 
-def _is_own(domain: PagedDomain, text: bytes) -> bool:
+def _is_kernels_own(domain: PagedDomain, text: bytes) -> bool:
     release = text[len(b"OSRELEASE=") :].partition(b"\n")[0]
     try:
-        at = int(value(text, "SYMBOL(init_uts_ns)") or "", 16)
-        offset = int(value(text, "OFFSET(uts_namespace.name)") or "0")
-        return release in domain.memory.read_virtual(at + offset, _NEW_UTSNAME).split(b"\0")
+        init_uts_ns = int(vmcoreinfo_value(text, "SYMBOL(init_uts_ns)") or "", 16)
+        offset = int(vmcoreinfo_value(text, "OFFSET(uts_namespace.name)") or "0")
+        return release in domain.memory.read_virtual(init_uts_ns + offset, _NEW_UTSNAME).split(b"\0")
     except (XenPVError, ValueError):
         return False
 
 
 def _batches(domain: PagedDomain) -> Iterator[U64]:
-    """The pfns of all pages that have content and are no page tables, so many at a time, those of the highest first:
-    Linux takes what it asks for as it starts from the end of its memory.
+    """Iterate over the pfns of all pages with content but page tables, in batches, the highest first.
+
+    What Linux allocates as it starts lies at the end of its memory.
     """
-    waiting: list[U64] = []
+    batch: list[U64] = []
     count = 0
     for extents in reversed(list(domain.extents())):
         wanted = np.flatnonzero(HAS_DATA[extents.type] & ~IS_TABLE[extents.type])[::-1]
         for start, pages in zip(extents.first[wanted].tolist(), extents.pages[wanted].tolist(), strict=True):
             for end in range(start + pages, start, -PAGES_PER_BATCH):
-                waiting.append(np.arange(max(end - PAGES_PER_BATCH, start), end, dtype=np.uint64))
-                count += len(waiting[-1])
+                batch.append(np.arange(max(end - PAGES_PER_BATCH, start), end, dtype=np.uint64))
+                count += len(batch[-1])
                 if count >= PAGES_PER_BATCH:
-                    yield np.concatenate(waiting)
-                    waiting, count = [], 0
-    if waiting:
-        yield np.concatenate(waiting)
+                    yield np.concatenate(batch)
+                    batch, count = [], 0
+    if batch:
+        yield np.concatenate(batch)
 
 
-def _readable(domain: PagedDomain, pfns: U64) -> Iterator[tuple[U64, U8]]:
-    """Those of some pages that can be read, in pieces: a file may end before the rest, a guest give one back."""
+def _read_readable(domain: PagedDomain, pfns: U64) -> Iterator[tuple[U64, U8]]:
+    """Read those pages that can be read, in pieces: a file may be cut off, and a guest may give a page back."""
     try:
         pages = domain.frames.pages(pfns)
     except XenPVError:
         if len(pfns) > 1:
             half = len(pfns) // 2
-            yield from _readable(domain, pfns[:half])
-            yield from _readable(domain, pfns[half:])
+            yield from _read_readable(domain, pfns[:half])
+            yield from _read_readable(domain, pfns[half:])
     else:
         yield pfns, pages

@@ -12,7 +12,7 @@ from xenpv.errors import GuestError
 from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SIZE, U8, U64
 from xenpv.memory.anchors import Anchors, P2MForm, P2MRoot
 from xenpv.memory.p2m import P2M, decode_entries
-from xenpv.memory.pagetables import frames_of_tables
+from xenpv.memory.pagetables import decode_page_tables
 from xenpv.memory.radix import ReadFrames, walk_tree
 from xenpv.report.parts import PfnRanges
 from xenpv.runs import FrameRuns
@@ -134,7 +134,7 @@ class _TreeWalk:
 
     def _named(self, pages: U8, level: int, above: int) -> U64:
         if self.linear:
-            return frames_of_tables(pages, level + above)
+            return decode_page_tables(pages, level + above)
         table = decode_entries(pages, self.anchors.width)
         table = np.where(table == 0, NO_FRAME, table)
         return table if self.resolve is None else self.resolve(table)

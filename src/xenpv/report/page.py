@@ -195,7 +195,7 @@ def _registers(vcpu: VcpuState) -> list[tuple[str, str]]:
         bases = (
             ("fs_base", registers.fs_base),
             ("gs_base", registers.gs_base),
-            ("other gs_base", registers.other_gs_base),
+            ("other gs_base", registers.inactive_gs_base),
         )
         wide |= dict(bases)
     rows = [(name, f"{value:0{digits}x}") for name, value in {**wide, **registers.control}.items()]

@@ -10,10 +10,10 @@ import numpy as np
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
 from xenpv.frames import IS_POPULATED, IS_TABLE, PAGES_PER_BATCH, PINNED, U64, Frames, Mask
 from xenpv.memory.p2m import frame_reader
-from xenpv.memory.pagetables import GLOBAL, NO_PFN, as_entries, frames
+from xenpv.memory.pagetables import NO_PFN, PTE_GLOBAL, as_ptes, pte_frames
 from xenpv.runs import Extents, Runs
 
-FLAGS = {"RW": PTE_RW, "US": PTE_US, "A": PTE_A, "D": PTE_D, "G": GLOBAL, "PSE": PTE_PSE, "NX": PTE_NX}
+FLAGS = {"RW": PTE_RW, "US": PTE_US, "A": PTE_A, "D": PTE_D, "G": PTE_GLOBAL, "PSE": PTE_PSE, "NX": PTE_NX}
 TABLES_MAX = 1 << 22  # tables to read: 16 GiB of them map 8 TiB
 PAGES_MAX = 1 << 28  # pages to count mappings of: a byte each
 
@@ -92,7 +92,7 @@ def count_page_tables(
     read, done = frame_reader(memory), 0
     for number, tables in _batches(extents[is_table]):
         pages, readable = read(tables)
-        _count_entries(levels[number], as_entries(pages[readable]), stats, mapping)
+        _count_entries(levels[number], as_ptes(pages[readable]), stats, mapping)
         levels[number].unread += int(np.count_nonzero(~readable))
         done += len(tables)
         if step is not None:
@@ -121,7 +121,7 @@ def _count_entries(level: LevelStats, entries: U64, stats: PageTableStats, mappi
     level.entries += len(ptes)
     for name, bit in FLAGS.items():
         level.flags[name] += int(np.count_nonzero(ptes & np.uint64(bit)))
-    named = frames(ptes)
+    named = pte_frames(ptes)
     level.other += int(np.count_nonzero(named == np.uint64(NO_PFN)))
     if level.level == 1:
         writable = (ptes & np.uint64(PTE_RW)) != 0

@@ -33,7 +33,7 @@ from xenpv.errors import GuestError, RequestError
 from xenpv.frames import ABSENT, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, PINNED, U8, U64, PageType, first_bad, type_name
 from xenpv.host.protocol import DomainInfo, Mover, Ring, TscInfo, VcpuState
 from xenpv.memory.p2m import P2M
-from xenpv.memory.pagetables import cr3_frame, cr3_of
+from xenpv.memory.pagetables import cr3_to_frame, frame_to_cr3
 from xenpv.memory.physmap import CHUNK
 from xenpv.memory.publish import encode_entries
 from xenpv.restore.pages import MemoryLoader
@@ -245,8 +245,8 @@ class StreamComplete:
         for i in range(-(-entries // GDT_ENTRIES_PER_FRAME)):
             gdt[i] = self._mfn_of(f"vcpu{number}'s GDT frame {i}", int(gdt[i]))
         ctrlreg = context["ctrlreg"]
-        top = self._mfn_of(f"vcpu{number}'s cr3", cr3_frame(int(ctrlreg[3]), width), level=levels)
-        ctrlreg[3] = cr3_of(top, width)
+        top = self._mfn_of(f"vcpu{number}'s cr3", cr3_to_frame(int(ctrlreg[3]), width), level=levels)
+        ctrlreg[3] = frame_to_cr3(top, width)
         cr1 = int(ctrlreg[1])
         if width == 8 and cr1:
             if not cr1 & PTE_P:

@@ -17,7 +17,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_P
 from xenpv.frames import ENTRIES, IS_TABLE, PAGES_IN_CACHE, U8, U64, DomId, first_bad
 from xenpv.host.protocol import DomainInfo, Toolstack
-from xenpv.memory.pagetables import as_entries, bad_entry, frames, localise, superpages
+from xenpv.memory.pagetables import as_ptes, bad_entry_fault, find_superpages, localise, pte_frames
 from xenpv.memory.physmap import Physmap
 
 Populate = Callable[[U64], None]
@@ -72,11 +72,11 @@ class PageTableLocaliser:
             batch = pfns[i : i + PAGES_IN_CACHE]
             levels = self.physmap.types(batch) & np.uint8(7)
             with self.host.map_writable(self.domid, self.physmap.lookup(batch)) as pages:
-                ptes = as_entries(pages)
+                ptes = as_ptes(pages)
                 local, missing = localise(ptes, self.physmap.lookup)
-                skip = missing.any(axis=1) | superpages(ptes, levels).any(axis=1) | (levels > LEVELS[self.width])
+                skip = missing.any(axis=1) | find_superpages(ptes, levels).any(axis=1) | (levels > LEVELS[self.width])
                 ptes[~skip] = local[~skip]
-                highest_missing = np.where(missing[skip], frames(ptes[skip]), np.uint64(0)).max(axis=1, initial=0)
+                highest_missing = np.where(missing[skip], pte_frames(ptes[skip]), np.uint64(0)).max(axis=1, initial=0)
             self.physmap.mark_localised(batch[~skip])
             # A missing pfn below highest_pfn may never be received: finish() populates or refuses it.
             waits = highest_missing > np.uint64(highest_pfn)
@@ -110,11 +110,11 @@ class PageTableLocaliser:
         for i in range(0, len(tables), PAGES_IN_CACHE):
             batch, levels = tables[i : i + PAGES_IN_CACHE], table_levels[i : i + PAGES_IN_CACHE]
             with self.host.map_writable(self.domid, self.physmap.lookup(batch)) as pages:
-                ptes = as_entries(pages)
+                ptes = as_ptes(pages)
                 self._check_tables(ptes, batch, levels, end_pfn)
                 local, missing = localise(ptes, self.physmap.lookup)
                 if missing.any():
-                    populate(np.unique(frames(ptes[missing])))
+                    populate(np.unique(pte_frames(ptes[missing])))
                     local, _ = localise(ptes, self.physmap.lookup)
                 ptes[:] = local
         return pfns, types
@@ -123,13 +123,13 @@ class PageTableLocaliser:
         """Refuse tables with an entry that Xen does not accept; Fault names the first."""
         if (row := first_bad(levels > LEVELS[self.width])) is not None:
             reason = "a table of that level in a 32-bit guest"
-            raise bad_entry(self.name, reason, int(pfns[row]), int(levels[row]), None)
-        large = superpages(ptes, levels)
-        beyond = (ptes & np.uint64(PTE_P) != 0) & (frames(ptes) > np.uint64(end_pfn))
+            raise bad_entry_fault(self.name, reason, int(pfns[row]), int(levels[row]), None)
+        large = find_superpages(ptes, levels)
+        beyond = (ptes & np.uint64(PTE_P) != 0) & (pte_frames(ptes) > np.uint64(end_pfn))
         if (bad := first_bad(large | beyond)) is not None:
             row, slot = divmod(bad, ENTRIES)
-            pfn = int(frames(ptes[row, slot : slot + 1])[0])
+            pfn = int(pte_frames(ptes[row, slot : slot + 1])[0])
             reason = f"pfn {pfn:#x} is beyond the end of its p2m ({end_pfn:#x})"
             if large[row, slot]:
                 reason = f"superpage ({int(ptes[row, slot]):#x}); superpages are not valid in PV guests"
-            raise bad_entry(self.name, reason, int(pfns[row]), int(levels[row]), slot)
+            raise bad_entry_fault(self.name, reason, int(pfns[row]), int(levels[row]), slot)

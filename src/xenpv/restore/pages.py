@@ -31,7 +31,7 @@ from xenpv.frames import (
 )
 from xenpv.host.protocol import DomainInfo, Toolstack
 from xenpv.io.background import BackgroundWorker
-from xenpv.memory.pagetables import as_entries, localise
+from xenpv.memory.pagetables import as_ptes, localise
 from xenpv.memory.physmap import CHUNK, CHUNK_ORDER, Physmap, group_by_chunk
 from xenpv.restore.page_tables import PageTableLocaliser
 from xenpv.stream.pagedata import PageData, ReadInto
@@ -178,8 +178,8 @@ class MemoryLoader:
         with self.host.map_writable(self.domid, distinct) as pages:
             if self._verifying:
                 differs = (pages != content).any(axis=1)
-                local, _ = localise(as_entries(content[is_table]), self.physmap.lookup)
-                differs[is_table] &= (as_entries(pages[is_table]) != local).any(axis=1)
+                local, _ = localise(as_ptes(content[is_table]), self.physmap.lookup)
+                differs[is_table] &= (as_ptes(pages[is_table]) != local).any(axis=1)
                 self.differing = np.union1d(self.differing, pfns[differs])
             pages[:] = content
         self._received_tables.append(pfns[is_table])

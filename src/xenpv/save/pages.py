@@ -23,7 +23,7 @@ from xenpv.frames import (
     PageType,
     first_bad,
 )
-from xenpv.memory.pagetables import as_entries, bad_entry, frames, is_xen_slot, normalise, superpages
+from xenpv.memory.pagetables import as_ptes, bad_entry_fault, find_superpages, is_xen_slot, normalise, pte_frames
 from xenpv.save.p2m_tracker import P2MTracker
 from xenpv.save.stream_output import StreamOutput
 from xenpv.stream.fields import Buffer
@@ -181,18 +181,18 @@ class PageSender:
         for level, rows in _batches_by_level(types & np.uint8(7)):
             if level > LEVELS[width]:
                 raise self._bad_entry(f"an L{level} table in a 32-bit guest", int(pfns[rows[0]]), level, None)
-            ptes, bad = normalise(as_entries(pages[rows]), live.pfns_of, is_xen_slot(level, width))
+            ptes, bad = normalise(as_ptes(pages[rows]), live.pfns_of, is_xen_slot(level, width))
             if width == 4 and level == 2:
                 # Xen's own entries are in one L2 of the guest's: that whose first of them is no frame of the guest.
                 xens = bad[:, XEN_PAE_L2_FIRST, None] & is_xen_slot(2, 4, last_pae_l2=True)
                 ptes[xens], bad[xens] = 0, False
-            large = superpages(ptes, level)
+            large = find_superpages(ptes, level)
             if not self._guest_runs and (at := first_bad(large | bad)) is not None:
                 row, slot = divmod(at, ptes.shape[1])
-                pte, pfn = as_entries(pages[rows[row] : rows[row] + 1])[0, slot], int(pfns[rows[row]])
+                pte, pfn = as_ptes(pages[rows[row] : rows[row] + 1])[0, slot], int(pfns[rows[row]])
                 if large[row, slot]:
                     raise self._bad_entry(f"superpage ({int(pte):#x})", pfn, level, slot)
-                mfn = int(frames(np.array([pte]))[0])
+                mfn = int(pte_frames(np.array([pte]))[0])
                 raise self._bad_entry(f"mfn {mfn:#x} is no frame of the domain", pfn, level, slot)
             normalised[rows] &= ~(large | bad).any(axis=1)
             pages[rows] = ptes.view(np.uint8).reshape(len(rows), -1)
@@ -201,7 +201,7 @@ class PageSender:
     def _bad_entry(self, why: str, pfn: int, level: int, slot: int | None) -> Fault:
         foreign = self._p2m.counts.foreign
         hint = f"; its p2m maps {foreign} pages of other domains" if foreign else ""
-        return bad_entry(self._live.name, why + hint, pfn, level, slot)
+        return bad_entry_fault(self._live.name, why + hint, pfn, level, slot)
 
 
 def send_unmapped(pfns: U64, output: StreamOutput) -> None:

@@ -21,7 +21,7 @@ from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.errors import GuestError, HostError
 from xenpv.frames import NO_FRAME, PAGE_SHIFT
 from xenpv.host.protocol import Mover
-from xenpv.memory.pagetables import cr3_frame, cr3_of
+from xenpv.memory.pagetables import cr3_to_frame, frame_to_cr3
 from xenpv.save.suspend import has_suspended
 from xenpv.source.live import LiveDomain
 from xenpv.stream.framing import Record
@@ -103,7 +103,7 @@ def _context(live: LiveDomain, vcpu: int) -> bytes | None:
     for i in range(-(-entries // GDT_ENTRIES_PER_FRAME)):
         gdt[i] = _pfn(live, f"frame {i} of vcpu{vcpu}'s GDT", int(gdt[i]))
     ctrlreg = context["ctrlreg"][0]
-    ctrlreg[3] = cr3_of(_pfn(live, f"vcpu{vcpu}'s cr3", cr3_frame(int(ctrlreg[3]), width)), width)
+    ctrlreg[3] = frame_to_cr3(_pfn(live, f"vcpu{vcpu}'s cr3", cr3_to_frame(int(ctrlreg[3]), width)), width)
     if width == 8 and ctrlreg[1]:
         cr1 = _pfn(live, f"vcpu{vcpu}'s cr1", int(ctrlreg[1]) >> PAGE_SHIFT)
         ctrlreg[1] = cr1 << PAGE_SHIFT | PTE_P  # libxenguest marks a pfn so

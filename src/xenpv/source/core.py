@@ -22,7 +22,7 @@ from xenpv.io.stream_input import Input
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, frame_reader
-from xenpv.memory.pagetables import as_entries, normalise, normalise_pages, top_frame
+from xenpv.memory.pagetables import as_ptes, normalise, normalise_pages, top_table_mfn
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
 from xenpv.source.core_page_tables import PageTables, PageTableSearch
@@ -150,7 +150,7 @@ class CoreDomain(Domain):
         context = self.vcpu_context(vcpu)
         if context is None:
             return None
-        return Registers.of_hvm_context(context) if self.hvm else Registers.of_context(context, self.width)
+        return Registers.from_hvm_context(context) if self.hvm else Registers.from_pv_context(context, self.width)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
         """Return the pfn of a vcpu's top page table, or of its user half's; None if it is not known.
@@ -162,7 +162,7 @@ class CoreDomain(Domain):
             registers = self.registers(vcpu)
             return None if user or registers is None else registers.top
         context = self.vcpu_context(vcpu)
-        mfn = None if context is None else top_frame(context, self.width, user=user)
+        mfn = None if context is None else top_table_mfn(context, self.width, user=user)
         if mfn is None:
             return None
         pfn = self.page_list.pfns_of(np.array([mfn], np.uint64))[0]
@@ -199,7 +199,7 @@ class CoreDomain(Domain):
     def memory_of(self, vcpu: int) -> DomainMemory:
         """Return memory as a vcpu translates it; by pfn only if its cr3 names no page of the core."""
         if self.hvm:
-            return DomainMemory.of_hvm(self.frames, self.registers(vcpu))
+            return DomainMemory.for_hvm_vcpu(self.frames, self.registers(vcpu))
         tables = _NormalisedPages(self.page_list)
         try:
             return DomainMemory(self.frames, self.width, self.cr3(vcpu), self.cr3(vcpu, user=True), tables)
@@ -294,5 +294,5 @@ class _NormalisedPages:
         return self._pages.raw.types(pfns)
 
     def pages(self, pfns: U64) -> U8:
-        entries = as_entries(self._pages.raw.pages(pfns))
+        entries = as_ptes(self._pages.raw.pages(pfns))
         return normalise(entries, self._pages.pfns_of)[0].view(np.uint8)

@@ -24,7 +24,7 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW, XEN_PAE_L2_FIRST
 from xenpv.frames import NO_FRAME, PAGES_PER_BATCH, U8, U64, Frames, Mask
-from xenpv.memory.pagetables import NO_PFN, Translate, allowed_flags, as_entries, frames, is_xen_slot
+from xenpv.memory.pagetables import NO_PFN, Translate, allowed_flags, as_ptes, is_xen_slot, pte_frames
 from xenpv.runs import Runs
 
 LINEAR_PT_SLOT = 258  # of an L4: xen.git:xen/arch/x86/include/asm/config.h
@@ -124,9 +124,9 @@ class PageTableSearch:
         Half of the frames in their entries must be the domain's. Not all: an L1 may map shared info, grants and
         devices. A page may also have come while the core was written, and be missing in the core's list.
         """
-        entries = as_entries(self.raw.pages(pfns))
+        entries = as_ptes(self.raw.pages(pfns))
         present = (entries & _P != 0) & ~is_xen_slot(level, self.width, last_pae_l2=True)
-        mfns = frames(entries)
+        mfns = pte_frames(entries)
         valid = present.copy()
         valid[present] = self.pfns_of(mfns[present]) != NO_FRAME
         if level > 1:
@@ -141,9 +141,9 @@ class PageTableSearch:
 
     def _children(self, pfns: U64, level: int) -> U64:
         """Return the pfns of the tables that tables of this level name, each once."""
-        entries = as_entries(self.raw.pages(pfns))
+        entries = as_ptes(self.raw.pages(pfns))
         names_table = (entries & (_P | _PSE) == _P) & ~is_xen_slot(level, self.width)
-        return self._unique_pfns(frames(entries[names_table]))
+        return self._unique_pfns(pte_frames(entries[names_table]))
 
     def _unique_pfns(self, mfns: U64) -> U64:
         """Return the pfns of those mfns that are in the core, ascending, each once."""
@@ -153,7 +153,7 @@ class PageTableSearch:
     def _select_l4(self, candidates: U64) -> U64:
         """Return the pages that are L4 tables, by Xen's linear page table in each."""
         tables = [
-            batch[_has_linear_page_table(as_entries(self.raw.pages(batch)), self.mfns_of(batch))]
+            batch[_has_linear_page_table(as_ptes(self.raw.pages(batch)), self.mfns_of(batch))]
             for batch in _batches(candidates)
         ]
         return np.concatenate([candidates[:0], *tables])
@@ -166,12 +166,12 @@ class PageTableSearch:
         """
         selected, xen_entries = [np.empty(0, np.uint64)], None
         for batch in (*_batches(known.pfns[known.levels == 3]), *_batches(candidates)):
-            entries = as_entries(self.raw.pages(batch))
+            entries = as_ptes(self.raw.pages(batch))
             last = entries[:, PAE_L3_ENTRIES - 1]
             valid = (entries[:, PAE_L3_ENTRIES:] == 0).all(axis=1) & (last & _FORBIDDEN_IN_PAE_L3 == _P)
-            l2_pfns = self.pfns_of(frames(last))
+            l2_pfns = self.pfns_of(pte_frames(last))
             rows = np.flatnonzero(valid & (l2_pfns != NO_FRAME))
-            l2_ends = as_entries(self.raw.pages(l2_pfns[rows]))[:, XEN_PAE_L2_FIRST:]
+            l2_ends = as_ptes(self.raw.pages(l2_pfns[rows]))[:, XEN_PAE_L2_FIRST:]
             if xen_entries is None:
                 xen_entries = l2_ends[:1]
             if len(xen_entries):
@@ -182,9 +182,9 @@ class PageTableSearch:
         """Return the pages that L1 tables map, and those that they map writable."""
         mapped, writable = _PageMarks(self.runs), _PageMarks(self.runs)
         for batch in _batches(l1_pfns):
-            entries = as_entries(self.raw.pages(batch))
-            mapped.mark(self._unique_pfns(frames(entries[entries & _P != 0])))
-            writable.mark(self._unique_pfns(frames(entries[entries & (_P | _RW) == _P | _RW])))
+            entries = as_ptes(self.raw.pages(batch))
+            mapped.mark(self._unique_pfns(pte_frames(entries[entries & _P != 0])))
+            writable.mark(self._unique_pfns(pte_frames(entries[entries & (_P | _RW) == _P | _RW])))
         return mapped, writable
 
 
@@ -211,7 +211,7 @@ class _PageMarks:
 def _has_linear_page_table(entries: U64, mfns: U64) -> Mask:
     """Return which tables have the entry of an L4 that names the table itself."""
     slot = entries[:, LINEAR_PT_SLOT]
-    return np.asarray((slot & _P != 0) & (frames(slot) == mfns))
+    return np.asarray((slot & _P != 0) & (pte_frames(slot) == mfns))
 
 
 def _batches(pfns: U64) -> Iterator[U64]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from xenpv.errors import XenPVError
 from xenpv.frames import PAGE_SIZE
 from xenpv.memory.domain import PagedDomain
-from xenpv.memory.vmcoreinfo import find_vmcoreinfo, value
+from xenpv.memory.vmcoreinfo import find_vmcoreinfo, vmcoreinfo_value
 from xenpv.source.scan import search
 
 _BANNER = b"Linux version "
@@ -40,7 +40,7 @@ def find_kernel(domain: PagedDomain) -> Kernel | None:
     have written.
     """
     text = find_vmcoreinfo(domain)
-    release = None if text is None else value(text, "OSRELEASE")
+    release = None if text is None else vmcoreinfo_value(text, "OSRELEASE")
     prefix = _BANNER if release is None else _BANNER + release.encode() + b" ("
     banner = _find_banner(domain, prefix)
     if text is None or release is None:

@@ -18,7 +18,7 @@ from xenpv.host.protocol import DomainInfo, Host
 from xenpv.memory.anchors import Anchors, P2MRoot
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, names_local_frame
-from xenpv.memory.pagetables import normalise_pages, top_frame
+from xenpv.memory.pagetables import normalise_pages, top_table_mfn
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
 from xenpv.source.domain import Domain
@@ -181,7 +181,7 @@ class LiveDomain(Domain):
     def registers(self, vcpu: int) -> Registers | None:
         """Return a vcpu's registers; None, or HostError, as ``vcpu_context``."""
         context = self.vcpu_context(vcpu)
-        return None if context is None else Registers.of_context(context, self.info.width)
+        return None if context is None else Registers.from_pv_context(context, self.info.width)
 
     def shared_info(self) -> bytes:
         """Return the 4096 bytes of the shared info page, as they are now."""
@@ -195,7 +195,7 @@ class LiveDomain(Domain):
             HostError: The domain has gone.
         """
         context = self.vcpu_context(vcpu)
-        mfn = None if context is None else top_frame(context, self.info.width, user=user)
+        mfn = None if context is None else top_table_mfn(context, self.info.width, user=user)
         if mfn is None:
             return None
         pfn = self.pfns_of(np.array([mfn], np.uint64))[0]

@@ -24,7 +24,7 @@ from xenpv.io.tempfile import unlinked_file
 from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, frame_reader
-from xenpv.memory.pagetables import cr3_frame
+from xenpv.memory.pagetables import cr3_to_frame
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
 from xenpv.source.config import Config
@@ -337,7 +337,7 @@ class SavedDomain(Domain):
     def width(self) -> Width:
         """Bytes of the guest's unsigned long. For HVM by vcpu 0's mode; 8 before the stream tells."""
         if self.hvm and self._cpus:
-            return Registers.of_hvm(self._cpus[min(self._cpus)]).width
+            return Registers.from_hvm_cpu(self._cpus[min(self._cpus)]).width
         return self.contents.width
 
     @cached_property
@@ -370,9 +370,9 @@ class SavedDomain(Domain):
     def registers(self, vcpu: int) -> Registers | None:
         """Return a vcpu's registers; None if the stream has no context of it."""
         if self.hvm:
-            return Registers.of_hvm(self._cpus[vcpu]) if vcpu in self._cpus else None
+            return Registers.from_hvm_cpu(self._cpus[vcpu]) if vcpu in self._cpus else None
         context = self.vcpu_context(vcpu)
-        return None if context is None else Registers.of_context(context, self.width)
+        return None if context is None else Registers.from_pv_context(context, self.width)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
         """Return the pfn of a vcpu's top page table, or of its user half's; None if it is not known."""
@@ -385,7 +385,7 @@ class SavedDomain(Domain):
         if user:
             cr1 = int(context["ctrlreg"][1])
             return Pfn(cr1 >> 12) if self.contents.width == 8 and cr1 & 1 else None
-        return Pfn(cr3_frame(int(context["ctrlreg"][3]), self.contents.width))
+        return Pfn(cr3_to_frame(int(context["ctrlreg"][3]), self.contents.width))
 
     def tops(self, vcpu: int) -> list[Pfn]:
         """Return the pfns of a vcpu's top page tables: the kernel's, and the user half's if there is one."""
@@ -394,7 +394,7 @@ class SavedDomain(Domain):
     def memory_of(self, vcpu: int) -> DomainMemory:
         """Return memory by pfn, and by virtual address as the vcpu translates it."""
         if self.hvm:
-            return DomainMemory.of_hvm(self.frames, self.registers(vcpu))
+            return DomainMemory.for_hvm_vcpu(self.frames, self.registers(vcpu))
         return DomainMemory(self.frames, self.contents.width, self.cr3(vcpu), self.cr3(vcpu, user=True))
 
     def gdt_pfns(self) -> U64:

@@ -14,7 +14,7 @@ import numpy as np
 from xenpv.abi.x86 import PAGE_SHIFT, PTE_P, PTE_US, VGCF_IN_KERNEL
 from xenpv.findings import Findings
 from xenpv.frames import ENTRIES, U64, Mask, Pfn
-from xenpv.memory.pagetables import AVAILABLE, AVAILABLE_HIGH, GLOBAL, frames
+from xenpv.memory.pagetables import PTE_AVAILABLE, PTE_AVAILABLE_HIGH, PTE_GLOBAL, pte_frames
 from xenpv.source.saved import SavedDomain
 from xenpv.verify import rules
 
@@ -23,7 +23,7 @@ _MAX_STRAYS = 8  # a table with more entries out of order is not ordered after a
 _SAMPLE = slice(3, None, 8)  # 64 entries of a table; their median ignores single outliers
 _MIDDLE = ENTRIES // 16  # of the sample, once sorted
 # Flags that neighbours share. P, RW and NX are set page by page, A and D by the processor.
-_SHARED_FLAGS = np.uint64(PTE_US | AVAILABLE | AVAILABLE_HIGH | GLOBAL)
+_SHARED_FLAGS = np.uint64(PTE_US | PTE_AVAILABLE | PTE_AVAILABLE_HIGH | PTE_GLOBAL)
 _FIXED_UP_NULL_SELECTOR = 3  # fixup_guest_code_selector() gives a null selector ring 3
 
 
@@ -54,7 +54,7 @@ def _find_order(ptes: U64, present: Mask) -> tuple[Mask, Mask]:
     Returns:
         bool of shape (n, 512), and bool of shape (n,).
     """
-    offset = frames(ptes).astype(np.int64) - np.arange(ENTRIES)
+    offset = pte_frames(ptes).astype(np.int64) - np.arange(ENTRIES)
     offset[ptes == 0] = -(1 << 60)
     base = np.median(offset[:, _SAMPLE], axis=1).astype(np.int64)
     in_order = offset == base[:, None]

@@ -22,7 +22,7 @@ from xenpv.frames import (
     type_name,
 )
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.pagetables import allowed_flags, as_entries, flag_names, frames, is_xen_slot
+from xenpv.memory.pagetables import allowed_flags, as_ptes, flag_names, is_xen_slot, pte_frames
 from xenpv.source.saved import SavedDomain
 from xenpv.verify import rules
 from xenpv.verify.heuristics import outliers
@@ -111,7 +111,7 @@ class PageTableChecks:
         """Return the entries of some tables at which a mask of shape (n, 512) is set."""
         row, slot = np.nonzero(mask)
         pte = ptes[row, slot]
-        target = frames(pte)
+        target = pte_frames(pte)
         return _Entries(level, tables, row, slot, pte, target, self.saved.frames.types(target))
 
     def _check_batch(self, level: int, tables: U64) -> None:
@@ -119,7 +119,7 @@ class PageTableChecks:
         pages, tables = self._read_tables(level, tables)
         if not len(tables):
             return
-        ptes = self._check_xen_slots(level, tables, as_entries(pages))
+        ptes = self._check_xen_slots(level, tables, as_ptes(pages))
         entries = self._entries_at(level, tables, ptes, ptes & np.uint64(PTE_P) != 0)
         end_pfn = self.saved.contents.end_pfn
         beyond = entries.target > np.uint64(max(end_pfn, 0))

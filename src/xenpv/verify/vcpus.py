@@ -13,7 +13,7 @@ from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import IS_POPULATED, IS_TABLE, PAGE_SIZE, PageType, type_name
-from xenpv.memory.pagetables import canonical, in_xen
+from xenpv.memory.pagetables import is_canonical, is_xen_vaddr
 from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.framing import Record
@@ -171,7 +171,7 @@ class _BasicState:
         addresses = {name: int(context[name]) for name in (*_CANONICAL, "syscall_callback_eip")}
         addresses |= {"rip": int(registers["rip"]), "rsp": int(registers["rsp"])}
         for name, address in addresses.items():
-            if not canonical(address):
+            if not is_canonical(address):
                 self._add(rules.VCPU_STATE, f"{name} {address:#x} is not canonical")
         handlers = context["trap_ctxt"]["address"]
         sign = handlers >> np.uint64(47)
@@ -184,7 +184,7 @@ class _BasicState:
     def _check_breakpoints(self) -> None:
         for i in range(4):
             address = int(self.context["debugreg"][i])
-            if in_xen(address, self.width) or (self.width == 8 and not canonical(address)):
+            if is_xen_vaddr(address, self.width) or (self.width == 8 and not is_canonical(address)):
                 self._add(rules.VCPU_STATE, f"dr{i} {address:#x} is in Xen's address range, or not canonical")
 
     def _check_ldt(self) -> None:
@@ -192,7 +192,7 @@ class _BasicState:
         if base % PAGE_SIZE or entries > _MAX_LDT_ENTRIES:
             problem = f"not page-aligned, or more than {_MAX_LDT_ENTRIES} entries"
             self._add(rules.VCPU_STATE, f"LDT at {base:#x} with {entries} entries: {problem}")
-        elif self.width == 8 and (in_xen(base, 8) or not canonical(base)):
+        elif self.width == 8 and (is_xen_vaddr(base, 8) or not is_canonical(base)):
             self._add(rules.VCPU_STATE, f"LDT at {base:#x} is in Xen's address range, or not canonical")
 
     def _add(self, rule: Rule, message: str) -> None:

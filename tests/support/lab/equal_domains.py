@@ -29,7 +29,7 @@ from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Part, plan
 from xenpv.image.request import Request
 from xenpv.memory import radix
-from xenpv.memory.pagetables import as_entries, frames_of_tables, is_xen_slot, normalise
+from xenpv.memory.pagetables import as_ptes, decode_page_tables, is_xen_slot, normalise
 
 BATCH = 4096
 SHOWN = 5
@@ -60,7 +60,7 @@ class Side:
         """The machine frames behind virtual pages, by the domain's own page tables."""
         place = vaddr >> 12 & (1 << 36) - 1
         top = int(self.context["ctrlreg"][3]) >> 12
-        runs, _ = radix.walk_tree(self.read, top, 4, range(place, place + pages), frames_of_tables)
+        runs, _ = radix.walk_tree(self.read, top, 4, range(place, place + pages), decode_page_tables)
         return runs.frame_of(np.arange(place, place + pages))
 
     def normal(self, pfns: range) -> tuple[U8, U8]:
@@ -71,7 +71,7 @@ class Side:
         for level in (1, 2, 3, 4):
             of_level = IS_TABLE[kinds] & (kinds == level)
             if of_level.any():
-                tables, bad = normalise(as_entries(pages[of_level]), self.host.m2p, is_xen_slot(level, 8))
+                tables, bad = normalise(as_ptes(pages[of_level]), self.host.m2p, is_xen_slot(level, 8))
                 assert not bad.any()
                 pages[of_level] = tables.view(np.uint8).reshape(-1, PAGE_SIZE)
         for pfn in range(max(pfns.start, self.list.start), min(pfns.stop, self.list.stop)):

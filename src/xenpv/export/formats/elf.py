@@ -23,7 +23,7 @@ from xenpv.export.formats.identity import IdentityTree
 from xenpv.export.formats.job import ExportJob
 from xenpv.export.formats.mapped import NO_MAPPINGS, Mappings, find_direct_map, kernel_mappings
 from xenpv.frames import PAGE_SHIFT, PAGE_SIZE, U8, U64
-from xenpv.memory.vmcoreinfo import LONGEST, Search
+from xenpv.memory.vmcoreinfo import VMCOREINFO_BYTES, VmcoreinfoSearch
 from xenpv.runs import Runs
 
 EHDR = np.dtype([
@@ -63,12 +63,12 @@ def pieces(job: ExportJob) -> Iterator[Piece]:
 
     direct_map = find_direct_map(domain, pages)
     mappings = kernel_mappings(domain, pages, direct_map)
-    headers = Headers(pages, domain.width, len(all_notes(bytes(LONGEST))), direct_map, mappings, identity)
+    headers = Headers(pages, domain.width, len(all_notes(bytes(VMCOREINFO_BYTES))), direct_map, mappings, identity)
     if job.seekable:
-        search = Search(domain)
+        search = VmcoreinfoSearch(domain)
 
         def search_pages(pfns: U64, content: U8) -> U8:
-            search.look(pfns, content)
+            search.add_pages(pfns, content)
             return content
 
         yield Hole(headers.size)

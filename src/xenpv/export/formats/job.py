@@ -11,7 +11,7 @@ from xenpv.export.formats.content import runs_with_data
 from xenpv.export.formats.identity import IdentityTree
 from xenpv.frames import PFNS_PER_SCAN
 from xenpv.memory.registers import Registers
-from xenpv.memory.vmcoreinfo import find_vmcoreinfo, value
+from xenpv.memory.vmcoreinfo import find_vmcoreinfo, vmcoreinfo_value
 from xenpv.runs import Runs
 from xenpv.source.domain import Domain
 
@@ -67,11 +67,11 @@ class ExportJob:
         """The guest's struct new_utsname; if it cannot be read, one that readers accept."""
         text, width = self.vmcoreinfo or b"", self.domain.width
         try:
-            init_uts_ns = int(value(text, "SYMBOL(init_uts_ns)") or "", 16)
-            offset = int(value(text, "OFFSET(uts_namespace.name)") or "")
+            init_uts_ns = int(vmcoreinfo_value(text, "SYMBOL(init_uts_ns)") or "", 16)
+            offset = int(vmcoreinfo_value(text, "OFFSET(uts_namespace.name)") or "")
             return self.domain.memory.read_virtual(init_uts_ns + offset, UTSNAME_SIZE)
         except (XenPVError, ValueError):
-            release = value(text, "OSRELEASE") or "unknown"
+            release = vmcoreinfo_value(text, "OSRELEASE") or "unknown"
             machine = "x86_64" if width == 8 else "i686"
             names = ["Linux" if text else "unknown", "unknown", release, "unknown", machine]
             return b"".join(name.encode()[: UTSNAME_FIELD - 1].ljust(UTSNAME_FIELD, b"\0") for name in names)

@@ -20,7 +20,7 @@ from xenpv.export.formats import notes
 from xenpv.export.formats.content import Hole, padded
 from xenpv.export.formats.job import UTSNAME_SIZE, ExportJob
 from xenpv.frames import PAGE_SIZE, U8, U64, filled
-from xenpv.memory.vmcoreinfo import value
+from xenpv.memory.vmcoreinfo import vmcoreinfo_value
 from xenpv.runs import Runs
 
 DESCRIPTOR = np.dtype([("offset", "<i8"), ("size", "<u4"), ("flags", "<u4"), ("page_flags", "<u8")])
@@ -60,7 +60,7 @@ class Header:
         if job.identity is not None:
             all_notes += job.identity.note()
         try:
-            phys_base = int(value(vmcoreinfo or b"", "NUMBER(phys_base)") or "0")
+            phys_base = int(vmcoreinfo_value(vmcoreinfo or b"", "NUMBER(phys_base)") or "0")
         except ValueError:
             phys_base = 0
         vcpus = notes.prstatus_count(job.registers)

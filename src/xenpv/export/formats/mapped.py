@@ -15,8 +15,8 @@ from xenpv.errors import XenPVError
 from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, U64
 from xenpv.memory import radix
 from xenpv.memory.p2m import frame_reader
-from xenpv.memory.pagetables import BITS_PER_LEVEL, frames_of_tables, place_of, translate
-from xenpv.memory.paging import PV
+from xenpv.memory.pagetables import BITS_PER_LEVEL, decode_page_tables, page_number, translate
+from xenpv.memory.paging import PV_PAGING
 from xenpv.runs import Runs, group_rows
 from xenpv.source.domain import Domain
 
@@ -65,9 +65,9 @@ def find_direct_map(domain: Domain, pages: Runs) -> int | None:
 def _translate(domain: Domain, vaddrs: U64) -> U64:
     """Return the pfn at each virtual address, NO_FRAME for one that is not mapped."""
     memory = domain.memory
-    paging = memory.paging or PV[domain.width]
+    paging = memory.paging or PV_PAGING[domain.width]
     pfns = np.full(len(vaddrs), NO_FRAME)
-    canonical = np.array([not paging.refuses(vaddr) for vaddr in vaddrs.tolist()], np.bool_)
+    canonical = np.array([not paging.invalid_reason(vaddr) for vaddr in vaddrs.tolist()], np.bool_)
     if memory.top is not None:
         read = frame_reader(memory.tables or memory.frames)
         pfns[canonical] = translate(read, memory.top, vaddrs[canonical], paging)
@@ -96,13 +96,13 @@ def kernel_mappings(domain: Domain, pages: Runs, direct_map: int | None) -> Mapp
     if memory.top is None or domain.hvm:
         return NO_MAPPINGS
     skips_direct_map = direct_map is not None and width == 8
-    start = place_of(direct_map) + pages.stop if direct_map is not None and skips_direct_map else _KERNEL_HALF[width]
+    start = page_number(direct_map) + pages.stop if direct_map is not None and skips_direct_map else _KERNEL_HALF[width]
     virtual_pages = range(start, _VIRTUAL_PAGES[width])
     if not virtual_pages:
         return NO_MAPPINGS
     try:
         leaves, _ = radix.walk_tree(
-            frame_reader(memory.tables or memory.frames), memory.top, LEVELS[width], virtual_pages, frames_of_tables
+            frame_reader(memory.tables or memory.frames), memory.top, LEVELS[width], virtual_pages, decode_page_tables
         )
     except XenPVError:
         return NO_MAPPINGS

@@ -15,7 +15,7 @@ from xenpv.host.model.cpu_state import CPU_KHZ, initial_cpu_policy, initial_vcpu
 from xenpv.host.model.dirty_log import DirtyLog
 from xenpv.host.model.page_types import DESCRIPTORS, HypercallError, Owner, PageTypes
 from xenpv.host.protocol import CpuPolicy, DomainInfo, TscInfo, VcpuState
-from xenpv.memory.pagetables import cr3_frame, cr3_of
+from xenpv.memory.pagetables import cr3_to_frame, frame_to_cr3
 
 PAE_EXTENDED_CR3 = 1 << 3  # VMASST_TYPE_pae_extended_cr3
 _GDT_ENTRIES_MAX = 14 * 512  # FIRST_RESERVED_GDT_ENTRY: those above are Xen's
@@ -39,8 +39,8 @@ class Vcpu:
         Source: xen.git:xen/arch/x86/domain.c: arch_set_info_guest()
         """
         context = VCPU_GUEST_CONTEXT.read(data, owner.width)
-        guest_table = cr3_frame(int(context["ctrlreg"][3]), owner.width)
-        guest_table_user = cr3_frame(int(context["ctrlreg"][1]), 8) if owner.width == 8 else 0
+        guest_table = cr3_to_frame(int(context["ctrlreg"][3]), owner.width)
+        guest_table_user = cr3_to_frame(int(context["ctrlreg"][1]), 8) if owner.width == 8 else 0
         gdt_entries = int(context["gdt_ents"])
         if gdt_entries > _GDT_ENTRIES_MAX:
             raise HypercallError(errno.EINVAL, f"a GDT of {gdt_entries} entries overlaps Xen's own entries")
@@ -73,7 +73,7 @@ class Vcpu:
         assert self.context is not None
         context = np.frombuffer(bytearray(self.context), VCPU_GUEST_CONTEXT[width])
         ctrlreg = context["ctrlreg"][0]
-        ctrlreg[3] = cr3_of(self.guest_table, width)
+        ctrlreg[3] = frame_to_cr3(self.guest_table, width)
         if width == 8:
             ctrlreg[1] = self.guest_table_user << 12
         return context.tobytes()

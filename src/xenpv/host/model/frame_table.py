@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 
 from xenpv.frames import I64, PAGE_SIZE, U8, U64, Mask
-from xenpv.memory.pagetables import as_entries
+from xenpv.memory.pagetables import as_ptes
 
 INVALID_M2P_ENTRY = np.uint64((1 << 64) - 1)
 EXTENT_ORDER = 9
@@ -401,7 +401,7 @@ class FrameTable:
 
     def entries(self, mfn: int) -> U64:
         """Return the 512 page table entries of one frame. Writing to the array writes the frame."""
-        entries: U64 = as_entries(self.page(mfn)[None])[0]
+        entries: U64 = as_ptes(self.page(mfn)[None])[0]
         return entries
 
     def _ensure_content(self, rows: I64) -> None:

@@ -15,7 +15,7 @@ from xenpv.frames import ENTRIES, I64, PAGE_SHIFT, PAGE_SIZE, U8, U64, DomId
 from xenpv.host import xenstore_nodes
 from xenpv.host.model.hypervisor import Hypervisor
 from xenpv.host.model.xenstore import ModelXenStore
-from xenpv.memory.pagetables import canonical, entry_index, frame, frames, in_xen
+from xenpv.memory.pagetables import is_canonical, is_xen_vaddr, pte_frame, pte_frames, pte_index
 
 
 class GuestShutDown(Exception):
@@ -82,7 +82,7 @@ class GuestView:
             if len(bad):
                 lowest = bad[np.argmin(slots[bad])]
                 self._fault(int(vaddrs[rows[lowest]]), 1, int(ptes[lowest]))
-            out[rows] = frames(ptes)
+            out[rows] = pte_frames(ptes)
         return out
 
     def _by_table(self, vaddrs: U64, *, write: bool) -> Iterator[tuple[int, I64, I64]]:
@@ -100,19 +100,19 @@ class GuestView:
     def _l1_table(self, vaddr: int, *, write: bool) -> int:
         """Return the mfn of the L1 table that maps the address."""
         table, levels = self.guest_table, LEVELS[self.width]
-        beyond = not canonical(vaddr) if self.width == 8 else vaddr >= 1 << 32
-        if beyond or in_xen(vaddr, self.width):
+        beyond = not is_canonical(vaddr) if self.width == 8 else vaddr >= 1 << 32
+        if beyond or is_xen_vaddr(vaddr, self.width):
             self._fault(vaddr, levels, 0)
         for level in range(levels, 1, -1):
-            pte = int(self._hypervisor.frames.entries(table)[entry_index(vaddr, level)])
+            pte = int(self._hypervisor.frames.entries(table)[pte_index(vaddr, level)])
             if not pte & PTE_P or (write and not pte & PTE_RW):
                 self._fault(vaddr, level, pte)
-            table = int(frame(pte))
+            table = int(pte_frame(pte))
         return table
 
     @staticmethod
     def _fault(vaddr: int, level: int, pte: int) -> NoReturn:
-        entry = entry_index(vaddr, level)
+        entry = pte_index(vaddr, level)
         reason = "is read-only" if pte & PTE_P else "is not present"
         raise Fault(
             f"{vaddr:#x}: L{level}[{entry}] {reason} ({pte:#x})", space="vaddr", address=vaddr, level=level, entry=entry

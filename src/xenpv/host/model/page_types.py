@@ -27,7 +27,7 @@ from xenpv.host.model.frame_table import (
     WRITABLE,
     FrameTable,
 )
-from xenpv.memory.pagetables import allowed_flags, frame, frames, is_xen_slot
+from xenpv.memory.pagetables import allowed_flags, is_xen_slot, pte_frame, pte_frames
 
 DESCRIPTORS = 5
 _GLOBAL = 1 << 8
@@ -151,7 +151,7 @@ class PageTypes:
         if pte & ~PTE_FRAME_MASK & ~allowed_flags(level, owner.width):
             raise HypercallError(errno.EINVAL, f"L{level}[{slot}] of mfn {table:#x} has forbidden flags ({pte:#x})")
         last = owner.width == 4 and level == 3 and slot == 3
-        target = int(frame(pte))
+        target = int(pte_frame(pte))
         try:
             self.get_page_type(owner, target, level - 1, pae_xen_l2=last)
         except HypercallError as e:
@@ -168,7 +168,7 @@ class PageTypes:
 
         It must be read-only, and a table that has such entries must not be mapped by one.
         """
-        target = int(frame(pte))
+        target = int(pte_frame(pte))
         if pte & PTE_RW:
             return False
         if target == table:
@@ -185,7 +185,7 @@ class PageTypes:
         return True
 
     def _put_page_from_entry(self, owner: Owner, table: int, level: int, pte: int) -> None:
-        target = int(frame(pte))
+        target = int(pte_frame(pte))
         if not pte & PTE_P or target == table:
             return
         if self._rows.type[self._frames.row_if_owned(target, owner.id)] == level:
@@ -204,7 +204,7 @@ class PageTypes:
 
     def _get_pages_from_l1(self, owner: Owner, table: int, ptes: U64, slots: I64) -> None:
         """Take the references of entries of an L1 table. If one is bad, HypercallError, and nothing changes."""
-        mfns = frames(ptes)
+        mfns = pte_frames(ptes)
         writable = (ptes & np.uint64(PTE_RW)) != 0
         errnos = np.zeros(len(ptes), np.int64)
         owned = self._frames.owners(mfns) == owner.id
@@ -225,7 +225,7 @@ class PageTypes:
         _increment(self._rows.type_count, rows)
 
     def _put_pages_from_l1(self, ptes: U64) -> None:
-        rows = self._frames.rows_of(frames(ptes))
+        rows = self._frames.rows_of(pte_frames(ptes))
         written, counts = np.unique(rows[(ptes & np.uint64(PTE_RW)) != 0], return_counts=True)
         self._rows.type_count[written] -= counts.astype(np.uint32)
         self._frames.put_refs(*np.unique(rows, return_counts=True))
@@ -289,9 +289,9 @@ class PageTypes:
         entries = self._frames.entries(mfn)
         old = entries[slots]
         present, was_present = (ptes & np.uint64(PTE_P)) != 0, (old & np.uint64(PTE_P)) != 0
-        moved = frames(ptes) != frames(old)
+        moved = pte_frames(ptes) != pte_frames(old)
         # If one entry drops the last reference to a frame, a later one cannot take it. All at once would not notice.
-        reused = np.isin(frames(ptes[present & moved]), frames(old[was_present & moved])).any()
+        reused = np.isin(pte_frames(ptes[present & moved]), pte_frames(old[was_present & moved])).any()
         if self._rows.type[row] == 1 and not reused and len(np.unique(slots)) == len(slots):
             try:
                 self._get_pages_from_l1(owner, mfn, ptes[present], slots[present])
