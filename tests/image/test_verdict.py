@@ -49,7 +49,7 @@ def test_pv_obstacles_of_bootable_kernel_are_none(kernel: Kernel, kind: str) -> 
     assert (pv_obstacles(image), guest_type(image)) == ([], kind)
 
 
-LIES = "it would lie from 0xffffffff80100000 to 0xffffffff80106000"
+EXTENT = "it would extend from 0xffffffff80100000 to 0xffffffff80106000"
 NOT_PV: dict[str, tuple[Kernel, str]] = {
     "no notes": (Kernel(notes=[]), "it has neither Xen ELF notes nor a section __xen_guest"),
     "machine": (Kernel(machine=183), "it is for AArch64"),
@@ -64,17 +64,17 @@ NOT_PV: dict[str, tuple[Kernel, str]] = {
     "translated": (noted(note(10, text("!auto_translated_physmap"))), "requires the feature auto_translated_physmap"),
     "feature": (noted(note(10, text("!virtual_p2m"))), "it requires features that Xen does not know: virtual_p2m"),
     "no PAE": (kernel32(notes=[*PV32, note(9, text("no"))]), "it is a 32-bit kernel without PAE"),
-    "paddr offset": (noted(note(4, quad(0)), without=3), "PADDR_OFFSET 0x0 is given, and no VIRT_BASE"),
+    "paddr offset": (noted(note(4, quad(0)), without=3), "PADDR_OFFSET 0x0"),
     "below the base": (
         noted(note(4, quad(0x20_0000)), note(1, quad(BASE - 0x10_0000))),
-        "it would lie from 0xffffffff7ff00000 to 0xffffffff7ff06000, and VIRT_BASE 0xffffffff80000000 is above that"),
-    "entry below": (noted(note(1, quad(BASE + 0xF_FFFF))), f"{LIES}, and ENTRY 0xffffffff800fffff is not in there"),
-    "entry above": (noted(note(1, quad(BASE + 0x10_6001))), f"{LIES}, and ENTRY 0xffffffff80106001 is not in there"),
+        "0xffffffff7ff00000 to 0xffffffff7ff06000, and VIRT_BASE 0xffffffff80000000"),
+    "entry below": (noted(note(1, quad(BASE + 0xF_FFFF))), f"{EXTENT}, and ENTRY 0xffffffff800fffff is outside"),
+    "entry above": (noted(note(1, quad(BASE + 0x10_6001))), f"{EXTENT}, and ENTRY 0xffffffff80106001 is outside"),
     "around": (noted(note(3, quad((1 << 64) - 0x10_3000))), "around the end of addresses (VIRT_BASE 0xffffffffffef"),
     "not at a page": (
         Kernel(loads=[Load(0xF_FFF0, b"code", 0x1000)]),
-        "it would lie from 0xffffffff800ffff0 to 0xffffffff80100ff0, which does not begin at a page"),
-    "p2m inside": (noted(note(15, quad(BASE + 0x10_5FFF))), f"{LIES}, and INIT_P2M 0xffffffff80105fff is in there"),
+        "0xffffffff800ffff0 to 0xffffffff80100ff0"),
+    "p2m inside": (noted(note(15, quad(BASE + 0x10_5FFF))), f"{EXTENT}, and INIT_P2M 0xffffffff80105fff is inside"),
     "hypercalls": (noted(note(2, quad(BASE - 1))), "HYPERCALL_PAGE 0xffffffff7fffffff is below VIRT_BASE"),
 }  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_pvh_obstacles() -> None:
         (noted(note(15, quad(1 << 39))), None),
         (Kernel(), "it has no INIT_P2M note"),
         (noted(note(15, quad(BASE))), "INIT_P2M 0xffffffff80000000 is not below VIRT_BASE 0xffffffff80000000"),
-        (noted(note(15, quad((1 << 39) + 8))), "INIT_P2M 0x8000000008 is not at the start of a page"),
+        (noted(note(15, quad((1 << 39) + 8))), "INIT_P2M 0x8000000008 is not page-aligned"),
         (kernel32(notes=[*PV32, note(15, word(0x10_0000))]), "INIT_P2M 0x100000 is for 64-bit kernels only"),
     ],
 )
@@ -131,7 +131,7 @@ def test_remarks_of_overlaps_features_and_symbols() -> None:
     assert warnings[4:] == [
         "3 more segments overlap",
         "FEATURES has names that Xen does not know: a, b",
-        "BSD_SYMTAB asks for a symbol table, and the file has none with its strings",
+        "BSD_SYMTAB asks for a symbol table, and the file has none with strings",
     ]
     assert pv_obstacles(image) == []
 

@@ -121,15 +121,15 @@ class Elf:
         if elf_type == ET_CORE:
             raise ImageError("the file is a core dump (ELF type ET_CORE), not a kernel", offset=16)
         segments = tuple(
-            _to_segment(width, _PHDR[width].unpack_from(data, at))
-            for at in _header_offsets("program", data, phoff, phentsize, phnum, size=_PHDR[width].size)
+            _to_segment(width, _PHDR[width].unpack_from(data, header_offset))
+            for header_offset in _header_offsets("program", data, phoff, phentsize, phnum, size=_PHDR[width].size)
         )
         headers = _header_offsets("section", data, shoff, shentsize, shnum, size=_SHDR[width].size)
-        raw = [_SHDR[width].unpack_from(data, at) for at in headers]
+        raw = [_SHDR[width].unpack_from(data, header_offset) for header_offset in headers]
         strings = raw[shstrndx][4] if shstrndx < len(raw) else len(data)
         sections = tuple(
-            Section(at, _section_name(data, strings + name), type_, addr, offset, size, link)
-            for at, (name, type_, _, addr, offset, size, link, *_) in zip(headers, raw, strict=True)
+            Section(header_offset, _section_name(data, strings + name), type_, addr, offset, size, link)
+            for header_offset, (name, type_, _, addr, offset, size, link, *_) in zip(headers, raw, strict=True)
         )
         for i, segment in enumerate(segments):
             _check_segment(i, segment, width, len(data))
@@ -201,5 +201,6 @@ def _header_offsets(name: str, data: memoryview, offset: int, stride: int, count
     return range(offset, offset + stride * count, stride)
 
 
-def _section_name(data: memoryview, at: int) -> str:
-    return bytes(data[at : at + _NAME_MAX]).partition(b"\0")[0].decode("latin-1")
+def _section_name(data: memoryview, offset: int) -> str:
+    """Return the string at a byte offset."""
+    return bytes(data[offset : offset + _NAME_MAX]).partition(b"\0")[0].decode("latin-1")

@@ -69,9 +69,9 @@ def place(vaddr: int, level: int, width: Width) -> int:
     return (vaddr & _TRANSLATED[width]) >> PAGE_SHIFT + 9 * level
 
 
-def address(at: int, level: int, width: Width) -> int:
+def address(table_place: int, level: int, width: Width) -> int:
     """Return the first virtual address that a table maps, sign-extended: the inverse of place()."""
-    vaddr = at << PAGE_SHIFT + 9 * level
+    vaddr = table_place << PAGE_SHIFT + 9 * level
     return vaddr | ADDRESSES[8] - (_TRANSLATED[8] + 1) if width == 8 and vaddr >> 47 else vaddr
 
 

@@ -141,62 +141,67 @@ def _checked_section(elf: Elf, section: Section) -> Section:
 
 
 def _iter_notes(data: memoryview, places: list[tuple[int, int]]) -> Iterator[Note]:
+    """Yield Xen's notes in places of (byte offset, size)."""
     count = 0
-    for offset, size in places:
-        at, end = offset, offset + size
-        while at < end:
-            if end - at < 12:
-                raise ImageError(f"{end - at} bytes are left of the notes, and a note's header has 12", offset=at)
+    for start, size in places:
+        offset, end = start, start + size
+        while offset < end:
+            if end - offset < 12:
+                raise ImageError(f"{end - offset} bytes remain of the notes, and a note's header has 12", offset=offset)
             count += 1
             if count > NOTES_MAX:
-                raise ImageError(f"more than {NOTES_MAX} notes", offset=at)
-            namesz, descsz, type_ = (int.from_bytes(data[at + i : at + i + 4], "little") for i in (0, 4, 8))
-            name, desc = at + 12, at + 12 + _align4(namesz)
+                raise ImageError(f"more than {NOTES_MAX} notes", offset=offset)
+            namesz, descsz, type_ = (int.from_bytes(data[offset + i : offset + i + 4], "little") for i in (0, 4, 8))
+            name, desc = offset + 12, offset + 12 + _align4(namesz)
             if desc + descsz > end:
                 raise ImageError(
                     f"a note ends beyond its segment or section: namesz {namesz:#x} and descsz {descsz:#x}, with "
-                    f"{end - at:#x} bytes left",
-                    offset=at,
+                    f"{end - offset:#x} bytes left",
+                    offset=offset,
                 )
             if bytes(data[name : min(name + namesz, name + 5)]).rstrip(b"\0") == OWNER:
                 yield _parse_note(data, type_, desc, descsz)
-            at = desc + _align4(descsz)
+            offset = desc + _align4(descsz)
 
 
 def _align4(n: int) -> int:
     return n + 3 & ~3
 
 
-def _parse_note(data: memoryview, type_: int, at: int, size: int) -> Note:
+def _parse_note(data: memoryview, type_: int, offset: int, size: int) -> Note:
     known = NOTES.get(type_, NoteType(f"{type_:#x}", NoteForm.BYTES, ""))
     value: Value
     match known.form:
         case NoteForm.NUMBER:
             if size not in {1, 2, 4, 8}:
-                raise ImageError(f"a number of {size} bytes; 4 or 8 are expected", offset=at, note=known.name)
-            value = int.from_bytes(data[at : at + size], "little")
+                raise ImageError(f"a number of {size} bytes instead of 4 or 8", offset=offset, note=known.name)
+            value = int.from_bytes(data[offset : offset + size], "little")
         case NoteForm.STRING:
-            value = _read_string(data, at, known.name)
-        case NoteForm.PAIRS if size and size % 8 == 0:  # of maddr_t: 4 bytes each where the kernel is i386 without PAE
-            value = tuple(int.from_bytes(data[i : i + 8], "little") for i in range(at, at + min(size, STRING_MAX), 8))
+            value = _read_string(data, offset, known.name)
+        case NoteForm.PAIRS if (
+            size and size % 8 == 0
+        ):  # of maddr_t, which has 4 bytes only in an i386 kernel without PAE
+            value = tuple(
+                int.from_bytes(data[i : i + 8], "little") for i in range(offset, offset + min(size, STRING_MAX), 8)
+            )
         case NoteForm.WORDS if size % 4 == 0:
-            value = tuple(int.from_bytes(data[i : i + 4], "little") for i in range(at, at + min(size, 12), 4))
+            value = tuple(int.from_bytes(data[i : i + 4], "little") for i in range(offset, offset + min(size, 12), 4))
         case _:
-            value = bytes(data[at : at + min(size, STRING_MAX)])
-    return Note(type_, known.name, value, at, size)
+            value = bytes(data[offset : offset + min(size, STRING_MAX)])
+    return Note(type_, known.name, value, offset, size)
 
 
-def _read_string(data: memoryview, at: int, name: str) -> str:
-    """A string as Xen reads it: up to a 0, wherever the note may end (libelf-tools.c elf_strval())."""
-    text, zero, _ = bytes(data[at : at + STRING_MAX + 1]).partition(b"\0")
+def _read_string(data: memoryview, offset: int, name: str) -> str:
+    """Read a string up to a 0, even after the end of the note, as Xen does (libelf-tools.c elf_strval())."""
+    text, zero, _ = bytes(data[offset : offset + STRING_MAX + 1]).partition(b"\0")
     if not zero:
-        raise ImageError(f"its string does not end within {STRING_MAX} bytes, or the file", offset=at, note=name)
+        raise ImageError(f"its string does not end within {STRING_MAX} bytes, or the file", offset=offset, note=name)
     return text.decode("latin-1")
 
 
 # --- the legacy string -----------------------------------------------------------------------------------------------
 
-# What each name is as a note, and whether it is a number. elfnote.h says "LEGACY:" of each.
+# The note type of each name, and whether its value is a number; by the "LEGACY:" comments of elfnote.h.
 _LEGACY: dict[str, tuple[int, bool]] = {
     "VIRT_ENTRY": (ENTRY, True),
     "HYPERCALL_PAGE": (HYPERCALL_PAGE, True),
@@ -214,26 +219,26 @@ _NUMBER = re.compile(r"\s*(?:0[xX](?P<hex>[0-9a-fA-F]+)|(?P<octal>0[0-7]*)|(?P<d
 
 
 def _parse_legacy_string(data: memoryview, section: Section) -> tuple[Note, ...]:
-    """NAME=VALUE,NAME=VALUE… up to a 0 or the section's end."""
+    """Parse NAME=VALUE,NAME=VALUE… up to a 0 or the section's end."""
     text = bytes(data[section.offset : section.offset + min(section.size, STRING_MAX)]).partition(b"\0")[0]
-    notes, at = [], section.offset
+    notes, offset = [], section.offset
     for item in text.decode("latin-1").split(","):
         name, _, value = item.partition("=")
         if name:
             type_, is_number = _LEGACY.get(name, (None, False))
-            content = at + len(name) + 1
-            kept: Value = _parse_number(value, content, name) if is_number else value
-            notes.append(Note(type_, name, kept, content, len(value)))
-        at += len(item) + 1
+            content = offset + len(name) + 1
+            parsed: Value = _parse_number(value, content, name) if is_number else value
+            notes.append(Note(type_, name, parsed, content, len(value)))
+        offset += len(item) + 1
     return tuple(notes)
 
 
-def _parse_number(text: str, at: int, name: str) -> int:
-    """A number as C's strtoull() reads it with base 0, except that something has to be there."""
-    found = _NUMBER.match(text)
-    if found is None:
-        raise ImageError(f"{text!a} is not a number", offset=at, note=name)
-    for digits, base in ((found["hex"], 16), (found["octal"], 8), (found["decimal"], 10)):
+def _parse_number(text: str, offset: int, name: str) -> int:
+    """Parse a number as C's strtoull() does with base 0; but an empty text is an error."""
+    match = _NUMBER.match(text)
+    if match is None:
+        raise ImageError(f"{text!a} is not a number", offset=offset, note=name)
+    for digits, base in ((match["hex"], 16), (match["octal"], 8), (match["decimal"], 10)):
         if digits is not None and len(digits) <= 64:
             return min(int(digits, base), (1 << 64) - 1)
-    raise ImageError(f"a number of {len(text)} digits", offset=at, note=name)
+    raise ImageError(f"a number of {len(text)} digits", offset=offset, note=name)

@@ -129,8 +129,12 @@ def _parse_bzimage(data: memoryview) -> Layer:
             f"{len(data):#x} bytes; is it cut short?",
             offset=_PAYLOAD,
         )
-    [at] = struct.unpack_from("<H", data, _KERNEL_VERSION)
-    text = bytes(data[at + 512 : at + 512 + 200]).partition(b"\0")[0].decode("latin-1") if at else ""
+    [text_offset] = struct.unpack_from("<H", data, _KERNEL_VERSION)
+    text = (
+        bytes(data[text_offset + 512 : text_offset + 512 + 200]).partition(b"\0")[0].decode("latin-1")
+        if text_offset
+        else ""
+    )
     return Layer("bzImage", _detect_compression(data, offset, length), offset, length, 0, protocol, text)
 
 
@@ -210,15 +214,15 @@ def _decompress_lz4(packed: memoryview, size: int) -> bytes:
     from lz4.block import LZ4BlockError, decompress  # noqa: PLC0415  as zstandard
 
     end = len(packed) - 4
-    unpacked, at = bytearray(), 0
-    while at < end and len(unpacked) <= size:
-        if packed[at : at + 4] == _LZ4_LEGACY:
-            at += 4
+    unpacked, offset = bytearray(), 0
+    while offset < end and len(unpacked) <= size:
+        if packed[offset : offset + 4] == _LZ4_LEGACY:
+            offset += 4
             continue
-        length = int.from_bytes(packed[at : at + 4], "little")
-        block = packed[at + 4 : at + 4 + length]
-        at += 4 + length
-        if not length or at > end:
+        length = int.from_bytes(packed[offset : offset + 4], "little")
+        block = packed[offset + 4 : offset + 4 + length]
+        offset += 4 + length
+        if not length or offset > end:
             raise ValueError(f"a block of {length:#x} bytes is empty, or ends beyond the data")
         try:
             # It allocates what it is told to, so bound that by what the block can hold, too.

@@ -37,7 +37,7 @@ def pvh_obstacles(image: KernelImage) -> list[str]:
     if entry is None:
         reasons.append("it has no PHYS32_ENTRY note, the entry point of PVH")
     elif loaded and not loaded.start <= entry <= loaded.stop:
-        reasons.append(f"PHYS32_ENTRY {entry:#x} is not within what is loaded, {loaded.start:#x} to {loaded.stop:#x}")
+        reasons.append(f"PHYS32_ENTRY {entry:#x} is outside the loaded range, {loaded.start:#x} to {loaded.stop:#x}")
     return reasons
 
 
@@ -55,7 +55,7 @@ def p2m_obstacle(image: KernelImage) -> str | None:
     if base >= image.virt_base:
         return f"INIT_P2M {base:#x} is not below VIRT_BASE {image.virt_base:#x}"
     if base % PAGE_SIZE:
-        return f"INIT_P2M {base:#x} is not at the start of a page"
+        return f"INIT_P2M {base:#x} is not page-aligned"
     return None
 
 
@@ -65,8 +65,8 @@ def remarks(image: KernelImage) -> list[str]:
     overlaps = image.elf.overlaps()
     for first, second in overlaps[:4]:
         warnings.append(
-            f"segments overlap: paddr {first.paddr:#x} with {first.memsz:#x} bytes, and paddr {second.paddr:#x}; what "
-            "the file has later overwrites"
+            f"segments overlap: paddr {first.paddr:#x} with {first.memsz:#x} bytes, and paddr {second.paddr:#x}; the "
+            "later one in the file overwrites the other"
         )
     if len(overlaps) > 4:
         warnings.append(f"{len(overlaps) - 4} more segments overlap")
@@ -78,7 +78,7 @@ def remarks(image: KernelImage) -> list[str]:
     if unknown:
         warnings.append(f"FEATURES has names that Xen does not know: {', '.join(unknown)}")
     if image.parameters.bsd_symtab and image.symbols is None:
-        warnings.append("BSD_SYMTAB asks for a symbol table, and the file has none with its strings")
+        warnings.append("BSD_SYMTAB asks for a symbol table, and the file has none with strings")
     if image.symbols is not None and image.symbols.truncated:
         warnings.append(
             "the symbol table does not fit into the space that libelf reserves, so a part of it is not loaded"
@@ -100,6 +100,7 @@ def _not_for_xen(image: KernelImage) -> Iterator[str]:
 
 
 def _not_pv(image: KernelImage) -> Iterator[str]:
+    """Yield the reasons against PV."""
     parameters = image.parameters
     if image.note_source is NoteSource.NONE:
         yield "it has neither Xen ELF notes nor a section __xen_guest: it is not built with support for Xen PV"
@@ -122,22 +123,22 @@ def _not_pv(image: KernelImage) -> Iterator[str]:
 def _misplaced(image: KernelImage) -> Iterator[str]:
     """Yield contradictions between addresses, as PV."""
     parameters, base, start, end = image.parameters, image.virt_base, image.kernel_start, image.kernel_end
-    where = f"it would lie from {start:#x} to {end:#x}"
+    extent = f"it would extend from {start:#x} to {end:#x}"
     if parameters.paddr_offset is not None and parameters.virt_base is None:
-        yield f"PADDR_OFFSET {parameters.paddr_offset:#x} is given, and no VIRT_BASE"
+        yield f"PADDR_OFFSET {parameters.paddr_offset:#x} needs a VIRT_BASE"
     if start > end:
-        yield f"{where}, around the end of addresses (VIRT_BASE {base:#x}, PADDR_OFFSET {image.paddr_offset:#x})"
+        yield f"{extent}, around the end of addresses (VIRT_BASE {base:#x}, PADDR_OFFSET {image.paddr_offset:#x})"
         return
     if not start <= image.entry <= end:
-        yield f"{where}, and ENTRY {image.entry:#x} is not in there"
+        yield f"{extent}, and ENTRY {image.entry:#x} is outside"
     if base > start:
-        yield f"{where}, and VIRT_BASE {base:#x} is above that"
+        yield f"{extent}, and VIRT_BASE {base:#x} is above its start"
     if start % PAGE_SIZE:
-        yield f"{where}, which does not begin at a page"
+        yield f"{extent}, which is not page-aligned"
     if parameters.init_p2m is not None and start <= parameters.init_p2m < end:
-        yield f"{where}, and INIT_P2M {parameters.init_p2m:#x} is in there"
-    loaded, most = sum(segment.memsz for segment in image.segments), 2 * whole_pages(end - start) * PAGE_SIZE
-    if loaded > most:
-        yield f"its segments come to {loaded:#x} bytes, more than twice what they lie in; libelf gives up at {most:#x}"
+        yield f"{extent}, and INIT_P2M {parameters.init_p2m:#x} is inside"
+    loaded, maximum = sum(segment.memsz for segment in image.segments), 2 * whole_pages(end - start) * PAGE_SIZE
+    if loaded > maximum:
+        yield f"its segments have {loaded:#x} bytes, and libelf loads at most {maximum:#x}, twice their range"
     if parameters.hypercall_page is not None and parameters.hypercall_page < base:
         yield f"HYPERCALL_PAGE {parameters.hypercall_page:#x} is below VIRT_BASE {base:#x}"

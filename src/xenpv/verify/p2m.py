@@ -68,9 +68,9 @@ def _check_leaves(saved: SavedDomain, findings: Findings) -> I64:
     return np.union1d(np.union1d(holes, bad_places), shared)
 
 
-def _describe_bad_leaf(saved: SavedDomain, at: np.int64) -> tuple[str, dict[str, Any]]:
+def _describe_bad_leaf(saved: SavedDomain, index: np.int64) -> tuple[str, dict[str, Any]]:
     """Describe a leaf that update_guest_p2m() refuses, in its words."""
-    place, pfn = int(at), _leaf_at(saved, int(at))
+    place, pfn = int(index), _leaf_at(saved, int(index))
     page_type = int(saved.frames.types(np.array([pfn], np.uint64))[0])
     end = saved.contents.end_pfn
     if pfn > end:
@@ -207,13 +207,13 @@ def _check_anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> 
 
 
 def _describe_differing_leaf(
-    root: str, walked: P2M, sent: P2M, place: Mapping[str, Any], at: np.int64
+    root: str, walked: P2M, sent: P2M, place: Mapping[str, Any], index: np.int64
 ) -> tuple[str, dict[str, Any]]:
     """Describe a leaf that the guest's own p2m names otherwise than the stream."""
-    guest_pfn, sent_pfn = (int(p2m.leaves.frame_of(np.array([at]))[0]) for p2m in (walked, sent))
+    guest_pfn, sent_pfn = (int(p2m.leaves.frame_of(np.array([index]))[0]) for p2m in (walked, sent))
     guest = "a hole" if guest_pfn == int(NO_FRAME) else f"pfn {guest_pfn:#x}"
-    message = f"{root}: entry {at} is {guest}, the stream's p2m frame is pfn {sent_pfn:#x}"
-    return message, {**place, "entry": int(at)}
+    message = f"{root}: entry {index} is {guest}, the stream's p2m frame is pfn {sent_pfn:#x}"
+    return message, {**place, "entry": int(index)}
 
 
 # --- pages -----------------------------------------------------------------------------------------------------------
