@@ -208,7 +208,6 @@ def test_a_scripts_own_error_is_no_bug_of_ours(linux: Path, tmp_path: Path) -> N
 def test_a_pipe_is_refused() -> None:
     found = said("-e", "1", "-")
     assert isinstance(found.exception, RequestError)
-    assert "put it into a file first" in str(found.exception)
 
 
 def test_no_linux_is_said(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Other people's tools, looking into a domain through xenpv: each module needs the tool that it is named for."""
+"""Plug-ins by which debuggers open a domain through xenpv. Each module needs the tool that it is named for."""

@@ -1,4 +1,4 @@
-"""Pseudo-physical memory as debuggers read it: a few bytes at a time, and the same pages again and again."""
+"""RecentPages: a cache for debuggers, which read a few bytes at a time, and the same pages again and again."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import time
 from xenpv.frames import PAGE_SHIFT, PAGE_SIZE
 from xenpv.memory.domain import DomainMemory
 
-_KEPT = 4096  # pages
+_CACHED_PAGES = 4096  # 16 MiB
 
 
 class RecentPages:
-    """Reads memory, and keeps the pages that were read last, for no longer than so many seconds where it may change."""
+    """Reads memory and caches pages, for at most ``seconds`` if memory may change."""
 
     def __init__(self, memory: DomainMemory, *, seconds: float = math.inf) -> None:
         self._memory = memory
-        self._page = functools.lru_cache(_KEPT)(memory.page)
+        self._page = functools.lru_cache(_CACHED_PAGES)(memory.page)
         self._seconds = seconds
         self._since = time.monotonic()
 
     def read(self, address: int, length: int) -> bytes:
-        """As DomainMemory.read."""
+        """Return bytes from a pseudo-physical address on, as DomainMemory.read() does."""
         now = time.monotonic()
         if now - self._since > self._seconds:
             self._page.cache_clear()

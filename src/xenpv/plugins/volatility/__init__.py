@@ -1,6 +1,6 @@
-"""Volatility 3 over save files and cores, without converting them first.
+"""Volatility 3 on save files and cores, without converting them first.
 
     python -m xenpv.plugins.volatility -f web.save linux.pslist
 
-is Volatility's own command line with this folder among its plug-ins, as `vol -p THIS/FOLDER …` has it.
+is Volatility's own command line with this folder among its plug-ins, like `vol -p THIS/FOLDER …`.
 """

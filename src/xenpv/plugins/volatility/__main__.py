@@ -1,4 +1,4 @@
-"""Volatility's own command line, which knows our layer: ``python -m xenpv.plugins.volatility``."""
+"""Volatility's own command line with xenpv's layer: ``python -m xenpv.plugins.volatility``."""
 
 import sys
 
