@@ -70,7 +70,7 @@ def _notes(data: bytes) -> Iterator[tuple[str, int, bytes]]:
         at = begin + (desc + 3 & -4)
 
 
-def test_every_page_is_at_its_address_and_no_other_is(domain: Domain, tmp_path: Path) -> None:
+def test_elf_has_each_page_at_its_physical_address(domain: Domain, tmp_path: Path) -> None:
     core, done = exported(domain, tmp_path, "elf")
     found = physical(core)
     there = {pfn: bytes(page) for pfn, page in domain.pages.items()}
@@ -84,7 +84,7 @@ def test_every_page_is_at_its_address_and_no_other_is(domain: Domain, tmp_path: 
     assert (header["e_type"], header["e_machine"]) == ("ET_CORE", "EM_X86_64" if domain.width == 8 else "EM_386")
 
 
-def test_the_kernels_own_addresses_lead_to_the_same_pages(domain: Domain, tmp_path: Path) -> None:
+def test_elf_has_each_page_at_the_kernels_virtual_address(domain: Domain, tmp_path: Path) -> None:
     core, _ = exported(domain, tmp_path, "elf")
     seen = {}
     for header, data in loads(core):
@@ -94,7 +94,7 @@ def test_the_kernels_own_addresses_lead_to_the_same_pages(domain: Domain, tmp_pa
     assert not missing
 
 
-def test_what_stands_at_two_addresses_is_shown_where_most_is_in_a_row(tmp_path: Path) -> None:
+def test_elf_shows_a_page_mapped_twice_in_the_longest_run(tmp_path: Path) -> None:
     domain = pv_domain()
     first = domain.walk(domain.vaddrs[0])[-1]
     domain.table(first.table)[400] = first.pte  # the first page of the kernel's mapping once more, behind it
@@ -104,7 +104,7 @@ def test_what_stands_at_two_addresses_is_shown_where_most_is_in_a_row(tmp_path: 
     assert domain.vaddrs[0] + 400 * PAGE not in at
 
 
-def test_registers_are_in_a_note_for_each_vcpu(domain: Domain, tmp_path: Path) -> None:
+def test_elf_has_a_prstatus_note_for_each_vcpu(domain: Domain, tmp_path: Path) -> None:
     for n, context in domain.vcpus.items():
         context["user_regs"]["rip" if domain.width == 8 else "eip"] = 0x1000 + n
         context["user_regs"]["rbx" if domain.width == 8 else "ebx"] = 0x2000 + n
@@ -128,7 +128,7 @@ def test_registers_are_in_a_note_for_each_vcpu(domain: Domain, tmp_path: Path) -
         assert (ip, bx, ss, pid) == (0x1000 + n, 0x2000 + n, 0x30 + n, n + 1)
 
 
-def test_a_vcpu_that_is_not_known_keeps_its_place(tmp_path: Path) -> None:
+def test_elf_with_an_unknown_vcpu_has_zeros_in_its_note(tmp_path: Path) -> None:
     domain = made()
     domain.vcpus = {0: domain.vcpus[0], 2: domain.vcpus[1]}
     core, _ = exported(domain, tmp_path, "elf")
@@ -136,14 +136,14 @@ def test_a_vcpu_that_is_not_known_keeps_its_place(tmp_path: Path) -> None:
     assert [any(desc[240:248]) for desc in status] == [True, False, True]
 
 
-def test_vmcoreinfo_is_a_note(domain: Domain, tmp_path: Path) -> None:
+def test_elf_has_vmcoreinfo_as_a_note(domain: Domain, tmp_path: Path) -> None:
     core, done = exported(domain, tmp_path, "elf")
     text = bytes(domain.pages[domain.places.data[0]]).rstrip(b"\0")
     assert [desc for name, _, desc in notes(core) if name == "VMCOREINFO"] == [text]
     assert done.remarks == []
 
 
-def test_without_vmcoreinfo_that_is_said(tmp_path: Path) -> None:
+def test_elf_without_vmcoreinfo_has_a_remark(tmp_path: Path) -> None:
     domain = made()
     domain.pages[domain.places.data[0]][:] = bytes(PAGE)
     core, done = exported(domain, tmp_path, "elf")
@@ -151,7 +151,7 @@ def test_without_vmcoreinfo_that_is_said(tmp_path: Path) -> None:
     assert "VMCOREINFO" in done.remarks[0]
 
 
-def test_its_own_p2m_names_each_pfn_by_itself(tmp_path: Path) -> None:
+def test_elf_identity_tree_maps_each_pfn_to_itself(tmp_path: Path) -> None:
     """As crash asks it: the root's frame is the last word of Xen's note."""
     domain = made()
     core, _ = exported(domain, tmp_path, "elf")
@@ -168,7 +168,7 @@ def test_its_own_p2m_names_each_pfn_by_itself(tmp_path: Path) -> None:
     assert all(entry for lists in first[: first.index(0)] for entry in struct.unpack("<512Q", page[lists])[:1])
 
 
-def test_more_segments_than_the_header_can_count(tmp_path: Path) -> None:
+def test_elf_with_65535_segments_counts_them_in_section_0(tmp_path: Path) -> None:
     """65535 and more: the number is in section header 0, and each page that is not there is in no segment."""
     frames = Sparse(70_000)
     pages = runs_with_data(frames.extents())
@@ -186,14 +186,14 @@ def test_more_segments_than_the_header_can_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [65_533, 65_534])
-def test_the_number_of_segments_at_its_limit(number: int, tmp_path: Path) -> None:
+def test_elf_with_segments_at_the_limit_counts_them(number: int, tmp_path: Path) -> None:
     head = elf.Headers(runs_with_data(Sparse(number).extents()), 8, 0).pack(b"")
     (tmp_path / "head").write_bytes(head)
     with (tmp_path / "head").open("rb") as file:
         assert elf_file(file).num_segments() == number + 1
 
 
-def test_the_direct_map_is_found_where_it_is(tmp_path: Path) -> None:
+def test_find_direct_map_at_another_slot_finds_it(tmp_path: Path) -> None:
     """At an entry of the top table of its own, which is not where Linux has it."""
     domain, slot = pv_domain(), 300
     l4, l3 = (step.table for step in domain.walk(domain.vaddrs[0])[:2])
@@ -207,13 +207,13 @@ def test_the_direct_map_is_found_where_it_is(tmp_path: Path) -> None:
     assert headers[0]["p_vaddr"] == base + headers[0]["p_paddr"]
 
 
-def test_without_a_direct_map_memory_has_no_virtual_address(tmp_path: Path) -> None:
+def test_elf_without_direct_map_has_no_virtual_addresses(tmp_path: Path) -> None:
     core, _ = exported(made(), tmp_path, "elf")
     assert [header["p_vaddr"] for header, _ in loads(core)[:3]] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("width", [8])
-def test_drgn_opens_it(width: Width, tmp_path: Path) -> None:
+def test_elf_opens_in_drgn(width: Width, tmp_path: Path) -> None:
     domain = made(width)
     core, _ = exported(domain, tmp_path, "elf")
     prog = drgn.Program()
@@ -227,7 +227,7 @@ def test_drgn_opens_it(width: Width, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_what_real_xens_saved(recipe: Recipe, tmp_path: Path) -> None:
+def test_elf_of_a_real_guest_has_all_its_pages(recipe: Recipe, tmp_path: Path) -> None:
     data = tmp_path / "vector.save"
     data.write_bytes(unpacked(recipe))
     core = tmp_path / "vector.elf"
@@ -242,7 +242,7 @@ def test_what_real_xens_saved(recipe: Recipe, tmp_path: Path) -> None:
         assert len([n for n in notes(core) if n[1] == NT_PRSTATUS]) == len(kept.vcpus)
 
 
-def test_places_and_batches_are_those_of_a_list_of_pfns() -> None:
+def test_runs_positions_and_batches_equal_a_list_of_pfns() -> None:
     first, count = np.array([3, 10, 4096, 1 << 40], np.uint64), np.array([2, 1, 100, 3], np.int64)
     pages = Runs(first, count)
     listed = [pfn for a, n in zip(first.tolist(), count.tolist(), strict=True) for pfn in range(a, a + n)]

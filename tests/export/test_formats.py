@@ -37,7 +37,7 @@ def there(domain: Domain) -> dict[int, bytes]:
 # --- LiME and raw ----------------------------------------------------------------------------------------------------
 
 
-def test_lime(domain: Domain, tmp_path: Path) -> None:
+def test_lime_has_each_page_at_its_address(domain: Domain, tmp_path: Path) -> None:
     out, _ = exported(domain, tmp_path, "lime")
     assert lime(out.read_bytes()) == there(domain)
 
@@ -54,7 +54,7 @@ def test_raw_is_memory_with_holes(domain: Domain, tmp_path: Path) -> None:
     assert f"{absent} pfns" in " ".join(done.remarks)
 
 
-def test_a_file_that_ends_with_zeros_is_as_long_as_it_should_be(tmp_path: Path) -> None:
+def test_file_that_ends_with_zeros_has_its_full_size(tmp_path: Path) -> None:
     domain = pv_domain(pfns=range(64))
     last = max(domain.places.data)
     assert last == 63
@@ -72,7 +72,7 @@ def sections(path: Path) -> dict[str, tuple[dict[str, int], bytes]]:
         return {s.name: (dict(s.header), s.data()) for s in elf_file(file).iter_sections()}
 
 
-def test_a_core_is_what_xl_would_write(domain: Domain, tmp_path: Path) -> None:
+def test_dumpcore_equals_xls_core(domain: Domain, tmp_path: Path) -> None:
     out, _ = exported(domain, tmp_path, "dumpcore")
     reference = tmp_path / "reference.core"
     reference.write_bytes(bytes(core_of(domain)))
@@ -98,7 +98,7 @@ def test_a_core_is_what_xl_would_write(domain: Domain, tmp_path: Path) -> None:
             assert not pages[0][row, 256:258].any()
 
 
-def test_a_core_has_the_vcpus_with_mfns(domain: Domain, tmp_path: Path) -> None:
+def test_dumpcore_has_contexts_with_mfns(domain: Domain, tmp_path: Path) -> None:
     """As the host had them: cr3, the user half's, start info in the third argument, the GDT's frames."""
     out, _ = exported(domain, tmp_path, "dumpcore")
     data = sections(out)[".xen_prstatus"][1]
@@ -116,14 +116,14 @@ def test_a_core_has_the_vcpus_with_mfns(domain: Domain, tmp_path: Path) -> None:
             assert np.array_equal(now["user_regs"][name], expected), name
 
 
-def test_a_core_of_ours_is_opened_as_the_same_domain(domain: Domain, tmp_path: Path) -> None:
+def test_dumpcore_opens_as_the_same_domain(domain: Domain, tmp_path: Path) -> None:
     out, _ = exported(domain, tmp_path, "dumpcore")
     pfns = np.array(sorted(domain.pages), np.uint64)
     with open_domain(str(out)) as core:
         assert [page.tobytes() for page in core.frames.pages(pfns)] == [bytes(domain.pages[p]) for p in pfns.tolist()]
 
 
-def test_a_core_of_an_hvm_domain_has_pfns(tmp_path: Path) -> None:
+def test_dumpcore_of_an_hvm_domain_lists_pfns(tmp_path: Path) -> None:
     path, out = tmp_path / "hvm.save", tmp_path / "hvm.core"
     path.write_bytes(bytes(hvm_stream(pages=16)))
     with open_domain(str(path)) as kept:
@@ -136,7 +136,7 @@ def test_a_core_of_an_hvm_domain_has_pfns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "dumpcore"])
-def test_an_hvm_domain_goes_into_each_format(form: str, tmp_path: Path) -> None:
+def test_export_of_an_hvm_domain_in_each_format_has_its_pages(form: str, tmp_path: Path) -> None:
     path, out = tmp_path / "hvm.save", tmp_path / "hvm.out"
     path.write_bytes(bytes(hvm_stream(pages=16)))
     with open_domain(str(path)) as kept:
@@ -144,7 +144,7 @@ def test_an_hvm_domain_goes_into_each_format(form: str, tmp_path: Path) -> None:
         assert export(kept, str(out), form).pages == pages > 10
 
 
-def test_without_a_p2m_there_is_no_core_of_xls(tmp_path: Path) -> None:
+def test_dumpcore_without_p2m_raises_request_error(tmp_path: Path) -> None:
     domain = made()
     path = tmp_path / "none.save"
     path.write_bytes(bytes(domain.to_stream().drop("X86_PV_P2M_FRAMES")))
@@ -157,7 +157,7 @@ def test_without_a_p2m_there_is_no_core_of_xls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
-def test_kdump(compression: str, domain: Domain, tmp_path: Path) -> None:
+def test_kdump_has_pages_bitmaps_and_headers(compression: str, domain: Domain, tmp_path: Path) -> None:
     out, done = exported(domain, tmp_path, "kdump", compression=compression)
     read = Kdump(out.read_bytes())
     found = dict(read.pages())
@@ -174,7 +174,7 @@ def test_kdump(compression: str, domain: Domain, tmp_path: Path) -> None:
         assert identity(found, FAR + 2, 5) == 5
 
 
-def test_a_kdump_has_the_guests_own_uts_name(tmp_path: Path) -> None:
+def test_kdump_has_the_guests_utsname(tmp_path: Path) -> None:
     domain = made()
     names = b"".join(name.ljust(65, b"\0") for name in (b"Linux", b"made", b"6.1.0-50-amd64", b"#1", b"x86_64", b""))
     pfn = domain.places.data[2]
@@ -186,7 +186,7 @@ def test_a_kdump_has_the_guests_own_uts_name(tmp_path: Path) -> None:
     assert Kdump(out.read_bytes()).uts == ["Linux", "made", "6.1.0-50-amd64", "#1", "x86_64", ""]
 
 
-def test_a_kdump_of_a_domain_that_is_larger_than_a_batch(tmp_path: Path) -> None:
+def test_kdump_larger_than_a_batch_keeps_the_order(tmp_path: Path) -> None:
     """Runs in the order of their pfns, though several threads pack them; those of zeros are there once."""
     domain = pv_domain(pfns=range(3000))
     for pfn in domain.places.data[100:1500]:
@@ -197,7 +197,7 @@ def test_a_kdump_of_a_domain_that_is_larger_than_a_batch(tmp_path: Path) -> None
     assert out.stat().st_size < 1700 * PAGE + (1 << 20)
 
 
-def test_drgn_opens_a_kdump(tmp_path: Path) -> None:
+def test_kdump_opens_in_drgn(tmp_path: Path) -> None:
     domain = made()
     out, _ = exported(domain, tmp_path, "kdump")
     prog = drgn.Program()
@@ -207,7 +207,7 @@ def test_drgn_opens_a_kdump(tmp_path: Path) -> None:
     assert prog.read(domain.vaddrs[7], 16) == bytes(domain.pages[7][:16])
 
 
-def test_the_bitmaps_of_a_far_pfn_are_holes(tmp_path: Path) -> None:
+def test_kdump_with_a_far_pfn_has_holes_in_bitmaps(tmp_path: Path) -> None:
     far = 1 << 26
     domain = pv_domain(pfns=[*range(64), far], linear=False, tree=True)
     out, done = exported(domain, tmp_path, "kdump")
@@ -219,7 +219,7 @@ def test_the_bitmaps_of_a_far_pfn_are_holes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", list(FORMATS))
-def test_no_pages_no_file(form: str, tmp_path: Path) -> None:
+def test_export_without_pages_writes_no_file(form: str, tmp_path: Path) -> None:
     path = tmp_path / "none.save"
     path.write_bytes(bytes(made().to_stream().drop("PAGE_DATA")))
     with open_domain(str(path), on_breach=lambda *_: None) as kept, pytest.raises(RequestError, match="no pages"):
@@ -228,7 +228,7 @@ def test_no_pages_no_file(form: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["elf", "lime", "raw", "dumpcore"])
-def test_a_device_gets_the_bytes_that_a_file_has(form: str, tmp_path: Path) -> None:
+def test_export_to_a_fifo_equals_the_file(form: str, tmp_path: Path) -> None:
     """What has no holes gets zeros."""
     domain = pv_domain(pfns=[*range(64), 70])
     out, _ = exported(domain, tmp_path, form)

@@ -50,14 +50,14 @@ def kept(domain: Domain, tmp_path: Path) -> Iterator[FileDomain]:
         yield kept
 
 
-def test_physical_memory_is_the_domains(domain: Domain, kept: FileDomain) -> None:
+def test_drgn_physical_memory_is_the_domains(domain: Domain, kept: FileDomain) -> None:
     prog = program(kept)
     for pfn, content in domain.pages.items():
         assert prog.read(pfn * PAGE, PAGE, physical=True) == bytes(content)
     assert prog.read(3 * PAGE + 5, 4 * PAGE, physical=True) == kept.memory.read(3 * PAGE + 5, 4 * PAGE)
 
 
-def test_virtual_memory_is_what_vcpu_0_sees(domain: Domain, kept: FileDomain) -> None:
+def test_drgn_virtual_memory_is_vcpu_0s(domain: Domain, kept: FileDomain) -> None:
     """drgn walks the page tables by itself for a 64-bit kernel that it knows."""
     prog = program(kept)
     for pfn, vaddr in domain.vaddrs.items():
@@ -67,7 +67,7 @@ def test_virtual_memory_is_what_vcpu_0_sees(domain: Domain, kept: FileDomain) ->
     assert prog.read(USER_VADDR + 8, 16) == bytes(domain.pages[domain.places.user][8:24])
 
 
-def test_what_is_not_there_is_a_fault_and_no_zeroes(domain: Domain, kept: FileDomain) -> None:
+def test_drgn_read_of_an_absent_page_raises_fault(domain: Domain, kept: FileDomain) -> None:
     prog = program(kept)
     gone = HOLE * PAGE
     for address, count in ((gone, 1), (gone - 1, 2), (200 * PAGE, 8), (1 << 31, 8), (gone - PAGE, 1 << 24)):
@@ -79,7 +79,7 @@ def test_what_is_not_there_is_a_fault_and_no_zeroes(domain: Domain, kept: FileDo
         prog.read(0x1234_5000, 8)
 
 
-def test_it_is_a_kernel_if_it_says_so(tmp_path: Path) -> None:
+def test_drgn_program_with_vmcoreinfo_is_a_kernel(tmp_path: Path) -> None:
     path = tmp_path / "made.save"
     for linux in (True, False):
         path.write_bytes(made(8, linux=linux).to_bytes())
@@ -91,7 +91,7 @@ def test_it_is_a_kernel_if_it_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["tree", "linear"])
-def test_a_running_domain(form: str) -> None:
+def test_drgn_program_of_a_running_domain_reads_its_memory(form: str) -> None:
     """Its page tables hold mfns; drgn sees pfns."""
     guest = P2MGuest(8, form)
     prog, memory = program(guest.live, live=True), guest.live.memory
@@ -101,7 +101,7 @@ def test_a_running_domain(form: str) -> None:
     assert prog.read(at, 3 * PAGE) == memory.read_virtual(at, 3 * PAGE)
 
 
-def test_real_guests(tmp_path: Path) -> None:
+def test_drgn_program_of_a_real_guest_reads_its_memory(tmp_path: Path) -> None:
     path = tmp_path / "vector.save"
     for recipe in RECIPES:
         path.write_bytes(unpacked(recipe))
@@ -132,7 +132,7 @@ def with_pt_regs(prog: drgn.Program) -> drgn.Program:
     return prog
 
 
-def test_a_vcpus_trace_begins_with_its_registers(tmp_path: Path) -> None:
+def test_stack_of_a_vcpu_begins_with_its_registers(tmp_path: Path) -> None:
     path = tmp_path / "made.save"
     path.write_bytes(made(8, linux=True).to_bytes())
     with open_path(str(path)) as kept:
@@ -147,7 +147,7 @@ def test_a_vcpus_trace_begins_with_its_registers(tmp_path: Path) -> None:
             stack_of(prog, kept, 9)
 
 
-def test_no_trace_without_debugging_information_or_of_32_bit(tmp_path: Path) -> None:
+def test_stack_of_without_debug_info_or_32_bit_raises(tmp_path: Path) -> None:
     path = tmp_path / "made.save"
     path.write_bytes(made(8, linux=True).to_bytes())
     with open_path(str(path)) as kept, pytest.raises(LookupError):
@@ -175,7 +175,7 @@ def linux(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_line_of_python(linux: Path) -> None:
+def test_drgn_command_runs_a_line_of_python(linux: Path) -> None:
     found = said(
         "-e", "print(prog['nothing'] if 0 else domain.name, prog.read(4096, 4, physical=True).hex())", str(linux)
     )
@@ -184,7 +184,7 @@ def test_a_line_of_python(linux: Path) -> None:
     assert "missing" in found.stderr  # of debugging information there is none
 
 
-def test_a_script_with_arguments(linux: Path, tmp_path: Path) -> None:
+def test_drgn_command_runs_a_script_with_arguments(linux: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, drgn\nprint(drgn.get_default_prog() is prog, stack_of.args[1] is domain, sys.argv[1:])\n"
@@ -193,7 +193,7 @@ def test_a_script_with_arguments(linux: Path, tmp_path: Path) -> None:
     assert found.stdout == "True True ['--flag', 'one']\n"
 
 
-def test_a_scripts_own_error_is_no_bug_of_ours(linux: Path, tmp_path: Path) -> None:
+def test_drgn_command_with_a_failing_script_exits_1(linux: Path, tmp_path: Path) -> None:
     (tmp_path / "beside.py").write_text("def wrong():\n    raise ZeroDivisionError\n")
     script = tmp_path / "script.py"
     script.write_text("import beside\nbeside.wrong()\n")
@@ -205,12 +205,12 @@ def test_a_scripts_own_error_is_no_bug_of_ours(linux: Path, tmp_path: Path) -> N
     assert isinstance(said("-e", "stack_of(9)", str(linux)).exception, RequestError)
 
 
-def test_a_pipe_is_refused() -> None:
+def test_drgn_command_refuses_a_pipe() -> None:
     found = said("-e", "1", "-")
     assert isinstance(found.exception, RequestError)
 
 
-def test_no_linux_is_said(tmp_path: Path) -> None:
+def test_drgn_command_without_vmcoreinfo_warns(tmp_path: Path) -> None:
     path = tmp_path / "made.save"
     path.write_bytes(made(8, linux=False).to_bytes())
     found = said("-e", "print(prog.read(0, 1, physical=True))", str(path))
@@ -218,7 +218,7 @@ def test_no_linux_is_said(tmp_path: Path) -> None:
     assert "no VMCOREINFO in its memory" in found.stderr
 
 
-def test_what_is_there_of_a_file_that_was_cut_off(linux: Path, tmp_path: Path) -> None:
+def test_drgn_command_partial_opens_a_cut_file(linux: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut.save"
     whole = linux.read_bytes()
     first = bytes(made(8, linux=True).pages[0])
@@ -230,7 +230,7 @@ def test_what_is_there_of_a_file_that_was_cut_off(linux: Path, tmp_path: Path) -
     assert "the input ends" in found.stderr
 
 
-def test_a_fault_names_the_page(linux: Path) -> None:
+def test_drgn_fault_names_the_page(linux: Path) -> None:
     with open_path(str(linux)) as kept:
         with pytest.raises(Fault) as ours:
             kept.memory.read(HOLE * PAGE, 8)

@@ -19,7 +19,7 @@ def frames() -> DictFrames:
     return DictFrames({pfn: bytearray([pfn] * PAGE) for pfn in range(4)})
 
 
-def test_bytes_of_a_page_and_across_pages() -> None:
+def test_recent_pages_reads_within_and_across_pages() -> None:
     memory = DomainMemory(frames())
     recent = RecentPages(memory)
     for at, length in ((0, 8), (PAGE - 8, 8), (PAGE - 4, 8), (5, 0), (100, 3 * PAGE), (2 * PAGE, PAGE)):
@@ -28,7 +28,7 @@ def test_bytes_of_a_page_and_across_pages() -> None:
         recent.read(4 * PAGE, 1)
 
 
-def test_a_page_is_read_once_for_as_long_as_it_may_be_kept() -> None:
+def test_recent_pages_reads_a_cached_page_once() -> None:
     content = frames()
     recent = RecentPages(DomainMemory(content), seconds=math.inf)
     for at in range(0, PAGE, 8):
@@ -36,7 +36,7 @@ def test_a_page_is_read_once_for_as_long_as_it_may_be_kept() -> None:
     assert content.reads == {1: 1}
 
 
-def test_what_changes_is_seen_when_its_time_is_over() -> None:
+def test_recent_pages_sees_changes_after_its_time() -> None:
     content = frames()
     recent = RecentPages(DomainMemory(content), seconds=0.05)
     start = time.monotonic()
@@ -47,7 +47,7 @@ def test_what_changes_is_seen_when_its_time_is_over() -> None:
     assert recent.read(PAGE, 1) == b"x"
 
 
-def test_nothing_is_kept_for_no_time() -> None:
+def test_recent_pages_with_zero_seconds_caches_nothing() -> None:
     content = frames()
     recent = RecentPages(DomainMemory(content), seconds=-1)
     assert [recent.read(PAGE, 1), recent.read(PAGE, 1)] == [b"\1"] * 2

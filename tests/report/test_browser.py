@@ -83,7 +83,7 @@ def view(page: Page) -> tuple[float, float]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1280])
-def test_it_renders_at_any_size(shown: Show, broken: Broken, width: int, scheme: str) -> None:
+def test_page_at_any_size_renders_without_errors(shown: Show, broken: Broken, width: int, scheme: str) -> None:
     page = shown(broken[1], width=width, scheme=scheme)
     assert page.ask("document.documentElement.scrollWidth") <= width
     drawn = page.ask(f"{SEEN}.width")
@@ -98,7 +98,7 @@ def test_it_renders_at_any_size(shown: Show, broken: Broken, width: int, scheme:
     assert abs(sum(paper) - sum(ink)) > 400
 
 
-def test_pages_at_the_end_of_16_tib_are_drawn_and_the_gap_is_named(shown: Show, broken: Broken) -> None:
+def test_map_of_16_tib_draws_far_pages_and_names_the_gap(shown: Show, broken: Broken) -> None:
     page = shown(broken[1])
     boxes = page.ask("(() => { const b = [...document.querySelectorAll('#chart path.k-data')].at(-1).getBBox();"
                      "return [b.x, b.x + b.width, chart.clientWidth]; })()")  # fmt: skip
@@ -107,7 +107,7 @@ def test_pages_at_the_end_of_16_tib_are_drawn_and_the_gap_is_named(shown: Show, 
     assert "16.0 TiB" in page.ask("[...document.querySelectorAll('#chart .break')].map(b => b.textContent)")
 
 
-def test_a_finding_shows_its_place_and_a_place_its_findings(shown: Show, broken: Broken) -> None:
+def test_finding_and_map_link_to_each_other(shown: Show, broken: Broken) -> None:
     domain, text = broken
     page = shown(text)
     table = domain.tables(1)[1]
@@ -126,7 +126,7 @@ def test_a_finding_shows_its_place_and_a_place_its_findings(shown: Show, broken:
     assert page.ask("document.querySelector('.finding.hit').getBoundingClientRect().bottom - innerHeight") < 1
 
 
-def test_a_click_on_the_map_names_the_page_there(shown: Show, broken: Broken) -> None:
+def test_map_click_names_the_page(shown: Show, broken: Broken) -> None:
     page = shown(broken[1])
     page.click("#chart", at=(0.5, 0.6))
     pfn = int(page.ask(CHOSEN).removeprefix("pfn "), 16)
@@ -134,7 +134,7 @@ def test_a_click_on_the_map_names_the_page_there(shown: Show, broken: Broken) ->
     assert "ordinary pages" in page.ask("document.getElementById('place').textContent")
 
 
-def test_zooming_by_every_means(shown: Show, broken: Broken) -> None:
+def test_map_zooms_by_every_means(shown: Show, broken: Broken) -> None:
     page = shown(broken[1])
     assert view(page)[1] == pytest.approx(1, abs=0.01)
     page.click("#zoom-in")
@@ -157,13 +157,13 @@ def test_zooming_by_every_means(shown: Show, broken: Broken) -> None:
     assert view(page)[1] == pytest.approx(1, abs=0.01)
 
 
-def test_a_box_of_the_p2m_shows_its_pfns(shown: Show, broken: Broken) -> None:
+def test_p2m_box_click_shows_its_pfns(shown: Show, broken: Broken) -> None:
     page = shown(broken[1])
     page.click(".box.list[data-pfn='512']")
     assert page.ask(CHOSEN) == "pfns 0x200 to 0x3ff"
 
 
-def test_hostile_text_does_nothing(shown: Show, tmp_path: Path) -> None:
+def test_hostile_text_runs_no_script(shown: Show, tmp_path: Path) -> None:
     page = shown(render_page(hostile_facts(tmp_path)))
     assert page.ask("document.title").startswith("</title><script>alert(1)</script>")
     assert page.ask("document.querySelectorAll('script').length") == 2
@@ -173,7 +173,7 @@ def test_hostile_text_does_nothing(shown: Show, tmp_path: Path) -> None:
     )
 
 
-def test_a_script_that_is_not_its_own_is_refused(shown: Show, tmp_path: Path, tab: Page) -> None:
+def test_foreign_script_is_refused(shown: Show, tmp_path: Path, tab: Page) -> None:
     text = render_page(hostile_facts(tmp_path))
     page = shown(text.replace("</footer>", "</footer><script>document.title = 'taken'</script>"
                               "<img src='https://192.0.2.1/x' onerror=\"document.title = 'taken'\">"))  # fmt: skip
@@ -183,7 +183,7 @@ def test_a_script_that_is_not_its_own_is_refused(shown: Show, tmp_path: Path, ta
     tab.errors.clear()
 
 
-def test_an_error_of_a_script_would_be_seen(shown: Show, broken: Broken, tab: Page) -> None:
+def test_script_error_is_seen_by_the_test(shown: Show, broken: Broken, tab: Page) -> None:
     page = shown(broken[1])
     page.ask("setTimeout(() => { throw new Error('broken on purpose'); })")
     page.settle()
@@ -191,7 +191,7 @@ def test_an_error_of_a_script_would_be_seen(shown: Show, broken: Broken, tab: Pa
     tab.errors.clear()
 
 
-def test_it_prints(shown: Show, broken: Broken) -> None:
+def test_page_prints_all_sections(shown: Show, broken: Broken) -> None:
     page = shown(broken[1], media="print", width=700)
     assert page.ask("getComputedStyle(document.querySelector('nav')).display") == "none"
     assert page.ask("document.documentElement.scrollWidth") <= 700

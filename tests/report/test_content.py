@@ -44,7 +44,7 @@ def domain() -> Domain:
     return domain
 
 
-def test_what_is_alike(domain: Domain, tmp_path: Path) -> None:
+def test_analyse_content_counts_zero_and_duplicate_pages(domain: Domain, tmp_path: Path) -> None:
     found = content(domain, tmp_path)
     by_content: dict[bytes, list[int]] = defaultdict(list)
     for pfn, page in domain.pages.items():
@@ -65,7 +65,7 @@ def test_what_is_alike(domain: Domain, tmp_path: Path) -> None:
     assert told[0] == largest[0]
 
 
-def test_pages_that_differ_in_one_bit_are_not_alike(tmp_path: Path) -> None:
+def test_analyse_content_of_pages_differing_in_one_bit_finds_none(tmp_path: Path) -> None:
     domain = pv_domain(pfns=range(2200))
     for n, pfn in enumerate(domain.places.data[: 2 * 1024]):  # each bit 63 of two words, and the like
         words = np.zeros(PAGE // 4, "<u4")
@@ -78,14 +78,14 @@ def test_pages_that_differ_in_one_bit_are_not_alike(tmp_path: Path) -> None:
     assert len(domain.places.data[: 2 * 1024]) - distinct == found.duplicate - found.contents
 
 
-def test_no_more_is_looked_at_than_asked_for(domain: Domain, tmp_path: Path) -> None:
+def test_analyse_content_with_a_limit_leaves_out_the_rest(domain: Domain, tmp_path: Path) -> None:
     found = content(domain, tmp_path, limit=300)
     assert (found.looked_at, found.left_out) == (300, len(domain.pages) - 300)
     assert max(pfns_of(found.zero_at)) < 300
     assert content(domain, tmp_path, limit=0).looked_at == 0
 
 
-def test_pages_that_cannot_be_read_are_counted(domain: Domain, tmp_path: Path) -> None:
+def test_analyse_content_counts_unreadable_pages(domain: Domain, tmp_path: Path) -> None:
     file = tmp_path / "cut.save"
     data = domain.to_bytes()
     file.write_bytes(data)
@@ -96,7 +96,7 @@ def test_pages_that_cannot_be_read_are_counted(domain: Domain, tmp_path: Path) -
     assert found.looked_at == len(domain.pages)
 
 
-def test_pages_that_stand_apart_are_read_together(tmp_path: Path) -> None:
+def test_analyse_content_reads_scattered_pages_in_batches(tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     file.write_bytes(pv_domain(pfns=range(0, 4000, 2)).to_bytes())
     with SavedDomain.open(str(file)) as saved:
@@ -123,7 +123,7 @@ class Counting:
         return self.frames.pages(pfns)
 
 
-def test_what_is_known_to_be_gone_is_not_asked_for(domain: Domain, tmp_path: Path) -> None:
+def test_analyse_content_skips_pages_without_content(domain: Domain, tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     file.write_bytes(domain.to_bytes())
     with SavedDomain.open(str(file)) as saved:

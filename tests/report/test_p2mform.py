@@ -24,7 +24,7 @@ def shapes(saved: SavedDomain) -> list[P2MTree]:
     return describe_p2m_trees(saved, saved.anchors)
 
 
-def test_a_tree_and_a_list_in_a_file(tmp_path: Path) -> None:
+def test_p2m_trees_of_a_file_have_all_levels(tmp_path: Path) -> None:
     domain = pv_domain(pfns=[*range(100), 600, 5000, 300_000], tree=True)
     file = tmp_path / "made.save"
     file.write_bytes(domain.to_bytes())
@@ -50,7 +50,7 @@ def test_a_tree_and_a_list_in_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "form"), [each for each in SOME_FORMS if each[1] != "tree4hidden"])
-def test_a_running_domain(width: Width, form: str) -> None:
+def test_p2m_trees_of_a_running_domain_have_its_leaves(width: Width, form: str) -> None:
     guest = Guest.boot(form, width)
     live = guest.live
     p2m = live.p2m
@@ -65,7 +65,7 @@ def test_a_running_domain(width: Width, form: str) -> None:
     assert sum(leaf_ranges(p2m, mfns=True).pages) == len(p2m.distinct_leaves)  # its own frames, all of them
 
 
-def test_anchors_that_lead_nowhere_say_why(tmp_path: Path) -> None:
+def test_p2m_trees_with_false_anchors_have_an_error(tmp_path: Path) -> None:
     domain = pv_domain(pfns=range(100), tree=True)
     file = tmp_path / "made.save"
     file.write_bytes(domain.to_bytes())
@@ -82,7 +82,7 @@ def test_anchors_that_lead_nowhere_say_why(tmp_path: Path) -> None:
             assert shape.error is not None
 
 
-def test_the_drawing_has_every_node_within_its_frame(tmp_path: Path) -> None:
+def test_draw_p2m_tree_keeps_boxes_apart_and_inside(tmp_path: Path) -> None:
     domain = pv_domain(pfns=[*range(100), *range(1 << 28, (1 << 28) + 3000, 100)])
     file = tmp_path / "made.save"
     file.write_bytes(domain.to_bytes())
@@ -101,7 +101,7 @@ def test_the_drawing_has_every_node_within_its_frame(tmp_path: Path) -> None:
             assert x + w <= after + 0.11
 
 
-def test_a_superpage_on_the_way_to_a_list_leads_nowhere(tmp_path: Path) -> None:
+def test_p2m_trees_with_a_superpage_end_there(tmp_path: Path) -> None:
     domain = pv_domain(pfns=range(100))
     step = domain.set_pte(domain.p2m_vaddr, 0, level=3)
     domain.table(step.table)[step.entry] = step.pte | PTE_PSE

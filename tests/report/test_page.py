@@ -69,7 +69,7 @@ def hostile_facts(tmp_path: Path) -> ReportFacts:
         return gather_facts(saved, CheckResult(HOSTILE, ok=False, findings=findings), content_pages=1000)
 
 
-def test_hostile_text_stays_text(tmp_path: Path) -> None:
+def test_render_page_escapes_hostile_text(tmp_path: Path) -> None:
     text = render_page(hostile_facts(tmp_path))
     read = Read(text)
     assert len(read.all("script")) == 2
@@ -86,7 +86,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert data["findings"] == [{"pfn": 5, "severity": "error", "message": shown}]
 
 
-def test_it_loads_nothing_and_runs_only_its_own_script(tmp_path: Path) -> None:
+def test_render_page_loads_nothing_and_allows_one_script(tmp_path: Path) -> None:
     read = Read(render_page(hostile_facts(tmp_path)))
     for tag, attributes in read.tags:
         for name in ("href", "src", "srcset", "action", "data", "poster", "background"):
@@ -111,7 +111,7 @@ def _sha256(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def test_every_link_within_the_page_leads_somewhere(tmp_path: Path) -> None:
+def test_render_page_links_lead_to_sections(tmp_path: Path) -> None:
     read = Read(render_page(hostile_facts(tmp_path)))
     ids = [attributes["id"] for _, attributes in read.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
@@ -120,14 +120,14 @@ def test_every_link_within_the_page_leads_somewhere(tmp_path: Path) -> None:
     assert to <= {f"#{name}" for name in ids}
 
 
-def test_text_that_is_no_utf_8_at_all(tmp_path: Path) -> None:
+def test_render_page_of_undecodable_text_encodes(tmp_path: Path) -> None:
     facts = hostile_facts(tmp_path)
     facts.identity.name = facts.identity.config = "a\udcffb"  # as file names come in
     assert "a?b" in render_page(facts).encode().decode()
     json.dumps(facts.to_json()).encode()
 
 
-def test_a_huge_configuration_is_cut(tmp_path: Path) -> None:
+def test_render_page_cuts_a_huge_configuration(tmp_path: Path) -> None:
     facts = hostile_facts(tmp_path)
     facts.identity.config = "x" * 1_000_000
     text = render_page(facts)
@@ -136,7 +136,7 @@ def test_a_huge_configuration_is_cut(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["both", "none", "invalid"])
-def test_a_running_domain(form: str) -> None:
+def test_gather_facts_of_a_running_domain_renders(form: str) -> None:
     guest = Guest.boot(form)
     facts = gather_facts(guest.live, None, content_pages=100)
     told = facts.to_json()
@@ -151,7 +151,7 @@ def test_a_running_domain(form: str) -> None:
         assert told["p2m"]["problem"] in text.replace("&#39;", "'")
 
 
-def test_without_jinja_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_render_page_without_jinja_raises_request_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = hostile_facts(tmp_path)
     modules: dict[str, Any] = {"jinja2": None}
     for name, module in modules.items():

@@ -25,7 +25,7 @@ def stats_of(domain: Domain, tmp_path: Path) -> PageTableStats:
 
 
 @pytest.mark.parametrize("width", [4, 8])
-def test_counts(width: Width, tmp_path: Path) -> None:
+def test_count_page_tables_equals_the_written_tables(width: Width, tmp_path: Path) -> None:
     domain = pv_domain(pfns=[*range(300), 5000, 5001, 1 << 20], width=width)
     l1 = domain.table(domain.tables(1)[0])
     l1[300:303] = l1[5]  # one page mapped four times, at least
@@ -52,14 +52,14 @@ def test_counts(width: Width, tmp_path: Path) -> None:
     assert stats.populated == len(domain.pages)
 
 
-def test_tables_come_to_the_same_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_count_page_tables_in_batches_of_one_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = pv_domain(pfns=range(1200))
     once = stats_of(domain, tmp_path)
     monkeypatch.setattr(tables, "PAGES_PER_BATCH", 1)
     assert stats_of(domain, tmp_path) == once
 
 
-def test_no_more_tables_are_read_than_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_count_page_tables_beyond_the_maximum_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = pv_domain(pfns=range(1200))
     monkeypatch.setattr(tables, "TABLES_MAX", 3)
     stats = stats_of(domain, tmp_path)
@@ -69,13 +69,15 @@ def test_no_more_tables_are_read_than_may_be(tmp_path: Path, monkeypatch: pytest
     assert stats.mapped == 0  # the tables of the upper levels came first
 
 
-def test_a_domain_too_large_to_say_what_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_count_page_tables_of_a_large_domain_counts_no_mappings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tables, "PAGES_MAX", 99)
     stats = stats_of(pv_domain(pfns=range(200)), tmp_path)
     assert (stats.mapped, stats.several, stats.writable) == (None, None, None)
 
 
-def test_a_domain_without_tables(tmp_path: Path) -> None:
+def test_count_page_tables_without_tables_has_no_levels(tmp_path: Path) -> None:
     file = tmp_path / "hvm.save"
     file.write_bytes(bytes(hvm_stream(pages=16)))
     with SavedDomain.open(str(file)) as saved:

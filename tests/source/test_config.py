@@ -30,7 +30,7 @@ def facts(config: Config) -> tuple[str | int | None, ...]:
 NOTHING = (None,) * 6
 
 
-def test_none() -> None:
+def test_config_without_envelope_or_text_is_none() -> None:
     assert Config.from_contents(Contents()) is None
     assert Config.from_contents(Contents(envelope=Envelope(Kind.LIBXL, 0, 0))) is None
     assert Config.from_contents(Contents(envelope=Envelope(Kind.XL, 0, 48, b"", "json"))) is None
@@ -39,7 +39,7 @@ def test_none() -> None:
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def test_json() -> None:
+def test_json_config_gives_names_and_limits() -> None:
     config = parse(config_json(name="Gast", vcpus=3, memory_kib=98304) + b"\0", "json")
     assert facts(config) == ("Gast", UUID, "pv", 98304, 98304, 3)
     assert json.loads(config.text)["c_info"]["name"] == "Gast"
@@ -51,11 +51,11 @@ def test_json() -> None:
      b"[" * 100_000, b'{"c_info": {"name": 7, "uuid": null, "type": ["pv"]}}',
      b'{"b_info": {"max_memkb": "1", "max_vcpus": true, "target_memkb": 1.5}}'],
 )  # fmt: skip
-def test_json_that_tells_nothing(data: bytes) -> None:
+def test_json_config_without_members_gives_text_only(data: bytes) -> None:
     assert facts(parse(data, "json")) == NOTHING
 
 
-def test_json_of_huge_numbers() -> None:
+def test_json_config_with_huge_numbers_gives_text_only() -> None:
     assert parse(b'{"b_info": {"max_memkb": %d}}' % (1 << 100), "json").max_memkb == 1 << 100
     assert facts(parse(b'{"b_info": {"max_memkb": ' + b"9" * 10_000 + b"}}", "json")) == NOTHING
 
@@ -70,11 +70,11 @@ XML = b"""<domain type='xen'>
 """ % UUID.encode()
 
 
-def test_xml() -> None:
+def test_xml_config_gives_names_and_limits() -> None:
     assert facts(parse(XML, "xml")) == ("guest", UUID, "xen", 512 * 1024, 131072, 4)
 
 
-def test_xml_inside_another_element() -> None:
+def test_xml_config_inside_another_element_is_found() -> None:
     assert parse(b"<status>" + XML + b"</status>", "xml").name == "guest"
     assert facts(parse(b"<status/>", "xml")) == NOTHING
 
@@ -84,13 +84,13 @@ def test_xml_inside_another_element() -> None:
     [("b", 1), ("bytes", 1), ("KB", 1000), ("k", 1024), ("KiB", 1024), ("M", 1 << 20), ("MiB", 1 << 20), ("G", 1 << 30),
      ("GiB", 1 << 30), ("MB", 10**6), ("GB", 10**9), ("T", 1 << 40), ("TiB", 1 << 40), ("TB", 10**12)],
 )  # fmt: skip
-def test_xml_units(unit: str, kib: int) -> None:
+def test_xml_config_memory_in_any_unit_is_in_kib(unit: str, kib: int) -> None:
     """https://libvirt.org/formatdomain.html#memory-allocation"""
     text = f"<domain><memory unit='{unit}'>8192</memory></domain>"
     assert parse(text.encode(), "xml").max_memkb == 8192 * kib >> 10
 
 
-def test_xml_without_units_is_in_kib() -> None:
+def test_xml_config_memory_without_unit_is_in_kib() -> None:
     assert parse(b"<domain><memory>4096</memory></domain>", "xml").max_memkb == 4096
 
 
@@ -112,7 +112,7 @@ BOMB = (
      b"<a>" * 50_000],
     ids=lambda data: data[:30],
 )  # fmt: skip
-def test_xml_that_tells_nothing(data: bytes) -> None:
+def test_xml_config_without_elements_gives_text_only(data: bytes) -> None:
     """Entities could read files or blow up memory: they are refused, and the text stays text."""
     start = time.process_time()
     config = parse(data, "xml")
@@ -121,7 +121,7 @@ def test_xml_that_tells_nothing(data: bytes) -> None:
     assert time.process_time() - start < 1
 
 
-def test_xml_with_a_doctype_in_another_encoding() -> None:
+def test_xml_config_with_doctype_in_another_encoding_gives_text_only() -> None:
     """What is refused is looked for in the text that the parser gets, so no encoding hides it."""
     data = '<?xml version="1.0" encoding="UTF-16"?><!DOCTYPE d [<!ENTITY e "hidden">]><domain><name>&e;</name></domain>'
     assert parse(data.encode("utf-16"), "xml").name is None
@@ -130,7 +130,7 @@ def test_xml_with_a_doctype_in_another_encoding() -> None:
 # --- xl's own text ---------------------------------------------------------------------------------------------------
 
 
-def test_xl() -> None:
+def test_xl_config_gives_names_and_limits() -> None:
     text = b"""# a comment
 name = "guest"
  uuid='%s'
@@ -144,7 +144,7 @@ disk = [ 'phy:/dev/x,xvda,w' ]
     assert facts(parse(text, "xl")) == ("guest", UUID, "pv", 128 * 1024, 96 * 1024, 4)
 
 
-def test_xl_without_limits() -> None:
+def test_xl_config_without_maximum_uses_memory_and_vcpus() -> None:
     config = parse(b"name='a'\nmemory=96\nvcpus=3\n", "xl")
     assert (config.max_memkb, config.target_memkb, config.max_vcpus) == (96 * 1024, 96 * 1024, 3)
 
@@ -153,7 +153,7 @@ def test_xl_without_limits() -> None:
     "data",
     [b"\0", b"name", b"name =", b"memory = lots", b"= 5", b"\xff\xff", b"x" * 1_000_000, b"name" + b" " * 200_000],
 )  # fmt: skip
-def test_xl_that_tells_nothing(data: bytes) -> None:
+def test_xl_config_without_lines_gives_text_only(data: bytes) -> None:
     start = time.process_time()
     assert facts(parse(data, "xl")) == NOTHING
     assert time.process_time() - start < 2
@@ -162,7 +162,7 @@ def test_xl_that_tells_nothing(data: bytes) -> None:
 # --- others ----------------------------------------------------------------------------------------------------------
 
 
-def test_xenopsd_keeps_its_record_as_text() -> None:
+def test_xenopsd_config_gives_text_only() -> None:
     contents = Contents(envelope=Envelope(Kind.XENOPSD, 0, 15))
     contents.sections.append(SectionHeader(15, Section.XENOPS, len(CONFIG_SEXP), CONFIG_SEXP))
     config = Config.from_contents(contents)

@@ -40,7 +40,7 @@ def domain(request: pytest.FixtureRequest) -> Domain:
     return pv_domain(width=request.param, pfns=SPREAD, vcpus=2, tree=True, ballooned=[200])
 
 
-def test_memory_is_that_of_the_domain_with_pfns_in_its_tables(domain: Domain, tmp_path: Path) -> None:
+def test_frames_of_a_core_have_pfns_in_page_tables(domain: Domain, tmp_path: Path) -> None:
     with opened(core_of(domain), tmp_path) as core:
         pfns = array(*sorted(domain.pages))
         assert (core.hvm, core.width, core.vcpus) == (False, domain.width, [0, 1])
@@ -53,7 +53,7 @@ def test_memory_is_that_of_the_domain_with_pfns_in_its_tables(domain: Domain, tm
         assert core.layout.xen == "4.17.5-test"
 
 
-def test_virtual_addresses(domain: Domain, tmp_path: Path) -> None:
+def test_memory_of_a_core_translates_virtual_addresses(domain: Domain, tmp_path: Path) -> None:
     with opened(core_of(domain), tmp_path) as core:
         assert core.cr3(0) == core.cr3(1) == domain.places.top
         for pfn, vaddr in domain.vaddrs.items():
@@ -66,7 +66,7 @@ def test_virtual_addresses(domain: Domain, tmp_path: Path) -> None:
             assert core.cr3(0, user=True) is None
 
 
-def test_registers(domain: Domain, tmp_path: Path) -> None:
+def test_registers_of_a_core_are_those_of_the_contexts(domain: Domain, tmp_path: Path) -> None:
     with opened(core_of(domain), tmp_path) as core:
         registers = core.registers(1)
         assert registers is not None
@@ -74,7 +74,7 @@ def test_registers(domain: Domain, tmp_path: Path) -> None:
         assert core.registers(2) is None is core.cr3(2)
 
 
-def test_the_p2m_is_the_guests_own(domain: Domain, tmp_path: Path) -> None:
+def test_p2m_of_a_core_is_the_guests_own(domain: Domain, tmp_path: Path) -> None:
     with opened(core_of(domain), tmp_path) as core:
         pfns = array(*sorted(domain.pages))
         assert core.anchors is not None
@@ -83,7 +83,7 @@ def test_the_p2m_is_the_guests_own(domain: Domain, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_extents_are_runs_of_one_type(width: Width, tmp_path: Path) -> None:
+def test_extents_of_a_core_are_runs_of_one_type(width: Width, tmp_path: Path) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
     with opened(core_of(domain), tmp_path) as core:
         found: dict[int, int] = {}
@@ -115,7 +115,7 @@ LONG = hvm_context(cr0=0x8000_0011, cr4=0x20, cr3=0x5000, rip=0xFFFF_FFFF_8100_0
 NARROW = hvm_context(cr0=0x8000_0011, cr4=0x10, cr3=0x2000, rip=0xC010_0000, rax=7)
 
 
-def test_an_hvm_core_has_gfns(tmp_path: Path) -> None:
+def test_hvm_core_has_gfns_and_no_p2m(tmp_path: Path) -> None:
     tables = {5: words({511: 6 << 12 | 0x67}), 6: words({510: 7 << 12 | 0x67}), 7: words({8: 0xE7})}
     narrow = words({0x300: 0xE7}, 4)
     pages = {pfn: bytes(pattern(pfn)) for pfn in [*range(16), 0x10_0000]} | tables | {2: narrow}
@@ -150,7 +150,7 @@ def made() -> tuple[Domain, Core]:
     return domain, core_of(domain)
 
 
-def test_order_does_not_matter_and_is_told(tmp_path: Path) -> None:
+def test_core_list_out_of_order_is_read_and_reported(tmp_path: Path) -> None:
     domain, core = made()
     order = np.random.default_rng(3).permutation(len(core.pages))
     core.pages, core.p2m = [core.pages[i] for i in order], core.p2m[order]
@@ -162,7 +162,7 @@ def test_order_does_not_matter_and_is_told(tmp_path: Path) -> None:
     opened(core, tmp_path).close()  # it is a warning
 
 
-def test_entries_that_name_no_page_may_be_anywhere(tmp_path: Path) -> None:
+def test_core_list_with_unused_entries_is_read(tmp_path: Path) -> None:
     domain, core = made()
     for at in (0, 5, 5, 40, len(core.pages)):
         core.pages.insert(at, bytes(4096))
@@ -174,7 +174,7 @@ def test_entries_that_name_no_page_may_be_anywhere(tmp_path: Path) -> None:
     assert told == []
 
 
-def test_a_page_that_is_listed_twice(tmp_path: Path) -> None:
+def test_core_list_with_a_repeated_pfn_is_reported(tmp_path: Path) -> None:
     domain, core = made()
     core.pages.append(bytes(pattern(77)))
     core.p2m = np.append(core.p2m, [[50, core.p2m[50, 1]]], axis=0)
@@ -186,7 +186,7 @@ def test_a_page_that_is_listed_twice(tmp_path: Path) -> None:
     assert "pfn 0x32 is listed twice" in told[1][1]
 
 
-def test_numbers_that_no_page_can_have(tmp_path: Path) -> None:
+def test_core_list_with_impossible_numbers_is_reported(tmp_path: Path) -> None:
     _, core = made()
     core.p2m[7, 0] = 1 << 60
     core.p2m[9, 1] = (1 << 40) - 1
@@ -212,7 +212,7 @@ def test_numbers_that_no_page_can_have(tmp_path: Path) -> None:
         ({"left_out": {".xen_prstatus"}}, "core-counts"),
     ],
 )
-def test_sections_that_lie(change: dict[str, object], rule: str, tmp_path: Path) -> None:
+def test_core_with_false_section_sizes_is_reported(change: dict[str, object], rule: str, tmp_path: Path) -> None:
     """An error; or, for who collects what is wrong, as much as there is."""
     _, core = made()
     for name, value in change.items():
@@ -228,7 +228,7 @@ def test_sections_that_lie(change: dict[str, object], rule: str, tmp_path: Path)
     assert rule in [name for name, _ in told]
 
 
-def test_no_more_pages_are_there_than_announced(tmp_path: Path) -> None:
+def test_core_with_more_pages_than_announced_ends_there(tmp_path: Path) -> None:
     _, core = made()
     core.nr_pages = 10
     with opened(core, tmp_path) as back:
@@ -244,7 +244,7 @@ def test_no_more_pages_are_there_than_announced(tmp_path: Path) -> None:
         ({"left_out": {".note.Xen"}}, r"an ELF core without \.note\.Xen"),
     ],
 )
-def test_what_is_not_read(change: dict[str, object], why: str, tmp_path: Path) -> None:
+def test_core_of_another_format_is_unsupported(change: dict[str, object], why: str, tmp_path: Path) -> None:
     _, core = made()
     for name, value in change.items():
         setattr(core, name, value)
@@ -252,7 +252,7 @@ def test_what_is_not_read(change: dict[str, object], why: str, tmp_path: Path) -
         opened(core, tmp_path)
 
 
-def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
+def test_core_cut_short_raises_stream_error(tmp_path: Path) -> None:
     """Xl writes the list behind the pages: without it nobody knows which page is which."""
     path, data = tmp_path / "cut.core", bytes(made()[1])
     for end in (18, 63, 64, 100, 2000, 5000, len(data) // 2, len(data) - 3000):
@@ -262,7 +262,7 @@ def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
         assert end < 64 or e.value.rule in {"truncated", "core-section"}
 
 
-def test_a_cr3_that_leads_nowhere(tmp_path: Path) -> None:
+def test_cr3_outside_the_core_raises_guest_error(tmp_path: Path) -> None:
     domain, core = made()
     context = np.frombuffer(bytearray(core.contexts[0]), VCPU_GUEST_CONTEXT[8])
     context["ctrlreg"][0, 3] = 0xDEAD_BEEF_000
@@ -277,7 +277,7 @@ def test_a_cr3_that_leads_nowhere(tmp_path: Path) -> None:
         assert back.frames.types(array(domain.places.top)).tolist() == [4], "found by vcpu 1"
 
 
-def test_tables_that_lead_in_circles(tmp_path: Path) -> None:
+def test_page_tables_in_a_circle_are_found_once(tmp_path: Path) -> None:
     domain, core = made()
     top = sorted(domain.pages).index(domain.places.top)
     entries = np.frombuffer(bytearray(core.pages[top]), "<u8")
@@ -289,14 +289,14 @@ def test_tables_that_lead_in_circles(tmp_path: Path) -> None:
         assert back.memory.walk(0).pfn == domain.places.top
 
 
-def test_a_section_beyond_all_files(tmp_path: Path) -> None:
+def test_core_section_beyond_the_file_is_malformed(tmp_path: Path) -> None:
     _, core = made()
     core.offsets, core.sizes = {".xen_pages": (1 << 64) - 8}, {".xen_pages": 0}
     with opened(core, tmp_path, Told()) as back:
         assert not [extents for extents in back.extents() if len(extents.first)]
 
 
-def test_other_processes_are_found_by_xens_own_entry(tmp_path: Path) -> None:
+def test_page_tables_of_other_processes_are_found_by_the_linear_page_table(tmp_path: Path) -> None:
     """A top table that no vcpu runs on, with a table below; a page that once was one, and is mapped writable; and one
     that cannot be written and is none. What the top table names and is mapped writable is no table either.
     """
@@ -325,7 +325,7 @@ def test_other_processes_are_found_by_xens_own_entry(tmp_path: Path) -> None:
         assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
 
 
-def test_other_processes_of_a_32_bit_guest_are_found(tmp_path: Path) -> None:
+def test_page_tables_of_other_32_bit_processes_are_found_by_xens_l2_entries(tmp_path: Path) -> None:
     """By the end of the L2 below the last entry. One that has more than four entries, or leads elsewhere, is none."""
     domain = pv_domain(width=4, pfns=range(128))
     top, below, more, elsewhere = domain.places.data[-4:]

@@ -48,7 +48,7 @@ def sparse(core: Core, number: int, more: bytes, path: Path) -> Path:
     return path
 
 
-def test_a_large_core_is_opened_by_its_list(tmp_path: Path) -> None:
+def test_large_core_opens_in_bounded_memory(tmp_path: Path) -> None:
     """Pages are holes; reading the list of a million pages is all that it takes."""
     domain, core = made()
     extra = np.arange(0x10_0000, 0x10_0000 + (1 << 20), dtype=np.uint64)
@@ -62,7 +62,7 @@ def test_a_large_core_is_opened_by_its_list(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_list_that_is_a_hole_is_refused_at_once(told: bool, tmp_path: Path) -> None:
+def test_core_list_in_a_hole_is_unsupported_at_once(told: bool, tmp_path: Path) -> None:
     """A file of 8 TiB that takes no room, with 2^31 pages in it."""
     _, core = made()
     first = len(core.pages) + 1
@@ -71,7 +71,7 @@ def test_a_list_that_is_a_hole_is_refused_at_once(told: bool, tmp_path: Path) ->
         CoreDomain.open(str(path), on_breach=Told() if told else None)
 
 
-def test_a_list_in_too_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_core_list_with_too_many_runs_is_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is an end to what is taken in, whatever is in the list."""
     monkeypatch.setattr("xenpv.runs.ROWS_MAX", 50)
     _, core = made()
@@ -80,7 +80,7 @@ def test_a_list_in_too_many_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         opened(core, tmp_path)
 
 
-def test_headers_that_take_all_memory_are_refused(tmp_path: Path) -> None:
+def test_core_with_huge_headers_is_malformed(tmp_path: Path) -> None:
     """65535 section headers of 65535 bytes each, in a file that has holes for them."""
     path = tmp_path / "headers.core"
     data = bytearray(bytes(made()[1]))

@@ -48,7 +48,7 @@ def core_of_saved(saved: SavedDomain) -> Core:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_tables_are_those_that_xen_knew(recipe: Recipe, tmp_path: Path) -> None:
+def test_page_tables_of_a_real_guest_are_those_that_xen_saved(recipe: Recipe, tmp_path: Path) -> None:
     file, path = tmp_path / "litmus.save", tmp_path / "litmus.core"
     file.write_bytes(unpacked(recipe))
     with SavedDomain.open(str(file)) as saved:

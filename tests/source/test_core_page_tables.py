@@ -87,7 +87,7 @@ CONTENT: dict[str, Callable[[Ran], bytes]] = {
 
 @pytest.mark.parametrize("content", CONTENT)
 @pytest.mark.parametrize("writable", [True, False])
-def test_a_table_that_ended_is_what_it_is_now(content: str, writable: bool, ran: Ran, tmp_path: Path) -> None:
+def test_stale_page_table_reads_as_its_new_content(content: str, writable: bool, ran: Ran, tmp_path: Path) -> None:
     """Also where the mapping that Linux made writable again was dumped before it was."""
     if not writable:
         ran.unwritable(ran.ended)
@@ -100,7 +100,7 @@ def test_a_table_that_ended_is_what_it_is_now(content: str, writable: bool, ran:
         others_are_tables(ran, core)
 
 
-def test_flags_that_no_such_table_has(ran: Ran, tmp_path: Path) -> None:
+def test_page_with_forbidden_flags_is_no_page_table(ran: Ran, tmp_path: Path) -> None:
     """As an L2 is named what could be an L1, since it has the global bit, and superpages."""
     ran.unwritable(ran.other)
     ran.domain.table(ran.domain.walk(ran.domain.vaddrs[0])[-3].table)[0] = ran.other << 12 | 1
@@ -111,7 +111,7 @@ def test_flags_that_no_such_table_has(ran: Ran, tmp_path: Path) -> None:
         assert back.frames.pages(one(ran.other)).tobytes() == core.pages[ran.other]
 
 
-def test_what_looks_like_a_table_and_is_mapped_writable_is_none(ran: Ran, tmp_path: Path) -> None:
+def test_page_that_is_mapped_writable_is_no_page_table(ran: Ran, tmp_path: Path) -> None:
     """A copy of a real one, as a kernel makes it that forks; and it is not asked what it maps."""
     before = core_of(ran.domain).pages[ran.l1]
     with ran.opened(ran.dumped(before), tmp_path) as core:
@@ -120,7 +120,7 @@ def test_what_looks_like_a_table_and_is_mapped_writable_is_none(ran: Ran, tmp_pa
         others_are_tables(ran, core)
 
 
-def test_what_is_no_table_makes_no_other_page_one_or_none(ran: Ran, tmp_path: Path) -> None:
+def test_stale_page_table_changes_no_other_pages_type(ran: Ran, tmp_path: Path) -> None:
     """Two pages like tables: one names another page as a table, and one maps real tables writable."""
     names, maps = ran.ended, ran.other
     ran.name(maps)
@@ -137,7 +137,7 @@ def test_what_is_no_table_makes_no_other_page_one_or_none(ran: Ran, tmp_path: Pa
         others_are_tables(ran, back)
 
 
-def test_a_table_that_is_read_only_is_one_whatever_it_maps_beside_the_domain(ran: Ran, tmp_path: Path) -> None:
+def test_read_only_page_table_with_foreign_entries_is_a_page_table(ran: Ran, tmp_path: Path) -> None:
     """Shared info, and a page that came while the core was written: no pfn has either."""
     ran.unwritable(ran.ended)
     core = ran.dumped()
@@ -151,7 +151,7 @@ def test_a_table_that_is_read_only_is_one_whatever_it_maps_beside_the_domain(ran
         assert back.frames.tables.stale == 0
 
 
-def test_who_exports_it_is_told(ran: Ran, tmp_path: Path) -> None:
+def test_export_of_a_core_with_stale_page_tables_has_a_remark(ran: Ran, tmp_path: Path) -> None:
     with ran.opened(ran.dumped(), tmp_path) as core:
         told = export(core, str(tmp_path / "out"), "lime").remarks
     assert any("1 of the pages that are named as page tables are none" in remark for remark in told)

@@ -17,7 +17,7 @@ from xenpv.source.saved import SavedDomain
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_file_tells_of_a_domain_what_the_host_told(width: Width, tmp_path: Path) -> None:
+def test_domain_saved_answers_as_the_running_one(width: Width, tmp_path: Path) -> None:
     guest = suspended("linear", width)
     live: Domain = LiveDomain(guest.host, guest.host.info(guest.domid))
     saved(guest, tmp_path / "saved")

@@ -72,7 +72,7 @@ def again(domain: Domain) -> bytes:
 @pytest.mark.parametrize(
     "make", [lambda d: d.to_bytes(batch=16), lambda d: d.to_bytes("xenopsd"), again, lambda _: bytes(hvm_stream())]
 )
-def test_an_index_tells_what_the_file_tells(make: Callable[[Domain], bytes], domain: Domain, tmp_path: Path) -> None:
+def test_stored_index_gives_the_same_domain(make: Callable[[Domain], bytes], domain: Domain, tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     file.write_bytes(make(domain))
     first = told(file, index=False)
@@ -83,7 +83,7 @@ def test_an_index_tells_what_the_file_tells(make: Callable[[Domain], bytes], dom
     assert stat.S_IMODE(beside(file).stat().st_mode) == 0o600
 
 
-def test_with_it_page_data_is_passed_over(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stored_index_saves_reading_page_data(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(file).close()
     reads: list[int] = []
     original = os.pread
@@ -106,7 +106,7 @@ def test_with_it_page_data_is_passed_over(file: Path, monkeypatch: pytest.Monkey
     assert by_index - with_samples <= without - records + 1
 
 
-def test_there_is_no_guest_memory_in_it(file: Path, domain: Domain) -> None:
+def test_stored_index_holds_no_guest_memory(file: Path, domain: Domain) -> None:
     opened(file).close()
     data = beside(file).read_bytes()
     for pfn in (domain.places.text, domain.places.start_info):
@@ -114,7 +114,7 @@ def test_there_is_no_guest_memory_in_it(file: Path, domain: Domain) -> None:
     assert bytes(domain.shared_page)[-64:] not in data or not any(domain.shared_page[-64:])
 
 
-def test_small_files_have_none_unless_asked(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_file_has_an_index_only_on_request(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened(file, None).close()
     assert not beside(file).exists()
     monkeypatch.setattr("xenpv.source.open.LARGE", 1000)
@@ -127,7 +127,7 @@ def test_small_files_have_none_unless_asked(file: Path, monkeypatch: pytest.Monk
 # --- stale -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_that_changed_is_read_anew(file: Path, domain: Domain) -> None:
+def test_stored_index_of_a_changed_file_is_ignored(file: Path, domain: Domain) -> None:
     before = told(file)
     stamp = file.stat()
     data = bytearray(file.read_bytes())
@@ -144,7 +144,7 @@ def test_a_file_that_changed_is_read_anew(file: Path, domain: Domain) -> None:
     assert known(file) is None
 
 
-def test_a_file_that_changes_meanwhile_gets_none(file: Path) -> None:
+def test_file_that_changes_while_read_gets_no_index(file: Path) -> None:
     with opened(file, index=False) as saved:
         state = index_file.FileState.of(saved.source)
         os.utime(file, ns=(1, 1))
@@ -152,7 +152,7 @@ def test_a_file_that_changes_meanwhile_gets_none(file: Path) -> None:
     assert not beside(file).exists()
 
 
-def test_a_file_with_faults_gets_none(file: Path) -> None:
+def test_damaged_file_gets_no_index(file: Path) -> None:
     cut = file.read_bytes()[:-2000]
     file.write_bytes(cut)
     open_domain(str(file), on_breach=lambda *_: None, index=True).close()
@@ -162,7 +162,7 @@ def test_a_file_with_faults_gets_none(file: Path) -> None:
 # --- where it cannot be written, and what it may not replace ---------------------------------------------------------
 
 
-def test_a_folder_that_is_not_ours_is_no_error(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_in_a_read_only_folder_is_not_stored(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opens = os.open
 
     def refuse(path: str, flags: int, mode: int = 0o777) -> int:
@@ -176,7 +176,7 @@ def test_a_folder_that_is_not_ours_is_no_error(file: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("what", ["file", "folder", "link"])
-def test_nothing_but_an_index_is_replaced(what: str, file: Path, tmp_path: Path) -> None:
+def test_store_index_replaces_only_an_index(what: str, file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.write_bytes(b"somebody's")
     if what == "file":
@@ -193,7 +193,7 @@ def test_nothing_but_an_index_is_replaced(what: str, file: Path, tmp_path: Path)
 # --- hostile ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_index_that_others_can_write_is_passed_by(file: Path) -> None:
+def test_stored_index_that_others_can_write_is_ignored(file: Path) -> None:
     opened(file).close()
     beside(file).chmod(0o620)
     assert known(file) is None
@@ -204,7 +204,7 @@ def test_an_index_that_others_can_write_is_passed_by(file: Path) -> None:
         assert known(file) is None
 
 
-def test_any_byte_that_is_another_makes_it_void(file: Path) -> None:
+def test_stored_index_with_any_byte_changed_is_ignored(file: Path) -> None:
     opened(file).close()
     good = beside(file).read_bytes()
     for at in range(0, len(good), len(good) // 60):
@@ -221,7 +221,7 @@ def test_any_byte_that_is_another_makes_it_void(file: Path) -> None:
     assert known(file) is not None
 
 
-def test_one_that_was_made_to_lie(file: Path) -> None:
+def test_stored_index_that_cannot_be_true_is_ignored(file: Path) -> None:
     """With a digest that is right: whatever it says, pages come out of the file, or a Fault; never anything else."""
     first = told(file, index=False)
     opened(file).close()

@@ -49,7 +49,7 @@ def tables(guest: P2MGuest) -> dict[int, int]:
 # --- its memory ------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_what_the_guest_has_by_pfn_and_by_virtual_address(guest: P2MGuest) -> None:
+def test_memory_of_a_running_domain_reads_by_pfn_and_virtual_address(guest: P2MGuest) -> None:
     memory, first = guest.live.memory, WRITTEN.start
     content = guest.host.frames.read(guest.made.mfns[first : WRITTEN.stop]).tobytes()
     at = guest.made.vaddr(first) + 100
@@ -60,7 +60,7 @@ def test_memory_is_what_the_guest_has_by_pfn_and_by_virtual_address(guest: P2MGu
     assert memory.page(first + 3) == content[3 * PAGE_SIZE :][:PAGE_SIZE]
 
 
-def test_types_are_what_the_host_says_of_the_mfns(guest: P2MGuest) -> None:
+def test_types_of_a_running_domain_are_the_hosts(guest: P2MGuest) -> None:
     pfns = np.arange(PAGES, dtype=np.uint64)
     expected = guest.host.page_types(guest.made.domid, guest.made.mfns)
     assert guest.live.frames.types(pfns).tolist() == expected.tolist()
@@ -69,7 +69,7 @@ def test_types_are_what_the_host_says_of_the_mfns(guest: P2MGuest) -> None:
     assert guest.live.frames.types(np.array([PAGES, 1 << 63, NO_FRAME], np.uint64)).tolist() == [ABSENT] * 3
 
 
-def test_page_tables_read_as_in_a_stream(guest: P2MGuest) -> None:
+def test_page_tables_of_a_running_domain_are_normalised(guest: P2MGuest) -> None:
     """Pfns in the place of mfns, flags kept, Xen's slots empty (normalise_pagetable() of libxenguest)."""
     pfn_of = {int(mfn): pfn for pfn, mfn in enumerate(guest.made.mfns)}
     found = tables(guest)
@@ -87,7 +87,7 @@ def test_page_tables_read_as_in_a_stream(guest: P2MGuest) -> None:
                 assert got == had
 
 
-def test_a_walk_steps_through_pfns(guest: P2MGuest) -> None:
+def test_walk_of_a_running_domain_gives_pfns(guest: P2MGuest) -> None:
     memory, pfn_of = guest.live.memory, {int(mfn): pfn for pfn, mfn in enumerate(guest.made.mfns)}
     way = memory.walk(guest.made.vaddr(12))
     assert way.pfn == 12
@@ -99,7 +99,7 @@ def test_a_walk_steps_through_pfns(guest: P2MGuest) -> None:
     assert (fault.level, fault.address) == (1 if PAGES % 512 else 2, guest.made.vaddr(PAGES))
 
 
-def test_what_is_no_page_table_any_more_is_not_walked(guest: P2MGuest) -> None:
+def test_walk_through_a_freed_page_table_raises_fault(guest: P2MGuest) -> None:
     """A process of a running guest ends, and with it its tables: what is in their frames then is no tables'."""
     memory = guest.live.memory
     fault = memory.walk(guest.made.vaddr(12), top=Pfn(WRITTEN.start)).fault
@@ -110,7 +110,7 @@ def test_what_is_no_page_table_any_more_is_not_walked(guest: P2MGuest) -> None:
     assert (e.value.space, e.value.address, e.value.level) == (fault.space, fault.address, fault.level)
 
 
-def test_a_table_that_ends_while_it_is_read_is_left_as_it_is(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_table_freed_while_read_is_not_normalised(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its type is asked for, then it is freed and written to, then its content is read."""
     page_types = guest.host.page_types
     asked: list[int] = []
@@ -129,7 +129,7 @@ def test_a_table_that_ends_while_it_is_read_is_left_as_it_is(guest: P2MGuest, mo
     assert asked == [4, 4]
 
 
-def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:
+def test_entry_with_a_foreign_frame_gives_no_pfn() -> None:
     """A grant, say: normalise gives NO_PFN, and an address through it ends there."""
     guest = P2MGuest()
     table, slot = guest.made.entry_of(30)
@@ -143,7 +143,7 @@ def test_a_table_that_names_anothers_frame_names_no_pfn() -> None:
     assert (e.value.level, e.value.entry) == (1, 30)
 
 
-def test_the_last_l2_of_a_32_bit_guest_ends_with_what_is_xens() -> None:
+def test_last_l2_of_a_32_bit_guest_has_no_xen_entries() -> None:
     guest = P2MGuest(4)
     pfn = int(guest.live.pfns_of(np.array([guest.made.l2], np.uint64))[0])
     assert int(raw(guest, pfn)[XEN_PAE_L2_FIRST]) & PTE_P, "there Xen has its own entries"
@@ -155,14 +155,14 @@ def test_the_last_l2_of_a_32_bit_guest_ends_with_what_is_xens() -> None:
 # --- its vcpus -------------------------------------------------------------------------------------------------------
 
 
-def test_the_top_tables_of_a_vcpu(guest: P2MGuest) -> None:
+def test_cr3_of_a_vcpu_is_a_pfn(guest: P2MGuest) -> None:
     live = guest.live
     assert live.cr3(0) == int(np.flatnonzero(guest.made.mfns == guest.made.top)[0])
     assert live.cr3(0, user=True) is None
     assert (live.cr3(1), live.vcpus) == (None, [0])
 
 
-def test_the_user_half_has_a_table_of_its_own() -> None:
+def test_cr3_of_the_user_half_is_a_pfn() -> None:
     guest = P2MGuest()
     host, domid = guest.host, guest.made.domid
     table, slot = guest.made.entry_of(40)
@@ -173,7 +173,7 @@ def test_the_user_half_has_a_table_of_its_own() -> None:
     assert guest.live.cr3(0, user=True) == guest.live.memory.user_top == 40
 
 
-def test_a_top_table_that_is_no_pfns_is_named() -> None:
+def test_cr3_outside_the_p2m_raises_guest_error() -> None:
     guest = P2MGuest()
     top = int(np.flatnonzero(guest.made.mfns == guest.made.top)[0])
     guest.put(top, INVALID_MFN[8])
@@ -184,7 +184,7 @@ def test_a_top_table_that_is_no_pfns_is_named() -> None:
 # --- what is not there -----------------------------------------------------------------------------------------------
 
 
-def test_a_pfn_without_a_frame_of_the_domains_is_a_fault_with_pfn_and_mfn() -> None:
+def test_pages_without_a_local_frame_raise_fault() -> None:
     guest = P2MGuest()
     other = make_guest(guest.host, 8, 64)
     mfn = int(other.mfns[5])
@@ -210,7 +210,7 @@ def test_a_pfn_without_a_frame_of_the_domains_is_a_fault_with_pfn_and_mfn() -> N
         assert (e.value.space, e.value.address) == ("pfn", lost)
 
 
-def test_a_frame_that_cannot_be_mapped_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_that_cannot_be_mapped_raise_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was the domain's when we asked, and has gone since."""
     guest = P2MGuest()
     live = guest.live
@@ -228,7 +228,7 @@ def test_a_frame_that_cannot_be_mapped_is_a_fault(monkeypatch: pytest.MonkeyPatc
     assert (e.value.space, e.value.address) == ("pfn", 12)
 
 
-def test_a_domain_that_goes_meanwhile_is_a_host_error() -> None:
+def test_domain_destroyed_meanwhile_raises_host_error() -> None:
     guest = P2MGuest()
     live, late = guest.live, guest.live
     assert live.p2m.entries == PAGES
@@ -269,7 +269,7 @@ def test_paused_pauses_and_always_unpauses() -> None:
     assert not paused()
 
 
-def test_what_leads_nowhere_from_the_first_has_not_changed() -> None:
+def test_p2m_damaged_from_the_start_has_not_changed() -> None:
     """The list is no list, the tree is sound: one finding for the list, and none of a p2m that is no more."""
     guest = P2MGuest()
     guest.arch(p2m_cr3=guest.made.top << 12, p2m_vaddr=BASE[8] + 1)
@@ -293,7 +293,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> ModelHost:
     return host
 
 
-def test_a_target_is_a_running_domain(here: ModelHost) -> None:
+def test_open_target_by_id_uuid_or_name_opens_a_running_domain(here: ModelHost) -> None:
     made = make_guest(here, name="web")
     for words in ("web", str(made.domid)):
         with open_target(words, pause=True) as live:
@@ -302,7 +302,7 @@ def test_a_target_is_a_running_domain(here: ModelHost) -> None:
         assert not here.info(made.domid).paused
 
 
-def test_a_target_that_is_nothing_is_said_to_be_none(here: ModelHost, tmp_path: Path) -> None:
+def test_open_target_without_such_domain_or_file_raises(here: ModelHost, tmp_path: Path) -> None:
     for target in ("nobody", "77"):
         with pytest.raises(HostError) as caught, open_target(target):
             pass
@@ -315,14 +315,14 @@ def test_a_target_that_is_nothing_is_said_to_be_none(here: ModelHost, tmp_path: 
         pass
 
 
-def test_a_file_is_not_paused(here: ModelHost, tmp_path: Path) -> None:
+def test_open_target_refuses_to_pause_a_file(here: ModelHost, tmp_path: Path) -> None:
     file = tmp_path / "dom.save"
     file.write_bytes(b"")
     with pytest.raises(RequestError, match="only a running domain can be paused"), open_target(str(file), pause=True):
         pass
 
 
-def test_an_hvm_domain_has_no_p2m_for_us(here: ModelHost, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_target_refuses_a_running_hvm_domain(here: ModelHost, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_guest(here)
     info = replace(here.info(made.domid), hvm=True)
     monkeypatch.setattr(here, "info", lambda _domid: info)
@@ -331,7 +331,7 @@ def test_an_hvm_domain_has_no_p2m_for_us(here: ModelHost, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_new_domain_without_anything(width: Width) -> None:
+def test_new_domain_without_p2m_or_vcpus_raises_guest_error(width: Width) -> None:
     """Made, and not yet built: no anchors, no vcpu, no name."""
     host = ModelHost(1 << 30)
     live = LiveDomain(host, host.info(host.create(width)))

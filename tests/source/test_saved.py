@@ -55,7 +55,7 @@ def file(domain: Domain, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_what_was_written(domain: Domain, file: Path) -> None:
+def test_frames_of_a_saved_domain_are_those_written(domain: Domain, file: Path) -> None:
     pfns = array(*sorted(domain.types), 150, 0xFFFF, 0x1_0002, 1 << 40)
     with SavedDomain.open(str(file)) as saved:
         expected = [domain.types.get(int(pfn), ABSENT) for pfn in pfns]
@@ -68,7 +68,7 @@ def test_memory_is_what_was_written(domain: Domain, file: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(SPREAD), max_size=300))
-def test_pages_in_any_order_with_repeats(pfns: list[int]) -> None:
+def test_pages_in_any_order_with_repeats_are_read(pfns: list[int]) -> None:
     domain, frames = _open()
     pages = frames.pages(array(*pfns))
     assert pages.shape == (len(pfns), PAGE)
@@ -94,7 +94,7 @@ def _open() -> tuple[Domain, FilePages]:
     return domain, saved.frames
 
 
-def test_neighbours_are_read_at_once(domain: Domain, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_adjacent_in_the_file_take_one_read(domain: Domain, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     original = os.preadv
 
@@ -111,7 +111,7 @@ def test_neighbours_are_read_at_once(domain: Domain, file: Path, monkeypatch: py
         assert reads == [PAGE] * 3
 
 
-def test_no_pages_are_no_pages(file: Path) -> None:
+def test_pages_of_no_pfns_are_empty(file: Path) -> None:
     with SavedDomain.open(str(file)) as saved:
         assert saved.frames.pages(array()).shape == (0, PAGE)
         assert saved.frames.types(array()).shape == (0,)
@@ -122,14 +122,14 @@ def test_no_pages_are_no_pages(file: Path) -> None:
     [(150, "not in the stream"), (200, "XTAB"), (1 << 50, "not in the stream")],
     ids=["absent", "XTAB", "beyond"],
 )
-def test_pages_that_are_not_there(file: Path, pfn: int, why: str) -> None:
+def test_pages_without_content_raise_fault(file: Path, pfn: int, why: str) -> None:
     with SavedDomain.open(str(file)) as saved:
         with pytest.raises(Fault, match=why) as e:
             saved.frames.pages(array(3, pfn, 4))
         assert (e.value.space, e.value.address) == ("pfn", pfn)
 
 
-def test_a_file_that_is_cut_while_it_is_open(domain: Domain, tmp_path: Path) -> None:
+def test_pages_of_a_file_cut_while_open_raise_fault(domain: Domain, tmp_path: Path) -> None:
     path = tmp_path / "shrinks"
     path.write_bytes(domain.to_bytes())
     with SavedDomain.open(str(path)) as saved:
@@ -142,7 +142,7 @@ def test_a_file_that_is_cut_while_it_is_open(domain: Domain, tmp_path: Path) -> 
         assert e.value.space == "pfn"
 
 
-def test_reads_that_come_in_pieces(domain: Domain, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_read_in_pieces_are_whole(domain: Domain, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Network file systems may give less than was asked for."""
     original = os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, into, offset: original(fd, [into[0][:1000]], offset))
@@ -154,7 +154,7 @@ def test_reads_that_come_in_pieces(domain: Domain, file: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_what_is_known(tmp_path: Path, width: Width) -> None:
+def test_saved_domain_tells_vcpus_anchors_and_start_info(tmp_path: Path, width: Width) -> None:
     domain = pv_domain(width=width, vcpus=3)
     path = tmp_path / "made"
     path.write_bytes(domain.to_bytes())
@@ -183,7 +183,7 @@ def test_what_is_known(tmp_path: Path, width: Width) -> None:
         assert saved.memory.read_virtual(vaddr, 64) == bytes(domain.pages[7][:64])
 
 
-def test_what_did_not_come_is_not_known(tmp_path: Path) -> None:
+def test_saved_domain_without_records_tells_none(tmp_path: Path) -> None:
     path = tmp_path / "hvm"
     path.write_bytes(bytes(hvm_stream()))
     with SavedDomain.open(str(path)) as saved:
@@ -198,7 +198,7 @@ def test_what_did_not_come_is_not_known(tmp_path: Path) -> None:
 # --- where it comes from ---------------------------------------------------------------------------------------------
 
 
-def test_of_a_pipe_what_a_look_needs_is_kept(domain: Domain) -> None:
+def test_pipe_keeps_page_tables_p2m_and_start_info(domain: Domain) -> None:
     at = domain.places
     kept = [*at.p2m, at.p2m_missing, at.start_info, at.tree_top, *at.tree_mid]
     kept += [pfn for pfn in domain.pages if domain.is_table(pfn)]
@@ -212,14 +212,14 @@ def test_of_a_pipe_what_a_look_needs_is_kept(domain: Domain) -> None:
         assert saved.memory.walk(domain.vaddrs[0x1_0001]).pfn == 0x1_0001
 
 
-def test_nothing_is_kept_of_a_pipe_when_nobody_will_ask(domain: Domain) -> None:
+def test_pipe_not_deep_keeps_nothing(domain: Domain) -> None:
     with from_pipe(domain.to_bytes(), deep=False) as saved:
         assert saved.contents.complete
         with pytest.raises(Fault):
             saved.memory.page(domain.places.top)
 
 
-def test_guest_memory_leaves_no_trace(domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spool_file_has_no_name(domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept of a pipe lies in a file without a name, which nobody else may read."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = set(os.listdir("/proc/self/fd"))
@@ -241,7 +241,7 @@ def test_guest_memory_leaves_no_trace(domain: Domain, tmp_path: Path, monkeypatc
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
-def test_a_fifo(domain: Domain, tmp_path: Path) -> None:
+def test_saved_domain_from_a_fifo_opens(domain: Domain, tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     writer = threading.Thread(target=lambda: fifo.write_bytes(domain.to_bytes()), daemon=True)
@@ -252,7 +252,7 @@ def test_a_fifo(domain: Domain, tmp_path: Path) -> None:
     writer.join(10)
 
 
-def test_a_descriptor_at_an_offset(domain: Domain, tmp_path: Path) -> None:
+def test_saved_domain_from_a_descriptor_at_an_offset_opens(domain: Domain, tmp_path: Path) -> None:
     path = tmp_path / "behind"
     path.write_bytes(b"x" * 5000 + domain.to_bytes())
     fd = os.open(path, os.O_RDONLY)
@@ -263,20 +263,20 @@ def test_a_descriptor_at_an_offset(domain: Domain, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["directory", "missing"])
-def test_what_cannot_be_opened(tmp_path: Path, what: str) -> None:
+def test_open_of_a_directory_or_missing_file_raises_request_error(tmp_path: Path, what: str) -> None:
     path = tmp_path if what == "directory" else tmp_path / "no"
     with pytest.raises(RequestError, match=str(path)):
         SavedDomain.open(str(path))
 
 
-def test_a_device_without_end_is_no_stream() -> None:
+def test_open_of_a_device_is_unsupported() -> None:
     with pytest.raises(Unsupported):
         SavedDomain.open("/dev/zero")
     with pytest.raises(Unsupported):
         SavedDomain.open("/dev/null")
 
 
-def test_without_a_handler_the_first_fault_raises(tmp_path: Path) -> None:
+def test_open_without_handler_raises_the_first_breach(tmp_path: Path) -> None:
     path = tmp_path / "broken"
     stream = pv_domain().to_stream()
     path.write_bytes(bytes(Stream(stream).drop("X86_PV_P2M_FRAMES")))
@@ -288,7 +288,7 @@ def test_without_a_handler_the_first_fault_raises(tmp_path: Path) -> None:
         SavedDomain.open(str(path))
 
 
-def test_with_a_handler_it_goes_on(tmp_path: Path) -> None:
+def test_open_with_handler_reads_on_after_breaches(tmp_path: Path) -> None:
     path = tmp_path / "broken"
     stream = pv_domain().to_stream().before("END", Wire().record(0x55))
     path.write_bytes(bytes(stream)[:-1])
@@ -299,7 +299,7 @@ def test_with_a_handler_it_goes_on(tmp_path: Path) -> None:
     assert faults == ["record-unknown", "truncated"]
 
 
-def test_a_failure_closes_the_descriptor(tmp_path: Path) -> None:
+def test_open_that_fails_closes_the_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "none"
     path.write_bytes(b"none")
     before = os.listdir("/proc/self/fd")
@@ -309,13 +309,13 @@ def test_a_failure_closes_the_descriptor(tmp_path: Path) -> None:
     assert os.listdir("/proc/self/fd") == before
 
 
-def test_closing_twice_does_no_harm(file: Path) -> None:
+def test_close_twice_does_no_harm(file: Path) -> None:
     saved = SavedDomain.open(str(file))
     saved.close()
     saved.close()
 
 
-def test_file_pages_tells_types_and_contents_by_two_indices(tmp_path: Path) -> None:
+def test_file_pages_takes_types_and_places_from_two_indices(tmp_path: Path) -> None:
     """Of a pipe, types are known of all pages and contents of some."""
     known, kept = PageIndex(), PageIndex()
     known.add_entries(array(1, 2, XTAB << 60 | 3, BROKEN << 60 | 4), 0)
