@@ -39,7 +39,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, no: int, after: int) -> None:
     monkeypatch.setattr(os, "writev", writev)
 
 
-def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
+def test_output_file_appears_when_complete(tmp_path: Path) -> None:
     path = tmp_path / "x.save"
     old = os.umask(0)
     try:
@@ -56,7 +56,7 @@ def test_a_file_has_its_name_when_it_is_whole(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.save"]
 
 
-def test_what_was_there_stays_until_then(tmp_path: Path) -> None:
+def test_output_existing_file_stays_until_complete(tmp_path: Path) -> None:
     path = tmp_path / "x.save"
     path.write_bytes(b"before")
     out = Output.open(str(path))
@@ -70,7 +70,7 @@ def test_what_was_there_stays_until_then(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.save"]
 
 
-def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
+def test_output_symbolic_link_replaces_its_target(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     target, link = tmp_path / "there" / "real", tmp_path / "link"
     target.write_bytes(b"before")
@@ -82,7 +82,7 @@ def test_a_symbolic_link_stays_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 4096])
-def test_short_writes_are_gone_on_with(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_short_writes_are_continued(most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.writev
 
     def writev(fd: int, buffers: Sequence[Any]) -> int:
@@ -100,7 +100,7 @@ def test_short_writes_are_gone_on_with(most: int, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "x").read_bytes() == WHOLE
 
 
-def test_what_cannot_be_written_in_place_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_efault_falls_back_to_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A target that says EFAULT to pages of another domain, which are all but what is bytes here, some way in."""
     real, calls = os.writev, []
 
@@ -124,7 +124,7 @@ def test_what_cannot_be_written_in_place_is_copied(tmp_path: Path, monkeypatch: 
     assert max(calls[2:]) <= 1 << 20, "copied a piece at a time"
 
 
-def test_memory_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_unmapped_memory_raises_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def writev(*_: Any) -> int:
         raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
 
@@ -134,7 +134,7 @@ def test_memory_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytes
     assert os.listdir(tmp_path) == []
 
 
-def test_more_buffers_than_one_call_takes(tmp_path: Path) -> None:
+def test_output_more_buffers_than_iov_max(tmp_path: Path) -> None:
     many: list[Buffer] = [bytes([i % 251]) for i in range(5000)]
     with Output.open(str(tmp_path / "x")) as out:
         out.write(many)
@@ -142,7 +142,7 @@ def test_more_buffers_than_one_call_takes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 100_000, 16_000_000])
-def test_a_full_disk_leaves_nothing(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_full_disk_leaves_no_file(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guest = suspended("linear")
     failing(monkeypatch, errno.ENOSPC, after)
     path = tmp_path / "x.save"
@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_nothing(after: int, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_nor_does_one_that_fails_at_the_end(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_failing_finish_leaves_no_file(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -166,7 +166,7 @@ def test_nor_does_one_that_fails_at_the_end(call: str, tmp_path: Path, monkeypat
     assert out.fd == -1
 
 
-def test_a_real_full_device() -> None:
+def test_output_full_device_raises_enospc() -> None:
     with pytest.raises(OSError, match="No space left") as e, Output.open("/dev/full") as out:
         out.write(BUFFERS)
     assert e.value.filename == "/dev/full"
@@ -192,7 +192,7 @@ def reading(path: Path, into: bytearray) -> threading.Thread:
     return thread
 
 
-def test_a_pipe_is_written_as_it_is_with_signals_in_between(fifo: Path) -> None:
+def test_output_pipe_survives_signals(fifo: Path) -> None:
     guest, expected, got = suspended("linear"), MemorySink(), bytearray()
     save(guest.host, guest.domid, expected)
     thread, ticks = reading(fifo, got), list[int]()
@@ -209,7 +209,7 @@ def test_a_pipe_is_written_as_it_is_with_signals_in_between(fifo: Path) -> None:
     assert got == expected.data
 
 
-def test_a_pipe_that_does_not_block_is_waited_for(fifo: Path) -> None:
+def test_output_nonblocking_pipe_waits(fifo: Path) -> None:
     got = bytearray()
     thread = reading(fifo, got)
     with Output.open(str(fifo)) as out:
@@ -219,7 +219,7 @@ def test_a_pipe_that_does_not_block_is_waited_for(fifo: Path) -> None:
     assert got == bytes(1 << 20) + b"end"
 
 
-def test_a_pipe_that_nobody_reads() -> None:
+def test_output_closed_pipe_raises_epipe() -> None:
     ours, theirs = os.pipe()
     out = Output(theirs, "pipe")
     os.close(ours)
@@ -229,7 +229,7 @@ def test_a_pipe_that_nobody_reads() -> None:
     assert out.fd == -1
 
 
-def test_standard_output() -> None:
+def test_output_dash_is_standard_output() -> None:
     code = (
         "from xenpv.io.atomic_output import Output\n"
         "with Output.open('-') as out: out.write([b'x' * 5, b'y'])\n"
@@ -239,7 +239,7 @@ def test_standard_output() -> None:
     assert done.stdout == b"xxxxxyz\n", "and it is left open"
 
 
-def test_what_cannot_be_opened(tmp_path: Path) -> None:
+def test_output_unopenable_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="nowhere/x: No such file"):
         Output.open(str(tmp_path / "nowhere" / "x"))
     with pytest.raises(RequestError, match="Is a directory"):

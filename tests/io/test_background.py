@@ -9,7 +9,7 @@ import pytest
 from xenpv.io.background import BackgroundWorker
 
 
-def test_work_is_done_in_order_and_by_the_end() -> None:
+def test_worker_runs_tasks_in_order_until_exit() -> None:
     done: list[int] = []
     with BackgroundWorker() as worker:
         for n in range(50):
@@ -20,7 +20,7 @@ def test_work_is_done_in_order_and_by_the_end() -> None:
     assert done[-1] == 50
 
 
-def test_one_piece_at_a_time_while_the_caller_goes_on() -> None:
+def test_worker_submit_waits_for_the_previous_task() -> None:
     first, second = threading.Event(), threading.Event()
     with BackgroundWorker() as worker:
         worker.submit(lambda: first.wait(5))
@@ -30,7 +30,7 @@ def test_one_piece_at_a_time_while_the_caller_goes_on() -> None:
         assert first.is_set()  # the second begins when the first is done
 
 
-def test_what_it_raises_is_raised_once_where_it_is_waited_for() -> None:
+def test_worker_error_is_raised_once_by_the_next_call() -> None:
     def fail() -> None:
         raise OSError(28, "full")
 
@@ -45,7 +45,7 @@ def test_what_it_raises_is_raised_once_where_it_is_waited_for() -> None:
         worker.submit(fail)
 
 
-def test_another_error_is_not_hidden_and_the_work_ends_first() -> None:
+def test_worker_body_error_wins_after_the_task_ended() -> None:
     slow, done = threading.Event(), threading.Event()
 
     def work() -> None:

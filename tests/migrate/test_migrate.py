@@ -34,7 +34,7 @@ def refusal(op: str, no: int = errno.EIO) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("live", [None, PrecopyPolicy()], ids=["suspended", "live"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_domain_arrives_and_runs(form: str, live: PrecopyPolicy | None) -> None:
+def test_migrate_domain_runs_on_receiver(form: str, live: PrecopyPolicy | None) -> None:
     move = Move.ready(form)
     ended = move.start(live=live)
     assert (ended.here, ended.there) == (None, None)
@@ -48,7 +48,7 @@ def test_a_domain_arrives_and_runs(form: str, live: PrecopyPolicy | None) -> Non
     assert ended.heard("sent")["pages"] >= PAGES
 
 
-def test_one_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() -> None:
+def test_migrate_busy_guest_arrives_as_it_stopped() -> None:
     move = Move.ready()
     live = move.live
 
@@ -68,7 +68,7 @@ def test_one_that_writes_all_the_time_arrives_as_it_was_when_it_stopped() -> Non
     assert ended.given.summary.pages > PAGES + 3 * len(move.pfns), "pages were sent more than once"
 
 
-def test_one_that_is_to_stay_paused() -> None:
+def test_migrate_paused_stays_paused_on_receiver() -> None:
     move = Move.ready()
     ended = move.start(paused=True)
     assert ended.taken is not None
@@ -80,7 +80,7 @@ def test_one_that_is_to_stay_paused() -> None:
     assert move.there() is not None
 
 
-def test_one_that_had_suspended_is_moved_as_it_is() -> None:
+def test_migrate_suspended_domain_runs_on_receiver() -> None:
     move = Move.ready()
     move.guest.do("suspend")
     assert move.start(live=PrecopyPolicy()).here is None
@@ -101,7 +101,7 @@ def test_one_that_had_suspended_is_moved_as_it_is() -> None:
         (lambda move: move.fill(1200), "it needs 5 MiB, and 4 MiB are free"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_it_is_sent(prepare: Callable[[Move], Any], said: str) -> None:
+def test_migrate_domain_that_does_not_fit_is_refused_before_sending(prepare: Callable[[Move], Any], said: str) -> None:
     move = Move.ready()
     prepare(move)
     before = len(move.target.domains()), move.target.free_pages()
@@ -117,7 +117,7 @@ def test_what_does_not_fit_is_refused_before_it_is_sent(prepare: Callable[[Move]
     assert before == (len(move.target.domains()), move.target.free_pages())
 
 
-def test_a_domain_whose_uuid_is_there() -> None:
+def test_migrate_uuid_on_receiver_is_refused() -> None:
     move = Move.ready()
     move.source.hypervisor.domains[move.guest.domid].uuid = UUID
     move.target.create(8, max_pages=1, name="other", uuid=UUID)
@@ -125,7 +125,7 @@ def test_a_domain_whose_uuid_is_there() -> None:
     assert move.runs_here()
 
 
-def test_memory_that_runs_short_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrate_receiver_out_of_memory_keeps_domain_on_sender(monkeypatch: pytest.MonkeyPatch) -> None:
     move = Move.ready()
     hog = move.fill(700)
     monkeypatch.setattr(move.target, "free_pages", lambda: 1 << 30)
@@ -140,7 +140,7 @@ def test_memory_that_runs_short_on_the_way(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("live", [None, PrecopyPolicy()], ids=["suspended", "live"])
-def test_a_guest_that_does_not_suspend_runs_on(live: PrecopyPolicy | None) -> None:
+def test_migrate_unresponsive_guest_keeps_running_on_sender(live: PrecopyPolicy | None) -> None:
     move = Move.ready()
     move.source.set_time_slice(move.guest.domid, lambda: None)
     ended = move.start(suspend_timeout=0.05, live=live)
@@ -151,7 +151,7 @@ def test_a_guest_that_does_not_suspend_runs_on(live: PrecopyPolicy | None) -> No
 
 
 @pytest.mark.parametrize("live", [None, PrecopyPolicy()], ids=["suspended", "live"])
-def test_a_guest_that_crashes_meanwhile(live: PrecopyPolicy | None) -> None:
+def test_migrate_guest_that_crashes_is_left_shut_down(live: PrecopyPolicy | None) -> None:
     move = Move.ready()
     move.source.set_time_slice(move.guest.domid, lambda: move.source.hypervisor.shutdown(move.guest.domid, 3))
     ended = move.start(live=live)
@@ -162,7 +162,7 @@ def test_a_guest_that_crashes_meanwhile(live: PrecopyPolicy | None) -> None:
     assert move.nothing_there()
 
 
-def test_a_paused_domain_is_not_asked() -> None:
+def test_migrate_paused_domain_is_refused() -> None:
     move = Move.ready()
     move.source.pause(move.guest.domid)
     ended = move.start()
@@ -175,7 +175,7 @@ def test_a_paused_domain_is_not_asked() -> None:
 
 
 @pytest.mark.parametrize("call", ["rename", "unpause", "introduce", "pin_tables", "set_vcpu_context"])
-def test_a_receiver_that_cannot_start_it_gives_it_back(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrate_receiver_fails_to_start_rolls_back_on_sender(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     move = Move.ready()
     monkeypatch.setattr(move.target, call, refusal(call))
     ended = move.start()
@@ -186,7 +186,7 @@ def test_a_receiver_that_cannot_start_it_gives_it_back(call: str, monkeypatch: p
     assert move.nothing_there()
 
 
-def test_a_receiver_that_can_neither_start_nor_destroy_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrate_receiver_fails_to_start_and_destroy_is_outcome_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     move = Move.ready()
     monkeypatch.setattr(move.target, "unpause", refusal("unpause"))
     monkeypatch.setattr(move.target, "destroy", refusal("destroy"))
@@ -197,7 +197,7 @@ def test_a_receiver_that_can_neither_start_nor_destroy_it_says_so(monkeypatch: p
     assert move.waits_here()
 
 
-def test_a_sender_that_cannot_rename_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrate_sender_fails_to_rename_keeps_domain_on_sender(monkeypatch: pytest.MonkeyPatch) -> None:
     move = Move.ready()
     names: list[str] = []
 
@@ -213,7 +213,7 @@ def test_a_sender_that_cannot_rename_keeps_it(monkeypatch: pytest.MonkeyPatch) -
     assert move.nothing_there()
 
 
-def test_a_sender_that_cannot_destroy_its_copy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrate_sender_fails_to_destroy_raises_host_error(monkeypatch: pytest.MonkeyPatch) -> None:
     move = Move.ready()
     monkeypatch.setattr(move.source, "destroy", refusal("destroy"))
     ended = move.start()
@@ -223,7 +223,7 @@ def test_a_sender_that_cannot_destroy_its_copy_says_so(monkeypatch: pytest.Monke
     assert move.there() is not None
 
 
-def test_a_domain_that_cannot_be_resumed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrate_failed_rollback_raises_rollback_error(monkeypatch: pytest.MonkeyPatch) -> None:
     move = Move.ready()
     monkeypatch.setattr(move.source, "resume", refusal("resume"))
     monkeypatch.setattr(move.target, "unpause", refusal("unpause"))
@@ -236,7 +236,7 @@ def test_a_domain_that_cannot_be_resumed_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("where", ["before", "suspended"])
-def test_ctrl_c(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrate_interrupted_keeps_domain_on_sender(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     move = Move.ready()
 
     def interrupted(*_: Any, **__: Any) -> None:
@@ -263,8 +263,8 @@ def undecided(*, arrives: bool) -> Move:
     assert first.sent is not None
     assert first.answered is not None
     move = Move.ready()
-    # What comes behind READY does not get out; or YOURS does not, though it counts as sent.
-    behind = first.answered.words[-2], first.sent.words[-2]
+    # What follows READY does not get out; or COMMIT does not, though it counts as sent.
+    behind = first.answered.message_ends[-2], first.sent.message_ends[-2]
     ended = move.start(back=behind[0]) if arrives else move.start(out=behind[1], lost=True)
     assert isinstance(ended.here, OutcomeUnknown)
     assert f"xenpv migrate --settle {move.guest.domid} there" in str(ended.here)
@@ -299,7 +299,7 @@ def resumed_here(move: Move) -> Settlement:
     return Settlement(Owner.SENDER, f"dom{move.guest.domid} ({NAME})", move.guest.domid)
 
 
-def test_the_receiver_runs_it_and_could_not_say_so() -> None:
+def test_settle_domain_runs_on_receiver_destroys_the_copy() -> None:
     move = undecided(arrives=True)
     there = move.there()
     assert there is not None
@@ -308,7 +308,7 @@ def test_the_receiver_runs_it_and_could_not_say_so() -> None:
     assert move.is_gone_here()
 
 
-def test_the_receiver_never_heard_that_it_is_its_own() -> None:
+def test_settle_domain_unknown_to_receiver_is_outcome_unknown() -> None:
     move = undecided(arrives=False)
     assert move.nothing_there()
     said, _ = settled(move)
@@ -320,7 +320,7 @@ def test_the_receiver_never_heard_that_it_is_its_own() -> None:
     assert move.runs_here()
 
 
-def test_the_receiver_was_killed_while_it_waited() -> None:
+def test_settle_incoming_domain_on_receiver_resumes_on_sender() -> None:
     """Its incoming domain is there, paused, and nobody will start it: asking ends it, and the sender's goes on."""
     move = undecided(arrives=False)
     move.target.create(8, max_pages=1, name=NAME + INCOMING)
@@ -330,7 +330,7 @@ def test_the_receiver_was_killed_while_it_waited() -> None:
     assert move.nothing_there()
 
 
-def test_the_receiver_cannot_end_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settle_receiver_fails_to_destroy_is_outcome_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     move = undecided(arrives=False)
     move.target.create(8, max_pages=1, name=NAME + INCOMING)
     monkeypatch.setattr(move.target, "destroy", refusal("destroy"))
@@ -341,13 +341,13 @@ def test_the_receiver_cannot_end_what_is_left(monkeypatch: pytest.MonkeyPatch) -
     assert move.waits_here()
 
 
-def test_one_that_was_given_away_is_not_given_again() -> None:
+def test_migrate_committed_domain_is_refused() -> None:
     move = undecided(arrives=True)
     assert f"may run there: xenpv migrate --settle {move.guest.domid}" in str(move.start().here)
     assert move.waits_here()
 
 
-def test_what_runs_is_not_settled() -> None:
+def test_settle_running_domain_is_refused() -> None:
     move = Move.ready()
     for call in (lambda: take_back(move.source, move.guest.domid), lambda: _raise(settled(move)[0])):
         with pytest.raises(RequestError, match="is not suspended: there is nothing to"):
@@ -363,7 +363,7 @@ def _raise(what: object) -> None:
 # --- others than us --------------------------------------------------------------------------------------------------
 
 
-def test_a_receiver_that_speaks_another_protocol() -> None:
+def test_migrate_receiver_of_another_version_is_unsupported() -> None:
     move = Move.ready()
     with linked(Link, 5.0) as (here, there):
         MigrationChannel(there, RECEIVER).send(Message.HELLO, protocol=[2, 3], xen="9.0", xenpv="9")
@@ -372,7 +372,7 @@ def test_a_receiver_that_speaks_another_protocol() -> None:
     assert move.runs_here()
 
 
-def test_a_receiver_that_is_none() -> None:
+def test_migrate_peer_that_is_no_receiver_is_unsupported() -> None:
     move = Move.ready()
     with linked(Link, 5.0) as (here, there):
         there.write([b"bash: xenpv: command not found\n"])
@@ -381,7 +381,7 @@ def test_a_receiver_that_is_none() -> None:
     assert move.runs_here()
 
 
-def test_a_receiver_that_says_whole_before_it_is() -> None:
+def test_migrate_ready_during_the_stream_is_out_of_order() -> None:
     move = Move.ready()
     with linked(Link, 5.0) as (here, there):
         channel = MigrationChannel(there, RECEIVER)
@@ -392,7 +392,7 @@ def test_a_receiver_that_says_whole_before_it_is() -> None:
     assert move.runs_here()
 
 
-def test_a_sender_that_offers_nonsense() -> None:
+def test_receive_invalid_offer_is_malformed() -> None:
     target = ModelHost(MEMORY)
     with linked(Link, 5.0) as (here, there):
         channel = MigrationChannel(here, SENDER)

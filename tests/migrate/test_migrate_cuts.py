@@ -66,15 +66,17 @@ def whole(live: PrecopyPolicy | None) -> tuple[Cut, Cut]:
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["cut", "swallowed"])
-def test_what_goes_there(whole: tuple[Cut, Cut], live: PrecopyPolicy | None, lost: bool) -> None:
-    """Until YOURS is out, it runs here. Where the network swallowed YOURS, the sender cannot know."""
-    sent, yours = whole[0].written, whole[0].words[-2]
+def test_migrate_link_cut_towards_receiver_leaves_one_owner(
+    whole: tuple[Cut, Cut], live: PrecopyPolicy | None, lost: bool
+) -> None:
+    """Until COMMIT is out, it runs here. Where the network swallowed COMMIT, the sender cannot know."""
+    sent, commit = whole[0].written, whole[0].message_ends[-2]
     tally: Counter[str] = Counter()
     move, before = Move.ready(), len(os.listdir("/proc/self/fd"))
-    for at in sample(whole[0].words):
+    for at in sample(whole[0].message_ends):
         end = how_it_ended(move, move.start(out=at, lost=lost, live=live))
-        # A sender that has got the first byte of YOURS out no longer knows; one that has got none, does.
-        may_not_know = at >= yours if lost else at > yours
+        # A sender that has got the first byte of COMMIT out no longer knows; one that has got none, does.
+        may_not_know = at >= commit if lost else at > commit
         assert end == ("undecided, here" if may_not_know else "here"), f"cut at {at} of {sent}"
         tally[end] += 1
         assert len(os.listdir("/proc/self/fd")) == before, "a descriptor is left open"
@@ -86,11 +88,13 @@ def test_what_goes_there(whole: tuple[Cut, Cut], live: PrecopyPolicy | None, los
 
 
 @pytest.mark.parametrize("lost", [False, True], ids=["cut", "swallowed"])
-def test_what_comes_back(whole: tuple[Cut, Cut], live: PrecopyPolicy | None, lost: bool) -> None:
+def test_migrate_link_cut_towards_sender_leaves_one_owner(
+    whole: tuple[Cut, Cut], live: PrecopyPolicy | None, lost: bool
+) -> None:
     """Until READY is heard, it runs here; where RUNNING is not, it runs there."""
-    answered, ready = whole[1].written, whole[1].words[-2]
+    answered, ready = whole[1].written, whole[1].message_ends[-2]
     tally: Counter[str] = Counter()
-    for at in sample(whole[1].words):
+    for at in sample(whole[1].message_ends):
         move = Move.ready()
         end = how_it_ended(move, move.start(back=at, lost=lost, live=live))
         assert end == ("here" if at < ready else "undecided, there"), f"cut at {at} of {answered}"

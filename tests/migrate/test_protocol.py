@@ -1,4 +1,4 @@
-"""Who may run a domain: the tables of the hand-over, tried in every order in which words can cross and be lost."""
+"""Who may run a domain: the tables of the hand-over, tried in every order in which messages can cross and be lost."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ State = tuple[
 
 
 def reachable() -> set[State]:
-    """All that can be, from before the first word on: either side speaks, or hears what came first."""
+    """All that can be, from before the first message on: either side speaks, or hears what came first."""
     seen: set[State] = set()
     todo: list[State] = [(Stage.NEW, Stage.NEW, (), ())]
     while todo:
@@ -40,8 +40,12 @@ def reachable() -> set[State]:
             continue
         seen.add(state)
         sender, receiver, to_sender, to_receiver = state
-        todo += [(after, receiver, to_sender, (*to_receiver, word)) for word, after in SENDER[sender].sends.items()]
-        todo += [(sender, after, (*to_sender, word), to_receiver) for word, after in RECEIVER[receiver].sends.items()]
+        todo += [
+            (after, receiver, to_sender, (*to_receiver, message)) for message, after in SENDER[sender].sends.items()
+        ]
+        todo += [
+            (sender, after, (*to_sender, message), to_receiver) for message, after in RECEIVER[receiver].sends.items()
+        ]
         if to_sender and to_sender[0] in SENDER[sender].receives:
             todo.append((SENDER[sender].receives[to_sender[0]], receiver, to_sender[1:], to_receiver))
         if to_receiver and to_receiver[0] in RECEIVER[receiver].receives:
@@ -56,20 +60,20 @@ def ends(state: State) -> set[tuple[OnDisconnect, OnDisconnect]]:
     for arrives in range(len(to_receiver) + 1):
         there = HandOver(RECEIVER)
         there.stage = receiver
-        for word in to_receiver[:arrives]:
-            if word in RECEIVER[there.stage].receives:
-                there.receive(word, b"")
+        for message in to_receiver[:arrives]:
+            if message in RECEIVER[there.stage].receives:
+                there.receive(message, b"")
         for heard in range(len(to_sender) + 1):
             here = HandOver(SENDER)
             here.stage = sender
-            for word in to_sender[:heard]:
-                if word in SENDER[here.stage].receives:
-                    here.receive(word, b"")
+            for message in to_sender[:heard]:
+                if message in SENDER[here.stage].receives:
+                    here.receive(message, b"")
             found.add((here.on_disconnect, there.on_disconnect))
     return found
 
 
-def test_wherever_the_link_is_cut_one_side_runs_it_or_somebody_is_told() -> None:
+def test_protocol_any_cut_leaves_one_owner_or_outcome_unknown() -> None:
     states = [state for state in reachable() if Message.QUERY not in state[3] and Stage.QUERIED not in state[:2]]
     asked = {state for state in reachable() if Stage.QUERIED in state[:2]}
     tally: Counter[tuple[OnDisconnect, OnDisconnect]] = Counter()
@@ -94,7 +98,7 @@ def test_wherever_the_link_is_cut_one_side_runs_it_or_somebody_is_told() -> None
     }
 
 
-def test_a_sender_is_unsure_only_once_it_gave_the_domain_away() -> None:
+def test_protocol_sender_stays_suspended_only_after_commit() -> None:
     unsure = {
         stage for stage in Stage if stage in SENDER and SENDER[stage].on_disconnect is OnDisconnect.STAY_SUSPENDED
     }
@@ -104,24 +108,24 @@ def test_a_sender_is_unsure_only_once_it_gave_the_domain_away() -> None:
     }
 
 
-def test_every_word_is_said_by_one_side_and_heard_by_the_other() -> None:
+def test_protocol_each_message_is_sent_by_one_side_and_received_by_the_other() -> None:
     for one, other in ((SENDER, RECEIVER), (RECEIVER, SENDER)):
-        said = {word for row in one.values() for word in row.sends}
-        assert said == {word for row in other.values() for word in row.receives}
+        said = {message for rule in one.values() for message in rule.sends}
+        assert said == {message for rule in other.values() for message in rule.receives}
 
 
-def test_words_are_framed_and_read_back() -> None:
+def test_handover_message_round_trip() -> None:
     here, there = HandOver(RECEIVER), HandOver(SENDER)
     data = here.send(Message.HELLO, protocol=[1, 1], xen="4.17")
-    word, length = decode_header(data[: HEADER.size], 0)
-    assert (word, length) == (Message.HELLO, len(data) - HEADER.size)
-    assert there.receive(word, data[HEADER.size :]) == {"protocol": [1, 1], "xen": "4.17"}
+    message, length = decode_header(data[: HEADER.size], 0)
+    assert (message, length) == (Message.HELLO, len(data) - HEADER.size)
+    assert there.receive(message, data[HEADER.size :]) == {"protocol": [1, 1], "xen": "4.17"}
     assert there.received_bytes == len(data)
     assert (here.stage, there.stage) == (Stage.GREETED, Stage.GREETED)
     assert encode(Message.COMMIT, {}) == HEADER.pack(MAGIC, 1, 5, 0)
 
 
-def test_long_words_are_cut_to_what_a_frame_holds() -> None:
+def test_encode_long_text_is_cut() -> None:
     data = encode(Message.ABORT, {"why": "no " * 100_000})
     assert len(json.loads(data[HEADER.size :])["why"]) == 4096
 
@@ -134,26 +138,26 @@ def test_long_words_are_cut_to_what_a_frame_holds() -> None:
         (HEADER.pack(MAGIC, 1, 99, 0), Malformed, "99"),
     ],
 )
-def test_what_is_no_word_is_refused(data: bytes, error: type[StreamError], said: str) -> None:
+def test_decode_header_of_another_protocol_is_refused(data: bytes, error: type[StreamError], said: str) -> None:
     with pytest.raises(error, match=said):
         decode_header(data, 0)
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"1", b"[" * 60_000])
-def test_a_body_is_an_object(body: bytes) -> None:
+def test_handover_body_that_is_no_object_is_malformed(body: bytes) -> None:
     with pytest.raises(Malformed, match="no JSON object"):
         HandOver(SENDER).receive(Message.HELLO, body)
 
 
-@pytest.mark.parametrize("word", [word for word in Message if word not in {Message.HELLO, Message.ABORT}])
-def test_a_word_out_of_turn_changes_nothing(word: Message) -> None:
+@pytest.mark.parametrize("message", [message for message in Message if message not in {Message.HELLO, Message.ABORT}])
+def test_handover_message_out_of_order_keeps_the_stage(message: Message) -> None:
     here = HandOver(SENDER)
-    with pytest.raises(OutOfOrder, match=rf"{word.name}; .*HELLO or ABORT"):
-        here.receive(word, b"")
+    with pytest.raises(OutOfOrder, match=rf"{message.name}; .*HELLO or ABORT"):
+        here.receive(message, b"")
     assert here.stage is Stage.NEW
 
 
-def test_an_offer_is_read_back() -> None:
+def test_offer_round_trip() -> None:
     assert Offer.of(OFFER.body()) == OFFER
     assert Offer.of(json.loads(json.dumps(OFFER.body() | {"new": 1}))) == OFFER
     bare = replace(OFFER, name=None, uuid=None, forms=[])
@@ -181,7 +185,7 @@ def test_an_offer_is_read_back() -> None:
         ("xen", None),
     ],
 )
-def test_an_offer_that_cannot_be_meant_is_refused(key: str, value: object) -> None:
+def test_offer_invalid_member_is_malformed(key: str, value: object) -> None:
     with pytest.raises(Malformed, match=key if key != "width" else "bits wide"):
         Offer.of(OFFER.body() | {key: value})
 
@@ -190,5 +194,5 @@ def test_an_offer_that_cannot_be_meant_is_refused(key: str, value: object) -> No
     ("theirs", "common"),
     [([1, 1], 1), ([1, 9], 1), ([2, 3], None), ([0, 0], None), (1, None), ([1], None), (["1", "1"], None)],
 )
-def test_the_newest_version_that_both_speak(theirs: object, common: int | None) -> None:
+def test_common_version_is_the_newest_of_both(theirs: object, common: int | None) -> None:
     assert common_version(theirs) == common

@@ -28,7 +28,7 @@ def pair(idle_timeout: float = 5.0) -> tuple[Link, Link]:
     )
 
 
-def test_bytes_go_both_ways() -> None:
+def test_link_transfers_bytes_both_ways() -> None:
     here, there = pair()
     with here, there:
         here.write([b"one", b"two"])
@@ -40,7 +40,7 @@ def test_bytes_go_both_ways() -> None:
         assert (here.written, there.written) == (6, 5)
 
 
-def test_more_than_fits_a_socket() -> None:
+def test_link_transfers_more_than_a_socket_buffer() -> None:
     here, there = pair()
     data = os.urandom(8 << 20)
     with here, there:
@@ -50,7 +50,7 @@ def test_more_than_fits_a_socket() -> None:
         writer.join()
 
 
-def test_one_that_closes_is_named() -> None:
+def test_link_closed_by_peer_names_the_peer() -> None:
     here, there = pair()
     with here:
         there.close()
@@ -77,7 +77,7 @@ def test_link_idle_peer_times_out() -> None:
         source.close()
 
 
-def test_what_was_said_last_arrives_though_more_was_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_drain_delivers_the_last_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "_DRAIN_TIMEOUT", 2.0)
     with listening("tcp:127.0.0.1:0") as listener:
         port = listener.getsockname()[1]
@@ -99,7 +99,7 @@ def test_what_was_said_last_arrives_though_more_was_on_its_way(monkeypatch: pyte
     closer.join()
 
 
-def test_a_unix_socket_is_its_owners_and_goes_with_the_listener(tmp_path: Path) -> None:
+def test_listening_unix_socket_is_private_and_removed(tmp_path: Path) -> None:
     path = tmp_path / "link"
     with listening(f"unix:{path}") as listener:
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -112,7 +112,7 @@ def test_a_unix_socket_is_its_owners_and_goes_with_the_listener(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("where", ["tcp:127.0.0.1:0", "tcp:[::1]:0", "tcp:localhost:0"])
-def test_loopback_is_listened_at(where: str) -> None:
+def test_listening_loopback_is_allowed(where: str) -> None:
     if "::1" in where and not socket.has_dualstack_ipv6():
         pytest.skip("no IPv6 on this machine")
     with listening(where) as listener:
@@ -123,7 +123,7 @@ def test_loopback_is_listened_at(where: str) -> None:
 
 
 @pytest.mark.parametrize("where", ["tcp:0.0.0.0:0", "tcp:[::]:0"])
-def test_others_than_this_machine_only_when_told(where: str) -> None:
+def test_listening_public_address_needs_anywhere(where: str) -> None:
     with pytest.raises(RequestError, match="--anywhere"), listening(where):
         pass
     if where.startswith("tcp:0") or socket.has_dualstack_ipv6():
@@ -134,18 +134,18 @@ def test_others_than_this_machine_only_when_told(where: str) -> None:
 @pytest.mark.parametrize(
     "where", ["tcp:7000", "tcp:host:", "tcp:host:99999", "tcp::7000", "fd:x", "fd:1,2,3", "fd:987"]
 )
-def test_what_is_no_address_is_said(where: str) -> None:
+def test_connect_invalid_address_is_refused(where: str) -> None:
     with pytest.raises(RequestError, match=re.escape(where.rpartition(",")[2])):
         connect(where)
 
 
 @pytest.mark.parametrize("where", ["web", "ssh:web", "tcp:web"])
-def test_listening_needs_an_address(where: str) -> None:
+def test_listening_invalid_address_is_refused(where: str) -> None:
     with pytest.raises(RequestError, match=where), listening(where):
         pass
 
 
-def test_nobody_there(tmp_path: Path) -> None:
+def test_connect_without_listener_raises_os_error(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"tcp:127.0.0.1:{free.getsockname()[1]}"
@@ -156,7 +156,7 @@ def test_nobody_there(tmp_path: Path) -> None:
         connect(f"unix:{tmp_path}/none")
 
 
-def test_given_descriptors() -> None:
+def test_connect_by_descriptors_transfers_bytes() -> None:
     one, other = socket.socketpair()
     with connect(f"fd:{one.detach()}") as here, Link.of_socket(other, "there") as there:
         here.write([b"x"])
@@ -172,7 +172,7 @@ def test_given_descriptors() -> None:
     os.close(into)
 
 
-def test_ssh_is_given_words_and_no_shell(tmp_path: Path) -> None:
+def test_connect_by_ssh_quotes_the_remote_command(tmp_path: Path) -> None:
     """The host is one word whatever is in it; what runs there is one word to ssh, quoted for the other side's shell."""
     said = tmp_path / "said"
     program = tmp_path / "ssh"
@@ -186,12 +186,12 @@ def test_ssh_is_given_words_and_no_shell(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("host", ["-oProxyCommand=touch x", ""])
-def test_an_option_is_no_host(host: str) -> None:
+def test_connect_host_like_an_option_is_refused(host: str) -> None:
     with pytest.raises(RequestError, match=re.escape(repr(host))):
         connect(host, ssh=["false"])
 
 
-def test_an_ssh_that_fails() -> None:
+def test_connect_failing_ssh_names_its_status() -> None:
     failing = [sys.executable, "-c", "raise SystemExit(255)"]
     with connect("web", ssh=failing) as link, pytest.raises(OSError, match="ended with status 255"):
         link.read(1)
@@ -199,7 +199,7 @@ def test_an_ssh_that_fails() -> None:
         connect("web", ssh=["/no/such/ssh"])
 
 
-def test_an_ssh_that_stays_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_close_ends_a_lingering_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "_DRAIN_TIMEOUT", 0.1)
     link = connect("web", ssh=[sys.executable, "-c", "import time; time.sleep(60)"])
     process = link._process
@@ -209,7 +209,7 @@ def test_an_ssh_that_stays_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert process.returncode is not None
 
 
-def test_standard_input_and_output_are_kept_from_what_is_printed() -> None:
+def test_standard_streams_keeps_prints_off_the_link() -> None:
     code = "from xenpv.migrate.transport import standard_streams\n"
     code += "link = standard_streams()\nprint('noise')\nlink.write([link.read(2)])"
     ran = subprocess.run([sys.executable, "-c", code], input=b"hi", capture_output=True, check=True)

@@ -39,7 +39,7 @@ def writing(guest: Guest, count: int = 40) -> Any:
 
 
 @pytest.mark.parametrize(("width", "form"), SOME_FORMS)
-def test_what_a_guest_writes_meanwhile_arrives(width: Width, form: str) -> None:
+def test_live_save_pages_written_meanwhile_arrive(width: Width, form: str) -> None:
     guest = Guest.boot(form, width)
     guest.do("write_pattern", guest.do("free_pfns"), 9)
     attend(guest, times(9, writing(guest, 200)))
@@ -50,7 +50,7 @@ def test_what_a_guest_writes_meanwhile_arrives(width: Width, form: str) -> None:
 
 
 @pytest.mark.parametrize(("top", "others"), [(1 << 24, [1]), (1 << 40, [1, 1 << 32, 1 << 32 | 1])])
-def test_a_frame_is_told_from_every_other(top: int, others: list[int]) -> None:
+def test_p2m_tracker_mfn_that_differs_in_one_bit_counts_as_remapped(top: int, others: list[int]) -> None:
     """What is remembered of an mfn is all of it, also on a host of 16 TiB and more."""
     guest = Guest.boot("linear")
     p2m = P2MTracker(cast(Mover, PatchedHost(guest, max_mfn=lambda: top)), guest.domid, track_changes=True)
@@ -66,7 +66,7 @@ def test_a_frame_is_told_from_every_other(top: int, others: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("width", "form"), SOME_FORMS)
-def test_a_p2m_that_moves_meanwhile(width: Width, form: str) -> None:
+def test_live_save_p2m_replaced_meanwhile_arrives(width: Width, form: str) -> None:
     """It grows, and with it all that is above its leaves is made anew; pages come, go, and get other pfns."""
     guest = Guest.boot(form, width)
     guest.do("write_pattern", guest.do("free_pfns"), 9)
@@ -90,7 +90,7 @@ def test_a_p2m_that_moves_meanwhile(width: Width, form: str) -> None:
 
 
 @BOTH
-def test_a_p2m_that_grows_within_its_last_leaf_before_anything_is_logged(width: Width) -> None:
+def test_live_save_p2m_grown_before_log_dirty_arrives(width: Width) -> None:
     guest = Guest.boot("tree3", width, pages=4000)
     guest.do("write_pattern", guest.do("free_pfns"), 9)
 
@@ -105,7 +105,7 @@ def test_a_p2m_that_grows_within_its_last_leaf_before_anything_is_logged(width: 
 
 
 @BOTH
-def test_tables_say_the_new_pfn_of_a_page_that_has_another(width: Width) -> None:
+def test_live_save_page_moved_to_another_pfn_resends_page_tables(width: Width) -> None:
     """The mfn in them is as it was, and nobody writes them: only what they come to in a stream is another."""
     guest = Guest.boot("linear", width)
     guest.do("write_pattern", guest.do("free_pfns"), 9)
@@ -113,7 +113,7 @@ def test_tables_say_the_new_pfn_of_a_page_that_has_another(width: Width) -> None
     copied(guest, live=PrecopyPolicy(max_iterations=1))
 
 
-def test_what_was_looked_up_in_a_leaf_that_is_none_any_more_is_sent_again() -> None:
+def test_live_save_lookup_in_replaced_leaf_is_sent_again() -> None:
     guest = Guest.boot("tree3")
     host, place = guest.host, 7
     new = np.array([a_page(guest)], np.uint64)
@@ -142,7 +142,7 @@ def test_what_was_looked_up_in_a_leaf_that_is_none_any_more_is_sent_again() -> N
     assert moved
 
 
-def test_a_guest_that_writes_nothing_is_stopped_at_once() -> None:
+def test_precopy_idle_guest_takes_two_iterations() -> None:
     guest = Guest.boot("linear")
     attend(guest)
     _, summary = copied(guest)
@@ -151,7 +151,7 @@ def test_a_guest_that_writes_nothing_is_stopped_at_once() -> None:
     assert summary.downtime <= summary.seconds
 
 
-def test_a_page_table_that_cannot_be_translated_yet_comes_with_the_rest() -> None:
+def test_live_save_page_table_not_yet_normalisable_is_deferred() -> None:
     """xg_sr_save_x86_pv.c normalise_pagetable(): "Errors during the live part of migration are expected"."""
     guest = Guest.boot("tree3")
     foreign = int(guest.host.frames.owned(1)[7])
@@ -168,7 +168,7 @@ def test_a_page_table_that_cannot_be_translated_yet_comes_with_the_rest() -> Non
     assert 1 in {kind & 7 for kind, _ in made.pages.values()}
 
 
-def test_pages_that_leave_or_cannot_be_mapped_meanwhile() -> None:
+def test_live_save_unmappable_pages_are_deferred() -> None:
     guest = Guest.boot("tree3")
     mfn = guest.live.p2m.lookup(np.array([4000, 4001], np.uint64))
 
@@ -191,7 +191,7 @@ def test_pages_that_leave_or_cannot_be_mapped_meanwhile() -> None:
 
 
 @BOTH
-def test_a_generation_that_is_odd_for_a_moment(width: Width) -> None:
+def test_live_save_generation_briefly_odd_succeeds(width: Width) -> None:
     guest = Guest.boot("linear", width)
     generation, looks = guest.live.anchors.p2m_generation, itertools.count()
 
@@ -204,7 +204,7 @@ def test_a_generation_that_is_odd_for_a_moment(width: Width) -> None:
     copied(guest, PatchedHost(guest, shared_info=shared_info), live=PrecopyPolicy(max_iterations=9))
 
 
-def test_a_generation_that_stays_odd() -> None:
+def test_live_save_generation_stays_odd_is_refused() -> None:
     """Before a byte is written if it is from the first; else when it has stopped, and its p2m may be anything."""
     guest = Guest.boot("linear")
     attend(guest, [lambda: arch(guest, p2m_generation=7)])
@@ -221,7 +221,7 @@ def test_a_generation_that_stays_odd() -> None:
     is_off(guest)
 
 
-def test_a_p2m_that_keeps_changing_is_copied_when_it_stands_still() -> None:
+def test_live_save_p2m_changing_all_the_time_arrives_in_stop_and_copy() -> None:
     """No pass of it is of use, and there are max_iterations of them."""
     guest = Guest.boot("linear")
     free, n = guest.do("free_pfns"), itertools.count(1)
@@ -237,7 +237,7 @@ def test_a_p2m_that_keeps_changing_is_copied_when_it_stands_still() -> None:
     assert summary.iterations <= 4
 
 
-def test_a_p2m_that_shrinks_is_refused() -> None:
+def test_live_save_p2m_shrunk_meanwhile_is_refused() -> None:
     guest = Guest.boot("tree3")
     attend(guest, [lambda: arch(guest, max_pfn=4096 - 512)])
     with pytest.raises(GuestError, match=r"0xdff .* 0xfff"):
@@ -251,7 +251,7 @@ def test_a_p2m_that_shrinks_is_refused() -> None:
     is_off(guest)
 
 
-def test_a_leaf_that_comes_to_stand_twice_is_refused() -> None:
+def test_live_save_populated_leaf_in_two_places_is_refused() -> None:
     guest = Guest.boot("tree3")
     end = a_page(guest)
     leaf = int(guest.live.p2m.leaves.frame[0])
@@ -276,7 +276,7 @@ class Broken(Exception):
 
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt, HostError])
 @pytest.mark.parametrize("nth", [1, 4, 9, 14])
-def test_log_dirty_is_off_whatever_the_sink_raises(error: type[BaseException], nth: int) -> None:
+def test_live_save_failing_sink_leaves_log_dirty_off(error: type[BaseException], nth: int) -> None:
     guest, calls = Guest.boot("linear"), itertools.count(1)
     attend(guest, times(9, writing(guest)))
 
@@ -299,7 +299,7 @@ def test_log_dirty_is_off_whatever_the_sink_raises(error: type[BaseException], n
 
 
 @pytest.mark.parametrize("call", ["dirty_pfns", "map_frames", "page_types", "shared_info", "vcpu_context", "log_dirty"])
-def test_log_dirty_is_off_whichever_call_fails(call: str) -> None:
+def test_live_save_failing_host_leaves_log_dirty_off(call: str) -> None:
     """And when Xen cannot do it, or somebody interrupts."""
     for error in (HostError("no", op=call, errno=95), KeyboardInterrupt()):
         for nth in (1, 3, 12):
@@ -324,14 +324,14 @@ def test_log_dirty_is_off_whichever_call_fails(call: str) -> None:
             is_off(guest)
 
 
-def test_what_somebody_who_was_killed_left_on() -> None:
+def test_live_save_log_dirty_left_on_by_a_killed_save_succeeds() -> None:
     guest = Guest.boot("linear")
     guest.host.log_dirty(guest.domid, on=True)
     attend(guest)
     copied(guest)
 
 
-def test_a_host_that_cannot_is_found_out_before_a_byte_is_written() -> None:
+def test_live_save_host_without_log_dirty_is_refused_before_the_first_byte() -> None:
     guest, heap = Guest.boot("linear"), MemorySink()
 
     def log_dirty(domid: DomId, *, on: bool) -> None:
@@ -343,7 +343,7 @@ def test_a_host_that_cannot_is_found_out_before_a_byte_is_written() -> None:
 
 
 @pytest.mark.parametrize("live", [PrecopyPolicy(), None])
-def test_a_guest_that_does_not_suspend_though_it_was_said_to(live: PrecopyPolicy | None) -> None:
+def test_save_suspend_callback_without_effect_is_refused(live: PrecopyPolicy | None) -> None:
     guest = Guest.boot("linear")
     for spoil, why in (
         (lambda: None, "runs"),
@@ -354,14 +354,14 @@ def test_a_guest_that_does_not_suspend_though_it_was_said_to(live: PrecopyPolicy
         is_off(guest)
 
 
-def test_a_live_save_without_a_way_to_suspend_is_no_request() -> None:
+def test_live_save_without_suspend_callback_is_refused() -> None:
     guest = Guest.boot("linear")
     with pytest.raises(RequestError, match="suspend"):
         save(guest.host, guest.domid, MemorySink(), live=PrecopyPolicy())
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_save_that_suspends_first(width: Width) -> None:
+def test_save_with_suspend_callback_sends_all_pages_once(width: Width) -> None:
     guest = Guest.boot("both", width)
     attend(guest)
     _, summary = copied(guest, live=None)
@@ -371,7 +371,7 @@ def test_a_save_that_suspends_first(width: Width) -> None:
 # --- policy, progress, bandwidth -------------------------------------------------------------------------------------
 
 
-def test_the_policy_is_libxenguests_unless_said_otherwise() -> None:
+def test_precopy_policy_default_is_libxenguests() -> None:
     """xg_sr_save.c simple_precopy_policy(): fewer than 50 dirty pages, or 5 passes."""
     policy = PrecopyPolicy()
     assert policy.continues(1, 4096, 50, 1e9)
@@ -388,7 +388,7 @@ def test_the_policy_is_libxenguests_unless_said_otherwise() -> None:
 @pytest.mark.parametrize(
     "how", [{"max_iterations": 0}, {"target_dirty": -1}, {"max_downtime": 0.0}, {"bandwidth": 4095}]
 )
-def test_what_a_policy_cannot_be(how: dict[str, Any]) -> None:
+def test_precopy_policy_value_out_of_range_is_refused(how: dict[str, Any]) -> None:
     with pytest.raises(RequestError):
         PrecopyPolicy(**how)
 
@@ -397,7 +397,7 @@ def transfers(seen: list[Progress]) -> list[Transfer]:
     return [one.transfer for one in seen if one.transfer is not None]
 
 
-def test_progress_of_a_live_copy() -> None:
+def test_live_save_progress_reports_every_phase_and_iteration() -> None:
     guest, seen = Guest.boot("linear"), list[Progress]()
     attend(guest, times(2, writing(guest, 300)))
     _, summary = copied(guest, progress=seen.append)
@@ -414,7 +414,7 @@ def test_progress_of_a_live_copy() -> None:
     assert all(one.rate > 0 and one.downtime is not None for one in begun)
 
 
-def test_a_bandwidth_is_kept_while_it_runs_and_not_when_it_stands_still() -> None:
+def test_live_save_bandwidth_limits_precopy_only() -> None:
     guest, seen = Guest.boot("linear", pages=2048), list[Progress]()
     attend(guest, times(9, writing(guest, 500)))
     before = time.monotonic()
@@ -427,7 +427,7 @@ def test_a_bandwidth_is_kept_while_it_runs_and_not_when_it_stands_still() -> Non
     assert stopped.downtime is not None
 
 
-def test_the_envelope_of_a_live_copy() -> None:
+def test_live_save_default_envelope_is_xls() -> None:
     guest, heap = Guest.boot("linear"), MemorySink()
     attend(guest, times(3, writing(guest)))
     save(

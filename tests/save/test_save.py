@@ -60,7 +60,7 @@ from xenpv.stream.writer import KINDS
 
 
 @pytest.mark.parametrize(("width", "form"), SOME_FORMS)
-def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path) -> None:
+def test_save_file_holds_what_the_host_has(width: Width, form: str, tmp_path: Path) -> None:
     guest = suspended(form, width)
     path = tmp_path / "x.save"
     summary = saved(guest, path, config=CONFIG)
@@ -87,7 +87,7 @@ def test_the_file_has_what_the_host_has(width: Width, form: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("width", "form"), SOME_FORMS)
-def test_the_guest_goes_on_from_the_file(width: Width, form: str, tmp_path: Path) -> None:
+def test_save_restored_guest_runs_on_another_host(width: Width, form: str, tmp_path: Path) -> None:
     """On another host, where every mfn is another: its pages are as they were, and its p2m says where they are now."""
     guest = suspended(form, width)
     saved(guest, tmp_path / "x")
@@ -103,7 +103,7 @@ def test_the_guest_goes_on_from_the_file(width: Width, form: str, tmp_path: Path
     assert set(moved.assert_consistent()) <= {"physmap-invalid"}
 
 
-def test_what_libxenguest_wrote_of_a_domain_is_what_is_written_here(tmp_path: Path) -> None:
+def test_save_restored_stock_file_gives_the_same_records(tmp_path: Path) -> None:
     """A file of real Xen's, given to a host as it was when xl saved it, and saved again: the same pages and records."""
     recipe = next(recipe for recipe in RECIPES if recipe.form == "linear")
     theirs, ours, host = tmp_path / "theirs", tmp_path / "ours", ModelHost(1 << 30)
@@ -127,7 +127,7 @@ def test_what_libxenguest_wrote_of_a_domain_is_what_is_written_here(tmp_path: Pa
 
 @pytest.mark.parametrize("kind", KINDS)
 @BOTH
-def test_every_envelope_byte_for_byte(kind: Kind, width: Width) -> None:
+def test_save_every_envelope_is_rewritten_byte_for_byte(kind: Kind, width: Width) -> None:
     """What was saved and read, and is written again from what was read, is the same."""
     heap = MemorySink()
     save(suspended("both", width).host, DomId(1), heap, envelope=kind, config=CONFIG if kind is Kind.XL else b"")
@@ -135,7 +135,7 @@ def test_every_envelope_byte_for_byte(kind: Kind, width: Width) -> None:
 
 
 @BOTH
-def test_records_come_as_in_libxenguest(width: Width) -> None:
+def test_save_records_are_in_libxenguests_order(width: Width) -> None:
     """xg_sr_save.c: 1024 pfns to a record, ascending; the records of a PV save in their order."""
     heap = MemorySink()
     save(suspended("linear", width).host, DomId(1), heap, envelope=Kind.LIBXC)
@@ -153,7 +153,7 @@ def test_records_come_as_in_libxenguest(width: Width) -> None:
     assert (np.diff(sent.astype(np.int64)) > 0).all()
 
 
-def test_pages_without_content_go_in_long_records() -> None:
+def test_save_pages_without_content_fill_long_records() -> None:
     """A restorer bounds a record's entries by its length alone, xg_sr_restore.c handle_page_data()."""
     guest = Guest.boot("linear", pages=1 << 18, order=9)
     guest.do("write_pattern", pfns(2000, 100_000), 7)
@@ -176,7 +176,7 @@ def test_pages_without_content_go_in_long_records() -> None:
     assert summary.pages + summary.without_content == 1 << 18
 
 
-def test_xens_own_verifier_takes_it(tmp_path: Path) -> None:
+def test_save_every_envelope_passes_verify_stream_v2(tmp_path: Path) -> None:
     try:
         tools = lab.peer_tools("4.17")
     except lab.LabError as e:
@@ -189,7 +189,7 @@ def test_xens_own_verifier_takes_it(tmp_path: Path) -> None:
             assert done.returncode == 0, done
 
 
-def test_progress_is_told_to_its_end(tmp_path: Path) -> None:
+def test_save_progress_reaches_its_end(tmp_path: Path) -> None:
     guest, seen = suspended("linear"), list[Progress]()
     summary = saved(guest, tmp_path / "x", progress=seen.append)
     pages = guest.host.info(guest.domid).pages
@@ -212,7 +212,7 @@ def test_progress_is_told_to_its_end(tmp_path: Path) -> None:
         ("tree3", 4, 1 << 28),
     ],
 )
-def test_cost_follows_pages_up_to_16_tib(form: str, width: Width, stretch: int, tmp_path: Path) -> None:
+def test_save_sparse_domain_of_16_tib_costs_by_its_pages(form: str, width: Width, stretch: int, tmp_path: Path) -> None:
     guest = Guest.boot(form, width)
     guest.do("spread", stretch)
     guest.do("write_pattern", guest.do("free_pfns"), 3)
@@ -237,7 +237,7 @@ def test_cost_follows_pages_up_to_16_tib(form: str, width: Width, stretch: int, 
 
 
 @pytest.mark.parametrize("stretch", [(1 << 32) + 512, 1 << 36])
-def test_beyond_16_tib_by_a_record_of_our_own(stretch: int, tmp_path: Path) -> None:
+def test_save_beyond_16_tib_restores_by_xenpvs_record(stretch: int, tmp_path: Path) -> None:
     """And back: the guest goes on, on another host."""
     guest = Guest.boot("linear", pages=3000)
     guest.do("spread", stretch)
@@ -264,7 +264,7 @@ def test_beyond_16_tib_by_a_record_of_our_own(stretch: int, tmp_path: Path) -> N
     assert not len(moved.do("check_pattern", free, 3))
 
 
-def test_our_own_record_is_for_who_asks_and_where_it_is_shorter(tmp_path: Path) -> None:
+def test_save_xenpv_record_is_used_only_if_allowed_and_shorter(tmp_path: Path) -> None:
     guest = Guest.boot("linear")
     guest.do("spread", 1 << 30)
     guest.do("suspend")
@@ -280,7 +280,7 @@ def test_our_own_record_is_for_who_asks_and_where_it_is_shorter(tmp_path: Path) 
 
 
 @BOTH
-def test_an_end_that_is_all_one_leaf_is_dropped_but_for_the_first(width: Width, tmp_path: Path) -> None:
+def test_save_p2m_uniform_end_is_cut_to_one_leaf(width: Width, tmp_path: Path) -> None:
     """map_p2m_tree(): "Check for actual lower max_pfn"; here by leaves."""
     guest = Guest.boot("tree3", width)
     per, n = PAGE_SIZE // width, 4096 * width // PAGE_SIZE
@@ -295,7 +295,7 @@ def test_an_end_that_is_all_one_leaf_is_dropped_but_for_the_first(width: Width, 
         assert len(domain.contents.p2m_frames) == n + 1
 
 
-def test_nor_do_the_tables_matter_that_an_end_is_in(tmp_path: Path) -> None:
+def test_save_p2m_uniform_end_across_frame_lists_is_cut_to_one_leaf(tmp_path: Path) -> None:
     """The rest of one frame list, and all of the next."""
     guest = Guest.boot("tree3")
     missing, mid = a_page(guest), a_page(guest, 2)
@@ -308,7 +308,7 @@ def test_nor_do_the_tables_matter_that_an_end_is_in(tmp_path: Path) -> None:
     assert not verify_file(tmp_path / "x").findings
 
 
-def test_an_end_of_two_leaves_is_not(tmp_path: Path) -> None:
+def test_save_p2m_end_of_two_leaves_is_kept(tmp_path: Path) -> None:
     guest = Guest.boot("tree3")
     one, other = a_page(guest), a_page(guest, 2)
     guest.do("suspend")
@@ -317,7 +317,7 @@ def test_an_end_of_two_leaves_is_not(tmp_path: Path) -> None:
     assert not verify_file(tmp_path / "x").findings
 
 
-def test_a_generation_of_who_has_no_list_means_nothing(tmp_path: Path) -> None:
+def test_save_odd_generation_without_a_linear_p2m_is_ignored(tmp_path: Path) -> None:
     guest = Guest.boot("tree3")
     guest.do("suspend")
     arch(guest, p2m_generation=3)
@@ -325,7 +325,7 @@ def test_a_generation_of_who_has_no_list_means_nothing(tmp_path: Path) -> None:
 
 
 @BOTH
-def test_marked_entries_are_counted_and_not_saved(width: Width, tmp_path: Path) -> None:
+def test_save_foreign_and_identity_entries_are_counted_only(width: Width, tmp_path: Path) -> None:
     guest = Guest.boot("tree3", width)
     guest.do("balloon_out", guest.do("free_pfns")[-10:])
     leaf = guest.live.p2m.leaves.frame[-1:]
@@ -340,7 +340,7 @@ def test_marked_entries_are_counted_and_not_saved(width: Width, tmp_path: Path) 
     assert not verify_file(tmp_path / "x").findings
 
 
-def test_a_leaf_of_marks_counts_as_often_as_it_stands_there(tmp_path: Path) -> None:
+def test_save_shared_leaf_of_marks_counts_per_place(tmp_path: Path) -> None:
     """Linux has one leaf for all stretches that are identity, or nothing."""
     guest = Guest.boot("tree3")
     leaf, end = a_page(guest), a_page(guest, 2)
@@ -352,7 +352,7 @@ def test_a_leaf_of_marks_counts_as_often_as_it_stands_there(tmp_path: Path) -> N
     assert not verify_file(tmp_path / "x").findings
 
 
-def test_entries_that_claim_another_domains_frame_are_sent_as_none(tmp_path: Path) -> None:
+def test_save_entry_with_another_domains_frame_is_sent_as_xtab(tmp_path: Path) -> None:
     """write_batch(): getpageframeinfo says XTAB of what is not the domain's, and that is what is sent."""
     guest = Guest.boot("tree3")
     guest.do("balloon_out", guest.do("free_pfns")[-2:])
@@ -369,7 +369,7 @@ def test_entries_that_claim_another_domains_frame_are_sent_as_none(tmp_path: Pat
     assert verify_file(tmp_path / "x").rules == {"page-missing"}
 
 
-def test_pages_without_content_are_sent_by_type(tmp_path: Path) -> None:
+def test_save_pages_without_content_keep_their_type(tmp_path: Path) -> None:
     guest = Guest.boot("linear")
     guest.do("suspend")
     mfns = guest.live.p2m.lookup(np.array([4000, 4001], np.uint64))
@@ -385,7 +385,7 @@ def test_pages_without_content_are_sent_by_type(tmp_path: Path) -> None:
         assert domain.frames.types(np.array([4000, 4001], np.uint64)).tolist() == [PageType.BROKEN, PageType.XALLOC]
 
 
-def test_xens_own_entries_of_a_pae_guest_are_left_out(tmp_path: Path) -> None:
+def test_save_xens_entries_of_a_pae_l2_are_cleared(tmp_path: Path) -> None:
     """normalise_pagetable(): the L2 that has Xen's mappings is known by the first of them."""
     guest = suspended("tree3", 4)
     top = guest.host.frames.read(guest.live.p2m.lookup(np.array([guest.layout.tables], np.uint64)))
@@ -402,7 +402,7 @@ def test_xens_own_entries_of_a_pae_guest_are_left_out(tmp_path: Path) -> None:
 
 
 @BOTH
-def test_content_is_not_copied_and_a_mapping_may_go_with_the_next(width: Width, tmp_path: Path) -> None:
+def test_save_content_is_written_before_the_next_mapping(width: Width, tmp_path: Path) -> None:
     """Host.map_frames: "it is gone when the next call of map_frames on this host returns"."""
     guest = suspended("both", width)
     expected, live = MemorySink(), list[U8]()
@@ -422,7 +422,7 @@ def test_content_is_not_copied_and_a_mapping_may_go_with_the_next(width: Width, 
 
 
 @BOTH
-def test_a_vcpus_frames_are_pfns(width: Width, tmp_path: Path) -> None:
+def test_save_vcpu_context_holds_pfns(width: Width, tmp_path: Path) -> None:
     guest = Guest.boot("tree3", width)  # which has mapped nothing that could be a GDT
     guest.do("suspend")
     gdt = guest.live.p2m.lookup(np.array([4000, 4001], np.uint64))
@@ -439,7 +439,7 @@ def test_a_vcpus_frames_are_pfns(width: Width, tmp_path: Path) -> None:
         assert domain.cr3(0, user=True) == (guest.layout.tables if width == 8 else None)
 
 
-def test_of_more_vcpus_those_that_are_online(tmp_path: Path) -> None:
+def test_save_offline_vcpus_are_left_out(tmp_path: Path) -> None:
     guest = suspended("tree3")
     offline = np.frombuffer(bytearray(guest.host.vcpu_context(guest.domid, 0)), VCPU_GUEST_CONTEXT[8]).copy()
     offline["flags"] = 0
@@ -470,14 +470,14 @@ def test_of_more_vcpus_those_that_are_online(tmp_path: Path) -> None:
         assert names == ["BASIC", "EXTENDED", "BASIC", "EXTENDED", "XSAVE", "MSRS"], "what is empty is left out"
 
 
-def test_a_suspended_domain_that_is_paused_too(tmp_path: Path) -> None:
+def test_save_suspended_and_paused_domain_stays_paused(tmp_path: Path) -> None:
     guest = suspended("linear")
     guest.host.pause(guest.domid)
     saved(guest, tmp_path / "x")
     assert guest.host.info(guest.domid).paused
 
 
-def test_the_domain_is_as_it_was(tmp_path: Path) -> None:
+def test_save_leaves_the_domain_unchanged(tmp_path: Path) -> None:
     """And its own p2m is in the file as it is: mfns of this host."""
     guest = suspended("both")
     before = of_host(guest), guest.host.info(guest.domid), guest.host.vcpu_context(guest.domid, 0)

@@ -38,7 +38,7 @@ from xenpv.save.save import save
 from xenpv.stream.envelope import Kind
 
 
-def test_a_domain_of_2_to_the_32_pfns_is_the_largest() -> None:
+def test_save_p2m_beyond_2_to_the_32_pfns_is_refused() -> None:
     guest = Guest.boot("linear")
     guest.do("spread", (1 << 32) + 512)
     guest.do("suspend")
@@ -49,7 +49,7 @@ def test_a_domain_of_2_to_the_32_pfns_is_the_largest() -> None:
     assert "--xenpv-only" in str(e)
 
 
-def test_a_p2m_with_a_hole_cannot_be_sent() -> None:
+def test_save_p2m_with_a_hole_is_refused() -> None:
     guest = Guest.boot("tree3")
     missing = a_page(guest)
     guest.do("suspend")
@@ -57,7 +57,7 @@ def test_a_p2m_with_a_hole_cannot_be_sent() -> None:
     assert "no leaf for pfns 0x1000 to 0x11ff" in str(refused(guest))
 
 
-def test_a_table_that_cannot_be_read_is_named() -> None:
+def test_save_unreadable_p2m_table_is_refused_with_its_mfn() -> None:
     guest = Guest.boot("tree3")
     guest.do("suspend")
     arch(guest, max_pfn=2 << 18)
@@ -66,7 +66,7 @@ def test_a_table_that_cannot_be_read_is_named() -> None:
     assert str(refused(guest)).endswith(f"its p2m cannot be read: the table at mfn {foreign:#x}, 1 above the leaves")
 
 
-def test_a_domain_that_goes_away_while_its_vcpus_are_asked_for() -> None:
+def test_save_domain_gone_during_vcpus_is_refused() -> None:
     """ESRCH may be of a vcpu, which is then offline, or of the domain."""
     guest, asked = suspended("tree3"), list[int]()
 
@@ -86,7 +86,7 @@ def test_a_domain_that_goes_away_while_its_vcpus_are_asked_for() -> None:
     assert e.op == "getdomaininfo"
 
 
-def test_a_leaf_with_pages_cannot_stand_twice() -> None:
+def test_save_populated_leaf_in_two_places_is_refused() -> None:
     guest = Guest.boot("tree3")
     guest.do("suspend")
     leaf = int(guest.live.p2m.leaves.frame[0])
@@ -94,7 +94,7 @@ def test_a_leaf_with_pages_cannot_stand_twice() -> None:
     assert "p2m_frame_list[0] names 512 pages, and stands in 2 places" in str(refused(guest))
 
 
-def test_a_leaf_of_another_domain_is_named() -> None:
+def test_save_leaf_of_another_domain_is_refused_with_its_mfn() -> None:
     guest = Guest.boot("tree3")
     guest.do("suspend")
     foreign = int(guest.host.frames.owned(1)[7])
@@ -102,7 +102,7 @@ def test_a_leaf_of_another_domain_is_named() -> None:
     assert f"Bad mfn for p2m_frame_list[8]: mfn {foreign:#x}" in str(refused(guest))
 
 
-def test_a_leaf_that_m2p_does_not_know_is_named() -> None:
+def test_save_leaf_unknown_to_m2p_is_refused_with_its_mfn() -> None:
     guest = Guest.boot("tree3")
     guest.do("suspend")
     leaf = guest.live.p2m.leaves.frame[3:4]
@@ -118,7 +118,7 @@ def test_a_leaf_that_m2p_does_not_know_is_named() -> None:
         ("invalid", "exposes no p2m: its anchor is 0xffffffffffffffff, which is to be looked for elsewhere"),
     ],
 )
-def test_a_guest_that_shows_no_p2m(form: str, why: str) -> None:
+def test_save_guest_without_p2m_is_refused(form: str, why: str) -> None:
     guest = Guest.boot(form)
     guest.do("suspend")
     e = refused(guest)
@@ -126,7 +126,7 @@ def test_a_guest_that_shows_no_p2m(form: str, why: str) -> None:
     assert why in str(e)
 
 
-def test_a_tree_that_shows_less_than_max_pfn() -> None:
+def test_save_tree_short_of_max_pfn_is_refused() -> None:
     """Four levels in the kernel, three exposed: "must be refused beyond what is exposed, never truncated"."""
     guest = Guest.boot("tree4hidden")
     guest.do("move", guest.do("free_pfns")[:5], pfns(5, 1 << 27))
@@ -134,7 +134,7 @@ def test_a_tree_that_shows_less_than_max_pfn() -> None:
     assert "max_pfn 0x8000004 too large for p2m tree: the guest exposes 3 levels" in str(refused(guest))
 
 
-def test_a_p2m_that_was_being_changed() -> None:
+def test_save_guest_stopped_during_p2m_change_is_refused() -> None:
     guest = Guest.boot("linear")
     guest.do("suspend")
     arch(guest, p2m_generation=3)
@@ -144,7 +144,7 @@ def test_a_p2m_that_was_being_changed() -> None:
 
 
 @pytest.mark.parametrize(("width", "level"), [(8, 1), (8, 2), (8, 4), (4, 1), (4, 2), (4, 3)])
-def test_an_entry_that_names_no_frame_of_the_domain(width: Width, level: int) -> None:
+def test_save_page_table_entry_with_foreign_mfn_is_refused(width: Width, level: int) -> None:
     guest = suspended("tree3", width)
     table = table_of(guest, level)
     slot = 3 if level == 3 else 77
@@ -156,7 +156,7 @@ def test_an_entry_that_names_no_frame_of_the_domain(width: Width, level: int) ->
     assert f"Bad entry L{level}[{slot}] of pfn {pfn:#x}: mfn {foreign:#x} is no frame of the domain" in str(e)
 
 
-def test_a_superpage_is_named() -> None:
+def test_save_superpage_is_refused_with_its_entry() -> None:
     guest = suspended("tree3")
     table = table_of(guest, 2)
     own = int(guest.live.p2m.lookup(pfns(1, 2048))[0])
@@ -166,7 +166,7 @@ def test_a_superpage_is_named() -> None:
     assert "superpage" in str(e)
 
 
-def test_where_other_domains_pages_are_mapped_it_is_said() -> None:
+def test_save_bad_entry_with_foreign_p2m_entries_hints_at_them() -> None:
     guest = Guest.boot("tree3")
     guest.do("balloon_out", guest.do("free_pfns")[-1:])
     leaf = guest.live.p2m.leaves.frame[-1:]
@@ -178,7 +178,7 @@ def test_where_other_domains_pages_are_mapped_it_is_said() -> None:
     assert "; its p2m maps 1 pages of other domains" in str(e)
 
 
-def test_a_level_4_table_of_a_32_bit_guest() -> None:
+def test_save_l4_table_of_a_32_bit_guest_is_refused() -> None:
     guest = suspended("tree3", 4)
     mfn = guest.live.p2m.lookup(np.array([4000], np.uint64))[0]
 
@@ -188,7 +188,7 @@ def test_a_level_4_table_of_a_32_bit_guest() -> None:
     assert "an L4 table in a 32-bit guest" in str(failed(guest, PatchedHost(guest, page_types=page_types)))
 
 
-def test_a_type_that_nobody_knows_and_a_page_that_cannot_be_mapped() -> None:
+def test_save_unknown_page_type_and_unmappable_page_are_refused() -> None:
     guest = suspended("tree3")
     mfn = guest.live.p2m.lookup(np.array([4000], np.uint64))[0]
 
@@ -206,7 +206,7 @@ def test_a_type_that_nobody_knows_and_a_page_that_cannot_be_mapped() -> None:
     assert "pfn 0xfa0" in str(e)
 
 
-def test_what_a_vcpu_cannot_have() -> None:
+def test_save_invalid_vcpu_context_is_refused() -> None:
     guest = suspended("tree3")
     foreign = int(guest.host.frames.owned(1)[7])
     for fields, why in (
@@ -220,7 +220,7 @@ def test_what_a_vcpu_cannot_have() -> None:
         assert why in str(refused(guest, with_context(guest, **fields)))
 
 
-def test_vcpus_that_xen_does_not_give() -> None:
+def test_save_vcpu_context_refused_by_xen_is_refused() -> None:
     guest = suspended("tree3")
 
     def refusing(no: int, last: int) -> PatchedHost:
@@ -240,13 +240,13 @@ def test_vcpus_that_xen_does_not_give() -> None:
     assert isinstance(e, HostError), "a domain without vcpus"
 
 
-def test_a_domain_that_runs() -> None:
+def test_save_running_domain_is_refused() -> None:
     e = refused(Guest.boot("linear"))
     assert isinstance(e, RequestError)
     assert str(e) == "dom1 (litmus) is running: suspend it first"
 
 
-def test_a_paused_domain_whose_kernel_has_not_suspended() -> None:
+def test_save_paused_domain_not_suspended_is_refused() -> None:
     """Its rdx may be anything; what a restorer writes to has to be start info."""
     guest = Guest.boot("linear")
     guest.host.pause(guest.domid)
@@ -259,7 +259,7 @@ def test_a_paused_domain_whose_kernel_has_not_suspended() -> None:
 
 
 @pytest.mark.parametrize(("changed", "why"), [({"hvm": True}, "is an HVM domain"), ({"dying": True}, "is dying")])
-def test_domains_of_other_kinds(changed: dict[str, Any], why: str) -> None:
+def test_save_hvm_or_dying_domain_is_refused(changed: dict[str, Any], why: str) -> None:
     guest = suspended("linear")
     host = PatchedHost(guest, info=lambda domid: replace(guest.host.info(domid), **changed))
     e = refused(guest, host)
@@ -267,7 +267,7 @@ def test_domains_of_other_kinds(changed: dict[str, Any], why: str) -> None:
     assert why in str(e)
 
 
-def test_a_domain_that_somebody_lets_run_meanwhile(tmp_path: Path) -> None:
+def test_save_domain_resumed_meanwhile_is_refused(tmp_path: Path) -> None:
     guest = suspended("linear")
 
     def progress(status: Progress) -> None:
@@ -279,7 +279,7 @@ def test_a_domain_that_somebody_lets_run_meanwhile(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_a_configuration_that_has_no_place_is_refused_at_once() -> None:
+def test_save_config_without_place_in_envelope_is_refused() -> None:
     guest, heap = suspended("linear"), MemorySink()
     for kind, config in ((Kind.LIBXC, CONFIG), (Kind.XL, b"name = 'x'")):
         with pytest.raises(RequestError):

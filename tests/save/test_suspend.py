@@ -18,7 +18,7 @@ from xenpv.save.suspend import has_suspended, resume, suspend
 
 
 @BOTH
-def test_a_guest_suspends_and_goes_on(width: Width) -> None:
+def test_suspend_and_resume_repeatedly_keeps_memory(width: Width) -> None:
     guest = Guest.boot("both", width)
     free = guest.do("free_pfns")
     guest.do("write_pattern", free, 5)
@@ -34,14 +34,14 @@ def test_a_guest_suspends_and_goes_on(width: Width) -> None:
         assert set(guest.assert_consistent()) <= {"physmap-invalid"}
 
 
-def test_one_that_does_not_react() -> None:
+def test_suspend_unresponsive_guest_withdraws_the_request() -> None:
     guest = Guest.boot("linear")
     with pytest.raises(GuestError, match=r"dom1 \(litmus\) did not suspend in 0.05 s: its kernel has not reacted"):
         suspend(guest.host, guest.domid, timeout=0.05)
     assert guest.host.shutdown_request(guest.domid) == "", "the request was taken back"
 
 
-def test_one_that_has_seen_it_and_takes_its_time() -> None:
+def test_suspend_slow_guest_is_an_error_that_says_so() -> None:
     guest = Guest.boot("linear")
     guest.host.set_time_slice(guest.domid, lambda: guest.host.store.write("/local/domain/1/control/shutdown", b""))
     with pytest.raises(GuestError, match="has seen the request, and may still obey it"):
@@ -49,7 +49,7 @@ def test_one_that_has_seen_it_and_takes_its_time() -> None:
 
 
 @pytest.mark.parametrize(("reason", "how"), [(0, "powered off"), (1, "rebooted"), (3, "crashed"), (77, "reason 77")])
-def test_one_that_ends_meanwhile(reason: int, how: str) -> None:
+def test_suspend_guest_that_shuts_down_is_an_error(reason: int, how: str) -> None:
     guest = Guest.boot("linear")
     guest.host.set_time_slice(guest.domid, lambda: guest.host.hypervisor.shutdown(guest.domid, reason))
     with pytest.raises(GuestError, match=f"{how}, and cannot suspend"):
@@ -61,7 +61,7 @@ def test_one_that_ends_meanwhile(reason: int, how: str) -> None:
         resume(guest.host, guest.domid)
 
 
-def test_one_that_is_paused() -> None:
+def test_suspend_paused_guest_is_refused() -> None:
     guest = Guest.boot("linear")
     guest.host.pause(guest.domid)
     with pytest.raises(RequestError, match="is paused, and cannot suspend: unpause it first"):
@@ -72,14 +72,14 @@ def test_one_that_is_paused() -> None:
         suspend(guest.host, guest.domid, timeout=0.02)
 
 
-def test_one_that_goes_away() -> None:
+def test_suspend_destroyed_guest_raises_host_error() -> None:
     guest = Guest.boot("linear")
     guest.host.set_time_slice(guest.domid, lambda: guest.host.destroy(guest.domid))
     with pytest.raises(HostError, match="no such domain"):
         suspend(guest.host, guest.domid)
 
 
-def test_an_hvm_domain() -> None:
+def test_suspend_hvm_domain_is_refused() -> None:
     guest = Guest.boot("linear")
 
     def info(domid: DomId) -> DomainInfo:
@@ -89,7 +89,7 @@ def test_an_hvm_domain() -> None:
         suspend(PatchedHost(guest, info=info), guest.domid)
 
 
-def test_whoever_interrupts_takes_the_request_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suspend_interrupted_withdraws_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     guest = Guest.boot("linear")
 
     def interrupt(_: float) -> None:

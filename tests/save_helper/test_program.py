@@ -80,7 +80,7 @@ def restore(host: Any, fd: int, answers: dict[Message, Answer] | None = None, **
     return libxl, domid
 
 
-def test_a_save_that_goes_well(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_save_writes_a_valid_stream(guest: Guest, stream: BinaryIO) -> None:
     stream.write(b"libxl's own, before")
     stream.flush()
     libxl = save(guest, stream.fileno())
@@ -105,7 +105,7 @@ def verify_bytes(data: bytes) -> list[str]:
         return [str(finding) for finding in report.findings]
 
 
-def test_what_is_restored_is_what_was_saved(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_restore_gives_the_saved_domain(guest: Guest, stream: BinaryIO) -> None:
     guest.do("write_pattern", guest.do("free_pfns"), 7)
     save(guest, stream.fileno())
     stream.write(b"libxl's own, behind")
@@ -123,7 +123,7 @@ def test_what_is_restored_is_what_was_saved(guest: Guest, stream: BinaryIO) -> N
     assert host.info(domid).paused
 
 
-def test_a_guest_that_does_not_suspend(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_save_refused_suspend_completes_with_einval(guest: Guest, stream: BinaryIO) -> None:
     libxl = save(guest, stream.fileno(), answers={Message.SUSPEND: 0})
     assert libxl.kinds == [Message.SUSPEND, Message.COMPLETE]
     assert libxl.completed == (-1, errno.EINVAL)
@@ -131,14 +131,14 @@ def test_a_guest_that_does_not_suspend(guest: Guest, stream: BinaryIO) -> None:
     assert not guest.host.info(guest.domid).shutdown
 
 
-def test_a_full_disk(guest: Guest) -> None:
+def test_serve_save_full_disk_completes_with_enospc(guest: Guest) -> None:
     with open("/dev/full", "wb") as full:
         libxl = save(guest, full.fileno())
     assert libxl.completed == (-1, errno.ENOSPC)
     assert libxl.errors == ["the stream: No space left on device"]
 
 
-def test_nobody_reads_the_stream(guest: Guest) -> None:
+def test_serve_save_closed_pipe_completes_with_epipe(guest: Guest) -> None:
     read, write = os.pipe()
     os.close(read)
     libxl = save(guest, write)
@@ -147,7 +147,7 @@ def test_nobody_reads_the_stream(guest: Guest) -> None:
     assert libxl.errors == ["the stream: Broken pipe"]
 
 
-def test_a_domain_that_cannot_be_saved_is_not_asked_to_suspend(stream: BinaryIO) -> None:
+def test_serve_save_guest_without_p2m_is_not_suspended(stream: BinaryIO) -> None:
     guest = Guest.boot("none")
     libxl = save(guest, stream.fileno())
     assert libxl.kinds == [Message.COMPLETE]
@@ -156,7 +156,7 @@ def test_a_domain_that_cannot_be_saved_is_not_asked_to_suspend(stream: BinaryIO)
     assert stream.read() == b""
 
 
-def test_a_signal_ends_a_save_in_order(guest: Guest) -> None:
+def test_serve_save_stop_signal_fails_the_next_write(guest: Guest) -> None:
     read, write = os.pipe()
     program._stop_by_signals(write)
 
@@ -173,7 +173,7 @@ def test_a_signal_ends_a_save_in_order(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize("last", [Message.SUSPEND, Message.PROGRESS, Message.COMPLETE])
-def test_when_libxl_dies_the_guest_runs_on(guest: Guest, stream: BinaryIO, last: Message) -> None:
+def test_serve_save_libxl_gone_resumes_the_guest(guest: Guest, stream: BinaryIO, last: Message) -> None:
     def dies() -> None:
         if not guest.host.info(guest.domid).shutdown:
             guest.do("suspend")
@@ -196,14 +196,14 @@ def test_serve_libxl_gone_and_resume_fails_raises_host_error(guest: Guest, strea
     assert not isinstance(e.value, LibxlGone)
 
 
-def test_when_libxl_and_the_reader_die_the_guest_runs_on(guest: Guest) -> None:
+def test_serve_save_libxl_and_reader_gone_resumes_the_guest(guest: Guest) -> None:
     """The save fails of the stream, and then there is nobody to tell."""
     with open("/dev/full", "wb") as full, pytest.raises(LibxlGone):
         save(guest, full.fileno(), answers={Message.LOG: None})
     assert not guest.host.info(guest.domid).shutdown
 
 
-def test_a_stream_that_is_cut_off(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_restore_truncated_stream_completes_with_ebadmsg(guest: Guest, stream: BinaryIO) -> None:
     save(guest, stream.fileno())
     stream.truncate(stream.seek(0, os.SEEK_END) // 2)
     stream.seek(0)
@@ -215,13 +215,13 @@ def test_a_stream_that_is_cut_off(guest: Guest, stream: BinaryIO) -> None:
     assert "PAGE_DATA" in libxl.errors[0]
 
 
-def test_daemons_elsewhere_than_libxl_says(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_restore_other_daemons_than_libxl_says_is_refused(guest: Guest, stream: BinaryIO) -> None:
     libxl, _ = restore(guest.host, stream.fileno(), store_domid=3)
     assert libxl.errors == ["libxl asks for xenstore and console in dom3 and dom0: xenstore says dom0 and dom0"]
     assert libxl.completed == (-1, errno.EINVAL)
 
 
-def test_a_policy_that_libxl_cannot_make(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_restore_failed_static_data_done_is_an_error(guest: Guest, stream: BinaryIO) -> None:
     save(guest, stream.fileno())
     stream.seek(0)
     libxl, domid = restore(ModelHost(1 << 30), stream.fileno(), {Message.STATIC_DATA_DONE: -3})
@@ -229,7 +229,7 @@ def test_a_policy_that_libxl_cannot_make(guest: Guest, stream: BinaryIO) -> None
     assert libxl.completed[0] == -1
 
 
-def test_an_older_xen_and_a_bug(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_old_xen_or_bug_completes_with_an_error(guest: Guest, stream: BinaryIO) -> None:
     old = PatchedHost(guest, version=lambda: XenVersion(4, 13, ".1"))
     assert save(guest, stream.fileno(), old).errors == ["this is Xen 4.13; 4.14 and newer are supported"]
 
@@ -242,7 +242,7 @@ def test_an_older_xen_and_a_bug(guest: Guest, stream: BinaryIO) -> None:
     assert libxl.errors[-2:] == ["ZeroDivisionError: of all things", "this is a bug of xenpv's; please report it"]
 
 
-def test_xen_says_no(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_host_error_completes_with_its_errno(guest: Guest, stream: BinaryIO) -> None:
     def info(domid: DomId) -> None:
         raise HostError("there is no dom9", op="getdomaininfo", domid=9, errno=errno.ESRCH)
 
@@ -250,7 +250,7 @@ def test_xen_says_no(guest: Guest, stream: BinaryIO) -> None:
     assert (libxl.completed, libxl.errors) == ((-1, errno.ESRCH), ["there is no dom9"])
 
 
-def test_a_domain_of_another_kind(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_save_hvm_domain_is_refused(guest: Guest, stream: BinaryIO) -> None:
     other = replace(guest.host.info(guest.domid), hvm=True)
     libxl = save(guest, stream.fileno(), PatchedHost(guest, info=lambda _: other))
     assert libxl.kinds == [Message.COMPLETE]
@@ -258,9 +258,7 @@ def test_a_domain_of_another_kind(guest: Guest, stream: BinaryIO) -> None:
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_debug_sends_all_pages_twice_and_the_receiver_says_what_differs(
-    guest: Guest, stream: BinaryIO, live: bool
-) -> None:
+def test_serve_save_debug_sends_pages_twice_for_comparison(guest: Guest, stream: BinaryIO, live: bool) -> None:
     libxl = save(guest, stream.fileno(), live=live, debug=True)
     assert libxl.completed == (0, 0)
     data = bytearray(Path(f"/proc/self/fd/{stream.fileno()}").read_bytes())
@@ -280,7 +278,7 @@ def test_debug_sends_all_pages_twice_and_the_receiver_says_what_differs(
         )
 
 
-def test_a_live_save(guest: Guest, stream: BinaryIO) -> None:
+def test_serve_live_save_logs_each_iteration(guest: Guest, stream: BinaryIO) -> None:
     guest.do("write_pattern", guest.do("free_pfns"), 7)
     libxl = save(guest, stream.fileno(), live=True)
     assert libxl.kinds == [Message.SUSPEND, Message.COMPLETE]
@@ -291,7 +289,9 @@ def test_a_live_save(guest: Guest, stream: BinaryIO) -> None:
     assert verify_bytes(data) == []
 
 
-def test_a_live_save_where_xen_cannot(guest: Guest, stream: BinaryIO, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_live_save_without_log_dirty_hints_at_no_precopy(
+    guest: Guest, stream: BinaryIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def log_dirty(domid: DomId, *, on: bool) -> None:
         raise HostError("it cannot", op="shadow_op", domid=domid, errno=errno.EOPNOTSUPP)
 
@@ -305,7 +305,7 @@ def test_a_live_save_where_xen_cannot(guest: Guest, stream: BinaryIO, monkeypatc
     assert (libxl.errors, libxl.completed) == ([], (0, 0))
 
 
-def test_how_a_live_save_is_made() -> None:
+def test_parse_precopy_reads_options_and_refuses_others() -> None:
     assert parse_precopy("") == PrecopyPolicy()
     assert parse_precopy("max-downtime=.25, target_dirty=10") == PrecopyPolicy(max_downtime=0.25, target_dirty=10)
     for wrong in ("yes", "bandwidth", "bandwidth=fast", "downtime=3", "max-iterations=0", ","):
@@ -328,7 +328,7 @@ def run_program(*argv: str, answers: dict[Message, Answer] | None = None) -> tup
     return ran.returncode, ran.stderr.decode(), libxl
 
 
-def test_without_xen_it_says_so() -> None:
+def test_program_without_xen_completes_with_an_error() -> None:
     for argv in (["--save-domain", "2", "-1", "1", "0", "136", "0"],
                  ["--restore-domain", "0", "-1", "1", "1", "0", "2", "0", "768", "0"]):  # fmt: skip
         code, err, libxl = run_program(*argv)
@@ -337,21 +337,21 @@ def test_without_xen_it_says_so() -> None:
         assert len(libxl.errors) == 1
 
 
-def test_what_is_not_supported_is_said_and_the_status_is_1() -> None:
+def test_program_unsupported_request_exits_with_1() -> None:
     code, err, libxl = run_program("--save-domain", "2", "-1", "1", "0", "136", "1")
     assert (code, err) == (EXIT_REFUSED, "")
     assert libxl.errors == ["Remus is not supported, only a save, restore or migration once; unset LIBXL_SAVE_HELPER"]
     assert libxl.kinds == []
 
 
-def test_who_runs_it_by_hand_is_told_what_it_is() -> None:
+def test_program_run_by_hand_prints_usage() -> None:
     code, err, libxl = run_program("--help")
     assert code == EXIT_USAGE
     assert "LIBXL_SAVE_HELPER=" in err
     assert libxl.told == []
 
 
-def test_nobody_at_the_other_end() -> None:
+def test_program_without_libxl_exits_with_2() -> None:
     read, write = os.pipe()
     os.close(read)
     ran = subprocess.run(
@@ -365,7 +365,7 @@ def test_nobody_at_the_other_end() -> None:
     assert (ran.returncode, ran.stderr) == (EXIT_GONE, b"xenpv-save-helper: libxl has gone\n")
 
 
-def test_it_imports_what_it_needs_and_no_more() -> None:
+def test_program_imports_only_what_it_needs() -> None:
     """The modules of other verbs, and those of the command line that people use, take longer than all of its own."""
     code = "import sys, xenpv.save_helper.program as h; print(*(m for m in sys.modules if '.' not in m))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

@@ -32,13 +32,13 @@ def recorded(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     return conversations(request.param)
 
 
-def test_what_the_stock_helper_says_is_read_and_written_alike(recorded: dict[str, dict[str, Any]]) -> None:
+def test_messages_of_the_stock_helper_round_trip(recorded: dict[str, dict[str, Any]]) -> None:
     for conversation in recorded.values():
         again = b"".join(protocol.encode(kind, *values) for kind, values in said(conversation))
         assert again.hex() == conversation["said"]
 
 
-def test_every_answer_is_to_a_message_that_has_one(recorded: dict[str, dict[str, Any]]) -> None:
+def test_replies_of_libxl_match_answered_messages(recorded: dict[str, dict[str, Any]]) -> None:
     for conversation in recorded.values():
         heard = bytes.fromhex(conversation["heard"])
         asked = [kind for kind, _ in said(conversation) if kind in protocol.ANSWERED]
@@ -50,7 +50,7 @@ def test_every_answer_is_to_a_message_that_has_one(recorded: dict[str, dict[str,
         assert not answers
 
 
-def test_libxls_arguments_are_understood(recorded: dict[str, dict[str, Any]]) -> None:
+def test_parse_arguments_reads_libxls_own(recorded: dict[str, dict[str, Any]]) -> None:
     for name, conversation in recorded.items():
         request = parse_arguments(conversation["arguments"])
         assert isinstance(request, Restore if "restore)" in name else Save)
@@ -63,7 +63,7 @@ def test_libxls_arguments_are_understood(recorded: dict[str, dict[str, Any]]) ->
         assert 0 < request.domid < 20
 
 
-def test_how_each_conversation_ends(recorded: dict[str, dict[str, Any]]) -> None:
+def test_messages_of_the_stock_helper_end_with_complete(recorded: dict[str, dict[str, Any]]) -> None:
     """What the answers and the last message are is what libxl goes by: so ours must be the same."""
     for name, conversation in recorded.items():
         kinds = [kind for kind, _ in said(conversation) if kind not in (Message.LOG, Message.PROGRESS)]
@@ -81,7 +81,7 @@ def test_how_each_conversation_ends(recorded: dict[str, dict[str, Any]]) -> None
     assert errnos["save, refused by the guest (save)"][0] == -1
 
 
-def test_our_words_have_xls_form() -> None:
+def test_encode_log_has_the_stock_helpers_form() -> None:
     assert list(decode_messages(protocol.encode_log(Level.ERROR, "dom5: no"))) == [
         (Message.LOG, (8, protocol.NO_ERRNO, "xenpv", "dom5: no")),
     ]
@@ -89,7 +89,7 @@ def test_our_words_have_xls_form() -> None:
     assert list(decode_messages(protocol.encode_complete(28))) == [(Message.COMPLETE, (-1, 28))]
 
 
-def test_words_of_any_length_and_kind_fit() -> None:
+def test_encode_log_any_text_fits() -> None:
     ((_, (_, _, _, text)),) = decode_messages(protocol.encode_log(Level.INFO, "a\0b\ud800" + "é" * 100_000))
     assert isinstance(text, str)
     assert text.startswith("a?b?é")
@@ -105,7 +105,7 @@ def changed(argv: list[str], at: int, value: str) -> list[str]:
     return [*argv[:at], value, *argv[at + 1 :]]
 
 
-def test_arguments_say_live_and_debug() -> None:
+def test_parse_arguments_reads_live_and_debug() -> None:
     assert parse_arguments(changed(SAVE, 4, "1")) == Save(14, 1, live=True, debug=False)
     assert parse_arguments(changed(SAVE, 4, "3")) == Save(14, 1, live=True, debug=True)
     assert parse_arguments(RESTORE) == Restore(12, 2, 1, 0, 2, 0)
@@ -132,12 +132,12 @@ def test_arguments_say_live_and_debug() -> None:
         ([], "no arguments"),
     ],
 )
-def test_what_is_not_known_is_refused_in_words(argv: list[str], why: str) -> None:
+def test_parse_arguments_unknown_request_is_refused(argv: list[str], why: str) -> None:
     with pytest.raises(RequestError, match=why):
         parse_arguments(argv)
 
 
-def test_a_recording_that_is_none_is_refused() -> None:
+def test_decode_messages_invalid_recording_is_refused() -> None:
     good = protocol.encode_log(Level.INFO, "words") + protocol.encode_complete(5)
     for cut in range(1, len(good)):
         if cut != len(protocol.encode_log(Level.INFO, "words")):

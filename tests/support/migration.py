@@ -38,15 +38,15 @@ class Cut(Link):
 
     limit: int | None = None
     lost = False
-    words: list[int]  # where each word that was said ends, and each part of the stream
+    message_ends: list[int]  # where each message ends, and each part of the stream
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        if not hasattr(self, "words"):
-            self.words = []
+        if not hasattr(self, "message_ends"):
+            self.message_ends = []
         data = b"".join(buffers)
         if self.limit is None or self.written + len(data) <= self.limit:
             super().write([data])
-            self.words.append(self.written)
+            self.message_ends.append(self.written)
             return
         super().write([data[: max(self.limit - self.written, 0)]])
         with socket.socket(fileno=os.dup(self.read_fd)) as one:
