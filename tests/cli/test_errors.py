@@ -1,4 +1,4 @@
-"""Bad input: one sentence that names offset and record, exit status 1, nothing else. Wrong usage: 64. A bug: 70."""
+"""Exit status 1 with one line for bad input, naming offset and record; 64 for wrong usage; 70 for a bug of xenpv."""
 
 from __future__ import annotations
 
@@ -28,18 +28,7 @@ def try_verb(verb: list[object], file: object, stdin: bytes | None = None) -> Ra
     return xenpv(verb[0], *options, file, *rest, stdin=stdin)
 
 
-def fails_in_a_sentence(ran: Ran) -> str:
-    """That it ended with 1, and said so in one line on standard error and no other word. Gives the line."""
-    assert ran.code == 1, ran
-    assert ran.raw == b""
-    assert ran.err.startswith("xenpv: error: ")
-    assert ran.err.count("\n") == 1
-    assert ran.err.endswith("\n")
-    assert "Traceback" not in ran.err
-    return ran.err
-
-
-# --- what is no stream at all ----------------------------------------------------------------------------------------
+# --- files that are no stream ----------------------------------------------------------------------------------------
 
 GOOD = pv_domain(pfns=range(40), user=False)
 NO_STREAM: dict[str, tuple[bytes, str]] = {
@@ -65,40 +54,40 @@ NO_STREAM: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(map(str, verb)))
 @pytest.mark.parametrize("kind", NO_STREAM)
-def test_what_is_no_stream(tmp_path: Path, kind: str, verb: list[object]) -> None:
+def test_file_that_is_no_stream_fails_and_says_what_it_is(tmp_path: Path, kind: str, verb: list[object]) -> None:
     data, sentence = NO_STREAM[kind]
     file = tmp_path / "file"
     file.write_bytes(data)
-    assert sentence in fails_in_a_sentence(try_verb(verb, file))
-    assert sentence in fails_in_a_sentence(try_verb(verb, "-", stdin=data))
+    assert sentence in try_verb(verb, file).error
+    assert sentence in try_verb(verb, "-", stdin=data).error
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(map(str, verb)))
-def test_paths(tmp_path: Path, verb: list[object]) -> None:
-    assert f"{tmp_path}: is a directory" in fails_in_a_sentence(try_verb(verb, tmp_path))
+def test_directory_or_missing_file_fails(tmp_path: Path, verb: list[object]) -> None:
+    assert f"{tmp_path}: is a directory" in try_verb(verb, tmp_path).error
     nothing = tmp_path / "nothing"
-    assert f"{nothing}: No such file or directory" in fails_in_a_sentence(try_verb(verb, nothing))
+    assert f"{nothing}: No such file or directory" in try_verb(verb, nothing).error
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_without_permission_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **more: object) -> int:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("xenpv.io.stream_input.os.open", refuse)
-    assert f"{tmp_path / 'file'}: Permission denied" in fails_in_a_sentence(xenpv("verify", tmp_path / "file"))
+    assert f"{tmp_path / 'file'}: Permission denied" in xenpv("verify", tmp_path / "file").error
 
 
-def test_a_disk_that_fails_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_error_while_reading_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object) -> bytes:
         raise OSError(5, "Input/output error")
 
     file = tmp_path / "file"
     file.write_bytes(GOOD.to_bytes())
     monkeypatch.setattr("xenpv.io.stream_input.os.pread", fail)
-    assert "Input/output error" in fails_in_a_sentence(xenpv("show", file))
+    assert "Input/output error" in xenpv("show", file).error
 
 
-def test_a_fifo_with_a_name(tmp_path: Path) -> None:
+def test_named_fifo_is_read_like_a_pipe(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     writer = threading.Thread(target=lambda: fifo.write_bytes(GOOD.to_bytes()), daemon=True)
@@ -137,7 +126,7 @@ BROKEN: dict[str, tuple[Callable[[Stream], object], str, str]] = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_broken_stream(tmp_path: Path, kind: str) -> None:
+def test_broken_stream_fails_with_offset_and_record(tmp_path: Path, kind: str) -> None:
     spoil, record, why = BROKEN[kind]
     stream = GOOD.to_stream()
     spoil(stream)
@@ -152,16 +141,16 @@ def test_a_broken_stream(tmp_path: Path, kind: str) -> None:
                 assert f"{record}" in line
                 assert "(offset 0x" in line
         else:
-            sentence = fails_in_a_sentence(try_verb(verb, file))
-            assert why in sentence
-            assert record in sentence
-            assert "(at 0x" in sentence
+            error = try_verb(verb, file).error
+            assert why in error
+            assert record in error
+            assert "(at 0x" in error
             if record in at:
-                assert f"(at {at[record]:#x}" in sentence
+                assert f"(at {at[record]:#x}" in error
 
 
 @pytest.mark.parametrize("envelope", ["xl", "libvirt", "xenopsd", "libxc"])
-def test_truncation_at_any_byte(tmp_path: Path, envelope: str) -> None:
+def test_truncated_stream_fails_with_an_offset(tmp_path: Path, envelope: str) -> None:
     stream = GOOD.to_stream(envelope)
     data = bytes(stream)
     cuts, at = set(range(1, 200 if envelope == "xl" else 70)), 0
@@ -171,21 +160,21 @@ def test_truncation_at_any_byte(tmp_path: Path, envelope: str) -> None:
     file = tmp_path / "cut"
     for cut in sorted(cut for cut in cuts if cut < len(data)):
         file.write_bytes(data[:cut])
-        sentence = fails_in_a_sentence(xenpv("show", file))
-        assert "(at 0x" in sentence
+        error = xenpv("show", file).error
+        assert "(at 0x" in error
         ran = xenpv("verify", "--framing", file)
         assert ran.code == 1
         assert "Traceback" not in ran.err
         assert ran.err.count("\n") <= 1
 
 
-def test_a_configuration_that_claims_gigabytes(tmp_path: Path) -> None:
+def test_configuration_of_2_gib_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(bytes(GOOD.to_stream().patch("xl header", 44, le32(1 << 31))))
-    assert "xl header" in fails_in_a_sentence(xenpv("show", file))
+    assert "xl header" in xenpv("show", file).error
 
 
-# --- usage, and bugs of ours -----------------------------------------------------------------------------------------
+# --- wrong usage, and bugs of xenpv ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +182,7 @@ def test_a_configuration_that_claims_gigabytes(tmp_path: Path) -> None:
     [["frobnicate"], ["verify"], ["verify", "--frobnicate", "x"], ["walk", "x"], ["walk", "x", "nonsense"],
      ["read", "x", "0"], ["show", "x", "y"], ["read", "--vcpu", "one", "x", "0", "0"]],
 )  # fmt: skip
-def test_usage(args: list[str]) -> None:
+def test_wrong_usage_exits_64(args: list[str]) -> None:
     ran = xenpv(*args)
     assert ran.code == 64
     assert ran.raw == b""
@@ -201,7 +190,7 @@ def test_usage(args: list[str]) -> None:
     assert "Traceback" not in ran.err
 
 
-def test_a_bug_is_called_one(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bug_exits_70_with_a_traceback(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **more: object) -> None:
         raise ZeroDivisionError("one and only")
 
@@ -214,7 +203,7 @@ def test_a_bug_is_called_one(good: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert ran.err.splitlines()[-1] == "xenpv: this is a bug in xenpv; please report it with the lines above"
 
 
-def test_an_interrupt_is_no_bug(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_exits_130_without_a_traceback(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*args: object, **more: object) -> None:
         raise KeyboardInterrupt
 

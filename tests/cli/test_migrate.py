@@ -1,4 +1,4 @@
-"""xenpv migrate and receive, between guests and hosts of the model, over sockets."""
+"""``xenpv migrate`` and ``xenpv receive`` between two model hosts, over sockets."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def move(monkeypatch: pytest.MonkeyPatch) -> Move:
     return move
 
 
-def beside(what: Callable[[], object], command: Callable[[], Ran]) -> tuple[Ran, object]:
-    """A command, and what runs at the same time; what that came to."""
+def run_beside(peer: Callable[[], object], command: Callable[[], Ran]) -> tuple[Ran, object]:
+    """Run a command while the peer runs in a thread; return both results, or the peer's exception."""
     result: list[object] = []
 
     def run() -> None:
         try:
-            result.append(what())
-        except BaseException as e:  # it is looked at
+            result.append(peer())
+        except BaseException as e:  # the test looks at it
             result.append(e)
 
     thread = threading.Thread(target=run)
@@ -53,11 +53,15 @@ def migrated(move: Move, folder: Path, *args: object) -> tuple[Ran, object]:
             with accept(listener, where, idle_timeout=20.0) as link:
                 return receive_domain(move.target, link)
 
-        return beside(receive, lambda: xenpv("migrate", *args, NAME, where))
+        return run_beside(receive, lambda: xenpv("migrate", *args, NAME, where))
 
 
-@pytest.mark.parametrize("option", [[], ["--no-live"], ["--max-iterations", 1], ["--bandwidth", "1G"]])
-def test_a_domain_is_moved(move: Move, tmp_path: Path, option: list[object]) -> None:
+@pytest.mark.parametrize(
+    "option",
+    [[], ["--no-live"], ["--max-iterations", 1], ["--bandwidth", "1G"]],
+    ids=lambda option: " ".join(map(str, option)),
+)
+def test_migrate_moves_the_domain(move: Move, tmp_path: Path, option: list[object]) -> None:
     ran, _ = migrated(move, tmp_path, *option)
     assert (ran.code, ran.out) == (0, "")
     assert ran.err.startswith(f"dom{move.guest.domid} ({NAME}) runs on unix:{tmp_path}/link as dom1: 4.3 MiB sent, ")
@@ -65,7 +69,7 @@ def test_a_domain_is_moved(move: Move, tmp_path: Path, option: list[object]) -> 
     assert move.there() is not None
 
 
-def test_what_happens_is_told_as_lines_of_json(move: Move, tmp_path: Path) -> None:
+def test_migrate_json_prints_events_in_order(move: Move, tmp_path: Path) -> None:
     ran, _ = migrated(move, tmp_path, "--json")
     events = [json.loads(line) for line in ran.out.splitlines()]
     names = [event["event"] for event in events]
@@ -78,7 +82,7 @@ def test_what_happens_is_told_as_lines_of_json(move: Move, tmp_path: Path) -> No
     assert events[-1]["downtime"] > 0
 
 
-def test_a_failure_is_told_and_the_guest_runs_on(move: Move, tmp_path: Path) -> None:
+def test_migrate_refused_by_the_receiver_leaves_the_guest_running(move: Move, tmp_path: Path) -> None:
     move.target.create(8, max_pages=1, name=NAME)
     ran, _ = migrated(move, tmp_path)
     assert ran.code == 1
@@ -92,8 +96,8 @@ def test_a_failure_is_told_and_the_guest_runs_on(move: Move, tmp_path: Path) -> 
     assert move.runs_here()
 
 
-def test_by_ssh(move: Move, tmp_path: Path) -> None:
-    """What stands for ssh leads to a socket where one receives; what it was given is looked at."""
+def test_migrate_by_ssh_runs_the_receiver_there(move: Move, tmp_path: Path) -> None:
+    """A program in place of ssh checks its arguments and connects to a receiver."""
     program = tmp_path / "ssh"
     program.write_text(
         f"#!{sys.executable}\n"
@@ -115,12 +119,14 @@ def test_by_ssh(move: Move, tmp_path: Path) -> None:
             with accept(listener, where, idle_timeout=20.0) as link:
                 return receive_domain(move.target, link)
 
-        ran, _ = beside(receive, lambda: xenpv("migrate", "--ssh", f"{program} -p 22", NAME, "host"))
+        ran, _ = run_beside(receive, lambda: xenpv("migrate", "--ssh", f"{program} -p 22", NAME, "host"))
     assert ran.code == 0, ran.err
     assert move.there() is not None
 
 
-def test_the_last_word_lost_and_settled(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_migrate_settle_after_a_lost_commit_gives_the_domain_to_the_receiver(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unpause(_domid: int) -> None:
         raise HostError("unpause: no", op="unpause")
 
@@ -131,7 +137,7 @@ def test_the_last_word_lost_and_settled(move: Move, tmp_path: Path, monkeypatch:
     assert ran.code == 1
     domid = move.guest.domid
     assert f"stays here, suspended, as {NAME}{AWAY}. Settle it by: xenpv migrate --settle {domid} unix:" in ran.err
-    # There it has its own name already, so it is the other side's.
+    # The domain has its own name on the target already, so it belongs there.
     where = f"unix:{tmp_path / 'link'}"
     with listening(where) as listener:
 
@@ -139,13 +145,13 @@ def test_the_last_word_lost_and_settled(move: Move, tmp_path: Path, monkeypatch:
             with accept(listener, where, idle_timeout=20.0) as link:
                 return receive_domain(move.target, link)
 
-        ran, _ = beside(receive, lambda: xenpv("migrate", "--settle", domid, where))
+        ran, _ = run_beside(receive, lambda: xenpv("migrate", "--settle", domid, where))
     assert (ran.code, ran.out) == (0, "")
     assert "its copy here is destroyed" in ran.err
     assert move.is_gone_here()
 
 
-def test_taken_back(move: Move) -> None:
+def test_migrate_take_back_resumes_the_domain(move: Move) -> None:
     move.guest.do("suspend")
     move.suspended = True
     move.source.rename(move.guest.domid, NAME + AWAY)
@@ -154,8 +160,10 @@ def test_taken_back(move: Move) -> None:
     assert move.runs_here()
 
 
-@pytest.mark.parametrize("as_json", [False, True])
-def test_receive(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool) -> None:
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+def test_receive_at_an_address_builds_the_domain(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
     monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(move.target))
     path = tmp_path / "link"
 
@@ -168,7 +176,7 @@ def test_receive(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as
                 pass
 
     options = ["--json"] if as_json else []
-    ran, given = beside(send, lambda: xenpv("receive", *options, "--listen", f"unix:{path}"))
+    ran, given = run_beside(send, lambda: xenpv("receive", *options, "--listen", f"unix:{path}"))
     assert ran.code == 0
     assert not isinstance(given, BaseException), given
     assert move.there() is not None
@@ -180,7 +188,7 @@ def test_receive(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as
         assert (ran.out, ran.err) == ("", f"dom1 ({NAME}) runs\n")
 
 
-def test_receive_is_not_for_everybody() -> None:
+def test_receive_at_a_bad_address_fails() -> None:
     ran = xenpv("receive", "--listen", "web")
     assert ran.code == 1
 
@@ -195,11 +203,11 @@ def test_receive_is_not_for_everybody() -> None:
         ["migrate", "--patience", "0", "x", "y"],
     ],
 )
-def test_usage(args: list[str]) -> None:
+def test_migrate_wrong_usage_exits_64(args: list[str]) -> None:
     assert xenpv(*args).code == 64
 
 
-def test_what_cannot_be_is_said_before_anything_is_done(move: Move) -> None:
+def test_migrate_refuses_impossible_options_before_it_connects(move: Move) -> None:
     assert "at least 1 iteration, not 0" in xenpv("migrate", "--max-iterations", 0, NAME, "x").err
     assert "-oProxyCommand=x" in xenpv("migrate", "--", NAME, "-oProxyCommand=x").err
     assert move.runs_here()

@@ -1,4 +1,4 @@
-"""xenpv save and restore, of a guest on the model host."""
+"""``xenpv save`` and ``xenpv restore`` of a guest on the model host."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from tests.support.migration import CONFIG, NAME, PAGES, Move
 from tests.support.saved_files import verify_file
 from xenpv.errors import HostError
 
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
 
 @pytest.fixture
 def move(monkeypatch: pytest.MonkeyPatch) -> Move:
@@ -28,7 +30,7 @@ def on_target(move: Move, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(move.target))
 
 
-def test_a_domain_goes_into_a_file_and_comes_back(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_then_restore_gives_the_same_domain(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "web.save"
     ran = xenpv("save", NAME, file)
     assert (ran.code, ran.out) == (0, "")
@@ -40,26 +42,28 @@ def test_a_domain_goes_into_a_file_and_comes_back(move: Move, tmp_path: Path, mo
     assert os.listdir(tmp_path) == ["web.save"]
     assert verify_file(file).rules <= {"p2m-invalid"}
     on_target(move, monkeypatch)
-    told = xenpv("restore", "--json", file).json
-    assert (told["name"], told["pages"], told["running"]) == (NAME, PAGES, True)
+    printed = xenpv("restore", "--json", file).json
+    assert (printed["name"], printed["pages"], printed["running"]) == (NAME, PAGES, True)
     assert move.there() is not None
 
 
 @pytest.mark.parametrize("option", ["-c", "-p"])
-def test_a_checkpoint_lets_it_run_on(move: Move, tmp_path: Path, option: str) -> None:
+def test_save_with_checkpoint_or_paused_keeps_the_domain(move: Move, tmp_path: Path, option: str) -> None:
     file = tmp_path / "web.save"
     ran = xenpv("save", "--json", option, move.guest.domid, file)
     assert ran.code == 0
     assert ran.json["pages"] == PAGES
     assert ran.json["bytes"] == file.stat().st_size
-    assert 0 < ran.json["seconds_down"] < 20
+    assert ran.json["seconds_down"] > 0
     if option == "-p":
         assert ran.json["now"] == "runs on here, paused"
         move.source.unpause(move.guest.domid)
     assert move.runs_here()
 
 
-def test_standard_output_and_input(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_to_standard_output_then_restore_from_standard_input(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "out"
     kept = os.dup(1)
     with file.open("wb") as out:
@@ -78,19 +82,21 @@ def test_standard_output_and_input(move: Move, tmp_path: Path, monkeypatch: pyte
     assert (info.name, info.paused) == ("other", True)
 
 
-def test_its_configuration_goes_with_it(move: Move, tmp_path: Path) -> None:
-    """Xl's own, where xl knows it; else what can be told."""
+def test_save_stores_the_configuration_of_xl_or_one_of_its_own(move: Move, tmp_path: Path) -> None:
+    """Without one from xl the file has what Xen and xenstore tell."""
     for config in (b"", CONFIG.replace(b'"pv"', b'"pv", "of": "xl"')):
         move.source.hypervisor.domains[move.guest.domid].config = config
         file = tmp_path / "web.save"
         assert xenpv("save", "-c", NAME, file).code == 0
         assert move.runs_here()
-        told = file.read_bytes()[:4096]
-        assert (b'"of": "xl"' in told) is bool(config)
-        assert b'"max_memkb": 4400' in told
+        printed = file.read_bytes()[:4096]
+        assert (b'"of": "xl"' in printed) is bool(config)
+        assert b'"max_memkb": 4400' in printed
 
 
-def test_preflight_changes_nothing(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_preflight_reports_form_and_size_and_changes_nothing(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("changes something")
 
@@ -103,15 +109,15 @@ def test_preflight_changes_nothing(move: Move, tmp_path: Path, monkeypatch: pyte
     assert first.startswith(f"{who}: can be saved; ")
     assert first.endswith(f"linear virtual list, up to pfn {PAGES - 1:#x}")
     assert second.startswith(f"{PAGES} pages, 4.3 MiB; ")
-    told = xenpv("save", "--preflight", "--json", NAME).json
-    assert (told["name"], told["pages"], told["entries"]) == (who, PAGES, PAGES)
+    printed = xenpv("save", "--preflight", "--json", NAME).json
+    assert (printed["name"], printed["pages"], printed["entries"]) == (who, PAGES, PAGES)
     monkeypatch.undo()
     monkeypatch.setattr("xenpv.host.xen.host.XenHost", lambda: nullcontext(move.source))
     assert xenpv("save", NAME, tmp_path / "x").code == 0
-    assert abs(told["bytes"] - (tmp_path / "x").stat().st_size) < 32 << 10
+    assert abs(printed["bytes"] - (tmp_path / "x").stat().st_size) < 32 << 10
 
 
-def test_preflight_says_what_is_wrong(move: Move) -> None:
+def test_save_preflight_of_a_domain_without_a_p2m_fails(move: Move) -> None:
     move.guest.host.write_shared_info(move.guest.domid, bytes(4096 - 2048), 2048)  # the p2m's anchors are here
     ran = xenpv("save", "--preflight", NAME)
     assert (ran.code, ran.out) == (1, "")
@@ -119,36 +125,38 @@ def test_preflight_says_what_is_wrong(move: Move) -> None:
     assert "p2m" in ran.err
 
 
-def stays(move: Move, folder: Path, ran: Any, *said: str) -> None:
-    """It failed: words, no file, and the guest runs on."""
+def assert_rolled_back(move: Move, folder: Path, ran: Any, *parts: str) -> None:
+    """The save failed with a message, left no file, and the guest runs."""
     assert ran.code in {1, 130}
-    for word in said:
-        assert word in ran.err
+    for part in parts:
+        assert part in ran.err
     assert f"dom{move.guest.domid} ({NAME}) runs on here" in ran.err
     assert os.listdir(folder) == []
     assert move.runs_here()
 
 
-def test_a_disk_that_is_full(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_on_a_full_disk_leaves_the_guest_running(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "writev", full)
     ran = xenpv("save", NAME, tmp_path / "web.save")
-    stays(move, tmp_path, ran, "web.save: No space left on device")
+    assert_rolled_back(move, tmp_path, ran, "web.save: No space left on device")
 
 
-def test_a_guest_that_does_not_suspend(move: Move, tmp_path: Path) -> None:
+def test_save_of_a_guest_that_does_not_suspend_fails_after_the_timeout(move: Move, tmp_path: Path) -> None:
     move.source.set_time_slice(move.guest.domid, None)
     ran = xenpv("save", "--timeout", "0.05", NAME, tmp_path / "web.save")
-    stays(move, tmp_path, ran, "did not suspend in 0.05 s")
+    assert_rolled_back(move, tmp_path, ran, "did not suspend in 0.05 s")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_whoever_ends_it_has_the_guest_run_on(
+@pytest.mark.parametrize("number", SIGNALS, ids=[number.name for number in SIGNALS])
+def test_save_interrupted_by_a_signal_leaves_the_guest_running(
     move: Move, tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While it stands still, and is half written."""
+    """The signal comes while the guest is suspended and the file is half written."""
     real, calls = os.writev, [0]
 
     def writev(fd: int, buffers: Any) -> int:
@@ -159,11 +167,11 @@ def test_whoever_ends_it_has_the_guest_run_on(
         return real(fd, buffers)
 
     monkeypatch.setattr(os, "writev", writev)
-    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     ran = xenpv("save", NAME, tmp_path / "web.save")
-    stays(move, tmp_path, ran, "interrupted")
+    assert_rolled_back(move, tmp_path, ran, "interrupted")
     assert ran.code == 130
-    assert before == [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert before == [signal.getsignal(number) for number in SIGNALS]
 
 
 def test_save_that_fails_and_cannot_resume_names_both_errors(
@@ -185,7 +193,9 @@ def test_save_that_fails_and_cannot_resume_names_both_errors(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_copy_that_cannot_be_destroyed_is_named(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_that_cannot_destroy_the_domain_names_it_and_keeps_the_file(
+    move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def destroy(_domid: int) -> None:
         raise HostError("destroy: no", op="destroy")
 
@@ -220,7 +230,7 @@ def test_save_with_keep_and_a_failing_host_exits_with_failure(
         assert move.runs_here()
 
 
-def test_a_file_that_is_cut_off_leaves_nothing(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_restore_of_a_cut_file_leaves_no_domain(move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "web.save"
     assert xenpv("save", NAME, file).code == 0
     file.write_bytes(file.read_bytes()[:-100])
@@ -235,11 +245,11 @@ def test_a_file_that_is_cut_off_leaves_nothing(move: Move, tmp_path: Path, monke
     "args",
     [["save"], ["save", "x"], ["save", "--preflight", "x", "y"], ["save", "--timeout", "0", "x", "y"], ["restore"]],
 )
-def test_usage(args: list[str]) -> None:
+def test_save_and_restore_wrong_usage_exits_64(args: list[str]) -> None:
     assert xenpv(*args).code == 64
 
 
-def test_a_domain_that_is_not_there(move: Move, tmp_path: Path) -> None:
+def test_save_of_a_missing_domain_or_dom0_fails(move: Move, tmp_path: Path) -> None:
     ran = xenpv("save", "nobody", tmp_path / "x")
     assert ran.code == 1
     assert "'nobody'" in ran.err

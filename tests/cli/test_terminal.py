@@ -1,4 +1,4 @@
-"""What reaches the terminal: nothing hostile, nothing at a broken pipe, and help that helps."""
+"""What reaches a terminal or a pipe: no control characters, no noise at a broken pipe, whole lines."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ def hostile(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "args", [["show"], ["show", "-v"], ["show", "--json"], ["verify"], ["verify", "--json"], ["p2m"], ["p2m", "--json"]]
 )
-def test_control_characters_in_a_file_stay_there(hostile: Path, args: list[str]) -> None:
+def test_control_characters_of_a_file_are_not_printed(hostile: Path, args: list[str]) -> None:
     ran = xenpv(*args, hostile)
     assert ran.code == 0
-    said = ran.out + ran.err
-    assert not [c for c in said if c != "\n" and not c.isprintable()]
+    printed = ran.out + ran.err
+    assert not [c for c in printed if c != "\n" and not c.isprintable()]
     if args[0] == "show":
-        assert "gpj" in said
+        assert "gpj" in printed
 
 
 @pytest.mark.parametrize("ident", [b"\x1b[31mXYZ", b"\r\n\0\x07ABCD"])
-def test_control_characters_in_a_header_stay_there(tmp_path: Path, ident: bytes) -> None:
+def test_control_characters_of_a_header_are_not_printed(tmp_path: Path, ident: bytes) -> None:
     file = tmp_path / "hostile"
     file.write_bytes(bytes(pv_domain().to_stream().patch("libxl header", 0, ident)))
     for verb in ("show", "verify"):
@@ -51,13 +51,13 @@ def test_control_characters_in_a_header_stay_there(tmp_path: Path, ident: bytes)
         assert not [c for c in ran.out + ran.err if c != "\n" and not c.isprintable()]
 
 
-def test_memory_as_hex_shows_no_control_characters(hostile: Path) -> None:
+def test_hex_dump_has_no_control_characters(hostile: Path) -> None:
     ran = xenpv("read", "-p", hostile, 0x1000, 0x1000)
     assert ran.code == 0
     assert not [c for c in ran.out if c != "\n" and not c.isprintable()]
 
 
-def test_printable() -> None:
+def test_printable_replaces_control_and_direction_characters() -> None:
     assert printable("Grüße, 世界\n") == "Grüße, 世界\n"
     assert printable("a\x1b[2J\x9b\u202eb\ud800") == "a?[2J??b?"
 
@@ -66,7 +66,7 @@ def test_printable() -> None:
     ("n", "text"),
     [(0, "0 bytes"), (1023, "1023 bytes"), (1024, "1.0 KiB"), (96 << 20, "96.0 MiB"), (3 << 40, "3.0 TiB")],
 )
-def test_size(n: int, text: str) -> None:
+def test_size_is_rounded_to_one_digit_of_its_unit(n: int, text: str) -> None:
     assert size(n) == text
 
 
@@ -76,7 +76,7 @@ def test_size(n: int, text: str) -> None:
 @pytest.mark.parametrize(
     "args", [["read", "-p", "FILE", "0", "400K"], ["verify", "--list-rules"], ["show", "-v", "FILE"]]
 )
-def test_a_broken_pipe_is_quiet(good: Path, args: list[str]) -> None:
+def test_broken_pipe_prints_no_error(good: Path, args: list[str]) -> None:
     args = [str(good) if arg == "FILE" else arg for arg in args]
     with subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
         assert ran.stdout is not None
@@ -86,13 +86,13 @@ def test_a_broken_pipe_is_quiet(good: Path, args: list[str]) -> None:
         assert ran.wait(30) in {0, 1}
 
 
-def test_as_a_module(good: Path) -> None:
+def test_python_m_xenpv_is_the_command(good: Path) -> None:
     ran = subprocess.run([sys.executable, "-m", "xenpv", "verify", "-q", good], capture_output=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
 
 
-def test_standard_input_in_the_midst_of_a_file(tmp_path: Path, good: Path) -> None:
-    """``(read header; xenpv verify -) < file``: what was read before is not ours."""
+def test_standard_input_is_read_from_its_position(tmp_path: Path, good: Path) -> None:
+    """``(read header; xenpv verify -) < file``: the stream begins after what was read before."""
     file = tmp_path / "file"
     file.write_bytes(b"header\n" + good.read_bytes())
     with file.open("rb") as stdin:
@@ -102,7 +102,7 @@ def test_standard_input_in_the_midst_of_a_file(tmp_path: Path, good: Path) -> No
     assert ran.stdout.startswith("standard input: ")
 
 
-def test_raw_memory_is_not_for_a_terminal(good: Path) -> None:
+def test_raw_memory_on_a_terminal_is_refused(good: Path) -> None:
     master, slave = os.openpty()
     try:
         args = [*COMMAND, "read", "-p", "--raw", str(good), "0", "16"]
@@ -114,12 +114,12 @@ def test_raw_memory_is_not_for_a_terminal(good: Path) -> None:
     assert ran.stderr.startswith("xenpv: error: raw memory")
 
 
-def test_no_escape_sequences_into_a_pipe(good: Path, bad: Path) -> None:
+def test_pipe_gets_no_escape_sequences(good: Path, bad: Path) -> None:
     for args in (["show", "-v", good], ["verify", bad], ["p2m", "--frames", good]):
         assert "\x1b" not in xenpv(*args).out
 
 
-def test_a_progress_bar_on_a_terminal_leaves_the_answer_alone(good: Path) -> None:
+def test_progress_bar_on_a_terminal_does_not_touch_standard_output(good: Path) -> None:
     master, slave = os.openpty()
     try:
         environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}

@@ -1,4 +1,4 @@
-"""xenpv verify: what it says, and how it ends."""
+"""``xenpv verify``: findings in text and JSON, and its exit status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from xenpv.findings import RULES
 from xenpv.verify import rules  # noqa: F401  so that all rules are there
 
 
-def test_a_good_file(good: Path, domain: Domain) -> None:
+def test_verify_of_a_good_file_exits_0_and_counts_pages(good: Path, domain: Domain) -> None:
     ran = xenpv("verify", good)
     assert (ran.code, ran.err) == (0, "")
     pages = len(domain.pages)
@@ -21,7 +21,7 @@ def test_a_good_file(good: Path, domain: Domain) -> None:
     assert ran.out == f"{good}: {what}\n"
 
 
-def test_a_bad_file(bad: Path) -> None:
+def test_verify_of_a_bad_file_exits_1_and_names_each_rule(bad: Path) -> None:
     ran = xenpv("verify", bad)
     assert (ran.code, ran.err) == (1, "")
     lines = ran.out.splitlines()
@@ -33,48 +33,48 @@ def test_a_bad_file(bad: Path) -> None:
     assert lines[-1] == f"{bad}: would not restore as it was saved (4 errors, 1 warning)"
 
 
-def test_findings_come_in_the_order_of_the_file(bad: Path) -> None:
+def test_verify_prints_findings_in_order_of_offset(bad: Path) -> None:
     offsets = [int(line.split("(offset ")[1].split(",")[0].split(")")[0], 16)
                for line in xenpv("verify", bad).out.splitlines()[:-1]]  # fmt: skip
     assert offsets == sorted(offsets)
 
 
 @pytest.mark.parametrize("which", ["good", "bad", "odd", "hvm"])
-def test_json_agrees_with_the_text(which: str, request: pytest.FixtureRequest) -> None:
+def test_verify_json_has_the_findings_of_the_text(which: str, request: pytest.FixtureRequest) -> None:
     file = request.getfixturevalue(which)
-    ran, told = xenpv("verify", "--json", file), xenpv("verify", file)
-    assert ran.code == told.code
+    ran, text = xenpv("verify", "--json", file), xenpv("verify", file)
+    assert ran.code == text.code
     assert ran.err == ""
     found = ran.json
     assert found["file"] == str(file)
     assert found["ok"] == (ran.code == 0)
-    assert found["errors"] + found["warnings"] == len(found["findings"]) == len(told.out.splitlines()) - 1
+    assert found["errors"] + found["warnings"] == len(found["findings"]) == len(text.out.splitlines()) - 1
     for finding in found["findings"]:
         assert finding["rule"] in RULES
         assert any(
             line.startswith(f"{finding['severity']}: {finding['message']}") and line.endswith(f"[{finding['rule']}]")
-            for line in told.out.splitlines()
+            for line in text.out.splitlines()
         )
 
 
-def test_warnings_alone_are_fine_unless_strict(odd: Path) -> None:
+def test_verify_of_warnings_alone_fails_only_with_strict(odd: Path) -> None:
     assert xenpv("verify", odd).code == 0
     assert "(0 errors, 1 warning)" in xenpv("verify", odd).out
     assert xenpv("verify", "--strict", odd).code == 1
     assert xenpv("verify", "--strict", "--json", odd).code == 1
 
 
-def test_strict_on_a_good_file(good: Path) -> None:
+def test_verify_strict_of_a_good_file_exits_0(good: Path) -> None:
     assert xenpv("verify", "--strict", good).code == 0
 
 
-def test_quiet_says_nothing(good: Path, bad: Path) -> None:
+def test_verify_quiet_prints_nothing(good: Path, bad: Path) -> None:
     for file, code in ((good, 0), (bad, 1)):
         ran = xenpv("verify", "-q", file)
         assert (ran.code, ran.raw, ran.err) == (code, b"", "")
 
 
-def test_framing_does_not_look_into_memory(bad: Path) -> None:
+def test_verify_framing_finds_no_error_in_memory(bad: Path) -> None:
     ran = xenpv("verify", "--framing", bad)
     assert ran.code == 0
     assert "trailing-data" in ran.out
@@ -82,7 +82,7 @@ def test_framing_does_not_look_into_memory(bad: Path) -> None:
     assert xenpv("verify", "--framing", "--json", bad).json["deep"] is False
 
 
-def test_keep_fewer_findings(bad: Path) -> None:
+def test_verify_keep_counts_what_it_does_not_show(bad: Path) -> None:
     ran = xenpv("verify", "--keep", 1, bad)
     assert ran.code == 1
     assert "… and 2 more of [pte-range]" in ran.out
@@ -92,11 +92,11 @@ def test_keep_fewer_findings(bad: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", ["-1", "many"])
-def test_keep_is_a_number(good: Path, keep: str) -> None:
+def test_verify_keep_with_a_bad_number_is_wrong_usage(good: Path, keep: str) -> None:
     assert xenpv("verify", f"--keep={keep}", good).code == 64
 
 
-def test_a_pipe(good: Path, bad: Path) -> None:
+def test_verify_of_a_pipe_has_the_findings_of_the_file(good: Path, bad: Path) -> None:
     ran = xenpv("verify", "-", stdin=good.read_bytes())
     assert ran.code == 0
     assert ran.out.startswith("standard input: should restore")
@@ -105,13 +105,13 @@ def test_a_pipe(good: Path, bad: Path) -> None:
     assert ran.out.splitlines()[:-1] == xenpv("verify", bad).out.splitlines()[:-1]
 
 
-def test_hvm(hvm: Path) -> None:
+def test_verify_hvm_checks_framing_and_counts_pages(hvm: Path) -> None:
     ran = xenpv("verify", hvm)
     assert ran.code == 0
     assert "framing, order and records of this HVM domain are sound (15 pages)" in ran.out
 
 
-def test_list_rules() -> None:
+def test_verify_list_rules_prints_every_rule() -> None:
     ran = xenpv("verify", "--list-rules")
     assert ran.code == 0
     for rule in RULES.values():
@@ -122,7 +122,7 @@ def test_list_rules() -> None:
     }
 
 
-def test_list_rules_knows_all_without_having_verified_anything() -> None:
-    """The rules of what only the deep checks import are listed, too."""
+def test_verify_list_rules_has_the_rules_of_the_deep_check() -> None:
+    """Modules that otherwise only a deep check imports declare some of the rules."""
     names = {entry["rule"] for entry in json.loads(xenpv("verify", "--list-rules", "--json").raw)}
     assert {"truncated", "pte-writable", "p2m-anchor", "vcpu-state", "page-missing"} <= names
