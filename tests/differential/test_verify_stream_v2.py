@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import lab
-from tests.support.stream_breaches import BREACHES, sound
+from tests.support.stream_breaches import BREACHES, sound_stream
 from tests.support.writers.stream import OPTIONAL, Wire
 from tests.vectors.make import DEMO
 from xenpv.cli.verify_stream_v2 import main
@@ -37,7 +37,7 @@ def test_verify_stream_v2_real_file_passes_in_both(original: lab.PeerTools, tmp_
 @pytest.mark.parametrize("base", ["libxc", "libxl", "xl", "v2"])
 def test_verify_stream_v2_sound_streams_pass_in_both(original: lab.PeerTools, base: str, tmp_path: Path) -> None:
     path = tmp_path / "sound"
-    path.write_bytes(bytes(sound(base)))
+    path.write_bytes(bytes(sound_stream(base)))
     assert both(original, path, FORMATS[base]) == (0, 0)
 
 
@@ -53,7 +53,7 @@ def test_verify_stream_v2_rejects_what_the_original_rejects(original: lab.PeerTo
         path.write_bytes(bytes(breach.stream()))
         theirs, ours = both(original, path, FORMATS[breach.base])
         if theirs and not ours:
-            theirs_alone.append(f"{breach.rule.name}: {breach.what}")
+            theirs_alone.append(f"{breach.rule.name}: {breach.id}")
         elif ours and not theirs:
             ours_alone.append(breach.rule)
     assert theirs_alone == []
@@ -64,7 +64,7 @@ def test_verify_stream_v2_rejects_what_the_original_rejects(original: lab.PeerTo
 def test_verify_stream_v2_optional_records_pass(original: lab.PeerTools, tmp_path: Path) -> None:
     """libxc-migration-stream.pandoc: "The contents of optional records may be ignored during a restore."."""
     path = tmp_path / "optional"
-    stream = sound("libxc")
+    stream = sound_stream("libxc")
     stream.before("END", Wire().record(OPTIONAL | 0x1234, b"whatever"))
     path.write_bytes(bytes(stream))
     assert both(original, path, "libxc") == (BAD, 0)
@@ -73,13 +73,13 @@ def test_verify_stream_v2_optional_records_pass(original: lab.PeerTools, tmp_pat
 def test_verify_stream_v2_emulator_xenstore_data_passes(original: lab.PeerTools, tmp_path: Path) -> None:
     """The original compares a byte with a string, which under Python 3 is never equal."""
     path = tmp_path / "hvm"
-    path.write_bytes(bytes(sound("hvm")))
+    path.write_bytes(bytes(sound_stream("hvm")))
     assert both(original, path, "libxl") == (BAD, 0)
 
 
 def test_verify_stream_v2_checkpointed_libxl_stream_passes(original: lab.PeerTools, tmp_path: Path) -> None:
     path = tmp_path / "remus"
-    path.write_bytes(bytes(sound("remus")))
+    path.write_bytes(bytes(sound_stream("remus")))
     assert both(original, path, "libxl") == (BAD, 0)
 
 
@@ -90,4 +90,4 @@ def test_verify_stream_v2_reserved_and_padding_are_errors(original: lab.PeerTool
         if breach.rule in {rules.RESERVED, rules.PADDING} and breach.base == "libxc":
             assert breach.rule.severity is Severity.WARNING
             path.write_bytes(bytes(breach.stream()))
-            assert both(original, path, "libxc")[1] == BAD, breach.what
+            assert both(original, path, "libxc")[1] == BAD, breach.id

@@ -11,7 +11,7 @@ from random import Random
 import numpy as np
 
 from tests.fuzz.run import MIB, bounded, main
-from tests.support.stream_reading import at_random
+from tests.support.stream_reading import random_chunks
 from xenpv.errors import StreamError
 from xenpv.findings import Rule
 from xenpv.frames import IS_TABLE
@@ -32,7 +32,7 @@ def parse(data: bytes, rng: Random) -> None:
     contents = Contents()
     events = 0
     error: StreamError | None = None
-    pieces = at_random(data, rng.randrange(1 << 30)) if rng.random() < 0.5 else [data]
+    pieces = random_chunks(data, rng.randrange(1 << 30)) if rng.random() < 0.5 else [data]
     try:
         for piece in (*pieces, None):
             if piece is None:

@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.support.stream_reading import Reading, cut, plain, read, whole
+from tests.support.stream_reading import Reading, comparable, one_chunk, read, split_at
 from tests.support.stream_strategies import (
     LAST_PFN,
     U32,
@@ -47,7 +47,7 @@ def values(reading: Reading) -> list[Any]:
     """The events without offsets and lengths, so that streams of different layout can be compared."""
     return [
         tuple(f for f in event if not isinstance(f, tuple) or f[0] not in {"offset", "length", "pages_offset", "raw"})
-        for event in map(plain, reading.events)
+        for event in map(comparable, reading.events)
     ]
 
 
@@ -74,7 +74,7 @@ def test_optional_records(kind: int, body: bytes, at: int) -> None:
     stream = sound()
     stream.insert(at, W.record(kind, body))
     reading = collected(stream)
-    assert reading.faults == []
+    assert reading.breaches == []
     assert reading.done
     without = [e for e in values(reading) if e[0] != "Unknown"]
     assert without == values(collected(sound()))
@@ -89,7 +89,7 @@ def test_mandatory_records(kind: int, body: bytes, at: int) -> None:
     assert type(reading.error) is Unsupported
     assert reading.error.offset == stream.offset_of(at)
     assert f"{kind:#x}" in str(reading.error)
-    assert [fault.rule for fault in collected(stream).faults] == [rules.RECORD_UNKNOWN]
+    assert [fault.rule for fault in collected(stream).breaches] == [rules.RECORD_UNKNOWN]
 
 
 @given(st.tuples(u32s, u32s, u64s, u32s), entries, st.dictionaries(u64s, u64s, min_size=1, max_size=5))
@@ -103,7 +103,7 @@ def test_endianness(tsc: Any, pfns: Any, params: dict[int, int]) -> None:
     little, big = both
     assert values(little)[1:] == values(big)[1:]
     assert page_data_of(little).entries.tolist() == page_data_of(big).entries.tolist()
-    assert {fault.rule for fault in big.faults} - {fault.rule for fault in little.faults} == {rules.IMAGE_HEADER}
+    assert {fault.rule for fault in big.breaches} - {fault.rule for fault in little.breaches} == {rules.IMAGE_HEADER}
     found = next(event for event in little.events if isinstance(event, records.X86TscInfo))
     assert (found.mode, found.khz, found.nsec, found.incarnation) == tsc
 
@@ -113,7 +113,7 @@ def test_page_data(pfns: list[tuple[int, int]]) -> None:
     """ "Bit 63-60: XEN_DOMCTL_PFINFO_* type. Bit 59-52: Reserved. Bit 51-0: PFN." "N is strictly <= C"."""
     contents = [bytes([i % 256]) * PAGE for i, (_, kind) in enumerate(pfns) if kind in WITH_DATA]
     stream = hvm(W.page_data(pfns, contents))
-    reading = read(whole(bytes(stream)), pages=True, collect=True)
+    reading = read(one_chunk(bytes(stream)), pages=True, collect=True)
     record = page_data_of(reading)
     assert list(zip(record.pfns.tolist(), record.types.tolist(), strict=True)) == pfns
     assert record.has_data.tolist() == [kind in WITH_DATA for _, kind in pfns]
@@ -271,10 +271,10 @@ def test_how_bytes_are_cut_does_not_matter_even_for_broken_ones(data: st.DataObj
     whole_bytes = bytes(stream)
     cuts = data.draw(st.lists(st.integers(0, len(whole_bytes)), max_size=12))
     for pages in (False, True):
-        expected = read(whole(whole_bytes), collect=True, pages=pages)
-        found = read(cut(whole_bytes, cuts), collect=True, pages=pages)
-        assert found.plain == expected.plain
-        assert found.faults == expected.faults
+        expected = read(one_chunk(whole_bytes), collect=True, pages=pages)
+        found = read(split_at(whole_bytes, cuts), collect=True, pages=pages)
+        assert found.comparable == expected.comparable
+        assert found.breaches == expected.breaches
         assert repr(found.error) == repr(expected.error)
         assert (found.done, found.trailing) == (expected.done, expected.trailing)
 
@@ -282,7 +282,7 @@ def test_how_bytes_are_cut_does_not_matter_even_for_broken_ones(data: st.DataObj
 @given(st.binary(max_size=300), st.sampled_from([None, *Kind]), st.booleans())
 def test_any_bytes_parse_or_raise_a_stream_error(junk: bytes, kind: Kind | None, collect: bool) -> None:
     """The helper catches StreamError and nothing else."""
-    reading = read(whole(junk), kind=kind, collect=collect, pages=True)
+    reading = read(one_chunk(junk), kind=kind, collect=collect, pages=True)
     assert reading.done or reading.error is not None
     if reading.error is not None:
         assert 0 <= reading.error.offset <= len(junk)

@@ -34,7 +34,7 @@ from tests.support.saving import (
     tree_of,
     with_context,
 )
-from tests.support.stream_reading import read, whole
+from tests.support.stream_reading import one_chunk, read
 from tests.support.stream_rewriting import rewrite_stream
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES
 from xenpv.abi.declare import Width
@@ -139,8 +139,8 @@ def test_save_records_are_in_libxenguests_order(width: Width) -> None:
     """xg_sr_save.c: 1024 pfns to a record, ascending; the records of a PV save in their order."""
     heap = MemorySink()
     save(suspended("linear", width).host, DomId(1), heap, envelope=Kind.LIBXC)
-    reading = read(whole(bytes(heap.data)), collect=True)
-    assert reading.faults == []
+    reading = read(one_chunk(bytes(heap.data)), collect=True)
+    assert reading.breaches == []
     names = [name for i, name in enumerate(reading.names) if name != "PAGE_DATA" or reading.names[i - 1] != name]
     assert names == [
         "image header", "domain header", "X86_PV_INFO", "X86_CPUID_POLICY", "X86_MSR_POLICY", "STATIC_DATA_END",
@@ -166,8 +166,8 @@ def test_save_pages_without_content_fill_long_records() -> None:
 
     heap = MemorySink()
     summary = save(PatchedHost(guest, page_types=page_types), guest.domid, heap, envelope=Kind.LIBXC)
-    reading = read(whole(bytes(heap.data)), collect=True)
-    assert reading.faults == []
+    reading = read(one_chunk(bytes(heap.data)), collect=True)
+    assert reading.breaches == []
     data = [event for event in reading.events if isinstance(event, PageData)]
     np.testing.assert_array_equal(np.concatenate([event.pfns for event in data]), pfns(1 << 18))
     assert max(len(event.entries) for event in data) == ENTRIES_MAX

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support.stream_breaches import BREACHES, Breach
-from tests.support.stream_reading import read, whole
+from tests.support.stream_reading import one_chunk, read
 from tests.support.writers.build import pv_domain
 from tests.support.writers.hvm import PARAMS, hvm_stream
 from tests.support.writers.stream import NOTAB, PAGE, XTAB, Stream, Wire
@@ -21,7 +21,7 @@ W = Wire()
 
 def contents_of(stream: Stream, *, pages: bool = False) -> Contents:
     contents = Contents()
-    for event in read(whole(bytes(stream)), collect=True, pages=pages).events:
+    for event in read(one_chunk(bytes(stream)), collect=True, pages=pages).events:
         contents.add(event)
     return contents
 
@@ -131,9 +131,9 @@ def test_contents_vcpu_context_before_pv_info_of_another_width_is_dropped() -> N
         assert (found.vcpus[0].basic is not None) == kept
 
 
-@pytest.mark.parametrize("breach", BREACHES, ids=lambda b: f"{b.rule.name}:{b.what}")
+@pytest.mark.parametrize("breach", BREACHES, ids=lambda b: f"{b.rule.name}:{b.id}")
 def test_contents_malformed_stream_keeps_the_other_records(breach: Breach) -> None:
-    reading = read(whole(bytes(breach.stream())), collect=True, pages=True)
+    reading = read(one_chunk(bytes(breach.stream())), collect=True, pages=True)
     found = Contents()
     for event in reading.events:
         found.add(event)

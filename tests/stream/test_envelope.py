@@ -9,7 +9,7 @@ import struct
 
 import pytest
 
-from tests.support.stream_reading import bytewise, read, whole
+from tests.support.stream_reading import one_chunk, read, single_bytes
 from tests.support.writers.build import pv_domain
 from tests.support.writers.envelopes import (
     CONFIG_SEXP,
@@ -30,7 +30,7 @@ from xenpv.stream.events import SectionHeader
 
 
 def envelope_of(stream: Stream) -> Envelope:
-    event = read(whole(bytes(stream))).events[0]
+    event = read(one_chunk(bytes(stream))).events[0]
     assert isinstance(event, Envelope)
     return event
 
@@ -74,7 +74,7 @@ def test_reader_libvirt_envelope_gives_xml_config() -> None:
 
 
 def test_reader_xenopsd_envelope_gives_sections() -> None:
-    reading = read(whole(pv_domain().to_bytes("xenopsd")))
+    reading = read(one_chunk(pv_domain().to_bytes("xenopsd")))
     sections = [event for event in reading.events if isinstance(event, SectionHeader)]
     assert [section.section for section in sections] == [Section.XENOPS, Section.LIBXC, Section.END]
     assert sections[0].data == CONFIG_SEXP
@@ -82,7 +82,7 @@ def test_reader_xenopsd_envelope_gives_sections() -> None:
 
 
 def test_reader_xenopsd_emulator_section_is_skipped() -> None:
-    reading = read(whole(bytes(hvm_stream("xenopsd"))))
+    reading = read(one_chunk(bytes(hvm_stream("xenopsd"))))
     assert reading.done
     sections = [event.section for event in reading.events if isinstance(event, SectionHeader)]
     assert sections == [Section.XENOPS, Section.LIBXC, Section.QEMU_XEN, Section.END]
@@ -90,7 +90,7 @@ def test_reader_xenopsd_emulator_section_is_skipped() -> None:
 
 def test_reader_bare_stream_gives_no_envelope() -> None:
     for kind in ("libxl", "libxc"):
-        assert not any(isinstance(event, Envelope) for event in read(whole(pv_domain().to_bytes(kind))).events)
+        assert not any(isinstance(event, Envelope) for event in read(one_chunk(pv_domain().to_bytes(kind))).events)
 
 
 LEGACY_64 = struct.pack("<QQI", 0x18000, (1 << 64) - 1, 0x1450)
@@ -118,7 +118,7 @@ NOT_OURS = {
 
 @pytest.mark.parametrize(("data", "says"), NOT_OURS.values(), ids=NOT_OURS)
 def test_sniff_other_inputs_are_unsupported_and_described(data: bytes, says: str) -> None:
-    for chunks in ([data], [*bytewise(data)]):
+    for chunks in ([data], [*single_bytes(data)]):
         for collect in (False, True):
             reading = read(chunks, collect=collect)
             assert type(reading.error) is Unsupported
@@ -130,7 +130,7 @@ def test_sniff_other_inputs_are_unsupported_and_described(data: bytes, says: str
 
 def test_reader_legacy_xl_file_is_unsupported() -> None:
     stream = pv_domain().to_stream("xl").replace("xl header", xl_header(mandatory=1))
-    reading = read(whole(bytes(stream)))
+    reading = read(one_chunk(bytes(stream)))
     assert type(reading.error) is Unsupported
     assert "legacy" in str(reading.error)
     assert reading.names == ["xl envelope"]
@@ -138,7 +138,7 @@ def test_reader_legacy_xl_file_is_unsupported() -> None:
 
 def test_reader_legacy_libvirt_file_is_unsupported() -> None:
     stream = pv_domain().to_stream("libvirt").replace("libvirt header", libvirt_header(version=1))
-    reading = read(whole(bytes(stream)))
+    reading = read(one_chunk(bytes(stream)))
     assert type(reading.error) is Unsupported
     assert "legacy" in str(reading.error)
 
@@ -146,7 +146,7 @@ def test_reader_legacy_libvirt_file_is_unsupported() -> None:
 def test_reader_legacy_xenopsd_section_is_unsupported() -> None:
     stream = pv_domain().to_stream("xenopsd")
     stream.replace("xenopsd section", xenopsd_section(LIBXC_LEGACY), nth=1)
-    reading = read(whole(bytes(stream)))
+    reading = read(one_chunk(bytes(stream)))
     assert type(reading.error) is Unsupported
     assert "legacy" in str(reading.error)
     assert reading.error.offset == stream.offset("xenopsd section", 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from tests.support.stream_reading import at_random, bytewise, plain, whole
+from tests.support.stream_reading import comparable, one_chunk, random_chunks, single_bytes
 from tests.support.writers.build import pv_domain
 from tests.support.writers.envelopes import LIBXC_LEGACY, libvirt_header, xenopsd_section, xenopsd_signature
 from tests.support.writers.envelopes import XENOPS as XENOPS_SECTION
@@ -78,13 +78,17 @@ def read(chunks: list[bytes], reader: Reader | None = None) -> Read:
 @pytest.mark.parametrize("name", SMALL)
 def test_legacy_reader_fed_in_any_pieces_gives_the_same_events(name: str) -> None:
     data = bytes(SMALL[name])
-    first = read(whole(data))
+    first = read(one_chunk(data))
     assert first.error is None
     assert first.reader.done
     assert first.reader.offset == len(data)
-    for pieces in (at_random(data, 1), at_random(data, 2), [*bytewise(data)] if len(data) < 100_000 else []):
+    for pieces in (
+        random_chunks(data, 1),
+        random_chunks(data, 2),
+        [*single_bytes(data)] if len(data) < 100_000 else [],
+    ):
         if pieces:
-            assert [plain(event) for event in read(pieces).events] == [plain(event) for event in first.events]
+            assert [comparable(event) for event in read(pieces).events] == [comparable(event) for event in first.events]
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if name != "remus"])
@@ -163,7 +167,7 @@ def test_legacy_reader_hvm_stream_gives_the_domain(long: int) -> None:
 @pytest.mark.parametrize("signature", [QEMU_REMUS, QEMU_OLD])
 def test_legacy_reader_other_qemu_signatures_are_read(signature: bytes) -> None:
     stream = hvm_stream().replace("qemu", Legacy().qemu(b"QEVM" + bytes(9000), signature))
-    for chunks in (whole(bytes(stream)), at_random(bytes(stream), 4)):
+    for chunks in (one_chunk(bytes(stream)), random_chunks(bytes(stream), 4)):
         got = read(chunks)
         assert got.error is None
         assert isinstance(got.events[-2], EmulatorContext)
@@ -186,8 +190,8 @@ def test_legacy_reader_current_streams_give_the_same_events() -> None:
         ours, reader = read([data], Reader(legacy=LegacyFormat())), Reader()
         reader.feed(data)
         reader.feed_eof()
-        theirs = [plain(event) for event in iter(reader.next_event, None)]
-        assert [plain(event) for event in ours.events] == theirs
+        theirs = [comparable(event) for event in iter(reader.next_event, None)]
+        assert [comparable(event) for event in ours.events] == theirs
         assert not ours.reader.is_legacy
 
 

@@ -59,7 +59,7 @@ def test_reader_page_data_count_beyond_length_is_malformed(count: int, collect: 
     data = up_to("PAGE_DATA", W.page_data([(1, NOTAB)], [], count=count), *pv_domain().to_stream("libxc")[-3:])
     with peak_memory_below(MIB):
         reading = read([data], collect=collect)
-    told = str(reading.error) if not collect else reading.faults[0].message
+    told = str(reading.error) if not collect else reading.breaches[0].message
     assert str(count) in told
 
 
@@ -78,7 +78,7 @@ def test_reader_p2m_frames_of_huge_range_with_short_body_is_malformed(start: int
     data = up_to("X86_PV_P2M_FRAMES", W.p2m_frames(start, end, [1, 2, 3]), W.end())
     with peak_memory_below(MIB):
         reading = read([data], collect=collect)
-    told = str(reading.error) if not collect else reading.faults[0].message
+    told = str(reading.error) if not collect else reading.breaches[0].message
     assert f"{start:#x}" in told
     assert f"{end:#x}" in told
 
@@ -143,7 +143,7 @@ def test_reader_page_content_takes_no_memory() -> None:
     with peak_memory_below(2 * MIB):
         reading = read([start, head, *repeated(bytes(1 << 16), 1024)], collect=True, eof=False)
     assert reading.names[-1] == "PAGE_DATA"
-    assert reading.faults == []
+    assert reading.breaches == []
 
 
 def test_reader_with_pages_holds_one_event() -> None:

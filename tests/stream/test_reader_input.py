@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from tests.support.stream_reading import at_random, bytewise, cut, read, read_seeking, whole
+from tests.support.stream_reading import one_chunk, random_chunks, read, read_seeking, single_bytes, split_at
 from tests.support.writers.build import pv_domain
 from tests.support.writers.envelopes import ENVELOPES
 from tests.support.writers.hvm import hvm_stream
@@ -50,34 +50,34 @@ def bytes_of(kind: str) -> bytes:
 @pytest.mark.parametrize("kind", KINDS)
 def test_reader_fed_in_any_pieces_gives_the_same_events(kind: str) -> None:
     data = bytes_of(kind)
-    expected = read(whole(data))
+    expected = read(one_chunk(data))
     assert expected.error is None
     assert expected.done
     assert expected.trailing == 0
     named = [piece.name for piece in stream_of(kind) if not piece.name.startswith(("xl", "libvirt", "xenopsd"))]
     assert [name for name in expected.names if not name.endswith(("envelope", "section"))] == named
-    assert read(bytewise(data)).plain == expected.plain
+    assert read(single_bytes(data)).comparable == expected.comparable
     for seed in range(3):
-        assert read(at_random(data, seed)).plain == expected.plain
+        assert read(random_chunks(data, seed)).comparable == expected.comparable
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_reader_pieces_cut_near_records_give_the_same_events(kind: str) -> None:
     stream, data = stream_of(kind), bytes_of(kind)
-    expected = read(whole(data)).plain
+    expected = read(one_chunk(data)).comparable
     begins = [stream.offset_of(i) for i in range(1, len(stream))]
     for shift in (-1, 0, 1, 7, 8, 9):
-        assert read(cut(data, [begin + shift for begin in begins])).plain == expected
+        assert read(split_at(data, [begin + shift for begin in begins])).comparable == expected
 
 
 @pytest.mark.parametrize("kind", ["xl", "pae", "hvm-xenopsd", "remus"])
 def test_reader_with_pages_gives_content_beside_the_same_events(kind: str) -> None:
     data = bytes_of(kind)
-    expected = read(whole(data), pages=True)
-    assert [e for e in expected.plain if e[0] != "PageContent"] == read(whole(data)).plain
-    assert read(bytewise(data), pages=True).plain == expected.plain
+    expected = read(one_chunk(data), pages=True)
+    assert [e for e in expected.comparable if e[0] != "PageContent"] == read(one_chunk(data)).comparable
+    assert read(single_bytes(data), pages=True).comparable == expected.comparable
     for seed in range(3):
-        assert read(at_random(data, seed), pages=True).plain == expected.plain
+        assert read(random_chunks(data, seed), pages=True).comparable == expected.comparable
     for event in expected.events:
         if isinstance(event, PageContent):
             assert data[event.offset : event.offset + len(event.raw)] == event.raw
@@ -85,7 +85,7 @@ def test_reader_with_pages_gives_content_beside_the_same_events(kind: str) -> No
 
 def test_reader_with_pages_gives_256_pages_an_event() -> None:
     domain = pv_domain(pfns=range(1200))
-    reading = read(whole(domain.to_bytes(batch=1024)), pages=True)
+    reading = read(one_chunk(domain.to_bytes(batch=1024)), pages=True)
     sent = [pfn for pfn in sorted(domain.types) if domain.types[pfn] in WITH_DATA]
     assert reading.content == b"".join(domain.pages[pfn] for pfn in sent)
     events = [event for event in reading.events if isinstance(event, PageContent)]
@@ -96,10 +96,10 @@ def test_reader_with_pages_gives_256_pages_an_event() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_reader_seeking_caller_gets_the_same_events_without_page_content(kind: str) -> None:
     data = bytes_of(kind)
-    expected = read(whole(data))
+    expected = read(one_chunk(data))
     for step in (1, 24, 1000, 1 << 20):
         reading = read_seeking(data, step=step)
-        assert reading.plain == expected.plain
+        assert reading.comparable == expected.comparable
         assert reading.error is None
     pages = sum(e.pages * 4096 for e in expected.events if isinstance(e, PageData))
     assert read_seeking(data, step=1).skipped >= pages
@@ -120,16 +120,16 @@ def test_reader_skip_beyond_skippable_raises_value_error() -> None:
 @pytest.mark.parametrize("junk", [b"\0", b"\xff" * 3, b"\0" * 4096, b"Xen saved domain, xl format\n \0 \r"])
 def test_reader_bytes_after_the_stream_are_trailing(kind: str, junk: bytes) -> None:
     data = bytes_of(kind)
-    expected = read(whole(data)).plain
+    expected = read(one_chunk(data)).comparable
     for chunks in ([data, junk], [data + junk], [data[:-3], data[-3:] + junk[:1], junk[1:]]):
         reading = read(chunks)
-        assert reading.plain == expected
+        assert reading.comparable == expected
         assert reading.done
         assert reading.trailing == len(junk)
 
 
 def assert_truncated(stream: Stream, data: bytes, end: int) -> None:
-    reading = read(whole(data[:end]))
+    reading = read(one_chunk(data[:end]))
     assert type(reading.error) is Truncated
     assert not reading.done
     assert f"at {end:#x}" in reading.error.reason
@@ -182,14 +182,14 @@ def test_reader_fed_exactly_what_is_needed_reads_all(chunk: int) -> None:
             reader.feed(data[position : position + n])
             position += n
     assert position == len(data)
-    assert plain == len(read(whole(data), pages=True).events)
+    assert plain == len(read(one_chunk(data), pages=True).events)
 
 
 def test_reader_feed_copies_mutable_buffers() -> None:
     data = bytes_of("xl")
-    expected = read(whole(data), pages=True).plain
+    expected = read(one_chunk(data), pages=True).comparable
     buffer = bytearray(data)
-    assert read([memoryview(buffer)], pages=True).plain == expected  # type: ignore[list-item]
+    assert read([memoryview(buffer)], pages=True).comparable == expected  # type: ignore[list-item]
     reader = Reader()
     reader.feed(buffer)
     buffer[:] = bytes(len(buffer))  # the caller's buffer is its own again
@@ -199,6 +199,6 @@ def test_reader_feed_copies_mutable_buffers() -> None:
 
 
 def test_reader_given_kind_is_not_detected() -> None:
-    assert read(whole(bytes_of("libxc")), kind=Kind.LIBXC).done
-    assert isinstance(read(whole(bytes_of("libxl")), kind=Kind.LIBXC).error, Exception)
-    assert isinstance(read(whole(b"nonsense" * 8)).error, Unsupported)
+    assert read(one_chunk(bytes_of("libxc")), kind=Kind.LIBXC).done
+    assert isinstance(read(one_chunk(bytes_of("libxl")), kind=Kind.LIBXC).error, Exception)
+    assert isinstance(read(one_chunk(b"nonsense" * 8)).error, Unsupported)

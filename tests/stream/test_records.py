@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from tests.support.stream_reading import Reading, read, whole
+from tests.support.stream_reading import Reading, one_chunk, read
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import CPUID_POLICY, MSR_POLICY, Domain
 from tests.support.writers.hvm import PARAMS, hvm_context, hvm_stream
@@ -39,15 +39,15 @@ def pv(big_endian: bool = False, version: int = 3) -> Reading:
     # "The endianness shall be 0 (little-endian) for images generated on an i386, x86_64": a big-endian one is a fault,
     # and read for who collects faults. Only the stream's own fields are swapped, not what Xen and the guest wrote.
     stream = domain().to_stream("libxl", big_endian=big_endian, version=version, batch=16)
-    return read(whole(bytes(stream)), collect=True)
+    return read(one_chunk(bytes(stream)), collect=True)
 
 
 @BOTH_ORDERS
 def test_reader_gives_headers(big_endian: bool) -> None:
     reading = pv(big_endian)
     assert reading.done
-    assert len(reading.faults) == (2 if big_endian else 0)
-    assert all("big" in fault.message for fault in reading.faults)
+    assert len(reading.breaches) == (2 if big_endian else 0)
+    assert all("big" in fault.message for fault in reading.breaches)
     assert the(reading, LibxlHeader) == LibxlHeader(0, 2, int(big_endian))
     assert the(reading, ImageHeader) == ImageHeader(24, 3, big_endian)
     assert the(reading, DomainHeader) == DomainHeader(48, Guest.PV, 4, 17)
@@ -81,7 +81,7 @@ def test_page_data_entries_of_unknown_type_have_no_content() -> None:
     for kind in range(16):
         piece = wire.page_data([(0, NOTAB), (1, kind), (2, NOTAB)], [bytes(PAGE)] * (2 + (kind in WITH_DATA)))
         stream = domain().to_stream("libxc", batch=1024).replace("PAGE_DATA", piece)
-        data = the(read(whole(bytes(stream)), collect=True), PageData)
+        data = the(read(one_chunk(bytes(stream)), collect=True), PageData)
         assert data.has_data.tolist() == [True, kind in WITH_DATA, True]
         assert data.pages == 2 + (kind in WITH_DATA)
 
@@ -95,9 +95,9 @@ def test_page_data_last_of_5000_entries_is_checked() -> None:
         (1 << 52, "reserved bits set in pfn[4999]: 0x10000000000000"),
     ):
         piece = Wire().page_data([*[(0, XTAB)] * 4999, (pfn, XTAB)], [])
-        reading = read(whole(bytes(domain().to_stream("libxc").replace("PAGE_DATA", piece))), collect=True)
+        reading = read(one_chunk(bytes(domain().to_stream("libxc").replace("PAGE_DATA", piece))), collect=True)
         assert len(the(reading, PageData).entries) == 5000
-        assert [fault.message for fault in reading.faults] == ([message] if message else [])
+        assert [fault.message for fault in reading.breaches] == ([message] if message else [])
 
 
 @BOTH_ORDERS
@@ -127,7 +127,7 @@ def test_reader_gives_policies() -> None:
 
 def test_reader_version_2_has_no_static_data_records() -> None:
     reading = pv(version=2)
-    assert reading.faults == []
+    assert reading.breaches == []
     assert the(reading, ImageHeader).version == 2
     names = set(reading.names)
     assert not names & {"STATIC_DATA_END", "X86_CPUID_POLICY", "X86_MSR_POLICY"}
@@ -136,8 +136,8 @@ def test_reader_version_2_has_no_static_data_records() -> None:
 
 def test_reader_32_bit_domain_gives_width_4() -> None:
     domain = pv_domain(width=4, pfns=range(40))
-    reading = read(whole(domain.to_bytes("libxc")), collect=True)
-    assert reading.faults == []
+    reading = read(one_chunk(domain.to_bytes("libxc")), collect=True)
+    assert reading.breaches == []
     info = the(reading, records.X86PVInfo)
     assert (info.guest_width, info.pt_levels) == (4, 3)
     assert len(the(reading, records.VcpuBasic).context) == 2800
@@ -145,13 +145,13 @@ def test_reader_32_bit_domain_gives_width_4() -> None:
 
 def test_reader_32_bit_p2m_frame_holds_1024_entries() -> None:
     domain = pv_domain(width=4, pfns=[*range(39), 1023, 1024], ballooned=())
-    frames = the(read(whole(domain.to_bytes("libxc"))), records.X86PVP2MFrames)
+    frames = the(read(one_chunk(domain.to_bytes("libxc"))), records.X86PVP2MFrames)
     assert (frames.end_pfn, len(frames.p2m_pfns)) == (1024, 2)
 
 
 def test_reader_gives_hvm_records() -> None:
-    reading = read(whole(bytes(hvm_stream("libxl"))), collect=True)
-    assert reading.faults == []
+    reading = read(one_chunk(bytes(hvm_stream("libxl"))), collect=True)
+    assert reading.breaches == []
     assert the(reading, DomainHeader).guest is Guest.HVM
     assert the(reading, records.HvmParams).params == PARAMS
     assert the(reading, records.HvmContext).data == hvm_context()
@@ -164,13 +164,13 @@ def test_reader_gives_hvm_records() -> None:
 def test_reader_gives_checkpoint_state() -> None:
     wire = Wire()
     stream = domain().to_stream("libxl").before("libxl END", wire.checkpoint_state(2))
-    assert the(read(whole(bytes(stream))), libxl.CheckpointState).control_id == 2
+    assert the(read(one_chunk(bytes(stream))), libxl.CheckpointState).control_id == 2
 
 
 def test_reader_checkpointed_stream_alternates_between_libxc_and_libxl() -> None:
-    reading = read(whole(bytes(domain().to_checkpointed(rounds=2))), collect=True)
+    reading = read(one_chunk(bytes(domain().to_checkpointed(rounds=2))), collect=True)
     assert reading.done
-    assert {fault.rule.name for fault in reading.faults} == {"checkpointed"}
+    assert {fault.rule.name for fault in reading.breaches} == {"checkpointed"}
     names = [name for name in reading.names if name in {"CHECKPOINT", "libxl CHECKPOINT_END", "END", "libxl END"}]
     assert names == ["CHECKPOINT", "libxl CHECKPOINT_END"] * 2 + ["END", "libxl END"]
     assert sum(isinstance(event, ImageHeader) for event in reading.events) == 1
@@ -180,14 +180,14 @@ def test_reader_checkpointed_stream_alternates_between_libxc_and_libxl() -> None
 def test_reader_optional_record_gives_unknown_with_type() -> None:
     wire = Wire()
     stream = domain().to_stream("libxl").before("END", wire.record(0x8000_0042, b"12345"))
-    unknown = the(read(whole(bytes(stream))), framing.Unknown)
+    unknown = the(read(one_chunk(bytes(stream))), framing.Unknown)
     assert (unknown.type, unknown.length, unknown.name) == (0x8000_0042, 5, "optional record 0x80000042")
     assert unknown.offset == stream.offset("optional record 0x80000042")
 
 
 def test_reader_events_have_offset_and_length() -> None:
     stream = domain().to_stream("libxl", batch=16)
-    events = read(whole(bytes(stream))).events
+    events = read(one_chunk(bytes(stream))).events
     assert [event.offset for event in events] == [stream.offset_of(i) for i in range(len(stream))]
     for event, piece in zip(events, stream, strict=True):
         if isinstance(event, framing.Record):

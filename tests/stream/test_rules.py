@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.stream_breaches import BREACHES, Breach, sound
-from tests.support.stream_reading import at_random, read, whole
+from tests.support.stream_breaches import BREACHES, Breach, sound_stream
+from tests.support.stream_reading import one_chunk, random_chunks, read
 from xenpv.findings import Rule, Severity
 from xenpv.stream import rules
 
-EACH = pytest.mark.parametrize("breach", BREACHES, ids=lambda b: f"{b.rule.name}:{b.what}")
+EACH = pytest.mark.parametrize("breach", BREACHES, ids=lambda b: f"{b.rule.name}:{b.id}")
 
 
 def offset_of(breach: Breach) -> int:
     stream = breach.stream()
     try:
-        return stream.offset(breach.at, breach.nth)
+        return stream.offset(breach.piece, breach.nth)
     except IndexError:  # what is missing would have been at the end
         return len(bytes(stream))
 
 
 @EACH
 def test_reader_breach_raises_its_error_at_the_record(breach: Breach) -> None:
-    reading = read(whole(bytes(breach.stream())))
+    reading = read(one_chunk(bytes(breach.stream())))
     if breach.error is None:
         assert breach.rule.severity is Severity.WARNING
         assert reading.error is None
@@ -30,19 +30,19 @@ def test_reader_breach_raises_its_error_at_the_record(breach: Breach) -> None:
         return
     assert type(reading.error) is breach.error
     assert reading.error.offset == offset_of(breach)
-    assert reading.error.record == breach.named
+    assert reading.error.record == breach.reported_record
     assert f"{reading.error.offset:#x}" in str(reading.error)
-    assert breach.named in str(reading.error)
+    assert breach.reported_record in str(reading.error)
 
 
 @EACH
 def test_reader_with_handler_reports_the_breach_and_goes_on(breach: Breach) -> None:
     stream = breach.stream()
-    reading = read(whole(bytes(stream)), collect=True)
-    assert reading.rules == {breach.rule}, [str(f) for f in reading.faults]
-    first = reading.faults[0]
+    reading = read(one_chunk(bytes(stream)), collect=True)
+    assert reading.rules == {breach.rule}, [str(f) for f in reading.breaches]
+    first = reading.breaches[0]
     assert first.offset == offset_of(breach)
-    assert first.record == breach.named
+    assert first.record == breach.reported_record
     assert first.message
     if breach.fatal:
         assert type(reading.error) is breach.error
@@ -51,7 +51,7 @@ def test_reader_with_handler_reports_the_breach_and_goes_on(breach: Breach) -> N
     assert reading.error is None
     assert reading.done
     assert reading.trailing == 0
-    assert read(at_random(bytes(stream), 1), collect=True).faults == reading.faults
+    assert read(random_chunks(bytes(stream), 1), collect=True).breaches == reading.breaches
 
 
 @EACH
@@ -60,24 +60,26 @@ def test_reader_with_handler_reads_the_records_around_a_breach(breach: Breach) -
     if breach.fatal:
         return
     stream = breach.stream()
-    read_names = [n for n in read(whole(bytes(stream)), collect=True).names if not n.endswith(("envelope", "section"))]
+    read_names = [
+        n for n in read(one_chunk(bytes(stream)), collect=True).names if not n.endswith(("envelope", "section"))
+    ]
     written = [piece.name for piece in stream if not piece.name.startswith(("xl", "libvirt", "xenopsd"))]
     if read_names != written:
-        del written[stream.find(breach.at, breach.nth) - (len(stream) - len(written))]
+        del written[stream.find(breach.piece, breach.nth) - (len(stream) - len(written))]
         assert read_names == written
 
 
 @pytest.mark.parametrize("base", sorted({breach.base for breach in BREACHES} - {"big-endian", "remus"}))
 def test_reader_sound_stream_breaks_no_rule(base: str) -> None:
-    reading = read(whole(bytes(sound(base))), collect=True)
-    assert reading.faults == []
+    reading = read(one_chunk(bytes(sound_stream(base))), collect=True)
+    assert reading.breaches == []
     assert reading.done
 
 
 def test_reader_trailing_bytes_are_counted() -> None:
     """TRAILING is the caller's to report: whether bytes follow is known only where the input ends."""
-    reading = read([bytes(sound("libxc")), b"more"], collect=True)
-    assert reading.faults == []
+    reading = read([bytes(sound_stream("libxc")), b"more"], collect=True)
+    assert reading.breaches == []
     assert reading.trailing == 4
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.stream_reading import Reading, read, whole
+from tests.support.stream_reading import Reading, one_chunk, read
 from tests.support.stream_rewriting import rewrite_stream
 from tests.support.stream_strategies import known_types, u32s, u64s
 from tests.support.writers.build import pv_domain
@@ -171,8 +171,8 @@ def test_writer_records_are_read_back_equal(sent: list[Sent], kind: Kind, config
     after: list[Sent] = [] if kind is Kind.LIBXC else [libxl.LibxlEnd()]
     data = written(writer, *sent, *after)
     assert writer.done
-    reading = read(whole(data), pages=True, collect=True)
-    assert (reading.faults, reading.error, reading.done, reading.trailing) == ([], None, True, 0)
+    reading = read(one_chunk(data), pages=True, collect=True)
+    assert (reading.breaches, reading.error, reading.done, reading.trailing) == ([], None, True, 0)
     if kind is Kind.XL:
         first = reading.events[0]
         assert isinstance(first, Envelope)
@@ -203,8 +203,8 @@ def test_writer_hvm_records_are_read_back_equal(params: dict[int, int], context:
         libxl.LibxlEnd(),
     ]
     data = written(Writer(Kind.LIBXL, guest=Guest.HVM), *sent)
-    reading = read(whole(data), collect=True)
-    assert reading.faults == []
+    reading = read(one_chunk(data), collect=True)
+    assert reading.breaches == []
     assert [e for e in reading.events if isinstance(e, Record)][1:2] == sent[:1]
     assert [e for e in reading.events if isinstance(e, Record)][3:] == sent[2:]
 
@@ -247,7 +247,7 @@ FULL = ["pv info", "cpuid", "static end", "frames", "pages", "tsc", "shared", "v
 
 def in_oracle(names: list[str]) -> Reading:
     pieces = [W.image_header(), W.domain_header(), *(POOL[name][1]() for name in names)]
-    return read(whole(bytes(Stream(pieces))), collect=True)
+    return read(one_chunk(bytes(Stream(pieces))), collect=True)
 
 
 def first_refused(names: list[str]) -> tuple[int, StreamError] | None:
@@ -281,7 +281,7 @@ def test_writer_raises_exactly_where_the_reader_reports(data: st.DataObject) -> 
             return
     if "end" in names[:-1]:
         del names[names.index("end") + 1 :]  # a reader reads no further
-    faults = in_oracle(names).faults
+    faults = in_oracle(names).breaches
     faults = [fault for fault in faults if fault.rule is not rules.TRUNCATED]
     refused = first_refused(names)
     if not faults:

@@ -1,4 +1,4 @@
-"""Feeding a Reader in every way, and saying what came out in a form that can be compared."""
+"""Feeds a Reader in every way, and gives its events in a form that can be compared."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from xenpv.stream.reader import Reader
 
 
 @dataclass(frozen=True)
-class Fault:
-    """A breach as the fault callback is told of it."""
+class ReportedBreach:
+    """A breach that a reader reported to its handler."""
 
     rule: Rule
     message: str
@@ -29,11 +29,11 @@ class Fault:
 
 @dataclass
 class Reading:
-    """What one reading of a stream gave."""
+    """The events, breaches and error of one reading of a stream."""
 
     events: list[Event] = field(default_factory=list)
-    plain: list[tuple[object, ...]] = field(default_factory=list)  # the events again, comparable
-    faults: list[Fault] = field(default_factory=list)
+    comparable: list[tuple[object, ...]] = field(default_factory=list)  # the events, as values that == compares
+    breaches: list[ReportedBreach] = field(default_factory=list)
     error: StreamError | None = None
     done: bool = False
     trailing: int = 0
@@ -45,7 +45,7 @@ class Reading:
 
     @property
     def rules(self) -> set[Rule]:
-        return {fault.rule for fault in self.faults}
+        return {breach.rule for breach in self.breaches}
 
     @property
     def content(self) -> bytes:
@@ -53,33 +53,33 @@ class Reading:
         return b"".join(event.raw for event in self.events if isinstance(event, PageContent))
 
 
-def plain(value: object) -> Any:
+def comparable(value: object) -> Any:
     """A value that can be compared with ==: an array as its type, shape and bytes, a dataclass as its fields."""
     if isinstance(value, np.ndarray):
         return value.dtype.str, value.shape, value.tobytes()
     if isinstance(value, memoryview):
         return bytes(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return (type(value).__name__, *((f.name, plain(getattr(value, f.name))) for f in fields(value)))
+        return (type(value).__name__, *((f.name, comparable(getattr(value, f.name))) for f in fields(value)))
     return value
 
 
-def whole(data: bytes) -> list[bytes]:
+def one_chunk(data: bytes) -> list[bytes]:
     return [data]
 
 
-def bytewise(data: bytes) -> Iterator[bytes]:
+def single_bytes(data: bytes) -> Iterator[bytes]:
     return (data[i : i + 1] for i in range(len(data)))
 
 
-def cut(data: bytes, at: Iterable[int]) -> list[bytes]:
-    """The data in pieces, cut at those offsets; empty pieces included."""
+def split_at(data: bytes, at: Iterable[int]) -> list[bytes]:
+    """Split the data at offsets; pieces may be empty."""
     return [data[a:b] for a, b in pairwise([0, *sorted(at), len(data)])]
 
 
-def at_random(data: bytes, seed: int) -> list[bytes]:
+def random_chunks(data: bytes, seed: int) -> list[bytes]:
     rng = random.Random(seed)
-    return cut(data, [rng.randrange(len(data) + 1) for _ in range(rng.randrange(40))])
+    return split_at(data, [rng.randrange(len(data) + 1) for _ in range(rng.randrange(40))])
 
 
 def read(
@@ -90,16 +90,21 @@ def read(
     eof: bool = True,
     kind: Kind | None = None,
 ) -> Reading:
-    """Feed all chunks and take every event as soon as it comes; a StreamError ends it and is kept.
+    """Feed all chunks, and take every event as soon as it comes. A StreamError ends the reading and is kept.
 
-    ``collect`` hands a fault callback to the reader; without, the first breach of a rule raises.
+    Args:
+        chunks: the pieces of the stream.
+        pages: give page content.
+        collect: report breaches to a handler; otherwise the first one raises.
+        eof: mark the end of the input after the chunks.
+        kind: the kind of stream; None detects it.
     """
     out = Reading()
 
-    def fault(rule: Rule, message: str, offset: int, record: str | None) -> None:
-        out.faults.append(Fault(rule, message, offset, record))
+    def on_breach(rule: Rule, message: str, offset: int, record: str | None) -> None:
+        out.breaches.append(ReportedBreach(rule, message, offset, record))
 
-    reader = Reader(on_breach=fault if collect else None, pages=pages, kind=kind)
+    reader = Reader(on_breach=on_breach if collect else None, pages=pages, kind=kind)
     try:
         for chunk in chunks:
             reader.feed(chunk)
@@ -114,7 +119,7 @@ def read(
 
 
 def read_seeking(data: bytes, *, step: int = 1000) -> Reading:
-    """As a caller reads that can seek: what is skippable is never fed; else what is needed, or ``step`` if more."""
+    """Read as a caller that can seek: skip all that is skippable, and feed what is needed, or ``step`` if more."""
     out = Reading()
     reader = Reader()
     position = 0
@@ -143,4 +148,4 @@ def read_seeking(data: bytes, *, step: int = 1000) -> Reading:
 def _drain(reader: Reader, out: Reading) -> None:
     while (event := reader.next_event()) is not None:
         out.events.append(event)
-        out.plain.append(plain(event))
+        out.comparable.append(comparable(event))

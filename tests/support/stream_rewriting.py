@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.support.stream_reading import Reading, read, whole
+from tests.support.stream_reading import Reading, one_chunk, read
 from xenpv.stream import libxl
 from xenpv.stream.envelope import Envelope, Kind
 from xenpv.stream.events import DomainHeader, PageContent
@@ -14,7 +14,7 @@ from xenpv.stream.writer import Writer
 
 def rewrite_stream(data: bytes) -> bytes:
     """Read a stream, and return what a Writer makes of it."""
-    reading = read(whole(data), pages=True)
+    reading = read(one_chunk(data), pages=True)
     assert reading.error is None, reading.error
     return b"".join(b"".join(buffers) for buffers in rewrite_events(reading))
 

@@ -6,7 +6,7 @@ from functools import cache
 
 from hypothesis import strategies as st
 
-from tests.support.stream_reading import Reading, read, whole
+from tests.support.stream_reading import Reading, one_chunk, read
 from tests.support.writers.build import pv_domain
 from tests.support.writers.stream import BROKEN, NOTAB, PIN, XALLOC, XTAB, Piece, Stream, Wire
 
@@ -48,8 +48,8 @@ def hvm(*records: Piece, wire: Wire = Wire()) -> Stream:  # noqa: B008  frozen
 
 
 def collected(stream: Stream) -> Reading:
-    return read(whole(bytes(stream)), collect=True)
+    return read(one_chunk(bytes(stream)), collect=True)
 
 
 def raised(stream: Stream) -> Reading:
-    return read(whole(bytes(stream)))
+    return read(one_chunk(bytes(stream)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.stream_reading import plain
+from tests.support.stream_reading import comparable
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
 from xenpv.cli.show import describe
 from xenpv.source.saved import SavedDomain
@@ -63,7 +63,7 @@ def events(data: bytes, pieces: int, *, seed: int = 1) -> list[object]:
     while not reader.done:
         event = reader.next_event()
         if event is not None:
-            out.append(plain(event))
+            out.append(comparable(event))
         elif reader.skippable:
             n = min(reader.skippable, chance.choice([1, 4095, 1 << 20]))
             reader.skip(n)
