@@ -67,6 +67,7 @@ class Finding:
 
     @property
     def severity(self) -> Severity:
+        """The severity of its rule."""
         return self.rule.severity
 
     def to_json(self) -> dict[str, Any]:
@@ -131,14 +132,17 @@ class Findings:
 
     @property
     def errors(self) -> int:
+        """The number of errors, including those that were only counted."""
         return sum(n for rule, n in self.count.items() if rule.severity is Severity.ERROR)
 
     @property
     def warnings(self) -> int:
+        """The number of warnings, including those that were only counted."""
         return sum(n for rule, n in self.count.items() if rule.severity is Severity.WARNING)
 
     @property
     def notes(self) -> int:
+        """The number of notes, including those that were only counted."""
         return sum(n for rule, n in self.count.items() if rule.severity is Severity.NOTE)
 
     def left_out(self) -> dict[Rule, int]:

@@ -25,9 +25,11 @@ class Scalar(NamedTuple):
     size8: int
 
     def size(self, width: Width) -> int:
+        """Return its size in bytes at this width."""
         return self.size8 if width == 8 else self.size4
 
     def align(self, width: Width) -> int:
+        """Return its alignment in bytes."""
         return min(self.size(width), width)
 
     def format(self, width: Width) -> Any:
@@ -51,15 +53,19 @@ class Array:
     count8: int
 
     def count(self, width: Width) -> int:
+        """Return the number of elements."""
         return self.count8 if width == 8 else self.count4
 
     def size(self, width: Width) -> int:
+        """Return the size of all elements, in bytes."""
         return self.count(width) * self.of.size(width)
 
     def align(self, width: Width) -> int:
+        """Return the alignment of an element, in bytes."""
         return self.of.align(width)
 
     def format(self, width: Width) -> Any:
+        """Return the NumPy format of the array."""
         return (self.of.format(width), (self.count(width),))
 
 
@@ -75,12 +81,15 @@ class Chars:
     count: int
 
     def size(self, width: Width) -> int:  # noqa: ARG002  the same at both widths, unlike its neighbours
+        """Return its size in bytes."""
         return self.count
 
     def align(self, width: Width) -> int:  # noqa: ARG002
+        """Return 1: characters need no alignment."""
         return 1
 
     def format(self, width: Width) -> Any:  # noqa: ARG002
+        """Return the NumPy format of the bytes."""
         return f"S{self.count}"
 
 
@@ -128,6 +137,7 @@ class Struct:
         return _up(end, self.align(width))
 
     def align(self, width: Width) -> int:
+        """Return the largest alignment of a member, in bytes."""
         return max(member.align(width) for _, member in self.members(width))
 
     def size(self, width: Width) -> int:

@@ -73,6 +73,7 @@ class Segment:
 
     @property
     def pfns(self) -> range:
+        """The pfns of the segment."""
         return range(self.first, self.first + self.pages)
 
 
@@ -92,6 +93,7 @@ class Span:
 
     @property
     def pfns(self) -> range:
+        """The pfns of the span."""
         return range(self.first, self.first + self.count)
 
     @property

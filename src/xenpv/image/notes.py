@@ -31,7 +31,7 @@ class NoteForm(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NoteType:
-    """A type of note: its name in elfnote.h without XEN_ELFNOTE_, its format and its meaning."""
+    """A type of note: its name in elfnote.h without ``XEN_ELFNOTE_``, its format and its meaning."""
 
     name: str
     form: NoteForm

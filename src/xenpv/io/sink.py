@@ -17,7 +17,8 @@ class Sink(Protocol):
     """
 
     @property
-    def is_regular_file(self) -> bool: ...
+    def is_regular_file(self) -> bool:
+        """Whether the bytes go to a regular file, where no write can hang."""
 
     def write(self, buffers: Sequence[Buffer]) -> None:
         """Write all buffers, in order. On return the caller may reuse them. Raises OSError."""

@@ -14,7 +14,7 @@ from xenpv.stream.fields import Buffer
 _LAST_MESSAGE_TIMEOUT = 1.0  # seconds in which the peer's reason may still arrive after it has closed
 
 EventCallback = Callable[..., None]
-"""on_event(event, **details): receives what happens in a migration."""
+"""``on_event(event, **details)`` receives what happens in a migration."""
 
 
 class OutcomeUnknown(HostError):

@@ -28,6 +28,7 @@ class Box:
 
     @property
     def middle(self) -> float:
+        """The x coordinate of its middle."""
         return self.x + self.w / 2
 
 

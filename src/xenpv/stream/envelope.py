@@ -107,6 +107,7 @@ class Envelope:
 
     @property
     def name(self) -> str:
+        """The name that findings and listings call it."""
         return f"{self.kind} envelope"
 
 

@@ -57,6 +57,7 @@ class SectionHeader:
 
     @property
     def name(self) -> str:
+        """The name that findings and listings call it."""
         return f"{self.section} section"
 
 

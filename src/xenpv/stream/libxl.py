@@ -17,6 +17,8 @@ OPTION_LEGACY = 1 << 1
 
 
 class LibxlType(IntEnum):
+    """Types of libxl records."""
+
     END = 0
     LIBXC_CONTEXT = 1
     EMULATOR_XENSTORE_DATA = 2
@@ -26,6 +28,8 @@ class LibxlType(IntEnum):
 
 
 class Emulator(IntEnum):
+    """The emulators that libxl's records name."""
+
     UNKNOWN = 0
     QEMU_TRADITIONAL = 1
     QEMU_UPSTREAM = 2
@@ -40,6 +44,8 @@ class LibxlRecord(Record):
 
 
 class LibxlEnd(LibxlRecord):
+    """END: the libxl stream is complete."""
+
     TYPE = LibxlType.END
 
 
@@ -50,11 +56,15 @@ class LibxcContext(LibxlRecord):
 
 
 class CheckpointEnd(LibxlRecord):
+    """CHECKPOINT_END: the libxc stream goes on."""
+
     TYPE = LibxlType.CHECKPOINT_END
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointState(LibxlRecord):
+    """CHECKPOINT_STATE: a message of COLO's back channel."""
+
     TYPE = LibxlType.CHECKPOINT_STATE
     LENGTH = range(8, 9)
     FIELDS = Fields(control_id=4, _padding=4)
@@ -79,6 +89,8 @@ class EmulatorRecord(LibxlRecord):
 
 
 class EmulatorContext(EmulatorRecord):
+    """EMULATOR_CONTEXT: the saved state of a device model."""
+
     TYPE = LibxlType.EMULATOR_CONTEXT
 
 

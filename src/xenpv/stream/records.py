@@ -25,23 +25,33 @@ VCPUS_MAX = 8192  # xen.git:xen/include/xen/sched.h MAX_VIRT_CPUS for PV, 64-bit
 
 
 class End(Record):
+    """END: the stream is complete."""
+
     TYPE = RecordType.END
 
 
 class StaticDataEnd(Record):
+    """STATIC_DATA_END: memory and registers follow."""
+
     TYPE = RecordType.STATIC_DATA_END
 
 
 class Verify(Record):
+    """VERIFY: all pages are sent once more, to be compared."""
+
     TYPE = RecordType.VERIFY
 
 
 class Checkpoint(Record):
+    """CHECKPOINT: a domain could be started from what has come."""
+
     TYPE = RecordType.CHECKPOINT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class X86PVInfo(Record):
+    """X86_PV_INFO: the guest's width and its levels of page tables."""
+
     TYPE = RecordType.X86_PV_INFO
     LENGTH = range(8, 9)
     FIELDS = Fields(guest_width=1, pt_levels=1, _res1=2, _res2=4)
@@ -207,6 +217,8 @@ class VcpuBlob(Record):
 
 
 class VcpuBasic(VcpuBlob):
+    """X86_PV_VCPU_BASIC: a vcpu_guest_context."""
+
     TYPE = RecordType.X86_PV_VCPU_BASIC
 
     @classmethod
@@ -216,6 +228,8 @@ class VcpuBasic(VcpuBlob):
 
 
 class VcpuExtended(VcpuBlob):
+    """X86_PV_VCPU_EXTENDED: an xen_domctl_ext_vcpucontext."""
+
     TYPE = RecordType.X86_PV_VCPU_EXTENDED
 
     @classmethod
@@ -224,6 +238,8 @@ class VcpuExtended(VcpuBlob):
 
 
 class VcpuXsave(VcpuBlob):
+    """X86_PV_VCPU_XSAVE: the xsave area of a vcpu."""
+
     TYPE = RecordType.X86_PV_VCPU_XSAVE
 
     @classmethod
@@ -232,6 +248,8 @@ class VcpuXsave(VcpuBlob):
 
 
 class VcpuMsrs(VcpuBlob):
+    """X86_PV_VCPU_MSRS: an array of xen_domctl_vcpu_msr."""
+
     TYPE = RecordType.X86_PV_VCPU_MSRS
 
     @classmethod
@@ -249,6 +267,8 @@ class SharedInfo(Opaque):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class X86TscInfo(Record):
+    """X86_TSC_INFO: mode, frequency and clock of the guest's TSC."""
+
     TYPE = RecordType.X86_TSC_INFO
     LENGTH = range(24, 25)
     FIELDS = Fields(mode=4, khz=4, nsec=8, incarnation=4, _reserved=4)
@@ -260,6 +280,8 @@ class X86TscInfo(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HvmContext(Opaque):
+    """HVM_CONTEXT: Xen's own records of an HVM domain."""
+
     TYPE = RecordType.HVM_CONTEXT
     LENGTH = range(1, RECORD_LENGTH_MAX + 1)
 
@@ -313,21 +335,29 @@ class Policy(Opaque):
 
 
 class CpuidPolicy(Policy):
+    """X86_CPUID_POLICY: an array of xen_cpuid_leaf."""
+
     TYPE = RecordType.X86_CPUID_POLICY
     ENTRY = CPUID_LEAF.size(8)
 
 
 class MsrPolicy(Policy):
+    """X86_MSR_POLICY: an array of xen_msr_entry."""
+
     TYPE = RecordType.X86_MSR_POLICY
     ENTRY = MSR_ENTRY.size(8)
 
 
 class Toolstack(Opaque):
+    """TOOLSTACK: deprecated; no restorer takes it."""
+
     TYPE = RecordType.TOOLSTACK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointDirtyPfnList(Opaque):
+    """CHECKPOINT_DIRTY_PFN_LIST: of the back channel of a checkpointed migration."""
+
     TYPE = RecordType.CHECKPOINT_DIRTY_PFN_LIST
 
 

@@ -138,6 +138,7 @@ class Hypercalls:
         self.interface: Interface | None = None
 
     def close(self) -> None:
+        """Close the library's handle; no call may follow."""
         if self._handle is not None:
             self._close(self._handle)
             self._handle = None

@@ -62,6 +62,7 @@ class XenStore:
 
     @property
     def reachable(self) -> bool:
+        """Whether xenstored can be reached."""
         return bool(self._handle)
 
     def read(self, path: str, transaction: int = NO_TRANSACTION) -> str | None:
@@ -181,6 +182,7 @@ class XenStore:
             raise HostError(message, op=op, domid=domid, errno=errno.ENOTCONN)
 
     def close(self) -> None:
+        """Close the connection; no call may follow."""
         if self._handle:
             self._close(self._handle)
             self._handle = None
