@@ -6,8 +6,8 @@ import errno
 from typing import Any, Self
 
 from xenpv.frames import DomId
+from xenpv.host.errors import host_error
 from xenpv.host.protocol import DomainInfo
-from xenpv.host.xen import libxen
 
 
 def domain_info(domid: int, name: str | None = None, uuid: str | None = None, **changes: Any) -> DomainInfo:
@@ -45,4 +45,4 @@ class HostStub:
         for one in self._domains:
             if one.domid == domid:
                 return one
-        raise libxen.host_error("getdomaininfo", errno.ESRCH, domid)
+        raise host_error("getdomaininfo", errno.ESRCH, domid)

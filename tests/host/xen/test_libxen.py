@@ -16,14 +16,6 @@ from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.xen import libxen
 
 
-def test_host_error_names_operation_domain_and_errno() -> None:
-    error = libxen.host_error("getvcpucontext", errno.ESRCH, 7)
-    assert str(error) == "dom7: getvcpucontext: no such domain, or it has been destroyed meanwhile (ESRCH)"
-    assert (error.op, error.domid, error.errno) == ("getvcpucontext", 7, errno.ESRCH)
-    assert str(libxen.host_error("xen_version", errno.EPERM)) == "xen_version: needs root in dom0 (EPERM)"
-    assert str(libxen.host_error("pausedomain", errno.EINVAL, 0)) == "dom0: pausedomain: Invalid argument (EINVAL)"
-
-
 @pytest.fixture
 def memory() -> Iterator[tuple[libxen.ForeignMemory, int]]:
     """Foreign memory whose frame n is page n of a file, and that file."""

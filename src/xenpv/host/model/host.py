@@ -14,6 +14,7 @@ from xenpv.abi.declare import Width
 from xenpv.errors import HostError
 from xenpv.frames import PAGE_SIZE, U8, U64, DomId, PageType, first_bad
 from xenpv.host import xenstore_nodes
+from xenpv.host.errors import host_error
 from xenpv.host.model.cpu_state import updated_cpu_policy, updated_tsc_info, updated_vcpu_state
 from xenpv.host.model.dirty_log import DirtyLog
 from xenpv.host.model.domain import ModelDomain, Vcpu
@@ -124,14 +125,14 @@ class ModelHost:
         """See Host."""
         domain = self.hypervisor.domain("pausedomain", domid)
         if domid == DOM0:
-            raise self.hypervisor.error("pausedomain", domid, errno.EINVAL, "dom0 cannot pause itself")
+            raise host_error("pausedomain", errno.EINVAL, domid, "dom0 cannot pause itself")
         domain.pauses += 1
 
     def unpause(self, domid: DomId) -> None:
         """See Host."""
         domain = self.hypervisor.domain("unpausedomain", domid)
         if not domain.pauses:
-            raise self.hypervisor.error("unpausedomain", domid, errno.EINVAL, "not paused")
+            raise host_error("unpausedomain", errno.EINVAL, domid, "not paused")
         domain.pauses -= 1
         domain.has_run = True
 
@@ -148,10 +149,10 @@ class ModelHost:
     ) -> DomId:
         """See Toolstack."""
         if not 1 <= vcpus <= MAX_VCPUS:
-            raise self.hypervisor.error("createdomain", None, errno.EINVAL, f"{vcpus} vcpus")
+            raise host_error("createdomain", errno.EINVAL, None, f"{vcpus} vcpus")
         domid = DomId(self._next_domid)
         domain = ModelDomain(domid, width, name, uuid, [Vcpu() for _ in range(vcpus)], max_pages)
-        with self.hypervisor.host_errors("createdomain", None):
+        with self.hypervisor.raising_host_errors("createdomain", None):
             domain.shared_info_mfn = self.frames.alloc_special(domain.owner_id)
         self._next_domid += 1
         self.hypervisor.domains[domid] = domain
@@ -164,16 +165,16 @@ class ModelHost:
         if width == domain.width:
             return
         if width == 8:
-            raise self.hypervisor.error("set_address_size", domid, errno.EINVAL, "a 32-bit domain stays one")
+            raise host_error("set_address_size", errno.EINVAL, domid, "a 32-bit domain stays one")
         if self.frames.pages[domain.owner_id]:
-            raise self.hypervisor.error("set_address_size", domid, errno.EACCES, "the domain has memory")
+            raise host_error("set_address_size", errno.EACCES, domid, "the domain has memory")
         domain.width = width
 
     def destroy(self, domid: DomId) -> None:
         """See Toolstack."""
         domain = self.hypervisor.domain("destroydomain", domid)
         if domid == DOM0:
-            raise self.hypervisor.error("destroydomain", domid, errno.EINVAL, "dom0 cannot destroy itself")
+            raise host_error("destroydomain", errno.EINVAL, domid, "dom0 cannot destroy itself")
         self.types.forget_owner(domain.owner_id)
         self.frames.free_all(domain.owner_id)
         del self.hypervisor.domains[domid]
@@ -234,13 +235,13 @@ class ModelHost:
         domain = self.hypervisor.domain(op, domid)
         self._check_ownership(op, domid, frame)
         if not self.types.can_map_writable(domain.owner, frame)[0]:
-            raise self.hypervisor.error(op, domid, errno.EPERM, f"mfn {mfn:#x} is not writable")
+            raise host_error(op, errno.EPERM, domid, f"mfn {mfn:#x} is not writable")
         self.frames.write(frame, _hypercall_page(domain.width))
 
     def pin_tables(self, domid: DomId, mfns: U64, levels: U8) -> None:
         """See Toolstack."""
         domain = self.hypervisor.domain("mmuext_op", domid)
-        with self.hypervisor.host_errors("mmuext_op", domid):
+        with self.hypervisor.raising_host_errors("mmuext_op", domid):
             for mfn, level in zip(mfns.tolist(), levels.tolist(), strict=True):
                 self.types.pin(domain.owner, mfn, level)
 
@@ -269,7 +270,7 @@ class ModelHost:
         """See Toolstack. Writes the nodes of the rings; no daemon looks at them."""
         domain = self.hypervisor.domain("introduce", domid)
         if 1 not in domain.grants:
-            raise self.hypervisor.error("introduce", domid, errno.EINVAL, "xenstored has no grant for its ring")
+            raise host_error("introduce", errno.EINVAL, domid, "xenstored has no grant for its ring")
         info = domain.info(self.frames.pages[domain.owner_id])
         self._write_nodes(xenstore_nodes.introduction_nodes(info, self.daemons(), console, xenstore))
 
@@ -292,14 +293,14 @@ class ModelHost:
         first = first_bad(~self.types.can_map_writable(domain.owner, mfns))
         if first is not None:
             reason = f"mfn {int(mfns[first]):#x} cannot be mapped writable"
-            raise self.hypervisor.error(op, domid, errno.EBUSY, reason)
+            raise host_error(op, errno.EBUSY, domid, reason)
         return domain
 
     def _check_ownership(self, op: str, domid: DomId, mfns: U64) -> None:
         """Raise HostError (EINVAL) unless all frames are the domain's memory. Xen's pages for it are not."""
         owned = self.hypervisor.is_owned(op, domid, mfns) & ((self.frames.types(mfns)[1] & SPECIAL) == 0)
         if (first := first_bad(~owned)) is not None:
-            raise self.hypervisor.error(op, domid, errno.EINVAL, f"mfn {int(mfns[first]):#x} is not the domain's")
+            raise host_error(op, errno.EINVAL, domid, f"mfn {int(mfns[first]):#x} is not the domain's")
 
     # -- the Mover protocol
 
@@ -311,7 +312,7 @@ class ModelHost:
     def set_vcpu_state(self, domid: DomId, vcpu: int, state: VcpuState) -> None:
         """See Mover."""
         domain, v = self.hypervisor.vcpu("set_ext_vcpucontext", domid, vcpu)
-        with self.hypervisor.host_errors("set_ext_vcpucontext", domid):
+        with self.hypervisor.raising_host_errors("set_ext_vcpucontext", domid):
             v.state = updated_vcpu_state(v.state, state, domain.width)
 
     def tsc_info(self, domid: DomId) -> TscInfo:
@@ -321,7 +322,7 @@ class ModelHost:
     def set_tsc_info(self, domid: DomId, info: TscInfo) -> None:
         """See Mover."""
         domain = self.hypervisor.domain("settscinfo", domid)
-        with self.hypervisor.host_errors("settscinfo", domid):
+        with self.hypervisor.raising_host_errors("settscinfo", domid):
             domain.tsc = updated_tsc_info(info)
 
     def cpu_policy(self, domid: DomId) -> CpuPolicy:
@@ -332,8 +333,8 @@ class ModelHost:
         """See Mover."""
         domain = self.hypervisor.domain("set_cpu_policy", domid)
         if domain.has_run:
-            raise self.hypervisor.error("set_cpu_policy", domid, errno.EEXIST, "the domain runs or has run already")
-        with self.hypervisor.host_errors("set_cpu_policy", domid):
+            raise host_error("set_cpu_policy", errno.EEXIST, domid, "the domain runs or has run already")
+        with self.hypervisor.raising_host_errors("set_cpu_policy", domid):
             domain.policy = updated_cpu_policy(domain.policy, policy)
 
     def log_dirty(self, domid: DomId, *, on: bool) -> None:
@@ -341,7 +342,7 @@ class ModelHost:
         domain = self.hypervisor.domain("shadow_op", domid)
         if on == (domain.dirty_log is not None):
             reason = f"log-dirty is {'enabled' if on else 'disabled'} already"
-            raise self.hypervisor.error("shadow_op", domid, errno.EINVAL, reason)
+            raise host_error("shadow_op", errno.EINVAL, domid, reason)
         domain.dirty_log = DirtyLog() if on else None
 
     def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
@@ -349,7 +350,7 @@ class ModelHost:
         self._run_time_slice(domid)
         domain = self.hypervisor.domain("shadow_op", domid)
         if domain.dirty_log is None:
-            raise self.hypervisor.error("shadow_op", domid, errno.EINVAL, "log-dirty is disabled")
+            raise host_error("shadow_op", errno.EINVAL, domid, "log-dirty is disabled")
         return domain.dirty_log.clean(pages) if clean else domain.dirty_log.peek(pages)
 
     def request_shutdown(self, domid: DomId, value: str) -> None:

@@ -8,15 +8,14 @@ Source: xen.git:xen/arch/x86/mm.c, xen/common/memory.c
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
-from xenpv.errors import HostError
 from xenpv.frames import I64, PAGE_SIZE, U64, DomId, Mask, first_bad
+from xenpv.host.errors import host_error
 from xenpv.host.model.domain import ModelDomain, Vcpu
 from xenpv.host.model.frame_table import ALLOCATED, EXTENT_FRAMES, EXTENT_ORDER, SPECIAL, FrameTable, NoMemoryError
 from xenpv.host.model.page_types import HypercallError, PageTypes
@@ -40,14 +39,14 @@ class Hypervisor:
     def domain(self, op: str, domid: DomId) -> ModelDomain:
         """Return a domain; HostError (ESRCH) if it does not exist. ``op`` names the call in errors."""
         if domid not in self.domains:
-            raise self.error(op, domid, errno.ESRCH, "no such domain")
+            raise host_error(op, errno.ESRCH, domid)
         return self.domains[domid]
 
     def vcpu(self, op: str, domid: DomId, vcpu: int) -> tuple[ModelDomain, Vcpu]:
         """Return a domain and one of its vcpus; HostError (ESRCH, EINVAL) if there is none of that number."""
         domain = self.domain(op, domid)
         if not 0 <= vcpu < len(domain.vcpus):
-            raise self.error(op, domid, errno.EINVAL, f"no vcpu {vcpu}")
+            raise host_error(op, errno.EINVAL, domid, f"no vcpu {vcpu}")
         return domain, domain.vcpus[vcpu]
 
     def is_owned(self, op: str, domid: DomId, mfns: U64) -> Mask:
@@ -56,20 +55,14 @@ class Hypervisor:
         return owned
 
     @contextmanager
-    def host_errors(self, op: str, domid: DomId | None) -> Iterator[None]:
+    def raising_host_errors(self, op: str, domid: DomId | None) -> Iterator[None]:
         """Turn HypercallError and NoMemoryError inside the block into HostError."""
         try:
             yield
         except HypercallError as error:
-            raise self.error(op, domid, error.errno, str(error)) from None
+            raise host_error(op, error.errno, domid, str(error)) from None
         except NoMemoryError:
-            raise self.error(op, domid, errno.ENOMEM, "no free frames") from None
-
-    @staticmethod
-    def error(op: str, domid: DomId | None, number: int, reason: str) -> HostError:
-        """Return the HostError for an errno and its reason."""
-        prefix = "" if domid is None else f"dom{domid}: "
-        return HostError(f"{prefix}{op}: {os.strerror(number)}: {reason}", op=op, domid=domid, errno=number)
+            raise host_error(op, errno.ENOMEM, domid, "no free frames") from None
 
     # -- log-dirty
 
@@ -116,7 +109,7 @@ class Hypervisor:
 
     def _check_order(self, op: str, domid: DomId, order: int) -> None:
         if order not in {0, EXTENT_ORDER}:
-            raise self.error(op, domid, errno.EINVAL, f"order {order}: the model supports 0 and {EXTENT_ORDER}")
+            raise host_error(op, errno.EINVAL, domid, f"order {order}: the model supports 0 and {EXTENT_ORDER}")
 
     def _decrease_frames(self, domain: ModelDomain, mfns: U64) -> int:
         bad = ~self.is_owned("decrease_reservation", domain.domid, mfns)
@@ -155,40 +148,40 @@ class Hypervisor:
         self.frames.rows.m2p[rows] = pfns[:count]
         self._mark_pfns_dirty(domain, pfns[:count])
         if foreign is not None:
-            raise self.error("mmu_update", domid, errno.EINVAL, f"mfn {int(mfns[foreign]):#x} is not the domain's")
+            raise host_error("mmu_update", errno.EINVAL, domid, f"mfn {int(mfns[foreign]):#x} is not the domain's")
 
     # -- page tables
 
     def mmu_update(self, domid: DomId, updates: Sequence[tuple[int, int, int]]) -> None:
         """MMU_NORMAL_PT_UPDATE: write entries, (mfn of the table, slot, entry) each, up to the first refused one."""
         domain = self.domain("mmu_update", domid)
-        with self.host_errors("mmu_update", domid):
+        with self.raising_host_errors("mmu_update", domid):
             for mfn, slot, pte in updates:
                 self.types.update_entry(domain.owner, mfn, slot, pte)
 
     def update_l1_entries(self, domid: DomId, mfn: int, slots: I64, ptes: U64) -> None:
         """Write entries of one L1 table, up to the first refused one; equal to as many mmu_updates."""
         domain = self.domain("mmu_update", domid)
-        with self.host_errors("mmu_update", domid):
+        with self.raising_host_errors("mmu_update", domid):
             self.types.update_l1_entries(domain.owner, mfn, slots, ptes)
 
     def pin(self, domid: DomId, mfn: int, level: int) -> None:
         """MMUEXT_PIN_L1_TABLE to L4: validate a table of that level and all below it, and keep it one."""
         domain = self.domain("mmuext_op", domid)
-        with self.host_errors("mmuext_op", domid):
+        with self.raising_host_errors("mmuext_op", domid):
             self.types.pin(domain.owner, mfn, level)
 
     def unpin(self, domid: DomId, mfn: int) -> None:
         """MMUEXT_UNPIN_TABLE."""
         domain = self.domain("mmuext_op", domid)
-        with self.host_errors("mmuext_op", domid):
+        with self.raising_host_errors("mmuext_op", domid):
             self.types.unpin(domain.owner, mfn)
 
     def load_cr3(self, domid: DomId, mfn: int, *, vcpu: int = 0, user: bool = False) -> None:
         """MMUEXT_NEW_BASEPTR; with ``user`` MMUEXT_NEW_USER_BASEPTR, where mfn 0 means none."""
         domain, v = self.vcpu("mmuext_op", domid, vcpu)
         load = v.load_guest_table_user if user else v.load_guest_table
-        with self.host_errors("mmuext_op", domid):
+        with self.raising_host_errors("mmuext_op", domid):
             load(self.types, domain.owner, mfn)
 
     # -- vcpus and shared info
@@ -197,15 +190,15 @@ class Hypervisor:
         """Return the vcpu_guest_context. HostError: EINVAL for no such vcpu, ENODATA for one that was never set."""
         domain, v = self.vcpu("getvcpucontext", domid, vcpu)
         if v.context is None:
-            raise self.error("getvcpucontext", domid, errno.ENODATA, f"vcpu {vcpu} is not initialised")
+            raise host_error("getvcpucontext", errno.ENODATA, domid, f"vcpu {vcpu} is not initialised")
         return v.get_context(domain.width)
 
     def set_vcpu_context(self, domid: DomId, vcpu: int, context: bytes) -> None:
         """See Toolstack.set_vcpu_context."""
         domain, v = self.vcpu("setvcpucontext", domid, vcpu)
         if len(context) != VCPU_GUEST_CONTEXT.size(domain.width):
-            raise self.error("setvcpucontext", domid, errno.EINVAL, f"a context of {len(context)} bytes")
-        with self.host_errors("setvcpucontext", domid):
+            raise host_error("setvcpucontext", errno.EINVAL, domid, f"a context of {len(context)} bytes")
+        with self.raising_host_errors("setvcpucontext", domid):
             v.set_context(self.types, domain.owner, bytes(context))
 
     def vcpu_frames(self, domid: DomId, vcpu: int = 0) -> tuple[int, ...]:
@@ -222,7 +215,7 @@ class Hypervisor:
         """Write into the shared info page. HostError (EINVAL) beyond its end."""
         mfn = self.domain("shared_info", domid).shared_info_mfn
         if offset < 0 or offset + len(data) > PAGE_SIZE:
-            raise self.error("shared_info", domid, errno.EINVAL, f"{len(data)} bytes at {offset:#x}")
+            raise host_error("shared_info", errno.EINVAL, domid, f"{len(data)} bytes at {offset:#x}")
         self.frames.page(mfn)[offset : offset + len(data)] = np.frombuffer(data, np.uint8)
 
     # -- events and scheduling

@@ -19,10 +19,10 @@ from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId, Mask, first_bad
 from xenpv.host import xenstore_nodes
+from xenpv.host.errors import host_error
 from xenpv.host.protocol import DOM0, CpuPolicy, Daemons, DomainInfo, Ring, TscInfo, VcpuState, XenVersion
 from xenpv.host.xen import domctl, libxen, userdata
 from xenpv.host.xen.cpu_state import CpuState
-from xenpv.host.xen.libxen import host_error
 from xenpv.host.xen.log_dirty import LogDirty
 from xenpv.host.xen.m2p import M2P
 from xenpv.host.xen.xenstore import XenStore

@@ -25,6 +25,7 @@ from xenpv.abi.declare import Struct
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.errors import HostError
 from xenpv.frames import I64, DomId, Mask
+from xenpv.host.errors import host_error
 from xenpv.host.xen.domctl import (
     DOMCTL,
     DOMCTL_SIZE,
@@ -43,30 +44,6 @@ PRIVCMD = ("/dev/xen/privcmd", "/proc/xen/privcmd")
 LIBXENCALL = ("libxencall.so.1",)
 LIBXENFOREIGNMEMORY = ("libxenforeignmemory.so.1",)
 MAP_FIXED = 0x10  # Linux's; the mmap module does not name it
-
-
-def host_error(op: str, number: int, domid: int | None = None, reason: str | None = None) -> HostError:
-    """Return the HostError for an errno of Xen.
-
-    Args:
-        op: The operation, such as "getdomaininfo".
-        number: The errno.
-        domid: The domain that the operation was about, if any.
-        reason: What is wrong, in our words; the meaning of the errno if None.
-    """
-    prefix = "" if domid is None else f"dom{domid}: "
-    name = "EOPNOTSUPP" if number == errno.EOPNOTSUPP else errno.errorcode.get(number, str(number))  # not ENOTSUP
-    return HostError(
-        f"{prefix}{op}: {reason or _errno_reason(number, domid)} ({name})", op=op, domid=domid, errno=number
-    )
-
-
-def _errno_reason(number: int, domid: int | None) -> str:
-    if number == errno.ESRCH and domid is not None:
-        return "no such domain, or it has been destroyed meanwhile"
-    if number in {errno.EPERM, errno.EACCES}:
-        return "needs root in dom0"
-    return os.strerror(number)
 
 
 def check_privcmd() -> None:

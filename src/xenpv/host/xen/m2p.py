@@ -8,6 +8,7 @@ import numpy as np
 
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.frames import U8, U64, Mask, first_bad
+from xenpv.host.errors import host_error
 from xenpv.host.xen import domctl, libxen
 
 _ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
@@ -64,5 +65,5 @@ class M2P:
         address = self._table.ctypes.data + chunk * _CHUNK_BYTES
         _, errors = self._memory.map(domctl.DOMID_XEN, frames, address)
         if (first := first_bad(errors != 0)) is not None:
-            raise libxen.host_error(f"map chunk {chunk:#x} of the m2p", -int(errors[first]))
+            raise host_error(f"map chunk {chunk:#x} of the m2p", -int(errors[first]))
         self._state[chunk] = _MAPPED
