@@ -59,7 +59,9 @@ def build(
     config: bytes | None = None,
     progress: ProgressCallback | None = None,
 ) -> Built:
-    """Build a paused domain as planned; unpausing it starts its kernel. After an error nothing of it is left.
+    """Build a paused domain as planned; unpausing it starts its kernel.
+
+    After an error nothing of it is left.
 
     Args:
         host: The host on which the domain is created.
@@ -93,7 +95,7 @@ def build(
 
 
 def _check(host: Toolstack, layout: Layout, ramdisk: bytes | memoryview) -> None:
-    """Raise RequestError for a ramdisk that was not planned for, or for too little memory."""
+    """Raise RequestError for an unplanned ramdisk, or for too little memory."""
     segment = layout.segment(Part.RAMDISK)
     planned = segment.size if segment else 0
     if len(ramdisk) != planned:
@@ -109,7 +111,9 @@ def _check(host: Toolstack, layout: Layout, ramdisk: bytes | memoryview) -> None
 
 
 def _populate(host: Toolstack, domid: DomId, layout: Layout, report: ProgressCallback) -> FrameMap:
-    """Populate all pfns of the layout: with extents while the host has some, then with single pages.
+    """Populate all pfns of the layout.
+
+    Uses extents while the host has some, then single pages.
 
     Raises:
         HostError: The host has too few pages.
@@ -137,7 +141,10 @@ def _populate(host: Toolstack, domid: DomId, layout: Layout, report: ProgressCal
 
 
 def _populate_calls(pfns: range) -> Iterator[tuple[int, int, int]]:
-    """Cut a range into calls of populate_physmap(): first pfn, the pfn after the last one, and order."""
+    """Cut a range into calls of populate_physmap().
+
+    Each call is its first pfn, the pfn after its last one, and its order.
+    """
     whole = pfns.start + len(pfns) // CHUNK * CHUNK
     for first in range(pfns.start, whole, _EXTENTS_PER_CALL * CHUNK):
         yield first, min(first + _EXTENTS_PER_CALL * CHUNK, whole), CHUNK_ORDER
@@ -146,7 +153,10 @@ def _populate_calls(pfns: range) -> Iterator[tuple[int, int, int]]:
 
 
 def _as_runs(pfns: U64, mfns: U64, extent: int) -> tuple[Runs, U64]:
-    """Join extents of ``extent`` pages that continue each other: the runs, and the first mfn of each."""
+    """Join extents of ``extent`` pages that continue each other.
+
+    Returns the runs, and the first mfn of each.
+    """
     starts, extents = group_rows(np.diff(mfns) != extent, len(pfns))
     return Runs(pfns[starts], extents * extent), mfns[starts]
 

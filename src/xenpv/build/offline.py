@@ -80,7 +80,7 @@ def build_file(
 
 
 def _publish_p2m(host: Mover, built: Built, layout: Layout) -> None:
-    """Publish the linear p2m list that start info names: the restorer then fills in the list the kernel will read."""
+    """Publish the p2m list that start info names, so that restorers fill it in."""
     top = int(built.memory.lookup_range(range(layout.registers.cr3_pfn, layout.registers.cr3_pfn + 1))[0])
     linear_list = frame_to_cr3(top, layout.width), layout.start_info.mfn_list
     anchors = Anchors(layout.width, layout.p2m_entries, INVALID_MFN[layout.width], *linear_list)

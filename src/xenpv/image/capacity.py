@@ -26,7 +26,7 @@ LIBXC_PAGES = 1 << 32  # xg_dom_core.c xc_dom_mem_init() counts in 32 bits
 
 @dataclass(frozen=True, slots=True)
 class MemoryLimit:
-    """The least and the most memory that a kernel can be started with, for one place of the p2m list.
+    """The least and the most memory of a kernel, for one place of the p2m list.
 
     Attributes:
         p2m_place: The place of the list, in words.
@@ -44,7 +44,9 @@ class MemoryLimit:
 
 
 def memory_limits(image: KernelImage, *, initrd: int = 0) -> list[MemoryLimit]:
-    """Return the limits for each place of the p2m list; none if the kernel cannot be started as PV.
+    """Return the limits for each place of the p2m list.
+
+    There are none if the kernel cannot be started as PV.
 
     Args:
         image: The kernel.
@@ -69,7 +71,9 @@ def memory_limits(image: KernelImage, *, initrd: int = 0) -> list[MemoryLimit]:
 
 
 def libxc_memory_limit(image: KernelImage, *, initrd: int = 0) -> MemoryLimit:
-    """Return the limit that binds libxc: p2m outside if possible, otherwise with all addresses after virt_base.
+    """Return the limit that binds libxc.
+
+    Libxc puts the p2m outside if it can. Otherwise it has all addresses after virt_base.
 
     The kernel must be one that can be started as PV.
     """
@@ -78,7 +82,7 @@ def libxc_memory_limit(image: KernelImage, *, initrd: int = 0) -> MemoryLimit:
 
 
 def _limit_p2m_inside(image: KernelImage, initrd: int, end: int, bound: str) -> MemoryLimit:
-    """Return the limit with the p2m list in the initial mapping, which may reach to address ``end``."""
+    """Return the limit with the p2m list in a mapping that reaches to ``end``."""
     mapped = mapped_initrd_size(image, initrd)
 
     def fits(pages: int) -> bool:
@@ -161,7 +165,10 @@ def _m2p_bound(width: Width) -> str:
 
 
 def _largest_fitting(fits: Callable[[int], bool], maximum: int) -> int:
-    """Return the largest number up to ``maximum`` that fits, 0 if none does. All smaller ones must fit, too."""
+    """Return the largest number up to ``maximum`` that fits, 0 if none does.
+
+    All smaller ones must fit, too.
+    """
     low, high = 0, maximum
     while low < high:
         middle = (low + high + 1) // 2
@@ -170,7 +177,10 @@ def _largest_fitting(fits: Callable[[int], bool], maximum: int) -> int:
 
 
 def _smallest_sufficient(needed: Callable[[int], int], maximum: int) -> int | None:
-    """Return the smallest number of pages that is as large as what it needs; None if none up to ``maximum`` is."""
+    """Return the smallest number of pages that covers its own needs.
+
+    None if no number up to ``maximum`` does.
+    """
     pages = 0
     while pages < (requirement := needed(pages)):
         if requirement > maximum:

@@ -46,7 +46,10 @@ def height(pages: int) -> float:
 
 
 def svg(layout: Layout, title: str) -> str:
-    """Return the picture as an XML document. Characters of ``title`` that XML cannot hold become "?"."""
+    """Return the picture as an XML document.
+
+    Characters of ``title`` that XML cannot hold become "?".
+    """
     body, left = [], {}
     y = float(_TOP)
     for segment in layout.segments:

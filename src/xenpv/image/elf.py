@@ -39,7 +39,10 @@ _SHDR: dict[Width, struct.Struct] = {8: struct.Struct("<IIQQQQIIQQ"), 4: struct.
 
 @dataclass(frozen=True, slots=True)
 class ElfSegment:
-    """A program header. ``filesz`` bytes at ``offset`` go to ``paddr``; up to ``memsz`` zeroes follow."""
+    """A program header. ``filesz`` bytes at ``offset`` go to ``paddr``.
+
+    Up to ``memsz`` zeroes follow.
+    """
 
     type: int
     offset: int
@@ -52,7 +55,10 @@ class ElfSegment:
 
     @property
     def loadable(self) -> bool:
-        """Whether Xen's loaders load it: PT_LOAD with any permission, as elf_phdr_is_loadable()."""
+        """Whether Xen's loaders load it.
+
+        They load PT_LOAD segments with any permission, as elf_phdr_is_loadable().
+        """
         return self.type == PT_LOAD and bool(self.flags & (PF_R | PF_W | PF_X))
 
     @property
@@ -63,7 +69,10 @@ class ElfSegment:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """A section header. ``header`` is its own offset in the file; names are cut after 64 bytes."""
+    """A section header. ``header`` is its own offset in the file.
+
+    Names are cut after 64 bytes.
+    """
 
     header: int
     name: str
@@ -168,7 +177,7 @@ def _to_segment(width: Width, raw: tuple[int, ...]) -> ElfSegment:
 
 
 def _check_segment(i: int, segment: ElfSegment, width: Width, size: int) -> None:
-    """Check that a segment that is used lies within the file, and does not wrap around."""
+    """Check that a used segment lies within the file and does not wrap around."""
     if not segment.loadable and (segment.type != PT_NOTE or segment.offset == 0):
         return
     name = f"program header {i} ({'PT_LOAD' if segment.loadable else 'PT_NOTE'})"

@@ -25,7 +25,7 @@ _ADDRESSES = 1 << 64
 
 @dataclass(frozen=True, slots=True)
 class KernelImage:
-    """A kernel file. Addresses are computed as Xen's builders compute them, modulo 2^64.
+    """A kernel file. Its addresses are those of Xen's builders, modulo 2^64.
 
     Attributes:
         layers: The containers around the ELF file, outermost first.
@@ -74,7 +74,10 @@ class KernelImage:
 
     @property
     def width(self) -> Width:
-        """8 for a 64-bit kernel, 4 for a 32-bit one: by the machine, whatever the class of the ELF file."""
+        """8 for a 64-bit kernel, 4 for a 32-bit one.
+
+        The machine decides, whatever the class of the ELF file.
+        """
         if self.elf.machine in {EM_386, EM_X86_64}:
             return 8 if self.elf.machine == EM_X86_64 else 4
         return self.elf.width
@@ -89,7 +92,9 @@ class KernelImage:
         return self.elf.data[segment.offset : segment.offset + segment.filesz]
 
     def loads(self) -> Iterator[tuple[int, bytes | memoryview, int]]:
-        """Yield what to load for PV, in order: virtual address, bytes, and number of zeros after them.
+        """Yield what to load for PV, in order.
+
+        Each item is a virtual address, its bytes, and the number of zeros after them.
 
         Later content overwrites earlier content.
         """
@@ -106,7 +111,10 @@ class KernelImage:
 
     @property
     def paddr_offset(self) -> int:
-        """What to subtract from segments' paddrs (default: 0, or virt_base for a legacy kernel)."""
+        """What to subtract from segments' paddrs.
+
+        Default: 0, or virt_base for a legacy kernel.
+        """
         if self.parameters.paddr_offset is not None:
             return self.parameters.paddr_offset
         return self.virt_base if self.note_source is NoteSource.LEGACY else 0
@@ -123,9 +131,15 @@ class KernelImage:
 
     @property
     def kernel_end(self) -> int:
-        """The virtual address after the last loaded byte, as PV; of the symbol table if there is one."""
+        """The virtual address after the last loaded byte, as PV.
+
+        A symbol table counts as loaded.
+        """
         return self.virtual(self.symbols.stop if self.symbols else self.elf.paddr_range.stop)
 
     def virtual(self, paddr: int) -> int:
-        """Return the virtual address of a paddr, as PV. Xen's builders ignore a segment's vaddr."""
+        """Return the virtual address of a paddr, as PV.
+
+        Xen's builders ignore a segment's vaddr.
+        """
         return (paddr + self.virt_base - self.paddr_offset) % _ADDRESSES

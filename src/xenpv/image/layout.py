@@ -79,7 +79,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Pages (level 0) or page tables (level 1 and up) that are consecutive both in pfns and in addresses.
+    """Pages (level 0) or page tables, consecutive both in pfns and in addresses.
 
     The n-th of ``count`` is pfn ``first + n`` and has the place ``place + n`` in its level (mapping.py). So it is entry
     ``(place + n) % 512`` of the table at place ``(place + n) // 512`` one level up. No array: a plan needs no NumPy.
@@ -209,7 +209,10 @@ class Layout:
 
     @property
     def read_only(self) -> tuple[range, ...]:
-        """The pfns of page tables, which must be mapped read-only: at most two ranges, ascending."""
+        """The pfns of page tables, which must be mapped read-only.
+
+        There are at most two ranges, ascending.
+        """
         initial = [span.pfns for span in self.tables if span.first < self.mapped[0].count]
         outside = [span.pfns for span in self.tables if span.first >= self.mapped[0].count]
         return tuple(range(part[0].start, part[-1].stop) for part in (initial, outside) if part)
@@ -219,7 +222,7 @@ class Layout:
         return self.mapped if level == 0 else tuple(span for span in self.tables if span.level == level)
 
     def pfn_of(self, vaddr: int) -> int | None:
-        """Return the pfn that an address is mapped to at the start, None if it is not mapped."""
+        """Return the pfn that an address maps to at the start, None if unmapped."""
         if (self.width == 8 and vaddr >> 47 not in {0, 0x1FFFF}) or (self.width == 4 and vaddr >> 32):
             return None
         page = place(vaddr, 0, self.width)
@@ -275,7 +278,7 @@ def plan(image: KernelImage, request: Request) -> Layout:
 
 
 class _PfnAllocator:
-    """Allocates pfns from 0 on, and records which of them are mapped, and by which tables."""
+    """Allocates pfns from 0 on, and records their mapping and its tables."""
 
     def __init__(self, width: Width) -> None:
         self.width = width
@@ -291,7 +294,10 @@ class _PfnAllocator:
         return self.segments[-1]
 
     def allocate_tables(self, part: Part, places: tuple[range, ...], virt_base: int | None) -> None:
-        """Allocate tables, whose places come L1 first; the highest level gets the lowest pfns."""
+        """Allocate tables, whose places come L1 first.
+
+        The highest level gets the lowest pfns.
+        """
         for level in range(len(places), 0, -1):
             if of_level := places[level - 1]:
                 vaddr = None if virt_base is None else virt_base + self.end * PAGE_SIZE
@@ -322,7 +328,7 @@ def _allocate_initial_mapping(
 
 
 def _allocate_p2m(pfns: _PfnAllocator, image: KernelImage, mapping: InitialMapping, entries: int) -> None:
-    """Allocate a p2m list at INIT_P2M, then the tables for it that the initial mapping lacks."""
+    """Allocate a p2m list at INIT_P2M, then the tables that it still lacks."""
     base = image.parameters.init_p2m
     assert base is not None
     pages = pfns.allocate(Part.P2M, entries * image.width, base)

@@ -65,18 +65,24 @@ def p2m_pages(image: KernelImage, entries: int) -> int:
 
 
 def place(vaddr: int, level: int, width: Width) -> int:
-    """Return the place of the table of a level that maps an address; for level 0 the page's own."""
+    """Return the place of the table of a level that maps an address.
+
+    For level 0, return the page's own place.
+    """
     return (vaddr & _TRANSLATED[width]) >> PAGE_SHIFT + 9 * level
 
 
 def address(table_place: int, level: int, width: Width) -> int:
-    """Return the first virtual address that a table maps, sign-extended: the inverse of place()."""
+    """Return the first virtual address that a table maps, sign-extended.
+
+    This is the inverse of place().
+    """
     vaddr = table_place << PAGE_SHIFT + 9 * level
     return vaddr | ADDRESSES[8] - (_TRANSLATED[8] + 1) if width == 8 and vaddr >> 47 else vaddr
 
 
 def table_places(first: int, last: int, width: Width) -> tuple[range, ...]:
-    """Return the places of the tables that map first to last, L1 first and the one top table last."""
+    """Return the places of the tables that map first to last: L1 first, top last."""
     places = []
     for level in range(1, LEVELS[width]):
         end = last & _TRANSLATED[width]
@@ -114,7 +120,7 @@ def initial_mapping(image: KernelImage, entries: int, *, initrd: int = 0, p2m_ou
 
 
 def p2m_tables(image: KernelImage, mapping: InitialMapping, entries: int) -> tuple[range, ...]:
-    """Return the places of the tables of a list at INIT_P2M, except those that the initial mapping has; L1 first."""
+    """Return the places of the tables that a list at INIT_P2M adds, L1 first."""
     base = image.parameters.init_p2m
     assert base is not None
     needed = table_places(base, base + p2m_pages(image, entries) * PAGE_SIZE - 1, 8)[:-1]
@@ -122,7 +128,10 @@ def p2m_tables(image: KernelImage, mapping: InitialMapping, entries: int) -> tup
 
 
 def _difference(places: range, present: range) -> range:
-    """Return the places that are not present. ``present`` must not lie in the middle of ``places``."""
+    """Return the places that are not present.
+
+    ``present`` must not lie in the middle of ``places``.
+    """
     start = present.stop if places.start in present else places.start
     stop = present.start if places.stop - 1 in present else places.stop
     return range(start, max(start, stop))

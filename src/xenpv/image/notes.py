@@ -31,7 +31,7 @@ class NoteForm(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NoteType:
-    """A type of note: its name in elfnote.h without ``XEN_ELFNOTE_``, its format and its meaning."""
+    """A type of note: name in elfnote.h without ``XEN_ELFNOTE_``, format and meaning."""
 
     name: str
     form: NoteForm
@@ -111,7 +111,7 @@ class NoteSource(StrEnum):
 
 
 def read_notes(elf: Elf) -> tuple[tuple[Note, ...], NoteSource]:
-    """Return Xen's notes, in the file's order, from the first of three places that has any, and that place.
+    """Return Xen's notes from the first of three places that has any, and that place.
 
     The places are PT_NOTE segments, SHT_NOTE sections, and the section __xen_guest. A PT_NOTE segment at offset 0 is an
     error of old binutils, and is ignored.
@@ -192,7 +192,10 @@ def _parse_note(data: memoryview, type_: int, offset: int, size: int) -> Note:
 
 
 def _read_string(data: memoryview, offset: int, name: str) -> str:
-    """Read a string up to a 0, even after the end of the note, as Xen does (libelf-tools.c elf_strval())."""
+    """Read a string up to a 0, even after the end of the note.
+
+    Source: libelf-tools.c elf_strval()
+    """
     text, zero, _ = bytes(data[offset : offset + STRING_MAX + 1]).partition(b"\0")
     if not zero:
         raise ImageError(f"its string does not end within {STRING_MAX} bytes, or the file", offset=offset, note=name)
@@ -234,7 +237,10 @@ def _parse_legacy_string(data: memoryview, section: Section) -> tuple[Note, ...]
 
 
 def _parse_number(text: str, offset: int, name: str) -> int:
-    """Parse a number as C's strtoull() does with base 0; but an empty text is an error."""
+    """Parse a number as C's strtoull() does with base 0.
+
+    An empty text is an error, however.
+    """
     match = _NUMBER.match(text)
     if match is None:
         raise ImageError(f"{text!a} is not a number", offset=offset, note=name)

@@ -46,7 +46,10 @@ _UNSET32 = (1 << 32) - 1
 
 
 class Pae(StrEnum):
-    """The page tables that a 32-bit kernel uses; NO for 64-bit kernels, which have no such note."""
+    """The page tables that a 32-bit kernel uses.
+
+    It is NO for 64-bit kernels, which have no such note.
+    """
 
     NO = "no"
     YES = "yes, with its top table below 4 GiB"
@@ -56,7 +59,7 @@ class Pae(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Features as bits of features.h, and names in the FEATURES string that Xen does not know."""
+    """Features as bits of features.h, and names that Xen does not know."""
 
     supported: int = 0
     required: int = 0

@@ -61,7 +61,7 @@ class Layer:
 
 
 def unpack_kernel(data: memoryview) -> tuple[memoryview, tuple[Layer, ...]]:
-    """Return the ELF file in a kernel file, and the containers around it, outermost first.
+    """Return the ELF file in a kernel file, and its containers, outermost first.
 
     Raises:
         ImageError: The file is no kernel, or it is damaged.
@@ -169,7 +169,7 @@ def _detect_compression(data: memoryview, offset: int, length: int) -> str:
 
 
 def _decompress(decompressor: Any, packed: memoryview, size: int) -> bytes:
-    """Use a decompressor of the standard library, which must reach its end and its checksum."""
+    """Use a standard decompressor, which must reach its end and its checksum."""
     unpacked = decompressor.decompress(packed, size + 1)
     assert isinstance(unpacked, bytes)
     if len(unpacked) <= size and not decompressor.eof:
@@ -210,7 +210,10 @@ def _decompress_zstd(packed: memoryview, size: int) -> bytes:
 
 
 def _decompress_lz4(packed: memoryview, size: int) -> bytes:
-    """Unpack the legacy frame format: a magic, then packed sizes with blocks; the magic may be repeated."""
+    """Unpack the legacy frame format: a magic, then packed sizes with blocks.
+
+    The magic may be repeated.
+    """
     from lz4.block import LZ4BlockError, decompress  # noqa: PLC0415  as zstandard
 
     end = len(packed) - 4

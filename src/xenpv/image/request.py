@@ -44,12 +44,17 @@ class Request:
 
     @property
     def cmd_line(self) -> bytes:
-        """The command line in bytes; what the shell could not decode becomes its original bytes."""
+        """The command line in bytes.
+
+        What the shell could not decode becomes its original bytes.
+        """
         return self.cmdline.encode("utf-8", "surrogateescape")
 
 
 def check_request(image: KernelImage, request: Request) -> tuple[range, ...]:
-    """Check a request before planning; return the pfns that have memory, ascending, adjacent ranges joined.
+    """Check a request before planning.
+
+    Returns the pfns that have memory: ascending, and adjacent ranges joined.
 
     Raises:
         ImageError: The kernel cannot be started as PV.
@@ -99,13 +104,19 @@ def check_fits(image: KernelImage, request: Request, ranges: tuple[range, ...], 
 
 
 def hypercall_pfn(image: KernelImage) -> int | None:
-    """Return the pfn of the page that Xen fills with hypercalls; None if the kernel has none."""
+    """Return the pfn of the page that Xen fills with hypercalls.
+
+    None if the kernel has no such page.
+    """
     page = image.parameters.hypercall_page
     return None if page is None else page - image.virt_base >> PAGE_SHIFT
 
 
 def remarks(image: KernelImage, request: Request, entries: int) -> tuple[str, ...]:
-    """Return warnings about a plan, in words. ``entries`` is the number of p2m entries."""
+    """Return warnings about a plan, in words.
+
+    ``entries`` is the number of p2m entries.
+    """
     warnings = []
     tight, *_ = inside = [limit for limit in memory_limits(image, initrd=request.ramdisk) if not limit.p2m_outside]
     if p2m_obstacle(image) is not None and len(inside) > 1 and entries > tight.max_pages:
@@ -164,7 +175,7 @@ def _merge_ranges(request: Request) -> tuple[range, ...]:
 
 
 def _limit_error(image: KernelImage, request: Request, limit: MemoryLimit, entries: int) -> RequestError:
-    """Return the error for a p2m with more entries than the kernel can be started with."""
+    """Return the error for a p2m with more entries than the kernel can have."""
     if limit.min_pages is None and request.ramdisk and libxc_memory_limit(image).min_pages is not None:
         problem = f"a ramdisk of {_format_pages(whole_pages(request.ramdisk))} does not fit: it has to be mapped"
         if mapped_initrd_size(image, request.ramdisk):
@@ -183,7 +194,7 @@ def _limit_error(image: KernelImage, request: Request, limit: MemoryLimit, entri
 
 
 def _max_ramdisk_pages(image: KernelImage) -> int:
-    """Return the size of the largest ramdisk that fits into the initial mapping, in pages."""
+    """Return the pages of the largest ramdisk that fits into the initial mapping."""
     low, high = 0, 1 << 20
     while low < high:
         middle = (low + high + 1) // 2
@@ -195,7 +206,7 @@ def _max_ramdisk_pages(image: KernelImage) -> int:
 
 
 def _format_pages(pages: int) -> str:
-    """Return pages for a message, in the largest unit that gives a whole number: "0x800 pages (8 MiB)"."""
+    """Return pages for a message: "0x800 pages (8 MiB)"."""
     shift = next((shift for shift in (28, 18, 8) if pages and not pages % (1 << shift)), 8)
     unit = {28: "TiB", 18: "GiB", 8: "MiB"}[shift]
     return f"{pages:#x} pages ({round(pages / (1 << shift), 2):.16g} {unit})"

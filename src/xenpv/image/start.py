@@ -40,7 +40,10 @@ def iter_page_tables(layout: Layout, batch: int = PAGES_PER_BATCH) -> Iterator[t
 
 
 def table_entries(layout: Layout, span: Span, rows: range) -> U64:
-    """Return the entries of tables of a span, by their index within it: uint64 of shape (len(rows), 512)."""
+    """Return the entries of tables of a span, by their index within it.
+
+    They are uint64 of shape (len(rows), 512).
+    """
     places = np.arange((span.place + rows.start) * ENTRIES, (span.place + rows.stop) * ENTRIES, dtype=np.uint64)
     frames = np.full(places.shape, NO_FRAME)
     for below in layout.spans(span.level - 1):
@@ -59,7 +62,10 @@ def table_entries(layout: Layout, span: Span, rows: range) -> U64:
 def start_info(
     layout: Layout, *, shared_info: int, store_mfn: int, store_evtchn: int, console_mfn: int, console_evtchn: int
 ) -> bytes:
-    """Return the page of start info. ``shared_info`` is the machine address of that page, in bytes."""
+    """Return the page of start info.
+
+    ``shared_info`` is the machine address of that page, in bytes.
+    """
     info, page = layout.start_info, np.zeros((), START_INFO[layout.width])
     for name in (
         "magic",

@@ -88,7 +88,7 @@ def _section_content(elf: Elf, section: Section) -> memoryview:
 
 
 def _file_header(elf: Elf) -> bytes:
-    """Return the file's own header, without program headers, and followed by three section headers."""
+    """Return the file's own header, changed for three section headers only."""
     form = _EHDR[elf.width]
     head, entry, _, _, flags, *_ = form.unpack_from(elf.data)
     head = head[:20] + _SIZE.pack(_EV_CURRENT)

@@ -17,7 +17,10 @@ from xenpv.image.parameters import XENFEAT_AUTO_TRANSLATED, XENFEAT_DOM0, Pae
 
 
 def guest_type(image: KernelImage) -> str | None:
-    """Return libxc's name of the guest type, such as "xen-3.0-x86_64"; None if today's Xen runs no such PV guest."""
+    """Return libxc's guest type, such as "xen-3.0-x86_64".
+
+    None if today's Xen runs no such PV guest.
+    """
     if image.elf.machine == EM_X86_64:
         return "xen-3.0-x86_64"
     if image.elf.machine == EM_386 and image.parameters.pae is not Pae.NO:
@@ -26,12 +29,12 @@ def guest_type(image: KernelImage) -> str | None:
 
 
 def pv_obstacles(image: KernelImage) -> list[str]:
-    """Return every reason why the kernel cannot be started as a PV domU; none if it can."""
+    """Return every reason why the kernel cannot be started as a PV domU."""
     return [*_not_for_xen(image), *_not_pv(image)]
 
 
 def pvh_obstacles(image: KernelImage) -> list[str]:
-    """Return every reason why the kernel cannot be started as a PVH domU; none if it can."""
+    """Return every reason why the kernel cannot be started as a PVH domU."""
     reasons = list(_not_for_xen(image))
     entry, loaded = image.parameters.phys32_entry, image.elf.paddr_range
     if entry is None:
@@ -42,7 +45,7 @@ def pvh_obstacles(image: KernelImage) -> list[str]:
 
 
 def p2m_obstacle(image: KernelImage) -> str | None:
-    """Return the reason why the p2m list cannot be outside the initial mapping; None if it can.
+    """Return why the p2m list cannot be outside the initial mapping, else None.
 
     Toolstacks since Xen 4.7 silently ignore an INIT_P2M note that does not fit, and put the list into the initial
     mapping (xg_dom_core.c xc_dom_build_image()).

@@ -50,7 +50,7 @@ class Ports(NamedTuple):
 
 
 class Completed(NamedTuple):
-    """A completed domain: its rings, and how many page tables it has and how many of them are pinned."""
+    """The rings of a completed domain, and its number of (pinned) page tables."""
 
     console: Ring
     xenstore: Ring
@@ -114,7 +114,7 @@ class StreamComplete:
     # --- memory ------------------------------------------------------------------------------------------------------
 
     def _mfn_of(self, role: str, pfn: int, *, level: int = 0) -> int:
-        """Return the mfn of a pfn that must be an ordinary page, or a page table of ``level``.
+        """Return the mfn of a pfn of an ordinary page, or of a table of ``level``.
 
         Raises:
             GuestError: It is not, in libxenguest's words. ``role`` says what the page is for.
@@ -135,7 +135,9 @@ class StreamComplete:
         raise GuestError(f"{self.name}: {role} (pfn {pfn:#x}) {problem}", pfn=pfn)
 
     def _update_start_info(self, context: np.void) -> tuple[Ring, Ring]:
-        """Write this host's values to start info; return the console and xenstore rings that it names.
+        """Write this host's values to start info.
+
+        Returns the console and xenstore rings that it names.
 
         ``context`` is vcpu 0's: its register gets the mfn of start info.
         """
@@ -160,7 +162,7 @@ class StreamComplete:
         return console, xenstore
 
     def _write_p2m(self) -> None:
-        """Write the new mfns into the leaves of the p2m, and INVALID_MFN for every other pfn.
+        """Write the new mfns into the leaves of the p2m, INVALID_MFN for the rest.
 
         Marks of foreign and identity pages are lost, as in libxenguest: they named frames of the old host.
         """
@@ -199,7 +201,10 @@ class StreamComplete:
             raise GuestError(f"{self.name}: {leaf} {problem}", pfn=pfn)
 
     def _write_shared_info(self) -> None:
-        """Write what vcpus and kernel keep in shared info: no event pending, all masked, no p2m published."""
+        """Write what vcpus and kernel keep in shared info.
+
+        No event is pending, all are masked, and no p2m is published.
+        """
         record, width = self.contents.shared_info, self.width
         if record is None:  # it came before END, but after the last checkpoint
             raise GuestError(f"{self.name}: the stream has no shared info before its last checkpoint")

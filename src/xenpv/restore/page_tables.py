@@ -44,7 +44,7 @@ class PageTableLocaliser:
         self._highest_missing_pfn = np.empty(0, np.uint64)  # of each table in _waiting; ascending
 
     def add_received(self, pfns: U64, highest_pfn: int, in_transit: U64) -> None:
-        """Add tables whose content is complete, and localise those that are ready, in batches.
+        """Add tables whose content is complete, and localise batches that are ready.
 
         Args:
             pfns: Tables that hold pfns.
@@ -87,12 +87,15 @@ class PageTableLocaliser:
                 self._waiting, self._highest_missing_pfn = waiting[order], highest_missing[order]
 
     def _not_yet_localised(self, pfns: U64) -> U64:
-        """Return the pfns that are tables and hold pfns; a waiting page may have been received again."""
+        """Return the pfns that are tables and hold pfns.
+
+        A waiting page may have been received again.
+        """
         tables = pfns[IS_TABLE[self.physmap.types(pfns)]]
         return tables[~self.physmap.is_localised(tables)]
 
     def finish(self, end_pfn: int, populate: Populate) -> tuple[U64, U8]:
-        """Localise all remaining tables, and populate the pfns that only their entries name.
+        """Localise all remaining tables; populate pfns that only their entries name.
 
         Args:
             end_pfn: The last pfn of the domain's p2m.

@@ -64,7 +64,10 @@ class MemoryLoader:
         self._received_tables: list[U64] = []  # complete, and not yet added to ``tables``
 
     def verify(self) -> None:
-        """Compare all following pages with what the domain has: a VERIFY record was received."""
+        """Compare all following pages with what the domain has.
+
+        Call this when a VERIFY record was received.
+        """
         self._verifying = True
 
     def load(self, record: PageData, read_into: ReadInto, defer_read: DeferRead | None = None) -> None:
@@ -105,7 +108,9 @@ class MemoryLoader:
                 self._overwrite(pfns[batch], mfns[batch], is_table[batch], read_into)
 
     def populate(self, pfns: U64) -> None:
-        """Give a frame to each of these pfns that has none: in extents where a whole one is named.
+        """Give a frame to each of these pfns that has none.
+
+        Uses an extent wherever all of its pfns are named.
 
         Raises:
             RequestError: The domain's max_pages is too low.
@@ -138,7 +143,10 @@ class MemoryLoader:
                 raise HostError(f"{problem}: {advice}", op="populate_physmap", domid=self.domid, errno=errno.ENOMEM)
 
     def _read_into_frames(self, mfns: U64, tables: U64, read_into: ReadInto, defer_read: DeferRead | None) -> None:
-        """Read content straight into distinct frames; deferred: in the background, while the next ones are mapped."""
+        """Read content straight into distinct frames.
+
+        A deferred read happens in the background, while the next frames are mapped.
+        """
         with ExitStack() as mapping:
             pages = mapping.enter_context(self.host.map_writable(self.domid, mfns))
             buffer = pages.reshape(-1).data
@@ -151,7 +159,10 @@ class MemoryLoader:
                 self._target = mapping.pop_all()
 
     def flush(self) -> None:
-        """Wait until all content is in the domain's memory. Raises whatever reading it raised."""
+        """Wait until all content is in the domain's memory.
+
+        Raises whatever reading it raised.
+        """
         self._finish_read()
         self._localise_received()
 
@@ -170,7 +181,10 @@ class MemoryLoader:
         self.tables.add_received(pfns, self._highest_pfn, self._in_transit)
 
     def _overwrite(self, pfns: U64, mfns: U64, is_table: Mask, read_into: ReadInto) -> None:
-        """Write content by way of a buffer: of a frame that is named twice the last content counts."""
+        """Write content by way of a buffer.
+
+        If a frame is named twice, the last content counts.
+        """
         content = np.empty((len(mfns), PAGE_SIZE), np.uint8)
         read_into(content.reshape(-1).data)
         distinct, rows = np.unique(mfns[::-1], return_index=True)

@@ -84,7 +84,7 @@ def restore(
     static_data_done: StaticDataDone | None = None,
     progress: ProgressCallback | None = None,
 ) -> Restored:
-    """Restore a stream into an empty, paused domain, which stays paused and is not introduced.
+    """Restore a stream into an empty, paused domain, which stays paused.
 
     Args:
         host: The host of the domain.
@@ -180,7 +180,10 @@ def _check_empty_and_paused(info: DomainInfo) -> None:
 
 
 def _vcpus_and_pages(config: Config | None, source: Input) -> tuple[int, int]:
-    """Return how many vcpus and pages the domain needs: by its configuration, else by reading the whole stream."""
+    """Return how many vcpus and pages the domain needs.
+
+    Takes them from its configuration, otherwise from reading the whole stream.
+    """
     vcpus, kib = (config.max_vcpus, config.max_memkb) if config else (None, None)
     if vcpus is None or kib is None:
         if not source.seekable:
@@ -196,13 +199,16 @@ def _vcpus_and_pages(config: Config | None, source: Input) -> tuple[int, int]:
 
 
 def _raise_breach(rule: Rule, message: str, offset: int, record: str | None) -> None:
-    """End the stream at a broken rule, except at checkpoints, which are supported here."""
+    """End the stream at a broken rule, except at checkpoints."""
     if rule.severity is Severity.ERROR and rule is not rules.CHECKPOINT:
         raise rules.breach(rule, message, offset=offset, record=record)
 
 
 class _Restore:
-    """One restore. ``prepare_domain(contents, width)`` gives the domain once the guest's width is known."""
+    """One restore.
+
+    ``prepare_domain(contents, width)`` gives the domain once the guest's width is known.
+    """
 
     def __init__(
         self,
@@ -248,7 +254,10 @@ class _Restore:
         )
 
     def _apply_or_buffer(self, event: Event) -> None:
-        """Apply an event at once; after the first checkpoint, buffer it until the next checkpoint."""
+        """Apply an event at once.
+
+        After the first checkpoint, buffer it until the next one.
+        """
         if isinstance(event, Checkpoint):
             self._apply_checkpoint(event)
         if self._checkpoint_buffer is None or not isinstance(event, Record) or isinstance(event, _NEVER_BUFFERED):

@@ -31,7 +31,7 @@ _FIXED_UP_NULL_SELECTOR = 3  # fixup_guest_code_selector() gives a null selector
 
 
 def outliers(level: int, ptes: U64) -> Iterator[tuple[Mask, str]]:
-    """Yield the entries that do not fit in with their neighbours, one kind after the other.
+    """Yield the entries that do not fit in with their neighbours, kind by kind.
 
     Args:
         level: Level of the tables.
@@ -49,7 +49,7 @@ def outliers(level: int, ptes: U64) -> Iterator[tuple[Mask, str]]:
 
 
 def _find_order(ptes: U64, present: Mask) -> tuple[Mask, Mask]:
-    """Return which entries name base + index, and for which tables nearly all present entries do.
+    """Find entries that name base + index, and tables where nearly all do.
 
     Returns:
         bool of shape (n, 512), and bool of shape (n,).
@@ -62,7 +62,7 @@ def _find_order(ptes: U64, present: Mask) -> tuple[Mask, Mask]:
 
 
 def _out_of_order(ptes: U64, present: Mask, in_order: Mask, ordered: Mask) -> Mask:
-    """Find, in ordered tables, present entries out of order and entries in order that are not present."""
+    """Find entries of ordered tables that are present or in order, but not both."""
     stray = (ptes != 0) & (in_order != present)
     few = ordered & (np.count_nonzero(stray, axis=1) <= _MAX_STRAYS)
     result: Mask = stray & few[:, None]
@@ -70,7 +70,7 @@ def _out_of_order(ptes: U64, present: Mask, in_order: Mask, ordered: Mask) -> Ma
 
 
 def _odd_flags(ptes: U64, candidates: Mask, ordered: Mask) -> Mask:
-    """Find, in ordered tables, the only candidate with flags other than the usual ones."""
+    """Find the only candidate of an ordered table whose flags are unusual."""
     flags = ptes & _SHARED_FLAGS
     usual = np.sort(flags[:, _SAMPLE], axis=1)[:, _MIDDLE]
     odd = (flags != usual[:, None]) & candidates
@@ -83,7 +83,10 @@ def _odd_flags(ptes: U64, candidates: Mask, ordered: Mask) -> Mask:
 
 
 class _MappedAddresses:
-    """Tells whether addresses are mapped; walks each page once, since handlers share a few pages."""
+    """Tells whether addresses are mapped.
+
+    Walks each page once, since handlers share a few pages.
+    """
 
     def __init__(self, saved: SavedDomain) -> None:
         self._memory = saved.memory
@@ -98,7 +101,7 @@ class _MappedAddresses:
 
 
 def check_resume(saved: SavedDomain, findings: Findings) -> None:
-    """Check that each 64-bit vcpu resumes at mapped addresses, and that its trap table looks like one."""
+    """Check resume addresses, handlers and trap tables of all 64-bit vcpus."""
     if saved.contents.width != 8:
         return
     addresses = _MappedAddresses(saved)

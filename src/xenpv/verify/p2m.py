@@ -28,7 +28,7 @@ _NO_PLACES = np.empty(0, np.int64)
 
 
 def check_p2m(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
-    """Check the p2m of a domain, and whether it maps exactly the pages that are in the stream."""
+    """Check the p2m of a domain, and that it maps exactly the stream's pages."""
     suspect = _check_leaves(saved, findings)
     if saved.anchors is not None:
         _check_end(saved, saved.anchors, findings)
@@ -42,7 +42,10 @@ def check_p2m(saved: SavedDomain, findings: Findings, config: Config | None) -> 
 
 
 def _check_leaves(saved: SavedDomain, findings: Findings) -> I64:
-    """Check each leaf as update_guest_p2m() does, and that no two populated places share one; return bad places."""
+    """Check each leaf as update_guest_p2m() does; return the bad places.
+
+    Also check that no two populated places share a leaf.
+    """
     record, p2m = saved.contents.p2m_record, saved.p2m
     if record is None:
         return _NO_PLACES
@@ -95,13 +98,16 @@ def _leaf_at(saved: SavedDomain, place: int) -> int:
 
 
 def _places_to_report(saved: SavedDomain, runs: FrameRuns) -> I64:
-    """Return the places that get a finding: all of a listing of frames, otherwise the first of each run."""
+    """Return the places that get a finding.
+
+    These are all places if the record lists each frame, otherwise the first of each run.
+    """
     lists_each_place = isinstance(saved.contents.p2m_record, X86PVP2MFrames)
     return runs.places if lists_each_place else runs.first
 
 
 def _locate(saved: SavedDomain, place: int) -> dict[str, Any]:
-    """Return the fields of a finding that locate a place of the p2m in the last record that names leaves."""
+    """Return the fields of a finding that locate a place of the p2m."""
     record = saved.contents.p2m_record
     assert record is not None
     offset = None
@@ -112,7 +118,7 @@ def _locate(saved: SavedDomain, place: int) -> dict[str, Any]:
 
 
 def _populated_places_with_shared_leaf(saved: SavedDomain) -> tuple[I64, I64]:
-    """Return populated places that share their leaf, and for each another place with that leaf.
+    """Return populated places that share their leaf, each with another such place.
 
     Kernels share one leaf among all places without pages. This is harmless: the restorer writes the same content each
     time. A populated place must not share its leaf, since the other place's content would overwrite it. Of several
@@ -155,7 +161,10 @@ def _populated_places(saved: SavedDomain) -> I64:
 
 
 def _check_end(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None:
-    """Check the end of the p2m against max_pfn, which is a count: savers may drop identical leaves at the end."""
+    """Check the end of the p2m against max_pfn, which is a count.
+
+    Savers may drop identical leaves at the end.
+    """
     shared_info = saved.contents.shared_info
     assert shared_info is not None
     place = {"offset": shared_info.offset, "record": shared_info.name}
@@ -172,7 +181,7 @@ def _check_end(saved: SavedDomain, anchors: Anchors, findings: Findings) -> None
 
 
 def _check_anchors(saved: SavedDomain, anchors: Anchors, findings: Findings) -> I64:
-    """Walk the p2m from the anchors in shared info, as the saver did; return the places whose leaf differs."""
+    """Walk the p2m from the anchors in shared info; return places that differ."""
     shared_info, p2m = saved.contents.shared_info, saved.p2m
     assert shared_info is not None
     if not len(p2m.leaves):
@@ -250,7 +259,10 @@ def _check_mapped_pages(saved: SavedDomain, findings: Findings, suspect: I64) ->
 
 
 def _describe_entry(saved: SavedDomain, rule: Rule, entry: U64) -> tuple[str, dict[str, Any]]:
-    """Describe an entry of the p2m that does not fit the pages of the stream: pfn, mfn and page type."""
+    """Describe an entry of the p2m that does not fit the pages of the stream.
+
+    ``entry`` is pfn, mfn and page type.
+    """
     pfn, mfn, page_type = (int(n) for n in entry)
     place = {"offset": _entry_offset(saved, pfn), "pfn": pfn}
     if rule is rules.PAGE_UNMAPPED:
@@ -260,7 +272,7 @@ def _describe_entry(saved: SavedDomain, rule: Rule, entry: U64) -> tuple[str, di
 
 
 def _entry_offset(saved: SavedDomain, pfn: int) -> int | None:
-    """Return the byte offset of a pfn's p2m entry in the file, None if its leaf is not there."""
+    """Return the file offset of a pfn's p2m entry, None if its leaf is not there."""
     place, entry = divmod(pfn, saved.p2m.entries_per_leaf)
     page = int(saved.contents.index.offsets(saved.p2m.leaves.frame_of(np.array([place])))[0])
     return page + entry * saved.contents.width if page >= 0 else None

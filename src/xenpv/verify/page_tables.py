@@ -61,7 +61,10 @@ class _Entries:
 
 
 class PageTableChecks:
-    """Checks all page tables of a domain. ``gdt_pfns``: all GDT frames, ascending, uint64."""
+    """Checks all page tables of a domain.
+
+    ``gdt_pfns`` are all GDT frames, ascending, uint64.
+    """
 
     def __init__(self, saved: SavedDomain, findings: Findings, gdt_pfns: U64) -> None:
         self.saved = saved
@@ -72,7 +75,10 @@ class PageTableChecks:
         self._last_pae_l2s: list[int] = []  # pfns of L2 tables at entry 3 of a 32-bit guest's L3
 
     def run(self, progress: ProgressCallback | None = None) -> None:
-        """Check all tables. Findings name the table's pfn, level, entry, and the offset of the entry."""
+        """Check all tables.
+
+        Findings name the table's pfn, level and entry, and the file offset of the entry.
+        """
         tables = self.saved.contents.index.pfns(IS_TABLE)
         types = self.saved.frames.types(tables)
         levels = types & 7
@@ -88,7 +94,10 @@ class PageTableChecks:
         self._check_orphans(tables, types)
 
     def _add(self, rule: Rule, rows: I64, entries: _Entries, problem: str) -> None:
-        """Add a finding for each of the entries at ``rows``; "{target}" in the problem is what the entry names."""
+        """Add a finding for each of the entries at ``rows``.
+
+        "{target}" in the problem is what the entry names.
+        """
 
         def describe(i: int) -> tuple[str, dict[str, int | None]]:
             place = entries.place(i)
@@ -142,7 +151,10 @@ class PageTableChecks:
         self._check_outliers(level, tables, ptes)
 
     def _read_tables(self, level: int, tables: U64) -> tuple[U8, U64]:
-        """Return the pages of those tables that can be read, and their pfns; add a finding for each other."""
+        """Return the pages of those tables that can be read, and their pfns.
+
+        Add a finding for each other table.
+        """
         read = self.saved.frames.pages
         try:
             return read(tables), tables
@@ -159,7 +171,7 @@ class PageTableChecks:
             return np.concatenate(pages), tables[readable]
 
     def _check_xen_slots(self, level: int, tables: U64, ptes: U64) -> U64:
-        """Check that Xen's own slots are empty, and return the entries with these slots cleared."""
+        """Check that Xen's own slots are empty; return the entries without them."""
         slots = is_xen_slot(level, self._width)
         if self._width == 4 and level == 2:
             is_last = np.isin(tables, np.array(self._last_pae_l2s, np.uint64))
@@ -172,7 +184,10 @@ class PageTableChecks:
         return np.where(filled, np.uint64(0), ptes)
 
     def _check_upper_entries(self, entries: _Entries, populated: Mask) -> None:
-        """Check entries of L2 to L4 tables: each names a table one level below, or one of its own level read-only."""
+        """Check entries of L2 to L4 tables.
+
+        Each names a table one level below, or one of its own level read-only.
+        """
         target_level = entries.target_type & 7
         is_table = IS_TABLE[entries.target_type]
         below = is_table & (target_level == entries.level - 1)
@@ -187,7 +202,10 @@ class PageTableChecks:
             self._check_pae_l3s(entries, populated)
 
     def _check_pae_l3s(self, entries: _Entries, populated: Mask) -> None:
-        """Check entry 3 of a 32-bit guest's L3 tables: it is present, and nothing else names its L2."""
+        """Check entry 3 of a 32-bit guest's L3 tables.
+
+        It is present, and nothing else names its L2.
+        """
         is_last = entries.slot == 3
         l2s = entries.target[is_last & populated].tolist()
         self._last_pae_l2s += l2s
@@ -210,14 +228,17 @@ class PageTableChecks:
             self._add(rules.PTE_WRITABLE, gdt, entries, "maps the GDT frame {target} writable")
 
     def _check_outliers(self, level: int, tables: U64, ptes: U64) -> None:
-        """Report entries that no rule of Xen forbids and no kernel writes: see heuristics.py."""
+        """Report entries that no rule of Xen forbids and no kernel writes.
+
+        heuristics.py finds them.
+        """
         for mask, problem in outliers(level, ptes):
             if mask.any():
                 entries = self._entries_at(level, tables, ptes, mask)
                 self._add(rules.PTE_OUTLIER, np.arange(len(entries.pte)), entries, problem)
 
     def _check_orphans(self, tables: U64, types: U8) -> None:
-        """Report tables that are neither pinned, nor named by another table, nor a vcpu's top table."""
+        """Report tables that are not pinned, not named, and no vcpu's top table."""
         if not self.saved.contents.complete:
             return
         tops = [top for vcpu in self.saved.contents.vcpus for top in self.saved.tops(vcpu)]

@@ -139,7 +139,7 @@ class PhysmapCheck:
     # --- p2m to m2p --------------------------------------------------------------------------------------------------
 
     def _check_entries(self, p2m: P2M, root: P2MRoot) -> int:
-        """Check every entry; return how many name a frame of the domain whose m2p gives the pfn back."""
+        """Check every entry; return how many agree with the m2p and are the domain's."""
         max_mfn = np.uint64(self._host.max_mfn())
         confirmed, checked = 0, 0
         for leaves in p2m.iter_leaves(on_unreadable=partial(self._report_unreadable_leaves, root)):
@@ -169,7 +169,10 @@ class PhysmapCheck:
         return len(mfns) - int(np.count_nonzero(not_own))
 
     def _report_entries(self, p2m: P2M, pfns: U64) -> None:
-        """Read entries that disagree once more, and report what is wrong: libxenguest's "m2p doesn't match p2m"."""
+        """Read entries that disagree once more, and report what is wrong.
+
+        These are libxenguest's "m2p doesn't match p2m".
+        """
         if not len(pfns):
             return
         host = self._host
@@ -224,7 +227,10 @@ class PhysmapCheck:
     # --- m2p to p2m --------------------------------------------------------------------------------------------------
 
     def _check_m2p(self, p2m: P2M, confirmed: int) -> None:
-        """Find the frames of the domain that no entry names, if it has more frames than entries were confirmed."""
+        """Find the domain's frames that no entry names.
+
+        Searches only if it has more frames than entries were confirmed.
+        """
         host = self._host
         remaining = host.info(self._domid).pages - confirmed
         frames = host.max_mfn() + 1
@@ -254,7 +260,10 @@ def _describe_lost(row: U64) -> tuple[str, dict[str, int]]:
 
 
 def add_survey_notes(result: Survey, findings: Findings) -> None:
-    """Add a note for each kind of pfn without a frame of the domain: none of them need be wrong."""
+    """Add a note for each kind of pfn without a frame of the domain.
+
+    None of them need be wrong.
+    """
     for kind, (rule, description) in _KINDS.items():
         if result.pages[kind]:
             first = result.first.get(kind)

@@ -157,7 +157,10 @@ def _verify_framing(source: Input, findings: Findings, kind: Kind | None, progre
 
 
 def _end_early(report: Report, error: StreamError) -> None:
-    """Note the error at which reading ended. Without a finding the file is no stream at all: raise the error."""
+    """Note the error at which reading ended.
+
+    Without a finding the file is no stream at all: raise the error.
+    """
     if not report.findings.errors:
         raise error
     report.error = error

@@ -87,7 +87,7 @@ def _check_page(
     level: int | None,
     place: Mapping[str, Any],
 ) -> bool:
-    """Check that a pfn is a populated page of the right type, and return whether it is.
+    """Return whether a pfn is a populated page of the right type; report if not.
 
     Args:
         saved: The domain.
@@ -203,7 +203,10 @@ class _BasicState:
 
 
 def _check_extended(findings: Findings, vcpu: int, context: bytes, record: Record) -> None:
-    """Check that an extended context names its own vcpu: libxenguest hands it to Xen unread."""
+    """Check that an extended context names its own vcpu.
+
+    Libxenguest passes it to Xen unread.
+    """
     place = {"offset": record.offset, "record": record.name, "vcpu": vcpu}
     if len(context) < 8:
         findings.add(rules.VCPU_EXTENDED, f"{len(context)} bytes are too few for vcpu and size", **place)
