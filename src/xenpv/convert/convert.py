@@ -113,8 +113,8 @@ class Conversion:
         source: the input.
         reader: reads it; with a LegacyFormat, if it may be a legacy stream.
         options: how to convert it.
-        progress: told how far it is.
-        on_event: told each event of the reader.
+        progress: called with the progress.
+        on_event: called with each event of the reader.
 
     Attributes:
         result: filled in on the way, complete at the end of ``output``.
@@ -285,8 +285,10 @@ class Conversion:
         """Leave out a device model's state, if the options allow it. Raises Unsupported otherwise."""
         if not self._options.drop_emulator:
             kind = self.result.kind
-            what = f"a {kind} file cannot carry the device model's state ({name}), which an HVM domain needs to resume"
-            raise Unsupported(what, offset=offset)
+            message = (
+                f"a {kind} file cannot carry the device model's state ({name}), which an HVM domain needs to resume"
+            )
+            raise Unsupported(message, offset=offset)
         self.result.omitted.append(name)
 
     def _finish(self) -> Iterator[Buffers]:

@@ -48,7 +48,7 @@ def convert(
         options: how to convert.
         reader: reads the input; the default detects all kinds of stream.
         force: write the output even if verify finds errors in it.
-        progress: told how far it is.
+        progress: called with the progress.
 
     Raises:
         StreamError: the input cannot be read.

@@ -1,4 +1,4 @@
-"""Pages that come as deltas, under Remus with compression: made whole, and each written once.
+"""Pages that Remus compressed to deltas: each is made whole, and written once.
 
 Only the last content of a page counts where a stream becomes a file. So output and temporary file are bounded by the
 pages that came whole, since a delta needs earlier content. Written as they came, pages could come out of a few bytes
@@ -74,8 +74,8 @@ class DeltaStore:
         distinct, count = np.unique(pfns, return_counts=True)
         repeated = first_bad(count > 1)
         if repeated is not None:
-            what = f"pfn {int(distinct[repeated]):#x} comes twice among the compressed pages of one checkpoint"
-            raise Malformed(what, offset=deltas.offset, record=PageDeltas.name)
+            message = f"pfn {int(distinct[repeated]):#x} comes twice among the compressed pages of one checkpoint"
+            raise Malformed(message, offset=deltas.offset, record=PageDeltas.name)
         starts = [0, *deltas.ends][: len(pfns)]
         needs_base = np.array([not delta.is_full_page(deltas.data, at) for at in starts], np.bool_)
         content = np.zeros((len(pfns), PAGE_SIZE), np.uint8)
@@ -95,8 +95,8 @@ class DeltaStore:
         available = stored if self._input is None else stored | (self._input_index.offsets(pfns) >= 0)
         missing = first_bad(~available)
         if missing is not None:
-            what = f"pfn {int(pfns[missing]):#x} comes as a delta, and its earlier content is not there"
-            raise Unsupported(f"{what}; convert from a file, not from a pipe", offset=offset, record=PageDeltas.name)
+            message = f"pfn {int(pfns[missing]):#x} comes as a delta, and its earlier content is not there"
+            raise Unsupported(f"{message}; convert from a file, not from a pipe", offset=offset, record=PageDeltas.name)
         content[stored] = self._read_stored(pfns[stored])
         if not stored.all():
             assert self._input is not None

@@ -105,7 +105,7 @@ def diff(a: Domain, b: Domain, *, keep: int = 20, progress: ProgressCallback | N
         a: the first domain.
         b: the second domain.
         keep: describe so many pages of each kind of difference; all are counted.
-        progress: told how far it is.
+        progress: called with the progress.
 
     Raises:
         RequestError: a domain is a stream from a pipe, whose pages are gone.

@@ -72,18 +72,18 @@ class Cursor:
 
     # --- bytes -------------------------------------------------------------------------------------------------------
 
-    def take(self, n: int, what: str) -> Generator[None, None, memoryview]:
-        """Take n bytes; ``what`` names them in the error. Raises Truncated where the input ends before."""
+    def take(self, n: int, part: str) -> Generator[None, None, memoryview]:
+        """Take n bytes; ``part`` names them in the error. Raises Truncated where the input ends before."""
         while self.buffer.available < n:
-            yield from self.wait(self.buffer.available, n, what)
+            yield from self.wait(self.buffer.available, n, part)
         self.needed = 0
         return self.buffer.take(n)
 
-    def skip(self, n: int, what: str) -> Wait:
-        """Skip n bytes; ``what`` names them in the error. Raises Truncated where the input ends before."""
+    def skip(self, n: int, part: str) -> Wait:
+        """Skip n bytes; ``part`` names them in the error. Raises Truncated where the input ends before."""
         self.buffer.discard(n)
         while self.buffer.skippable:
-            yield from self.wait(n - self.buffer.skippable, n, what)
+            yield from self.wait(n - self.buffer.skippable, n, part)
 
     def peek(self, n: int) -> Generator[None, None, bytes]:
         """Return the next n bytes without taking them; fewer where the input ends before."""
@@ -92,12 +92,12 @@ class Cursor:
             yield None
         return self.buffer.peek(n)
 
-    def wait(self, have: int, want: int, what: str) -> Wait:
+    def wait(self, have: int, want: int, part: str) -> Wait:
         """Wait for more bytes of something that has ``have`` of ``want``. Raises Truncated at the end of the input."""
         if self.buffer.ended:
             end = self.offset + self.buffer.available
             raise self.fatal_error(
-                rules.TRUNCATED, f"{what} needs {want} bytes, the input ends after {have}, at {end:#x}"
+                rules.TRUNCATED, f"{part} needs {want} bytes, the input ends after {have}, at {end:#x}"
             )
         self.needed = want - have
         yield None

@@ -157,8 +157,8 @@ def _read_sections(read_at: ReadAt, size: int, report: Report) -> tuple[Width, d
     if len(head) < abi.EHDR.size:
         raise rules.breach(rules.TRUNCATED, f"the ELF header is cut short at {len(head)} bytes", offset=0, record=None)
     if head[4] != abi.ELFCLASS64 or head[5] != abi.ELFDATA2LSB:
-        what = f"an ELF file of class {head[4]} and encoding {head[5]}; cores of xl are 64-bit and little-endian"
-        raise Unsupported(what, offset=4)
+        message = f"an ELF file of class {head[4]} and encoding {head[5]}; cores of xl are 64-bit and little-endian"
+        raise Unsupported(message, offset=4)
     kind, machine, _, _, _, at, _, _, _, _, stride, count, strings = abi.EHDR.unpack(head)
     widths: dict[int, Width] = {abi.EM_X86_64: 8, abi.EM_386: 4}
     if kind != abi.ET_CORE or machine not in widths:
@@ -167,16 +167,16 @@ def _read_sections(read_at: ReadAt, size: int, report: Report) -> tuple[Width, d
     if stride < abi.SHDR.size or len(raw) < stride * count or strings >= count:
         if not count:
             raise Unsupported("an ELF core without sections: no core of xl dump-core", offset=0x3C)
-        what = f"{count} section headers of {stride} bytes at {at:#x}, names in section {strings}"
-        raise rules.breach(SECTION, f"{what}, are not within the file of {size:#x} bytes", offset=at, record=None)
+        message = f"{count} section headers of {stride} bytes at {at:#x}, names in section {strings}"
+        raise rules.breach(SECTION, f"{message}, are not within the file of {size:#x} bytes", offset=at, record=None)
     headers = [abi.SHDR.unpack_from(raw, i * stride) for i in range(count)]
     names = read_at(headers[strings][4], min(headers[strings][5], _STRINGS_MAX))
     if not names:
-        what = (
+        message = (
             f"the core is cut short at {size:#x}: the names of its sections should be at {headers[strings][4]:#x}, "
             "and it has no list of its pages"
         )
-        raise rules.breach(rules.TRUNCATED, what, offset=size, record=None)
+        raise rules.breach(rules.TRUNCATED, message, offset=size, record=None)
     sections: dict[str, Section] = {}
     for i, (name_at, _, _, _, offset, length, _, _, _, entry_size) in enumerate(headers):
         name = names[name_at : name_at + 32].partition(b"\0")[0].decode("latin-1")
@@ -184,8 +184,8 @@ def _read_sections(read_at: ReadAt, size: int, report: Report) -> tuple[Width, d
             continue
         available = max(0, min(length, size - offset))
         if available < length:
-            what = f"{name} is at {offset:#x} and has {length:#x} bytes, and the file ends at {size:#x}"
-            report(SECTION, what, at + i * stride)
+            message = f"{name} is at {offset:#x} and has {length:#x} bytes, and the file ends at {size:#x}"
+            report(SECTION, message, at + i * stride)
         sections[name] = Section(min(offset, size), available, entry_size)
     if abi.SEC_NOTE not in sections:
         raise Unsupported(f"an ELF core without {abi.SEC_NOTE}: no core of xl dump-core", offset=at)
@@ -221,6 +221,6 @@ def _read_notes(read_at: ReadAt, section: Section) -> tuple[tuple[int, ...] | No
         elif kind == abi.XEN_ELFNOTE_DUMPCORE_FORMAT_VERSION and size >= abi.FORMAT_VERSION_DESC.size:
             (version,) = abi.FORMAT_VERSION_DESC.unpack_from(desc)
             if version >> 32:
-                what = f"dump-core format {version >> 32}.{version & 0xFFFF_FFFF}; only 0.1 is known"
-                raise Unsupported(what, offset=section.offset)
+                message = f"dump-core format {version >> 32}.{version & 0xFFFF_FFFF}; only 0.1 is known"
+                raise Unsupported(message, offset=section.offset)
     return header, xen

@@ -34,8 +34,8 @@ def iter_entries(context: bytes, *, offset: int) -> Iterator[Entry]:
             return
         at += _DESCRIPTOR.size
         if length > len(context) - at:
-            what = f"a record of type {typecode} has {length} bytes, and {len(context) - at} are left"
-            raise Malformed(what, offset=offset + at - _DESCRIPTOR.size, record="HVM_CONTEXT")
+            message = f"a record of type {typecode} has {length} bytes, and {len(context) - at} are left"
+            raise Malformed(message, offset=offset + at - _DESCRIPTOR.size, record="HVM_CONTEXT")
         yield Entry(typecode, instance, context[at : at + length])
         at += length
 
@@ -46,7 +46,7 @@ def read_vcpus(context: bytes, *, offset: int) -> dict[int, np.void]:
     for entry in iter_entries(context, offset=offset):
         if entry.typecode == CPU:
             if len(entry.data) < _CPU_MIN:
-                what = f"vcpu {entry.instance} has {len(entry.data)} bytes, {_CPU_MIN} or more are needed"
-                raise Malformed(what, offset=offset, record="HVM_CONTEXT")
+                message = f"vcpu {entry.instance} has {len(entry.data)} bytes, {_CPU_MIN} or more are needed"
+                raise Malformed(message, offset=offset, record="HVM_CONTEXT")
             vcpus[entry.instance] = HVM_HW_CPU.read(entry.data.ljust(HVM_HW_CPU.size(8), b"\0"), 8)
     return vcpus

@@ -96,13 +96,13 @@ def _detect_toolstack(cursor: Cursor) -> Generator[Event | None, None, tuple[int
     if toolstack is None:
         if len(head) < _HEADER_MIN:
             yield from cursor.wait(len(head), envelope.SNIFF_SIZE, "the legacy header")
-        what = "the input is no legacy stream, of neither a 32-bit nor a 64-bit toolstack"
-        raise cursor.fatal_error(rules.LEGACY, what)
+        message = "the input is no legacy stream, of neither a 32-bit nor a 64-bit toolstack"
+        raise cursor.fatal_error(rules.LEGACY, message)
     return toolstack
 
 
 class _LegacyStream:
-    """One legacy stream that is being read: its parser, and what its header and chunks said."""
+    """The parser of one legacy stream, with the values of its header and chunks."""
 
     def __init__(self, cursor: Cursor, long: int, guest: Guest, *, pages: bool, emulator: bool) -> None:
         self._cursor = cursor
@@ -117,9 +117,9 @@ class _LegacyStream:
         self._vcpus: list[int] = [0]
         self._last_checkpoint = False  # no more bodies follow
         self._compressing = False  # later bodies are compressed
-        self._pending_entries = b""  # named in a compressed body; their content has not come
+        self._pending_entries = b""  # of a compressed body, whose content comes later
         self._pending_pages = 0  # how many of those have content
-        self._partial_page = b""  # of compressed data: a page of which the rest has not come
+        self._partial_page = b""  # of compressed data: a page that continues in the next chunk
         self._physmap = b""
 
     def read(self) -> Steps:
@@ -149,13 +149,13 @@ class _LegacyStream:
         """Report a breach of the format; return the error that the caller must raise."""
         return self._cursor.fatal_error(rules.LEGACY, message)
 
-    def _unpack(self, layout: str, what: str) -> Generator[Event | None, None, tuple[int, ...]]:
+    def _unpack(self, layout: str, part: str) -> Generator[Event | None, None, tuple[int, ...]]:
         layout = f"<{layout}"
-        return struct.unpack(layout, (yield from self._cursor.take(struct.calcsize(layout), what)))
+        return struct.unpack(layout, (yield from self._cursor.take(struct.calcsize(layout), part)))
 
-    def _longs(self, count: int, what: str) -> Generator[Event | None, None, tuple[int, ...]]:
+    def _longs(self, count: int, part: str) -> Generator[Event | None, None, tuple[int, ...]]:
         """Read numbers of the size of the toolstack's long."""
-        return (yield from self._unpack(f"{count}{'Q' if self._long == 8 else 'I'}", what))
+        return (yield from self._unpack(f"{count}{'Q' if self._long == 8 else 'I'}", part))
 
     # --- header ------------------------------------------------------------------------------------------------------
 
@@ -165,14 +165,16 @@ class _LegacyStream:
         (signature,) = yield from self._longs(1, "the signature of extended info")
         if signature != (1 << 8 * self._long) - 1:
             raise self._malformed(f"unexpected extended info marker {signature:#x}")
-        (left,) = yield from self._unpack("I", "the length of extended info")
+        (remaining,) = yield from self._unpack("I", "the length of extended info")
         info = None
-        while left:
+        while remaining:
             cursor.begin("legacy extended info")
             ident, size = struct.unpack("<4sI", (yield from cursor.take(8, "an extended info block")))
-            if left < 8 + size:
-                raise self._malformed(f"a block of {size} bytes does not fit into the {left} bytes of extended info")
-            left -= 8 + size
+            if remaining < 8 + size:
+                raise self._malformed(
+                    f"a block of {size} bytes does not fit into the {remaining} bytes of extended info"
+                )
+            remaining -= 8 + size
             if ident == b"vcpu":
                 info = yield from self._read_guest_width(size)
             elif ident == b"extv":
@@ -250,8 +252,8 @@ class _LegacyStream:
             elif chunk == _TOOLSTACK:
                 yield from self._read_toolstack()
             elif chunk in {_TMEM, _TMEM_EXTRA}:
-                what = "transcendent memory, which Xen no longer has"
-                raise Unsupported(what, offset=cursor.record_offset, record=cursor.record)
+                message = "transcendent memory, which Xen no longer has"
+                raise Unsupported(message, offset=cursor.record_offset, record=cursor.record)
             elif chunk != _VERIFY:  # after it pages come once more, to be compared
                 raise self._malformed(f"unrecognised chunk {chunk}")
         if self._pending_pages or self._partial_page:
@@ -325,7 +327,7 @@ class _LegacyStream:
             raise self._malformed(f"{len(self._partial_page)} bytes of compressed data belong to no page")
 
     def _split_pending(self, pages: int) -> tuple[bytes, bytes]:
-        """Split the pending entries before the next one with content after that many pages with content."""
+        """Split off the pending entries of so many pages with content; return them and the others."""
         import numpy as np  # noqa: PLC0415
 
         with_content = np.frombuffer(self._pending_entries, "<u8") >> np.uint64(60) < 0xD

@@ -145,8 +145,8 @@ class LibxlOrder:
             if not self._begun:
                 breaches.append((rules.MISSING, "the libxl stream ends without LIBXC_CONTEXT"))
             elif self._in_checkpoint:
-                what = "the libxl stream ends inside a checkpoint, without libxc's END"
-                breaches.append((rules.MISSING, what))
+                message = "the libxl stream ends inside a checkpoint, without libxc's END"
+                breaches.append((rules.MISSING, message))
         elif kind == LibxlType.LIBXC_CONTEXT:
             if self._begun:
                 breaches.append((rules.REPEATED, "a second LIBXC_CONTEXT"))

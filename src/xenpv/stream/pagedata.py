@@ -92,8 +92,8 @@ class PageData(Record):
             ctx.report(rules.PAGE_SIZE_MATCH, f"PAGE_DATA record wrong size: length {length}, expected {sizes}")
         if tops.translate(None, _TOP_KNOWN):
             at = next(i for i, top in enumerate(tops) if top not in _TOP_KNOWN)
-            what = f"Unknown type {tops[at] >> 4:#x} for pfn {_entry(raw, at) & PFN_MASK:#x} (index {at})"
-            ctx.report(rules.PAGE_TYPE, what)
+            message = f"Unknown type {tops[at] >> 4:#x} for pfn {_entry(raw, at) & PFN_MASK:#x} (index {at})"
+            ctx.report(rules.PAGE_TYPE, message)
         if len(raw) <= _LANES * 8 or not record._all_valid(ctx.max_pfn):
             for first in range(0, len(raw), _LANES * 8):
                 _check_lanes(ctx, raw[first : first + _LANES * 8], first // 8)
@@ -136,8 +136,8 @@ def _check_lanes(ctx: RecordContext, raw: bytes, first: int) -> None:
         return
     if number & _lanes(RESERVED_MASK, count):
         at = next(i for i in range(count) if _entry(raw, i) & RESERVED_MASK)
-        what = f"reserved bits set in pfn[{first + at}]: {_entry(raw, at) & RESERVED_MASK:#x}"
-        ctx.report(rules.RESERVED, what)
+        message = f"reserved bits set in pfn[{first + at}]: {_entry(raw, at) & RESERVED_MASK:#x}"
+        ctx.report(rules.RESERVED, message)
     if ctx.max_pfn is None:
         return
     if (_lanes(ctx.max_pfn | 1 << 63, count) - (number & _lanes(PFN_MASK, count))) & within != within:

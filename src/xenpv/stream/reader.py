@@ -141,10 +141,10 @@ class Reader:
             return None
         return envelope.sniff(head)
 
-    def _read_legacy(self, what: str, at: int = 0, *, emulator: bool = True) -> Steps:
-        """Read a legacy stream. ``what`` and ``at`` name it in the error; ``emulator``: its state may follow."""
+    def _read_legacy(self, name: str, at: int = 0, *, emulator: bool = True) -> Steps:
+        """Read a legacy stream. ``name`` and ``at``: for the error; ``emulator``: its state may follow."""
         if self._legacy is None:
-            raise Unsupported(f"{what}, which is not read", offset=at)
+            raise Unsupported(f"{name}, which is not read", offset=at)
         self.is_legacy = True
         yield from self._legacy.read(self._cursor, pages=self._pages, emulator=emulator)
 
@@ -184,8 +184,8 @@ class Reader:
     def _check_config_length(self, length: int) -> None:
         cursor = self._cursor
         if length > envelope.CONFIG_MAX:
-            what = f"a configuration of {length:#x} bytes; the maximum is {envelope.CONFIG_MAX:#x}"
-            raise cursor.fatal_error(rules.ENVELOPE, what)
+            message = f"a configuration of {length:#x} bytes; the maximum is {envelope.CONFIG_MAX:#x}"
+            raise cursor.fatal_error(rules.ENVELOPE, message)
 
     def _read_libvirt(self) -> Steps:
         cursor = self._cursor
@@ -296,8 +296,8 @@ class Reader:
                 for missing in order.missing():
                     cursor.report_or_raise(rules.MISSING, f"the stream ends without {missing.name}")
             if kind == RecordType.CHECKPOINT:
-                what = "Found checkpoint: only a checkpoint-aware receiver takes this stream"
-                cursor.report_or_raise(rules.CHECKPOINT, what)
+                message = "Found checkpoint: only a checkpoint-aware receiver takes this stream"
+                cursor.report_or_raise(rules.CHECKPOINT, message)
             if kind == RecordType.PAGE_DATA:
                 known = self._skip_page_data.get(cursor.record_offset)
                 if known is None:

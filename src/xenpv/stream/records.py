@@ -61,8 +61,8 @@ class X86PVInfo(Record):
     def check(self, ctx: RecordContext) -> bool:
         if LEVELS.get(self.guest_width) == self.pt_levels:
             return True
-        what = f"width {self.guest_width}, pt_levels {self.pt_levels}"
-        ctx.report(rules.PV_INFO, f"Invalid X86_PV_INFO combination: {what}")
+        message = f"width {self.guest_width}, pt_levels {self.pt_levels}"
+        ctx.report(rules.PV_INFO, f"Invalid X86_PV_INFO combination: {message}")
         return False
 
     def update_context(self, ctx: RecordContext) -> None:
@@ -122,10 +122,12 @@ class X86PVP2MFrames(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class P2MLeaves(Record):
-    """The frames that hold the p2m's ``entries``, in runs: records.md. A later record replaces all of it.
+    """The leaves of a p2m of ``entries`` entries, in runs. A later record replaces all of it.
 
-    ``raw`` is the runs, three words of 64 bits each, little-endian: the first place, how many places, and the pfn of
-    the frame that stands in all of them.
+    ``raw`` is the runs, three words of 64 bits each, little-endian: number of the first leaf, how many leaves, and the
+    pfn of the one frame that holds all of them.
+
+    Source: docs/reference/records.md
     """
 
     TYPE = RecordType.XENPV_P2M_LEAVES
@@ -181,8 +183,8 @@ class P2MLeaves(Record):
             return False
         leaves, end = -(-self.entries * (ctx.width or 8) // PAGE_SIZE), int(first[-1]) + int(count[-1])
         if leaves != end or self.entries > PFN_MAX + 1:
-            what = f"XENPV_P2M_LEAVES: {self.entries:#x} entries have {leaves:#x} leaves, not {end:#x}"
-            ctx.report(rules.P2M_RANGE, what)
+            message = f"XENPV_P2M_LEAVES: {self.entries:#x} entries have {leaves:#x} leaves, not {end:#x}"
+            ctx.report(rules.P2M_RANGE, message)
             return False
         return True
 
@@ -328,8 +330,8 @@ class Policy(Opaque):
 
     def check(self, ctx: RecordContext) -> bool:
         if len(self.data) % self.ENTRY:
-            what = f"{self.type_name()} size {len(self.data)} should be multiple of {self.ENTRY}"
-            ctx.report(rules.RECORD_SIZE, what)
+            message = f"{self.type_name()} size {len(self.data)} should be multiple of {self.ENTRY}"
+            ctx.report(rules.RECORD_SIZE, message)
             return False
         return True
 
