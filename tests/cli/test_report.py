@@ -126,7 +126,7 @@ def test_report_of_a_running_domain(pause: bool, tmp_path: Path, monkeypatch: py
     guest, out = Guest.boot("both"), tmp_path / "report.html"
     paused: list[int | None] = []
     info = guest.host.info(guest.domid)
-    monkeypatch.setattr("xenpv.cli.target.open_running", lambda _target: guest.live)
+    monkeypatch.setattr("xenpv.source.open.open_running", lambda _target: guest.live)
     monkeypatch.setattr(guest.host, "pause", paused.append)
     monkeypatch.setattr(guest.host, "unpause", lambda _domid: paused.append(None))
     ran = xenpv("report", "litmus", "-o", out, "--json", *(["--pause"] if pause else []))

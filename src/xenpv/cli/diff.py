@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+import xenpv
 from xenpv.cli.target import INDEX, PAUSE, is_running, open_target
 from xenpv.cli.terminal import JSON, QUIET, keep_option, print_json, print_table, progress_bar
 from xenpv.diff.diff import Difference, PageDifference
-from xenpv.diff.diff import diff as compare
 from xenpv.text import counted, printable
 
 _RANGES = 4  # shown of a page, in its line
@@ -45,7 +45,7 @@ def diff(a: str, b: str, keep: int, quiet: bool, pause: bool, as_json: bool) -> 
         open_target(b, pause=pause and is_running(b), allow_hvm=True) as other,
         progress_bar("comparing") as bar,
     ):
-        difference = compare(one, other, keep=keep, progress=bar)
+        difference = xenpv.diff(one, other, keep=keep, progress=bar)
     if as_json:
         print_json(difference.to_json())
     elif not quiet:

@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 import click
 
+import xenpv
 from xenpv.cli.target import INDEX, PAUSE, open_target
 from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.errors import RequestError, StreamError
 from xenpv.export.export import FORMATS
-from xenpv.export.export import export as export_to
 from xenpv.export.formats.kdump import COMPRESSION_FLAGS
 from xenpv.findings import Rule
 from xenpv.frames import PAGE_SIZE
@@ -77,7 +77,7 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
             if not domain.seekable:
                 raise RequestError("export reads every page twice, a pipe can be read once: save it to a file first")
             with progress_bar("exporting") as bar:
-                exported = export_to(domain, out, form, compression=compression, progress=bar)
+                exported = xenpv.export(domain, out, form, compression=compression, progress=bar)
             if domain.live is not None and not pause:
                 exported.remarks.append(
                     "the domain was running: pages are from different moments (--pause prevents that)"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import click
 
+import xenpv
 from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.frames import PAGE_SIZE
+from xenpv.io.signals import interruptible
 from xenpv.text import printable, size
 
 
@@ -27,23 +29,15 @@ def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
       xenpv restore web.save
       zstd -dc web.save.zst | xenpv restore --name web2 --paused -
     """
-    from xenpv.host.xen.host import XenHost  # noqa: PLC0415
-    from xenpv.io.signals import interruptible  # noqa: PLC0415
-    from xenpv.io.stream_input import Input  # noqa: PLC0415  NumPy, and Xen's libraries
-    from xenpv.restore.restore import restore_domain  # noqa: PLC0415
-
     if name is not None and not (name and name.isprintable()):
         raise RequestError(f"a name has at least one character, all printable, not {name!r}; choose another --name")
-    source = Input.open(file)
-    try:
-        with XenHost() as host, interruptible(), progress_bar("restoring") as bar:
-            restored = restore_domain(host, source, name=name, paused=paused, progress=bar)
-    finally:
-        source.close()
-    called = name or restored.name
+    with interruptible(), progress_bar("restoring") as bar:
+        restored = xenpv.restore(file, name=name, paused=paused, progress=bar)
+    new_name = name or restored.name
     if as_json:
-        told = {"domid": restored.domid, "name": called, "uuid": restored.uuid, "pages": restored.pages}
-        print_json({**told, "entries": restored.entries, "bytes": restored.bytes, "running": not paused})
+        identity = {"domid": restored.domid, "name": new_name, "uuid": restored.uuid}
+        sizes = {"pages": restored.pages, "entries": restored.entries, "bytes": restored.bytes}
+        print_json(identity | sizes | {"running": not paused})
     else:
         state = f"restored and paused; start it with: xl unpause {restored.domid}" if paused else "running"
-        click.echo(f"dom{restored.domid} ({printable(called or '')}), {size(restored.pages * PAGE_SIZE)}, {state}")
+        click.echo(f"dom{restored.domid} ({printable(new_name or '')}), {size(restored.pages * PAGE_SIZE)}, {state}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 
 import click
 
+import xenpv
 from xenpv.cli.terminal import NUMBER, progress_bar
 from xenpv.errors import RequestError
 from xenpv.frames import Pfn
 from xenpv.source.domain import Domain
-from xenpv.source.open import FileDomain, open_path, open_running
+from xenpv.source.open import FileDomain, open_path
 from xenpv.stream.rules import BreachHandler
 
 TARGET = click.argument("target", metavar="DOM|FILE")
@@ -53,16 +54,11 @@ def open_target(
     Raises:
         RequestError: No such file or domain, a domain that is not PV, or a file that is to be paused.
     """
-    with ExitStack() as stack:
-        if is_running(target):
-            live = stack.enter_context(open_running(target))
-            if pause:
-                stack.enter_context(live.paused())
-            yield live
-            return
-        if pause:
-            raise RequestError(f"{target}: this is a file; only a running domain can be paused")
-        domain = stack.enter_context(open_file(target, on_breach))
+    if pause and not is_running(target):
+        raise RequestError(f"{target}: this is a file; only a running domain can be paused")
+    with progress_bar("reading") as bar:
+        domain = xenpv.open_domain(target, on_breach=on_breach, progress=bar, index=_keep_index())
+    with domain, domain.paused() if pause else nullcontext():
         if domain.hvm and not allow_hvm:
             raise RequestError(f"{target}: this is an HVM or PVH domain: Xen keeps its p2m, the file has none")
         yield domain
@@ -73,11 +69,16 @@ def is_running(target: str) -> bool:
     return target != "-" and not os.path.exists(target)
 
 
-def open_file(path: str, on_breach: BreachHandler | None = None) -> FileDomain:
-    """Open the save file or core at a path ("-" is standard input), with its index as --index says."""
-    ctx = click.get_current_context(silent=True)
+def open_file(path: str) -> FileDomain:
+    """Open the save file or core at a path; "-" is standard input."""
     with progress_bar("reading") as bar:
-        return open_path(path, on_breach=on_breach, progress=bar, index=None if ctx is None else ctx.meta.get(__name__))
+        return open_path(path, progress=bar, index=_keep_index())
+
+
+def _keep_index() -> bool | None:
+    """Return what --index or --no-index says; None without either, or without a command."""
+    context = click.get_current_context(silent=True)
+    return None if context is None else context.meta.get(__name__)
 
 
 def top_table(domain: Domain, vcpu: int, user: bool, top: int | None) -> Pfn:

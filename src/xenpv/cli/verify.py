@@ -6,11 +6,11 @@ import sys
 
 import click
 
+import xenpv
 from xenpv.cli.terminal import FILE, JSON, QUIET, keep_option, print_findings, print_json, print_table, progress_bar
 from xenpv.findings import RULES, Finding
 from xenpv.text import counted
 from xenpv.verify.stream import Report
-from xenpv.verify.stream import verify as verify_file
 
 
 def _list_rules(ctx: click.Context, _: click.Parameter, value: bool) -> None:
@@ -61,7 +61,7 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
       1  errors
     """
     with progress_bar("verifying") as bar:
-        report = verify_file(file, deep=not framing, keep=keep, progress=bar)
+        report = xenpv.verify(file, deep=not framing, keep=keep, progress=bar)
     failed = not report.ok or (strict and len(report.findings) > 0)
     if as_json:
         print_json(report.to_json())
