@@ -100,6 +100,7 @@ def test_migrate_suspended_domain_runs_on_receiver() -> None:
         (lambda move: move.target.create(8, max_pages=1, name=NAME + INCOMING), "already: dom1"),
         (lambda move: move.fill(1200), "it needs 5 MiB, and 4 MiB are free"),
     ],
+    ids=["name", "incoming name", "memory"],
 )
 def test_migrate_domain_that_does_not_fit_is_refused_before_sending(prepare: Callable[[Move], Any], said: str) -> None:
     move = Move.ready()

@@ -50,8 +50,8 @@ class CheckpointBuffer:
             case Record():
                 self._records_size += event.length
         if self._records_size > _RECORDS_MAX:
-            what = f"more than {_RECORDS_MAX >> 20} MiB of records, pages aside, after one checkpoint"
-            raise Unsupported(what, offset=event.offset, record=event.name)
+            problem = f"more than {_RECORDS_MAX >> 20} MiB of records, pages aside, after one checkpoint"
+            raise Unsupported(problem, offset=event.offset, record=event.name)
 
     def _append(self, data: memoryview) -> None:
         while data:

@@ -85,12 +85,12 @@ def refuse(host: Mover, offer: Offer) -> None:
         if _is_domain(other, offer.name, offer.uuid) or (
             offer.name is not None and other.name == offer.name + INCOMING
         ):
-            what = f"this host has a domain of this name or uuid already: dom{other.domid} ({other.name})"
-            raise RequestError(f"{what}; destroy it, or rename it, first")
+            problem = f"this host has a domain of this name or uuid already: dom{other.domid} ({other.name})"
+            raise RequestError(f"{problem}; destroy it, or rename it, first")
     free, needed = host.free_pages(), offer.pages + _OVERHEAD
     if needed > free:
-        what = f"it needs {needed * PAGE_SIZE >> 20} MiB, and {free * PAGE_SIZE >> 20} MiB are free"
-        raise RequestError(f"{what}; destroy a domain, or give dom0 less", needed=needed, available=free)
+        problem = f"it needs {needed * PAGE_SIZE >> 20} MiB, and {free * PAGE_SIZE >> 20} MiB are free"
+        raise RequestError(f"{problem}; destroy a domain, or give dom0 less", needed=needed, available=free)
 
 
 def _is_domain(info: DomainInfo, name: str | None, uuid: str | None) -> bool:
@@ -129,10 +129,10 @@ def _start(
             try:
                 host.destroy(domid)
             except HostError as destroy_error:
-                what = f"it arrived, and can be neither started ({e}) nor destroyed ({destroy_error})"
+                problem = f"it arrived, and can be neither started ({e}) nor destroyed ({destroy_error})"
                 with contextlib.suppress(OSError):  # without an answer the outcome is as unknown to the sender
-                    channel.send(Message.INDETERMINATE, why=what)
-                raise OutcomeUnknown(what, op="receive", domid=domid) from e
+                    channel.send(Message.INDETERMINATE, why=problem)
+                raise OutcomeUnknown(problem, op="receive", domid=domid) from e
             with contextlib.suppress(OSError):  # the sender's --settle asks again
                 channel.send(Message.ABORT, why=str(e))
             raise

@@ -142,8 +142,8 @@ def _receive_hello(channel: MigrationChannel, on_event: EventCallback) -> int:
     hello = channel.receive()
     version = common_version(hello.get("protocol"))
     if version is None:
-        what = f"{channel.link.name} speaks protocol {hello.get('protocol')!r:.40}"
-        raise Unsupported(f"{what}, not {VERSIONS[0]} to {VERSIONS[-1]}", offset=0)
+        problem = f"{channel.link.name} speaks protocol {hello.get('protocol')!r:.40}"
+        raise Unsupported(f"{problem}, not {VERSIONS[0]} to {VERSIONS[-1]}", offset=0)
     on_event("connected", host=channel.link.name, xen=str(hello.get("xen"))[:40], xenpv=str(hello.get("xenpv"))[:40])
     return version
 
@@ -176,13 +176,13 @@ def _handle_failure(
         with uninterruptible():
             domain.rollback_after(error, lambda rollback: on_event("kept", rollback=rollback))
     elif channel.on_disconnect is OnDisconnect.DESTROY:
-        what = f"{domain.label} runs on {peer}, and its copy here could not be destroyed: {error}"
-        raise HostError(f"{what}; destroy it: xl destroy {domid}", op="migrate", domid=domid) from error
+        problem = f"{domain.label} runs on {peer}, and its copy here could not be destroyed: {error}"
+        raise HostError(f"{problem}; destroy it: xl destroy {domid}", op="migrate", domid=domid) from error
     else:
         name = domain.info.name or str(domid)
-        what = f"{error}; {domain.label} was committed to {peer}, which has not answered that it runs."
-        what += f" It stays here, suspended, as {name}{AWAY}. Settle it by: xenpv migrate --settle {domid} {peer}"
-        raise OutcomeUnknown(what, op="migrate", domid=domid) from error
+        problem = f"{error}; {domain.label} was committed to {peer}, which has not answered that it runs."
+        problem += f" It stays here, suspended, as {name}{AWAY}. Settle it by: xenpv migrate --settle {domid} {peer}"
+        raise OutcomeUnknown(problem, op="migrate", domid=domid) from error
 
 
 def settle(host: Mover, domid: DomId, link: Link, on_event: EventCallback = ignore_event) -> Settlement:

@@ -263,8 +263,10 @@ def listening(address: str, *, anywhere: bool = False) -> Iterator[socket.socket
     except OSError as e:
         raise RequestError(f"{address}: {e.strerror or e}") from e
     if not anywhere and not ipaddress.ip_address(str(socket_address[0]).partition("%")[0]).is_loopback:
-        what = f"{address}: other machines reach this address, and a guest's memory would cross the network unencrypted"
-        raise RequestError(f"{what}; use ssh, or --anywhere")
+        problem = (
+            f"{address}: other machines reach this address, and a guest's memory would cross the network unencrypted"
+        )
+        raise RequestError(f"{problem}; use ssh, or --anywhere")
     with socket.socket(family, kind) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

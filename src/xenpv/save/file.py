@@ -148,8 +148,8 @@ def _let_run(domain: DepartingDomain, path: str, *, paused: bool) -> SourceState
         finally:
             state = domain.rollback()
     except XenPVError as e:
-        what = f"{path} is complete, but {domain.label} could not be resumed{' paused' if paused else ''}: {e}"
-        raise HostError(what, op="resume", domid=domain.domid, errno=getattr(e, "errno", None)) from e
+        problem = f"{path} is complete, but {domain.label} could not be resumed{' paused' if paused else ''}: {e}"
+        raise HostError(problem, op="resume", domid=domain.domid, errno=getattr(e, "errno", None)) from e
     return state
 
 
@@ -157,7 +157,7 @@ def _destroy(domain: DepartingDomain, path: str) -> SourceState:
     try:
         domain.host.destroy(domain.domid)
     except HostError as e:
-        what = f"{path} is complete, but {domain.label} could not be destroyed: {e}"
+        problem = f"{path} is complete, but {domain.label} could not be destroyed: {e}"
         hint = f"destroy it before you restore it: xl destroy {domain.domid}"
-        raise HostError(f"{what}; {hint}", op="destroy", domid=domain.domid, errno=e.errno) from e
+        raise HostError(f"{problem}; {hint}", op="destroy", domid=domain.domid, errno=e.errno) from e
     return SourceState.DESTROYED

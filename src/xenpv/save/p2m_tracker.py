@@ -145,8 +145,8 @@ class P2MTracker:
         whole = live.p2m
         entries = max(whole.used_entries, self.sent_entries)
         if entries > whole.entries:
-            what = f"{live.name}: its p2m shrank to pfn {whole.entries - 1:#x} after it was sent up to pfn"
-            raise GuestError(f"{what} {self.sent_entries - 1:#x}; no receiver can undo that: start again")
+            problem = f"{live.name}: its p2m shrank to pfn {whole.entries - 1:#x} after it was sent up to pfn"
+            raise GuestError(f"{problem} {self.sent_entries - 1:#x}; no receiver can undo that: start again")
         return replace(whole, entries=entries, leaves=whole.leaves.below(-(-entries // whole.entries_per_leaf)))
 
     # --- entries -----------------------------------------------------------------------------------------------------
@@ -172,15 +172,17 @@ class P2MTracker:
         name, distinct = self.live.name, self.p2m.distinct_leaves
 
         def refuse(unreadable: FrameRuns) -> None:
-            what = f"{name}: p2m_frame_list[{int(unreadable.first[0])}], mfn {int(unreadable.frame[0]):#x},"
-            raise GuestError(f"{what} cannot be read")
+            problem = f"{name}: p2m_frame_list[{int(unreadable.first[0])}], mfn {int(unreadable.frame[0]):#x},"
+            raise GuestError(f"{problem} cannot be read")
 
         for leaves in self.p2m.iter_leaves(places, on_unreadable=refuse):
             times = distinct.count[np.searchsorted(distinct.first, leaves.first_place)]
             own = np.count_nonzero(names_local_frame(leaves.mfns), axis=1)
             if (row := first_bad((own > 0) & (times > 1))) is not None:
-                what = f"{name}: p2m_frame_list[{int(leaves.first_place[row])}] names {own[row]} pages, and stands in"
-                raise GuestError(f"{what} {int(times[row])} places: after a restore one would overwrite the other")
+                problem = (
+                    f"{name}: p2m_frame_list[{int(leaves.first_place[row])}] names {own[row]} pages, and stands in"
+                )
+                raise GuestError(f"{problem} {int(times[row])} places: after a restore one would overwrite the other")
             yield leaves
 
     def iter_populated(self) -> Iterator[PfnMfns]:
@@ -304,17 +306,19 @@ class P2MTracker:
 def _check(live: LiveDomain, p2m: P2M, *, libxc_compatible: bool) -> None:
     name = live.name
     if libxc_compatible and p2m.entries > PFNS_MAX:
-        what = f"{name}: its p2m reaches pfn {p2m.entries - 1:#x}; a stream has pfns up to {PFNS_MAX - 1:#x} (16 TiB)"
+        problem = (
+            f"{name}: its p2m reaches pfn {p2m.entries - 1:#x}; a stream has pfns up to {PFNS_MAX - 1:#x} (16 TiB)"
+        )
         hint = "xenpv save --xenpv-only writes a record that only xenpv restores, and that holds more"
-        raise RequestError(f"{what}: {hint}", needed=p2m.entries, available=PFNS_MAX)
+        raise RequestError(f"{problem}: {hint}", needed=p2m.entries, available=PFNS_MAX)
     for table in p2m.unreadable:
         where = f"the table at mfn {table.frame:#x}, {table.level} above the leaves"
         raise GuestError(f"{name}: its p2m cannot be read: {where}")
     holes = p2m.holes
     if len(holes):
         first, count = int(holes.first[0]), int(holes.count[0])
-        what = f"{name}: its p2m has no leaf for pfns {first * p2m.entries_per_leaf:#x} to "
-        raise GuestError(what + f"{(first + count) * p2m.entries_per_leaf - 1:#x}, and a stream has to name one")
+        problem = f"{name}: its p2m has no leaf for pfns {first * p2m.entries_per_leaf:#x} to "
+        raise GuestError(problem + f"{(first + count) * p2m.entries_per_leaf - 1:#x}, and a stream has to name one")
 
 
 def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:

@@ -124,8 +124,8 @@ class PageSender:
         """Return pfns, mfns and types; defer those that left a running domain since its p2m was read."""
         types = self._live.host.page_types(self._live.info.domid, mfns)
         if (at := first_bad(~IS_KNOWN[types])) is not None:
-            what = f"Unknown type {int(types[at]):#x} for pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x})"
-            raise HostError(f"{self._live.name}: {what}", op="getpageframeinfo3", domid=self._live.info.domid)
+            problem = f"Unknown type {int(types[at]):#x} for pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x})"
+            raise HostError(f"{self._live.name}: {problem}", op="getpageframeinfo3", domid=self._live.info.domid)
         if not self._guest_runs:
             return pfns, mfns, types
         owned = types != PageType.XTAB
@@ -167,8 +167,8 @@ class PageSender:
             return np.empty((0, 1 << PAGE_SHIFT), np.uint8), np.empty(0, np.bool_)
         pages, mapped = self._live.read_p2m_frames(mfns)
         if not self._guest_runs and (at := first_bad(~mapped)) is not None:
-            what = f"pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x}) cannot be mapped"
-            raise HostError(f"{self._live.name}: {what}", op="map_frames", domid=self._live.info.domid)
+            problem = f"pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x}) cannot be mapped"
+            raise HostError(f"{self._live.name}: {problem}", op="map_frames", domid=self._live.info.domid)
         return pages, mapped
 
     # --- page tables -------------------------------------------------------------------------------------------------

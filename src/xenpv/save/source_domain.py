@@ -48,8 +48,8 @@ class RollbackError(HostError):
 
     def __init__(self, failure: BaseException, rollback: Rollback, *, domid: DomId) -> None:
         error = rollback.error
-        what = f"{str(failure) or type(failure).__name__}; {rollback.label} could not be resumed: {error}"
-        super().__init__(what, op="resume", domid=domid, errno=getattr(error, "errno", None))
+        problem = f"{str(failure) or type(failure).__name__}; {rollback.label} could not be resumed: {error}"
+        super().__init__(problem, op="resume", domid=domid, errno=getattr(error, "errno", None))
         self.rollback = rollback
 
 
@@ -86,8 +86,8 @@ class DepartingDomain:
         if self.domid == 0:
             raise RequestError("dom0 is the domain that xenpv runs in; it cannot be saved or migrated")
         if (self.info.name or "").endswith(AWAY):
-            what = f"{self.label} was given to another host, and may run there"
-            raise RequestError(f"{what}: xenpv migrate --settle {self.domid} HOST settles it")
+            problem = f"{self.label} was given to another host, and may run there"
+            raise RequestError(f"{problem}: xenpv migrate --settle {self.domid} HOST settles it")
         if self.info.paused and not self.info.shutdown:
             raise RequestError(f"{self.label} is paused, and cannot suspend: unpause it first")
 

@@ -97,8 +97,8 @@ def _context(live: LiveDomain, vcpu: int) -> bytes | None:
         context["user_regs"][register] = _start_info(live, int(context["user_regs"][register][0]))
     entries = int(context["gdt_ents"][0])
     if entries > FIRST_RESERVED_GDT_ENTRY:
-        what = f"{live.name}: GDT entry count ({entries}) of vcpu{vcpu} out of range"
-        raise GuestError(f"{what} (max {FIRST_RESERVED_GDT_ENTRY})")
+        problem = f"{live.name}: GDT entry count ({entries}) of vcpu{vcpu} out of range"
+        raise GuestError(f"{problem} (max {FIRST_RESERVED_GDT_ENTRY})")
     gdt = context["gdt_frames"][0]
     for i in range(-(-entries // GDT_ENTRIES_PER_FRAME)):
         gdt[i] = _pfn(live, f"frame {i} of vcpu{vcpu}'s GDT", int(gdt[i]))
@@ -115,8 +115,8 @@ def _start_info(live: LiveDomain, mfn: int) -> int:
     pfn = _pfn(live, "suspend record", mfn)
     page, _ = live.read_p2m_frames(np.array([mfn], np.uint64))
     if not page.tobytes().startswith(START_INFO_MAGIC[live.info.width]):
-        what = f"{live.name}: pfn {pfn:#x}, its suspend record, is no start info page"
-        raise GuestError(what + _unsuspended_hint(live))
+        problem = f"{live.name}: pfn {pfn:#x}, its suspend record, is no start info page"
+        raise GuestError(problem + _unsuspended_hint(live))
     return pfn
 
 

@@ -83,10 +83,10 @@ def _withdraw_request(host: Mover, info: DomainInfo, error: BaseException) -> No
     except HostError as e:
         if not any(other.domid == info.domid for other in host.domains()):
             return  # a domain that is gone obeys no request
-        what = (
+        problem = (
             f"{str(error) or type(error).__name__}; {info.label} may still suspend: its request could not be withdrawn"
         )
-        raise HostError(f"{what}: {e}", op="suspend", domid=info.domid, errno=e.errno) from error
+        raise HostError(f"{problem}: {e}", op="suspend", domid=info.domid, errno=e.errno) from error
 
 
 def _check_runs(info: DomainInfo) -> None:

@@ -208,8 +208,8 @@ def restore(request: Restore, libxl: Libxl, host: Mover) -> tuple[int, int]:
 
     daemons = host.daemons()
     if (daemons.console, daemons.xenstore) != (request.console_domid, request.store_domid):
-        what = f"xenstore and console in dom{request.store_domid} and dom{request.console_domid}"
-        raise RequestError(f"libxl asks for {what}: xenstore says dom{daemons.xenstore} and dom{daemons.console}")
+        problem = f"xenstore and console in dom{request.store_domid} and dom{request.console_domid}"
+        raise RequestError(f"libxl asks for {problem}: xenstore says dom{daemons.xenstore} and dom{daemons.console}")
 
     def static_data_done(missing_cpuid: bool, missing_msr: bool) -> None:
         missing = protocol.MISSING_CPUID * missing_cpuid | protocol.MISSING_MSR * missing_msr
@@ -228,8 +228,8 @@ def restore(request: Restore, libxl: Libxl, host: Mover) -> tuple[int, int]:
     )
     if len(restored.differing):
         which = f"{len(restored.differing)} pages, the first is pfn {int(restored.differing[0]):#x},"
-        what = f"{which} were not as they were sent before when the sender looked again"
-        libxl.log(Level.WARN, f"dom{request.domid}: {what}")
+        problem = f"{which} were not as they were sent before when the sender looked again"
+        libxl.log(Level.WARN, f"dom{request.domid}: {problem}")
     libxl.log(Level.INFO, f"dom{request.domid}: {restored.pages} pages, {restored.bytes} bytes read")
     return restored.xenstore.mfn, restored.console.mfn
 

@@ -138,15 +138,17 @@ def _parse_numbers(texts: Sequence[str], count: int) -> list[int]:
     except ValueError:
         numbers = []
     if len(numbers) != count or min(numbers[2:]) < 0 or numbers[0] < 0 or max(numbers) > 0xFFFF_FFFF:
-        what = f"libxl gave {' '.join(texts) or 'nothing'} where {count} numbers were expected"
-        raise RequestError(f"{what}: it is not of Xen 4.14 to 4.22")
+        stream_type = f"libxl gave {' '.join(texts) or 'nothing'} where {count} numbers were expected"
+        raise RequestError(f"{stream_type}: it is not of Xen 4.14 to 4.22")
     return numbers
 
 
 def _check_stream_type(stream: int) -> None:
     if stream:
-        what = _STREAM_TYPES[stream] if stream < len(_STREAM_TYPES) else f"a stream of type {stream}"
-        raise RequestError(f"{what} is not supported, only a save, restore or migration once; unset LIBXL_SAVE_HELPER")
+        stream_type = _STREAM_TYPES[stream] if stream < len(_STREAM_TYPES) else f"a stream of type {stream}"
+        raise RequestError(
+            f"{stream_type} is not supported, only a save, restore or migration once; unset LIBXL_SAVE_HELPER"
+        )
 
 
 def _check_callbacks(callbacks: int, known: int, *, needs: int) -> None:
