@@ -13,10 +13,10 @@ import pytest
 
 from tests.support.format_readers import elf_file, identity
 from tests.support.made_domains import FAR, HOLE, PAGE, Sparse, exported, made, opened
+from tests.support.vectors import unpack_vector
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.vectors.make import RECIPES, Recipe
-from tests.vectors.test_vectors import unpacked
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VGCF_IN_KERNEL
 from xenpv.export.export import export
@@ -229,7 +229,7 @@ def test_elf_opens_in_drgn(width: Width, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_elf_of_a_real_guest_has_all_its_pages(recipe: Recipe, tmp_path: Path) -> None:
     data = tmp_path / "vector.save"
-    data.write_bytes(unpacked(recipe))
+    data.write_bytes(unpack_vector(recipe))
     core = tmp_path / "vector.elf"
     with open_domain(str(data)) as kept:
         export(kept, str(core), "elf")

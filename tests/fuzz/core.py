@@ -17,7 +17,7 @@ import numpy as np
 
 from tests.fuzz.mutate import a_few, cut_short, number
 from tests.fuzz.run import MIB, bounded, main
-from tests.source.test_core import LONG, NARROW
+from tests.support.made_cores import LONG_MODE, NON_PAE
 from tests.support.writers.build import pattern, pv_domain
 from tests.support.writers.core import core_of, hvm_core
 from xenpv.errors import XenPVError
@@ -35,7 +35,11 @@ def corpus() -> tuple[bytes, ...]:
     """A small sound core of each kind."""
     pfns = [*range(100), 0x1_0000]
     wide, narrow = (core_of(pv_domain(width=width, pfns=pfns, vcpus=2, tree=True)) for width in (8, 4))
-    return bytes(wide), bytes(narrow), bytes(hvm_core({pfn: bytes(pattern(pfn)) for pfn in range(30)}, [LONG, NARROW]))
+    return (
+        bytes(wide),
+        bytes(narrow),
+        bytes(hvm_core({pfn: bytes(pattern(pfn)) for pfn in range(30)}, [LONG_MODE, NON_PAE])),
+    )
 
 
 def header_field(rng: Random, data: bytes) -> bytes:

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import lab
-from lab import DEFAULT, programs, versions
+from lab import DEFAULT, guests, programs, versions
+from tests.support.lab.debian import Debian, save_debian
+from tests.support.lab.isf import symbol_file
 from tests.support.requirements import cannot_run
 
 HERE = Path(__file__).parent
@@ -77,3 +79,25 @@ def host(request: pytest.FixtureRequest, hosts: Hosts) -> Iterator[lab.Host]:
     yield host
     if host.alive():
         host.run(DESTROY_ALL).check()
+
+
+_debian: dict[str, Debian] = {}
+
+
+@pytest.fixture
+def debian(host: lab.Host, tmp_path_factory: pytest.TempPathFactory) -> Debian:
+    """One guest for each version of Xen, kept for all tests that look at it."""
+    if host.xen not in _debian:
+        _debian[host.xen] = save_debian(host, tmp_path_factory.mktemp(f"debian-{host.xen}"))
+    return _debian[host.xen]
+
+
+@pytest.fixture
+def symbols(debian: Debian, tmp_path: Path) -> Path:
+    """A folder of symbol files for Volatility, with that of the guest's kernel."""
+    kernel = (guests.folder() / "vmlinux").read_bytes()
+    (tmp_path / "symbols/linux").mkdir(parents=True)
+    (tmp_path / "cache").mkdir()
+    file = tmp_path / "symbols/linux/guest.json"
+    file.write_text(symbol_file(kernel, debian.symbols, debian.version.encode() + b"\n\0"))
+    return tmp_path / "symbols"

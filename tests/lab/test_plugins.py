@@ -10,11 +10,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
 from drgn import Program
@@ -22,50 +20,19 @@ from drgn.helpers.linux.kallsyms import load_vmlinux_kallsyms
 from drgn.helpers.linux.pid import for_each_task
 
 import lab
-import xenpv.plugins.volatility
 from lab import guests
-from tests.lab.test_saved_domains import Debian, debian  # noqa: F401  a fixture
+from tests.support.lab.debian import Debian, has_marker, volatility
 from tests.support.lab.guest import ONE_VERSION
-from tests.support.lab.isf import symbol_file
 from xenpv.plugins.drgn import program, stack_of
 from xenpv.source.open import open_domain
 
 KINDS = ["save", "core"]
 VMLINUX = os.environ.get("XENPV_VMLINUX", "")
 with_debug = pytest.mark.skipif(not VMLINUX, reason="XENPV_VMLINUX is not set")
-ALWAYS = {1: "init", 2: "kthreadd"}
 
 
-def path_of(debian: Debian, kind: str) -> Path:  # noqa: F811
+def path_of(debian: Debian, kind: str) -> Path:
     return debian.path if kind == "save" else debian.core
-
-
-@pytest.fixture
-def symbols(debian: Debian, tmp_path: Path) -> Path:  # noqa: F811
-    """A folder of symbol files for Volatility, with that of the guest's kernel."""
-    kernel = (guests.folder() / "vmlinux").read_bytes()
-    (tmp_path / "symbols/linux").mkdir(parents=True)
-    (tmp_path / "cache").mkdir()
-    file = tmp_path / "symbols/linux/guest.json"
-    file.write_text(symbol_file(kernel, debian.symbols, debian.version.encode() + b"\n\0"))
-    return tmp_path / "symbols"
-
-
-def volatility(symbols: Path, file: Path, plugin: str, *, by_folder: bool = False) -> Any:
-    """What one of Volatility's plug-ins says: by our module, or by its own command and the folder."""
-    [folder] = xenpv.plugins.volatility.__path__
-    ours = [sys.executable, "-m", "xenpv.plugins.volatility"]
-    words = [str(Path(sys.executable).with_name("vol")), "-p", folder] if by_folder else ours
-    words += ["-q", "--offline", "--cache-path", str(symbols.parent / "cache"), "-s", str(symbols), "-r", "json"]
-    done = subprocess.run([*words, "-f", str(file), plugin], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout[done.stdout.index("[") :])
-
-
-def has_marker(tasks: dict[int, str]) -> None:
-    assert {pid: tasks.get(pid) for pid in ALWAYS} == ALWAYS
-    assert list(tasks.values()).count(guests.MARKER) == 1
-    assert len(tasks) > 30
 
 
 # --- Volatility ------------------------------------------------------------------------------------------------------
@@ -73,13 +40,13 @@ def has_marker(tasks: dict[int, str]) -> None:
 
 @pytest.mark.deep_elsewhere
 @pytest.mark.parametrize("kind", KINDS)
-def test_volatility_lists_the_processes(debian: Debian, symbols: Path, kind: str) -> None:  # noqa: F811
+def test_volatility_lists_the_processes(debian: Debian, symbols: Path, kind: str) -> None:
     tasks = volatility(symbols, path_of(debian, kind), "linux.pslist.PsList", by_folder=kind == "core")
     has_marker({task["PID"]: task["COMM"] for task in tasks})
 
 
 @pytest.mark.deep_elsewhere
-def test_volatility_finds_the_banner(debian: Debian, symbols: Path) -> None:  # noqa: F811
+def test_volatility_finds_the_banner(debian: Debian, symbols: Path) -> None:
     """At its pseudo-physical address."""
     banners = {b["Offset"]: b["Banner"] for b in volatility(symbols, debian.path, "banners.Banners")}
     with open_domain(str(debian.path)) as kept:
@@ -94,7 +61,7 @@ def test_volatility_finds_the_banner(debian: Debian, symbols: Path) -> None:  # 
 
 @pytest.mark.deep_elsewhere
 @pytest.mark.parametrize("kind", KINDS)
-def test_drgn_knows_the_kernel_and_reads_its_symbols(debian: Debian, kind: str) -> None:  # noqa: F811
+def test_drgn_knows_the_kernel_and_reads_its_symbols(debian: Debian, kind: str) -> None:
     """Out of the guest's memory, without debugging information: kallsyms as the guest itself has them."""
     with open_domain(str(path_of(debian, kind))) as kept:
         prog = program(kept)
@@ -111,7 +78,7 @@ def debugged(prog: Program) -> Program:
 @with_debug
 @pytest.mark.deep
 @pytest.mark.parametrize("kind", KINDS)
-def test_drgn_lists_the_processes_and_says_what_vcpus_were_doing(debian: Debian, kind: str) -> None:  # noqa: F811
+def test_drgn_lists_the_processes_and_says_what_vcpus_were_doing(debian: Debian, kind: str) -> None:
     with open_domain(str(path_of(debian, kind))) as kept:
         prog = debugged(program(kept))
         has_marker({task.pid.value_(): task.comm.string_().decode() for task in for_each_task(prog)})

@@ -6,12 +6,10 @@ its memory, the guest's own /proc/kallsyms for where things are, and `xl restore
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import struct
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +20,7 @@ from elftools.elf.elffile import ELFFile
 import lab
 from lab import guests
 from tests.support.bit_flips import KINDS, as_table, flip_survey
+from tests.support.lab.debian import DEBIAN_MIB, Debian
 from xenpv.abi.x86 import PTE_P, PTE_RW
 from xenpv.cli.show import describe
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PageType
@@ -31,58 +30,12 @@ from xenpv.source.open import open_domain
 from xenpv.source.saved import SavedDomain
 from xenpv.verify.stream import Report, verify
 
-DEBIAN_MIB = 96
 LITMUS_MIB = 16
 FORMS = {
     "tree": "three-level tree",
     "linear": "linear virtual list",
     "both": "linear virtual list and three-level tree",
 }
-
-
-@dataclass
-class Debian:
-    """A Debian guest as it was: its save file, its core from before the save, what xl and the guest itself said."""
-
-    path: Path
-    core: Path
-    xl: dict[str, Any]
-    symbols: dict[str, int]
-    version: str
-
-
-_debian: dict[str, Debian] = {}
-
-
-@pytest.fixture
-def debian(host: lab.Host, tmp_path_factory: pytest.TempPathFactory) -> Debian:
-    """One guest for each version of Xen, kept for all tests that look at it."""
-    if host.xen not in _debian:
-        _debian[host.xen] = _save_debian(host, tmp_path_factory.mktemp(f"debian-{host.xen}"))
-    return _debian[host.xen]
-
-
-def _save_debian(host: lab.Host, keep: Path) -> Debian:
-    config = host.write("debian.cfg", guests.config("debian-saved", memory=DEBIAN_MIB))
-    start = len(host.guest_console("debian-saved"))
-    host.run(f"xl create {config}").check()
-    host.wait_for_guest("debian-saved", f"{guests.BEAT} 1", after=start)
-    console = host.guest_console("debian-saved")[start:]
-    symbols = {name: int(at, 16) for at, name in re.findall(r"symbol ([0-9a-f]+) (\w+)", console)}
-    version = re.search(r"xenpv-guest: version (.*)", console)
-    assert version is not None
-    result = host.run(
-        "xl list -l debian-saved > list.json && "
-        # It stands still meanwhile: else pages are of different moments, and a process may take its tables along.
-        "xl pause debian-saved && xl dump-core debian-saved /tmp/core && xl unpause debian-saved && "
-        "xl save debian-saved /tmp/saved && xenpv verify /tmp/saved && mv /tmp/saved /tmp/core .",
-        timeout=240,
-    ).check()
-    for name in ("saved", "core"):
-        (result.outputs / name).rename(keep / name)
-    listed = json.loads((result.outputs / "list.json").read_text())
-    xl = listed[0] if isinstance(listed, list) else listed
-    return Debian(keep / "saved", keep / "core", xl, symbols, version.group(1))
 
 
 def sound(report: Report) -> None:

@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tests.support.p2m_guest import P2MGuest
+from tests.support.vectors import unpack_vector
 from tests.support.writers.build import USER_VADDR, pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.vmcoreinfo import text
 from tests.vectors.make import RECIPES
-from tests.vectors.test_vectors import unpacked
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault, RequestError, Truncated
 from xenpv.plugins.drgn import _PT_REGS, main, program, stack_of
@@ -104,7 +104,7 @@ def test_drgn_program_of_a_running_domain_reads_its_memory(form: str) -> None:
 def test_drgn_program_of_a_real_guest_reads_its_memory(tmp_path: Path) -> None:
     path = tmp_path / "vector.save"
     for recipe in RECIPES:
-        path.write_bytes(unpacked(recipe))
+        path.write_bytes(unpack_vector(recipe))
         with open_path(str(path)) as kept:
             prog = program(kept)
             registers = kept.registers(0)

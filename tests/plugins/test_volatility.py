@@ -15,12 +15,12 @@ from volatility3.framework import contexts, exceptions
 from volatility3.framework.layers import intel, physical, scanners
 
 import xenpv.plugins.volatility
+from tests.support.vectors import unpack_vector
 from tests.support.writers.build import USER_VADDR, pattern, pv_domain
 from tests.support.writers.core import core_of, hvm_core
 from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import hvm_stream
 from tests.vectors.make import RECIPES
-from tests.vectors.test_vectors import unpacked
 from xenpv.plugins.volatility.domain_layer import DomainLayer, DomainStacker
 from xenpv.source.open import open_domain
 
@@ -208,7 +208,7 @@ def test_layer_of_an_hvm_domain_reads_its_memory(tmp_path: Path) -> None:
 def test_layer_of_a_real_guest_reads_its_memory(tmp_path: Path) -> None:
     path = tmp_path / "vector.save"
     for recipe in RECIPES:
-        path.write_bytes(unpacked(recipe))
+        path.write_bytes(unpack_vector(recipe))
         layer = opened(path)
         assert sum(end - start for start, end in zip(layer._starts, layer._ends, strict=True)) == recipe.memory << 20
         with open_domain(str(path)) as kept:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.report.test_page import hostile_facts
 from tests.support import browser
 from tests.support.browser import Page
+from tests.support.report_facts import hostile_facts
 from tests.support.requirements import cannot_run
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain

@@ -14,16 +14,10 @@ from typing import Any
 import pytest
 
 from tests.support.kernel_guest import Guest
-from tests.support.writers.build import pv_domain
-from tests.support.writers.envelopes import config_json
+from tests.support.report_facts import HOSTILE, hostile_facts
 from xenpv.errors import RequestError
-from xenpv.findings import Findings, Rule, Severity
-from xenpv.report.gather import CheckResult, ReportFacts, gather_facts
+from xenpv.report.gather import gather_facts
 from xenpv.report.page import render_page
-from xenpv.source.saved import SavedDomain
-
-HOSTILE = "</title><script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7*7 }}\u202e\x1b[2J--></script>"
-_SAID = Rule("report-test", HOSTILE, HOSTILE, Severity.ERROR)
 
 
 class Read(HTMLParser):
@@ -50,23 +44,6 @@ class Read(HTMLParser):
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]
-
-
-def hostile_facts(tmp_path: Path) -> ReportFacts:
-    """A domain of which every text is hostile."""
-    domain = pv_domain(pfns=range(100), vcpus=2)
-    line = HOSTILE.encode()[:200]
-    domain.start_info["cmd_line"] = line
-    config = json.loads(config_json(vcpus=2, memory_kib=400))
-    config["c_info"] |= {"name": HOSTILE, "uuid": HOSTILE}
-    config[HOSTILE] = HOSTILE
-    file = tmp_path / "<img src=x onerror=alert(3)>.save"
-    stream = domain.to_stream(config=json.dumps(config, ensure_ascii=False).encode() + b"\0")
-    file.write_bytes(bytes(stream))
-    findings = Findings()
-    findings.add(_SAID, HOSTILE, pfn=5, record=HOSTILE, offset=7)
-    with SavedDomain.open(str(file)) as saved:
-        return gather_facts(saved, CheckResult(HOSTILE, ok=False, findings=findings), content_pages=1000)
 
 
 def test_render_page_escapes_hostile_text(tmp_path: Path) -> None:

@@ -7,32 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.frames import columns, words
+from tests.support.frames import array, columns, words
+from tests.support.made_cores import LONG_MODE, NON_PAE, BreachRecorder, made_core, open_core
 from tests.support.writers.build import USER_VADDR, pattern, pv_domain
-from tests.support.writers.core import Core, core_of, hvm_core
+from tests.support.writers.core import core_of, hvm_core
 from tests.support.writers.domain import Domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import Fault, GuestError, Malformed, StreamError, Unsupported
-from xenpv.findings import Rule
-from xenpv.frames import ABSENT, HAS_DATA, U64
-from xenpv.source.core import CoreDomain
+from xenpv.frames import ABSENT, HAS_DATA
 from xenpv.source.open import open_domain
-from xenpv.stream.rules import BreachHandler
 
 SPREAD = [*range(100), 0x1_0000, 0x1_0001]
-
-
-def opened(core: Core, tmp_path: Path, on_breach: BreachHandler | None = None) -> CoreDomain:
-    path = tmp_path / "made.core"
-    path.write_bytes(bytes(core))
-    domain = open_domain(str(path), on_breach=on_breach)
-    assert isinstance(domain, CoreDomain)
-    return domain
-
-
-def array(*pfns: int) -> U64:
-    return np.array(pfns, np.uint64)
 
 
 @pytest.fixture(params=[8, 4])
@@ -41,7 +27,7 @@ def domain(request: pytest.FixtureRequest) -> Domain:
 
 
 def test_frames_of_a_core_have_pfns_in_page_tables(domain: Domain, tmp_path: Path) -> None:
-    with opened(core_of(domain), tmp_path) as core:
+    with open_core(core_of(domain), tmp_path) as core:
         pfns = array(*sorted(domain.pages))
         assert (core.hvm, core.width, core.vcpus) == (False, domain.width, [0, 1])
         for pfn, content in domain.pages.items():
@@ -54,7 +40,7 @@ def test_frames_of_a_core_have_pfns_in_page_tables(domain: Domain, tmp_path: Pat
 
 
 def test_memory_of_a_core_translates_virtual_addresses(domain: Domain, tmp_path: Path) -> None:
-    with opened(core_of(domain), tmp_path) as core:
+    with open_core(core_of(domain), tmp_path) as core:
         assert core.cr3(0) == core.cr3(1) == domain.places.top
         for pfn, vaddr in domain.vaddrs.items():
             way = core.memory.walk(vaddr)
@@ -67,7 +53,7 @@ def test_memory_of_a_core_translates_virtual_addresses(domain: Domain, tmp_path:
 
 
 def test_registers_of_a_core_are_those_of_the_contexts(domain: Domain, tmp_path: Path) -> None:
-    with opened(core_of(domain), tmp_path) as core:
+    with open_core(core_of(domain), tmp_path) as core:
         registers = core.registers(1)
         assert registers is not None
         assert registers.ip == domain.vaddrs[domain.places.text] + 0x3AA
@@ -75,7 +61,7 @@ def test_registers_of_a_core_are_those_of_the_contexts(domain: Domain, tmp_path:
 
 
 def test_p2m_of_a_core_is_the_guests_own(domain: Domain, tmp_path: Path) -> None:
-    with opened(core_of(domain), tmp_path) as core:
+    with open_core(core_of(domain), tmp_path) as core:
         pfns = array(*sorted(domain.pages))
         assert core.anchors is not None
         assert core.p2m.entries == domain.entries
@@ -85,7 +71,7 @@ def test_p2m_of_a_core_is_the_guests_own(domain: Domain, tmp_path: Path) -> None
 @pytest.mark.parametrize("width", [8, 4])
 def test_extents_of_a_core_are_runs_of_one_type(width: Width, tmp_path: Path) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
-    with opened(core_of(domain), tmp_path) as core:
+    with open_core(core_of(domain), tmp_path) as core:
         found: dict[int, int] = {}
         last = -1
         for extents in core.extents():
@@ -100,26 +86,11 @@ def test_extents_of_a_core_are_runs_of_one_type(width: Width, tmp_path: Path) ->
 # --- HVM -------------------------------------------------------------------------------------------------------------
 
 
-def hvm_context(**registers: int) -> bytes:
-    context = np.zeros(1, VCPU_GUEST_CONTEXT[8])
-    control = {"cr0": 0, "cr3": 3, "cr4": 4}
-    for name, value in registers.items():
-        if name in control:
-            context["ctrlreg"][0, control[name]] = value
-        else:
-            context["user_regs"][name] = value
-    return context.tobytes()
-
-
-LONG = hvm_context(cr0=0x8000_0011, cr4=0x20, cr3=0x5000, rip=0xFFFF_FFFF_8100_0000)
-NARROW = hvm_context(cr0=0x8000_0011, cr4=0x10, cr3=0x2000, rip=0xC010_0000, rax=7)
-
-
 def test_hvm_core_has_gfns_and_no_p2m(tmp_path: Path) -> None:
     tables = {5: words({511: 6 << 12 | 0x67}), 6: words({510: 7 << 12 | 0x67}), 7: words({8: 0xE7})}
     narrow = words({0x300: 0xE7}, 4)
     pages = {pfn: bytes(pattern(pfn)) for pfn in [*range(16), 0x10_0000]} | tables | {2: narrow}
-    with opened(hvm_core(pages, [LONG, NARROW]), tmp_path) as core:
+    with open_core(hvm_core(pages, [LONG_MODE, NON_PAE]), tmp_path) as core:
         assert (core.hvm, core.width, core.vcpus, core.shared_info()) == (True, 8, [0, 1], None)
         for pfn, content in pages.items():
             assert core.memory.page(pfn) == content
@@ -136,50 +107,36 @@ def test_hvm_core_has_gfns_and_no_p2m(tmp_path: Path) -> None:
 # --- damaged ---------------------------------------------------------------------------------------------------------
 
 
-class Told(list[tuple[str, str]]):
-    """A fault handler that remembers rule and message."""
-
-    def __call__(self, rule: Rule, message: str, offset: int, record: str | None) -> None:
-        assert offset >= 0
-        assert record is None
-        self.append((rule.name, message))
-
-
-def made() -> tuple[Domain, Core]:
-    domain = pv_domain(pfns=SPREAD, vcpus=2)
-    return domain, core_of(domain)
-
-
 def test_core_list_out_of_order_is_read_and_reported(tmp_path: Path) -> None:
-    domain, core = made()
+    domain, core = made_core()
     order = np.random.default_rng(3).permutation(len(core.pages))
     core.pages, core.p2m = [core.pages[i] for i in order], core.p2m[order]
-    told = Told()
-    with opened(core, tmp_path, told) as back:
+    told = BreachRecorder()
+    with open_core(core, tmp_path, told) as back:
         for pfn, content in domain.pages.items():
             assert back.frames.pages(array(pfn)).tobytes() == bytes(content)
     assert [rule for rule, _ in told] == ["core-order"]
-    opened(core, tmp_path).close()  # it is a warning
+    open_core(core, tmp_path).close()  # it is a warning
 
 
 def test_core_list_with_unused_entries_is_read(tmp_path: Path) -> None:
-    domain, core = made()
+    domain, core = made_core()
     for at in (0, 5, 5, 40, len(core.pages)):
         core.pages.insert(at, bytes(4096))
         core.p2m = np.insert(core.p2m, at, 2**64 - 1, axis=0)
-    told = Told()
-    with opened(core, tmp_path, told) as back:
+    told = BreachRecorder()
+    with open_core(core, tmp_path, told) as back:
         for pfn, content in domain.pages.items():
             assert back.frames.pages(array(pfn)).tobytes() == bytes(content)
     assert told == []
 
 
 def test_core_list_with_a_repeated_pfn_is_reported(tmp_path: Path) -> None:
-    domain, core = made()
+    domain, core = made_core()
     core.pages.append(bytes(pattern(77)))
     core.p2m = np.append(core.p2m, [[50, core.p2m[50, 1]]], axis=0)
-    told = Told()
-    with opened(core, tmp_path, told) as back:
+    told = BreachRecorder()
+    with open_core(core, tmp_path, told) as back:
         assert back.frames.pages(array(50)).tobytes() == bytes(domain.pages[50])
         assert back.frames.types(array(49, 50, 51)).tolist() == [domain.types[pfn] & 7 for pfn in (49, 50, 51)]
     assert [rule for rule, _ in told] == ["core-order", "core-repeated"]
@@ -187,11 +144,11 @@ def test_core_list_with_a_repeated_pfn_is_reported(tmp_path: Path) -> None:
 
 
 def test_core_list_with_impossible_numbers_is_reported(tmp_path: Path) -> None:
-    _, core = made()
+    _, core = made_core()
     core.p2m[7, 0] = 1 << 60
     core.p2m[9, 1] = (1 << 40) - 1
-    told = Told()
-    with opened(core, tmp_path, told) as back:
+    told = BreachRecorder()
+    with open_core(core, tmp_path, told) as back:
         assert back.frames.types(array(6, 7, 8, 9)).tolist() != [0, 0, 0, 0]
         assert (back.frames.types(array(7, 9)) == ABSENT).all()
     assert told == [("core-range", f"entry 0x7 names pfn {1 << 60:#x}, mfn {int(core.p2m[7, 1]):#x}")]
@@ -214,13 +171,13 @@ def test_core_list_with_impossible_numbers_is_reported(tmp_path: Path) -> None:
 )
 def test_core_with_false_section_sizes_is_reported(change: dict[str, object], rule: str, tmp_path: Path) -> None:
     """An error; or, for who collects what is wrong, as much as there is."""
-    _, core = made()
+    _, core = made_core()
     for name, value in change.items():
         setattr(core, name, value)
     with pytest.raises(Malformed):
-        opened(core, tmp_path)
-    told = Told()
-    with opened(core, tmp_path, told) as back:
+        open_core(core, tmp_path)
+    told = BreachRecorder()
+    with open_core(core, tmp_path, told) as back:
         pages = sum(int(extents.pages.sum()) for extents in back.extents())
         assert pages <= len(core.pages)
         there = [pfn for pfn in SPREAD if (back.frames.types(array(pfn)) != ABSENT).all()]
@@ -229,9 +186,9 @@ def test_core_with_false_section_sizes_is_reported(change: dict[str, object], ru
 
 
 def test_core_with_more_pages_than_announced_ends_there(tmp_path: Path) -> None:
-    _, core = made()
+    _, core = made_core()
     core.nr_pages = 10
-    with opened(core, tmp_path) as back:
+    with open_core(core, tmp_path) as back:
         assert [extents.pages.sum() for extents in back.extents()] == [10]
 
 
@@ -245,16 +202,16 @@ def test_core_with_more_pages_than_announced_ends_there(tmp_path: Path) -> None:
     ],
 )
 def test_core_of_another_format_is_unsupported(change: dict[str, object], why: str, tmp_path: Path) -> None:
-    _, core = made()
+    _, core = made_core()
     for name, value in change.items():
         setattr(core, name, value)
     with pytest.raises(Unsupported, match=why):
-        opened(core, tmp_path)
+        open_core(core, tmp_path)
 
 
 def test_core_cut_short_raises_stream_error(tmp_path: Path) -> None:
     """Xl writes the list behind the pages: without it nobody knows which page is which."""
-    path, data = tmp_path / "cut.core", bytes(made()[1])
+    path, data = tmp_path / "cut.core", bytes(made_core()[1])
     for end in (18, 63, 64, 100, 2000, 5000, len(data) // 2, len(data) - 3000):
         path.write_bytes(data[:end])
         with pytest.raises(StreamError) as e:
@@ -263,11 +220,11 @@ def test_core_cut_short_raises_stream_error(tmp_path: Path) -> None:
 
 
 def test_cr3_outside_the_core_raises_guest_error(tmp_path: Path) -> None:
-    domain, core = made()
+    domain, core = made_core()
     context = np.frombuffer(bytearray(core.contexts[0]), VCPU_GUEST_CONTEXT[8])
     context["ctrlreg"][0, 3] = 0xDEAD_BEEF_000
     core.contexts[0] = context.tobytes()
-    with opened(core, tmp_path) as back:
+    with open_core(core, tmp_path) as back:
         with pytest.raises(GuestError, match=r"vcpu 0 .* mfn 0xdeadbeef"):
             back.cr3(0)
         with pytest.raises(Fault) as e:
@@ -278,21 +235,21 @@ def test_cr3_outside_the_core_raises_guest_error(tmp_path: Path) -> None:
 
 
 def test_page_tables_in_a_circle_are_found_once(tmp_path: Path) -> None:
-    domain, core = made()
+    domain, core = made_core()
     top = sorted(domain.pages).index(domain.places.top)
     entries = np.frombuffer(bytearray(core.pages[top]), "<u8")
     entries[:256] = core.p2m[top, 1] << np.uint64(12) | np.uint64(0x67)
     core.pages[top] = entries.tobytes()
-    with opened(core, tmp_path) as back:
+    with open_core(core, tmp_path) as back:
         assert back.frames.types(array(domain.places.top)).tolist() == [4]
         assert len(back.frames.tables.pfns) == len(set(back.frames.tables.pfns.tolist()))
         assert back.memory.walk(0).pfn == domain.places.top
 
 
 def test_core_section_beyond_the_file_is_malformed(tmp_path: Path) -> None:
-    _, core = made()
+    _, core = made_core()
     core.offsets, core.sizes = {".xen_pages": (1 << 64) - 8}, {".xen_pages": 0}
-    with opened(core, tmp_path, Told()) as back:
+    with open_core(core, tmp_path, BreachRecorder()) as back:
         assert not [extents for extents in back.extents() if len(extents.first)]
 
 
@@ -319,7 +276,7 @@ def test_page_tables_of_other_processes_are_found_by_the_linear_page_table(tmp_p
     again = core_of(domain)
     for level1 in domain.tables(1):
         core.pages[level1] = again.pages[level1]
-    with opened(core, tmp_path) as back:
+    with open_core(core, tmp_path) as back:
         kinds = back.frames.types(array(top, third, stale, data, domain.places.text))
         assert kinds.tolist() == [4, 3, 0, 0, 0]
         assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
@@ -343,6 +300,6 @@ def test_page_tables_of_other_32_bit_processes_are_found_by_xens_l2_entries(tmp_
     core = core_of(domain)
     text = sorted(domain.pages).index(domain.places.text)
     core.pages[text] = bytes(domain.pages[domain.places.text])
-    with opened(core, tmp_path) as back:
+    with open_core(core, tmp_path) as back:
         assert back.frames.types(array(top, below, more, elsewhere)).tolist() == [3, 2, 0, 0]
         assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.source.test_core import Told, array, made, opened
+from tests.support.frames import array
+from tests.support.made_cores import BreachRecorder, made_core, open_core
 from tests.support.writers.core import Core
 from xenpv.errors import Malformed, Unsupported
 from xenpv.source.core import CoreDomain
@@ -50,7 +51,7 @@ def sparse(core: Core, number: int, more: bytes, path: Path) -> Path:
 
 def test_large_core_opens_in_bounded_memory(tmp_path: Path) -> None:
     """Pages are holes; reading the list of a million pages is all that it takes."""
-    domain, core = made()
+    domain, core = made_core()
     extra = np.arange(0x10_0000, 0x10_0000 + (1 << 20), dtype=np.uint64)
     more = np.stack([extra, extra + np.uint64(0x4000_0000)], axis=1).tobytes()
     path = sparse(core, len(core.pages) + len(extra), more, tmp_path / "large.core")
@@ -61,29 +62,29 @@ def test_large_core_opens_in_bounded_memory(tmp_path: Path) -> None:
         assert back.memory.read_virtual(domain.vaddrs[3], 100) == bytes(domain.pages[3])[:100]
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("told", [True, False], ids=["handler", "no-handler"])
 def test_core_list_in_a_hole_is_unsupported_at_once(told: bool, tmp_path: Path) -> None:
     """A file of 8 TiB that takes no room, with 2^31 pages in it."""
-    _, core = made()
+    _, core = made_core()
     first = len(core.pages) + 1
     path = sparse(core, 1 << 31, b"", tmp_path / "sparse.core")
     with bounded(), pytest.raises(Unsupported, match=f"has a hole: from entry {first:#x} on it names pfn 0x0 again"):
-        CoreDomain.open(str(path), on_breach=Told() if told else None)
+        CoreDomain.open(str(path), on_breach=BreachRecorder() if told else None)
 
 
 def test_core_list_with_too_many_runs_is_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is an end to what is taken in, whatever is in the list."""
     monkeypatch.setattr("xenpv.runs.ROWS_MAX", 50)
-    _, core = made()
+    _, core = made_core()
     core.p2m[:] = 0
     with pytest.raises(Unsupported, match="a list of 0x66 pages has more than 0x32 runs"):
-        opened(core, tmp_path)
+        open_core(core, tmp_path)
 
 
 def test_core_with_huge_headers_is_malformed(tmp_path: Path) -> None:
     """65535 section headers of 65535 bytes each, in a file that has holes for them."""
     path = tmp_path / "headers.core"
-    data = bytearray(bytes(made()[1]))
+    data = bytearray(bytes(made_core()[1]))
     data[58:62] = b"\xff" * 4
     path.write_bytes(data)
     with path.open("r+b") as file:

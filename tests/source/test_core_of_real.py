@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.vectors import unpack_vector
 from tests.support.writers.core import Core
 from tests.vectors.make import RECIPES, Recipe
-from tests.vectors.test_vectors import unpacked
 from xenpv.frames import HAS_DATA, IS_TABLE, U64
 from xenpv.memory.pagetables import as_ptes, localise
 from xenpv.source.core import CoreDomain
@@ -50,7 +50,7 @@ def core_of_saved(saved: SavedDomain) -> Core:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 def test_page_tables_of_a_real_guest_are_those_that_xen_saved(recipe: Recipe, tmp_path: Path) -> None:
     file, path = tmp_path / "litmus.save", tmp_path / "litmus.core"
-    file.write_bytes(unpacked(recipe))
+    file.write_bytes(unpack_vector(recipe))
     with SavedDomain.open(str(file)) as saved:
         path.write_bytes(bytes(core_of_saved(saved)))
         with CoreDomain.open(str(path)) as core:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import lzma
 import random
 from pathlib import Path
 
 import pytest
 
 from tests.support.stream_reading import comparable
-from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
+from tests.support.vectors import unpack_vector
+from tests.vectors.make import RECIPES, Recipe
 from xenpv.cli.show import describe
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.reader import Reader
@@ -22,10 +22,6 @@ FORMS = {
 }
 
 
-def unpacked(recipe: Recipe) -> bytes:
-    return lzma.decompress((DEMO if recipe is FOR_DEMO else recipe.path).read_bytes())
-
-
 @pytest.fixture(params=RECIPES, ids=lambda recipe: recipe.name)
 def recipe(request: pytest.FixtureRequest) -> Recipe:
     recipe = request.param
@@ -36,7 +32,7 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
 @pytest.fixture
 def path(recipe: Recipe, tmp_path: Path) -> Path:
     path = tmp_path / "vector.save"
-    path.write_bytes(unpacked(recipe))
+    path.write_bytes(unpack_vector(recipe))
     return path
 
 
@@ -76,7 +72,7 @@ def events(data: bytes, pieces: int, *, seed: int = 1) -> list[object]:
 
 
 def test_vector_fed_in_any_pieces_gives_the_same_events(recipe: Recipe) -> None:
-    data = unpacked(recipe)
+    data = unpack_vector(recipe)
     whole = events(data, len(data))
     assert whole[-1] == len(data)
     assert events(data, 1) == whole
@@ -85,7 +81,7 @@ def test_vector_fed_in_any_pieces_gives_the_same_events(recipe: Recipe) -> None:
 
 
 def test_vector_truncated_names_the_offset(recipe: Recipe, tmp_path: Path) -> None:
-    data, path = unpacked(recipe), tmp_path / "cut.save"
+    data, path = unpack_vector(recipe), tmp_path / "cut.save"
     for cut in sorted(random.Random(3).sample(range(40, len(data)), 12)):
         path.write_bytes(data[:cut])
         report = verify(str(path))
