@@ -1,17 +1,20 @@
-"""Who is to blame: one class of error for each culprit, the numbers as attributes."""
+"""Errors: one class for each party at fault, with the numbers as attributes."""
 
 from __future__ import annotations
 
 
 class XenPVError(Exception):
-    """Base of every error that xenpv raises on purpose; anything else is a bug of ours."""
+    """The base of every error that xenpv raises on purpose; any other exception is a bug in xenpv."""
 
 
 class ImageError(XenPVError):
-    """The kernel file is not one that can be read, or says something impossible.
+    """The kernel file cannot be read, or contradicts itself.
 
-    ``offset`` is the byte offset in the file, or, where the message begins with "in the unpacked kernel", in the ELF
-    file that was packed inside; ``note`` is the name of the Xen ELF note to blame. None where there is none.
+    Attributes:
+        reason: the message without the place.
+        offset: the byte offset in the file, or in the ELF file packed inside if the message begins with "in the
+            unpacked kernel"; None if unknown.
+        note: the name of the Xen ELF note at fault, None if there is none.
     """
 
     def __init__(self, message: str, *, offset: int | None = None, note: str | None = None) -> None:
@@ -24,9 +27,11 @@ class ImageError(XenPVError):
 
 
 class RequestError(XenPVError):
-    """What was asked does not fit.
+    """The request cannot be met.
 
-    ``needed`` and ``available`` are numbers in the unit that the message names, or None.
+    Attributes:
+        needed: in the unit that the message names, or None.
+        available: in the same unit, or None.
     """
 
     def __init__(self, message: str, *, needed: int | None = None, available: int | None = None) -> None:
@@ -36,9 +41,10 @@ class RequestError(XenPVError):
 
 
 class GuestError(XenPVError):
-    """The guest's memory says something impossible.
+    """The guest's memory contradicts itself.
 
-    ``pfn`` is the page at fault, or None where it is no single page.
+    Attributes:
+        pfn: the page at fault, None if it is no single page.
     """
 
     def __init__(self, message: str, *, pfn: int | None = None) -> None:
@@ -47,10 +53,13 @@ class GuestError(XenPVError):
 
 
 class Fault(GuestError):
-    """Nothing is there.
+    """An address of the guest cannot be read.
 
-    ``space`` is "pfn" or "vaddr", ``address`` a pfn or a virtual address in bytes. For a virtual address, ``level``
-    (4 to 1) and ``entry`` (0 to 511) name the page-table entry at which the walk ended.
+    Attributes:
+        space: "pfn" or "vaddr".
+        address: a pfn, or a virtual address in bytes.
+        level: the level (5 to 1) of the page-table entry at which the walk ended, or of the bad entry; else None.
+        entry: the index of that entry, or None.
     """
 
     def __init__(
@@ -64,10 +73,13 @@ class Fault(GuestError):
 
 
 class StreamError(XenPVError):
-    """The bytes are wrong.
+    """A stream or core breaks the rules of its format.
 
-    ``offset`` is the byte offset in the file or pipe, ``record`` the name of the record there, ``rule`` the name of the
-    rule that is broken; None where unknown.
+    Attributes:
+        reason: the message without the place.
+        offset: the byte offset in the file or pipe.
+        record: the name of the record there, None if unknown.
+        rule: the name of the broken rule, None if unknown.
     """
 
     def __init__(self, message: str, *, offset: int, record: str | None = None, rule: str | None = None) -> None:
@@ -80,25 +92,28 @@ class StreamError(XenPVError):
 
 
 class Truncated(StreamError):
-    """The bytes end too early."""
+    """The stream ends too early."""
 
 
 class Malformed(StreamError):
-    """A field has a value that it may not have."""
+    """A field has an invalid value."""
 
 
 class OutOfOrder(StreamError):
-    """A record comes where it may not, or one that must come is missing."""
+    """A record is not allowed at its place, or a required record is missing."""
 
 
 class Unsupported(StreamError):
-    """Something that is not, or not any longer, a stream that xenpv reads; the message says what it is."""
+    """The stream has a format that xenpv does not read; the message names it."""
 
 
 class HostError(XenPVError):
-    """Xen said no, or is not there.
+    """Xen refused an operation, or is not there.
 
-    ``op`` is what was asked of it, ``domid`` of which domain, ``errno`` its answer; None where there is none.
+    Attributes:
+        op: the operation.
+        domid: its domain, or None.
+        errno: Xen's answer, or None.
     """
 
     def __init__(self, message: str, *, op: str, domid: int | None = None, errno: int | None = None) -> None:

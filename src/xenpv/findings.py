@@ -1,6 +1,6 @@
-"""What a verifier reports: a Finding for each fault, a Rule for what was broken.
+"""What a verifier reports: a Finding for each violation of a Rule.
 
-Readers stop at the first fault and raise; verifiers go on and collect. Both name the same rules.
+Readers raise at the first violation; verifiers collect all of them. Both name the same rules.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 
 class Severity(StrEnum):
-    """ERROR: would not restore, or not what was saved. WARNING: restores, yet is not as it should be.
+    """How serious a finding is.
 
-    NOTE: is as it may be, and good to know.
+    ERROR: the domain would not restore, or differ from what was saved. WARNING: it restores, but something is not as
+    it should be. NOTE: nothing is wrong.
     """
 
     ERROR = "error"
@@ -25,7 +26,14 @@ class Severity(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Something that must hold. ``source`` says who demands it: a specification, or a function of a program."""
+    """A rule that a stream or a domain must keep.
+
+    Attributes:
+        name: its unique name.
+        text: what must hold.
+        source: who demands it: a specification, or a function of a program.
+        severity: how serious a violation is.
+    """
 
     name: str
     text: str
@@ -41,7 +49,7 @@ RULES: dict[str, Rule] = {}
 
 
 class SupportsIndexing(Protocol):
-    """A list, or an array of one dimension."""
+    """A list, or a one-dimensional array."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, part: slice, /) -> Iterable[Any]: ...
@@ -49,11 +57,17 @@ class SupportsIndexing(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One place where a rule does not hold.
+    """One violation of a rule. Everything about its place that is not known is None.
 
-    ``offset`` is a byte offset in the file or pipe; ``pfn``, ``level`` (1 to 4) and ``entry`` (0 to 511) name a
-    page-table entry, ``entry`` without a level a place in the p2m's frame list, ``vcpu`` a vcpu. Whatever is not
-    known is None.
+    Attributes:
+        rule: the rule.
+        message: what is wrong, with the values.
+        offset: the byte offset in the file or pipe.
+        record: the name of the record there.
+        pfn: the page.
+        level: the level of a page table, 1 to 4.
+        entry: the index of an entry in that table; without a level, a place in the p2m's frame list.
+        vcpu: the number of the vcpu.
     """
 
     rule: Rule
@@ -71,9 +85,9 @@ class Finding:
         return self.rule.severity
 
     def to_json(self) -> dict[str, Any]:
-        """A dictionary of plain values, for --json: the rule by name, unknown places left out."""
-        found = {k: v for k, v in asdict(self).items() if k != "rule" and v is not None}
-        return {"rule": self.rule.name, "severity": str(self.severity)} | found
+        """Return a dictionary of plain values for --json: the rule by name, without unknown places."""
+        known = {k: v for k, v in asdict(self).items() if k != "rule" and v is not None}
+        return {"rule": self.rule.name, "severity": str(self.severity)} | known
 
     def __str__(self) -> str:
         where = []
@@ -92,9 +106,10 @@ class Finding:
 
 
 class Findings:
-    """All findings of one pass.
+    """The findings of one verification.
 
-    A hostile input can break one rule a million times: all are counted, the first few of each rule are kept.
+    A hostile input can break one rule a million times: all violations are counted, the first ``keep`` of each rule
+    are kept.
     """
 
     def __init__(self, keep: int = 20) -> None:
@@ -103,7 +118,7 @@ class Findings:
         self._kept: list[Finding] = []
 
     def add(self, rule: Rule, message: str, **place: Any) -> None:
-        """Keep a finding, or only count it when ``keep`` of its rule are held. ``place``: the fields of Finding."""
+        """Add a finding; ``place`` are the fields of Finding."""
         self.count[rule] += 1
         if self.count[rule] <= self.keep:
             self._kept.append(Finding(rule, message, **place))
@@ -112,17 +127,22 @@ class Findings:
         """Keep a breach that a reader reports (a BreachHandler)."""
         self.add(rule, message, offset=offset, record=record)
 
-    def add_each(self, rule: Rule, at: SupportsIndexing, describe: Callable[[Any], tuple[str, dict[str, Any]]]) -> None:
-        """A finding for each of ``at`` (a list or an array); only what is kept is described.
+    def add_each(
+        self, rule: Rule, items: SupportsIndexing, describe: Callable[[Any], tuple[str, dict[str, Any]]]
+    ) -> None:
+        """Add a finding for each item; only those that are kept are described.
 
-        ``describe(one)`` gives the message and the fields of Finding.
+        Args:
+            rule: the rule that all of them break.
+            items: a list or a one-dimensional array.
+            describe: ``describe(item)`` returns the message and the fields of Finding.
         """
         room = max(0, self.keep - self.count[rule])
-        for one in at[:room]:
-            message, place = describe(one)
+        for item in items[:room]:
+            message, place = describe(item)
             self.add(rule, message, **place)
-        if len(at) > room:
-            self.count[rule] += len(at) - room
+        if len(items) > room:
+            self.count[rule] += len(items) - room
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self._kept)
@@ -145,6 +165,6 @@ class Findings:
         """The number of notes, including those that were only counted."""
         return sum(n for rule, n in self.count.items() if rule.severity is Severity.NOTE)
 
-    def left_out(self) -> dict[Rule, int]:
-        """For each rule with more findings than were kept, how many were only counted."""
+    def omitted(self) -> dict[Rule, int]:
+        """Return, for each rule with more findings than are kept, how many were only counted."""
         return {rule: n - self.keep for rule, n in self.count.items() if n > self.keep}

@@ -1,4 +1,4 @@
-"""Kinds of address and kinds of page, in Xen's own words (xen.git:xen/include/xen/mm.h)."""
+"""Types of address and of page, in Xen's own words (xen.git:xen/include/xen/mm.h), and how bulk work is batched."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ I64 = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
-def _which(*types: PageType) -> Mask:
+def _type_table(*types: PageType) -> Mask:
     table = np.zeros(256, dtype=np.bool_)
     table[list(types)] = True
     table.flags.writeable = False
     return table
 
 
-NO_FRAME = np.uint64((1 << 64) - 1)  # in an array of frame numbers: none; INVALID_MFN of a 64-bit guest, too
+NO_FRAME = np.uint64((1 << 64) - 1)  # "none" in an array of frame numbers; also INVALID_MFN of a 64-bit guest
 
 # How much bulk work handles in one step. Too small, and NumPy's and Xen's cost per call dominates; too large, and
 # memory and caches suffer.
@@ -37,45 +37,50 @@ PAGES_IN_CACHE = 128  # pages that several NumPy steps compute on: half a MiB st
 PFNS_PER_BATCH = 1 << 16  # frame numbers looked up in one call: half a MiB each for pfns, mfns, and what is computed
 PFNS_PER_SCAN = 1 << 20  # frame numbers of a long table read in one call: 8 MiB, since reading is all that is done
 
-# Marks of a p2m entry that is none of the domain's frames (Linux's, kept by all): another domain's that it has mapped,
-# or a machine frame that stands for itself. In a 32-bit guest they are bits 31 and 30, and are moved here when read.
+# Marks of a p2m entry that names no frame of the domain: a mapped frame of another domain, or an identity-mapped
+# machine frame (Linux, arch/x86/include/asm/xen/page.h). A 32-bit guest has them in bits 31 and 30; decoding moves
+# them here.
 FOREIGN = np.uint64(1 << 63)
 IDENTITY = np.uint64(1 << 62)
 
-# Tables indexed by an array of page types. ABSENT marks a pfn of which nothing is known; it is none of these.
+# Tables indexed by an array of page types. ABSENT stands for a pfn without a page.
 ABSENT = 0xFF
-IS_KNOWN = _which(*PageType)
-IS_TABLE = _which(*(t for t in PageType if 1 <= t & 7 <= 4 and t < PageType.BROKEN))
-HAS_DATA = _which(PageType.NOTAB, *(t for t in PageType if IS_TABLE[t]))
-IS_POPULATED = _which(PageType.XALLOC, *(t for t in PageType if HAS_DATA[t]))
+IS_KNOWN = _type_table(*PageType)
+IS_TABLE = _type_table(*(t for t in PageType if 1 <= t & 7 <= 4 and t < PageType.BROKEN))
+HAS_DATA = _type_table(PageType.NOTAB, *(t for t in PageType if IS_TABLE[t]))
+IS_POPULATED = _type_table(PageType.XALLOC, *(t for t in PageType if HAS_DATA[t]))
 
 
 def type_name(page_type: int) -> str:
-    """The name of a page type, for people: "L1TAB", "L4TAB_PIN", "absent", "0x5"."""
+    """Return the name of a page type for people: "L1TAB", "L4TAB_PIN", "absent", "0x5"."""
     if page_type == ABSENT:
         return "absent"
     return PageType(page_type).name if IS_KNOWN[page_type] else f"{page_type:#x}"
 
 
-def filled(pages: U8) -> Mask:
-    """Which of some pages, shape (n, 4096), hold anything but zeros."""
+def nonzero_pages(pages: U8) -> Mask:
+    """Return which pages, uint8 of shape (n, 4096), hold anything but zeros."""
     return np.asarray(np.bitwise_or.reduce(pages.view(np.uint64), axis=1) != 0)  # any() takes twice as long
 
 
 def first_bad(mask: Mask) -> int | None:
-    """The flat index of the first element that is set, None if none is: where the first of many checks failed."""
+    """Return the flat index of the first element that is set, None if none is."""
     at = int(np.argmax(mask)) if mask.size else 0
     return at if mask.size and mask.flat[at] else None
 
 
 class Frames(Protocol):
-    """Guest frames by pfn, wherever they live. What every reader of a domain's memory consumes."""
+    """Reads a domain's pages by pfn."""
 
     def types(self, pfns: U64) -> U8:
-        """The page type of each pfn; ABSENT (0xff) where there is no such page. Same shape as pfns."""
+        """Return the page type of each pfn, ABSENT (0xff) if there is no such page; uint8 of the shape of pfns."""
 
     def pages(self, pfns: U64) -> U8:
-        """Content of the pages, shape (len(pfns), 4096). Raises Fault for the first pfn that has no content."""
+        """Return the content of pages, uint8 of shape (n, 4096).
+
+        Raises:
+            Fault: a pfn has no content; ``address`` is the first such pfn.
+        """
 
 
 __all__ = [
@@ -105,7 +110,7 @@ __all__ = [
     "PageType",
     "Pfn",
     "Vaddr",
-    "filled",
     "first_bad",
+    "nonzero_pages",
     "type_name",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from xenpv.abi.declare import U8, U16, U32, U64, ULONG, Array, Chars, Only, Scalar, Struct, array
+from xenpv.abi.declare import U8, U16, U32, U64, ULONG, Array, Chars, Scalar, Struct, WidthOnly, array
 from xenpv.abi.domctl import CPUID_LEAF, EXT_VCPUCONTEXT, EXT_VCPUCONTEXT_MAX, MSR_ENTRY, VCPU_MSR
 from xenpv.abi.x86 import TRAP_INFO, USER_REGS, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import ARCH_SHARED_INFO, ARCH_VCPU_INFO, SHARED_INFO, START_INFO, VCPU_INFO, VCPU_TIME_INFO
@@ -80,7 +80,7 @@ def test_members_are_aligned_as_the_psabi_says() -> None:
 
 def test_arrays_structs_and_members_of_one_width() -> None:
     inner = Struct("inner", "", x=U32, y=ULONG)
-    outer = Struct("outer", "", text=Chars(3), only=Only(4, U16), many=array(inner, 3, count4=2), last=inner)
+    outer = Struct("outer", "", text=Chars(3), only=WidthOnly(4, U16), many=array(inner, 3, count4=2), last=inner)
     assert dict(outer.members(8)).keys() == {"text", "many", "last"}
     assert dict(outer.members(4)).keys() == {"text", "only", "many", "last"}
     assert (outer.offset(8, "many"), outer.offset(4, "many")) == (8, 8)

@@ -53,7 +53,7 @@ def members(struct: Struct, width: Width, prefix: str = "") -> Iterator[tuple[st
         path = prefix + name
         outer = struct.offset(width, name)
         # A count is asked for where elements are more than bytes: fpu_ctxt is an array within a struct of its own.
-        count = member.count(width) if isinstance(member, Array) and member.of is not declare.U8 else 1
+        count = member.count(width) if isinstance(member, Array) and member.element is not declare.U8 else 1
         yield path, outer, member.size(width), count
         if isinstance(member, Struct):
             for inner, offset, size, n in members(member, width, path + "."):

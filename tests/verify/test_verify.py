@@ -135,7 +135,7 @@ def test_verify_keeps_some_findings_and_counts_all(tmp_path: Path, rule: str, ke
         assert result.rules == {rule}, str(result)
         assert len(result.report.findings) == 36
         assert len(result.findings) == min(36, keep)
-        assert {r.name: n for r, n in result.report.findings.left_out().items()} == (
+        assert {r.name: n for r, n in result.report.findings.omitted().items()} == (
             {rule: 36 - keep} if keep < 36 else {}
         )
 

@@ -1,9 +1,9 @@
-"""From one declaration of a C struct to its layout at both guest widths, as NumPy dtypes.
+"""Declarations of C structs, and their layouts at both guest widths as NumPy dtypes.
 
 The rules are those of the x86 psABIs: members in order, each at a multiple of its alignment, the struct padded to a
-multiple of its largest. They differ in two things only: ``unsigned long`` and pointers take 8 or 4 bytes, and a
-uint64_t inside a struct is aligned to 8 or to 4. NumPy is loaded when the first dtype is asked for: who only wants
-sizes, as a reader of records does, starts without it.
+multiple of the largest alignment. The widths differ in two things: ``unsigned long`` and pointers take 8 or 4 bytes,
+and a uint64_t inside a struct is aligned to 8 or to 4. NumPy is imported with the first dtype: a reader of records
+needs only sizes, and starts without it.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Scalar(NamedTuple):
         """Return its alignment in bytes."""
         return min(self.size(width), width)
 
-    def format(self, width: Width) -> Any:
-        """What np.dtype() makes a dtype of."""
+    def dtype_spec(self, width: Width) -> Any:
+        """Return the argument for np.dtype()."""
         return f"<u{self.size(width)}"
 
 
@@ -46,9 +46,9 @@ ULONG = Scalar(4, 8)  # unsigned long, xen_pfn_t, xen_ulong_t, pointers
 
 @dataclass(frozen=True)
 class Array:
-    """``of name[count]``; a count may differ by width (evtchn_pending has as many words as a word has bits)."""
+    """``element name[count]``. The count may differ by width: evtchn_pending has as many words as a word has bits."""
 
-    of: Scalar | Struct
+    element: Scalar | Struct
     count4: int
     count8: int
 
@@ -57,21 +57,21 @@ class Array:
         return self.count8 if width == 8 else self.count4
 
     def size(self, width: Width) -> int:
-        """Return the size of all elements, in bytes."""
-        return self.count(width) * self.of.size(width)
+        """Return its size in bytes."""
+        return self.count(width) * self.element.size(width)
 
     def align(self, width: Width) -> int:
-        """Return the alignment of an element, in bytes."""
-        return self.of.align(width)
+        """Return its alignment in bytes."""
+        return self.element.align(width)
 
-    def format(self, width: Width) -> Any:
-        """Return the NumPy format of the array."""
-        return (self.of.format(width), (self.count(width),))
+    def dtype_spec(self, width: Width) -> Any:
+        """Return the argument for np.dtype()."""
+        return (self.element.dtype_spec(width), (self.count(width),))
 
 
-def array(of: Scalar | Struct, count: int, *, count4: int | None = None) -> Array:
-    """An array of ``count`` elements; ``count4`` where the 32-bit header has another number."""
-    return Array(of, count if count4 is None else count4, count)
+def array(element: Scalar | Struct, count: int, *, count4: int | None = None) -> Array:
+    """Declare an array of ``count`` elements; ``count4`` if the 32-bit header has another number."""
+    return Array(element, count if count4 is None else count4, count)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Chars:
 
     count: int
 
-    def size(self, width: Width) -> int:  # noqa: ARG002  the same at both widths, unlike its neighbours
+    def size(self, width: Width) -> int:  # noqa: ARG002  the same at both widths
         """Return its size in bytes."""
         return self.count
 
@@ -88,16 +88,16 @@ class Chars:
         """Return 1: characters need no alignment."""
         return 1
 
-    def format(self, width: Width) -> Any:  # noqa: ARG002
-        """Return the NumPy format of the bytes."""
+    def dtype_spec(self, width: Width) -> Any:  # noqa: ARG002
+        """Return the argument for np.dtype()."""
         return f"S{self.count}"
 
 
 Member = Scalar | Array | Chars
 
 
-class Only(NamedTuple):
-    """A member that only one width's header has."""
+class WidthOnly(NamedTuple):
+    """A member that only the header of one width has."""
 
     width: Width
     member: Member | Struct
@@ -110,60 +110,60 @@ class Struct:
     (1168, 40)
     """
 
-    def __init__(self, name: str, header: str, /, **members: Member | Struct | Only) -> None:
+    def __init__(self, name: str, header: str, /, **members: Member | Struct | WidthOnly) -> None:
         self.name = name
-        self.header = header  # the public header that has it, below xen.git:xen/include/public
+        self.header = header  # below xen.git:xen/include/public
         self._members = members
         self._dtypes: dict[Width, np.dtype[np.void]] = {}
         self._offsets: dict[Width, dict[str, int]] = {8: {}, 4: {}}
         self._sizes: dict[Width, int] = {8: self._lay_out(8), 4: self._lay_out(4)}
 
     def members(self, width: Width) -> Iterator[tuple[str, Member | Struct]]:
-        """Name and type of each member that this width has, in order."""
+        """Iterate over the name and type of each member that this width has, in order."""
         for name, member in self._members.items():
-            if isinstance(member, Only):
+            if isinstance(member, WidthOnly):
                 if member.width == width:
                     yield name, member.member
             else:
                 yield name, member
 
     def _lay_out(self, width: Width) -> int:
-        """Place the members; the size."""
+        """Set the members' offsets, and return the struct's size."""
         end = 0
         for name, member in self.members(width):
-            end = _up(end, member.align(width))
+            end = _round_up(end, member.align(width))
             self._offsets[width][name] = end
             end += member.size(width)
-        return _up(end, self.align(width))
+        return _round_up(end, self.align(width))
 
     def align(self, width: Width) -> int:
         """Return the largest alignment of a member, in bytes."""
         return max(member.align(width) for _, member in self.members(width))
 
     def size(self, width: Width) -> int:
-        """Sizeof at that width, in bytes."""
+        """Return sizeof(struct) in bytes."""
         return self._sizes[width]
 
-    def format(self, width: Width) -> Any:
-        """What np.dtype() makes a dtype of."""
+    def dtype_spec(self, width: Width) -> Any:
+        """Return the argument for np.dtype()."""
         members = list(self.members(width))
         return {
             "names": [name for name, _ in members],
-            "formats": [member.format(width) for _, member in members],
+            "formats": [member.dtype_spec(width) for _, member in members],
             "offsets": [self._offsets[width][name] for name, _ in members],
             "itemsize": self._sizes[width],
         }
 
     def __getitem__(self, width: Width) -> np.dtype[np.void]:
-        """The NumPy dtype at that width."""
+        """Return the NumPy dtype at that width."""
         if width not in self._dtypes:
             import numpy as np  # noqa: PLC0415  see above
 
-            self._dtypes[width] = np.dtype(self.format(width))
+            self._dtypes[width] = np.dtype(self.dtype_spec(width))
         return self._dtypes[width]
 
     def offset(self, width: Width, path: str) -> int:
-        """offsetof(struct, path) in bytes; the path may go into nested structs: ``arch.p2m_cr3``."""
+        """Return offsetof(struct, path) in bytes; a path may lead into nested structs: ``arch.p2m_cr3``."""
         first, _, rest = path.partition(".")
         offset = self._offsets[width][first]
         if rest:
@@ -173,11 +173,15 @@ class Struct:
         return offset
 
     def read(self, data: bytes | bytearray | memoryview | np.ndarray, width: Width, offset: int = 0) -> np.void:
-        """One struct out of bytes, without a copy. Raises ValueError when there are too few."""
+        """Read one struct from bytes, without a copy.
+
+        Raises:
+            ValueError: there are too few bytes.
+        """
         import numpy as np  # noqa: PLC0415
 
         return np.frombuffer(data, self[width], count=1, offset=offset)[0]  # type: ignore[no-any-return]
 
 
-def _up(n: int, align: int) -> int:
+def _round_up(n: int, align: int) -> int:
     return -(-n // align) * align

@@ -1,4 +1,4 @@
-"""Blobs that domctls take and give, as far as they travel in streams.
+"""Arguments of domctls that streams contain.
 
 xen.git:xen/include/public/domctl.h, arch-x86/xen.h, arch-x86/hvm/save.h
 """

@@ -1,5 +1,6 @@
-"""What HVM_CONTEXT is made of: Xen's own records of an HVM domain's state (xen.git:xen/include/public/hvm/save.h,
-arch-x86/hvm/save.h). Only those that say where a domain was are here.
+"""The records of HVM_CONTEXT that describe where an HVM domain's vcpus were.
+
+xen.git:xen/include/public/hvm/save.h, arch-x86/hvm/save.h
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ DESCRIPTOR = Struct("hvm_save_descriptor", "hvm/save.h", typecode=U16, instance=
 END = 0
 HEADER = 1
 CPU = 2
-# A vcpu that is not down. Before Xen 3.4 there was no msr_tsc_aux, before 4.7 no flags: what is read of it here lies in
-# front of both.
+# A vcpu that is not down. Xen before 3.4 has no msr_tsc_aux, Xen before 4.7 no flags; what is read of it here lies
+# before both.
 HVM_HW_CPU = Struct(
     "hvm_hw_cpu",
     "arch-x86/hvm/save.h",

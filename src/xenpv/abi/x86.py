@@ -1,14 +1,14 @@
-"""A vcpu's context, page-table entries and the address space that Xen keeps for itself.
+"""A vcpu's context, page-table entries and the address space that Xen reserves.
 
 xen.git:xen/include/public/arch-x86/xen.h, xen-x86_64.h, xen-x86_32.h; xen.h; xen/arch/x86/include/asm/config.h
 """
 
 from __future__ import annotations
 
-from xenpv.abi.declare import U8, U16, U32, U64, ULONG, Only, Scalar, Struct, array
+from xenpv.abi.declare import U8, U16, U32, U64, ULONG, Scalar, Struct, WidthOnly, array
 
-_R64 = Only(8, U64)
-_R32 = Only(4, U32)
+_R64 = WidthOnly(8, U64)
+_R32 = WidthOnly(4, U32)
 _R16_OR_32 = Scalar(2, 4)
 
 USER_REGS = Struct(
@@ -41,7 +41,7 @@ USER_REGS = Struct(
     rip=_R64,
     eip=_R32,
     cs=U16,
-    _pad0=Only(8, U16),
+    _pad0=WidthOnly(8, U16),
     saved_upcall_mask=U8,
     _pad1=array(U8, 3, count4=1),
     rflags=_R64,
@@ -76,15 +76,15 @@ VCPU_GUEST_CONTEXT = Struct(
     kernel_sp=ULONG,
     ctrlreg=array(ULONG, 8),  # [3] is cr3; [1] the user half's cr3 of a 64-bit guest, in a stream with bit 0 set
     debugreg=array(ULONG, 8),
-    event_callback_cs=Only(4, ULONG),
+    event_callback_cs=WidthOnly(4, ULONG),
     event_callback_eip=ULONG,
-    failsafe_callback_cs=Only(4, ULONG),
+    failsafe_callback_cs=WidthOnly(4, ULONG),
     failsafe_callback_eip=ULONG,
-    syscall_callback_eip=Only(8, ULONG),
+    syscall_callback_eip=WidthOnly(8, ULONG),
     vm_assist=ULONG,
-    fs_base=Only(8, U64),
-    gs_base_kernel=Only(8, U64),
-    gs_base_user=Only(8, U64),
+    fs_base=WidthOnly(8, U64),
+    gs_base_kernel=WidthOnly(8, U64),
+    gs_base_user=WidthOnly(8, U64),
 )
 VGCF_IN_KERNEL = 1 << 2
 VGCF_ONLINE = 1 << 5
@@ -97,7 +97,7 @@ ENTRIES = PAGE_SIZE // 8  # page-table entries in a page, for both guest widths 
 
 LEVELS = {8: 4, 4: 3}  # page-table levels of a guest of that width
 
-# What says by which tables a processor translates (Intel SDM volume 3 section 2.5).
+# Control register bits that select the paging mode (Intel SDM volume 3 section 2.5).
 CR0_PG = 1 << 31
 CR4_PSE = 1 << 4
 CR4_PAE = 1 << 5
@@ -115,7 +115,8 @@ PTE_NX = 1 << 63
 PTE_FRAME_MASK = 0x000F_FFFF_FFFF_F000
 PTE_FLAGS = {PTE_P: "P", PTE_RW: "RW", PTE_US: "US", PTE_A: "A", PTE_D: "D", PTE_PSE: "PSE", PTE_NX: "NX"}
 
-# What Xen keeps for itself. 64-bit: L4 slots 256 to 271. 32-bit: from HYPERVISOR_VIRT_START_PAE, in the L2 of L3[3].
+# The address space that Xen reserves. 64-bit: L4 slots 256 to 271. 32-bit: from HYPERVISOR_VIRT_START_PAE on, in the
+# L2 of L3[3].
 XEN_L4_SLOTS = range(256, 272)
 XEN_VIRT_64 = range(0xFFFF_8000_0000_0000, 0xFFFF_8800_0000_0000)
 XEN_VIRT_PAE = range(0xF580_0000, 0x1_0000_0000)

@@ -1,8 +1,8 @@
-"""start_info, shared_info and what they are made of (xen.git:xen/include/public/xen.h, arch-x86/xen.h)."""
+"""start_info, shared_info and their parts (xen.git:xen/include/public/xen.h, arch-x86/xen.h)."""
 
 from __future__ import annotations
 
-from xenpv.abi.declare import U8, U32, U64, ULONG, Chars, Only, Struct, array
+from xenpv.abi.declare import U8, U32, U64, ULONG, Chars, Struct, WidthOnly, array
 
 INVALID_MFN = {8: (1 << 64) - 1, 4: (1 << 32) - 1}  # all ones of the guest's width; no header declares it
 
@@ -67,10 +67,10 @@ ARCH_SHARED_INFO = Struct(
     p2m_cr3=ULONG,
     p2m_vaddr=ULONG,
     p2m_generation=ULONG,
-    wc_sec_hi=Only(4, U32),
+    wc_sec_hi=WidthOnly(4, U32),
 )
-# Proposed on xen-devel in 2014 and never merged (abi-p2m-root.md): p2m_levels, so far into arch_shared_info, and
-# p2m_root behind it, of the guest's width each.
+# Proposed on xen-devel in 2014 and never merged (docs/reference/abi-p2m-root.md): the offset of p2m_levels in
+# arch_shared_info. p2m_root follows; each has the guest's width.
 P2M_LEVELS_AT = {8: 48, 4: 28}
 XEN_LEGACY_MAX_VCPUS = 32
 SHARED_INFO = Struct(
@@ -82,6 +82,6 @@ SHARED_INFO = Struct(
     wc_version=U32,
     wc_sec=U32,
     wc_nsec=U32,
-    wc_sec_hi=Only(8, U32),
+    wc_sec_hi=WidthOnly(8, U32),
     arch=ARCH_SHARED_INFO,
 )

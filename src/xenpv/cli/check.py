@@ -58,13 +58,13 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
         name = domain.name
     if as_json:
         kept = [finding.to_json() for finding in findings]
-        left_out = {rule.name: n for rule, n in findings.left_out().items()}
+        left_out = {rule.name: n for rule, n in findings.omitted().items()}
         counts = {"errors": findings.errors, "warnings": findings.warnings, "notes": findings.notes}
         print_json(
             {"domain": name, "form": forms, "last_pfn": last_pfn, **counts, "findings": kept, "left_out": left_out}
         )
     else:
-        print_findings(findings, findings.left_out())
+        print_findings(findings, findings.omitted())
         verdict = f"{findings.errors} errors" if findings.errors else f"p2m and {reference} agree"
         click.echo(f"{name}: {verdict}, by {forms}, up to pfn {last_pfn:#x}")
     return 1 if findings.errors else 0

@@ -71,7 +71,7 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
 
 
 def _print(report: Report) -> None:
-    print_findings(sorted(report.findings, key=_offset), report.findings.left_out())
+    print_findings(sorted(report.findings, key=_offset), report.findings.omitted())
     click.echo(summary(report))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64, Mask, PageType, filled
+from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64, Mask, PageType, nonzero_pages
 from xenpv.stream.framing import RECORD_LENGTH_MAX
 from xenpv.stream.pagedata import PFN_MASK, RESERVED_MASK, TYPE_SHIFT, ReadInto
 
@@ -122,7 +122,7 @@ class PageRepacker:
         assert self._nonzero is not None
         with_data = np.flatnonzero(has_data(entries))
         pfns = entries[with_data] & np.uint64(PFN_MASK)
-        nonzero = filled(content)
+        nonzero = nonzero_pages(content)
         drop = ~nonzero & (entries[with_data] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
         drop &= ~np.isin(pfns, self._keep) & (self._nonzero.get(pfns) == 0)
         self._nonzero.set(pfns[nonzero], 1)

@@ -13,7 +13,7 @@ from xenpv.export.formats import dumpcore, elf, lime, raw
 from xenpv.export.formats.content import Hole, PageFilter, Pages, Patch, Piece
 from xenpv.export.formats.job import ExportJob
 from xenpv.export.kdump_writer import write_kdump
-from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, U8, filled
+from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, U8, nonzero_pages
 from xenpv.io.atomic_output import Output
 from xenpv.io.background import BackgroundWorker
 from xenpv.io.progress import Progress, ProgressCallback
@@ -144,7 +144,7 @@ class _Exporter:
 
     def _write_pages(self, content: U8) -> None:
         """Write pages, uint8 of shape (n, 4096); those of zeros become holes."""
-        not_zero = filled(content)
+        not_zero = nonzero_pages(content)
         self.exported.zeros += len(not_zero) - int(np.count_nonzero(not_zero))
         cuts = np.flatnonzero(np.append(True, not_zero[1:] != not_zero[:-1])).tolist()
         for first, end in zip(cuts, [*cuts[1:], len(not_zero)], strict=True):

@@ -8,7 +8,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from xenpv.frames import HAS_DATA, IS_TABLE, PAGES_PER_BATCH, U8, U64, Frames, filled
+from xenpv.frames import HAS_DATA, IS_TABLE, PAGES_PER_BATCH, U8, U64, Frames, nonzero_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def digest(frames: Frames, pieces: Iterable[tuple[U64, U8]], presence_only: U64)
         for i in range(0, len(readable_pfns), PAGES_PER_BATCH):
             batch = slice(i, i + PAGES_PER_BATCH)
             data = frames.pages(readable_pfns[batch])
-            is_filled = filled(data)
+            is_filled = nonzero_pages(data)
             nonzero += int(np.count_nonzero(is_filled))
             words = readable_pfns[batch][is_filled] << np.uint64(1) | is_table[batch][is_filled]
             nonzero_pfns.update(words.astype("<u8").data)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask, filled
+from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask, nonzero_pages
 from xenpv.memory.p2m import frame_reader
 from xenpv.report.parts import NO_RANGES, PfnRanges, RangeCollector
 from xenpv.runs import Extents
@@ -87,7 +87,7 @@ def analyse_content(
         has_content = np.ones(len(batch), np.bool_) if kept is None else kept(batch)
         content, readable = read(batch[has_content])
         pfns, content = batch[has_content][readable], content[readable]
-        not_zero = filled(content)
+        not_zero = nonzero_pages(content)
         zero_at.add(PfnRanges.from_pfns(pfns[~not_zero]))
         seen.append(((batch | marks)[has_content][readable][not_zero], keys(content[not_zero])))
         unread += len(batch) - len(pfns)

@@ -215,7 +215,7 @@ def _check_result_to_json(checked: CheckResult) -> dict[str, Any]:
         "warnings": found.warnings,
         "notes": found.notes,
         "findings": [finding.to_json() for finding in found],
-        "left_out": {rule.name: n for rule, n in found.left_out().items()},
+        "left_out": {rule.name: n for rule, n in found.omitted().items()},
     }
 
 

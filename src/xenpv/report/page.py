@@ -155,7 +155,7 @@ def _groups(checked: CheckResult) -> list[dict[str, Any]]:
         by_rule.setdefault(finding.rule, []).append(finding)
     order = list(Severity)
     rules = sorted(by_rule, key=lambda rule: order.index(rule.severity))
-    more, shown = checked.findings.left_out(), 0
+    more, shown = checked.findings.omitted(), 0
     out: list[dict[str, Any]] = []
     for rule in rules:
         shown += len(by_rule[rule])

@@ -71,7 +71,7 @@ class Report:
             "errors": self.findings.errors,
             "warnings": self.findings.warnings,
             "findings": [finding.to_json() for finding in self.findings],
-            "left_out": {rule.name: n for rule, n in self.findings.left_out().items()},
+            "left_out": {rule.name: n for rule, n in self.findings.omitted().items()},
         }
 
 

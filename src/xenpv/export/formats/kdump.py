@@ -19,7 +19,7 @@ import numpy as np
 from xenpv.export.formats import notes
 from xenpv.export.formats.content import Hole, padded
 from xenpv.export.formats.job import UTSNAME_SIZE, ExportJob
-from xenpv.frames import PAGE_SIZE, U8, U64, filled
+from xenpv.frames import PAGE_SIZE, U8, U64, nonzero_pages
 from xenpv.memory.vmcoreinfo import vmcoreinfo_value
 from xenpv.runs import Runs
 
@@ -120,7 +120,7 @@ def compress_pages(pages: U8, compression: str) -> tuple[list[bytes | None], U64
         import zstandard  # noqa: PLC0415  no other format needs it
 
         compress = zstandard.ZstdCompressor(level=1).compress
-    not_zero = filled(pages)
+    not_zero = nonzero_pages(pages)
     contents: list[bytes | None] = []
     flags = np.zeros(len(pages), np.uint64)
     for row, page in enumerate(pages):
