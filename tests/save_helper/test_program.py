@@ -101,7 +101,7 @@ def verify_bytes(data: bytes) -> list[str]:
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
-        report = verify(file.name, kind=Kind.LIBXC)
+        report = verify(file.name, envelope=Kind.LIBXC)
         return [str(finding) for finding in report.findings]
 
 

@@ -227,8 +227,8 @@ class _Restore:
         self._checkpoint_buffer: CheckpointBuffer | None = None  # events since the last checkpoint
         self._in_static_data = True
 
-    def run(self, kind: Kind | None, progress: ProgressCallback | None) -> Restored:
-        reader = Reader(on_breach=_raise_breach, kind=kind)
+    def run(self, envelope: Kind | None, progress: ProgressCallback | None) -> Restored:
+        reader = Reader(on_breach=_raise_breach, kind=envelope)
         with self._resources:
             for event in self.source.events(reader, progress, reads_pages=True):
                 self._apply_or_buffer(event)

@@ -79,7 +79,7 @@ def verify(
     source: str | Input,
     *,
     deep: bool = True,
-    kind: Kind | None = None,
+    envelope: Kind | None = None,
     keep: int = 20,
     progress: ProgressCallback | None = None,
 ) -> Report:
@@ -88,7 +88,7 @@ def verify(
     Args:
         source: A path ("-": standard input), or an Input, which is closed.
         deep: Check the domain, too; otherwise only framing, order and records.
-        kind: The envelope (default: detected).
+        envelope: What wraps the stream (default: detected).
         keep: Findings to keep of each rule. All are counted.
         progress: Called while the file is read and while it is checked.
 
@@ -102,10 +102,10 @@ def verify(
     source = Input.open(source) if isinstance(source, str) else source
     findings = Findings(keep)
     if not deep:
-        return _verify_framing(source, findings, kind, progress)
+        return _verify_framing(source, findings, envelope, progress)
     from xenpv.source.saved import SavedDomain  # noqa: PLC0415  NumPy
 
-    with SavedDomain.of(source, on_breach=findings.add_breach, kind=kind, progress=progress) as saved:
+    with SavedDomain.of(source, on_breach=findings.add_breach, kind=envelope, progress=progress) as saved:
         return verify_domain(saved, findings, progress)
 
 
@@ -136,11 +136,13 @@ def verify_domain(saved: SavedDomain, findings: Findings, progress: ProgressCall
     return report
 
 
-def _verify_framing(source: Input, findings: Findings, kind: Kind | None, progress: ProgressCallback | None) -> Report:
+def _verify_framing(
+    source: Input, findings: Findings, envelope: Kind | None, progress: ProgressCallback | None
+) -> Report:
     """Check framing, order and records."""
     report, complete = Report(source.name, findings), False
     try:
-        for event in source.events(Reader(on_breach=findings.add_breach, kind=kind), progress):
+        for event in source.events(Reader(on_breach=findings.add_breach, kind=envelope), progress):
             match event:
                 case PageData():
                     report.pages += event.pages
