@@ -50,15 +50,7 @@ def list(as_json: bool) -> None:  # noqa: A001  the verb's name
 
 
 def state(domain: DomainInfo) -> str:
-    """List the domains of this host: id, name, uuid, memory, vcpus, state and type.
-
-    Needs root in dom0. It only reads.
-
-    \b
-    Examples:
-      xenpv list
-      xenpv list --json | jq '.[] | select(.hvm | not) | .name'
-    """
+    """Return a domain's state, as the table prints it."""
     if domain.dying:
         return "dying"
     if domain.shutdown:
