@@ -1,4 +1,4 @@
-"""How much memory: against what stock libxc laid out on real Xen, and against the rules, stated another way."""
+"""Memory limits, compared with layouts of stock libxc on real Xen, and with independent arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels that lie: whatever the bytes, they parse or raise ImageError, which names the field and the numbers."""
+"""Hostile kernels: any bytes parse, or raise an ImageError that names the field and the numbers."""
 
 from __future__ import annotations
 

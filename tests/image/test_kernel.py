@@ -1,4 +1,4 @@
-"""KernelImage: segments, notes and addresses of made kernels and of the litmus kernel, held against other readers."""
+"""KernelImage: segments, notes and addresses of synthetic kernels and of litmus, compared with pyelftools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where everything lies: as stock libxc laid it out on real Xen, and by the rules, stated another way."""
+"""Layouts, compared with those of stock libxc on real Xen, and with independent arithmetic."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_is_what_libxc_built(recipe: Recipe, tmp_path: Path) -> None:
             assert (theirs & planned & PTE_RW == theirs & PTE_RW)[compared].all()
             lost = pte_frames(planned)[compared & (theirs & PTE_RW != planned & PTE_RW)]
             assert (lost >= layout.segments[10].first).all(), (
-                "litmus's own tables and GDT, which it made in the padding"
+                "only litmus's own tables and GDT, which are in the padding, differ"
             )
             seen += pfns.tolist()
         assert len(seen) == 8

@@ -1,4 +1,4 @@
-"""What kernels come wrapped in: every compression, sizes that lie, and files that are something else."""
+"""Containers around kernels: every compression, wrong sizes, and files that are no kernel."""
 
 from __future__ import annotations
 

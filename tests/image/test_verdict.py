@@ -1,4 +1,4 @@
-"""Can it boot, and every reason why not; each made by breaking one thing."""
+"""Verdicts: whether a kernel can boot; each case breaks one thing."""
 
 from __future__ import annotations
 

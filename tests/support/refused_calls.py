@@ -49,7 +49,7 @@ class RefusingCall:
 def refuse_each_call(host: Any, calls: Iterable[str], make: Callable[[], DomId]) -> dict[str, str]:
     """Make a domain again and again, with each call refused at its first and at its last time.
 
-    Destroys every domain that is made all the same.
+    Destroys every domain that is made in spite of it.
 
     Args:
         host: The host, whose methods are replaced for the time.
