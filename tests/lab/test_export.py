@@ -37,7 +37,7 @@ def exported(path: Path, folder: Path, form: str) -> Path:
 
 
 @pytest.mark.deep_elsewhere
-def test_a_core_of_xls_exported_as_one_is_the_same_again(debian: Debian, tmp_path: Path) -> None:
+def test_dumpcore_of_xls_core_is_the_same_again(debian: Debian, tmp_path: Path) -> None:
     """But for a note, Xen's own entries of the top tables, and what names no frame of the guest."""
     ours, theirs = exported(debian.core, tmp_path, "dumpcore").read_bytes(), debian.core.read_bytes()
     assert len(ours) == len(theirs)
@@ -56,7 +56,9 @@ def test_a_core_of_xls_exported_as_one_is_the_same_again(debian: Debian, tmp_pat
 
 @pytest.mark.deep_elsewhere
 @pytest.mark.parametrize("form", ["elf", "lime"])
-def test_volatility_lists_the_processes(debian: Debian, symbols: Path, form: str, tmp_path: Path) -> None:
+def test_export_opens_in_volatility_with_the_guests_processes(
+    debian: Debian, symbols: Path, form: str, tmp_path: Path
+) -> None:
     """By its own layers, which know nothing of Xen."""
     tasks = volatility(symbols, exported(debian.path, tmp_path, form), "linux.pslist.PsList")
     has_marker({task["PID"]: task["COMM"] for task in tasks})
@@ -66,7 +68,7 @@ def test_volatility_lists_the_processes(debian: Debian, symbols: Path, form: str
 @pytest.mark.deep
 @pytest.mark.parametrize("kind", ["save", "core"])
 @pytest.mark.parametrize("form", ["elf", "kdump"])
-def test_drgn_lists_the_processes(debian: Debian, form: str, kind: str, tmp_path: Path) -> None:
+def test_export_opens_in_drgn_with_the_guests_processes(debian: Debian, form: str, kind: str, tmp_path: Path) -> None:
     prog = drgn.Program()
     prog.set_core_dump(exported(debian.path if kind == "save" else debian.core, tmp_path, form))
     prog.load_debug_info([VMLINUX])
@@ -77,7 +79,7 @@ def test_drgn_lists_the_processes(debian: Debian, form: str, kind: str, tmp_path
 @with_debug
 @pytest.mark.deep
 @pytest.mark.skipif(not shutil.which("gdb"), reason="there is no gdb")
-def test_gdb_reads_the_banner_and_the_registers(debian: Debian, tmp_path: Path) -> None:
+def test_export_opens_in_gdb_with_banner_and_registers(debian: Debian, tmp_path: Path) -> None:
     core = exported(debian.path, tmp_path, "elf")
     words = ["-ex", 'printf "%s", linux_banner', "-ex", "info registers rip rsp", "-ex", "bt"]
     done = subprocess.run(
@@ -96,7 +98,7 @@ def test_gdb_reads_the_banner_and_the_registers(debian: Debian, tmp_path: Path) 
 @pytest.mark.deep
 @pytest.mark.skipif(not shutil.which("crash"), reason="there is no crash")
 @pytest.mark.parametrize("form", ["elf", "kdump", "dumpcore"])
-def test_crash_knows_the_guest(debian: Debian, form: str, tmp_path: Path) -> None:
+def test_export_opens_in_crash_with_the_guests_processes(debian: Debian, form: str, tmp_path: Path) -> None:
     """crash before 8.0.4 knows of a kernel like this one no tasks but those that run (docs/howto/export.md)."""
     file = exported(debian.path, tmp_path, form)
     told = subprocess.run(["crash", "--version"], capture_output=True, text=True, check=True).stdout

@@ -40,13 +40,13 @@ def path_of(debian: Debian, kind: str) -> Path:
 
 @pytest.mark.deep_elsewhere
 @pytest.mark.parametrize("kind", KINDS)
-def test_volatility_lists_the_processes(debian: Debian, symbols: Path, kind: str) -> None:
+def test_volatility_plugin_lists_the_guests_processes(debian: Debian, symbols: Path, kind: str) -> None:
     tasks = volatility(symbols, path_of(debian, kind), "linux.pslist.PsList", by_folder=kind == "core")
     has_marker({task["PID"]: task["COMM"] for task in tasks})
 
 
 @pytest.mark.deep_elsewhere
-def test_volatility_finds_the_banner(debian: Debian, symbols: Path) -> None:
+def test_volatility_plugin_finds_the_banner(debian: Debian, symbols: Path) -> None:
     """At its pseudo-physical address."""
     banners = {b["Offset"]: b["Banner"] for b in volatility(symbols, debian.path, "banners.Banners")}
     with open_domain(str(debian.path)) as kept:
@@ -61,7 +61,7 @@ def test_volatility_finds_the_banner(debian: Debian, symbols: Path) -> None:
 
 @pytest.mark.deep_elsewhere
 @pytest.mark.parametrize("kind", KINDS)
-def test_drgn_knows_the_kernel_and_reads_its_symbols(debian: Debian, kind: str) -> None:
+def test_drgn_plugin_reads_the_kernels_symbols(debian: Debian, kind: str) -> None:
     """Out of the guest's memory, without debugging information: kallsyms as the guest itself has them."""
     with open_domain(str(path_of(debian, kind))) as kept:
         prog = program(kept)
@@ -78,7 +78,7 @@ def debugged(prog: Program) -> Program:
 @with_debug
 @pytest.mark.deep
 @pytest.mark.parametrize("kind", KINDS)
-def test_drgn_lists_the_processes_and_says_what_vcpus_were_doing(debian: Debian, kind: str) -> None:
+def test_drgn_plugin_lists_processes_and_vcpu_stacks(debian: Debian, kind: str) -> None:
     with open_domain(str(path_of(debian, kind))) as kept:
         prog = debugged(program(kept))
         has_marker({task.pid.value_(): task.comm.string_().decode() for task in for_each_task(prog)})
@@ -102,7 +102,7 @@ json.dump(said, sys.stdout)
 @ONE_VERSION
 @pytest.mark.deep
 @pytest.mark.parametrize("how", ["--pause", ""])
-def test_drgn_looks_into_a_running_guest_from_dom0(host: lab.Host, how: str) -> None:
+def test_drgn_plugin_reads_a_running_guest_from_dom0(host: lab.Host, how: str) -> None:
     if sys.version_info[:2] != (3, 11):
         pytest.skip("dom0's Python is 3.11, and drgn is installed for another here")
     name = "debian-drgn"

@@ -41,7 +41,7 @@ json.dump(said, sys.stdout)
 
 
 @pytest.mark.deep_elsewhere
-def test_the_verbs_look_into_a_running_guest(host: lab.Host) -> None:
+def test_verbs_on_a_running_guest_read_its_memory(host: lab.Host) -> None:
     config = host.write("running.cfg", guests.config("running"))
     start = len(host.guest_console("running"))
     host.run(f"xl create {config}").check()

@@ -107,7 +107,7 @@ def printed(console: str) -> dict[int, int]:
     return p2m
 
 
-def test_every_form_is_found_and_walked_mfn_for_mfn(host: lab.Host) -> None:
+def test_p2m_of_a_running_guest_in_each_form_is_walked_mfn_for_mfn(host: lab.Host) -> None:
     forms = FORMS if host.xen == lab.DEFAULT else {name: FORMS[name] for name in ("linear", "tree", "rooted")}
     said, consoles = look(
         host, {name: (memory, f"{options} print=p2m") for name, (memory, options, _) in forms.items()}
@@ -120,7 +120,7 @@ def test_every_form_is_found_and_walked_mfn_for_mfn(host: lab.Host) -> None:
 
 
 @ONE_VERSION
-def test_what_cannot_be_walked_is_refused_in_words(host: lab.Host) -> None:
+def test_p2m_that_cannot_be_walked_raises_guest_error(host: lab.Host) -> None:
     said, _ = look(host, {name: (memory, options) for name, (memory, options, _) in REFUSED.items()})
     for name, (_, _, words) in REFUSED.items():
         assert words in said[name]["refused"], name
@@ -128,7 +128,7 @@ def test_what_cannot_be_walked_is_refused_in_words(host: lab.Host) -> None:
 
 
 @ONE_VERSION
-def test_corruptions_are_named(host: lab.Host) -> None:
+def test_check_of_a_corrupted_p2m_names_the_rule(host: lab.Host) -> None:
     said, consoles = look(host, {f"bad-{bad}": (32, f"p2m=linear bad={bad}") for bad in BAD})
     for bad, rules in BAD.items():
         findings = said[f"bad-{bad}"]["findings"]

@@ -43,11 +43,11 @@ def sound(report: Report) -> None:
     assert report.deep
 
 
-def test_a_debian_guest_passes_verify(debian: Debian) -> None:
+def test_verify_of_a_debian_guest_finds_nothing(debian: Debian) -> None:
     sound(verify(str(debian.path)))
 
 
-def test_a_debian_guest_passes_verify_from_a_pipe(debian: Debian) -> None:
+def test_verify_of_a_debian_guest_from_a_pipe_finds_nothing(debian: Debian) -> None:
     with debian.path.open("rb") as file:
         r, w = os.pipe()
 
@@ -62,7 +62,7 @@ def test_a_debian_guest_passes_verify_from_a_pipe(debian: Debian) -> None:
         thread.join()
 
 
-def test_show_agrees_with_xl(debian: Debian, host: lab.Host) -> None:
+def test_show_of_a_debian_guest_agrees_with_xl(debian: Debian, host: lab.Host) -> None:
     with SavedDomain.open(str(debian.path)) as saved:
         shown = describe(saved)
     config = debian.xl["config"]
@@ -76,7 +76,7 @@ def test_show_agrees_with_xl(debian: Debian, host: lab.Host) -> None:
     assert shown["memory_in_stream"] == DEBIAN_MIB << 20
 
 
-def test_a_symbols_address_leads_to_the_kernels_banner(debian: Debian) -> None:
+def test_memory_at_a_symbols_address_is_the_kernels_banner(debian: Debian) -> None:
     with SavedDomain.open(str(debian.path)) as saved:
         banner = saved.memory.read_virtual(debian.symbols["linux_banner"], 200)
     text = banner.split(b"\0")[0].decode().strip()
@@ -84,7 +84,7 @@ def test_a_symbols_address_leads_to_the_kernels_banner(debian: Debian) -> None:
     assert text == debian.version
 
 
-def test_pages_in_the_stream_are_those_of_the_running_guest(debian: Debian) -> None:
+def test_pages_of_the_save_file_equal_the_core(debian: Debian) -> None:
     """The kernel's read-only data is byte for byte as in a core of the running guest; its text all but.
 
     Freezing tasks for the suspend flips a static key, which patches two or five bytes wherever it is asked.
@@ -106,7 +106,7 @@ def test_pages_in_the_stream_are_those_of_the_running_guest(debian: Debian) -> N
         assert saved.p2m.lookup(p2m[:, 0].copy()).tolist() == p2m[:, 1].tolist()
 
 
-def test_the_core_is_read_as_the_domain(debian: Debian) -> None:
+def test_core_opens_as_the_saved_domain(debian: Debian) -> None:
     """Its page tables hold mfns, and nothing says which pages they are; the stream says so of the same guest later."""
     with open_domain(str(debian.core)) as core, SavedDomain.open(str(debian.path)) as saved:
         banner = core.memory.read_virtual(debian.symbols["linux_banner"], 200)
@@ -129,7 +129,7 @@ def _core(file: BinaryIO) -> tuple[np.ndarray, bytes]:
     return p2m, elf.get_section_by_name(".xen_pages").data()
 
 
-def test_what_verify_passes_restores(debian: Debian, host: lab.Host) -> None:
+def test_restore_of_a_verified_file_by_xl_succeeds(debian: Debian, host: lab.Host) -> None:
     saved = host.put(debian.path, "debian-back.save")
     start = len(host.guest_console("debian-saved"))
     host.run(f"xl restore {saved}", timeout=120).check()
@@ -137,7 +137,7 @@ def test_what_verify_passes_restores(debian: Debian, host: lab.Host) -> None:
     host.run("xl destroy debian-saved").check()
 
 
-def test_one_flipped_bit_in_a_real_domain_is_found(debian: Debian, host: lab.Host) -> None:
+def test_verify_with_one_flipped_bit_finds_it(debian: Debian, host: lab.Host) -> None:
     """A sample; docs/evidence/shown.md has a larger one, with the reasons of what cannot be found."""
     result = flip_survey(debian.path, KINDS, samples=120 if host.xen == lab.DEFAULT else 30, seed=5)
     print("\n" + as_table(result))
@@ -145,7 +145,7 @@ def test_one_flipped_bit_in_a_real_domain_is_found(debian: Debian, host: lab.Hos
     assert {kind: tally.share for kind, tally in result.items() if tally.share < least[kind]} == {}
 
 
-def test_what_verify_refuses_stock_xl_does_not_restore(debian: Debian, host: lab.Host, tmp_path: Path) -> None:
+def test_restore_of_a_refused_file_by_xl_fails(debian: Debian, host: lab.Host, tmp_path: Path) -> None:
     """One bit: a page table's read-only mapping made writable, which Xen refuses when it validates the tables."""
     path = tmp_path / "broken.save"
     path.write_bytes(debian.path.read_bytes())
@@ -169,7 +169,7 @@ def test_what_verify_refuses_stock_xl_does_not_restore(debian: Debian, host: lab
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_litmus_in_each_form_of_p2m(host: lab.Host, form: str) -> None:
+def test_verify_of_litmus_in_each_p2m_form_finds_nothing(host: lab.Host, form: str) -> None:
     name = f"litmus-{form}"
     config = host.write(f"{name}.cfg", guests.litmus_config(name, memory=LITMUS_MIB, vcpus=2, options=f"p2m={form}"))
     start = len(host.guest_console(name))

@@ -1,1 +1,1 @@
-"""Writing a domain's memory in a format that other tools read."""
+"""Export: a domain's memory in formats that other tools read."""

@@ -79,7 +79,7 @@ def _reader(read: Callable[[int, int], bytes]) -> Callable[[int, int, int, bool]
         try:
             # In steps: the length may come from the guest, and most of the pages may be absent.
             steps = range(address, address + count, _READ_SIZE)
-            return b"".join(read(at, min(_READ_SIZE, address + count - at)) for at in steps)
+            return b"".join(read(step, min(_READ_SIZE, address + count - step)) for step in steps)
         except XenPVError as e:
             raise drgn.FaultError(str(e), address) from None
 

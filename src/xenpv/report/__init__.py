@@ -1,1 +1,1 @@
-"""A domain as a page that people look at: what is gathered of it, drawn, and written as one HTML file."""
+"""Reports: reading all that a report shows of a domain, drawing it, and writing one HTML file."""

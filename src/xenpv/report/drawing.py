@@ -72,11 +72,11 @@ def draw_p2m_tree(shape: P2MTree) -> Picture:
     above = [anchor]
     for number, level in enumerate(shape.levels):
         last = number == len(shape.levels) - 1
-        here = _draw_level(shape, level, y, last)
+        level_boxes = _draw_level(shape, level, y, last)
         rows.append(Row(y, _level_name(level, last), _note(shape, level, last)))
-        edges += [Edge(_parent(box, above).middle, _bottom(above), box.middle, y) for box in here]
-        boxes += here
-        above = here
+        edges += [Edge(_parent(box, above).middle, _bottom(above), box.middle, y) for box in level_boxes]
+        boxes += level_boxes
+        above = level_boxes
         y += _ROW_HEIGHT
     return Picture(_WIDTH + 2, y - _ROW_HEIGHT + _BOX_HEIGHT + 4 if shape.levels else anchor.h, boxes, edges, rows)
 
@@ -92,10 +92,10 @@ def _draw_level(shape: P2MTree, level: Level, y: float, last: bool) -> list[Box]
         nodes.insert(i, None)
     cells = sum(0.4 if node is None else 1 for node in nodes) or 1
     wide = min((_WIDTH - _LEFT - gap * (len(nodes) - 1)) / cells, _BOX_WIDTH_MAX)
-    x, out = float(_LEFT), []
+    x, boxes = float(_LEFT), []
     for node in nodes:
         if node is None:
-            out.append(Box(x, y, wide * 0.4, _BOX_HEIGHT, ["…"], "more", "more"))
+            boxes.append(Box(x, y, wide * 0.4, _BOX_HEIGHT, ["…"], "more", "more"))
             x += wide * 0.4 + gap
             continue
         times = f" ×{node.times:,}" if node.times > 1 else ""
@@ -103,7 +103,7 @@ def _draw_level(shape: P2MTree, level: Level, y: float, last: bool) -> list[Box]
         if style == "list" and shape.vaddr is not None:
             line = f"…{(shape.vaddr + node.at * PAGE_SIZE) & 0xFFFF_FFFF_FFFF:x}"
         title = f"{level.name} in frame {node.frame:#x}, pfns {node.first:#x} to {node.last:#x}"
-        out.append(
+        boxes.append(
             Box(
                 round(x, 1),
                 y,
@@ -117,7 +117,7 @@ def _draw_level(shape: P2MTree, level: Level, y: float, last: bool) -> list[Box]
             )
         )
         x += wide + gap
-    return out
+    return boxes
 
 
 def _parent(box: Box, above: list[Box]) -> Box:

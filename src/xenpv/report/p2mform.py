@@ -125,11 +125,11 @@ class _TreeWalk:
         above = self.root.table_levels - depth  # how many levels lie below it, leaves included
         per_table = ENTRIES if self.linear else PAGE_SIZE // self.anchors.width
         shift = (per_table.bit_length() - 1) * above
-        here = range(places.start >> shift, (max(places.stop, places.start + 1) - 1 >> shift) + 1)
+        level_places = range(places.start >> shift, (max(places.stop, places.start + 1) - 1 >> shift) + 1)
         if depth:
-            runs, _ = walk_tree(self.read, top, depth, here, partial(self._named, above=above))
+            runs, _ = walk_tree(self.read, top, depth, level_places, partial(self._named, above=above))
         else:
-            runs = FrameRuns(np.array([here.start]), np.ones(1, np.int64), np.array([top], np.uint64))
+            runs = FrameRuns(np.array([level_places.start]), np.ones(1, np.int64), np.array([top], np.uint64))
         return Level(_name(self.root, above), *_counts(runs), _nodes(runs, shift, places, self.anchors))
 
     def _named(self, pages: U8, level: int, above: int) -> U64:

@@ -70,8 +70,8 @@ class PfnRanges:
         start, end, pages = start[order], end[order], pages[order]
         reach = np.maximum.accumulate(end) if len(end) else end
         first = np.flatnonzero(np.append(True, start[1:] > reach[:-1])[: len(start)])
-        out = _joined(start, reach, pages, first)
-        return PfnRanges(out.start, out.span, np.minimum(out.pages, out.span))
+        joined = _joined(start, reach, pages, first)
+        return PfnRanges(joined.start, joined.span, np.minimum(joined.pages, joined.span))
 
     def rows(self) -> list[int]:
         """Return start, span and pages of each range, in one list."""

@@ -49,11 +49,13 @@ def collect_extents(pieces: Iterable[Extents]) -> tuple[Extents, dict[int, PfnRa
     for piece in pieces:
         shown = IS_POPULATED[piece.type] | (piece.type == PageType.BROKEN)
         extents = piece[shown]
-        for kind in np.unique(extents.type).tolist():
-            mine = extents.type == kind
-            by_type.setdefault(kind, RangeCollector()).add(PfnRanges.of(extents.first[mine], extents.pages[mine]))
+        for page_type in np.unique(extents.type).tolist():
+            of_type = extents.type == page_type
+            by_type.setdefault(page_type, RangeCollector()).add(
+                PfnRanges.of(extents.first[of_type], extents.pages[of_type])
+            )
         exact.append(extents)
-    return Extents.concatenate(exact), {kind: found.all for kind, found in sorted(by_type.items())}
+    return Extents.concatenate(exact), {page_type: ranges.all for page_type, ranges in sorted(by_type.items())}
 
 
 def build_map(
@@ -67,7 +69,7 @@ def build_map(
         named: Pfns that the report mentions, present or not. The map reaches to the last.
         entries: Entries of the p2m. The map reaches to the last.
     """
-    layers = [_layer(*_describe_page_type(kind), parts) for kind, parts in by_type.items()]
+    layers = [_layer(*_describe_page_type(page_type), parts) for page_type, parts in by_type.items()]
     layers += [_layer(lane, kind, what, parts) for lane, kind, what, parts in extra_layers if len(parts)]
     present, last = NO_RANGES, int(named.max(initial=0)) + 1
     for layer in layers:
@@ -81,13 +83,13 @@ def _layer(lane: str, kind: str, what: str, parts: PfnRanges) -> Layer:
     return Layer(lane, kind, what, int(parts.pages.sum()), parts.coarsen(_ROWS_MAX))
 
 
-def _describe_page_type(kind: int) -> tuple[str, str, str]:
+def _describe_page_type(page_type: int) -> tuple[str, str, str]:
     """Return lane, kind and description of a page type."""
-    if IS_TABLE[kind]:
-        level, pinned = kind & 7, bool(kind & PINNED)
+    if IS_TABLE[page_type]:
+        level, pinned = page_type & 7, bool(page_type & PINNED)
         return "tables", f"l{level}" + ("p" if pinned else ""), f"L{level} tables" + (", pinned" if pinned else "")
-    if kind == PageType.BROKEN:
+    if page_type == PageType.BROKEN:
         return "pages", "broken", "lost to a memory error"
-    if kind == ABSENT or not HAS_DATA[kind]:
+    if page_type == ABSENT or not HAS_DATA[page_type]:
         return "pages", "empty", "populated, without content"
     return "pages", "data", "ordinary pages"

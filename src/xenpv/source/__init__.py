@@ -1,1 +1,1 @@
-"""Domains to look at: running, saved or dumped."""
+"""Domains, running, saved or dumped, behind one protocol."""

@@ -250,8 +250,8 @@ class CoreDomain(Domain):
         """The p2m by the best root. Raises GuestError if the domain exposes none, or if it is damaged."""
         anchors = self.anchors
         if anchors is None or not anchors.roots:
-            why = "it has no shared info" if anchors is None else anchors.explain_no_root()
-            raise GuestError(f"{self.name} exposes no p2m: {why}")
+            reason = "it has no shared info" if anchors is None else anchors.explain_no_root()
+            raise GuestError(f"{self.name} exposes no p2m: {reason}")
         return P2M.from_root(anchors, anchors.roots[0], self.read_p2m_frames)
 
 

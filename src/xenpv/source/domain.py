@@ -167,7 +167,7 @@ class Domain(Protocol):
     @property
     @abstractmethod
     def vcpus(self) -> list[int]:
-        """The numbers of the vcpus of which something is known."""
+        """The numbers of the vcpus that the source knows."""
 
     @abstractmethod
     def vcpu_context(self, vcpu: int) -> np.void | None:

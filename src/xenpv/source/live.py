@@ -292,6 +292,8 @@ class _LivePageTables:
         if (row := first_bad(~IS_TABLE[page_types])) is not None:
             pfn = int(pfns[row])
             raise Fault(
-                f"pfn {pfn:#x} is no page table (any more): try again, or pause the domain", space="pfn", address=pfn
+                f"pfn {pfn:#x} is no page table, or no longer one: try again, or pause the domain",
+                space="pfn",
+                address=pfn,
             )
         return pages

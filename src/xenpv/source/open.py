@@ -1,4 +1,4 @@
-"""Opening a domain, whatever it is: a save file, a core or a running domain."""
+"""Opening a domain in a save file or core, or one that runs on this host."""
 
 from __future__ import annotations
 

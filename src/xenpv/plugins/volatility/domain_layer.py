@@ -141,8 +141,8 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         except (XenPVError, OSError) as e:
             raise self._invalid(offset, str(e)) from e
 
-    def _invalid(self, address: int, why: str = "no such page") -> exceptions.InvalidAddressException:
-        return exceptions.InvalidAddressException(self.name, address, f"{address:#x}: {why}")
+    def _invalid(self, address: int, reason: str = "no such page") -> exceptions.InvalidAddressException:
+        return exceptions.InvalidAddressException(self.name, address, f"{address:#x}: {reason}")
 
     def write(self, offset: int, data: bytes) -> None:  # noqa: ARG002
         """Raise LayerException: the layer is read-only."""
