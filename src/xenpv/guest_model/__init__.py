@@ -1,1 +1,1 @@
-"""A PV kernel in process, which runs on the model host: it publishes a p2m, balloons, suspends and resumes."""
+"""A PV kernel for the model: publishes a p2m, balloons, suspends, resumes."""

@@ -30,7 +30,7 @@ _COUNTER_SHIFT = np.uint64(40)
 
 
 class Kernel:
-    """A kernel. Its state survives from one run to the next, and moves with the guest to a new domain.
+    """A kernel, whose state moves with the guest to a new domain.
 
     Like the memory of a guest, the state has pfns and addresses, never mfns. If the reserve is used up, a call raises
     RequestError, and the kernel is as lost as one that panicked.
@@ -57,7 +57,9 @@ class Kernel:
         self._linked_at, self._reserve = linked_at, reserve
 
     def boot(self, view: GuestView) -> None:
-        """Boot as the builder left the domain: map shared info, make the p2m, publish it, offer to suspend.
+        """Boot in a domain as the builder left it.
+
+        Map shared info, make the p2m, publish it, and offer to suspend.
 
         GuestError if there is no start info. RequestError if there are too few pages, or too many for the form.
         """
@@ -72,7 +74,10 @@ class Kernel:
     # -- memory
 
     def free_pfns(self, view: GuestView) -> U64:
-        """Return the pfns of all pages that are not the kernel's own, ascending. Reads the whole p2m."""
+        """Return the pfns of all pages that are not the kernel's own, ascending.
+
+        Reads the whole p2m.
+        """
         return self.p2m.populated(view, self.pages.end)
 
     def write_pattern(self, view: GuestView, pfns: U64, counter: int) -> None:
@@ -82,7 +87,7 @@ class Kernel:
             view.write_pages(self._map(view, batch), words.view(np.uint8).reshape(-1, PAGE_SIZE))
 
     def check_pattern(self, view: GuestView, pfns: U64, counter: int) -> U64:
-        """Return the pfns of pages that differ from what write_pattern wrote with this counter."""
+        """Return the pfns of pages that differ from the pattern with this counter."""
         bad = [np.empty(0, np.uint64)]
         for batch in _batches(pfns):
             words = view.read_pages(self._map(view, batch)).view("<u8")
@@ -102,7 +107,9 @@ class Kernel:
             raise GuestError(f"Xen took {done} pages of {len(mfns)}: mfn {int(mfns[done]):#x} is not the domain's")
 
     def balloon_in(self, view: GuestView, pfns: U64) -> U64:
-        """Ask Xen for pages at vacant pfns; the p2m grows if it must. The pfns that got a page.
+        """Ask Xen for pages at vacant pfns; the p2m grows if it must.
+
+        Return the pfns that got a page.
 
         RequestError if a pfn has a page already, or is beyond what the p2m can reach.
         """
@@ -114,7 +121,9 @@ class Kernel:
         return populated
 
     def move(self, view: GuestView, pfns: U64, new: U64) -> None:
-        """Give pages other pfns, in m2p and p2m; the p2m grows if it must. Their mappings stay.
+        """Give pages other pfns, in m2p and p2m; the p2m grows if it must.
+
+        Their mappings stay.
 
         RequestError if a page is the kernel's own, or does not exist; if a new pfn has another page, or is beyond what
         the p2m can reach.
@@ -131,7 +140,7 @@ class Kernel:
             self.pages.renumber(pfns, new)
 
     def spread(self, view: GuestView, end: int, groups: int = 64) -> U64:
-        """Spread all free pages over ``end`` pfns, as litmus does, in ``groups`` of equal size.
+        """Spread all free pages over ``end`` pfns, in ``groups`` of equal size.
 
         Each group ends where an equal part of the pfns ends.
 
@@ -179,7 +188,7 @@ class Kernel:
     # -- suspend and resume
 
     def poll(self, view: GuestView) -> None:
-        """Suspend if the toolstack asks for it, by the event channel or by control/shutdown."""
+        """Suspend if asked by the event channel or by control/shutdown."""
         if view.consume_event(self.port):
             self.suspend(view)
         if view.xenstore_read(CONTROL_SHUTDOWN) == b"suspend":
@@ -187,7 +196,9 @@ class Kernel:
             self.suspend(view)
 
     def suspend(self, view: GuestView) -> NoReturn:
-        """Prepare to be saved, and shut down. Start info names the two rings by pfn then; shared info is unmapped.
+        """Prepare to be saved, and shut down.
+
+        Start info names the two rings by pfn then; shared info is unmapped.
 
         The mfn of start info is the third argument of the hypercall.
         """
@@ -199,7 +210,9 @@ class Kernel:
         view.shutdown(SHUTDOWN_SUSPEND, self._mfn_of(view, pfn))
 
     def resume(self, view: GuestView) -> bool:
-        """Go on after a suspend. Whether it was cancelled, which rax tells: then nothing has changed.
+        """Go on after a suspend.
+
+        Return whether it was cancelled, which rax tells: then nothing has changed.
 
         Otherwise this is a new domain. The tables above the leaves hold mfns of the old host: make and publish them as
         at boot.
@@ -237,7 +250,10 @@ def _check_unique(pfns: U64) -> None:
 
 
 def _reserve(nr_pages: int) -> int:
-    """Return how many pages to reserve: some, two copies of list tables and tree, and tables that map 8 GiB."""
+    """Return how many pages to reserve.
+
+    Enough for two copies of list tables and tree, and for tables that map 8 GiB.
+    """
     return min(nr_pages // 4, 1024 + nr_pages // ENTRIES // ENTRIES * 8 + min(nr_pages // ENTRIES, 4096))
 
 

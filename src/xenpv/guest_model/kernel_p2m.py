@@ -1,4 +1,6 @@
-"""The p2m of the model's kernel: a linear list, whose pages are the leaves of every form, and how it is published.
+"""The p2m of the model's kernel, and how it is published.
+
+It is a linear list, whose pages are the leaves of every form.
 
 The kernel maps the list in P2M_LIST_RANGE, whatever it publishes. Parts of the list without a frame share one leaf,
 which is mapped read-only. When the list grows, the kernel makes new tables above the leaves: as many as what is
@@ -31,7 +33,9 @@ from xenpv.runs import FrameRuns
 
 
 class KernelP2M:
-    """A p2m of ``entries`` entries, with own leaves at ``places``; all other places share one leaf.
+    """A p2m of ``entries`` entries, with own leaves at ``places``.
+
+    All other places share one leaf.
 
     The constructor takes the builder's list over. ``publish`` makes the p2m known to the toolstack.
 
@@ -64,7 +68,10 @@ class KernelP2M:
     # -- entries
 
     def lookup(self, view: GuestView, pfns: U64) -> U64:
-        """Return the entry of each pfn, uint64; NO_FRAME for INVALID_MFN and beyond the list."""
+        """Return the entry of each pfn, uint64.
+
+        NO_FRAME for INVALID_MFN and beyond the list.
+        """
         out = np.full(len(pfns), NO_FRAME)
         rows = np.flatnonzero(pfns < np.uint64(self.entries))
         for vaddrs, members, leaf, slots in self._by_leaf(pfns[rows]):
@@ -72,7 +79,10 @@ class KernelP2M:
         return out
 
     def store(self, view: GuestView, pfns: U64, mfns: U64) -> None:
-        """Set entries that have leaves of their own (see extend_to). Fault for one in the shared leaf."""
+        """Set entries that have leaves of their own (see extend_to).
+
+        Fault for one in the shared leaf.
+        """
         for vaddrs, members, leaf, slots in self._by_leaf(pfns):
             table = decode_entries(view.read_pages(vaddrs), self.width).copy()
             table[leaf, slots] = mfns[members]
@@ -93,7 +103,10 @@ class KernelP2M:
         return np.uint64(self.vaddr) + (places << np.uint64(PAGE_SHIFT))
 
     def _by_leaf(self, pfns: U64) -> Iterator[tuple[U64, I64, I64, I64]]:
-        """Yield batches of leaves: their addresses; and of the pfns in them their rows, leaves and slots."""
+        """Yield pfns in batches of leaves.
+
+        Each batch has the addresses of its leaves, and for its pfns their rows, leaves and slots.
+        """
         order = np.argsort(pfns, kind="stable")
         places, leaf = np.unique(pfns[order] // np.uint64(self.per_leaf), return_inverse=True)
         slots = (pfns[order] % np.uint64(self.per_leaf)).astype(np.int64)
@@ -105,7 +118,9 @@ class KernelP2M:
     # -- growing
 
     def extend_to(self, view: GuestView, pfns: U64) -> None:
-        """Give pfns entries in leaves of their own, and publish the result. The generation is odd meanwhile.
+        """Give pfns entries in leaves of their own, and publish the result.
+
+        The generation is odd meanwhile.
 
         RequestError if the addresses of the list, or the levels of the published tree, do not reach them.
         """
@@ -161,7 +176,7 @@ class KernelP2M:
         self._list_tables = np.concatenate(allocated)
 
     def _fill_gaps(self, view: GuestView, leaves: FrameRuns) -> FrameRuns:
-        """Return the leaves of the whole list: the shared leaf, allocated on first use, fills the gaps."""
+        """Return the leaves of the whole list; the shared leaf fills the gaps."""
         total = -(-self.entries // self.per_leaf)
         if len(self.places) == total:
             return leaves
@@ -182,7 +197,7 @@ class KernelP2M:
     # -- publishing
 
     def publish(self, view: GuestView) -> None:
-        """Make the tables above the leaves, and write the anchors to shared info: at boot, and in a new domain."""
+        """Make the tables above the leaves, and write the anchors to shared info."""
         self._check_capacity(self.entries)
         self._write_arch_field(view, "p2m_cr3", 0)
         self._publish(view)

@@ -1,4 +1,4 @@
-"""The pages of the model's kernel: a pool for its tables, where each page is mapped, and how it makes page tables.
+"""The pages of the model's kernel: pool, mappings, and page tables.
 
 It keeps pfns and addresses, and looks up mfns in the page tables, because a restore changes every mfn.
 """
@@ -34,7 +34,7 @@ PAGE = READ_ONLY | PTE_RW
 
 @dataclass(frozen=True, slots=True)
 class StartInfo:
-    """What a kernel learns at boot: start_info, its address, and the end of its boot stack."""
+    """What a kernel learns at boot: start info, and the end of its boot stack."""
 
     address: int
     stack_end: int
@@ -46,7 +46,10 @@ class StartInfo:
 
     @classmethod
     def read(cls, view: GuestView) -> StartInfo:
-        """Read start info by the registers of a vcpu that just started. GuestError if they do not lead to one."""
+        """Read start info by the registers of a vcpu that just started.
+
+        GuestError if they do not lead to one.
+        """
         address = view.register("si")
         data = view.read(address, START_INFO.size(view.width))
         info = START_INFO.read(data, view.width)
@@ -113,7 +116,10 @@ class KernelPages:
         return pfns[(pfns >= np.uint64(self.initial_mapping_end)) & ~np.isin(pfns, self._vmap_pfns)]
 
     def map(self, view: GuestView, pfns: U64, mfns: U64) -> None:
-        """Map pages writable in VMAP_RANGE. None may be mapped yet. RequestError if the range is full."""
+        """Map pages writable in VMAP_RANGE. None may be mapped yet.
+
+        RequestError if the range is full.
+        """
         if len(pfns) > len(self._free_slots):
             self._add_slots(view, -(-(len(pfns) - len(self._free_slots)) // ENTRIES))
         slots, self._free_slots = self._free_slots[: len(pfns)], self._free_slots[len(pfns) :]
@@ -157,7 +163,10 @@ class KernelPages:
         view.update_va_mapping(self._slot_vaddrs(slots), mfns << np.uint64(PAGE_SHIFT) | np.uint64(PAGE))
 
     def _add_slots(self, view: GuestView, tables: int) -> None:
-        """Extend VMAP_RANGE by the slots of this many L1 tables. RequestError if its addresses are used up."""
+        """Extend VMAP_RANGE by the slots of this many L1 tables.
+
+        RequestError if its addresses are used up.
+        """
         first = len(self._l1_tables)
         slots_max = len(VMAP_RANGE[self.width]) >> PAGE_SHIFT
         if (first + tables) * ENTRIES > slots_max:
@@ -175,7 +184,10 @@ class KernelPages:
     # -- the pool
 
     def alloc(self, n: int) -> U64:
-        """Allocate pages of the pool, mapped and writable. RequestError if it has too few left."""
+        """Allocate pages of the pool, mapped and writable.
+
+        RequestError if it has too few left.
+        """
         if n > len(self._pool):
             message = f"the kernel needs {n} more pages for tables, and has {len(self._pool)} left: reserve more"
             raise RequestError(message, needed=n, available=len(self._pool))
@@ -195,7 +207,7 @@ class KernelPages:
         return pfns
 
     def alloc_tables(self, view: GuestView, pages: U8) -> U64:
-        """As alloc_pages, and make them read-only: a page that is mapped writable cannot become a page table."""
+        """As alloc_pages, and make the pages read-only, as page tables must be."""
         pfns = self.alloc_pages(view, pages)
         self._set_flags(view, pfns, READ_ONLY)
         return pfns
@@ -207,7 +219,9 @@ class KernelPages:
     # -- page tables
 
     def link_tables(self, view: GuestView, tables: FrameRuns) -> U64:
-        """Link L1 tables into the top-level table by new tables in between, in place of what was linked there.
+        """Link L1 tables into the top-level table, by new tables in between.
+
+        They replace what was linked there.
 
         One store replaces each top-level entry, so that an address translates either as before or as after.
 
@@ -230,7 +244,7 @@ class KernelPages:
 
 
 def _find_initial_mapping_end(view: GuestView, base: int, pages: int, limit: int) -> int:
-    """Return where the initial mapping ends, in pages: at the first page that faults, or at ``limit``."""
+    """Return where the initial mapping ends, in pages; at most ``limit``."""
     while pages < limit:
         step = min(ENTRIES, limit - pages)
         try:

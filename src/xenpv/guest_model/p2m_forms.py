@@ -10,7 +10,7 @@ from xenpv.memory.anchors import MARKED_TREE_LEVELS, ROOTED_TREE_LEVELS, P2MForm
 
 @dataclass(frozen=True, slots=True)
 class PublishedForm:
-    """What a kernel publishes: a linear list, a tree, both or neither (docs/explanation, on the forms of the p2m).
+    """What a kernel publishes: a linear list, a tree, both or neither.
 
     Attributes:
         name: The name of the form.
@@ -45,7 +45,10 @@ FORMS = {
 
 
 def parse_form(name: str) -> PublishedForm:
-    """Return the form with this name. RequestError, which lists all forms, if there is none."""
+    """Return the form with this name.
+
+    RequestError, which lists all forms, if there is none.
+    """
     if name not in FORMS:
         raise RequestError(f"{name!r} is not a form of p2m; use one of {', '.join(FORMS)}")
     return FORMS[name]

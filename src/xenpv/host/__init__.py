@@ -1,1 +1,1 @@
-"""The hypervisor: the protocols that xenpv needs, a model of Xen in process, and the real Xen below."""
+"""The hypervisor: protocols, a model of Xen in process, and real Xen."""

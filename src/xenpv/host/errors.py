@@ -1,4 +1,4 @@
-"""The HostError of a refused call, in the same words for the model and for real Xen."""
+"""The HostError of a refused call, for the model and for real Xen."""
 
 from __future__ import annotations
 

@@ -102,46 +102,54 @@ class Host(Protocol):
         """
 
     def m2p(self, mfns: U64) -> U64:
-        """Return the pfn of each frame by Xen's machine-to-phys table, for whatever domain.
+        """Return the pfn of each frame by Xen's m2p, in whatever domain.
 
         It is all ones for a frame beyond max_mfn.
         """
 
     def page_types(self, domid: DomId, mfns: U64) -> U8:
-        """Return the page type (abi.domctl.PageType) of each frame, as XEN_DOMCTL_getpageframeinfo3 does.
+        """Return the abi.domctl.PageType of each frame, as getpageframeinfo3 does.
 
         It is XTAB for a frame that is not the domain's. Xen 4.14 reports the type of a former page table, too.
         """
 
     def vcpu_context(self, domid: DomId, vcpu: int) -> bytes:
-        """Return the vcpu_guest_context of a vcpu; cr3 and gdt_frames hold mfns. HostError (EINVAL): no such vcpu."""
+        """Return the vcpu_guest_context of a vcpu; cr3 and gdt_frames hold mfns.
+
+        HostError (EINVAL): no such vcpu.
+        """
 
     def shared_info(self, domid: DomId) -> bytes:
         """Return the current content of the shared info page, 4096 bytes."""
 
     def pause(self, domid: DomId) -> None:
-        """Pause a domain. Pauses are counted: it takes as many unpauses to let it run again."""
+        """Pause a domain.
+
+        Pauses are counted: it takes as many unpauses to let it run again.
+        """
 
     def unpause(self, domid: DomId) -> None:
         """Undo one pause."""
 
 
 class Ring(NamedTuple):
-    """A page that a domain shares with a daemon: its mfn, and the domain's event channel for it."""
+    """A page that a domain shares with a daemon, and its event channel."""
 
     mfn: int
     port: int
 
 
 class Daemons(NamedTuple):
-    """The domains in which xenconsoled and xenstored run: dom0, unless the host has domains of their own for them."""
+    """The domains in which xenconsoled and xenstored run; dom0 by default."""
 
     console: DomId = DOM0
     xenstore: DomId = DOM0
 
 
 class VcpuState(NamedTuple):
-    """The state of a vcpu beyond its vcpu_guest_context, as the bytes of its stream records. Empty: it has none.
+    """The state of a vcpu beyond its context, as bytes of stream records.
+
+    A part that the vcpu does not have is empty.
 
     Attributes:
         extended: struct xen_domctl_ext_vcpucontext.
@@ -155,7 +163,10 @@ class VcpuState(NamedTuple):
 
 
 class TscInfo(NamedTuple):
-    """How a domain sees the TSC, as XEN_DOMCTL_gettscinfo returns it. ``nsec`` is the time elapsed on its clock."""
+    """How a domain sees the TSC, as XEN_DOMCTL_gettscinfo returns it.
+
+    ``nsec`` is the time elapsed on its clock.
+    """
 
     mode: int = 0
     khz: int = 0
@@ -164,7 +175,12 @@ class TscInfo(NamedTuple):
 
 
 class CpuPolicy(NamedTuple):
-    """What a domain learns about its CPU: arrays of struct xen_cpuid_leaf and of struct xen_msr_entry."""
+    """What a domain learns about its CPU.
+
+    Attributes:
+        leaves: Array of struct xen_cpuid_leaf.
+        msrs: Array of struct xen_msr_entry.
+    """
 
     leaves: bytes = b""
     msrs: bytes = b""
@@ -187,7 +203,9 @@ class Toolstack(Host, Protocol):
         name: str | None = None,
         uuid: str | None = None,
     ) -> DomId:
-        """Create a PV domain without memory, paused once, with the xenstore nodes of a new domain of libxl.
+        """Create a PV domain without memory, paused once.
+
+        It has the xenstore nodes of a new domain of libxl.
 
         Raises:
             HostError: No domain was created. EINVAL: no vcpu, or more than Xen allows a PV domain; EOPNOTSUPP: this
@@ -195,7 +213,9 @@ class Toolstack(Host, Protocol):
         """
 
     def set_width(self, domid: DomId, width: Width) -> None:
-        """Make a domain without memory a domain for 32-bit guests. Setting its own width again does nothing.
+        """Make a domain without memory a domain for 32-bit guests.
+
+        Setting its own width again does nothing.
 
         Raises:
             HostError: EINVAL: a 32-bit domain cannot become 64-bit; EACCES: it has memory; EOPNOTSUPP: this Xen runs
@@ -224,7 +244,10 @@ class Toolstack(Host, Protocol):
         """
 
     def free_pages(self) -> int:
-        """Return how many pages are free for domains. Another toolstack may take them at any moment."""
+        """Return how many pages are free for domains.
+
+        Another toolstack may take them at any moment.
+        """
 
     def populate_physmap(self, domid: DomId, pfns: U64, order: int = 0) -> U64:
         """Allocate memory for a domain. Its content is undefined.
@@ -260,7 +283,9 @@ class Toolstack(Host, Protocol):
         """
 
     def pin_tables(self, domid: DomId, mfns: U64, levels: U8) -> None:
-        """Pin page tables, one after another up to the first that Xen refuses. This validates all below each.
+        """Pin page tables, one after another up to the first that Xen refuses.
+
+        This validates all below each.
 
         Args:
             domid: The domain.
@@ -273,7 +298,9 @@ class Toolstack(Host, Protocol):
         """
 
     def set_vcpu_context(self, domid: DomId, vcpu: int, context: bytes) -> None:
-        """Set the vcpu_guest_context of a vcpu. cr3 and gdt_frames hold mfns, which Xen validates.
+        """Set the vcpu_guest_context of a vcpu.
+
+        Cr3 and gdt_frames hold mfns, which Xen validates.
 
         Raises:
             HostError: EINVAL: no such vcpu, a wrong size, or frames that cannot be of the types required.
@@ -286,34 +313,39 @@ class Toolstack(Host, Protocol):
         """Return the domains of xenconsoled and xenstored, for event channels and grants."""
 
     def alloc_event_channel(self, domid: DomId, remote: DomId = DOM0) -> int:
-        """Allocate a port of the domain, from 1 on, to which ``remote`` may bind (EVTCHNOP_alloc_unbound)."""
+        """Allocate a port, from 1 on, to which ``remote`` may bind."""
 
     def seed_grants(self, domid: DomId, *, console: int, xenstore: int) -> None:
-        """Grant the daemons two frames, by the reserved entries 0 and 1 of the grant table.
+        """Grant the daemons two frames, by entries 0 and 1 of the grant table.
 
         Raises:
             HostError: EINVAL: a frame is not the domain's.
         """
 
     def introduce(self, domid: DomId, *, console: Ring, xenstore: Ring) -> None:
-        """Introduce a domain to xenstored and xenconsoled, and write the nodes that xl and the guest look for.
+        """Introduce a domain to xenstored and xenconsoled.
+
+        Write the nodes that xl and the guest look for.
 
         Seed its grants, and give it its memory and its vcpus, before: the nodes describe it as it is now.
         """
 
     def set_configuration(self, domid: DomId, config: bytes) -> None:
-        """Store a domain's configuration for xl, as libxl_domain_config_to_json() writes it.
+        """Store a domain's configuration for xl, in the JSON of libxl.
 
         Without one, xl does not save a domain (xl save) and does not list it in full (xl list -l). ``destroy`` removes
         it. HostError (ESRCH): no such domain.
         """
 
     def configuration(self, domid: DomId) -> bytes | None:
-        """Return the configuration that ``set_configuration`` or xl stored; None if there is none."""
+        """Return the configuration that ``set_configuration`` or xl stored.
+
+        None if there is none.
+        """
 
 
 class Mover(Toolstack, Protocol):
-    """A host from which domains can be saved and migrated, and on which they can be restored."""
+    """A host whose domains can be saved and migrated, or restored on it."""
 
     def vcpu_state(self, domid: DomId, vcpu: int) -> VcpuState:
         """Return the state of a vcpu beyond its context. HostError (EINVAL): no such vcpu."""
@@ -342,7 +374,7 @@ class Mover(Toolstack, Protocol):
         """
 
     def log_dirty(self, domid: DomId, *, on: bool) -> None:
-        """Enable or disable log-dirty mode, in which Xen logs the pages that a domain writes.
+        """Enable or disable log-dirty mode: Xen logs the pages that a domain writes.
 
         Raises:
             HostError: EINVAL: it is enabled, or disabled, already; EOPNOTSUPP: this Xen has no log-dirty mode for PV
@@ -350,7 +382,9 @@ class Mover(Toolstack, Protocol):
         """
 
     def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
-        """Return the pfns below ``pages`` that were written, ascending; with ``clean``, clear the log.
+        """Return the pfns below ``pages`` that were written, ascending.
+
+        With ``clean``, clear the log.
 
         Raises:
             HostError: EINVAL: log-dirty is disabled; ENOMEM: Xen had too little memory for the log.
@@ -363,7 +397,10 @@ class Mover(Toolstack, Protocol):
         """
 
     def shutdown_request(self, domid: DomId) -> str:
-        """Return the pending request in control/shutdown. A guest that sees one makes it empty."""
+        """Return the pending request in control/shutdown.
+
+        A guest that sees one makes it empty.
+        """
 
     def resume(self, domid: DomId) -> None:
         """Let a domain that has shut down run on, as after a cancelled suspend."""

@@ -1,4 +1,4 @@
-"""A domain's nodes in xenstore, as libxl writes them for xl, xenconsoled and the guest's drivers. Data only.
+"""A domain's nodes in xenstore, as libxl writes them. Data only.
 
 Source: xen.git:docs/misc/xenstore-paths.pandoc, tools/libs/light/{libxl_create,libxl_dom,libxl_console}.c
 """
@@ -66,7 +66,7 @@ def name_nodes(domid: DomId, name: str, uuid: str | None) -> list[Node]:
 
 
 def introduction_nodes(info: DomainInfo, daemons: Daemons, console: Ring, xenstore: Ring) -> list[Node]:
-    """Return the nodes that introduce a domain's rings and describe its memory and vcpus."""
+    """Return the nodes of a domain's rings, memory and vcpus."""
     own, kib = home(info.domid), PAGE_SIZE >> 10
     backend = f"{home(daemons.console)}/backend/console/{info.domid}"
     frontend = f"{own}/console"
@@ -100,6 +100,9 @@ def introduction_nodes(info: DomainInfo, daemons: Daemons, console: Ring, xensto
 
 
 def root_paths(domid: DomId, daemons: Daemons, uuid: str | None) -> list[str]:
-    """Return the roots of all nodes of a domain. Pass None for ``uuid`` if another domain has the same one."""
+    """Return the roots of all nodes of a domain.
+
+    Pass None for ``uuid`` if another domain has the same one.
+    """
     vm = [f"/vm/{uuid}"] if uuid is not None else []
     return [f"{home(daemons.console)}/backend/console/{domid}", home(domid), *vm, f"/libxl/{domid}"]

@@ -1,4 +1,4 @@
-"""Vcpu state beyond the context, TSC and CPU policy of modelled domains: what Xen accepts, and how it stores it.
+"""Vcpu state, TSC and CPU policy: what Xen accepts, and how it stores it.
 
 Source: xen.git:xen/arch/x86/domctl.c, time.c: tsc_set_info(), xen/lib/x86/cpuid.c: x86_cpuid_copy_from_buffer()
 """
@@ -47,7 +47,10 @@ def initial_cpu_policy() -> CpuPolicy:
 
 
 def updated_vcpu_state(old: VcpuState, new: VcpuState, width: Width) -> VcpuState:
-    """Return ``old`` with all parts of ``new`` that are not empty. Raises HypercallError."""
+    """Return ``old`` with all parts of ``new`` that are not empty.
+
+    Raises HypercallError.
+    """
     if new.extended:
         old = old._replace(extended=_stored_extended(new.extended, width))
     if new.xsave:
@@ -88,7 +91,10 @@ def updated_tsc_info(info: TscInfo) -> TscInfo:
 
 
 def updated_cpu_policy(old: CpuPolicy, new: CpuPolicy) -> CpuPolicy:
-    """Return ``old`` with the parts of ``new`` that are not empty. HypercallError names an unknown leaf or MSR."""
+    """Return ``old`` with the parts of ``new`` that are not empty.
+
+    HypercallError names an unknown leaf or MSR.
+    """
     leaves, msrs = _as_structs(new.leaves, CPUID_LEAF), _as_structs(new.msrs, MSR_ENTRY)
     if len(leaves) > LEAVES_MAX or len(msrs) > MSRS_MAX:
         raise HypercallError(errno.E2BIG, f"{len(leaves)} leaves and {len(msrs)} MSRs")
@@ -104,6 +110,6 @@ def _as_structs(data: bytes, struct: Struct) -> np.ndarray:
 
 
 def _check_known(numbers: np.ndarray, known: Iterable[int], noun: str, number: int) -> None:
-    """Raise HypercallError with errno ``number`` for the first of ``numbers`` that is not among ``known``."""
+    """Raise HypercallError with errno ``number`` for the first unknown one."""
     if (first := first_bad(~np.isin(numbers, list(known)))) is not None:
         raise HypercallError(number, f"unknown {noun} {int(numbers[first]):#x}")

@@ -1,4 +1,4 @@
-"""The log of which pages a domain has written, as Xen's log-dirty mode keeps it: a sparse bitmap by pfn."""
+"""The log of written pages in log-dirty mode: a sparse bitmap by pfn."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class DirtyLog:
         return pfns[pfns < np.uint64(pages)]
 
     def clean(self, pages: int) -> U64:
-        """Return what peek returns, and clear it: as in Xen, up to the end of a page of bitmap."""
+        """Return what peek returns, and clear it.
+
+        As in Xen, this clears up to the end of a page of bitmap.
+        """
         pfns = self.peek(pages)
         for node in [node for node in self._nodes if node * _NODE_PFNS < pages]:
             del self._nodes[node]

@@ -23,7 +23,10 @@ _GDT_ENTRIES_MAX = 14 * 512  # FIRST_RESERVED_GDT_ENTRY: those above are Xen's
 
 @dataclass
 class Vcpu:
-    """A vcpu: its context, and the frames that Xen holds for it (named as in struct arch_vcpu of Xen)."""
+    """A vcpu: its context, and the frames that Xen holds for it.
+
+    Names are those of Xen's struct arch_vcpu.
+    """
 
     context: bytes | None = None  # as it was set; None: not initialised
     guest_table: int = 0  # mfn of its top-level page table
@@ -32,7 +35,9 @@ class Vcpu:
     state: VcpuState = field(default_factory=initial_vcpu_state)
 
     def set_context(self, types: PageTypes, owner: Owner, data: bytes) -> None:
-        """XEN_DOMCTL_setvcpucontext: load cr3 and the GDT, which validates the tables below. Raises HypercallError.
+        """XEN_DOMCTL_setvcpucontext. Raises HypercallError.
+
+        Loading cr3 and the GDT validates the tables below.
 
         An initialised vcpu keeps its tables and its GDT.
 

@@ -1,4 +1,4 @@
-"""The machine frames of the model: owner, references, type, m2p entry and content of each.
+"""The machine frames of the model: owner, references, type, m2p, content.
 
 Cost follows what is touched. Memory is allocated in extents of 2 MiB. A uniform extent (one owner, consecutive pfns,
 nothing mapped, nothing written) takes a few numbers. It is split into rows, one for each frame, as soon as one frame
@@ -34,7 +34,10 @@ class NoMemoryError(Exception):
 
 
 class _Rows:
-    """Single frames, as columns of a table. A slot of EXTENT_FRAMES rows holds the frames of one split extent."""
+    """Single frames, as columns of a table.
+
+    A slot of EXTENT_FRAMES rows holds the frames of one split extent.
+    """
 
     def __init__(self) -> None:
         self.owner = np.zeros(0, np.uint16)
@@ -115,7 +118,9 @@ class _PageStore:
 
 
 class FrameTable:
-    """All frames of a host of ``size`` bytes. Frames of domain ``d`` have owner ``d + 1``.
+    """All frames of a host of ``size`` bytes.
+
+    Frames of domain ``d`` have owner ``d + 1``.
 
     ``pages[owner]`` is how many frames each holds, special ones (shared info) not counted.
     """
@@ -173,7 +178,10 @@ class FrameTable:
         return out
 
     def types(self, mfns: U64) -> tuple[U8, U8]:
-        """Return type and flags of each frame; of a frame of a uniform extent 0 and ALLOCATED."""
+        """Return type and flags of each frame.
+
+        Of a frame of a uniform extent 0 and ALLOCATED.
+        """
         _, slot, row = self._locate(mfns)
         types = np.where(slot > 0, self.rows.type[row], 0).astype(np.uint8)
         flags = np.where(slot > 0, self.rows.flags[row], ALLOCATED).astype(np.uint8)
@@ -186,18 +194,27 @@ class FrameTable:
         return np.sort(np.append(uniform, self.mfns_of(np.flatnonzero(self.rows.owner == owner))))
 
     def is_untouched(self, mfns: U64, owner: int) -> Mask:
-        """Return which frames are that owner's, in a uniform extent: no frame of it was ever written or used."""
+        """Return which frames are that owner's and in a uniform extent.
+
+        No frame of such an extent was ever written or used.
+        """
         extent = np.minimum(mfns >> _LOW, np.uint64(self.extents - 1))
         return np.asarray((self._slot[extent] == 0) & (self._owner[extent] == owner) & self.valid(mfns))
 
     def rows_of(self, mfns: U64) -> I64:
-        """Return the row of each frame in the columns of ``rows``; splits extents for it. All must be valid."""
+        """Return the row of each frame in the columns of ``rows``; splits extents for it.
+
+        All must be valid.
+        """
         extents = np.unique((mfns >> _LOW).astype(np.int64))
         self._split(extents[self._slot[extents] == 0])
         return self._locate(mfns)[2]
 
     def row_if_owned(self, mfn: int, owner: int) -> int:
-        """Return the row of one frame if it is that owner's, else -1. As rows_of, for one frame and fast."""
+        """Return the row of one frame if it is that owner's, else -1.
+
+        As rows_of, for one frame and fast.
+        """
         if not 0 <= mfn <= self.max_mfn:
             return -1
         slot = int(self._slot[mfn >> EXTENT_ORDER])
@@ -216,7 +233,10 @@ class FrameTable:
         return out
 
     def _locate(self, mfns: U64) -> tuple[I64, I64, I64]:
-        """Return extent, 1 + slot (0: not split) and row of each frame; the row means nothing if it is not split."""
+        """Return extent, 1 + slot (0: not split) and row of each frame.
+
+        The row means nothing if it is not split.
+        """
         extent = np.minimum(mfns >> _LOW, np.uint64(self.extents - 1)).astype(np.int64)
         slot = self._slot[extent].astype(np.int64)
         slot[~self.valid(mfns)] = 0
@@ -241,7 +261,7 @@ class FrameTable:
     # -- allocating and freeing
 
     def alloc_extents(self, owner: int, pfns: U64, *, compat: bool = False) -> U64:
-        """Allocate an extent of 512 frames for each of ``pfns``, as long as there are free ones.
+        """Allocate an extent of 512 frames for each of ``pfns``, as far as possible.
 
         Args:
             owner: Who gets them.
@@ -267,7 +287,7 @@ class FrameTable:
         return out
 
     def alloc_frames(self, owner: int, pfns: U64, *, compat: bool = False) -> U64:
-        """Allocate a frame for each of ``pfns``, in random order, as long as there are free ones. See alloc_extents."""
+        """Allocate a random frame for each of ``pfns``. See alloc_extents."""
         limit = np.uint64((COMPAT_EXTENTS if compat else self.extents) * EXTENT_FRAMES)
         missing = len(pfns) + 1 - int(np.count_nonzero(self._free_frames < limit))  # one to spare
         if missing > 0:
@@ -293,7 +313,10 @@ class FrameTable:
         return mfns
 
     def alloc_special(self, owner: int) -> int:
-        """Allocate a page of Xen's own that a domain may map: shared info. It has no pfn. Raises NoMemoryError."""
+        """Allocate a page of Xen's own that a domain may map: shared info. It has no pfn.
+
+        Raises NoMemoryError.
+        """
         if not self._reserved:
             raise NoMemoryError
         mfn = int(self._reserved.pop(0))
@@ -303,7 +326,10 @@ class FrameTable:
         return mfn
 
     def put_refs(self, rows: I64, counts: I64 | int = 1) -> None:
-        """Drop references to frames, and free those without any left. No row may appear twice."""
+        """Drop references to frames, and free those without any left.
+
+        No row may appear twice.
+        """
         self.rows.ref_count[rows] -= np.uint32(counts) if isinstance(counts, int) else counts.astype(np.uint32)
         self._free_rows(rows[self.rows.ref_count[rows] == 0])
 
@@ -379,7 +405,10 @@ class FrameTable:
         return out
 
     def was_written(self, mfns: U64) -> Mask:
-        """Return which frames were written since they were allocated; all others are zeroes."""
+        """Return which frames were written since they were allocated.
+
+        All others are zeroes.
+        """
         _, slot, row = self._locate(mfns)
         return np.asarray(np.where(slot > 0, self.rows.content[row], 0) != 0)
 
@@ -400,7 +429,10 @@ class FrameTable:
         return self._content[number]
 
     def entries(self, mfn: int) -> U64:
-        """Return the 512 page table entries of one frame. Writing to the array writes the frame."""
+        """Return the 512 page table entries of one frame.
+
+        Writing to the array writes the frame.
+        """
         entries: U64 = as_ptes(self.page(mfn)[None])[0]
         return entries
 

@@ -1,4 +1,7 @@
-"""What a guest program sees of the model: hypercalls, xenstore, and memory through its own page tables."""
+"""What a guest program sees of the model.
+
+Hypercalls, xenstore, and memory through its own page tables.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,10 @@ class GuestShutDown(Exception):
 
 
 class GuestView:
-    """A running guest. Hypercalls raise HostError; accesses to memory raise Fault, as a guest takes a page fault."""
+    """A running guest.
+
+    Hypercalls raise HostError; accesses to memory raise Fault, as a guest takes a page fault.
+    """
 
     def __init__(self, hypervisor: Hypervisor, store: ModelXenStore, domid: DomId) -> None:
         self._hypervisor, self._store = hypervisor, store
@@ -39,7 +45,10 @@ class GuestView:
         return self._hypervisor.frames.read(mfns).tobytes()[vaddr % PAGE_SIZE :][:length]
 
     def write(self, vaddr: int, data: bytes) -> None:
-        """Write bytes at a virtual address. Writes nothing if one of the pages is not writable."""
+        """Write bytes at a virtual address.
+
+        Writes nothing if one of the pages is not writable.
+        """
         if not data:
             return
         first, last = vaddr // PAGE_SIZE, (vaddr + len(data) - 1) // PAGE_SIZE
@@ -60,7 +69,10 @@ class GuestView:
         return self._hypervisor.frames.read(self.translate_pages(vaddrs))
 
     def write_pages(self, vaddrs: U64, pages: U8) -> None:
-        """Write whole pages, uint8 (n, 4096). Writes nothing if one of them is not writable."""
+        """Write whole pages, uint8 (n, 4096).
+
+        Writes nothing if one of them is not writable.
+        """
         mfns = self.translate_pages(vaddrs, write=True)
         self._hypervisor.frames.write(mfns, pages)
         self._hypervisor.mark_dirty(self.domid, mfns)
@@ -73,7 +85,10 @@ class GuestView:
         return self.translate_pages(np.uint64(vaddr) + step, write=write)
 
     def translate_pages(self, vaddrs: U64, *, write: bool = False) -> U64:
-        """Return the frame of each virtual page. Fault if one is not present, or with ``write`` not writable."""
+        """Return the frame of each virtual page.
+
+        Fault if one is not present, or with ``write`` not writable.
+        """
         out = np.empty(len(vaddrs), np.uint64)
         required = np.uint64(PTE_P | (PTE_RW if write else 0))
         for table, rows, slots in self._by_table(vaddrs, write=write):
@@ -86,7 +101,10 @@ class GuestView:
         return out
 
     def _by_table(self, vaddrs: U64, *, write: bool) -> Iterator[tuple[int, I64, I64]]:
-        """Yield each L1 table that maps some of the addresses: its mfn, which addresses, and their slots in it."""
+        """Yield the L1 tables that map the addresses.
+
+        For each its mfn, the rows of its addresses, and their slots.
+        """
         if not len(vaddrs):
             return
         order = np.argsort(vaddrs, kind="stable")
@@ -126,11 +144,15 @@ class GuestView:
         return self._hypervisor.vcpu_frames(self.domid)[0]
 
     def mmu_update(self, updates: Sequence[tuple[int, int, int]]) -> None:
-        """Write page table entries: (mfn of the table, slot, entry) each, up to the first that Xen refuses."""
+        """Write page table entries, up to the first that Xen refuses.
+
+        Args:
+            updates: The mfn of the table, the slot and the entry of each.
+        """
         self._hypervisor.mmu_update(self.domid, updates)
 
     def update_va_mapping(self, vaddrs: U64, ptes: U64) -> None:
-        """Write the L1 entries that map addresses, as a multicall does, up to the first that Xen refuses.
+        """Write the L1 entries that map addresses, up to the first refused one.
 
         HostError: EINVAL if there is no L1 table; otherwise as mmu_update.
         """
@@ -163,16 +185,19 @@ class GuestView:
         return self._hypervisor.populate_physmap(self.domid, pfns, order)
 
     def decrease_reservation(self, mfns: U64, order: int = 0) -> int:
-        """Return memory to Xen. How many extents Xen took."""
+        """Return memory to Xen. Return how many extents Xen took."""
         return self._hypervisor.decrease_reservation(self.domid, mfns, order)
 
     def m2p(self, mfns: U64) -> U64:
-        """Return the pfn of each frame, from the machine-to-phys table, which every guest may read."""
+        """Return the pfn of each frame. Every guest may read the m2p."""
         return self._hypervisor.m2p(mfns)
 
     @property
     def memory_map(self) -> int | None:
-        """How many pages from pfn 0 on XENMEM_memory_map reports; None if the builder set no memory map."""
+        """How many pages from pfn 0 on XENMEM_memory_map reports.
+
+        None if the builder set no memory map.
+        """
         return self._hypervisor.domain("memory_map", self.domid).memory_map_pages
 
     def shutdown(self, reason: int, record: int = 0) -> NoReturn:
@@ -191,7 +216,7 @@ class GuestView:
     # -- registers, shared info, events, xenstore
 
     def register(self, name: str) -> int:
-        """Return a register of the vcpu, by the name that both widths share: "si", "sp", "ax"."""
+        """Return a register, by the name that both widths share: "si", "sp"."""
         context = VCPU_GUEST_CONTEXT.read(self._hypervisor.vcpu_context(self.domid, 0), self.width)
         return int(context["user_regs"][self._register_name(name)])
 
@@ -222,7 +247,10 @@ class GuestView:
         return self._hypervisor.consume_event(self.domid, port)
 
     def xenstore_read(self, path: str) -> bytes | None:
-        """Return one of the domain's own nodes in xenstore, such as "control/shutdown"; None if it does not exist."""
+        """Return one of the domain's own nodes in xenstore, such as "control/shutdown".
+
+        None if it does not exist.
+        """
         return self._store.read(f"{xenstore_nodes.home(self.domid)}/{path}")
 
     def xenstore_write(self, path: str, value: bytes) -> None:

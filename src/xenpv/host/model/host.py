@@ -1,4 +1,4 @@
-"""ModelHost: a host with Xen's memory rules, in process, so that nothing here needs a hypervisor to be tested."""
+"""ModelHost: a host with Xen's memory rules, in process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ _IRET = 23  # the one hypercall that does not return, and whose code differs
 
 
 class ModelHost:
-    """A host with a dom0, as the Mover protocol has it. What guests call is in ``hypervisor``.
+    """A host with a dom0, as the Mover protocol has it.
+
+    What guests call is in ``hypervisor``.
 
     Args:
         size: Bytes of memory, up to 16 TiB. Memory that is never touched costs nothing.
@@ -287,7 +289,10 @@ class ModelHost:
             self.store.write(node.path, node.value.encode())
 
     def _check_writable(self, op: str, domid: DomId, mfns: U64) -> ModelDomain:
-        """Return the domain; HostError unless all frames are its own and can be mapped writable."""
+        """Return the domain.
+
+        HostError unless all frames are its own and can be mapped writable.
+        """
         domain = self.hypervisor.domain(op, domid)
         self._check_ownership(op, domid, mfns)
         first = first_bad(~self.types.can_map_writable(domain.owner, mfns))
@@ -297,7 +302,10 @@ class ModelHost:
         return domain
 
     def _check_ownership(self, op: str, domid: DomId, mfns: U64) -> None:
-        """Raise HostError (EINVAL) unless all frames are the domain's memory. Xen's pages for it are not."""
+        """Raise HostError (EINVAL) unless all frames are the domain's memory.
+
+        Xen's pages for it are not.
+        """
         owned = self.hypervisor.is_owned(op, domid, mfns) & ((self.frames.types(mfns)[1] & SPECIAL) == 0)
         if (first := first_bad(~owned)) is not None:
             raise host_error(op, errno.EINVAL, domid, f"mfn {int(mfns[first]):#x} is not the domain's")

@@ -1,4 +1,4 @@
-"""The modelled hypervisor: frames, page types and domains, and the hypercalls that guests make.
+"""The modelled hypervisor: frames, page types, domains, and hypercalls.
 
 Rules and errnos are those of Xen. Where the model and Xen differ, the model is wrong.
 
@@ -22,7 +22,9 @@ from xenpv.host.model.page_types import HypercallError, PageTypes
 
 
 class Hypervisor:
-    """Frames, their types, and domains. Every call raises HostError, with the errno that Xen gives.
+    """Frames, their types, and domains.
+
+    Every call raises HostError, with the errno that Xen gives.
 
     Args:
         size: Bytes of memory.
@@ -37,13 +39,19 @@ class Hypervisor:
     # -- looking up what a call is about
 
     def domain(self, op: str, domid: DomId) -> ModelDomain:
-        """Return a domain; HostError (ESRCH) if it does not exist. ``op`` names the call in errors."""
+        """Return a domain; HostError (ESRCH) if it does not exist.
+
+        ``op`` names the call in errors.
+        """
         if domid not in self.domains:
             raise host_error(op, errno.ESRCH, domid)
         return self.domains[domid]
 
     def vcpu(self, op: str, domid: DomId, vcpu: int) -> tuple[ModelDomain, Vcpu]:
-        """Return a domain and one of its vcpus; HostError (ESRCH, EINVAL) if there is none of that number."""
+        """Return a domain and one of its vcpus.
+
+        HostError (ESRCH, EINVAL) if there is none of that number.
+        """
         domain = self.domain(op, domid)
         if not 0 <= vcpu < len(domain.vcpus):
             raise host_error(op, errno.EINVAL, domid, f"no vcpu {vcpu}")
@@ -91,7 +99,7 @@ class Hypervisor:
         return allocate(domain.owner_id, pfns[:allowed].astype(np.uint64), compat=domain.width == 4)
 
     def decrease_reservation(self, domid: DomId, mfns: U64, order: int = 0) -> int:
-        """XENMEM_decrease_reservation: return frames to Xen, up to the first extent that is not the domain's.
+        """XENMEM_decrease_reservation, up to the first extent of somebody else.
 
         A frame that something still refers to (a mapping, a pin) stays the domain's until nothing does.
 
@@ -135,11 +143,11 @@ class Hypervisor:
         return len(mfns)
 
     def m2p(self, mfns: U64) -> U64:
-        """Return the pfn that the machine-to-phys table has for each mfn, all ones for none."""
+        """Return the pfn of each mfn by the m2p, all ones for none."""
         return self.frames.m2p(mfns)
 
     def machphys_update(self, domid: DomId, mfns: U64, pfns: U64) -> None:
-        """MMU_MACHPHYS_UPDATE: set the pfn of each of the domain's frames, up to the first that is not."""
+        """MMU_MACHPHYS_UPDATE, up to the first frame that is not the domain's."""
         domain = self.domain("mmu_update", domid)
         bad = ~self.is_owned("mmu_update", domid, mfns)
         foreign = first_bad(bad)
@@ -153,20 +161,28 @@ class Hypervisor:
     # -- page tables
 
     def mmu_update(self, domid: DomId, updates: Sequence[tuple[int, int, int]]) -> None:
-        """MMU_NORMAL_PT_UPDATE: write entries, (mfn of the table, slot, entry) each, up to the first refused one."""
+        """MMU_NORMAL_PT_UPDATE, up to the first refused entry.
+
+        Args:
+            domid: The domain.
+            updates: The mfn of the table, the slot and the entry of each.
+        """
         domain = self.domain("mmu_update", domid)
         with self.raising_host_errors("mmu_update", domid):
             for mfn, slot, pte in updates:
                 self.types.update_entry(domain.owner, mfn, slot, pte)
 
     def update_l1_entries(self, domid: DomId, mfn: int, slots: I64, ptes: U64) -> None:
-        """Write entries of one L1 table, up to the first refused one; equal to as many mmu_updates."""
+        """Write entries of one L1 table, up to the first refused one.
+
+        Equal to as many mmu_updates.
+        """
         domain = self.domain("mmu_update", domid)
         with self.raising_host_errors("mmu_update", domid):
             self.types.update_l1_entries(domain.owner, mfn, slots, ptes)
 
     def pin(self, domid: DomId, mfn: int, level: int) -> None:
-        """MMUEXT_PIN_L1_TABLE to L4: validate a table of that level and all below it, and keep it one."""
+        """MMUEXT_PIN_L1_TABLE to L4: validate a table and all below, and pin it."""
         domain = self.domain("mmuext_op", domid)
         with self.raising_host_errors("mmuext_op", domid):
             self.types.pin(domain.owner, mfn, level)
@@ -178,7 +194,10 @@ class Hypervisor:
             self.types.unpin(domain.owner, mfn)
 
     def load_cr3(self, domid: DomId, mfn: int, *, vcpu: int = 0, user: bool = False) -> None:
-        """MMUEXT_NEW_BASEPTR; with ``user`` MMUEXT_NEW_USER_BASEPTR, where mfn 0 means none."""
+        """MMUEXT_NEW_BASEPTR.
+
+        With ``user`` MMUEXT_NEW_USER_BASEPTR, where mfn 0 means none.
+        """
         domain, v = self.vcpu("mmuext_op", domid, vcpu)
         load = v.load_guest_table_user if user else v.load_guest_table
         with self.raising_host_errors("mmuext_op", domid):
@@ -187,7 +206,10 @@ class Hypervisor:
     # -- vcpus and shared info
 
     def vcpu_context(self, domid: DomId, vcpu: int) -> bytes:
-        """Return the vcpu_guest_context. HostError: EINVAL for no such vcpu, ENODATA for one that was never set."""
+        """Return the vcpu_guest_context.
+
+        HostError: EINVAL for no such vcpu, ENODATA for one that was never set.
+        """
         domain, v = self.vcpu("getvcpucontext", domid, vcpu)
         if v.context is None:
             raise host_error("getvcpucontext", errno.ENODATA, domid, f"vcpu {vcpu} is not initialised")
@@ -202,7 +224,10 @@ class Hypervisor:
             v.set_context(self.types, domain.owner, bytes(context))
 
     def vcpu_frames(self, domid: DomId, vcpu: int = 0) -> tuple[int, ...]:
-        """Return the mfns that Xen holds for a vcpu: its guest_table, its guest_table_user (0: none), its GDT."""
+        """Return the mfns that Xen holds for a vcpu.
+
+        They are guest_table, guest_table_user (0: none), and those of its GDT.
+        """
         v = self.vcpu("getvcpucontext", domid, vcpu)[1]
         return (v.guest_table, v.guest_table_user, *v.gdt_frames)
 
@@ -221,7 +246,7 @@ class Hypervisor:
     # -- events and scheduling
 
     def alloc_event_channel(self, domid: DomId, remote: int = 0) -> int:
-        """EVTCHNOP_alloc_unbound: return a port of the domain, from 1 on, to which ``remote`` may bind."""
+        """EVTCHNOP_alloc_unbound: return a port, from 1 on, for ``remote``."""
         ports = self.domain("evtchn_alloc_unbound", domid).ports
         ports.append(remote)
         return len(ports)

@@ -46,7 +46,10 @@ class HypercallError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A domain as page types know it. ``low_l3``: its PAE top-level tables must lie below 4 GiB."""
+    """A domain as page types know it.
+
+    ``low_l3``: its PAE top-level tables must lie below 4 GiB.
+    """
 
     id: int
     width: Width
@@ -71,7 +74,10 @@ class PageTypes:
     # -- references
 
     def get_page_type(self, owner: Owner, mfn: int, page_type: int, *, pae_xen_l2: bool = False) -> None:
-        """Take a reference to a frame as a page type. If that is impossible, HypercallError, and nothing changes."""
+        """Take a reference to a frame as a page type.
+
+        If that is impossible, HypercallError, and nothing changes.
+        """
         row = self._frames.row_if_owned(mfn, owner.id)
         if row < 0:
             raise HypercallError(errno.EINVAL, f"mfn {mfn:#x} is not the domain's")
@@ -164,7 +170,9 @@ class PageTypes:
             raise HypercallError(errno.EINVAL, f"the L2 of L3[3] of mfn {table:#x} is in use elsewhere")
 
     def _get_linear_pagetable(self, owner: Owner, table: int, level: int, pte: int) -> bool:
-        """Take the reference of an entry that maps a table of its own level. Whether that is allowed.
+        """Take the reference of an entry that maps a table of its own level.
+
+        Return whether that is allowed.
 
         It must be read-only, and a table that has such entries must not be mapped by one.
         """
@@ -203,7 +211,10 @@ class PageTypes:
             entries[present] = _adjust_l1_entries(entries[present])
 
     def _get_pages_from_l1(self, owner: Owner, table: int, ptes: U64, slots: I64) -> None:
-        """Take the references of entries of an L1 table. If one is bad, HypercallError, and nothing changes."""
+        """Take the references of entries of an L1 table.
+
+        If one is bad, HypercallError, and nothing changes.
+        """
         mfns = pte_frames(ptes)
         writable = (ptes & np.uint64(PTE_RW)) != 0
         errnos = np.zeros(len(ptes), np.int64)
@@ -233,7 +244,10 @@ class PageTypes:
     # -- what hypercalls ask for
 
     def pin(self, owner: Owner, mfn: int, level: int) -> None:
-        """MMUEXT_PIN_L1_TABLE to L4. A 32-bit domain has no L4; Xen ignores that one. Raises HypercallError."""
+        """MMUEXT_PIN_L1_TABLE to L4. A 32-bit domain has no L4; Xen ignores that one.
+
+        Raises HypercallError.
+        """
         if level == 4 and owner.width == 4:
             return
         self.get_page_type(owner, mfn, level)
@@ -256,7 +270,10 @@ class PageTypes:
         self.put_page_type(owner, mfn)
 
     def update_entry(self, owner: Owner, mfn: int, slot: int, pte: int) -> None:
-        """MMU_NORMAL_PT_UPDATE: take the new entry's references, drop the old one's. Raises HypercallError."""
+        """MMU_NORMAL_PT_UPDATE: take the new entry's references, drop the old one's.
+
+        Raises HypercallError.
+        """
         row = self._frames.row_if_owned(mfn, owner.id)
         if row < 0:
             raise HypercallError(errno.EINVAL, f"mfn {mfn:#x} is not the domain's")
@@ -284,7 +301,10 @@ class PageTypes:
             self._put_page_from_entry(owner, mfn, page_type, old)
 
     def update_l1_entries(self, owner: Owner, mfn: int, slots: I64, ptes: U64) -> None:
-        """Update entries of an L1 table, with the result that update_entry has one by one. Raises HypercallError."""
+        """Update entries of an L1 table, with the result that update_entry has one by one.
+
+        Raises HypercallError.
+        """
         row = self._frames.row_if_owned(mfn, owner.id)
         entries = self._frames.entries(mfn)
         old = entries[slots]
@@ -315,7 +335,10 @@ class PageTypes:
         return owned
 
     def get_writable(self, mfns: U64) -> I64:
-        """Take a reference to frames as writable, which must be possible. Their rows, for put_writable."""
+        """Take a reference to frames as writable, which must be possible.
+
+        Their rows, for put_writable.
+        """
         rows = np.unique(self._frames.rows_of(mfns))
         self._rows.type[rows] = WRITABLE
         self._rows.type_count[rows] += np.uint32(1)
@@ -351,7 +374,10 @@ def _adjust_entry(pte: int, level: int, width: Width) -> int:
 
 
 def _adjust_l1_entries(ptes: U64) -> U64:
-    """Return present L1 entries of a 64-bit guest as Xen stores them: its kernel runs in ring 3, and so needs US."""
+    """Return present L1 entries of a 64-bit guest as Xen stores them.
+
+    They have US, because its kernel runs in ring 3.
+    """
     kernel = (ptes & np.uint64(PTE_US)) == 0
     out = ptes | np.uint64(PTE_US)
     out[kernel] |= np.uint64(_GUEST_KERNEL)
@@ -360,7 +386,7 @@ def _adjust_l1_entries(ptes: U64) -> U64:
 
 
 def _fill_xen_slots(entries: U64, level: int, xen: Mask, mfn: int) -> None:
-    """Fill Xen's slots of a validated table, as Xen does, with entries that name no frame of the guest."""
+    """Fill Xen's slots of a validated table. They name no frame of the guest."""
     if level == 3 or not xen.any():
         return
     xen_pte = RESERVED // 2 << 21 | PTE_P | PTE_RW | PTE_A | PTE_D

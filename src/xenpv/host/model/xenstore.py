@@ -1,4 +1,7 @@
-"""A xenstore for ModelHost: paths, values and watches, without permissions, quotas or transactions."""
+"""A xenstore for ModelHost: paths, values and watches.
+
+It has no permissions, quotas or transactions.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ class ModelXenStore:
         self._fire_watches(path)
 
     def remove(self, path: str) -> bool:
-        """Remove a node and all below it. Whether there was one."""
+        """Remove a node and all below it. Return whether there was one."""
         removed = [p for p in self._nodes if p == path or p.startswith(path + "/")]
         for p in removed:
             del self._nodes[p]
@@ -41,7 +44,7 @@ class ModelXenStore:
         return sorted({p[len(prefix) :].split("/")[0] for p in self._nodes if p.startswith(prefix) and p != "/"})
 
     def watch(self, path: str, token: str, callback: Watch) -> None:
-        """Call back at once, as xenstored does, and then for each change at or below the path."""
+        """Call back at once, and then for each change at or below the path."""
         self._watches[path, token] = callback
         callback(path, token)
 

@@ -1,4 +1,4 @@
-"""What XenHost reads and sets of a vcpu beyond its context, of a domain's TSC and of its CPU policy."""
+"""Vcpu state beyond the context, TSC and CPU policy of real domains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ _NO_CULPRIT = 0xFFFF_FFFF  # Xen blames no leaf, subleaf or MSR
 
 
 class CpuState:
-    """The domctls for vcpu state, TSC and CPU policy. ``max_vcpu`` returns a domain's highest vcpu number."""
+    """The domctls for vcpu state, TSC and CPU policy.
+
+    ``max_vcpu`` returns a domain's highest vcpu number.
+    """
 
     def __init__(self, calls: Hypercalls, max_vcpu: Callable[[DomId], int]) -> None:
         self._calls, self._max_vcpu = calls, max_vcpu
@@ -108,7 +111,10 @@ class CpuState:
     def _vcpu_domctl(
         self, command: int, op: str, domid: DomId, vcpu: int, struct: Struct, *expected: int, **arguments: Any
     ) -> tuple[int, np.void]:
-        """Make a domctl about a vcpu. 0 or one of the ``expected`` errnos, and the arguments as Xen leaves them."""
+        """Make a domctl about a vcpu.
+
+        0 or one of the ``expected`` errnos, and the arguments as Xen leaves them.
+        """
         if not 0 <= vcpu <= self._max_vcpu(domid):
             raise host_error(op, errno.EINVAL, domid, f"it has no vcpu {vcpu}")
         number, result = self._calls.try_domctl(command, op, domid, struct, vcpu=vcpu, **arguments)

@@ -1,4 +1,4 @@
-"""Numbers and structs of the hypercalls that XenHost makes, by Xen version where they differ.
+"""Numbers and structs of XenHost's hypercalls, by version of Xen.
 
 The interface of domctls and sysctls is not stable: XenHost supports the versions in INTERFACES and no others. A test
 in tests/host/xen checks all of it against Xen's public headers with gcc.

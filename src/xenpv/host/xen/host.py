@@ -1,4 +1,4 @@
-"""XenHost: the Xen that this dom0 runs on, as the Mover protocol (and so the Host and Toolstack protocols) has it."""
+"""XenHost: the Xen that this dom0 runs on, as a Host, Toolstack and Mover."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ _FIRST_MIB = (1 << 20) // PAGE_SIZE
 
 
 class XenHost:
-    """The Xen that this dom0 runs on. Opening it needs root in dom0 and changes nothing; else HostError says why.
+    """The Xen that this dom0 runs on.
+
+    Opening it needs root in dom0 and changes nothing; else HostError says why.
 
     Threads may share one: Xen's libraries lock what they share, ctypes releases the GIL in each call, and no call
     keeps state for another. Only close() must come last.
@@ -115,7 +117,7 @@ class XenHost:
         return self._domain_info(self._getdomaininfo(domid))
 
     def _getdomaininfolist(self, first: DomId, count: int) -> np.ndarray:
-        """Return struct xen_domctl_getdomaininfo of up to ``count`` domains, from domid ``first`` on."""
+        """Return the getdomaininfo of up to ``count`` domains, from ``first`` on."""
         struct = self._interface.getdomaininfo
         size = struct.size(8)
         with self._calls.buffer(count * size) as buffer:
@@ -137,7 +139,7 @@ class XenHost:
         raise host_error("getdomaininfo", errno.ESRCH, domid)
 
     def _domain_info(self, raw: np.void) -> DomainInfo:
-        """Return the DomainInfo of a struct xen_domctl_getdomaininfo, with its name and width."""
+        """Return the DomainInfo of a struct xen_domctl_getdomaininfo."""
         domid, flags = DomId(int(raw["domain"])), int(raw["flags"])
         shutdown = bool(flags & domctl.DOMINF_SHUTDOWN)
         handle = raw["handle"].tobytes()
@@ -213,7 +215,10 @@ class XenHost:
         return ram_bounds(e820)
 
     def is_ram(self, mfns: U64) -> Mask:
-        """Return which frames are certainly RAM, and so no device's registers. Frames below 1 MiB never are."""
+        """Return which frames are certainly RAM, and so no device's registers.
+
+        Frames below 1 MiB never are.
+        """
         bounds_passed = np.searchsorted(self._ram_bounds, mfns, side="right")
         return (bounds_passed & 1).astype(np.bool_)
 
@@ -402,7 +407,10 @@ class XenHost:
         return mfns[:populated]
 
     def _populate_batch(self, domid: DomId, extents: U64, order: int) -> int:
-        """Populate pfns; replace them by the (first) mfns in place. How many were populated."""
+        """Populate pfns; replace them by the (first) mfns in place.
+
+        Return how many were populated.
+        """
         op, struct = "populate_physmap", domctl.RESERVATION
         with self._calls.buffer(extents.nbytes) as numbers, self._calls.buffer(struct.size(8)) as argument:
             array = numbers.array.view("<u8")[: len(extents)]
@@ -462,7 +470,10 @@ class XenHost:
                 raise host_error(op, number, domid, reason)
 
     def _check_ownership(self, op: str, domid: DomId, mfns: U64) -> None:
-        """Raise HostError (EINVAL) unless all frames are the domain's memory. A device's registers are not."""
+        """Raise HostError (EINVAL) unless all frames are the domain's memory.
+
+        A device's registers are not.
+        """
         types = self.page_types(domid, mfns)
         foreign = (types == PageType.XTAB) | (types == PageType.BROKEN)
         if (first := first_bad(foreign)) is not None:
@@ -572,11 +583,17 @@ class XenHost:
             self._log_dirty.disable(domid)
 
     def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
-        """See Mover. Allocates a bit for each of ``pages`` while it runs: 512 MiB for 2^32."""
+        """See Mover.
+
+        Allocates a bit for each of ``pages`` while it runs: 512 MiB for 2^32.
+        """
         return self._log_dirty.dirty_pfns(domid, pages, clean=clean)
 
     def request_shutdown(self, domid: DomId, value: str) -> None:
-        """See Mover. A guest that has seen a request empties the node itself: there is nothing to withdraw then."""
+        """See Mover.
+
+        A guest that has seen a request empties the node itself: there is nothing to withdraw then.
+        """
         self._getdomaininfo(domid)
         home = xenstore_nodes.home(domid)
         path = f"{home}/{xenstore_nodes.CONTROL_SHUTDOWN}"
@@ -601,13 +618,16 @@ class XenHost:
 
 
 def _max_vcpu_of(info: np.void) -> int:
-    """Return the highest vcpu number in a struct xen_domctl_getdomaininfo; -1 if the domain has no vcpu."""
+    """Return the highest vcpu number in a struct xen_domctl_getdomaininfo.
+
+    -1 if the domain has no vcpu.
+    """
     max_vcpu_id = int(info["max_vcpu_id"])
     return -1 if max_vcpu_id == domctl.INVALID_MAX_VCPU_ID else max_vcpu_id
 
 
 def ram_bounds(e820: bytes) -> U64:
-    """Return where RAM starts and ends, in mfns, ascending: start, end, start, end, and so on.
+    """Return where RAM starts and ends, in mfns: start, end, start, and so on.
 
     Pages that are RAM in part are left out, and so is the first MiB, which Xen gives to any domain that may do I/O.
 

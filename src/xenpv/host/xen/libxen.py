@@ -1,4 +1,4 @@
-"""Hypercalls and foreign mappings through ctypes: bindings of libxencall and libxenforeignmemory.
+"""Hypercalls and foreign mappings: libxencall and libxenforeignmemory.
 
 Importing this module loads nothing native. XenHost opens the libraries, whose interface is stable; xenstore.py binds
 libxenstore in the same way.
@@ -83,7 +83,7 @@ def _as_array(memory: ctypes.Array[ctypes.c_uint8]) -> frames.U8:
 
 
 class Buffer:
-    """Memory that a hypercall may read and write: ``address`` for Xen, ``array`` (uint8) for us."""
+    """Memory for a hypercall: ``address`` for Xen, ``array`` (uint8) for us."""
 
     __slots__ = ("address", "array")
 
@@ -93,7 +93,10 @@ class Buffer:
 
 
 class Hypercalls:
-    """Hypercalls through libxencall. ``interface`` must be set before the first domctl or sysctl."""
+    """Hypercalls through libxencall.
+
+    ``interface`` must be set before the first domctl or sysctl.
+    """
 
     def __init__(self) -> None:
         library = open_library(LIBXENCALL)
@@ -139,7 +142,10 @@ class Hypercalls:
             raise HostError("this host has been closed", op="close")
 
     def call(self, hypercall: int, command: int, address: int, op: str, domid: DomId | None = None) -> int:
-        """Make the hypercall ``hypercall(command, address)``. Its result, which is never negative."""
+        """Make the hypercall ``hypercall(command, address)``.
+
+        Its result, which is never negative.
+        """
         self._check_open()
         result = int(self._call2(self._handle, hypercall, command, address))
         if result == -1:
@@ -159,7 +165,10 @@ class Hypercalls:
     def try_domctl(
         self, command: int, op: str, domid: DomId, struct: Struct, /, **arguments: Any
     ) -> tuple[int, np.void]:
-        """Make a domctl whose arguments explain a failure. The errno or 0, and the arguments as Xen leaves them."""
+        """Make a domctl whose arguments explain a failure.
+
+        Return the errno or 0, and the arguments as Xen leaves them.
+        """
         assert self.interface
         head = (command, self.interface.domctl, domid)
         number, _, result = self._control(DOMCTL, head, op, struct, arguments)
@@ -184,7 +193,10 @@ class Hypercalls:
             return members[0].copy()  # type: ignore[no-any-return]
 
     def mmuext_op(self, domid: DomId, commands: frames.U8, mfns: frames.U64) -> tuple[int, int]:
-        """Make MMU operations on a domain's frames. How many succeeded, and the errno of the one that failed, or 0."""
+        """Make MMU operations on a domain's frames.
+
+        Return how many succeeded, and the errno of the one that failed, or 0.
+        """
         self._check_open()
         size = MMUEXT.size(8)
         with self.buffer(size * len(mfns)) as buffer, self.buffer(8) as done:
@@ -207,7 +219,9 @@ class Hypercalls:
     def _control(
         self, hypercall: int, head: tuple[int, ...], op: str, struct: Struct, arguments: dict[str, Any]
     ) -> tuple[int, int, np.void]:
-        """Make a domctl or sysctl. The errno or 0, and the domain and the arguments as Xen leaves them.
+        """Make a domctl or sysctl.
+
+        Return the errno or 0, and the domain and the arguments as Xen leaves them.
 
         Args:
             hypercall: DOMCTL or SYSCTL.
@@ -330,7 +344,7 @@ class ForeignMemory:
 
     @contextlib.contextmanager
     def map_resource(self, domid: DomId, kind: int, number: int) -> Iterator[frames.U8]:
-        """Map the first frame of a resource that Xen keeps for a domain, writable until the block ends."""
+        """Map the first frame of a domain's resource, writable within the block."""
         address = ctypes.c_void_p()
         read_write = mmap.PROT_READ | mmap.PROT_WRITE
         mapping = self._map_resource(self._handle, domid, kind, number, 0, 1, ctypes.byref(address), read_write, 0)

@@ -20,13 +20,19 @@ _WORDS_AT_ONCE = 1 << 16  # half a MiB of bitmap, 4 Mi pfns: what fits into a ca
 
 
 class LogDirty:
-    """Log-dirty mode of domains. Xen keeps the log in a domain's shadow memory, which is allocated for it."""
+    """Log-dirty mode of domains.
+
+    Xen keeps the log in a domain's shadow memory, which is allocated for it.
+    """
 
     def __init__(self, calls: Hypercalls) -> None:
         self._calls = calls
 
     def enable(self, info: DomainInfo, max_pfn: int) -> None:
-        """Start logging. ``max_pfn`` is the domain's arch.max_pfn. HostError: see Mover.log_dirty."""
+        """Start logging. ``max_pfn`` is the domain's arch.max_pfn.
+
+        HostError: see Mover.log_dirty.
+        """
         domid = info.domid
         self._grow_shadow_memory(info, max_pfn)
         try:
@@ -61,7 +67,10 @@ class LogDirty:
         self._shadow_op(info.domid, domctl.SHADOW_OP_SET_ALLOCATION, mb=-(-pages >> (20 - PAGE_SHIFT)))
 
     def dirty_pfns(self, domid: DomId, pages: int, *, clean: bool) -> U64:
-        """See Mover. Allocates a bit for each of ``pages`` while it runs: 512 MiB for 2^32."""
+        """See Mover.
+
+        Allocates a bit for each of ``pages`` while it runs: 512 MiB for 2^32.
+        """
         self._check_enabled(domid)
         command = domctl.SHADOW_OP_CLEAN if clean else domctl.SHADOW_OP_PEEK
         size = -(-pages // 64) * 8
@@ -88,7 +97,10 @@ class LogDirty:
             raise host_error(_OP, errno.EINVAL, domid, "log-dirty is disabled")
 
     def _free_shadow_memory(self, domid: DomId) -> bool:
-        """Free a domain's shadow memory. Whether Xen freed it; it does not while the memory is in use."""
+        """Free a domain's shadow memory.
+
+        Return whether Xen freed it; it does not while the memory is in use.
+        """
         try:
             self._shadow_op(domid, domctl.SHADOW_OP_SET_ALLOCATION, mb=0)
         except HostError as error:

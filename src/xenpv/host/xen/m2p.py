@@ -19,7 +19,10 @@ _UNKNOWN, _MAPPED, _HOLE = 0, 1, 2
 
 
 class M2P:
-    """Xen's machine-to-phys table. Each chunk is mapped at the first look-up in it; addresses are reserved for all."""
+    """Xen's machine-to-phys table.
+
+    Each chunk is mapped at the first look-up in it; addresses are reserved for all.
+    """
 
     def __init__(self, calls: libxen.Hypercalls, memory: libxen.ForeignMemory, frames: int) -> None:
         self._memory = memory
@@ -39,7 +42,10 @@ class M2P:
         self._table: U64 = np.frombuffer(mmap.mmap(-1, chunks * _CHUNK_BYTES, flags, mmap.PROT_READ), np.uint64)
 
     def lookup(self, mfns: U64) -> U64:
-        """Return the pfn of each mfn; all ones beyond the host, and where the host has no memory."""
+        """Return the pfn of each mfn.
+
+        All ones beyond the host, and where the host has no memory.
+        """
         if len(mfns) and int(mfns.max()) < self._frames:
             first, last = int(mfns.min()) >> _CHUNK_SHIFT, int(mfns.max()) >> _CHUNK_SHIFT
             if (self._state[first : last + 1] == _MAPPED).all():  # the common case, and the fast one

@@ -1,4 +1,6 @@
-"""libxl's userdata files: the configuration of each domain, which xl needs to save a domain and to list it in full.
+"""libxl's userdata files: the configuration of each domain.
+
+xl needs it to save a domain, and to list it in full.
 
 A file's name has the domain's id and uuid. A file appears under its name only when it is complete.
 
@@ -22,7 +24,10 @@ _LOCK = "domain-userdata-lock"  # its holder removes it
 
 
 def write(domid: DomId, uuid: str | None, config: bytes, folder: _Folder = FOLDER) -> None:
-    """Store a domain's configuration where libxl looks for it. Does nothing on a host without libxl. HostError."""
+    """Store a domain's configuration where libxl looks for it.
+
+    Does nothing on a host without libxl. HostError.
+    """
     if not os.path.isdir(folder):
         return
     new, path = (f"{folder}/{_stem(domid, uuid, kind)}.{_CONFIGURATION}" for kind in "nd")
@@ -44,7 +49,10 @@ def write(domid: DomId, uuid: str | None, config: bytes, folder: _Folder = FOLDE
 
 
 def read(domid: DomId, uuid: str | None, folder: _Folder = FOLDER) -> bytes | None:
-    """Return a domain's configuration; None if there is none. HostError if it cannot be read."""
+    """Return a domain's configuration; None if there is none.
+
+    HostError if it cannot be read.
+    """
     try:
         with open(f"{folder}/{_stem(domid, uuid, 'd')}.{_CONFIGURATION}", "rb") as file:
             return file.read()

@@ -80,7 +80,10 @@ class XenStore:
             self._free(value)
 
     def write(self, domid: DomId, nodes: Iterable[Node]) -> None:
-        """Write all of these nodes, or none. They belong to dom0, or to the domain if it may write them."""
+        """Write all of these nodes, or none.
+
+        They belong to dom0, or to the domain if it may write them.
+        """
         node_list = list(nodes)
 
         def write_all(transaction: int) -> bool:
@@ -120,7 +123,10 @@ class XenStore:
         return written
 
     def remove(self, domid: DomId, paths: Iterable[str]) -> bool:
-        """Remove nodes, all below them, and parents that are left empty. Whether any of the nodes existed."""
+        """Remove nodes, all below them, and parents that are left empty.
+
+        Return whether any of the nodes existed.
+        """
         path_list = list(paths)
         any_existed = False
 
@@ -149,7 +155,10 @@ class XenStore:
         return count.value
 
     def _run_transaction(self, op: str, domid: DomId, change: Callable[[int], bool]) -> None:
-        """Run a transaction, again and again while others change the same nodes. ``change`` returns success."""
+        """Run a transaction, again and again while others change the same nodes.
+
+        ``change`` returns success.
+        """
         self.check_reachable(op, domid)
         for _ in range(_ATTEMPTS):
             transaction = self._begin(self._handle)
