@@ -43,7 +43,7 @@ def legacy() -> tuple[Stream, ...]:
 
 
 def target(data: bytes, n: int) -> None:
-    """Try one input as it is, or, of each two, a broken legacy stream instead."""
+    """Convert one input, or a mutated legacy stream for every odd number."""
     rng = Random(n)
     if n % 2:
         stream = Stream(rng.choice(legacy()))
@@ -52,7 +52,7 @@ def target(data: bytes, n: int) -> None:
         data = bytes(stream)
         if rng.random() < 0.15:
             data = data[: rng.randrange(len(data) + 1)]
-    wish = ConvertOptions(
+    options = ConvertOptions(
         rng.choice((None, Kind.XL, Kind.LIBXL, Kind.LIBXC)),
         batch=rng.choice((None, 1, 10)),
         drop_zero=rng.random() < 0.3,
@@ -61,25 +61,25 @@ def target(data: bytes, n: int) -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         source, out = Path(folder, "in"), Path(folder, "out")
         source.write_bytes(data)
-        taken = Input.open(str(source))
+        stream_input = Input.open(str(source))
         try:
-            done = convert(taken, str(out), wish)
+            result = convert(stream_input, str(out), options)
         except (StreamError, RequestError) as e:
             assert "\n" not in str(e)  # noqa: PT017
             assert [path.name for path in Path(folder).iterdir()] == ["in"]
-            if n % 2 == 0 and not wish.drop_zero and "device model" not in str(e):
-                assert faulty(source), f"refused without a reason: {e}"  # noqa: PT017
+            if n % 2 == 0 and not options.drop_zero and "device model" not in str(e):
+                assert faulty(source), f"refused a sound stream: {e}"  # noqa: PT017
             return
         finally:
-            taken.close()
+            stream_input.close()
         report = verify(str(out))
         assert report.ok, [str(finding) for finding in report.findings]
-        assert report.pages <= done.pages
-        assert done.bytes_out == out.stat().st_size
+        assert report.pages <= result.pages
+        assert result.bytes_out == out.stat().st_size
 
 
 def faulty(path: Path) -> bool:
-    """Whether verify finds an error or a warning in it, or no stream."""
+    """Return whether verify finds an error or a warning in a file, or no stream."""
     try:
         report = verify(str(path))
     except StreamError:
