@@ -195,7 +195,7 @@ with XenHost() as host:
 
         def walk():
             p2m = live.walk_p2m(way)
-            return sum(len(leaves.first) for leaves in p2m.content())
+            return sum(len(leaves.first) for leaves in p2m.iter_leaves())
 
         def check():
             PhysmapCheck(live, Findings()).run()
