@@ -51,7 +51,7 @@ OFFSETS = {
 
 
 @pytest.mark.parametrize("name", REFERENCE_SIZE)
-def test_sizes_are_those_of_reference_size(name: str) -> None:
+def test_struct_sizes_equal_reference_size(name: str) -> None:
     struct, size4, size8 = REFERENCE_SIZE[name]
     assert (struct.size(4), struct.size(8)) == (size4, size8)
     assert (struct[4].itemsize, struct[8].itemsize) == (size4, size8)
@@ -59,18 +59,18 @@ def test_sizes_are_those_of_reference_size(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OFFSETS)
-def test_offsets(name: str) -> None:
+def test_struct_offsets_equal_the_headers(name: str) -> None:
     struct, paths, at4, at8 = OFFSETS[name]
     assert (struct.offset(4, paths[4]), struct.offset(8, paths[8])) == (at4, at8)
 
 
-def test_blobs_of_records_are_the_same_at_both_widths() -> None:
+def test_record_structs_have_one_layout() -> None:
     for struct, size in ((EXT_VCPUCONTEXT, 64), (VCPU_MSR, 16), (CPUID_LEAF, 24), (MSR_ENTRY, 16)):
         assert struct.size(4) == struct.size(8) == size
     assert EXT_VCPUCONTEXT.size(8) <= EXT_VCPUCONTEXT_MAX
 
 
-def test_members_are_aligned_as_the_psabi_says() -> None:
+def test_struct_members_are_aligned_per_psabi() -> None:
     struct = Struct("s", "", a=U8, b=U64, c=U8, d=ULONG, e=U16)
     assert [struct.offset(8, name) for name in "abcde"] == [0, 8, 16, 24, 32]
     assert [struct.offset(4, name) for name in "abcde"] == [0, 4, 12, 16, 20]
@@ -78,7 +78,7 @@ def test_members_are_aligned_as_the_psabi_says() -> None:
     assert (struct.align(8), struct.align(4)) == (8, 4)
 
 
-def test_arrays_structs_and_members_of_one_width() -> None:
+def test_struct_with_nested_members_has_both_layouts() -> None:
     inner = Struct("inner", "", x=U32, y=ULONG)
     outer = Struct("outer", "", text=Chars(3), only=WidthOnly(4, U16), many=array(inner, 3, count4=2), last=inner)
     assert dict(outer.members(8)).keys() == {"text", "many", "last"}
@@ -89,12 +89,12 @@ def test_arrays_structs_and_members_of_one_width() -> None:
     assert isinstance(array(U8, 2), Array)
 
 
-def test_a_member_may_have_another_size_at_each_width() -> None:
+def test_scalar_sizes_differ_by_width() -> None:
     struct = Struct("s", "", a=Scalar(2, 4), b=U8)
     assert (struct.offset(4, "b"), struct.offset(8, "b")) == (2, 4)
 
 
-def test_the_dtype_agrees_with_the_declaration() -> None:
+def test_dtype_agrees_with_declaration() -> None:
     for struct in (START_INFO, SHARED_INFO, VCPU_GUEST_CONTEXT, EXT_VCPUCONTEXT):
         for width in (4, 8):
             dtype = struct[width]
@@ -104,7 +104,7 @@ def test_the_dtype_agrees_with_the_declaration() -> None:
                 assert dtype.fields[name][1] == struct.offset(width, name)
 
 
-def test_reading_is_little_endian_and_a_view() -> None:
+def test_struct_read_is_a_little_endian_view() -> None:
     data = bytearray(START_INFO.size(8) + 8)
     data[8 + 32 : 8 + 40] = (0x0102030405060708).to_bytes(8, "little")
     info = START_INFO.read(data, 8, offset=8)
@@ -115,7 +115,7 @@ def test_reading_is_little_endian_and_a_view() -> None:
         START_INFO.read(data[:100], 8)
 
 
-def test_names_are_those_of_c() -> None:
+def test_struct_names_are_those_of_c() -> None:
     context = np.zeros(1, VCPU_GUEST_CONTEXT[8])[0]
     context["user_regs"]["rdx"] = 0x1234
     assert context.tobytes()[616:618] == b"\x34\x12"

@@ -61,7 +61,7 @@ def members(struct: Struct, width: Width, prefix: str = "") -> Iterator[tuple[st
 
 
 @pytest.mark.parametrize("width", WIDTHS, ids=["64", "32"])
-def test_every_struct_has_the_size_and_the_members_that_c_has(include: Path, width: Width) -> None:
+def test_structs_have_size_and_members_of_c(include: Path, width: Width) -> None:
     expected: list[tuple[str, int]] = []
     for struct in STRUCTS.values():
         c = f"struct {struct.name}"
@@ -77,7 +77,7 @@ def test_every_struct_has_the_size_and_the_members_that_c_has(include: Path, wid
 
 
 @pytest.mark.parametrize("width", WIDTHS, ids=["64", "32"])
-def test_alignment(include: Path, width: Width) -> None:
+def test_structs_have_alignment_of_c(include: Path, width: Width) -> None:
     found = values(include, width, [f"__alignof__(struct {struct.name})" for struct in STRUCTS.values()])
     declared = [struct.align(width) for struct in STRUCTS.values()]
     # The tools' structs align 64-bit members to 8 at both widths (uint64_aligned_t). Their offsets are the same, since
@@ -128,13 +128,13 @@ ONE_WIDTH: dict[Width, dict[str, int]] = {
 
 
 @pytest.mark.parametrize("width", WIDTHS, ids=["64", "32"])
-def test_constants(include: Path, width: Width) -> None:
+def test_constants_equal_the_headers(include: Path, width: Width) -> None:
     expected = {e: v[width] if isinstance(v, dict) else v for e, v in CONSTANTS.items()} | ONE_WIDTH[width]
     assert dict(zip(expected, values(include, width, list(expected)), strict=True)) == expected
 
 
 @pytest.mark.parametrize("width", WIDTHS, ids=["64", "32"])
-def test_cr3_is_folded_as_the_macros_fold_it(include: Path, width: Width) -> None:
+def test_cr3_folding_equals_xens_macros(include: Path, width: Width) -> None:
     frames = [0, 1, 0xFFFFF, 0x10_0000, 0x10_0001, 0xABCD_EF01, 0xFFFF_FFFF]
     cr3s = values(include, width, [f"xen_pfn_to_cr3({frame:#x}UL)" for frame in frames])
     assert [pagetables.cr3_to_frame(cr3, width) for cr3 in cr3s] == frames
@@ -142,7 +142,7 @@ def test_cr3_is_folded_as_the_macros_fold_it(include: Path, width: Width) -> Non
     assert back == frames
 
 
-def test_all_structs_are_asked_about() -> None:
+def test_structs_all_are_checked() -> None:
     assert set(STRUCTS) >= {"START_INFO", "SHARED_INFO", "VCPU_GUEST_CONTEXT", "EXT_VCPUCONTEXT", "VCPU_MSR"}
     assert {struct.header for struct in STRUCTS.values()} <= {
         "xen.h",
@@ -153,7 +153,7 @@ def test_all_structs_are_asked_about() -> None:
     }
 
 
-def test_the_question_is_a_real_one() -> None:
+def test_evaluate_unknown_member_fails() -> None:
     """A struct that is declared wrong would be found: one member left out, one too wide."""
     folders = header_folders()
     if not folders:

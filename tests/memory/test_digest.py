@@ -23,7 +23,7 @@ def _of(guest: Guest) -> Digest:
 
 
 @pytest.mark.parametrize(("width", "form"), SOME_FORMS)
-def test_a_file_has_the_digest_of_what_was_saved(width: Width, form: str, tmp_path: Path) -> None:
+def test_digest_of_file_equals_that_of_saved_domain(width: Width, form: str, tmp_path: Path) -> None:
     guest = suspended(form, width)
     saved(guest, tmp_path / "x", config=CONFIG)
     with SavedDomain.open(str(tmp_path / "x")) as file:
@@ -40,7 +40,7 @@ def _change(guest: Guest, mfn: U64, at: int) -> None:
     guest.host.frames.write(mfn, page)
 
 
-def test_each_word_matters() -> None:
+def test_digest_any_changed_word_differs() -> None:
     guest = suspended("linear")
     before = _of(guest)
     assert _of(guest) == before

@@ -64,14 +64,14 @@ def anchors_of(domain: Domain) -> Anchors:
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_lookup(width: Width) -> None:
+def test_lookup_returns_each_entry(width: Width) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
     p2m = p2m_of(domain)
     pfns = [*SPREAD, 201, 4999, 0x1_2344, domain.entries - 1, domain.entries, 1 << 40]
     assert lookup(p2m, pfns) == [domain.mfns.get(pfn) for pfn in pfns]
 
 
-def test_what_stands_behind_the_tables_end_is_none_of_it() -> None:
+def test_lookup_beyond_last_entry_returns_no_frame() -> None:
     domain = pv_domain(pfns=range(100))
     domain.p2m_frame(int(domain.p2m_pfns[0]))[domain.entries :] = 0x777
     p2m = p2m_of(domain)
@@ -80,7 +80,7 @@ def test_what_stands_behind_the_tables_end_is_none_of_it() -> None:
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_pfns_of_is_the_inverse(width: Width) -> None:
+def test_pfns_of_inverts_lookup(width: Width) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
     p2m = p2m_of(domain)
     pfns = list(reversed(SPREAD))
@@ -90,13 +90,13 @@ def test_pfns_of_is_the_inverse(width: Width) -> None:
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_invalid_is_never_found(width: Width) -> None:
+def test_pfns_of_invalid_mfn_returns_no_frame(width: Width) -> None:
     """INVALID_MFN fills the table's holes; whoever looks for it gets nothing, at either width."""
     domain = pv_domain(width=width)
     assert p2m_of(domain).pfns_of(array(INVALID_MFN[width], NONE)).tolist() == [NONE, NONE]
 
 
-def test_content_ends_where_the_table_does() -> None:
+def test_iter_leaves_ends_with_the_table() -> None:
     domain = pv_domain(pfns=range(600), ballooned=[601, 602])
     domain.p2m_frame(int(domain.p2m_pfns[1]))[100:] = 0x777
     found = pieces(p2m_of(domain))
@@ -105,7 +105,7 @@ def test_content_ends_where_the_table_does() -> None:
     assert found[512][88:] == [NONE] * (512 - 88)
 
 
-def test_frames_that_are_not_there_are_left_out() -> None:
+def test_iter_leaves_unreadable_leaves_are_omitted() -> None:
     domain = pv_domain(pfns=[*range(100), 600, 1100])
     frames = DictFrames({pfn: page for pfn, page in domain.pages.items() if pfn != domain.places.p2m[1]})
     p2m = over(frames, domain.p2m_pfns, domain.entries)
@@ -114,7 +114,7 @@ def test_frames_that_are_not_there_are_left_out() -> None:
     assert p2m.pfns_of(array(domain.mfns[600], domain.mfns[1100])).tolist() == [NONE, 1100]
 
 
-def test_gaps_are_left_out() -> None:
+def test_iter_leaves_holes_are_omitted() -> None:
     domain = pv_domain(pfns=[*range(100), 600, 1100])
     domain.p2m_pfns[1] = NO_FRAME
     p2m = p2m_of(domain)
@@ -122,7 +122,7 @@ def test_gaps_are_left_out() -> None:
     assert lookup(p2m, [600]) == [None]
 
 
-def test_a_shared_frame_is_given_once_unless_its_places_are_asked_for() -> None:
+def test_iter_leaves_shared_leaf_is_yielded_once_without_places() -> None:
     domain = pv_domain(pfns=[*range(100), 5000])
     p2m = p2m_of(domain)
     assert p2m.leaf_count == 10
@@ -134,7 +134,7 @@ def test_a_shared_frame_is_given_once_unless_its_places_are_asked_for() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([5, 6, 7, NONE]), max_size=30))
-def test_distinct_is_the_first_place_of_each_frame(frames: list[int]) -> None:
+def test_distinct_leaves_have_first_place_of_each_frame(frames: list[int]) -> None:
     p2m = over(DictFrames({}), array(*frames), len(frames) * 512)
     expected = sorted({frames.index(frame) for frame in frames if frame != NONE})
     assert p2m.distinct_leaves.first.tolist() == expected
@@ -145,7 +145,7 @@ def test_distinct_is_the_first_place_of_each_frame(frames: list[int]) -> None:
     assert holes == [at for at, frame in enumerate(frames) if frame == NONE]
 
 
-def test_a_huge_table_of_shared_frames_costs_next_to_nothing() -> None:
+def test_p2m_huge_table_of_shared_leaves_reads_few_pages() -> None:
     domain = pv_domain(pfns=[*range(100), 0x4000_0000])
     frames = DictFrames.of(domain)
     p2m = over(frames, domain.p2m_pfns, domain.entries)
@@ -167,7 +167,7 @@ def test_a_huge_table_of_shared_frames_costs_next_to_nothing() -> None:
     ],
 )
 @pytest.mark.parametrize("width", [8, 4])
-def test_anchors_and_form(width: Width, linear: bool, tree: bool, names: str) -> None:
+def test_anchors_roots_have_form_and_frame(width: Width, linear: bool, tree: bool, names: str) -> None:
     domain = pv_domain(width=width, linear=linear, tree=tree)
     anchors = anchors_of(domain)
     assert anchors.form_names == names
@@ -181,7 +181,7 @@ def test_anchors_and_form(width: Width, linear: bool, tree: bool, names: str) ->
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_anchors_are_where_the_header_says(width: Width) -> None:
+def test_anchors_fields_are_at_the_headers_offsets(width: Width) -> None:
     page = bytearray(4096)
     at = {8: (3088, 3096, 3112, 3120, 3128, 3136, 3144), 4: (2316, 2320, 2328, 2332, 2336, 2344, 2348)}[width]
     for i, offset in enumerate(at):
@@ -199,14 +199,14 @@ def test_anchors_are_where_the_header_says(width: Width) -> None:
 
 @pytest.mark.parametrize("pfns", [range(100), SPREAD, [*range(200), 0x8_0000, 0x8_0001]], ids=["few", "spread", "far"])
 @pytest.mark.parametrize("width", [8, 4])
-def test_list_and_tree_lead_to_the_frames(width: Width, pfns: list[int]) -> None:
+def test_from_root_list_and_tree_find_all_leaves(width: Width, pfns: list[int]) -> None:
     domain = pv_domain(width=width, pfns=pfns, linear=True, tree=True)
     for form in (P2MForm.LINEAR, P2MForm.TREE):
         assert walked(domain, form) == domain.p2m_pfns.tolist()
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_list_that_straddles_tables(width: Width) -> None:
+def test_from_root_list_across_tables_finds_all_leaves(width: Width) -> None:
     """p2m_vaddr need not be aligned to what a table maps; libxc's own walk goes wrong where its L2 index is not 0."""
     vaddr = UNALIGNED[width]
     far = 0x100_0000 if width == 8 else 0x20_0000
@@ -239,7 +239,7 @@ def changed(domain: Domain, changes: Mapping[str, int]) -> Anchors:
         (0xD000_0800, 4),
     ],
 )
-def test_a_list_that_cannot_be_there(vaddr: int, width: Width) -> None:
+def test_from_root_list_at_invalid_vaddr_raises_guest_error(vaddr: int, width: Width) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
     anchors = changed(domain, {"p2m_vaddr": vaddr})
     with pytest.raises(GuestError, match=f"Bad virtual p2m address range {vaddr:#x}-"):
@@ -247,7 +247,7 @@ def test_a_list_that_cannot_be_there(vaddr: int, width: Width) -> None:
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_the_last_possible_place_of_a_list(width: Width) -> None:
+def test_linear_p2m_vaddr_last_valid_address_is_accepted(width: Width) -> None:
     vaddr = 0xFFFF_FFFF_FFFF_F000 if width == 8 else 0xF57F_F000
     domain = pv_domain(width=width)
     anchors = changed(domain, {"p2m_vaddr": vaddr})
@@ -256,14 +256,14 @@ def test_the_last_possible_place_of_a_list(width: Width) -> None:
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_cr3_that_nobody_knows(width: Width) -> None:
+def test_from_root_unknown_cr3_raises_guest_error(width: Width) -> None:
     domain = pv_domain(width=width)
     anchors = changed(domain, {"p2m_cr3": domain.cr3(0x1_2345)})
     with pytest.raises(GuestError, match=r"Bad p2m_cr3 value 0x[0-9a-f]+: no pfn has mfn 0x12345"):
         walked(domain, P2MForm.LINEAR, anchors)
 
 
-def test_a_list_with_holes() -> None:
+def test_from_root_list_with_holes_has_holes() -> None:
     domain = pv_domain(pfns=SPREAD)
     domain.set_pte(domain.p2m_vaddr + 2 * 4096, 0)
     found = np.array(walked(domain, P2MForm.LINEAR), np.uint64)
@@ -272,14 +272,14 @@ def test_a_list_with_holes() -> None:
 
 
 @pytest.mark.parametrize("width", [8, 4])
-def test_a_tree_with_a_bad_root(width: Width) -> None:
+def test_from_root_tree_with_unknown_root_raises_guest_error(width: Width) -> None:
     domain = pv_domain(width=width, tree=True)
     anchors = changed(domain, {"pfn_to_mfn_frame_list_list": 0x1_2345})
     with pytest.raises(GuestError, match="Bad mfn 0x12345 for p2m frame list list: no pfn has it"):
         walked(domain, P2MForm.TREE, anchors)
 
 
-def test_the_mark_of_four_levels_is_never_taken_for_three() -> None:
+def test_anchors_marked_tree_is_not_three_levels() -> None:
     """Bit 61, the proposal of 2014."""
     domain = pv_domain(tree=True, linear=False)
     anchors = changed(domain, {"pfn_to_mfn_frame_list_list": domain.mfns[domain.places.tree_top] | 1 << 61})
@@ -287,14 +287,14 @@ def test_the_mark_of_four_levels_is_never_taken_for_three() -> None:
     assert (root.form, root.levels, root.frame) == (P2MForm.MARKED, 4, domain.mfns[domain.places.tree_top])
 
 
-def test_a_bad_frame_list_is_a_hole() -> None:
+def test_from_root_bad_frame_list_is_a_hole() -> None:
     domain = pv_domain(tree=True, pfns=[*range(100), 0x10_0000])
     domain.p2m_frame(domain.places.tree_top)[1] = 0x1_2345
     found = np.array(walked(domain, P2MForm.TREE), np.uint64)
     assert np.flatnonzero(found == NO_FRAME).tolist() == list(range(512, min(1024, len(found))))
 
 
-def test_a_tree_with_a_bad_leaf_has_a_gap_there() -> None:
+def test_from_root_bad_leaf_is_a_hole() -> None:
     domain = pv_domain(tree=True, pfns=SPREAD)
     domain.p2m_frame(domain.places.tree_mid[0])[2] = 0x1_2345
     found = np.array(walked(domain, P2MForm.TREE), np.uint64)
@@ -303,7 +303,7 @@ def test_a_tree_with_a_bad_leaf_has_a_gap_there() -> None:
 
 
 @pytest.mark.parametrize(("width", "per"), [(8, 512), (4, 1024)])
-def test_a_tree_has_three_levels_and_no_more(width: Width, per: int) -> None:
+def test_from_root_max_pfn_beyond_tree_raises_guest_error(width: Width, per: int) -> None:
     """512 GiB for a 64-bit guest, 4 TiB for a 32-bit one: refused beyond, never truncated."""
     domain = pv_domain(width=width, tree=True)
     most = anchors_of(domain).roots[-1], replace(anchors_of(domain), max_pfn=per**3)

@@ -57,7 +57,7 @@ def p2ms(draw: st.DrawFn, width: Width, *, shared: bool = True) -> Drawn:
 
 @pytest.mark.parametrize("width", [8, 4])
 @given(data=st.data())
-def test_look_ups_are_what_each_entry_says(width: Width, data: st.DataObject) -> None:
+def test_lookup_random_p2m_equals_each_entry(width: Width, data: st.DataObject) -> None:
     drawn = data.draw(p2ms(width))
     p2m, naive, per_leaf = drawn.p2m, drawn.entries, PAGE_SIZE // width
     wanted = [*range(0, len(naive) + per_leaf, 37), *range(max(len(naive) - 2, 0), len(naive) + 2), 1 << 63, NONE]
@@ -88,7 +88,7 @@ def test_look_ups_are_what_each_entry_says(width: Width, data: st.DataObject) ->
 
 @pytest.mark.parametrize("width", [8, 4])
 @given(data=st.data())
-def test_the_end_that_is_all_one_leaf_is_not_used(width: Width, data: st.DataObject) -> None:
+def test_used_entries_exclude_tail_of_one_leaf(width: Width, data: st.DataObject) -> None:
     """Trailing top entries that name one table are dropped but for the first, as libxenguest does (P2M.used)."""
     drawn = data.draw(p2ms(width))
     frames, per_leaf, used = list(drawn.frames), PAGE_SIZE // width, len(drawn.entries)
@@ -112,7 +112,7 @@ def kind_of(mfn: int | None) -> EntryKind:
 
 @pytest.mark.parametrize("width", [8, 4])
 @given(data=st.data(), cells=st.integers(1, 600))
-def test_a_survey_counts_as_one_would_entry_by_entry(width: Width, data: st.DataObject, cells: int) -> None:
+def test_survey_counts_equal_count_by_entry(width: Width, data: st.DataObject, cells: int) -> None:
     drawn = data.draw(p2ms(width))
     found = survey(drawn.p2m, cells)
     kinds = [kind_of(mfn) for mfn in drawn.entries]
@@ -122,7 +122,7 @@ def test_a_survey_counts_as_one_would_entry_by_entry(width: Width, data: st.Data
 
 @pytest.mark.parametrize("width", [8, 4])
 @given(data=st.data(), cells=st.integers(1, 600))
-def test_the_cells_of_a_survey_add_up(width: Width, data: st.DataObject, cells: int) -> None:
+def test_survey_cells_equal_count_by_entry(width: Width, data: st.DataObject, cells: int) -> None:
     """Where no leaf is shared, each cell is what its pfns hold."""
     drawn = data.draw(p2ms(width, shared=False))
     found = survey(drawn.p2m, cells)
@@ -135,7 +135,7 @@ def test_the_cells_of_a_survey_add_up(width: Width, data: st.DataObject, cells: 
 
 
 @pytest.mark.parametrize("cells", [1, 2, 512])
-def test_numbers_near_2_to_the_64_do_not_wrap(cells: int) -> None:
+def test_survey_near_2_to_the_64_does_not_wrap(cells: int) -> None:
     """A rooted tree of 8 levels over 2^64 - 1 entries: all tables one page that names itself, and is the leaf, too."""
     machine = Machine()
     [loop] = machine.put(np.zeros((1, PAGE_SIZE), np.uint8)).tolist()
@@ -150,7 +150,7 @@ def test_numbers_near_2_to_the_64_do_not_wrap(cells: int) -> None:
     assert machine.reads < 20
 
 
-def test_counts_above_2_to_the_53_are_exact() -> None:
+def test_distinct_leaves_counts_above_2_to_the_53_are_exact() -> None:
     """A float would not tell 2^53 + 1 from 2^53."""
     frames = FrameRuns(np.array([0, 1, (1 << 53) + 1]), np.array([1, 1 << 53, 1]), array(7, 8, 8))
     p2m = P2M(8, 512 * ((1 << 53) + 2), frames, Machine().read)
@@ -160,7 +160,7 @@ def test_counts_above_2_to_the_53_are_exact() -> None:
     assert list(with_leaf) == []
 
 
-def test_the_last_leaf_of_all_has_its_pfns() -> None:
+def test_iter_leaves_last_leaf_of_64_bits_has_its_pfns() -> None:
     machine = Machine()
     [leaf] = machine.put(encode_entries(np.arange(512, dtype=np.uint64)[None], 8)).tolist()
     place = np.array([(1 << 55) - 1])
@@ -177,7 +177,7 @@ def test_the_last_leaf_of_all_has_its_pfns() -> None:
     assert p2m.pfns_of(array(510, 511)).tolist() == [(1 << 64) - 2, NONE]
 
 
-def test_a_guest_that_writes_meanwhile_cannot_make_a_survey_contradict_itself() -> None:
+def test_survey_of_changing_p2m_is_consistent() -> None:
     """A mapping is the guest's own memory: what was read is a copy, or it would be counted as two kinds."""
     live = np.zeros((1, PAGE_SIZE), np.uint8)
 

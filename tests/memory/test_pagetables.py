@@ -56,7 +56,7 @@ def tables(draw: st.DrawFn) -> tuple[Names, U64]:
 
 
 @given(tables())
-def test_localise_undoes_normalise(drawn: tuple[Names, U64]) -> None:
+def test_localise_inverts_normalise(drawn: tuple[Names, U64]) -> None:
     """Frame numbers change, flags do not, nor do entries that are not present; another's frame names NO_PFN."""
     names, had = drawn
     before = had.copy()
@@ -86,7 +86,7 @@ def test_localise_undoes_normalise(drawn: tuple[Names, U64]) -> None:
 
 @pytest.mark.parametrize(("width", "level", "last"), SLOTS)
 @given(drawn=tables())
-def test_xens_slots_come_out_empty(width: Width, level: int, last: bool, drawn: tuple[Names, U64]) -> None:
+def test_normalise_xen_slots_become_zero(width: Width, level: int, last: bool, drawn: tuple[Names, U64]) -> None:
     names, had = drawn
     xens = is_xen_slot(level, width, last_pae_l2=last)
     pfns, foreign = normalise(had, names.pfns, xens)
@@ -98,7 +98,7 @@ def test_xens_slots_come_out_empty(width: Width, level: int, last: bool, drawn: 
 
 
 @pytest.mark.parametrize("pfn", [NO_PFN, NO_PFN + 1, 1 << 45, (1 << 52) - 1, 1 << 63])
-def test_a_pfn_that_no_entry_can_hold_does_not_spill_into_the_flags(pfn: int) -> None:
+def test_normalise_pfn_too_large_for_entry_becomes_no_pfn(pfn: int) -> None:
     """An entry has 40 bits for a frame, and a p2m may have pfns above 2^40."""
     had = np.zeros((1, 512), np.uint64)
     had[0, 7] = 5 << 12 | 0x67
@@ -109,7 +109,7 @@ def test_a_pfn_that_no_entry_can_hold_does_not_spill_into_the_flags(pfn: int) ->
 
 
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=1, max_size=8), st.integers(1, 4))
-def test_the_frames_that_a_table_names(ptes: list[int], level: int) -> None:
+def test_decode_page_tables_returns_named_frames(ptes: list[int], level: int) -> None:
     """None that is not present, and no superpage, which PV has not; bit 7 of an L1 entry is none."""
     page = np.zeros((1, 512), np.uint64)
     page[0, : len(ptes)] = ptes
@@ -122,7 +122,7 @@ def test_the_frames_that_a_table_names(ptes: list[int], level: int) -> None:
 
 
 @given(st.integers(0, (1 << 36) - 1), st.integers(1, 3000), st.sampled_from([8, 4]))
-def test_tables_needed_are_those_that_pages_take_one_by_one(first: int, pages: int, width: Width) -> None:
+def test_count_tables_equals_count_by_page(first: int, pages: int, width: Width) -> None:
     first %= (1 << (36 if width == 8 else 20)) - 3000
     needed = count_tables(Vaddr(first << 12), pages, width)
     levels = LEVELS[width]
@@ -132,6 +132,6 @@ def test_tables_needed_are_those_that_pages_take_one_by_one(first: int, pages: i
     }
 
 
-def test_the_tables_of_a_tebibyte() -> None:
+def test_count_tables_of_a_tebibyte() -> None:
     """2^28 pages in 2^19 L1, 2^10 L2 and 2 L3 tables, when they begin where a table does."""
     assert count_tables(Vaddr(1 << 47), 1 << 28) == {1: 1 << 19, 2: 1 << 10, 3: 2, 4: 1}

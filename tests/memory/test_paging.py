@@ -49,16 +49,16 @@ BASE = 0xFFFF_8880_0000_0000  # entry 273 of the top
     ],
 )
 @pytest.mark.parametrize("mode", [LONG, LONG5])
-def test_long_mode(vaddr: int, pfn: int, steps: int, mode: Paging) -> None:
+def test_walk_long_mode_translates_all_page_sizes(vaddr: int, pfn: int, steps: int, mode: Paging) -> None:
     top = Pfn(mode.levels)
     memory = DomainMemory(DictFrames(long_tables()), 8, top, paging=mode)
-    way = memory.walk(vaddr)
-    assert way.fault is None
-    assert (way.pfn, len(way.steps)) == (pfn, steps + mode.levels - 4)
+    result = memory.walk(vaddr)
+    assert result.fault is None
+    assert (result.pfn, len(result.steps)) == (pfn, steps + mode.levels - 4)
     assert memory.translate(vaddr, 1).tolist() == [pfn]
 
 
-def test_five_levels_have_57_bits() -> None:
+def test_walk_five_levels_accept_57_bits() -> None:
     assert LONG.invalid_reason(0xFF10_0000_0000_0000) == "not a canonical address"
     assert LONG5.invalid_reason(0xFF10_0000_0000_0000) is None
     assert LONG5.invalid_reason(0xFE10_0000_0000_0000) == "not a canonical address"
@@ -66,16 +66,16 @@ def test_five_levels_have_57_bits() -> None:
     assert LONG5.invalid_reason(1 << 56) == "not a canonical address"
 
 
-def test_a_range_over_pages_of_all_sizes() -> None:
+def test_translate_range_over_all_page_sizes() -> None:
     """From the end of a 2 MiB page to what is not mapped behind it, which is named."""
     memory = DomainMemory(DictFrames(long_tables()), 8, Pfn(4), paging=LONG)
     assert memory.translate(BASE | 3 << 21, 512).tolist() == list(range(0x40600, 0x40800))
-    with pytest.raises(Fault, match=r"L2\[4\] of pfn 0x2 is not present") as e:
+    with pytest.raises(Fault) as e:
         memory.translate(BASE | 3 << 21, 513)
-    assert e.value.address == BASE | 4 << 21
+    assert (e.value.address, e.value.level, e.value.entry) == (BASE | 4 << 21, 2, 4)
 
 
-def test_pae_has_a_top_table_of_32_bytes() -> None:
+def test_walk_pae_top_table_has_32_bytes() -> None:
     mode = paging_mode(PG | 1, 0x3460, PAE, long=False)
     assert mode.top_table_offset == 0x460
     top = bytearray(4096)
@@ -85,11 +85,14 @@ def test_pae_has_a_top_table_of_32_bytes() -> None:
     assert memory.walk(0xFFE0_0000).pfn == 9
     assert memory.walk(0xC020_3000).pfn == 0x20_0003
     assert memory.translate(0xC020_0000, 512).tolist() == list(range(0x20_0000, 0x20_0200))
-    assert "L3[0]" in str(memory.walk(0x1000).fault)
-    assert "beyond 4 GiB" in str(memory.walk(1 << 32).fault)
+    missing, beyond_4_gib = memory.walk(0x1000), memory.walk(1 << 32)
+    assert missing.fault is not None
+    assert (missing.fault.level, missing.fault.entry, len(missing.steps)) == (3, 0, 1)
+    assert beyond_4_gib.fault is not None
+    assert beyond_4_gib.steps == ()
 
 
-def test_two_levels_of_1024_entries() -> None:
+def test_walk_two_levels_have_1024_entries() -> None:
     # A 4 MiB page above 4 GiB: bits 20 to 13 of its entry are bits 39 to 32 of the address (PSE-36).
     directory = words({0x300: 1 << 12 | P, 0x301: 0x0080_0000 | 3 << 13 | BIG, 2: 0x0040_0000 | BIG}, 4)
     pages = {2: directory, 1: words({1023: 0xABCDE << 12 | P}, 4)}
@@ -99,10 +102,12 @@ def test_two_levels_of_1024_entries() -> None:
     assert memory.translate(0xC040_0000, 1024).tolist() == list(range(0x30_0800, 0x30_0C00))
     # Without CR4.PSE the bit means nothing.
     plain = DomainMemory(DictFrames(pages), 4, Pfn(2), paging=paging_mode(PG, 0, 0, long=False))
-    assert "L1 table at pfn 0x400" in str(plain.walk(0x80_0000).fault)
+    walk = plain.walk(0x80_0000)
+    assert walk.fault is not None
+    assert (walk.fault.level, [step.table for step in walk.steps]) == (1, [2])
 
 
-def test_without_paging_addresses_are_physical() -> None:
+def test_walk_without_paging_returns_physical_pfn() -> None:
     memory = DomainMemory(DictFrames({7: bytes(4096)}), 4, Pfn(0), paging=NO_PAGING)
     assert (memory.walk(0x7123).pfn, memory.walk(0x7123).steps) == (7, ())
     assert memory.read_virtual(0x7123, 4) == bytes(4)
@@ -110,7 +115,7 @@ def test_without_paging_addresses_are_physical() -> None:
 
 
 @pytest.mark.parametrize("mode", [LONG, LONG5, PAE3, TWO, PV_PAGING[8], PV_PAGING[4]])
-def test_many_at_once_are_what_they_are_one_by_one(mode: Paging) -> None:
+def test_translate_equals_walk_of_each_address(mode: Paging) -> None:
     """Tables of noise that mostly lead to each other, superpages and holes among them."""
     rng = random.Random(mode.levels * 7 + mode.entry_size)
     count = 4096 // mode.entry_size
@@ -127,7 +132,7 @@ def test_many_at_once_are_what_they_are_one_by_one(mode: Paging) -> None:
     vaddrs = [*low, *far, *(((1 << 64) - 1 - vaddr) for vaddr in far)]
     width: Width = 8 if mode.sign_extended else 4
     one_by_one = [walk_vaddr(frames, Pfn(1), Vaddr(vaddr), width, mode).pfn for vaddr in vaddrs]
-    found = translate(frame_reader(frames), Pfn(1), np.array(vaddrs, np.uint64), mode)
-    assert [None if pfn == NO_FRAME else int(pfn) for pfn in found] == one_by_one
+    result = translate(frame_reader(frames), Pfn(1), np.array(vaddrs, np.uint64), mode)
+    assert [None if pfn == NO_FRAME else int(pfn) for pfn in result] == one_by_one
     assert len({pfn for pfn in one_by_one if pfn is not None}) > 10
     assert None in one_by_one

@@ -20,7 +20,7 @@ STEPS = st.lists(
 
 @settings(max_examples=60)
 @given(STEPS)
-def test_it_says_what_it_was_told(steps: list[tuple[int, bool, list[int], int]]) -> None:
+def test_physmap_any_sequence_of_additions_equals_a_dictionary(steps: list[tuple[int, bool, list[int], int]]) -> None:
     physmap, mfns, kinds = Physmap(), dict[int, int](), dict[int, int]()
     for n, (chunk, extent, within, kind) in enumerate(steps):
         pfns = [chunk * CHUNK + at for at in (range(CHUNK) if extent else within)]
@@ -51,7 +51,7 @@ def test_it_says_what_it_was_told(steps: list[tuple[int, bool, list[int], int]])
     assert found == [sum(a <= c < b for c in used) for a, b in zip(first.tolist(), stop.tolist(), strict=True)]
 
 
-def test_what_was_a_table_is_a_page_when_it_comes_as_one() -> None:
+def test_set_types_resent_table_is_not_localised() -> None:
     physmap = Physmap()
     physmap.add_extents(u64([3]), u64([1 << 20]))
     pfns = u64([3 * CHUNK, 3 * CHUNK + 1])
@@ -78,7 +78,7 @@ def cost(fill: object) -> int:
     return held
 
 
-def test_a_terabyte_in_extents_is_some_megabytes() -> None:
+def test_add_extents_of_a_tebibyte_takes_megabytes() -> None:
     def extents(physmap: Physmap) -> None:
         for first in range(0, 1 << 19, 1 << 12):
             chunks = np.arange(first, first + (1 << 12), dtype=np.uint64)
@@ -87,7 +87,7 @@ def test_a_terabyte_in_extents_is_some_megabytes() -> None:
     assert cost(extents) < 32 << 20
 
 
-def test_single_pages_take_8_bytes_each_and_their_table_moves_not() -> None:
+def test_add_pages_takes_8_bytes_each_without_moving_tables() -> None:
     def singles(physmap: Physmap) -> None:
         for first in range(0, 1 << 22, 1 << 16):
             pfns = np.arange(first, first + (1 << 16), dtype=np.uint64)
@@ -96,7 +96,7 @@ def test_single_pages_take_8_bytes_each_and_their_table_moves_not() -> None:
     assert cost(singles) < (8 << 22) * 1.1
 
 
-def test_64_mib_over_16_tib_are_megabytes() -> None:
+def test_add_pages_64_mib_over_16_tib_takes_megabytes() -> None:
     def sparse(physmap: Physmap) -> None:
         for place in range(64):
             pfns = np.arange(place << 26, (place << 26) + 256, dtype=np.uint64)

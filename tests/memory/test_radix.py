@@ -64,7 +64,7 @@ def trees(draw: st.DrawFn) -> tuple[Tables, int]:
 
 
 @given(trees(), st.integers(0, 512**3 - 1), st.data())
-def test_as_if_each_place_were_walked(tree: tuple[Tables, int], start: int, data: st.DataObject) -> None:
+def test_walk_tree_equals_walk_of_each_place(tree: tuple[Tables, int], start: int, data: st.DataObject) -> None:
     tables, levels = tree
     stop = min(512**3, start + data.draw(st.integers(1, 200_000)))
     runs, _ = walk_tree(tables.read, 1, levels, range(start, stop), entries)
@@ -77,7 +77,7 @@ def test_as_if_each_place_were_walked(tree: tuple[Tables, int], start: int, data
     assert runs.frame_of(outside).tolist() == [int(NO_FRAME)] * 2
 
 
-def test_what_is_shared_is_read_once_and_stays_one_run() -> None:
+def test_walk_tree_shared_tables_are_read_once() -> None:
     """16 TiB of pfns of which all but one leaf are missing: five levels, six tables."""
     missing = {level: np.full(ENTRIES, level - 1, np.uint64) for level in (2, 3, 4)}  # of leaf 1
     tables = Tables({level: t.copy() for level, t in missing.items()} | {5: np.full(ENTRIES, 4, np.uint64)})
@@ -92,7 +92,7 @@ def test_what_is_shared_is_read_once_and_stays_one_run() -> None:
     assert runs.count.sum() == 512**4
 
 
-def test_tables_that_cannot_be_read_are_named() -> None:
+def test_walk_tree_unreadable_tables_are_returned() -> None:
     top = np.zeros(ENTRIES, np.uint64)
     top[3:5] = 9
     runs, unreadable = walk_tree(Tables({1: top}).read, 1, 2, range(512**2), entries)
@@ -101,20 +101,20 @@ def test_tables_that_cannot_be_read_are_named() -> None:
     assert walk_tree(Tables({}).read, 1, 2, range(5), entries)[1][0].level == 2
 
 
-def test_a_table_that_is_its_own_leaf_ends() -> None:
+def test_walk_tree_table_that_is_its_own_leaf_ends() -> None:
     loop = np.full(ENTRIES, 1, np.uint64)
     runs, _ = walk_tree(Tables({1: loop}).read, 1, 4, range(512**4), entries)
     assert (len(runs), runs.count.tolist(), runs.frame.tolist()) == (1, [512**4], [1])
 
 
-def test_sharing_cannot_be_made_to_explode() -> None:
+def test_walk_tree_exponential_sharing_raises_guest_error() -> None:
     """A table whose entries alternate between two tables that do the same: 512^3 rows, if one let it."""
     mixed = np.array([1, 2] * 256, np.uint64)
     with pytest.raises(GuestError, match=r"shared name more than 1048576 runs of frames: frame 0x1, a table, stands"):
         walk_tree(Tables({1: mixed, 2: mixed}).read, 1, 4, range(512**4), entries)
 
 
-def test_runs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walk_tree_too_many_runs_raises_guest_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without anything shared: 2 tables of 512 leaves each."""
     leaves = np.arange(1000, 2024).astype(np.uint64)
     tables = Tables({1: np.array([2, 3] + [0] * 510, np.uint64), 2: leaves[:512], 3: leaves[512:]})
@@ -125,7 +125,7 @@ def test_runs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         walk_tree(tables.read, 1, 2, range(512**2), entries)
 
 
-def test_runs_by_sharing_are_bounded_more_tightly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walk_tree_too_many_shared_runs_raises_guest_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tables of 512 leaves in 256 places each: 2^18 runs, of which 1024 are not by sharing."""
     leaves = np.arange(1000, 2024).astype(np.uint64)
     tables = Tables({1: np.array([2, 3] * 256, np.uint64), 2: leaves[:512], 3: leaves[512:]})
@@ -136,7 +136,7 @@ def test_runs_by_sharing_are_bounded_more_tightly(monkeypatch: pytest.MonkeyPatc
         walk_tree(tables.read, 1, 2, range(512**2), entries)
 
 
-def test_what_every_part_shares_and_is_no_table_is_named_once() -> None:
+def test_walk_tree_too_many_unreadable_tables_raises_guest_error() -> None:
     """Two tables that are not there, in 2^17 places each; and 2^17 that are not, each for itself."""
     tables = Tables({1: np.array([2, 3] * 256, np.uint64)})
     tables.tables |= {2: np.full(ENTRIES, 99, np.uint64), 3: np.full(ENTRIES, 98, np.uint64)}
@@ -148,7 +148,7 @@ def test_what_every_part_shares_and_is_no_table_is_named_once() -> None:
         walk_tree(Tables({1: top, **many}).read, 1, 3, range(512**3), entries)
 
 
-def test_each_table_is_read_once_however_its_places_lie() -> None:
+def test_walk_tree_scattered_places_read_each_table_once() -> None:
     """Cost follows distinct tables: here 512 that stand in 2^18 places, in no order."""
     names = np.arange(10, 522).astype(np.uint64)
     tables = Tables({1: np.array([2, 3] * 256, np.uint64), 2: names, 3: names[::-1].copy()})
@@ -158,7 +158,7 @@ def test_each_table_is_read_once_however_its_places_lie() -> None:
     assert (int(runs.count.sum()), np.unique(runs.frame).tolist()) == (512**3, [5])
 
 
-def test_no_runs_know_no_place() -> None:
+def test_frame_of_empty_runs_returns_no_frame() -> None:
     nothing = FrameRuns(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.uint64))
     assert nothing.frame_of(np.array([0, 5])).tolist() == [int(NO_FRAME)] * 2
 
@@ -191,7 +191,7 @@ def flat(runs: FrameRuns) -> dict[int, int]:
 
 
 @given(PLACES, st.integers(0, 300), st.integers(0, 300))
-def test_runs_are_what_an_array_of_frames_says(what: list[tuple[int, int]], start: int, length: int) -> None:
+def test_frame_runs_from_frames_equal_the_array(what: list[tuple[int, int]], start: int, length: int) -> None:
     frames = spread(what)
     named = {place: frame for place, frame in enumerate(frames) if frame}
     runs = of_places(frames)
@@ -206,7 +206,7 @@ def test_runs_are_what_an_array_of_frames_says(what: list[tuple[int, int]], star
 
 
 @given(PLACES, st.integers(1, 4))
-def test_what_is_built_a_walk_finds_and_no_table_is_made_twice(what: list[tuple[int, int]], levels: int) -> None:
+def test_build_tree_round_trip_writes_no_table_twice(what: list[tuple[int, int]], levels: int) -> None:
     """Tables that say the same all through are made once; others differ, or stand in different places."""
     frames = spread(what)[: SIZE**levels]
     made: list[tuple[int, ...]] = []
@@ -251,7 +251,7 @@ def test_what_is_built_a_walk_finds_and_no_table_is_made_twice(what: list[tuple[
     st.lists(st.sampled_from([5, 6, int(NO_FRAME)]), max_size=12),
     st.lists(st.sampled_from([5, 6, int(NO_FRAME)]), max_size=12),
 )
-def test_apart_is_where_the_frames_differ(ours: list[int], theirs: list[int]) -> None:
+def test_difference_is_where_frames_differ(ours: list[int], theirs: list[int]) -> None:
     mine, other = FrameRuns.from_frames(np.array(ours, np.uint64)), FrameRuns.from_frames(np.array(theirs, np.uint64))
     padded = theirs + [int(NO_FRAME)] * len(ours)
     expected = [frame if frame != padded[at] else int(NO_FRAME) for at, frame in enumerate(ours)]

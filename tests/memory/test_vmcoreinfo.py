@@ -44,28 +44,28 @@ class Guest:
 
 @pytest.mark.parametrize("width", [8, 4])
 @pytest.mark.parametrize("offset", [0, 24, 4096 - 8, 2048])
-def test_found_where_linux_keeps_it(tmp_path: Path, width: Width, offset: int) -> None:
+def test_find_vmcoreinfo_in_linux_pages_succeeds(tmp_path: Path, width: Width, offset: int) -> None:
     """As text in a page of its own, behind a note's header, and in an array across two pages."""
     guest = Guest(width)
     guest.put(guest.data[2], offset, text(guest.uts) + b"\0")
     assert guest.found(tmp_path) == text(guest.uts)
 
 
-def test_a_guest_without_it(tmp_path: Path) -> None:
+def test_find_vmcoreinfo_without_text_returns_none(tmp_path: Path) -> None:
     guest = Guest()
     assert guest.found(tmp_path) is None
     guest.put(guest.data[2], 8, b"OSRELEASE=%s\n\0VMCOREINFO\0")  # Linux's own format string
     assert guest.found(tmp_path) is None
 
 
-def test_the_kernels_own_goes_before_another_that_stands_in_front_of_it(tmp_path: Path) -> None:
+def test_find_vmcoreinfo_prefers_the_kernels_own(tmp_path: Path) -> None:
     guest = Guest()
     guest.put(guest.data[1], 0, text(guest.domain.vaddrs[guest.data[0]], b"6.6.6-forged"))
     guest.put(guest.data[3], 0, text(guest.uts))
     assert guest.found(tmp_path) == text(guest.uts)
 
 
-def test_one_that_cannot_be_checked_is_better_than_none(tmp_path: Path) -> None:
+def test_find_vmcoreinfo_unverifiable_text_is_returned(tmp_path: Path) -> None:
     guest = Guest()
     guest.put(guest.data[1], 0, text(0xFFFF_8000_0000_0000))
     assert guest.found(tmp_path) == text(0xFFFF_8000_0000_0000)
@@ -80,29 +80,30 @@ def test_one_that_cannot_be_checked_is_better_than_none(tmp_path: Path) -> None:
         text(0).replace(b"PAGESIZE", b"PAGESITE"),
         text(0).replace(b"OSRELEASE=6", b"OSRELEASE:6"),
     ],
+    ids=["unprintable", "no newline", "too long", "no PAGESIZE", "no release"],
 )
-def test_what_is_no_such_text(tmp_path: Path, junk: bytes) -> None:
+def test_find_vmcoreinfo_malformed_text_returns_none(tmp_path: Path, junk: bytes) -> None:
     guest = Guest()
     guest.put(guest.data[1], 0, junk)
     assert guest.found(tmp_path) is None
 
 
 @pytest.mark.parametrize("uts", [b"-1", b"zz", b"9" * 3000, b"ffffffffffffffff", b"7fffffffffff"])
-def test_addresses_that_lead_nowhere(tmp_path: Path, uts: bytes) -> None:
+def test_find_vmcoreinfo_unmapped_uts_name_is_not_trusted(tmp_path: Path, uts: bytes) -> None:
     guest = Guest()
     lying = text(0).replace(b"init_uts_ns)=0", b"init_uts_ns)=" + uts)
     guest.put(guest.data[1], 0, lying)
     assert guest.found(tmp_path) == lying
 
 
-def test_a_page_full_of_beginnings_hides_nothing_behind_it(tmp_path: Path) -> None:
+def test_find_vmcoreinfo_after_page_of_false_candidates_succeeds(tmp_path: Path) -> None:
     guest = Guest()
     guest.put(guest.data[1], 0, b"OSRELEAS" * 512)
     guest.put(guest.data[4], 0, text(guest.uts))
     assert guest.found(tmp_path) == text(guest.uts)
 
 
-def test_a_guest_full_of_beginnings_is_given_up_soon(tmp_path: Path) -> None:
+def test_find_vmcoreinfo_too_many_candidates_gives_up(tmp_path: Path) -> None:
     guest = Guest()
     for pfn in guest.data[:4]:
         guest.put(pfn, 0, b"OSRELEAS" * 512)
@@ -110,7 +111,7 @@ def test_a_guest_full_of_beginnings_is_given_up_soon(tmp_path: Path) -> None:
     assert guest.found(tmp_path) is None
 
 
-def test_pages_that_cannot_be_read_hide_no_others(tmp_path: Path) -> None:
+def test_find_vmcoreinfo_unreadable_pages_are_skipped(tmp_path: Path) -> None:
     """The file is cut off among its pages: those before the cut are looked through one by one."""
     guest = Guest()
     guest.put(guest.data[1], 0, text(guest.uts))
@@ -123,7 +124,7 @@ def test_pages_that_cannot_be_read_hide_no_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_pages_that_were_given_back_meanwhile_hide_no_others(tmp_path: Path, lost: int) -> None:
+def test_find_vmcoreinfo_ballooned_pages_are_skipped(tmp_path: Path, lost: int) -> None:
     guest = Guest()
     here, there = guest.data[1], guest.data[3]
     guest.put((there, here)[lost], 0, text(guest.uts))
@@ -135,7 +136,7 @@ def test_pages_that_were_given_back_meanwhile_hide_no_others(tmp_path: Path, los
         assert find_vmcoreinfo(domain) == text(guest.uts)
 
 
-def test_values() -> None:
+def test_vmcoreinfo_value_returns_value_of_key() -> None:
     assert vmcoreinfo_value(text(0x1234), "SYMBOL(init_uts_ns)") == "1234"
     assert vmcoreinfo_value(text(0x1234), "OSRELEASE") == RELEASE.decode()
     assert vmcoreinfo_value(text(0x1234), "SYMBOL(init_uts") is None

@@ -55,7 +55,7 @@ def check(index: PageIndex, model: Model) -> None:
 
 
 @given(batches, st.booleans())
-def test_the_last_entry_of_a_pfn_counts(records: list[list[tuple[int, int, int]]], look_between: bool) -> None:
+def test_index_last_entry_of_pfn_counts(records: list[list[tuple[int, int, int]]], look_between: bool) -> None:
     index, model = build(records, look_between=look_between)
     check(index, model)
     assert index.sent == model.sent
@@ -67,7 +67,7 @@ def test_the_last_entry_of_a_pfn_counts(records: list[list[tuple[int, int, int]]
 
 
 @given(batches)
-def test_extents_are_disjoint_ascending_and_complete(records: list[list[tuple[int, int, int]]]) -> None:
+def test_index_extents_are_disjoint_ascending_and_complete(records: list[list[tuple[int, int, int]]]) -> None:
     index, model = build(records, look_between=False)
     index.types(looked_at)
     start, pages, kinds = index.extents.first, index.extents.pages, index.extents.type
@@ -78,7 +78,7 @@ def test_extents_are_disjoint_ascending_and_complete(records: list[list[tuple[in
 
 
 @given(st.lists(st.tuples(st.lists(runs, min_size=1, max_size=3), st.integers(0, 3)), max_size=6))
-def test_pfns_that_one_record_names_twice_are_told(records: list[tuple[list[tuple[int, int, int]], int]]) -> None:
+def test_index_duplicates_within_a_record_are_kept(records: list[tuple[list[tuple[int, int, int]], int]]) -> None:
     index = PageIndex()
     expected = []
     offset = 500
@@ -97,7 +97,7 @@ def test_pfns_that_one_record_names_twice_are_told(records: list[tuple[list[tupl
     assert sorted(index.duplicates) == sorted(expected)
 
 
-def test_many_records_are_as_good_as_one() -> None:
+def test_index_many_records_equal_one() -> None:
     """More than are gathered before they are turned into extents."""
     n = index_module._RECORDS_PER_MERGE * 3 + 5
     index = PageIndex()

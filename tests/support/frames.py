@@ -1,4 +1,4 @@
-"""Frames out of a dictionary: the memory of a made domain, or a handful of pages that a test lays out itself."""
+"""Frames in a dictionary: the memory of a written domain, or the few pages that a test lays out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from xenpv.runs import Extents
 
 @dataclass
 class DictFrames:
-    """Pages by pfn. ``reads`` counts how often each was asked for."""
+    """Frames by pfn. ``reads`` counts how often each was read."""
 
     content: Mapping[int, bytes | bytearray]
     kinds: Mapping[int, int] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class DictFrames:
 
 
 def words(values: Mapping[int, int], width: int = 8, fill: int = 0) -> bytes:
-    """A page of words, those given by index and ``fill`` for all others."""
+    """Return a page of words: ``values`` by index, ``fill`` for all others."""
     page = np.full(PAGE_SIZE // width, fill, f"<u{width}")
     for i, value in values.items():
         page[i] = value
@@ -53,7 +53,7 @@ def array(*pfns: int) -> npt.NDArray[np.uint64]:
 
 
 class Machine:
-    """Machine frames that hand themselves out in no order, below ``limit``: what Put and Read ask for."""
+    """Machine frames below ``limit``, allocated in random order: a StorePages and a ReadFrames."""
 
     def __init__(self, limit: int = 1 << 40, seed: int = 0) -> None:
         self.content: dict[int, U8] = {}

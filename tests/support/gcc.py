@@ -1,4 +1,4 @@
-"""gcc asked about Xen's public headers: values of C expressions, without linking or running anything.
+"""Values of C expressions over Xen's public headers, by gcc, without linking or running anything.
 
 Each expression becomes an element of a constant array; gcc compiles to assembly, and the array's data directives are
 read back. That works for -m32 on a machine that has no 32-bit C library.
@@ -20,7 +20,7 @@ _SIZE = {"quad": 8, "long": 4}
 
 
 class NoCompiler(Exception):
-    """There is no gcc here, or it is not one for both widths of x86."""
+    """gcc is missing, or does not compile for both widths of x86."""
 
 
 def header_folders() -> dict[str, Path]:
@@ -57,13 +57,13 @@ def evaluate(include: Path, headers: Sequence[str], expressions: Sequence[str], 
 
 
 def _data_of(assembly: str) -> bytes:
-    """The bytes behind the label "values"."""
+    """Return the bytes after the label "values"."""
     data = bytearray()
     for line in assembly.partition("\nvalues:\n")[2].splitlines():
-        found = _DIRECTIVE.match(line)
-        if found is None:
+        match = _DIRECTIVE.match(line)
+        if match is None:
             break
-        directive, number = found[1], int(found[2])
+        directive, number = match[1], int(match[2])
         if directive == "zero":
             data += bytes(number)
         else:

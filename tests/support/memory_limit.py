@@ -1,4 +1,4 @@
-"""How much memory code may hold."""
+"""Limits on the memory that code may hold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def peak_memory_below(limit: int) -> Iterator[None]:
-    """No more memory than ``limit`` bytes is held at any moment within."""
+    """Fail if more than ``limit`` bytes are allocated at any moment within."""
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
