@@ -1,11 +1,11 @@
-"""Building domains at size: time and peak memory of `xenpv build` beside `xl create -p`, in the same boot.
+"""Time and peak memory of `xenpv build` beside `xl create -p`, for large domains, in the same boot.
 
-    python -m benchmarks.build --lab 4.17 --memory 340      a paused litmus domain of 340 GiB by each
-    python -m benchmarks.build --lab 4.17 --memory 32       one that any machine stands
+    python -m benchmarks.build --lab 4.17 --memory 340      a paused litmus domain of 340 GiB by each program
+    python -m benchmarks.build --lab 4.17 --memory 32       small enough for any machine
     python -m benchmarks.build --linux 600                  a Linux guest of 600 GiB, built, booted, checked
 
-Figures are ratios to xl in the same boot. The machine is sparse: of a host of 700 GiB some 8 GiB become resident, of
---linux 600 some 20 GiB. It ends by being switched off, for Xen would scrub every page of a domain that is destroyed.
+Ratios are to xl in the same boot. The machine is sparse: some 8 GiB of a host of 700 GiB become resident, some 20 GiB
+for --linux 600. It is switched off at the end, because Xen would scrub every page of a destroyed domain.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import time
 import lab
 from lab import guests
 
-_REST = 20  # GiB of the host that are no guest's: dom0's 6, and Xen's tables, 2 % of all that there is
+_REST = 20  # GiB of the host beside the guests: dom0's 6, and Xen's tables, 2 % of the host's memory
 
-# Run in dom0: each command as a process of its own, so that its memory is its own; the small ones warm the caches.
+# Runs in dom0. Each command is a process of its own, for its peak memory; small domains first warm the caches.
 _MEASURE = """
 import json, os, sys, time
 
@@ -36,11 +36,11 @@ print(json.dumps([measure(command) for command in json.loads(sys.argv[1])]))
 
 
 def measure(host: lab.Host, *commands: list[str], timeout: float = 1800) -> list[dict[str, float]]:
-    """Seconds and MiB of peak memory of each command, run in dom0 one after another."""
+    """Run commands in dom0 one after another; return seconds and MiB of peak memory of each."""
     script = host.write("measure.py", _MEASURE)
     text = json.dumps(list(commands)).replace("'", "'\\''")
-    said: list[dict[str, float]] = json.loads(host.run(f"python3 {script} '{text}'", timeout=timeout).check().stdout)
-    return said
+    figures: list[dict[str, float]] = json.loads(host.run(f"python3 {script} '{text}'", timeout=timeout).check().stdout)
+    return figures
 
 
 def _build(name: str, kernel: str, gib: float, *more: str) -> list[str]:
@@ -48,7 +48,7 @@ def _build(name: str, kernel: str, gib: float, *more: str) -> list[str]:
 
 
 def beside_xl(xen: str, gib: int) -> None:
-    """A paused litmus domain of so many GiB by each of the two, on a host that has room for both."""
+    """Build a paused litmus domain of so many GiB with each program, on a host that has room for both."""
     room = int((2 * gib + _REST) * 1.02)
     with lab.Host(xen, mem=f"{room}G", dom0_mem="2G" if gib < 100 else "6G") as host:
         commands = []
@@ -56,20 +56,21 @@ def beside_xl(xen: str, gib: int) -> None:
             config = guests.litmus_config(f"xl-{kind}", memory=int(size * 1024))
             commands += [
                 ["xl", "create", "-p", host.write(f"{kind}.cfg", config)],
-                _build(f"our-{kind}", guests.LITMUS, size),
+                _build(f"xenpv-{kind}", guests.LITMUS, size),
             ]
-        *small, theirs, ours = measure(host, *commands)
+        *small, xl, xenpv = measure(host, *commands)
     print(f"a paused litmus domain of {gib} GiB on Xen {xen}, emulated, on a host of {room} GiB:")
-    for name, said in (("xl create -p", theirs), ("xenpv build", ours)):
-        print(f"  {name:12}  {said['seconds']:6.1f} s  {said['MiB']:6.0f} MiB at most", end="")
-        print(
-            f"   {said['seconds'] / theirs['seconds']:.2f} of the time, {said['MiB'] / theirs['MiB']:.2f} of the memory"
-        )
-    print("  one of 32 MiB took " + ", ".join(f"{said['seconds']:.1f} s and {said['MiB']:.0f} MiB" for said in small))
+    for name, figure in (("xl create -p", xl), ("xenpv build", xenpv)):
+        print(f"  {name:12}  {figure['seconds']:6.1f} s  {figure['MiB']:6.0f} MiB at most", end="")
+        print(f"   {figure['seconds'] / xl['seconds']:.2f} of the time, {figure['MiB'] / xl['MiB']:.2f} of the memory")
+    print(
+        "  one of 32 MiB took "
+        + ", ".join(f"{figure['seconds']:.1f} s and {figure['MiB']:.0f} MiB" for figure in small)
+    )
 
 
 def linux(xen: str, gib: int) -> None:
-    """A Linux guest of so many GiB: built and started, up, its whole p2m held against the m2p."""
+    """Build and start a Linux guest of so many GiB, wait until it is up, and cross-check its p2m and the m2p."""
     options = "console=hvc0 xen_512gb_limit=0 nowatchdog"
     with lab.Host(xen, mem=f"{int((gib + _REST) * 1.1)}G", dom0_mem="6G" if gib >= 100 else "2G") as host:
         command = _build("large", guests.VMLINUX, gib, "--ramdisk", guests.INITRAMFS, "--cmdline", options, "--start")
@@ -84,13 +85,15 @@ def linux(xen: str, gib: int) -> None:
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--lab", metavar="XEN", default=lab.DEFAULT, help="on that Xen in the lab (default: %(default)s)"
+        "--lab", metavar="XEN", default=lab.DEFAULT, help="Xen version in the lab (default: %(default)s)"
     )
-    parser.add_argument("--memory", type=int, metavar="GIB", default=32, help="of each domain (default: %(default)s)")
-    parser.add_argument("--linux", type=int, metavar="GIB", help="a Linux guest of so many GiB instead")
+    parser.add_argument(
+        "--memory", type=int, metavar="GIB", default=32, help="memory of each domain (default: %(default)s)"
+    )
+    parser.add_argument("--linux", type=int, metavar="GIB", help="build a Linux guest of this size instead")
     args = parser.parse_args()
     if args.linux:
         linux(args.lab, args.linux)

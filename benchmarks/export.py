@@ -1,11 +1,11 @@
-"""xenpv export against `cp --sparse=always` of the same save file, whole processes, in one run.
+"""xenpv export beside `cp --sparse=always` of the same save file: whole processes, in one run.
 
-    python -m benchmarks.export dom.save            a save file of your own
-    python -m benchmarks.export --made 1024         a made domain of so many MiB, half of its pages zeros
+    python -m benchmarks.export dom.save            your own save file
+    python -m benchmarks.export --made 1024         a generated domain of 1024 MiB; half of its pages are zero
     python -m benchmarks.export --made 1024 --in /dev/shm
 
-Wall time and peak memory are the least of some runs, taken in turns; figures are ratios to cp in the same run. What is
-exported is on the disk once it has its name, so there are two of cp: as it is, and with the `sync` that does the same.
+Wall time and peak memory are the least of five runs in turns. Ratios are to cp in the same run. An export is on the
+disk when its file appears, so cp is measured twice: alone, and with the `sync` that gives the same guarantee.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.verify import ROOT, RUNS, in_turns
+from benchmarks.process import RUNS, SOURCES, XENPV, Command, run_in_turns
 from tests.support.writers.sparse import write_sparse
 from xenpv.frames import PAGE_SIZE
 from xenpv.source.saved import SavedDomain
 
 FORMATS = ["elf", "lime", "raw", "dumpcore", "kdump"]
-_RUN = 16  # pages with content, and as many without
+_RUN = 16  # pages
 
 
-def made(path: Path, mib: int) -> None:
-    """A save file of a domain with so much memory, every other run of pages of random bytes."""
+def write_half_zero_domain(path: Path, mib: int) -> None:
+    """Write the save file of a domain: runs of random pages alternate with runs of zero pages."""
     write_sparse(path, mib << 20)
     random = np.random.default_rng(1)
     with SavedDomain.open(str(path)) as domain, path.open("r+b") as file:
@@ -39,20 +39,19 @@ def made(path: Path, mib: int) -> None:
 
 
 def compare(path: Path, folder: Path) -> None:
-    """Each format, and cp."""
-    src = {"PYTHONPATH": str(ROOT / "src")}
+    """Compare each format with cp."""
     copy = ["cp", "--sparse=always", str(path), str(folder / "copy")]
-    commands: dict[str, tuple[list[str], dict[str, str]]] = {
+    commands: dict[str, Command] = {
         "cp --sparse=always": (copy, {}),
         "cp --sparse=always, sync": (["sh", "-c", '"$@" && sync "$4"', "sh", *copy], {}),
-        "import xenpv.cli.export": ([sys.executable, "-c", "import xenpv.cli.export"], src),
+        "import xenpv.cli.export": ([sys.executable, "-c", "import xenpv.cli.export"], SOURCES),
     }
     for form in FORMATS:
         out = str(folder / f"out.{form}")
-        commands[f"xenpv export {form}"] = ([sys.executable, "-m", "xenpv", "export", "-f", form, str(path), out], src)
-    kdump, env = commands["xenpv export kdump"]
-    commands["xenpv export kdump, zstd"] = ([*kdump, "--compression", "zstd"], env)
-    figures = in_turns(commands)
+        commands[f"xenpv export {form}"] = ([*XENPV, "export", "-f", form, str(path), out], SOURCES)
+    kdump, environment = commands["xenpv export kdump"]
+    commands["xenpv export kdump, zstd"] = ([*kdump, "--compression", "zstd"], environment)
+    figures = run_in_turns(commands)
     print(f"\n{path.name}: {path.stat().st_size / (1 << 20):.1f} MiB, in the page cache, least of {RUNS} runs\n")
     print(f"{'command':<28}{'seconds':>9}{'of cp':>8}{'of cp+sync':>12}{'peak MiB':>10}")
     cp, synced = figures["cp --sparse=always"], figures["cp --sparse=always, sync"]
@@ -62,20 +61,22 @@ def compare(path: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", type=Path, help="a save file")
-    parser.add_argument("--made", type=int, action="append", default=[], metavar="MIB", help="make such a domain first")
-    parser.add_argument("--in", dest="folder", type=Path, help="the folder to write into, such as one in memory")
+    parser.add_argument(
+        "--made", type=int, action="append", default=[], metavar="MIB", help="generate a domain of this size first"
+    )
+    parser.add_argument("--in", dest="folder", type=Path, help="folder for all files, for example in memory")
     options = parser.parse_args()
     if not (options.file or options.made):
-        parser.error("say what to measure: a FILE, or --made MIB")
+        parser.error("name a FILE or --made MIB")
     with tempfile.TemporaryDirectory(prefix="xenpv-bench-", dir=options.folder) as folder:
         if options.file:
             compare(options.file, Path(folder))
         for mib in options.made:
             path = Path(folder) / f"made-{mib}.save"
-            made(path, mib)
+            write_half_zero_domain(path, mib)
             compare(path, Path(folder))
 
 

@@ -1,11 +1,11 @@
-"""The p2m at size: checked against copying the same bytes, walked sparse, and walked live beside xen-mfndump.
+"""Checks and walks of large p2ms: beside a copy of the same bytes, sparse, and live beside xen-mfndump.
 
-    python -m benchmarks.p2m                        the check of 128 Mi entries, and the 16 TiB walk
+    python -m benchmarks.p2m                        a check of 128 Mi entries, and a walk of 16 TiB
     python -m benchmarks.p2m --entries 16777216     a smaller check
-    python -m benchmarks.p2m --lab 4.17             also live, in the lab: a Debian guest, and litmus spread over 4 GiB
-    python -m benchmarks.p2m --linux 516            a Linux guest of 516 GiB on a host of 700 GiB (wants 24 GiB, 20 min)
+    python -m benchmarks.p2m --lab 4.17             also live in the lab: a Debian guest, and a litmus spread over 4 GiB
+    python -m benchmarks.p2m --linux 516            a Linux guest of 516 GiB on a host of 700 GiB (24 GiB, 20 min)
 
-Figures are ratios to the peer in the same run.
+Ratios are to the peer in the same run.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ RUNS = 3
 
 
 class FlatHost:
-    """What a host maps for us, flat in memory: a p2m of so many entries, and an m2p twice as large.
+    """A host whose p2m and m2p are arrays in memory; the m2p is twice as large as the p2m.
 
-    The domain has extents of 2 MiB in no order. Frames of the p2m itself are numbers of ``pages``.
+    The domain consists of extents of 2 MiB in random order. The frames of the p2m itself are indices of ``pages``.
     """
 
     def __init__(self, entries: int) -> None:
@@ -47,7 +47,7 @@ class FlatHost:
         extents = random.permutation(entries * 2 // EXTENT)[: entries // EXTENT].astype(np.uint64)
         leaves = entries // PER_LEAF
         self.pages: U8 = np.empty((leaves + leaves // 256 + 8, PAGE_SIZE), np.uint8)
-        self.used = leaves + 1  # frame 0 is none, in a tree
+        self.used = leaves + 1  # in a tree, frame 0 means that there is none
         self.list: U64 = self.pages[1 : self.used].reshape(-1).view(np.uint64)
         self.list.reshape(-1, EXTENT)[:] = extents[:, None] * np.uint64(EXTENT) + np.arange(EXTENT, dtype=np.uint64)
         self.table: U64 = np.full(entries * 2, NO_FRAME)
@@ -104,17 +104,18 @@ class FlatHost:
         raise NotImplementedError
 
 
-def least(what: Callable[[], object]) -> float:
+def least_seconds(call: Callable[[], object]) -> float:
+    """Return the least wall time of RUNS calls."""
     best = float("inf")
     for _ in range(RUNS):
         start = time.perf_counter()
-        what()
+        call()
         best = min(best, time.perf_counter() - start)
     return best
 
 
 def check(entries: int) -> None:
-    """The whole check of a p2m against the m2p, and NumPy's copy of the p2m's bytes."""
+    """Measure a check of the p2m against the m2p, and NumPy's copy of the p2m's bytes."""
     host = FlatHost(entries)
     live = LiveDomain(host, host.info(DomId(1)))
     findings = Findings()
@@ -122,17 +123,18 @@ def check(entries: int) -> None:
     def run() -> None:
         PhysmapCheck(live, findings, owner=False).run()
 
-    copy, checked = least(host.list.copy), least(run)
+    copied, checked = least_seconds(host.list.copy), least_seconds(run)
     if list(findings):
-        raise SystemExit(f"the check found what is not there: {[str(f) for f in findings]}")
+        raise SystemExit(f"the check has false findings: {[str(f) for f in findings]}")
     print(f"check of {entries} entries ({entries * PAGE_SIZE >> 30} GiB of pages): {checked:.2f} s")
-    print(f"  {checked / copy:.1f} times NumPy's copy of the same {entries * 8 >> 20} MiB ({copy:.2f} s)")
-    walk = least(lambda: live.walk_p2m(live.anchors.roots[0]))
-    print(f"  walk of the tables alone: {walk:.3f} s; survey of the leaves: {least(lambda: survey(live.p2m)):.2f} s")
+    print(f"  {checked / copied:.1f} times NumPy's copy of the same {entries * 8 >> 20} MiB ({copied:.2f} s)")
+    walked = least_seconds(lambda: live.walk_p2m(live.anchors.roots[0]))
+    surveyed = least_seconds(lambda: survey(live.p2m))
+    print(f"  walk of the tables alone: {walked:.3f} s; survey of the leaves: {surveyed:.2f} s")
 
 
 class Sparse:
-    """Frames of a guest whose 64 MiB lie at 64 places of 16 TiB."""
+    """The p2m frames of a guest whose 64 MiB lie at 64 places of 16 TiB."""
 
     def __init__(self) -> None:
         self.frames: dict[int, U8] = {}
@@ -143,7 +145,7 @@ class Sparse:
         self.anchors = write_tree_anchors(P2MForm.ROOTED, leaves, entries, 8, self.put, levels=5)
 
     def put(self, pages: U8) -> U64:
-        first = len(self.frames) + 1  # frame 0 is none, in a tree
+        first = len(self.frames) + 1  # in a tree, frame 0 means that there is none
         self.frames |= {first + i: page.copy() for i, page in enumerate(pages)}
         return np.arange(first, first + len(pages), dtype=np.uint64)
 
@@ -151,15 +153,15 @@ class Sparse:
         return np.array([self.frames[frame] for frame in frames.tolist()]), np.ones(len(frames), np.bool_)
 
     def walk(self) -> int:
-        """Walk and survey it; how many pages it has."""
+        """Walk and survey the p2m; return the number of populated pages."""
         p2m = P2M.from_root(self.anchors, self.anchors.roots[0], self.read)
         return survey(p2m).pages[EntryKind.LOCAL]
 
 
 def sparse() -> None:
-    """16 TiB of pfns, 64 MiB of them populated: time and memory of the walk, leaves read."""
+    """Measure time and memory of a walk and survey of 16 TiB of pfns, of which 64 MiB are populated."""
     guest = Sparse()
-    seconds = least(guest.walk)
+    seconds = least_seconds(guest.walk)
     tracemalloc.start()
     pages = guest.walk()
     peak = tracemalloc.get_traced_memory()[1]
@@ -170,7 +172,7 @@ def sparse() -> None:
     print(f"  walked and surveyed in {seconds * 1000:.1f} ms, {peak / (1 << 20):.1f} MiB at most")
 
 
-# Run in dom0: one process, so that importing NumPy under emulation is not what is measured.
+# Runs in dom0, in one process, so that the import of NumPy under emulation is not measured.
 _LIVE = """
 import json, subprocess, sys, time
 from xenpv.verify.physmap import PhysmapCheck
@@ -179,11 +181,11 @@ from xenpv.findings import Findings
 from xenpv.host.protocol import find_domain
 from xenpv.host.xen.host import XenHost
 
-def least(what, runs=3):
+def least_seconds(call, runs=3):
     best = float("inf")
     for _ in range(runs):
         start = time.monotonic()
-        what()
+        call()
         best = min(best, time.monotonic() - start)
     return best
 
@@ -191,10 +193,10 @@ out = {}
 with XenHost() as host:
     for name in sys.argv[2:]:
         live = LiveDomain(host, find_domain(host, name))
-        way = live.anchors.roots[-1]
+        root = live.anchors.roots[-1]
 
         def walk():
-            p2m = live.walk_p2m(way)
+            p2m = live.walk_p2m(root)
             return sum(len(leaves.first) for leaves in p2m.iter_leaves())
 
         def check():
@@ -205,13 +207,14 @@ with XenHost() as host:
                 command = [sys.argv[1], "dump-p2m", str(live.info.domid)]
                 subprocess.run(command, stdout=null, stderr=null, check=True)
 
-        out[name] = {"leaves": walk(), "walk": least(walk), "check": least(check), "dump-p2m": least(dump)}
+        out[name] = {"leaves": walk(), "walk": least_seconds(walk), "check": least_seconds(check),
+                     "dump-p2m": least_seconds(dump)}
 print(json.dumps(out))
 """
 
 
 def live(xen: str) -> None:
-    """Every leaf of running domains' p2m, by us and by xen-mfndump's dump-p2m, which prints it: the same boot."""
+    """Compare a walk of running domains' p2m with `xen-mfndump dump-p2m`, which also prints it, in the same boot."""
     names = {"debian": guests.config("debian"), "spread": guests.litmus_config("spread", options="p2m=tree spread=4G")}
     with lab.Host(xen, mem="3G", dom0_mem="2G") as host:
         for name, config in names.items():
@@ -220,15 +223,13 @@ def live(xen: str) -> None:
         host.wait_for_guest("spread", "litmus: up")
         tool = host.run("ls /usr/lib/xen-*/bin/xen-mfndump").check().text.split()[0]
         script = host.write("live.py", _LIVE)
-        found = json.loads(host.run(f"python3 {script} {tool} {' '.join(names)}", timeout=600).check().stdout)
+        figures = json.loads(host.run(f"python3 {script} {tool} {' '.join(names)}", timeout=600).check().stdout)
     print(f"live on Xen {xen}, emulated:")
-    for name, said in found.items():
-        ratio = said["walk"] / said["dump-p2m"]
-        print(
-            f"  {name}: {said['leaves']} leaf frames; walked and read in {said['walk'] * 1000:.1f} ms, {ratio:.2f} of ",
-            end="",
-        )
-        print(f"xen-mfndump dump-p2m ({said['dump-p2m'] * 1000:.0f} ms); checked in {said['check'] * 1000:.0f} ms")
+    for name, figure in figures.items():
+        ratio = figure["walk"] / figure["dump-p2m"]
+        print(f"  {name}: {figure['leaves']} leaf frames; walked and read in {figure['walk'] * 1000:.1f} ms,", end=" ")
+        print(f"{ratio:.2f} of xen-mfndump dump-p2m ({figure['dump-p2m'] * 1000:.0f} ms);", end=" ")
+        print(f"checked in {figure['check'] * 1000:.0f} ms")
 
 
 _LINUX = """
@@ -247,16 +248,16 @@ with XenHost() as host:
         PhysmapCheck(live, findings, owner=owner).run()
         seconds = time.monotonic() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        how = "with the owner of each" if owner else "quick"
+        mode = "with the owner of each frame" if owner else "quick"
         print(f"  {live.anchors.form_names}, max_pfn {live.anchors.max_pfn:#x}:", end=" ")
-        print(f"checked ({how}) in {seconds:.0f} s, {peak} MiB")
+        print(f"checked ({mode}) in {seconds:.0f} s, {peak} MiB")
         for finding in findings:
             print(f"    {finding.severity}: {finding}")
 """
 
 
 def linux(size: int) -> None:
-    """A Linux guest of so many GiB on a host of 700 GiB, which is sparse but for what Xen and the guest write."""
+    """Check a Linux guest of so many GiB on a sparse host of 700 GiB."""
     with lab.Host("4.17", mem="700G", dom0_mem="6G") as host:
         config = guests.config("large", memory=size << 10, kernel_options="xen_512gb_limit=0 nowatchdog")
         created = host.run(f"xl create {host.write('large.cfg', config)}", timeout=1800).check()
@@ -266,11 +267,11 @@ def linux(size: int) -> None:
 
 
 def main() -> None:
-    """Run what was asked for."""
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--entries", type=int, default=128 << 20, help="of the p2m that is checked (default: 128 Mi)")
-    parser.add_argument("--lab", metavar="XEN", help="live, beside xen-mfndump, on that Xen in the lab")
-    parser.add_argument("--linux", type=int, metavar="GIB", help="a Linux guest of so many GiB, in the lab")
+    parser.add_argument("--entries", type=int, default=128 << 20, help="entries of the checked p2m (default: 128 Mi)")
+    parser.add_argument("--lab", metavar="XEN", help="also live beside xen-mfndump, on this Xen in the lab")
+    parser.add_argument("--linux", type=int, metavar="GIB", help="check a Linux guest of this size in the lab instead")
     args = parser.parse_args()
     if args.linux:
         linux(args.linux)

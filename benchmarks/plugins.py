@@ -1,12 +1,12 @@
-"""Our layer for Volatility 3 against Volatility's own for Xen's cores, in one process, in turns.
+"""xenpv's layer for Volatility 3 beside Volatility's own layer for Xen cores: in one process, in turns.
 
-    python -m benchmarks.plugins                   a made HVM core of 1 GiB, and a save file and a PV core as large
-    python -m benchmarks.plugins --made 4096       of so many MiB
-    python -m benchmarks.plugins dom.core dom.save files of your own
+    python -m benchmarks.plugins                   a generated HVM core, PV core and save file of 1 GiB each
+    python -m benchmarks.plugins --made 4096       of 4096 MiB each
+    python -m benchmarks.plugins dom.core dom.save your own files
 
-Opening is what Volatility does twice for each run of a plug-in. Beside it: a scan of all memory for a string that is
-not there, and 100,000 reads of 8 bytes at places that 2,000 pages share, which is what walking page tables and lists
-comes to. Least seconds of some runs; ratios are to Volatility's own layer on the same file.
+Volatility opens a file twice for each run of a plug-in. Measured are opening, a scan of all memory for a string that is
+not there, and 100,000 reads of 8 bytes in 2,000 pages, like walks of page tables and lists. Seconds are the least of
+three runs; ratios are to Volatility's own layer on the same file.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ RUNS = 3
 READS, PAGES = 100_000, 2_000
 
 
-def made_core(path: Path, mib: int, *, hvm: bool) -> None:
-    """A core of a domain with so much memory, all of it holes of the file."""
+def write_core(path: Path, mib: int, *, hvm: bool) -> None:
+    """Write the core of a domain of so many MiB, whose pages are all holes of the file."""
     pages = (mib << 20) // PAGE_SIZE
     pfns = np.arange(pages, dtype=np.uint64)
     table = np.stack([pfns, pfns + np.uint64(1 << 20)], axis=1)
@@ -45,16 +45,16 @@ def made_core(path: Path, mib: int, *, hvm: bool) -> None:
         file.truncate(at + pages * PAGE_SIZE)
 
 
-def theirs(context: contexts.Context, path: Path) -> interfaces.layers.DataLayerInterface:
-    """Volatility's own layer, as its stacker makes it."""
+def open_volatility_layer(context: contexts.Context, path: Path) -> interfaces.layers.DataLayerInterface:
+    """Return Volatility's own layer, as its stacker makes it."""
     context.config["file.location"] = path.as_uri()
     context.add_layer(physical.FileLayer(context, "file", "file"))
     context.config["layer.base_layer"] = "file"
     return xen.XenCoreDumpLayer(context, "layer", "layer")
 
 
-def ours(context: contexts.Context, path: Path) -> interfaces.layers.DataLayerInterface:
-    """Our layer, as our stacker makes it."""
+def open_xenpv_layer(context: contexts.Context, path: Path) -> interfaces.layers.DataLayerInterface:
+    """Return xenpv's layer, as its stacker makes it."""
     context.config["layer.location"] = path.as_uri()
     return DomainLayer(context, "layer", "layer")
 
@@ -63,7 +63,7 @@ Opener = Callable[[contexts.Context, Path], interfaces.layers.DataLayerInterface
 
 
 def measure(opener: Opener, path: Path) -> list[float]:
-    """Seconds to open, to scan, and to read here and there, of one run."""
+    """Return seconds to open, to scan, and to read at random places, of one run."""
     context = contexts.Context()
     start = time.perf_counter()
     layer = opener(context, path)
@@ -71,13 +71,13 @@ def measure(opener: Opener, path: Path) -> list[float]:
     context.add_layer(layer)
     assert not list(layer.scan(context, scanners.BytesScanner(b"no such string")))
     scanned = time.perf_counter()
-    chance = random.Random(1)
+    rng = random.Random(1)
     last = (layer.maximum_address + 1) // PAGE_SIZE
-    pages = [page for page in chance.choices(range(last), k=PAGES) if layer.is_valid(page * PAGE_SIZE)]
-    places = [page * PAGE_SIZE + chance.randrange(512) * 8 for page in chance.choices(pages, k=READS)]
+    pages = [page for page in rng.choices(range(last), k=PAGES) if layer.is_valid(page * PAGE_SIZE)]
+    addresses = [page * PAGE_SIZE + rng.randrange(512) * 8 for page in rng.choices(pages, k=READS)]
     ready = time.perf_counter()
-    for place in places:
-        layer.read(place, 8)
+    for address in addresses:
+        layer.read(address, 8)
     read = time.perf_counter()
     for name in context.layers:
         context.layers[name].destroy()
@@ -85,22 +85,24 @@ def measure(opener: Opener, path: Path) -> list[float]:
 
 
 def compare(path: Path) -> None:
-    """Both layers on one file: Volatility has none for save files."""
+    """Compare the layers on one file."""
     print(f"\n{path.name}: {path.stat().st_size / (1 << 20):.1f} MiB, least of {RUNS} runs\n")
     print(f"{'layer':<22}{'open':>9}{'scan':>9}{'reads':>9}  seconds; times as fast as Volatility's own")
     figures: dict[str, list[float]] = {}
     with path.open("rb") as file:
         core = is_core(file.read(64))
-    openers: dict[str, Opener] = {"Volatility's": theirs, "xenpv's": ours} if core else {"xenpv's": ours}
+    openers: dict[str, Opener] = {"Volatility's": open_volatility_layer, "xenpv's": open_xenpv_layer}
+    if not core:  # Volatility has no layer for save files
+        del openers["Volatility's"]
     for _ in range(RUNS):
         for name, opener in list(openers.items()):
             try:
-                found = measure(opener, path)
+                seconds = measure(opener, path)
             except (exceptions.VolatilityException, AttributeError) as e:
                 print(f"{name:<22}{type(e).__name__}: {e}"[:110])
                 del openers[name]
             else:
-                figures[name] = np.minimum(figures.get(name, found), found).tolist()
+                figures[name] = np.minimum(figures.get(name, seconds), seconds).tolist()
     for name, seconds in figures.items():
         ratios = ""
         if name != "Volatility's" and "Volatility's" in figures:
@@ -109,10 +111,12 @@ def compare(path: Path) -> None:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="a core or a save file")
-    parser.add_argument("--made", type=int, default=1024, metavar="MIB", help="of the made ones (%(default)s)")
+    parser.add_argument(
+        "--made", type=int, default=1024, metavar="MIB", help="size of the generated files (default: %(default)s)"
+    )
     options = parser.parse_args()
     if options.files:
         for file in options.files:
@@ -121,7 +125,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="xenpv-bench-") as folder:
         for name, hvm in (("hvm", True), ("pv", False)):
             path = Path(folder) / f"{name}-{options.made}.core"
-            made_core(path, options.made, hvm=hvm)
+            write_core(path, options.made, hvm=hvm)
             compare(path)
         path = Path(folder) / f"pv-{options.made}.save"
         write_sparse(path, options.made << 20)
