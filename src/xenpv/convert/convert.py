@@ -107,7 +107,9 @@ class ConversionResult:
 
 
 class Conversion:
-    """One stream that is being converted. ``output`` is read once, to its end; ``close`` frees temporary files.
+    """One stream that is being converted.
+
+    ``output`` is read once, to its end; ``close`` frees temporary files.
 
     Args:
         source: the input.

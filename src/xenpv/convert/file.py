@@ -64,7 +64,7 @@ def convert(
 def write_verified(
     conversion: Conversion, write: Callable[[Buffers], None], *, force: bool = False
 ) -> ConversionResult:
-    """Hand the output of a conversion to ``write``, as ``convert`` does; return the result."""
+    """Write the output of a conversion as ``convert`` does; return the result."""
     result, output = conversion.result, _ConvertedInput(conversion, write)
     try:
         report = verify(output)
@@ -112,7 +112,10 @@ class _ConvertedInput(Input):
         *,
         reads_pages: bool = False,  # noqa: ARG002
     ) -> Iterator[Event]:
-        """Feed the output to the reader and yield its events; write the buffers before the last ones."""
+        """Feed the output to the reader and yield its events.
+
+        Buffers are written when the next ones come.
+        """
         while (buffers := self._next_buffers()) is not None:
             self._write(self.unwritten)
             self.unwritten = buffers

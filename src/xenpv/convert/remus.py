@@ -55,7 +55,10 @@ class DeltaStore:
             self._input_index.add(record)
 
     def set_types(self, entries: U64) -> None:
-        """Set the types of pages from entries as in PAGE_DATA; the last one of a pfn counts."""
+        """Set the types of pages from entries as in PAGE_DATA.
+
+        The last one of a pfn counts.
+        """
         pfns = entries & np.uint64(PFN_MASK)
         types = (entries >> np.uint64(TYPE_SHIFT)).astype(np.uint8)
         self._marks.set(pfns, types | self._marks.get(pfns) & np.uint8(_HAS_CONTENT) | np.uint8(_HAS_TYPE))
@@ -114,7 +117,10 @@ class DeltaStore:
         return np.frombuffer(content, np.uint8).reshape(-1, PAGE_SIZE)
 
     def pages(self) -> Iterator[tuple[U64, ReadInto]]:
-        """Yield all pages, ascending, in batches: entries as in PAGE_DATA, and what reads their content."""
+        """Yield all pages, ascending, in batches.
+
+        A batch is entries as in PAGE_DATA, and the function that reads their content.
+        """
         for pfns, marks in self._marks:
             for first in range(0, len(pfns), BATCH):
                 batch = slice(first, first + BATCH)

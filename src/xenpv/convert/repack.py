@@ -20,13 +20,19 @@ Batch = tuple[U64, list[U8]]
 
 
 class PfnMarks:
-    """A number from 0 to 255 for each pfn, 0 at first. Memory follows where the others lie."""
+    """A number from 0 to 255 for each pfn, 0 at first.
+
+    Memory follows where the others lie.
+    """
 
     def __init__(self) -> None:
         self._chunks: dict[int, U8] = {}
 
     def set(self, pfns: U64, marks: U8 | int) -> None:
-        """Set the numbers of pfns, each its own or all the same; the last one of a pfn counts."""
+        """Set the numbers of pfns, each its own or all the same.
+
+        The last one of a pfn counts.
+        """
         marks = np.broadcast_to(np.asarray(marks, np.uint8), pfns.shape)
         for number, selected, within in _split_chunks(pfns):
             self._chunks.setdefault(number, np.zeros(1 << _CHUNK_SHIFT, np.uint8))[within[selected]] = marks[selected]
@@ -82,7 +88,10 @@ class PageRepacker:
         self._keep = np.union1d(self._keep, pfns)
 
     def add(self, entries: U64, read_into: ReadInto) -> Iterator[Batch]:
-        """Add a record's entries, whose content ``read_into`` gives; yield the records that are full now."""
+        """Add a record's entries; yield the records that are full now.
+
+        ``read_into`` gives their content.
+        """
         entries = entries & np.uint64(~RESERVED_MASK & (1 << 64) - 1)
         for first in range(0, len(entries), self._batch):
             batch = entries[first : first + self._batch]

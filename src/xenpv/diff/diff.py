@@ -40,7 +40,9 @@ class PageDifference:
 
 @dataclass
 class TypeDifference:
-    """Pages that have type ``a`` in the first domain and ``b`` in the second; "absent" where there is no page.
+    """Pages that do not have the same type in both domains.
+
+    Type ``a`` in the first, ``b`` in the second; "absent" where there is no page.
 
     ``first``: the first pfns.
     """

@@ -40,7 +40,10 @@ def compare_values(where: str, a: Mapping[str, Any] | None, b: Mapping[str, Any]
 
 
 def compare_structs(where: str, a: np.void | None, b: np.void | None) -> Iterator[FieldDifference]:
-    """Compare two structs of one dtype by member, nested ones by their paths; padding does not count."""
+    """Compare two structs of one dtype by member.
+
+    Nested members have paths; padding does not count.
+    """
     if a is None or b is None:
         yield from _compare_presence(where, a, b)
         return
@@ -64,7 +67,10 @@ def compare_bytes(where: str, a: bytes | None, b: bytes | None) -> Iterator[Fiel
 
 
 def differing_ranges(a: bytes, b: bytes) -> list[tuple[int, int]]:
-    """Return the ranges in which two blobs of one length differ: offset of the first byte, offset after the last."""
+    """Return the ranges in which two blobs of one length differ.
+
+    A range is the offset of its first byte, and the offset after the last.
+    """
     differs = np.frombuffer(a, np.uint8) != np.frombuffer(b, np.uint8)
     edges = np.flatnonzero(np.diff(differs, prepend=False, append=False))
     return [(int(start), int(end)) for start, end in edges.reshape(-1, 2)]

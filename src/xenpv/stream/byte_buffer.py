@@ -43,7 +43,10 @@ class ByteBuffer:
         self.ended = True
 
     def skip(self, n: int) -> None:
-        """Count n bytes that the caller seeked over as fed. Raises ValueError for more than ``skippable``."""
+        """Count n bytes that the caller seeked over as fed.
+
+        Raises ValueError for more than ``skippable``.
+        """
         if n > self.skippable:
             raise ValueError(f"cannot skip {n} bytes, only {self.skippable}")
         self.skippable -= n
@@ -66,7 +69,10 @@ class ByteBuffer:
         return data
 
     def discard(self, n: int) -> None:
-        """Drop the next n bytes. Those that have not come yet are ``skippable`` from now on."""
+        """Drop the next n bytes.
+
+        Those that have not come yet are ``skippable`` from now on.
+        """
         dropped = min(n, self.available)
         self._drop(dropped)
         self.skippable = n - dropped

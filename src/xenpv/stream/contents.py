@@ -46,7 +46,10 @@ class RecordGroup:
 
 @dataclass(slots=True)
 class Vcpu:
-    """One vcpu's records; a later one of the same kind replaces an earlier one, as in libxenguest."""
+    """One vcpu's records.
+
+    A later record of the same kind replaces an earlier one, as in libxenguest.
+    """
 
     basic: records.VcpuBasic | None = None
     extended: records.VcpuExtended | None = None
@@ -64,7 +67,9 @@ _VCPU_ATTRIBUTES = {
 
 @dataclass
 class Contents:
-    """The records of a stream; None or empty where none came. Call ``add`` with every event of a Reader, in order.
+    """The records of a stream; None or empty where none came.
+
+    Call ``add`` with every event of a Reader, in order.
 
     Attributes:
         p2m_record: the last record that named leaves of the p2m.
@@ -157,7 +162,10 @@ class Contents:
 
     @property
     def p2m_leaf_runs(self) -> FrameRuns:
-        """The pfn of each leaf of the p2m, by the leaf's number. Leaves that no record named are in no run."""
+        """The pfn of each leaf of the p2m, by the leaf's number.
+
+        Leaves that no record named are in no run.
+        """
         if isinstance(self.p2m_record, records.P2MLeaves):
             return FrameRuns(*self.p2m_record.runs)
         return FrameRuns.from_frames(self.p2m_frames)

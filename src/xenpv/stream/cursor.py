@@ -22,7 +22,9 @@ Wait = Generator[None, None, None]
 
 
 class Cursor:
-    """Reads one input for a parser, which is a chain of generators: each yields None where it needs more bytes.
+    """Reads one input for a parser.
+
+    The parser is a chain of generators: each yields None where it needs more bytes.
 
     Attributes:
         buffer: the bytes.
@@ -62,7 +64,10 @@ class Cursor:
             raise self._error(rule, message)
 
     def fatal_error(self, rule: Rule, message: str) -> StreamError:
-        """Report a breach after which nothing can be read; return the error that the caller must raise."""
+        """Report a breach after which nothing can be read; return the error.
+
+        The caller must raise it.
+        """
         if self._on_breach is not None:
             self._on_breach(rule, message, self.record_offset, self.record)
         return self._error(rule, message)
@@ -73,14 +78,20 @@ class Cursor:
     # --- bytes -------------------------------------------------------------------------------------------------------
 
     def take(self, n: int, part: str) -> Generator[None, None, memoryview]:
-        """Take n bytes; ``part`` names them in the error. Raises Truncated where the input ends before."""
+        """Take n bytes; ``part`` names them in the error.
+
+        Raises Truncated where the input ends before.
+        """
         while self.buffer.available < n:
             yield from self.wait(self.buffer.available, n, part)
         self.needed = 0
         return self.buffer.take(n)
 
     def skip(self, n: int, part: str) -> Wait:
-        """Skip n bytes; ``part`` names them in the error. Raises Truncated where the input ends before."""
+        """Skip n bytes; ``part`` names them in the error.
+
+        Raises Truncated where the input ends before.
+        """
         self.buffer.discard(n)
         while self.buffer.skippable:
             yield from self.wait(n - self.buffer.skippable, n, part)
@@ -93,7 +104,10 @@ class Cursor:
         return self.buffer.peek(n)
 
     def wait(self, have: int, want: int, part: str) -> Wait:
-        """Wait for more bytes of something that has ``have`` of ``want``. Raises Truncated at the end of the input."""
+        """Wait for more bytes of something that has ``have`` of ``want``.
+
+        Raises Truncated at the end of the input.
+        """
         if self.buffer.ended:
             end = self.offset + self.buffer.available
             raise self.fatal_error(
@@ -104,7 +118,10 @@ class Cursor:
 
 
 def read_pages(cursor: Cursor, record: PageData) -> Steps:
-    """Read the page content of a PAGE_DATA record, as PageContent events of up to PAGES_AT_ONCE pages."""
+    """Read the page content of a PAGE_DATA record.
+
+    Each PageContent event has up to PAGES_AT_ONCE pages.
+    """
     for first in range(0, record.pages, PAGES_AT_ONCE):
         offset = cursor.offset
         data = yield from cursor.take(min(PAGES_AT_ONCE, record.pages - first) * PAGE_SIZE, "page content")

@@ -30,7 +30,10 @@ class MalformedDelta(ValueError):
 
 
 class Change(NamedTuple):
-    """Bytes of a page that changed: offset of the new bytes in the data, offset in the page, and how many."""
+    """Bytes of a page that changed.
+
+    Offset of the new bytes in the data, offset in the page, and how many.
+    """
 
     data_offset: int
     page_offset: int
@@ -38,7 +41,9 @@ class Change(NamedTuple):
 
 
 def changes(data: Buffer, at: int) -> Iterator[Change]:
-    """Yield the changes of the page that begins at byte ``at``, then an empty one where the next page begins.
+    """Yield the changes of the page that begins at byte ``at``.
+
+    The last change is empty, where the next page begins.
 
     Raises:
         MalformedDelta: no sender makes such a page.
@@ -75,7 +80,9 @@ def changes(data: Buffer, at: int) -> Iterator[Change]:
 
 
 def page_ends(data: Buffer, count: int) -> list[int]:
-    """Return where each of the first ``count`` pages in the data ends, up to one that is not whole.
+    """Return where each of the first ``count`` pages in the data ends.
+
+    A last page that is not whole is left out.
 
     Raises:
         MalformedDelta: no sender makes such a page.
@@ -99,6 +106,9 @@ def is_full_page(data: Buffer, at: int) -> bool:
 
 
 def apply_changes(data: Buffer, at: int, page: memoryview) -> None:
-    """Apply the changes of the page that begins at byte ``at`` to ``page``, which holds its earlier content."""
+    """Apply the changes of the page at byte ``at`` to its earlier content.
+
+    ``page`` holds the earlier content.
+    """
     for start, offset, length in changes(data, at):
         page[offset : offset + length] = data[start : start + length]

@@ -91,7 +91,10 @@ class CoreLayout:
 
 
 def is_core(head: bytes) -> bool:
-    """Return whether a file that begins with these bytes, 18 or more, is an ELF core of any kind."""
+    """Return whether a file that begins so is an ELF core of any kind.
+
+    ``head``: 18 bytes or more.
+    """
     return head[:4] == abi.ELF_MAGIC and head[16:18] == abi.ET_CORE.to_bytes(2, "little")
 
 

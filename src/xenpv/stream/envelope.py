@@ -121,7 +121,7 @@ _COMPRESSED = {
 
 
 def sniff(head: bytes) -> Kind:
-    """Detect the kind of stream by its first bytes: SNIFF_SIZE of them, or all that there are.
+    """Detect the kind of stream by its first SNIFF_SIZE bytes, or all that there are.
 
     An input that ends within the magic of a kind is of that kind; reading it then raises Truncated.
 
@@ -155,7 +155,9 @@ def _describe_other(head: bytes) -> str:
 
 
 def legacy_width(head: bytes) -> int | None:
-    """Return the bits (32, 64) of the toolstack that wrote a legacy stream of a PV domain; None for other inputs.
+    """Return the bits of the toolstack that wrote a legacy stream of a PV domain.
+
+    32 or 64; None for other inputs.
 
     "These shall be distinguished by inspecting octets 4-7 in the image. If these are zero then it is a 64-bit image";
     in a 32-bit one a PV domain's extended-info signature, all ones, stands there (libxc-migration-stream.pandoc,
@@ -202,7 +204,10 @@ def check_config_size(config: bytes) -> None:
 
 
 def xl_header(config: bytes, config_format: str = "json", *, stream_flag: int = XL_FLAG_STREAMV2) -> list[Buffer]:
-    """Return xl's header. An empty configuration still has its size. ``stream_flag``: the kind of stream inside."""
+    """Return xl's header.
+
+    An empty configuration still has its size. ``stream_flag``: the kind of stream inside.
+    """
     text = config and config.rstrip(b"\0") + b"\0"
     data = XL_CONFIG.pack(size=len(text)) + text
     flags = stream_flag | (XL_FLAG_JSON if text and config_format == "json" else 0)

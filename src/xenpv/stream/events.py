@@ -37,7 +37,10 @@ class ImageHeader:
 
 @dataclass(frozen=True, slots=True)
 class DomainHeader:
-    """The libxc domain header: PV or HVM, and the version of Xen that saved; 0.n is a converted legacy stream."""
+    """The libxc domain header: PV or HVM, and the version of Xen that saved.
+
+    0.n is a converted legacy stream.
+    """
 
     offset: int
     guest: Guest
@@ -48,7 +51,10 @@ class DomainHeader:
 
 @dataclass(frozen=True, slots=True)
 class SectionHeader:
-    """The header of a section of a xenopsd suspend image; ``data`` is the xenops record, empty for other sections."""
+    """The header of a section of a xenopsd suspend image.
+
+    ``data`` is the xenops record, empty for other sections.
+    """
 
     offset: int
     section: Section
@@ -108,7 +114,9 @@ class SkippedPageData:
 
 @dataclass(frozen=True, slots=True)
 class PageDeltas:
-    """Pages of a legacy stream, as what changed in them since they were last sent (delta.py).
+    """Pages of a legacy stream, as what changed since they were last sent.
+
+    delta.py has the format.
 
     Attributes:
         raw: entries as in PAGE_DATA, little-endian.

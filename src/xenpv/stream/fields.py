@@ -46,7 +46,7 @@ class RecordContext:
 
 
 class Fields:
-    """Consecutive unsigned fields, each with its name and its size in bytes (1, 2, 4 or 8).
+    """Consecutive unsigned fields, each with its name and size (1, 2, 4 or 8 bytes).
 
     A field whose name begins with "_" is reserved: ``pack`` writes 0, and ``read`` reports other values.
 
@@ -65,18 +65,24 @@ class Fields:
         self._count = len(sizes)
 
     def unpack(self, body: Buffer, byte_order: str = "<") -> tuple[int, ...]:
-        """Return all values, with reserved ones, from the start of a body that is long enough."""
+        """Return all values, with reserved ones, from the start of a long enough body."""
         return self._layouts[byte_order].unpack_from(body)
 
     def read(self, ctx: RecordContext, name: str, body: memoryview) -> dict[str, Any]:
-        """Return the values by name, without reserved ones; ``name``: of the record, for reports."""
+        """Return the values by name, without reserved ones.
+
+        ``name``: of the record, for reports.
+        """
         values = self.unpack(body, ctx.byte_order)
         if self._reserved:
             ctx.check_reserved(name, *(values[at] for at in self._reserved))
         return {name: values[at] for at, name in self._named}
 
     def pack(self, byte_order: str = "<", /, **values: int) -> bytes:
-        """Return the fields as bytes. Raises OverflowError for a value that its field cannot hold."""
+        """Return the fields as bytes.
+
+        Raises OverflowError for a value that its field cannot hold.
+        """
         numbers = [0] * self._count
         for at, name in self._named:
             numbers[at] = values[name]

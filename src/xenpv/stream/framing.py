@@ -54,7 +54,7 @@ class Record:
 
     @classmethod
     def parse(cls, ctx: RecordContext, body: memoryview, *, offset: int) -> Self | None:
-        """Parse a body, report its breaches, and return the record; None if it is unusable."""
+        """Parse a body and report its breaches; return None if it is unusable."""
         values = cls.FIELDS.read(ctx, cls.type_name(), body)
         if cls.BLOB is not None:
             values[cls.BLOB] = bytes(body[cls.FIELDS.size :])
@@ -62,14 +62,20 @@ class Record:
         return record if record.check(ctx) else None
 
     def check(self, ctx: RecordContext) -> bool:  # noqa: ARG002
-        """Check the record's values, and report breaches to ctx. Return False if the record is unusable."""
+        """Check the record's values, and report breaches to ctx.
+
+        Return False if the record is unusable.
+        """
         return True
 
     def update_context(self, ctx: RecordContext) -> None:
-        """Note in ctx what the records after this one depend on: the guest's width, the last pfn."""
+        """Note in ctx what later records depend on: the guest's width, the last pfn."""
 
     def body(self) -> list[Buffer]:
-        """Return the body to be written, little-endian. Raises OverflowError for a value that is too large."""
+        """Return the body to be written, little-endian.
+
+        Raises OverflowError for a value that is too large.
+        """
         buffers: list[Buffer] = [self.FIELDS.pack(**{name: getattr(self, name) for name in self.FIELDS.names})]
         if self.BLOB is not None:
             buffers.append(getattr(self, self.BLOB))
@@ -97,6 +103,9 @@ class Unknown(Record):
 
 
 def check_xen_version(ctx: RecordContext, major: int, minor: int) -> None:
-    """Report a version of Xen that writes no such streams; 0.n marks a converted legacy stream."""
+    """Report a version of Xen that writes no such streams.
+
+    0.n marks a converted legacy stream.
+    """
     if major > 9 or minor > 99 or (major == 4 and minor < 6) or 0 < major < 4:
         ctx.report(rules.XEN_VERSION, f"no Xen {major}.{minor} writes such streams")

@@ -24,7 +24,10 @@ class Entry(NamedTuple):
 
 
 def iter_entries(context: bytes, *, offset: int) -> Iterator[Entry]:
-    """Yield the records before END. ``offset``: of the context, for errors. Raises Malformed where one does not fit."""
+    """Yield the records before END.
+
+    ``offset``: of the context, for errors. Raises Malformed where one does not fit.
+    """
     at = 0
     while True:
         if at + _DESCRIPTOR.size > len(context):
@@ -41,7 +44,10 @@ def iter_entries(context: bytes, *, offset: int) -> Iterator[Entry]:
 
 
 def read_vcpus(context: bytes, *, offset: int) -> dict[int, np.void]:
-    """Return the vcpus by number, as abi.hvm_save.HVM_HW_CPU structs. Raises Malformed."""
+    """Return the vcpus by number, as abi.hvm_save.HVM_HW_CPU structs.
+
+    Raises Malformed.
+    """
     vcpus = {}
     for entry in iter_entries(context, offset=offset):
         if entry.typecode == CPU:

@@ -17,7 +17,9 @@ _RECORDS_PER_MERGE = 256  # records turned into extents at once, to spread NumPy
 
 
 class PageIndex:
-    """Maps a pfn to its type and the byte offset of its content, from PAGE_DATA records in their order.
+    """Maps a pfn to its type and the byte offset of its content.
+
+    PAGE_DATA records are added in their order.
 
     A page that comes again, as in a live migration, counts with its last type and content. An extent is a run of
     consecutive pfns of one type with adjacent contents. Cost follows the number of extents, at most one for each 8
@@ -40,17 +42,26 @@ class PageIndex:
 
     @classmethod
     def from_extents(cls, extents: Extents, offset: I64) -> Self:
-        """Return an index of these extents; ``offset`` is that of each one's first page, -1 without content."""
+        """Return an index of these extents.
+
+        ``offset`` is that of each one's first page, -1 without content.
+        """
         index = cls()
         index._extents, index._offset = extents, offset
         return index
 
     def add(self, record: PageData) -> None:
-        """Add a record. If its size does not match its pages, it gives types, and no content."""
+        """Add a record.
+
+        If its size does not match its pages, it gives types, and no content.
+        """
         self.add_entries(record.entries, record.pages_offset, content=record.size_matches)
 
     def add_entries(self, entries: U64, pages_offset: int, *, content: bool = True) -> None:
-        """Add entries as in PAGE_DATA, type in bits 63 to 60, pfn in 51 to 0; their content begins at pages_offset."""
+        """Add entries as in PAGE_DATA; their content begins at pages_offset.
+
+        The type is in bits 63 to 60, the pfn in 51 to 0.
+        """
         self.sent += len(entries)
         self._pending.append((entries, pages_offset, content))
         if len(self._pending) >= _RECORDS_PER_MERGE:
@@ -129,12 +140,18 @@ class PageIndex:
         return pfn[at], count, kinds[at], offsets[at]
 
     def types(self, pfns: U64) -> U8:
-        """Return the page type of each pfn, ABSENT where it never came; of the shape of ``pfns``."""
+        """Return the page type of each pfn, ABSENT where it never came.
+
+        uint8, of the shape of ``pfns``.
+        """
         types = np.append(self.extents.type, np.uint8(ABSENT))  # row -1, which is none, is the last element
         return np.asarray(types[self.extents.rows_of(pfns)])
 
     def offsets(self, pfns: U64) -> I64:
-        """Return the byte offset of each page's content, -1 where there is none; of the shape of ``pfns``."""
+        """Return the byte offset of each page's content, -1 without content.
+
+        int64, of the shape of ``pfns``.
+        """
         extents = self.extents
         row = extents.rows_of(pfns)
         if not len(extents):
@@ -149,7 +166,10 @@ class PageIndex:
         return {kind: int(n) for kind, n in enumerate(counts) if n}
 
     def pfns(self, wanted: Mask) -> U64:
-        """Return the pfns, ascending, whose type is in ``wanted``: a table indexed by type, such as frames.IS_TABLE."""
+        """Return the pfns, ascending, whose type is in ``wanted``.
+
+        ``wanted`` is a table indexed by type, such as frames.IS_TABLE.
+        """
         return self.extents[wanted[self.extents.type]].pfns
 
     @property

@@ -47,7 +47,9 @@ _HEADER_MIN = 12  # bytes by which an HVM stream is detected
 
 
 def detect_toolstack(head: bytes) -> tuple[int, Guest] | None:
-    """Return bytes of the toolstack's long and the domain's type; None if the stream does not look like a legacy one.
+    """Detect a legacy stream's toolstack: bytes of its long, and the type of domain.
+
+    None if the stream does not look like a legacy one.
 
     A PV domain's stream has the all-ones signature of extended info where an HVM domain's has its first chunk.
     """
@@ -63,7 +65,9 @@ def detect_toolstack(head: bytes) -> tuple[int, Guest] | None:
 
 
 class LegacyFormat:
-    """Reads legacy streams for a Reader, bare or in an envelope, as the events of a stream of version 3.
+    """Reads legacy streams for a Reader, bare or in an envelope.
+
+    They give the events of a stream of version 3.
 
     A Checkpoint follows each body and tail but the last. Emulator records come within their tail, before Checkpoint and
     End.
@@ -78,11 +82,14 @@ class LegacyFormat:
         self._emulator = emulator
 
     def matches(self, head: bytes) -> bool:
-        """Return whether a stream that begins with these bytes is to be read as a legacy one."""
+        """Return whether to read a stream that begins so as a legacy one."""
         return self._toolstack is not None or detect_toolstack(head) is not None
 
     def read(self, cursor: Cursor, *, pages: bool, emulator: bool) -> Steps:
-        """Read one stream. ``pages``: give page content; ``emulator``: the envelope allows its state to follow."""
+        """Read one stream.
+
+        ``pages``: give page content; ``emulator``: the envelope allows its state to follow.
+        """
         cursor.begin("legacy header")
         long, guest = self._toolstack or (yield from _detect_toolstack(cursor))
         stream = _LegacyStream(cursor, long, guest, pages=pages, emulator=emulator and self._emulator)

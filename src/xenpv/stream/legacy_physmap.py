@@ -13,7 +13,9 @@ _PADDING = {4: 0, 8: 4}  # bytes of padding after each name, by the toolstack's 
 
 
 def convert_physmap(data: bytes | memoryview, long: int) -> bytes:
-    """Convert the toolstack's record to EMULATOR_XENSTORE_DATA: keys and values, each NUL-terminated.
+    """Convert the toolstack's record to EMULATOR_XENSTORE_DATA.
+
+    That is keys and values, each NUL-terminated.
 
     Args:
         data: the record.

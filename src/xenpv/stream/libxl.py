@@ -126,7 +126,9 @@ LIBXL = {cls.TYPE: cls for cls in _ALL}
 
 
 class LibxlOrder:
-    """The order of one libxl stream, for readers and writers. Call ``check_next`` for each libxl record.
+    """The order of one libxl stream, for readers and writers.
+
+    Call ``check_next`` for each libxl record.
 
     ``in_libxc``: the libxc stream goes on after this record, until ``libxc_handed_back``.
     """
@@ -138,7 +140,10 @@ class LibxlOrder:
         self._in_checkpoint = False
 
     def check_next(self, kind: int) -> list[tuple[Rule, str]]:
-        """Note that a record comes next; return the rules that this breaks, each with a message."""
+        """Note that a record comes next; return the rules that this breaks.
+
+        Each has a message.
+        """
         breaches = []
         if kind == LibxlType.END:
             self.ended = True
@@ -159,5 +164,8 @@ class LibxlOrder:
         return breaches
 
     def libxc_handed_back(self, *, checkpoint: bool) -> None:
-        """Note that the libxc stream came to its END, or to a CHECKPOINT, after which it goes on."""
+        """Note that the libxc stream came to its END or to a CHECKPOINT.
+
+        After a CHECKPOINT it goes on.
+        """
         self.in_libxc, self._in_checkpoint = False, checkpoint

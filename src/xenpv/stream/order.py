@@ -117,7 +117,9 @@ _NEVER_ALLOWED = {
 
 
 class Order:
-    """The order of one stream. Call ``check_next`` for each record of a known type, and ``missing`` at END.
+    """The order of one stream.
+
+    Call ``check_next`` for each record of a known type, and ``missing`` at END.
 
     ``seen``: the types of record that came.
     """
@@ -129,7 +131,10 @@ class Order:
         self._always_allowed: set[int] = set()  # types that were checked and may come again at any place
 
     def check_next(self, kind: int) -> list[tuple[Rule, str]]:
-        """Note that this type of record comes next; return the rules that this breaks, each with a message."""
+        """Note that this type of record comes next; return the rules that this breaks.
+
+        Each has a message.
+        """
         if kind in self._always_allowed:  # a stream can hold millions of PAGE_DATA
             return []
         record = RecordType(kind)

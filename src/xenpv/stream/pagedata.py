@@ -49,7 +49,10 @@ class PageData(Record):
 
     @property
     def size_matches(self) -> bool:
-        """Whether its length fits its pages; otherwise it is unknown which content belongs to which pfn."""
+        """Whether its length fits its pages.
+
+        Otherwise it is unknown which content belongs to which pfn.
+        """
         return self.length == 8 + len(self.raw) + self.pages * PAGE_SIZE
 
     @property
@@ -82,7 +85,10 @@ class PageData(Record):
     def parse_entries(
         cls, ctx: RecordContext, body: memoryview, *, offset: int, length: int, pages_offset: int
     ) -> Self:
-        """Check one or more entries: types, pfns against the p2m, and the page count against the length."""
+        """Check one or more entries, and make the record of them.
+
+        Checked are types, pfns against the p2m, and the page count against the length.
+        """
         raw = byteswap_words(body) if ctx.byte_order == ">" else bytes(body)
         tops = raw[7::8]
         pages = len(tops) - len(tops.translate(None, _TOP_WITH_DATA))

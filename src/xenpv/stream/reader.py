@@ -44,7 +44,9 @@ _NAMES = {int(kind): kind.name for kind in RecordType}
 
 
 class Reader:
-    """Reads one stream: ``feed`` bytes, ``feed_eof`` at their end, and call ``next_event`` until it returns None.
+    """Reads one stream: bytes in, events out.
+
+    ``feed`` bytes, ``feed_eof`` at their end, and call ``next_event`` until it returns None.
 
     Args:
         on_breach: collects breaches of rules, which raise otherwise.
@@ -86,7 +88,10 @@ class Reader:
         self._cursor.buffer.feed_eof()
 
     def next_event(self) -> Event | None:
-        """Return the next event, or None: feed more, or the stream is ``done``. Raises StreamError, at each call."""
+        """Return the next event, or None: feed more, or the stream is ``done``.
+
+        Raises StreamError, at each call.
+        """
         if self._failed is not None:
             raise self._failed
         try:
@@ -96,12 +101,18 @@ class Reader:
             raise
 
     def skip(self, n: int) -> None:
-        """Count n bytes that the caller seeked over as fed. Raises ValueError for more than ``skippable``."""
+        """Count n bytes that the caller seeked over as fed.
+
+        Raises ValueError for more than ``skippable``.
+        """
         self._cursor.buffer.skip(n)
 
     @property
     def skippable(self) -> int:
-        """Bytes to come that will be skipped: a caller that can seek may ``skip`` them instead of feeding them."""
+        """Bytes to come that will be skipped.
+
+        A caller that can seek may ``skip`` them instead of feeding them.
+        """
         return self._cursor.buffer.skippable
 
     @property

@@ -122,7 +122,9 @@ class X86PVP2MFrames(Record):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class P2MLeaves(Record):
-    """The leaves of a p2m of ``entries`` entries, in runs. A later record replaces all of it.
+    """The leaves of a p2m of ``entries`` entries, in runs.
+
+    A later record replaces all of it.
 
     ``raw`` is the runs, three words of 64 bits each, little-endian: number of the first leaf, how many leaves, and the
     pfn of the one frame that holds all of them.
@@ -147,7 +149,10 @@ class P2MLeaves(Record):
 
     @property
     def runs(self) -> tuple[I64, I64, U64]:
-        """Number of the first leaf (int64), number of leaves (int64), and pfn (uint64) of each run."""
+        """The runs: number of the first leaf, number of leaves, and pfn.
+
+        int64, int64 and uint64, one element for each run.
+        """
         import numpy as np  # noqa: PLC0415
 
         first, count, pfn = np.frombuffer(self.raw, "<u8").reshape(-1, 3).T

@@ -36,7 +36,9 @@ _ALL_ONES = (1 << 64) - 1
 
 
 class Writer:
-    """Writes one stream, little-endian, libxc version 3: ``start``, then ``send`` and ``pages``, until it is ``done``.
+    """Writes one stream, little-endian, libxc version 3.
+
+    Call ``start``, then ``send`` and ``pages``, until it is ``done``.
 
     Args:
         kind: the envelope: xl's file header, or none around a libxl or libxc stream.
