@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import xenpv
-from tests.support.format_readers import lime
-from tests.support.made_domains import made
+from tests.support.format_readers import parse_lime
+from tests.support.made_domains import made_domain
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from xenpv.io.atomic_output import Output
@@ -23,7 +23,7 @@ PAGE = 4096
 
 @pytest.fixture
 def domain() -> Domain:
-    return made()
+    return made_domain()
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_export_partial_of_a_cut_file_has_every_page_before_the_cut(domain: Doma
     assert ran.code == 0
     pfns = sorted(domain.types)[: 2 * 16 + 5]
     expected = {pfn: bytes(domain.pages[pfn]) for pfn in pfns if pfn in domain.pages}
-    assert lime(out.read_bytes()) == expected
+    assert parse_lime(out.read_bytes()) == expected
     assert f"{len(expected)} pages" in ran.err
     assert f"pfn {max(expected):#x}, " in ran.err
     assert "missing: vcpus and shared info" in ran.err

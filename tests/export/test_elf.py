@@ -11,8 +11,8 @@ import drgn
 import numpy as np
 import pytest
 
-from tests.support.format_readers import elf_file, identity
-from tests.support.made_domains import FAR, HOLE, PAGE, Sparse, exported, made, opened
+from tests.support.format_readers import look_up_identity, parse_elf
+from tests.support.made_domains import FAR, HOLE, PAGE, Sparse, export_domain, made_domain, open_made
 from tests.support.vectors import unpack_vector
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
@@ -32,12 +32,12 @@ NO_PADDR = (1 << 64) - 1
 
 @pytest.fixture(params=[8, 4])
 def domain(request: pytest.FixtureRequest) -> Domain:
-    return made(request.param)
+    return made_domain(request.param)
 
 
 def loads(core: Path) -> list[tuple[Any, bytes]]:
     with core.open("rb") as file:
-        return [(s.header, s.data()) for s in elf_file(file).iter_segments("PT_LOAD")]
+        return [(s.header, s.data()) for s in parse_elf(file).iter_segments("PT_LOAD")]
 
 
 def physical(core: Path) -> dict[int, bytes]:
@@ -57,7 +57,7 @@ def physical(core: Path) -> dict[int, bytes]:
 
 def notes(core: Path) -> list[tuple[str, int, bytes]]:
     with core.open("rb") as file:
-        segment = next(elf_file(file).iter_segments("PT_NOTE"))
+        segment = next(parse_elf(file).iter_segments("PT_NOTE"))
         return list(_notes(segment.data()))
 
 
@@ -71,7 +71,7 @@ def _notes(data: bytes) -> Iterator[tuple[str, int, bytes]]:
 
 
 def test_elf_has_each_page_at_its_physical_address(domain: Domain, tmp_path: Path) -> None:
-    core, done = exported(domain, tmp_path, "elf")
+    core, done = export_domain(domain, tmp_path, "elf")
     found = physical(core)
     there = {pfn: bytes(page) for pfn, page in domain.pages.items()}
     assert {pfn: page for pfn, page in found.items() if pfn <= FAR + 1} == there
@@ -80,12 +80,12 @@ def test_elf_has_each_page_at_its_physical_address(domain: Domain, tmp_path: Pat
     assert done.bytes == core.stat().st_size
     assert core.stat().st_mode & 0o777 == 0o600
     with core.open("rb") as file:
-        header = elf_file(file).header
+        header = parse_elf(file).header
     assert (header["e_type"], header["e_machine"]) == ("ET_CORE", "EM_X86_64" if domain.width == 8 else "EM_386")
 
 
 def test_elf_has_each_page_at_the_kernels_virtual_address(domain: Domain, tmp_path: Path) -> None:
-    core, _ = exported(domain, tmp_path, "elf")
+    core, _ = export_domain(domain, tmp_path, "elf")
     seen = {}
     for header, data in loads(core):
         for at in range(0, len(data), PAGE):
@@ -98,7 +98,7 @@ def test_elf_shows_a_page_mapped_twice_in_the_longest_run(tmp_path: Path) -> Non
     domain = pv_domain()
     first = domain.walk(domain.vaddrs[0])[-1]
     domain.table(first.table)[400] = first.pte  # the first page of the kernel's mapping once more, behind it
-    core, _ = exported(domain, tmp_path, "elf")
+    core, _ = export_domain(domain, tmp_path, "elf")
     at = [header["p_vaddr"] for header, _ in loads(core)]
     assert domain.vaddrs[0] in at
     assert domain.vaddrs[0] + 400 * PAGE not in at
@@ -112,7 +112,7 @@ def test_elf_has_a_prstatus_note_for_each_vcpu(domain: Domain, tmp_path: Path) -
         if domain.width == 8:
             context["flags"] = VGCF_IN_KERNEL
             context["fs_base"], context["gs_base_kernel"], context["gs_base_user"] = 0x3000 + n, 0x4000 + n, 0x5000 + n
-    core, _ = exported(domain, tmp_path, "elf")
+    core, _ = export_domain(domain, tmp_path, "elf")
     status = [desc for name, kind, desc in notes(core) if (name, kind) == ("CORE", NT_PRSTATUS)]
     assert len(status) == 2
     for n, desc in enumerate(status):
@@ -129,40 +129,40 @@ def test_elf_has_a_prstatus_note_for_each_vcpu(domain: Domain, tmp_path: Path) -
 
 
 def test_elf_with_an_unknown_vcpu_has_zeros_in_its_note(tmp_path: Path) -> None:
-    domain = made()
+    domain = made_domain()
     domain.vcpus = {0: domain.vcpus[0], 2: domain.vcpus[1]}
-    core, _ = exported(domain, tmp_path, "elf")
+    core, _ = export_domain(domain, tmp_path, "elf")
     status = [desc for name, kind, desc in notes(core) if kind == NT_PRSTATUS]  # rip is the 17th register
     assert [any(desc[240:248]) for desc in status] == [True, False, True]
 
 
 def test_elf_has_vmcoreinfo_as_a_note(domain: Domain, tmp_path: Path) -> None:
-    core, done = exported(domain, tmp_path, "elf")
+    core, done = export_domain(domain, tmp_path, "elf")
     text = bytes(domain.pages[domain.places.data[0]]).rstrip(b"\0")
     assert [desc for name, _, desc in notes(core) if name == "VMCOREINFO"] == [text]
     assert done.remarks == []
 
 
 def test_elf_without_vmcoreinfo_has_a_remark(tmp_path: Path) -> None:
-    domain = made()
+    domain = made_domain()
     domain.pages[domain.places.data[0]][:] = bytes(PAGE)
-    core, done = exported(domain, tmp_path, "elf")
+    core, done = export_domain(domain, tmp_path, "elf")
     assert not [name for name, _, _ in notes(core) if name == "VMCOREINFO"]
     assert "VMCOREINFO" in done.remarks[0]
 
 
 def test_elf_identity_tree_maps_each_pfn_to_itself(tmp_path: Path) -> None:
     """As crash asks it: the root's frame is the last word of Xen's note."""
-    domain = made()
-    core, _ = exported(domain, tmp_path, "elf")
+    domain = made_domain()
+    core, _ = export_domain(domain, tmp_path, "elf")
     (root,) = [
         struct.unpack("<10Q", desc)[-1] for name, kind, desc in notes(core) if (name, kind) == ("Xen", CRASH_INFO)
     ]
     assert root == FAR + 2  # behind the domain's last page
     page = physical(core)
     for pfn in domain.pages:
-        assert identity(page, root, pfn) == pfn
-    assert identity(page, root, HOLE * 512) == (1 << 64) - 1
+        assert look_up_identity(page, root, pfn) == pfn
+    assert look_up_identity(page, root, HOLE * 512) == (1 << 64) - 1
     first = struct.unpack("<512Q", page[root])
     assert 0 in first  # the list of lists ends there
     assert all(entry for lists in first[: first.index(0)] for entry in struct.unpack("<512Q", page[lists])[:1])
@@ -177,7 +177,7 @@ def test_elf_with_65535_segments_counts_them_in_section_0(tmp_path: Path) -> Non
     core.write_bytes(head)
     with core.open("r+b") as file:
         file.truncate(len(head) + 70_000 * PAGE)
-        found = elf_file(file)
+        found = parse_elf(file)
         assert found.header["e_phnum"] == 0xFFFF
         assert found.num_segments() == 70_001
         last = found.get_segment(70_000).header
@@ -190,7 +190,7 @@ def test_elf_with_segments_at_the_limit_counts_them(number: int, tmp_path: Path)
     head = elf.Headers(runs_with_data(Sparse(number).extents()), 8, 0).pack(b"")
     (tmp_path / "head").write_bytes(head)
     with (tmp_path / "head").open("rb") as file:
-        assert elf_file(file).num_segments() == number + 1
+        assert parse_elf(file).num_segments() == number + 1
 
 
 def test_find_direct_map_at_another_slot_finds_it(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_find_direct_map_at_another_slot_finds_it(tmp_path: Path) -> None:
     domain, slot = pv_domain(), 300
     l4, l3 = (step.table for step in domain.walk(domain.vaddrs[0])[:2])
     domain.table(l4)[slot], domain.table(l3)[0] = domain.table(l4)[511], domain.table(l3)[510]
-    with opened(domain, tmp_path) as kept:
+    with open_made(domain, tmp_path) as kept:
         base = find_direct_map(kept, runs_with_data(kept.extents()))
         assert base == 0xFFFF << 48 | slot << 39
         out = tmp_path / "core"
@@ -208,14 +208,14 @@ def test_find_direct_map_at_another_slot_finds_it(tmp_path: Path) -> None:
 
 
 def test_elf_without_direct_map_has_no_virtual_addresses(tmp_path: Path) -> None:
-    core, _ = exported(made(), tmp_path, "elf")
+    core, _ = export_domain(made_domain(), tmp_path, "elf")
     assert [header["p_vaddr"] for header, _ in loads(core)[:3]] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("width", [8])
 def test_elf_opens_in_drgn(width: Width, tmp_path: Path) -> None:
-    domain = made(width)
-    core, _ = exported(domain, tmp_path, "elf")
+    domain = made_domain(width)
+    core, _ = export_domain(domain, tmp_path, "elf")
     prog = drgn.Program()
     prog.set_core_dump(core)
     for pfn, content in domain.pages.items():

@@ -11,8 +11,8 @@ import drgn
 import numpy as np
 import pytest
 
-from tests.support.format_readers import Kdump, elf_file, identity, lime
-from tests.support.made_domains import FAR, HOLE, PAGE, exported, made, opened
+from tests.support.format_readers import Kdump, look_up_identity, parse_elf, parse_lime
+from tests.support.made_domains import FAR, HOLE, PAGE, export_domain, made_domain, open_made
 from tests.support.writers.build import pv_domain
 from tests.support.writers.core import core_of
 from tests.support.writers.domain import Domain
@@ -27,7 +27,7 @@ from xenpv.source.open import open_domain
 
 @pytest.fixture(params=[8, 4])
 def domain(request: pytest.FixtureRequest) -> Domain:
-    return made(request.param)
+    return made_domain(request.param)
 
 
 def there(domain: Domain) -> dict[int, bytes]:
@@ -38,12 +38,12 @@ def there(domain: Domain) -> dict[int, bytes]:
 
 
 def test_lime_has_each_page_at_its_address(domain: Domain, tmp_path: Path) -> None:
-    out, _ = exported(domain, tmp_path, "lime")
-    assert lime(out.read_bytes()) == there(domain)
+    out, _ = export_domain(domain, tmp_path, "lime")
+    assert parse_lime(out.read_bytes()) == there(domain)
 
 
 def test_raw_is_memory_with_holes(domain: Domain, tmp_path: Path) -> None:
-    out, done = exported(domain, tmp_path, "raw")
+    out, done = export_domain(domain, tmp_path, "raw")
     assert done.bytes == out.stat().st_size == (FAR + 2) * PAGE
     assert out.stat().st_blocks * 512 < 2 << 20
     with out.open("rb") as file:
@@ -60,7 +60,7 @@ def test_file_that_ends_with_zeros_has_its_full_size(tmp_path: Path) -> None:
     assert last == 63
     domain.pages[last][:] = bytes(PAGE)
     for form, size in (("raw", 64 * PAGE), ("lime", 64 * PAGE + 32)):
-        out, done = exported(domain, tmp_path, form)
+        out, done = export_domain(domain, tmp_path, form)
         assert out.stat().st_size == done.bytes == size
 
 
@@ -69,11 +69,11 @@ def test_file_that_ends_with_zeros_has_its_full_size(tmp_path: Path) -> None:
 
 def sections(path: Path) -> dict[str, tuple[dict[str, int], bytes]]:
     with path.open("rb") as file:
-        return {s.name: (dict(s.header), s.data()) for s in elf_file(file).iter_sections()}
+        return {s.name: (dict(s.header), s.data()) for s in parse_elf(file).iter_sections()}
 
 
 def test_dumpcore_equals_xls_core(domain: Domain, tmp_path: Path) -> None:
-    out, _ = exported(domain, tmp_path, "dumpcore")
+    out, _ = export_domain(domain, tmp_path, "dumpcore")
     reference = tmp_path / "reference.core"
     reference.write_bytes(bytes(core_of(domain)))
     ours, theirs = sections(out), sections(reference)
@@ -100,7 +100,7 @@ def test_dumpcore_equals_xls_core(domain: Domain, tmp_path: Path) -> None:
 
 def test_dumpcore_has_contexts_with_mfns(domain: Domain, tmp_path: Path) -> None:
     """As the host had them: cr3, the user half's, start info in the third argument, the GDT's frames."""
-    out, _ = exported(domain, tmp_path, "dumpcore")
+    out, _ = export_domain(domain, tmp_path, "dumpcore")
     data = sections(out)[".xen_prstatus"][1]
     for n, was in domain.vcpus.items():
         now = VCPU_GUEST_CONTEXT.read(data, domain.width, n * 5168)
@@ -117,7 +117,7 @@ def test_dumpcore_has_contexts_with_mfns(domain: Domain, tmp_path: Path) -> None
 
 
 def test_dumpcore_opens_as_the_same_domain(domain: Domain, tmp_path: Path) -> None:
-    out, _ = exported(domain, tmp_path, "dumpcore")
+    out, _ = export_domain(domain, tmp_path, "dumpcore")
     pfns = np.array(sorted(domain.pages), np.uint64)
     with open_domain(str(out)) as core:
         assert [page.tobytes() for page in core.frames.pages(pfns)] == [bytes(domain.pages[p]) for p in pfns.tolist()]
@@ -145,7 +145,7 @@ def test_export_of_an_hvm_domain_in_each_format_has_its_pages(form: str, tmp_pat
 
 
 def test_dumpcore_without_p2m_raises_request_error(tmp_path: Path) -> None:
-    domain = made()
+    domain = made_domain()
     path = tmp_path / "none.save"
     path.write_bytes(bytes(domain.to_stream().drop("X86_PV_P2M_FRAMES")))
     with open_domain(str(path), on_breach=lambda *_: None) as kept, pytest.raises(RequestError, match="names no p2m"):
@@ -158,7 +158,7 @@ def test_dumpcore_without_p2m_raises_request_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
 def test_kdump_has_pages_bitmaps_and_headers(compression: str, domain: Domain, tmp_path: Path) -> None:
-    out, done = exported(domain, tmp_path, "kdump", compression=compression)
+    out, done = export_domain(domain, tmp_path, "kdump", compression=compression)
     read = Kdump(out.read_bytes())
     found = dict(read.pages())
     assert {pfn: page for pfn, page in found.items() if pfn <= FAR + 1} == there(domain)
@@ -171,18 +171,18 @@ def test_kdump_has_pages_bitmaps_and_headers(compression: str, domain: Domain, t
     assert read.text in read.notes
     assert done.bytes == out.stat().st_size
     if domain.width == 8:
-        assert identity(found, FAR + 2, 5) == 5
+        assert look_up_identity(found, FAR + 2, 5) == 5
 
 
 def test_kdump_has_the_guests_utsname(tmp_path: Path) -> None:
-    domain = made()
+    domain = made_domain()
     names = b"".join(name.ljust(65, b"\0") for name in (b"Linux", b"made", b"6.1.0-50-amd64", b"#1", b"x86_64", b""))
     pfn = domain.places.data[2]
     domain.pages[pfn][16 : 16 + len(names)] = names
     domain.pages[domain.places.data[0]][:] = text(domain.vaddrs[pfn], top=domain.vaddrs[domain.places.top]).ljust(
         PAGE, b"\0"
     )
-    out, _ = exported(domain, tmp_path, "kdump")
+    out, _ = export_domain(domain, tmp_path, "kdump")
     assert Kdump(out.read_bytes()).uts == ["Linux", "made", "6.1.0-50-amd64", "#1", "x86_64", ""]
 
 
@@ -191,15 +191,15 @@ def test_kdump_larger_than_a_batch_keeps_the_order(tmp_path: Path) -> None:
     domain = pv_domain(pfns=range(3000))
     for pfn in domain.places.data[100:1500]:
         domain.pages[pfn][:] = bytes(PAGE)
-    out, _ = exported(domain, tmp_path, "kdump")
+    out, _ = export_domain(domain, tmp_path, "kdump")
     read = Kdump(out.read_bytes())
     assert {pfn: page for pfn, page in read.pages() if pfn < 3000} == there(domain)
     assert out.stat().st_size < 1700 * PAGE + (1 << 20)
 
 
 def test_kdump_opens_in_drgn(tmp_path: Path) -> None:
-    domain = made()
-    out, _ = exported(domain, tmp_path, "kdump")
+    domain = made_domain()
+    out, _ = export_domain(domain, tmp_path, "kdump")
     prog = drgn.Program()
     prog.set_core_dump(out)
     for pfn, content in domain.pages.items():
@@ -210,7 +210,7 @@ def test_kdump_opens_in_drgn(tmp_path: Path) -> None:
 def test_kdump_with_a_far_pfn_has_holes_in_bitmaps(tmp_path: Path) -> None:
     far = 1 << 26
     domain = pv_domain(pfns=[*range(64), far], linear=False, tree=True)
-    out, done = exported(domain, tmp_path, "kdump")
+    out, done = export_domain(domain, tmp_path, "kdump")
     assert done.bytes > 2 * far // 8
     assert out.stat().st_blocks * 512 < done.bytes // 8
 
@@ -221,7 +221,7 @@ def test_kdump_with_a_far_pfn_has_holes_in_bitmaps(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_export_without_pages_writes_no_file(form: str, tmp_path: Path) -> None:
     path = tmp_path / "none.save"
-    path.write_bytes(bytes(made().to_stream().drop("PAGE_DATA")))
+    path.write_bytes(bytes(made_domain().to_stream().drop("PAGE_DATA")))
     with open_domain(str(path), on_breach=lambda *_: None) as kept, pytest.raises(RequestError, match="no pages"):
         export(kept, str(tmp_path / "out"), form)
     assert not (tmp_path / "out").exists()
@@ -231,13 +231,13 @@ def test_export_without_pages_writes_no_file(form: str, tmp_path: Path) -> None:
 def test_export_to_a_fifo_equals_the_file(form: str, tmp_path: Path) -> None:
     """What has no holes gets zeros."""
     domain = pv_domain(pfns=[*range(64), 70])
-    out, _ = exported(domain, tmp_path, form)
+    out, _ = export_domain(domain, tmp_path, form)
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     got = bytearray()
     reading = threading.Thread(target=lambda: got.extend(fifo.read_bytes()))
     reading.start()
-    with opened(domain, tmp_path) as kept:
+    with open_made(domain, tmp_path) as kept:
         export(kept, str(fifo), form)
     reading.join(10)
     assert bytes(got) == out.read_bytes()

@@ -14,13 +14,13 @@ from elftools.elf.elffile import ELFFile
 PAGE = 4096
 
 
-def elf_file(file: BinaryIO) -> Any:
-    """pyelftools' view of a file."""
+def parse_elf(file: BinaryIO) -> Any:
+    """Parse a file by pyelftools."""
     return ELFFile(file)  # type: ignore[no-untyped-call]
 
 
-def lime(data: bytes) -> dict[int, bytes]:
-    """Page content by pfn: ranges behind headers of magic, version, first and last address."""
+def parse_lime(data: bytes) -> dict[int, bytes]:
+    """Return page content by pfn: ranges after headers of magic, version, first and last address."""
     out, at = {}, 0
     while at < len(data):
         magic, version, first, last, reserved = struct.unpack_from("<IIQQQ", data, at)
@@ -74,8 +74,8 @@ class Kdump:
             yield pfn, content
 
 
-def identity(page: dict[int, bytes], root: int, pfn: int) -> int:
-    """What a tree of three levels says of a pfn, as crash goes through it."""
+def look_up_identity(page: dict[int, bytes], root: int, pfn: int) -> int:
+    """Look a pfn up in a tree of three levels, as crash does."""
     frame = root
     for index in (pfn >> 18, pfn >> 9 & 511, pfn & 511):
         (frame,) = struct.unpack_from("<Q", page[frame], index * 8)

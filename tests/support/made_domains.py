@@ -23,7 +23,7 @@ FAR = 0x12_3456  # beyond 4 GiB
 PFNS = [*range(HOLE), *range(HOLE + 1, 99), FAR, FAR + 1]
 
 
-def made(width: Width = 8) -> Domain:
+def made_domain(width: Width = 8) -> Domain:
     """A PV domain with holes, a page of zeros and VMCOREINFO."""
     domain = pv_domain(width=width, pfns=PFNS, vcpus=2)
     at = domain.places
@@ -33,17 +33,17 @@ def made(width: Width = 8) -> Domain:
 
 
 @contextmanager
-def opened(domain: Domain, folder: Path) -> Iterator[FileDomain]:
+def open_made(domain: Domain, folder: Path) -> Iterator[FileDomain]:
     path = folder / "made.save"
     path.write_bytes(domain.to_bytes())
     with open_path(str(path)) as kept:
         yield kept
 
 
-def exported(domain: Domain, folder: Path, form: str, compression: str = "zlib") -> tuple[Path, Exported]:
+def export_domain(domain: Domain, folder: Path, form: str, compression: str = "zlib") -> tuple[Path, Exported]:
     """The domain, saved and exported."""
     out = folder / f"out.{form}"
-    with opened(domain, folder) as kept:
+    with open_made(domain, folder) as kept:
         return out, export(kept, str(out), form, compression=compression)
 
 
