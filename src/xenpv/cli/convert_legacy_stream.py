@@ -1,8 +1,9 @@
-"""``convert-legacy-stream``: a drop-in for the program of that name in Xen's tools, which libxl and xenopsd run.
+"""``convert-legacy-stream``: a drop-in for the program of this name in Xen's tools, which libxl and xenopsd run.
 
-Options and exit status are the original's (xen.git:tools/python/scripts/convert-legacy-stream): 0 when all was
-converted, 1 for a bad stream, 2 for a fault of the program. For what the original supports the bytes are the same.
-Beyond it: pages that Remus compressed, qemu's record of before Xen 4.1, and streams that would not restore are refused.
+Options and exit status are the original's (xen.git:tools/python/scripts/convert-legacy-stream): 0 for success, 1
+for a bad stream, 2 for a bug. The output is the same, byte for byte, for every stream that the original supports.
+This program also converts pages that Remus compressed and qemu's record of before Xen 4.1, and refuses streams that
+would not restore.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def convert(
     skip_qemu: bool = False,
     print_line: Callable[[str], None],
 ) -> None:
-    """Convert one stream of a toolstack of so many bits, up to its last byte. Raises XenPVError and OSError."""
-    # libxl's stream has qemu's state whatever was asked, as in the original.
+    """Convert one stream, written by a toolstack of ``width`` bits, and read no byte after it."""
+    # As in the original, a libxl stream has qemu's state even with --skip-qemu.
     legacy = LegacyFormat(toolstack=(width // 8, guest), emulator=kind is Kind.LIBXL or not skip_qemu)
     reader = Reader(kind=Kind.XL if xl else None, legacy=legacy)
 
@@ -72,7 +73,7 @@ def convert(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run as the program does; the exit status."""
+    """Run the program; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="convert-legacy-stream", description="Convert a legacy stream to a v2 (or later) stream"
     )
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """The console script."""
+    """Run the console script."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -27,7 +27,7 @@ _EVENT_EVERY = 64  # print one of so many progress events as JSON, and the first
 
 @click.command()
 @click.argument("target", metavar="DOM")
-@click.argument("where", metavar="[HOST]", required=False)
+@click.argument("destination", metavar="[HOST]", required=False)
 @click.option("--no-live", is_flag=True, help="Suspend the domain before anything is sent.")
 @click.option("--max-iterations", type=int, default=5, show_default=True, metavar="N",
               help="Suspend the domain after N pre-copy iterations.")  # fmt: skip
@@ -49,7 +49,7 @@ _EVENT_EVERY = 64  # print one of so many progress events as JSON, and the first
 @JSON_LINES
 def migrate(
     target: str,
-    where: str | None,
+    destination: str | None,
     no_live: bool,
     max_iterations: int,
     target_dirty: int,
@@ -86,7 +86,7 @@ def migrate(
       xenpv migrate web tcp:127.0.0.1:7000     there: xenpv receive --listen tcp:127.0.0.1:7000
       xenpv migrate --settle web otherhost     after the connection dropped during the commit
     """
-    if (where is None) is not take_back:
+    if (destination is None) is not take_back:
         raise click.UsageError("give DOM and HOST, or --take-back and DOM")
     if settle and take_back:
         raise click.UsageError("--settle asks HOST, --take-back does not: use one of them")
@@ -102,15 +102,15 @@ def migrate(
     with ExitStack() as stack:
         host = stack.enter_context(XenHost())
         domid = find_domain(host, target).domid
-        if where is None:
+        if destination is None:
             _print_settlement(migration.take_back(host, domid), "", as_json)
             return
         stack.enter_context(interruptible())
         link = stack.enter_context(
-            connect(where, ssh=shlex.split(ssh), receiver=shlex.split(receiver), idle_timeout=idle_timeout)
+            connect(destination, ssh=shlex.split(ssh), receiver=shlex.split(receiver), idle_timeout=idle_timeout)
         )
         if settle:
-            _print_settlement(migration.settle(host, domid, link), where, as_json)
+            _print_settlement(migration.settle(host, domid, link), destination, as_json)
             return
         bar = _print_progress() if as_json else stack.enter_context(progress_bar())
         sent = migration.send_domain(
@@ -127,7 +127,7 @@ def migrate(
     if not as_json:
         state = "is paused" if paused else "runs"
         figures = f"{size(sent.summary.bytes)} sent, {sent.downtime:.2f} s down"
-        click.echo(f"{sent.label} {state} on {where} as dom{sent.domid}: {figures}", err=True)
+        click.echo(f"{sent.label} {state} on {destination} as dom{sent.domid}: {figures}", err=True)
 
 
 def print_event(event: str, /, **details: Any) -> None:
@@ -165,13 +165,14 @@ def _print_progress() -> ProgressCallback:
 
 
 def _print_rollback(event: str, /, **details: Any) -> None:
+    """Print how the rollback of a failed migration went; ignore all other events."""
     if event == "kept":
         print_rollback(details["rollback"])
 
 
 def _print_settlement(settlement: Settlement, peer: str, as_json: bool) -> None:
-    words = describe_settlement(settlement, peer)
+    outcome = describe_settlement(settlement, peer)
     if as_json:
-        print_json({"settled": words})
+        print_json({"settled": outcome})
     else:
-        click.echo(words, err=True)
+        click.echo(outcome, err=True)

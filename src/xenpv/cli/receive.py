@@ -13,12 +13,12 @@ from xenpv.text import printable
 
 
 @click.command()
-@click.option("--listen", "where", metavar="ADDRESS",
+@click.option("--listen", "address", metavar="ADDRESS",
               show_default="standard input and output", help="Wait at unix:PATH or tcp:ADDRESS:PORT.")  # fmt: skip
 @click.option("--anywhere", is_flag=True, help="Allow an ADDRESS that other machines reach; nothing is encrypted.")
 @IDLE_TIMEOUT
 @JSON_LINES
-def receive(where: str | None, anywhere: bool, idle_timeout: float, as_json: bool) -> None:
+def receive(address: str | None, anywhere: bool, idle_timeout: float, as_json: bool) -> None:
     """Receive one domain that `xenpv migrate` sends: on standard input and output, as ssh runs it, or at an address.
 
     A domain that does not fit is refused before anything is sent: too little memory, or a domain of its name or uuid
@@ -37,22 +37,24 @@ def receive(where: str | None, anywhere: bool, idle_timeout: float, as_json: boo
 
     def print_event(event: str, /, **details: Any) -> None:
         if as_json:
-            print_json_line({"event": event, **details}, err=where is None)
+            print_json_line({"event": event, **details}, err=address is None)
         elif event == "unheard":
-            why = f"the sender could not be told ({details['why']}): its copy is suspended, to be settled there"
-            click.echo(f"xenpv: dom{details['domid']} is here, and {why}", err=True)
+            problem = f"the sender could not be told ({details['why']}); its copy is suspended"
+            click.echo(
+                f"xenpv: dom{details['domid']} is here, but {problem}: run xenpv migrate --settle there", err=True
+            )
 
     with ExitStack() as stack:
         stack.enter_context(interruptible())
         host = stack.enter_context(XenHost())
-        if where is None:
+        if address is None:
             link = stack.enter_context(standard_streams(idle_timeout=idle_timeout))
         else:
-            with listening(where, anywhere=anywhere) as listener:
+            with listening(address, anywhere=anywhere) as listener:
                 print_event("listening", at=listener.getsockname())
-                link = stack.enter_context(accept(listener, where, idle_timeout=idle_timeout))
-        bar = None if where is None or as_json else stack.enter_context(progress_bar("receiving"))
+                link = stack.enter_context(accept(listener, address, idle_timeout=idle_timeout))
+        bar = None if address is None or as_json else stack.enter_context(progress_bar("receiving"))
         received = receive_domain(host, link, on_event=print_event, progress=bar)
-    if received is not None and not as_json and where is not None:
-        state = "runs" if received.running else "is here, and paused"
+    if received is not None and not as_json and address is not None:
+        state = "runs" if received.running else "is here, paused"
         click.echo(f"dom{received.domid} ({printable(received.name or '')}) {state}", err=True)

@@ -48,7 +48,6 @@ FILE = click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 JSON_LINES = click.option("--json", "as_json", is_flag=True, help="Print events as JSON, one object per line.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exit status is the answer.")
-PAUSED = click.option("-p", "--paused", is_flag=True, help="Leave the domain paused there (xl unpause resumes it).")
 
 
 def keep_option(default: int = 20, *names: str, each: str = "findings of each rule") -> Callable[[_F], _F]:

@@ -1,10 +1,9 @@
-"""``verify-stream-v2``: a drop-in for the program of that name in Xen's tools, which xenopsd and others run.
+"""``verify-stream-v2``: a drop-in for the program of this name in Xen's tools, which xenopsd and others run.
 
 Options and exit status are the original's (xen.git:tools/python/scripts/verify-stream-v2): 0 for a good stream, 1 for
-a bad one, 2 for a fault of the program. Like the original it reads not one byte beyond the stream, so that a caller
-can go on from there with the same descriptor. It is stricter where the original only looks at framing (order, counts,
-ranges), and right where that wrongly rejects: optional records, emulator xenstore data under Python 3, and
-checkpointed libxl streams.
+a bad one, 2 for a bug. Like the original it reads no byte after the stream, so that a caller can go on with the same
+descriptor. Unlike the original it also checks order, counts and ranges. It accepts good streams that the original
+rejects: with optional records, with emulator xenstore data (under Python 3), and checkpointed libxl streams.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def _describe(event: Event) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run as the program does; the exit status."""
+    """Run the program; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="verify-stream-v2", description="Verify a stream according to the v2 (or later) spec"
     )
@@ -134,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """The console script."""
+    """Run the console script."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
