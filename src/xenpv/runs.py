@@ -155,7 +155,7 @@ class Extents(Runs):
             yield pfns, self.type[rows]
 
     def split_at(self, edges: U64) -> Extents:
-        """Return what these extents say of the intervals between ascending edges: ABSENT where they have no pages.
+        """Return the page type of each interval between ascending edges, ABSENT where there are no pages.
 
         The edges must contain the first pfn and the end of every extent.
         """
@@ -170,7 +170,7 @@ class FrameMap:
 
     Attributes:
         runs: the numbers that are mapped.
-        target: uint64, what the first number of each run maps to.
+        target: uint64, the target of the first number of each run.
         repeated: how many numbers the source named again; the target from the lower run counts.
         first_repeated: the first such number, None if there is none.
     """
@@ -217,7 +217,7 @@ class FrameMap:
         return cls(runs, (target + head)[keep], int(overlap.sum()), int(first[np.argmax(overlap > 0)]))
 
     def lookup(self, numbers: U64) -> U64:
-        """Return what each number maps to, NO_FRAME for one that is not mapped; uint64 of the same shape."""
+        """Return the target of each number, NO_FRAME for one that is not mapped; uint64 of the same shape."""
         if not len(self.runs):
             return np.full(numbers.shape, NO_FRAME)
         row = self.runs.rows_of(numbers)
@@ -225,7 +225,7 @@ class FrameMap:
         return np.where(row >= 0, mapped, NO_FRAME)
 
     def lookup_range(self, numbers: range) -> U64:
-        """Return what consecutive numbers map to, as ``lookup`` does, without a search for each."""
+        """Return the targets of consecutive numbers as ``lookup`` does, without a search for each."""
         first, end = self.runs.first, self.runs.end
         rows = slice(int(np.searchsorted(end, numbers.start, "right")), int(np.searchsorted(first, numbers.stop)))
         begin: U64 = np.maximum(first[rows], np.uint64(numbers.start))
@@ -314,7 +314,7 @@ class FrameRuns:
         return FrameRuns.in_order([self, FrameRuns(gaps.first, gaps.count, np.full(len(gaps), frame, np.uint64))])
 
     def below(self, stop: int) -> FrameRuns:
-        """Return what lies at places below ``stop``."""
+        """Return the parts of these runs at places below ``stop``."""
         kept = self[self.first < stop]
         return FrameRuns(kept.first, np.minimum(kept.count, stop - kept.first), kept.frame)
 

@@ -18,7 +18,7 @@ from xenpv.io.atomic_output import Output
 from xenpv.io.background import BackgroundWorker
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.p2m import frame_reader
-from xenpv.runs import Runs
+from xenpv.runs import Runs, group_rows
 from xenpv.source.domain import Domain
 
 _PIECES: dict[str, Callable[[ExportJob], Iterator[Piece]]] = {
@@ -146,7 +146,7 @@ class _Exporter:
         """Write pages, uint8 of shape (n, 4096); those of zeros become holes."""
         not_zero = nonzero_pages(content)
         self.exported.zeros += len(not_zero) - int(np.count_nonzero(not_zero))
-        cuts = np.flatnonzero(np.append(True, not_zero[1:] != not_zero[:-1])).tolist()
+        cuts = group_rows(not_zero[1:] != not_zero[:-1], len(not_zero))[0].tolist()
         for first, end in zip(cuts, [*cuts[1:], len(not_zero)], strict=True):
             if not_zero[first]:
                 self._out.write([content[first:end].reshape(-1).data])

@@ -80,7 +80,7 @@ class Anchors:
         return cls(width, *(int.from_bytes(shared_info[at : at + width], "little") for at in _offsets(width)))
 
     def shared_info_writes(self) -> list[tuple[int, bytes]]:
-        """Return what a guest writes to shared info to publish this p2m: offset and bytes, in that order.
+        """Return the writes to shared info that publish this p2m: offset and bytes, in the order of writing.
 
         p2m_levels and p2m_cr3 come last: while they are 0, nobody reads the others.
         """
@@ -116,7 +116,7 @@ class Anchors:
         return " and ".join(root.name for root in self.roots) or "none"
 
     def explain_no_root(self) -> str:
-        """Say what a frame_list_list that leads nowhere means."""
+        """Explain a frame_list_list that leads nowhere."""
         state = (
             "not set up yet" if not self.frame_list_list else "to be looked for elsewhere, and nothing else is there"
         )

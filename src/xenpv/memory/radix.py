@@ -84,7 +84,7 @@ def walk_tree(
 
 
 def _next_level(nodes: FrameRuns, entries: U64, table_of: I64, places: range) -> FrameRuns:
-    """Return what tables name, as runs of places of the next level down.
+    """Return the frames that tables name, as runs of places of the next level down.
 
     The runs within each table are found once; then they are unrolled for the places in which it stands.
 

@@ -11,7 +11,7 @@ import numpy as np
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask, nonzero_pages
 from xenpv.memory.p2m import frame_reader
 from xenpv.report.parts import NO_RANGES, PfnRanges, RangeCollector
-from xenpv.runs import Extents
+from xenpv.runs import Extents, group_rows
 
 _BATCH = 256  # pages: 1 MiB, which stays in the processor's cache
 _TABLE = np.uint64(1 << 63)  # added to a pfn: the page is a page table
@@ -106,8 +106,7 @@ def _add_duplicates(stats: ContentStats, marked: U64, hashes: U64) -> ContentSta
     """Return the statistics with the duplicates among pages of these hashes."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: in a group the lowest pfn stays first
     hashes, marked = hashes[order], marked[order]
-    first = np.flatnonzero(np.append(True, (hashes[1:] != hashes[:-1]).any(axis=1))[: len(hashes)])
-    size = np.diff(np.append(first, len(hashes)))
+    first, size = group_rows((hashes[1:] != hashes[:-1]).any(axis=1), len(hashes))
     alike = np.repeat(size > 1, size)
     first, size = first[size > 1], size[size > 1]
     groups = [

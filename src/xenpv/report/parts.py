@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xenpv.frames import I64, U64
+from xenpv.runs import group_rows
 
 _SEGMENTS_MAX = 24  # ranges with pages on the axis
 _GAP_MAX = 0.015  # of the axis, for a gap of any width
@@ -45,7 +46,7 @@ class PfnRanges:
         whole = span == pages
         end = start + span.astype(np.uint64)
         continues = (end[:-1] == start[1:]) & whole[:-1] & whole[1:]
-        return _joined(start, end, pages, np.flatnonzero(np.append(True, ~continues)[: len(start)]))
+        return _joined(start, end, pages, group_rows(~continues, len(start))[0])
 
     @classmethod
     def from_pfns(cls, pfns: U64) -> PfnRanges:
@@ -69,7 +70,7 @@ class PfnRanges:
         order = np.argsort(start, kind="stable")
         start, end, pages = start[order], end[order], pages[order]
         reach = np.maximum.accumulate(end) if len(end) else end
-        first = np.flatnonzero(np.append(True, start[1:] > reach[:-1])[: len(start)])
+        first, _ = group_rows(start[1:] > reach[:-1], len(start))
         joined = _joined(start, reach, pages, first)
         return PfnRanges(joined.start, joined.span, np.minimum(joined.pages, joined.span))
 

@@ -14,7 +14,7 @@ from xenpv.errors import GuestError, RequestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PFNS_PER_BATCH, U64, DomId, first_bad
 from xenpv.host.protocol import Mover
 from xenpv.memory.p2m import P2M, Leaves, names_local_frame
-from xenpv.runs import FrameRuns
+from xenpv.runs import FrameRuns, group_rows
 from xenpv.save.state_records import bad_mfn
 from xenpv.source.live import LiveDomain
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
@@ -332,6 +332,6 @@ def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:
 
 def _encode_runs(leaves: FrameRuns) -> U64:
     """Return the body of a XENPV_P2M_LEAVES record: uint64 (n, 3) of place, count, pfn."""
-    begins = np.flatnonzero(np.append(True, leaves.frame[1:] != leaves.frame[:-1]))  # a walk ends runs with its tables
+    begins, _ = group_rows(leaves.frame[1:] != leaves.frame[:-1], len(leaves))  # a walk ends runs with its tables
     count = np.add.reduceat(leaves.count, begins).astype(np.uint64)
     return np.column_stack([leaves.first[begins].astype(np.uint64), count, leaves.frame[begins]])
