@@ -89,7 +89,7 @@ def test_page_at_any_size_renders_without_errors(shown: Show, broken: Broken, wi
     drawn = page.ask(f"{SEEN}.width")
     assert width * 0.85 < drawn <= width
     lanes = page.ask("[...document.querySelectorAll('#chart .lane')].map(lane => lane.textContent)")
-    assert lanes == ["Findings", "PfnRanges to play", "Memory", "Page tables", "p2m", "Zero and duplicate"]
+    assert lanes == ["Findings", "Parts to play", "Memory", "Page tables", "p2m", "Zero and duplicate"]
     assert page.ask("document.querySelectorAll('#chart path[class^=k-][d^=M]').length") >= 8
     assert page.ask("document.querySelector('.drawing').getBoundingClientRect().height") > 100
     paper = [int(n) for n in page.ask("getComputedStyle(document.body).backgroundColor")[4:-1].split(",")]
