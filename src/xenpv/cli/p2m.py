@@ -177,7 +177,7 @@ def print_p2m(facts: dict[str, Any], content: Survey | None, *, answers_only: bo
     if content is not None:
         entries = f"pfns 0 to {facts['entries'] - 1:#x} ({size(facts['entries'] * PAGE_SIZE)})"
         leaves = f"{facts['leaves']} leaves of {facts['entries_per_leaf']} entries in {facts['places']} places"
-        shared = f"; {facts['shared']} leaves are used more than once" if facts["shared"] else ""
+        shared = f"; used more than once: {facts['shared']}" if facts["shared"] else ""
         print_field("entries", f"{entries}, {leaves}{shared}")
         pages = f"{facts['populated']} pages ({size(facts['populated'] * PAGE_SIZE)})"
         marked = f"{facts['invalid']} INVALID_MFN, {facts['foreign']} foreign, {facts['identity']} identity"
