@@ -48,7 +48,7 @@ def addresses(pages: dict[int, bytes], needle: bytes) -> list[int]:
 
 
 class Scanned:
-    """Pages as a Domain has them, of which each is an extent of its own."""
+    """Pages of a domain, each in a piece of its own."""
 
     def __init__(self, pages: dict[int, bytes]) -> None:
         self.frames = DictFrames(pages)
@@ -56,8 +56,8 @@ class Scanned:
         self._pfns = np.array(sorted(pages), np.uint64)
 
     def extents(self) -> Iterator[Extents]:
-        for part in np.split(self._pfns, [len(self._pfns) // 2]):
-            yield Extents(part, np.ones(len(part), np.int64), np.zeros(len(part), np.uint8))
+        for pfn in self._pfns:
+            yield Extents(np.array([pfn]), np.ones(1, np.int64), np.zeros(1, np.uint8))
 
 
 @settings(deadline=None, max_examples=60)
@@ -73,6 +73,14 @@ def test_search_finds_every_match_within_consecutive_pfns(pfns: set[int], needle
         memory[place : place + len(needle)] = needle
     pages = {pfn: bytes(memory[pfn * PAGE_SIZE : (pfn + 1) * PAGE_SIZE]) for pfn in pfns}
     assert list(search(Scanned(pages), needle)) == addresses(pages, needle)
+
+
+@pytest.mark.parametrize("size", [1, 2, PAGE_SIZE, PAGE_SIZE + 1, 3 * PAGE_SIZE - 7], ids=hex)
+def test_search_across_pieces_of_one_page_finds_the_match(size: int) -> None:
+    content = np.random.default_rng(1).bytes(4 * PAGE_SIZE)
+    pages = {5 + i: content[i * PAGE_SIZE : (i + 1) * PAGE_SIZE] for i in range(4)}
+    start = PAGE_SIZE - 1
+    assert 5 * PAGE_SIZE + start in list(search(Scanned(pages), content[start : start + size]))
 
 
 def test_search_for_no_bytes_raises_at_once(tmp_path: Path) -> None:

@@ -39,11 +39,11 @@ def _search(domain: PagedDomain, data: bytes) -> Iterator[int]:
             while index >= 0:
                 yield base + index
                 index = text.find(data, index + 1)
-            tail, tail_end = text[len(text) - len(data) + 1 :] if len(data) > 1 else b"", base + len(text)
+            tail, tail_end = text[max(len(text) - len(data) + 1, 0) :], base + len(text)
 
 
 def _batches(domain: PagedDomain) -> Iterator[tuple[U64, U8, U8]]:
-    """Yield pfns, page types and content of pages that have content and can be read, some index a time."""
+    """Yield pfns, page types and content of pages that have content and can be read, some at a time."""
     read = frame_reader(domain.frames)
     for extents in domain.extents():
         for pfns, types in extents[HAS_DATA[extents.type]].typed_batches(PAGES_PER_BATCH):
