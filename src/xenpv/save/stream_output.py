@@ -28,6 +28,7 @@ class StreamOutput:
         self._sink = sink
         self._writer = writer
         self._worker = BackgroundWorker()
+        self._last_buffers: Sequence[Buffer] = ()  # kept until the next: malloc then reuses their memory
 
     def __enter__(self) -> Self:
         self._worker.__enter__()
@@ -52,7 +53,7 @@ class StreamOutput:
             contents: Page content in the entries' order.
             pages: How many pages that content is.
         """
-        buffers = self._writer.pages(entries, contents)
+        buffers = self._last_buffers = self._writer.pages(entries, contents)
         if self._sink.is_regular_file:
             self._worker.submit(partial(self._sink.write, buffers))
         else:
@@ -65,6 +66,7 @@ class StreamOutput:
 
     def finish(self) -> None:
         """Write the end of the stream and of its envelope."""
+        self._last_buffers = ()
         self.send(End())
         if not self._writer.done:
             self.send(LibxlEnd())

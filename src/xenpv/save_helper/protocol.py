@@ -138,8 +138,8 @@ def _parse_numbers(texts: Sequence[str], count: int) -> list[int]:
     except ValueError:
         numbers = []
     if len(numbers) != count or min(numbers[2:]) < 0 or numbers[0] < 0 or max(numbers) > 0xFFFF_FFFF:
-        stream_type = f"libxl gave {' '.join(texts) or 'nothing'} where {count} numbers were expected"
-        raise RequestError(f"{stream_type}: it is not of Xen 4.14 to 4.22")
+        problem = f"libxl gave {' '.join(texts) or 'nothing'} where {count} numbers were expected"
+        raise RequestError(f"{problem}: it is not of Xen 4.14 to 4.22")
     return numbers
 
 
