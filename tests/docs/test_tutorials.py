@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from tests.support.console_page import matches, run_page, steps_of
-from tests.support.requirements import cannot_run
 
 TUTORIALS = Path(__file__).parents[2] / "docs" / "tutorial"
 PAGES = sorted(page.stem for page in TUTORIALS.glob("*.md") if page.stem != "index")
@@ -16,8 +15,6 @@ PAGES = sorted(page.stem for page in TUTORIALS.glob("*.md") if page.stem != "ind
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tutorial_run_as_written_prints_what_it_says(page: str, tmp_path: Path) -> None:
-    if not shutil.which("xz"):
-        cannot_run("the tutorials unpack the demo's files with xz")
     for file in (*TUTORIALS.glob("*.py"), *TUTORIALS.glob("*.map")):
         shutil.copy(file, tmp_path)
     run_page(TUTORIALS / f"{page}.md", tmp_path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -93,10 +94,14 @@ _SOURCE = Path(__file__).parents[2] / "src"
 
 
 def _write_commands(folder: Path) -> None:
-    """Put `xenpv` and `python` of this environment first in PATH, whatever is installed elsewhere."""
+    """Put `xenpv` and `python` of this environment first in PATH, and `xz` where there is none."""
     folder.mkdir()
     run = "import sys; sys.argv[0] = 'xenpv'; from xenpv.cli.main import run; run()"
-    for name, words in {"xenpv": f'-c "{run}" "$@"', "python": '"$@"'}.items():
+    unpack = "import lzma, sys; sys.stdout.buffer.write(lzma.open(sys.argv[-1]).read())"
+    commands = {"xenpv": f'-c "{run}" "$@"', "python": '"$@"'}
+    if not shutil.which("xz"):
+        commands["xz"] = f'-c "{unpack}" "$@"'
+    for name, words in commands.items():
         path = folder / name
         path.write_text(f"#!/bin/sh\nexec {sys.executable} {words}\n")
         path.chmod(0o755)
