@@ -34,7 +34,7 @@ test-fast: $(READY) ## everything that needs no hypervisor and no browser
 	$(BIN)/pytest -q -n auto -m 'not lab and not browser'
 
 # Missing programs are installed where that asks for nothing. Otherwise all tests that can run do run, and this fails.
-test: check      ## everything, on real Xen too; installs missing programs, and says so
+test: check docs ## everything, on real Xen too; installs missing programs, and says so
 	@missing=0; $(BIN)/python -m lab deps || missing=1; \
 	if [ $$missing = 0 ]; then \
 	    export XENPV_TESTS=all; \
