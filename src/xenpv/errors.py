@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class XenPVError(Exception):
     """The base of every error that xenpv raises on purpose; any other exception is a bug in xenpv."""
+
+
+def iter_notes(error: BaseException | None) -> Iterator[str]:
+    """Yield the notes of an error and of its causes: what else failed, as ``BaseException.add_note`` keeps it."""
+    while error is not None:
+        yield from getattr(error, "__notes__", ())
+        error = error.__cause__
 
 
 class ImageError(XenPVError):

@@ -17,6 +17,7 @@ from tests.support.command import Ran, xenpv
 from tests.support.writers.build import pv_domain
 from tests.support.writers.envelopes import libvirt_header, xenopsd_section, xenopsd_signature
 from tests.support.writers.stream import PAGE, Stream, Wire
+from xenpv.errors import HostError
 
 WIRE = Wire()
 VERBS: list[list[object]] = [["show"], ["verify"], ["verify", "--framing"], ["p2m"], ["walk", 0], ["read", 0, 16]]
@@ -211,3 +212,14 @@ def test_interrupt_exits_130_without_a_traceback(good: Path, monkeypatch: pytest
     ran = xenpv("show", good)
     assert ran.code == 130
     assert "Traceback" not in ran.err
+
+
+def test_error_with_notes_prints_those_of_its_causes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        first = HostError("first", op="create")
+        first.add_note("the unfinished dom7\x1b stays")
+        raise HostError("second", op="create") from first
+
+    monkeypatch.setattr("xenpv.cli.show.open_file", fail)
+    ran = xenpv("show", "file")
+    assert (ran.code, ran.err) == (1, "xenpv: error: second\nxenpv: note: the unfinished dom7? stays\n")

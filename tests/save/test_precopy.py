@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import time
 from contextlib import suppress
@@ -16,7 +17,7 @@ from tests.support.live_guests import XTAB, attend, copied, is_off, times
 from tests.support.model_guest import pfns
 from tests.support.saving import BOTH, MemorySink, PatchedHost, a_page, arch, tree_of
 from xenpv.abi.declare import Width
-from xenpv.errors import GuestError, HostError, RequestError
+from xenpv.errors import GuestError, HostError, RequestError, iter_notes
 from xenpv.frames import U8, U64, DomId
 from xenpv.host.protocol import Mover
 from xenpv.io.progress import Phase, Progress, Transfer
@@ -322,6 +323,44 @@ def test_live_save_failing_host_leaves_log_dirty_off(call: str) -> None:
                 )
                 assert next(calls) <= nth, "there was no nth call"
             is_off(guest)
+
+
+@pytest.mark.parametrize(("number", "is_noted"), [(errno.EIO, True), (errno.ESRCH, False)], ids=["fails", "no domain"])
+def test_live_save_failing_twice_notes_that_log_dirty_stays_on(number: int, is_noted: bool) -> None:
+    guest = Guest.boot("linear")
+
+    def log_dirty(domid: DomId, *, on: bool) -> None:
+        if not on:
+            raise HostError("cannot be turned off", op="shadow_op", domid=domid, errno=number)
+        guest.host.log_dirty(domid, on=on)
+
+    def fail() -> None:
+        raise Broken
+
+    with pytest.raises(Broken) as caught:
+        save(PatchedHost(guest, log_dirty=log_dirty), guest.domid, MemorySink(), live=PrecopyPolicy(), suspend=fail)
+    assert ["cannot be turned off" in note for note in iter_notes(caught.value)] == [True] * is_noted
+
+
+def test_live_save_log_dirty_that_stays_on_keeps_the_first_error() -> None:
+    guest = Guest.boot("linear")
+    guest.host.log_dirty(guest.domid, on=True)
+
+    def log_dirty(domid: DomId, *, on: bool) -> None:
+        if not on:
+            raise HostError("cannot be turned off", op="shadow_op", domid=domid, errno=errno.EIO)
+        guest.host.log_dirty(domid, on=on)
+
+    with pytest.raises(HostError) as caught:
+        save(
+            PatchedHost(guest, log_dirty=log_dirty),
+            guest.domid,
+            MemorySink(),
+            live=PrecopyPolicy(),
+            suspend=lambda: None,
+        )
+    assert caught.value.errno == errno.EINVAL
+    assert any("cannot be turned off" in note for note in iter_notes(caught.value))
 
 
 def test_live_save_log_dirty_left_on_by_a_killed_save_succeeds() -> None:

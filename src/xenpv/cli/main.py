@@ -10,8 +10,9 @@ from typing import NoReturn
 import click
 
 from xenpv import __version__
-from xenpv.errors import XenPVError
+from xenpv.errors import XenPVError, iter_notes
 from xenpv.io.process import use_one_blas_thread
+from xenpv.text import printable
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
@@ -123,17 +124,20 @@ def run(command: click.Command = main) -> NoReturn:
     except click.UsageError as e:
         e.show()
         sys.exit(EXIT_USAGE)
-    except click.Abort:
+    except click.Abort as e:
         click.echo("xenpv: interrupted", err=True)
+        _print_notes(e)
         sys.exit(EXIT_INTERRUPTED)
     except XenPVError as e:
         click.echo(f"xenpv: error: {e}", err=True)
+        _print_notes(e)
         sys.exit(EXIT_FAILED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone: flush nothing into the pipe at exit
         sys.exit(EXIT_FAILED)
     except OSError as e:
         click.echo(f"xenpv: error: {e.filename or 'input'}: {e.strerror}", err=True)
+        _print_notes(e)
         sys.exit(EXIT_FAILED)
     except Exception:  # any other exception is a bug in xenpv
         import traceback  # noqa: PLC0415
@@ -141,3 +145,9 @@ def run(command: click.Command = main) -> NoReturn:
         traceback.print_exc()
         click.echo("xenpv: this is a bug in xenpv; please report it with the lines above", err=True)
         sys.exit(EXIT_BUG)
+
+
+def _print_notes(error: BaseException) -> None:
+    """Print what else failed after an error, such as a clean-up."""
+    for note in iter_notes(error):
+        click.echo(f"xenpv: note: {printable(note)}", err=True)

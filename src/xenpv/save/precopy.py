@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import time
 from collections.abc import Iterator
@@ -167,12 +166,17 @@ class LiveCopy:
 @contextmanager
 def log_dirty(host: Mover, domid: DomId) -> Iterator[None]:
     """Have Xen log which pages are written while the body runs. Off afterwards, however the body ends."""
+    enabled = False
     try:
         _enable_log_dirty(host, domid)
+        enabled = True
         yield
-    except BaseException:
-        with contextlib.suppress(HostError):  # it was not on, or the domain is gone: the first error counts
+    except BaseException as failure:
+        try:
             host.log_dirty(domid, on=False)
+        except HostError as e:  # the first error counts
+            if enabled and e.errno != errno.ESRCH:  # otherwise it was not on, or the domain is gone
+                failure.add_note(f"log-dirty mode stays on: {e}")
         raise
     host.log_dirty(domid, on=False)
 
@@ -183,5 +187,9 @@ def _enable_log_dirty(host: Mover, domid: DomId) -> None:
     except HostError as e:
         if e.errno != errno.EINVAL:
             raise
-        host.log_dirty(domid, on=False)  # a save that was killed has left it on
+        try:
+            host.log_dirty(domid, on=False)  # a save that was killed has left it on
+        except HostError as off_error:
+            e.add_note(f"log-dirty mode stays as it is: {off_error}")
+            raise e from None
         host.log_dirty(domid, on=True)

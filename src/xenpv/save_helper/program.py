@@ -18,7 +18,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from xenpv.errors import GuestError, HostError, RequestError, StreamError, XenPVError
+from xenpv.errors import GuestError, HostError, RequestError, StreamError, XenPVError, iter_notes
 from xenpv.io.process import use_one_blas_thread
 from xenpv.save_helper import protocol
 from xenpv.save_helper.protocol import Level, Message, Restore, Save
@@ -259,7 +259,7 @@ def serve(request: Save | Restore, libxl: Libxl, open_host: Callable[[], Mover])
             raise
         except (XenPVError, OSError, MemoryError) as e:
             failure = _errno(e)
-            libxl.log(Level.ERROR, _describe(e))
+            libxl.log(Level.ERROR, "; ".join([_describe(e), *iter_notes(e)]))
         except Exception:  # a bug of xenpv's; libxl goes on as after any error
             import traceback  # noqa: PLC0415
 
