@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 from struct import pack
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from tests.support.hypercalls_stub import HypercallsStub
 from tests.support.libxenstore_stub import LibxenstoreStub, connect
-from xenpv.errors import HostError
+from xenpv.errors import HostError, iter_notes
 from xenpv.frames import DomId
 from xenpv.host.xen import libxen
 from xenpv.host.xen.host import XenHost, ram_bounds
@@ -141,3 +142,23 @@ def test_request_shutdown_without_the_domains_nodes_raises_esrch() -> None:
     assert caught.value.errno == errno.ESRCH
     assert stub.nodes == before
     assert stub.begun == stub.ended
+
+
+def test_create_failing_with_a_failing_destroy_names_the_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = XenHost.__new__(XenHost)
+
+    def refuse(op: str) -> Callable[..., None]:
+        def call(*_: object) -> None:
+            raise HostError(f"{op} failed", op=op, errno=errno.EIO)
+
+        return call
+
+    monkeypatch.setattr(XenHost, "_createdomain", lambda *_: DOMID)
+    monkeypatch.setattr(XenHost, "set_width", refuse("set_address_size"))
+    monkeypatch.setattr(XenHost, "destroy", refuse("destroydomain"))
+    with pytest.raises(HostError) as caught:
+        host.create()
+    assert caught.value.op == "set_address_size"
+    (note,) = iter_notes(caught.value)
+    assert "dom7" in note
+    assert "destroydomain failed" in note

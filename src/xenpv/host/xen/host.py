@@ -303,9 +303,13 @@ class XenHost:
             self._calls.domctl(domctl.MAX_VCPUS, "max_vcpus", domid, domctl.VCPUS, max=vcpus)
             self.set_max_mem(domid, max_pages)
             self._xenstore().write(domid, xenstore_nodes.creation_nodes(domid, name, uuid))
-        except BaseException:
-            with contextlib.suppress(HostError):
+        except BaseException as failure:
+            try:
                 self.destroy(domid)
+            except HostError as e:
+                failure.add_note(
+                    f"the unfinished dom{domid} could not be destroyed ({e}): `xl destroy {domid}` does it"
+                )
             raise
         return domid
 
