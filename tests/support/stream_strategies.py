@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.support.stream_reading import Reading, one_chunk, read
 from tests.support.writers.build import pv_domain
-from tests.support.writers.stream import BROKEN, NOTAB, PIN, XALLOC, XTAB, Piece, Stream, Wire
+from tests.support.writers.stream import BROKEN, NOTAB, OPTIONAL, OURS, PIN, XALLOC, XTAB, Piece, Stream, Wire
 
 KNOWN_TYPES = [NOTAB, 1, 2, 3, 4, *(PIN | n for n in range(1, 5)), BROKEN, XALLOC, XTAB]
 LAST_PFN = (1 << 52) - 1
@@ -20,10 +20,10 @@ u64s = st.integers(0, U64)
 widths = st.sampled_from([4, 8])
 known_types = st.sampled_from(KNOWN_TYPES)
 unknown_types = st.integers(5, 8)
-P2M_LEAVES = 0x7870_0001  # of xenpv, among the types that the specification reserves
-# "Reserved for future mandatory records", and optional ones.
-mandatory = st.integers(0x13, (1 << 31) - 1).filter(lambda kind: kind != P2M_LEAVES)
-optional = st.integers((1 << 31) + 0x13, U32).filter(lambda kind: kind != 1 << 31 | P2M_LEAVES)
+# "Reserved for future mandatory records", and optional ones: all but xenpv's own types, with and without bit 31.
+_OURS = {kind & ~OPTIONAL for kind in OURS}
+mandatory = st.integers(0x13, (1 << 31) - 1).filter(lambda kind: kind not in _OURS)
+optional = mandatory.map(lambda kind: kind | OPTIONAL)
 bodies = st.binary(max_size=100)
 
 

@@ -62,9 +62,11 @@ class Record:
         return record if record.check(ctx) else None
 
     def check(self, ctx: RecordContext) -> bool:  # noqa: ARG002
-        """Check the record's values, and report breaches to ctx.
+        """Check the record's values and report breaches to ctx.
 
-        Return False if the record is unusable.
+        Returns:
+            Whether to keep the record. If False, nobody sees it: show, diff and convert go on as if it were not there.
+            If a breach is only a WARNING and the values can still be used, return True.
         """
         return True
 
