@@ -34,7 +34,7 @@ MEMORY = 512 * MIB  # what radix.SHARED_RUNS_MAX runs take, a few times over
 
 
 class TinyHost:
-    """A host of a few frames, with one domain. What its guest writes while it is read, ``flicker`` says."""
+    """A host of a few frames, with one domain. ``flicker``: whether the guest writes while it is read."""
 
     def __init__(self, rng: Random, width: Width, form: P2MForm) -> None:
         self.rng, self.width, self.ptes = rng, width, (form is P2MForm.LINEAR) == (rng.random() < 0.9)
@@ -67,13 +67,13 @@ class TinyHost:
         return pages, mapped.astype(np.uint8)
 
     def m2p(self, mfns: U64) -> U64:
-        there = mfns < np.uint64(FRAMES)
-        return np.where(there, self.pfns[np.where(there, mfns, np.uint64(0)).astype(np.int64)], NO_FRAME)
+        valid = mfns < np.uint64(FRAMES)
+        return np.where(valid, self.pfns[np.where(valid, mfns, np.uint64(0)).astype(np.int64)], NO_FRAME)
 
     def page_types(self, domid: DomId, mfns: U64) -> U8:  # noqa: ARG002
-        there = mfns < np.uint64(FRAMES)
-        kinds = self.kinds[np.where(there, mfns, np.uint64(0)).astype(np.int64)]
-        return np.where(there, kinds, np.uint8(PageType.XTAB)).astype(np.uint8)
+        valid = mfns < np.uint64(FRAMES)
+        kinds = self.kinds[np.where(valid, mfns, np.uint64(0)).astype(np.int64)]
+        return np.where(valid, kinds, np.uint8(PageType.XTAB)).astype(np.uint8)
 
     def vcpu_context(self, domid: DomId, vcpu: int) -> bytes:
         if vcpu:
@@ -92,10 +92,10 @@ class TinyHost:
 
 
 def number(rng: Random, width: Width) -> int:
-    """What may stand in a table or an anchor: frames, entries of page tables, marks, all ones, powers of two."""
+    """Return a value of a table or an anchor: a frame, a page-table entry, a mark, all ones, a power of two."""
     mfn = rng.randrange(FRAMES + 1)
     bits = 8 * width
-    some = (
+    numbers = (
         mfn,
         mfn,
         mfn << 12 | rng.choice([1, 0x67, 0xE7, 0]),
@@ -105,11 +105,11 @@ def number(rng: Random, width: Width) -> int:
         (1 << rng.randint(0, bits)) + rng.randint(-2, 2),
         rng.getrandbits(bits),
     )
-    return rng.choice(some) & (1 << bits) - 1
+    return rng.choice(numbers) & (1 << bits) - 1
 
 
 def page(rng: Random, width: Width, *, ptes: bool) -> U8:
-    """A table: one frame named all through, or some in turn, or any number; with others strewn in."""
+    """Return a random table: one entry repeated, or several in turn, with others strewn in."""
     word: Width = 8 if ptes else width
 
     def entry() -> int:
@@ -151,13 +151,14 @@ def anchors(rng: Random, width: Width, form: P2MForm) -> Anchors:
 
 
 def target(data: bytes, n: int) -> None:
-    """Try one memory by every way."""
+    """Check one random domain, in bounded time and memory."""
     rng = Random(data)
     with bounded(n, len(data), memory=MEMORY, seconds=20):
-        judge(rng, 8 if rng.random() < 0.7 else 4)
+        check_domain(rng, 8 if rng.random() < 0.7 else 4)
 
 
-def judge(rng: Random, width: Width) -> None:
+def check_domain(rng: Random, width: Width) -> None:
+    """Check a domain whose p2m, anchors and frames are random: findings or a GuestError."""
     form = rng.choice(list(P2MForm))
     host = TinyHost(rng, width, form)
     shared = bytearray(PAGE_SIZE)
@@ -174,25 +175,25 @@ def judge(rng: Random, width: Width) -> None:
                 p2m = P2M.from_root(live.anchors, root, live.read_p2m_frames, resolve)
             except GuestError:
                 continue
-            look(p2m, rng, changes=host.flicker)
+            check_p2m(p2m, rng, changes=host.flicker)
     findings = Findings()
     PhysmapCheck(live, findings, owner=rng.random() < 0.5).run()
     for finding in findings:
         assert str(finding)
         assert finding.pfn is None or 0 <= finding.pfn < 1 << 64
-    read(live, rng)
+    read_memory(live, rng)
 
 
-def look(p2m: P2M, rng: Random, *, changes: bool) -> None:
-    """Everything that can be asked of a p2m; what it says of itself must agree."""
-    found = survey(p2m, rng.choice([1, 2, 7, 512, 4096]))
-    assert sum(found.pages.values()) == p2m.entries
-    assert min(found.pages.values()) >= 0
-    assert {kind for kind in EntryKind if found.pages[kind]} == set(found.first)
-    assert all(0 <= first < p2m.entries for first in found.first.values())
+def check_p2m(p2m: P2M, rng: Random, *, changes: bool) -> None:
+    """Assert that the answers of a p2m agree with each other."""
+    result = survey(p2m, rng.choice([1, 2, 7, 512, 4096]))
+    assert sum(result.pages.values()) == p2m.entries
+    assert min(result.pages.values()) >= 0
+    assert {kind for kind in EntryKind if result.pages[kind]} == set(result.first)
+    assert all(0 <= first < p2m.entries for first in result.first.values())
     assert 0 <= p2m.used_entries <= p2m.entries
     assert int(p2m.distinct_leaves.count.sum()) + int(p2m.holes.count.sum()) == p2m.leaf_count
-    pfns = np.array([found.first.get(kind, 0) for kind in EntryKind] + [number(rng, 8) for _ in range(20)], np.uint64)
+    pfns = np.array([result.first.get(kind, 0) for kind in EntryKind] + [number(rng, 8) for _ in range(20)], np.uint64)
     mfns = p2m.lookup(pfns)
     assert (mfns[pfns >= np.uint64(p2m.entries)] == NO_FRAME).all()
     back = p2m.pfns_of(mfns)
@@ -202,8 +203,8 @@ def look(p2m: P2M, rng: Random, *, changes: bool) -> None:
         assert np.array_equal(p2m.lookup(back[known]), mfns[known])
 
 
-def read(live: LiveDomain, rng: Random) -> None:
-    """Memory by pfn and by address: bytes, or a sentence."""
+def read_memory(live: LiveDomain, rng: Random) -> None:
+    """Read by pfn and by address: this gives bytes or raises XenPVError."""
     for _ in range(4):
         pfns = np.array([rng.choice([rng.randrange(64), number(rng, 8)]) for _ in range(3)], np.uint64)
         try:

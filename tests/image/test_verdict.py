@@ -43,7 +43,11 @@ def noted(*more: bytes, without: int | None = None, **fields: object) -> Kernel:
         (noted(note(6, text("linux")), without=8), "xen-3.0-x86_64"),
         (noted(note(1, quad(BASE + 0x10_6000))), "xen-3.0-x86_64"),  # the end itself is accepted
     ],
-)
+    ids=[
+        "program-header-notes", "section-notes", "pae", "x86_64-machine-in-elf32", "xen-guest-section",
+        "generic-loader", "linux-without-loader", "entry-at-the-end",
+    ],
+)  # fmt: skip
 def test_pv_obstacles_of_bootable_kernel_are_none(kernel: Kernel, kind: str) -> None:
     image = parse(kernel)
     assert (pv_obstacles(image), guest_type(image)) == ([], kind)
@@ -114,6 +118,7 @@ def test_pvh_obstacles() -> None:
         (noted(note(15, quad((1 << 39) + 8))), "INIT_P2M 0x8000000008 is not page-aligned"),
         (kernel32(notes=[*PV32, note(15, word(0x10_0000))]), "INIT_P2M 0x100000 is for 64-bit kernels only"),
     ],
+    ids=["valid", "absent", "not-below-virt-base", "unaligned", "32-bit"],
 )
 def test_p2m_obstacle_names_the_reason_and_is_a_remark(kernel: Kernel, reason: str | None) -> None:
     image = parse(kernel)

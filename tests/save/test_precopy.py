@@ -381,7 +381,7 @@ def test_live_save_host_without_log_dirty_is_refused_before_the_first_byte() -> 
     assert heap.calls == []
 
 
-@pytest.mark.parametrize("live", [PrecopyPolicy(), None])
+@pytest.mark.parametrize("live", [PrecopyPolicy(), None], ids=["live", "nonlive"])
 def test_save_suspend_callback_without_effect_is_refused(live: PrecopyPolicy | None) -> None:
     guest = Guest.boot("linear")
     for spoil, why in (

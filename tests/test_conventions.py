@@ -1,0 +1,46 @@
+"""What every test module keeps to: it imports no other test module, and its parameters have readable ids."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def imported_names(module: Path) -> set[str]:
+    """Return the dotted names that a module imports, and those with each imported member appended."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_bytes())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+            names |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_modules_import_no_test_module() -> None:
+    test_modules = {module.stem for module in TESTS.rglob("test_*.py")}
+    importers = {
+        f"{module.relative_to(TESTS)}: {name}"
+        for module in TESTS.rglob("*.py")
+        for name in imported_names(module)
+        if name.startswith("tests.") and test_modules.intersection(name.split("."))
+    }
+    assert importers == set()
+
+
+def test_parameter_ids_are_readable(request: pytest.FixtureRequest) -> None:
+    """pytest numbers a parameter that has no id and no text of its own: ``case0``. Covers the tests of this run."""
+    numbered = {
+        f"{item.nodeid} ({name})"
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        for name, value in item.callspec.params.items()
+        if not isinstance(value, str | int | float) and re.search(rf"(^|-){name}\d+(-|$)", item.callspec.id)
+    }
+    assert numbered == set()
