@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ from tests.support.writers.domain import Domain
 from tests.vectors.make import RECIPES, Recipe
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VGCF_IN_KERNEL
+from xenpv.errors import GuestError, HostError
 from xenpv.export.export import export
 from xenpv.export.formats import elf
 from xenpv.export.formats.content import runs_with_data
 from xenpv.export.formats.mapped import find_direct_map
+from xenpv.memory import radix
 from xenpv.runs import Runs
 from xenpv.source.open import open_domain
 
@@ -210,6 +213,35 @@ def test_find_direct_map_at_another_slot_finds_it(tmp_path: Path) -> None:
 def test_elf_without_direct_map_has_no_virtual_addresses(tmp_path: Path) -> None:
     core, _ = export_domain(made_domain(), tmp_path, "elf")
     assert [header["p_vaddr"] for header, _ in loads(core)[:3]] == [0, 0, 0]
+
+
+def test_elf_with_a_missing_page_table_has_a_remark(tmp_path: Path) -> None:
+    domain = made_domain()
+    domain.table(domain.places.top)[301] = np.uint64(HOLE << 12 | 0x67)
+    _, done = export_domain(domain, tmp_path, "elf")
+    (remark,) = done.remarks
+    assert f"pfn {HOLE:#x}" in remark
+
+
+def test_elf_with_invalid_page_tables_has_a_remark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise GuestError("too many runs")
+
+    monkeypatch.setattr(radix, "walk_tree", refuse)
+    core, done = export_domain(made_domain(), tmp_path, "elf")
+    assert core.exists()
+    (remark,) = done.remarks
+    assert "too many runs" in remark
+
+
+def test_elf_of_a_domain_that_goes_meanwhile_raises_host_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise HostError("no such domain", op="map", errno=errno.ESRCH)
+
+    monkeypatch.setattr(radix, "walk_tree", refuse)
+    with pytest.raises(HostError):
+        export_domain(made_domain(), tmp_path, "elf")
+    assert not (tmp_path / "out.elf").exists()
 
 
 @pytest.mark.parametrize("width", [8])

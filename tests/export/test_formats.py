@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -19,7 +20,7 @@ from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import hvm_stream
 from tests.support.writers.vmcoreinfo import text
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
-from xenpv.errors import RequestError
+from xenpv.errors import HostError, RequestError
 from xenpv.export.export import FORMATS, export
 from xenpv.export.formats.content import runs_with_data
 from xenpv.source.open import open_domain
@@ -184,6 +185,32 @@ def test_kdump_has_the_guests_utsname(tmp_path: Path) -> None:
     )
     out, _ = export_domain(domain, tmp_path, "kdump")
     assert Kdump(out.read_bytes()).uts == ["Linux", "made", "6.1.0-50-amd64", "#1", "x86_64", ""]
+
+
+def test_kdump_of_an_unreadable_utsname_has_a_remark(tmp_path: Path) -> None:
+    domain = made_domain()  # its VMCOREINFO names an address that is not mapped
+    out, done = export_domain(domain, tmp_path, "kdump")
+    assert Kdump(out.read_bytes()).uts[0] == "Linux"
+    assert "utsname" in done.remarks[-1]
+
+
+def test_kdump_of_vmcoreinfo_without_utsname_has_a_remark(tmp_path: Path) -> None:
+    domain = made_domain()
+    page = domain.pages[domain.places.data[0]]
+    page[:] = bytes(page).replace(b"init_uts_ns", b"init_abc_ns")
+    _, done = export_domain(domain, tmp_path, "kdump")
+    assert "utsname" in done.remarks[-1]
+
+
+def test_kdump_of_a_domain_that_goes_meanwhile_raises_host_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise HostError("no such domain", op="map", errno=errno.ESRCH)
+
+    monkeypatch.setattr("xenpv.memory.domain.DomainMemory.read_virtual", refuse)
+    with pytest.raises(HostError):
+        export_domain(made_domain(), tmp_path, "kdump")
 
 
 def test_kdump_larger_than_a_batch_keeps_the_order(tmp_path: Path) -> None:

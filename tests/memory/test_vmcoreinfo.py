@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.vmcoreinfo import RELEASE, UTS_OFFSET, text
 from xenpv.abi.declare import Width
+from xenpv.errors import HostError
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo, vmcoreinfo_value
 from xenpv.source.open import open_domain
 
@@ -134,6 +136,23 @@ def test_find_vmcoreinfo_ballooned_pages_are_skipped(tmp_path: Path, lost: int) 
         del guest.domain.pages[(here, there)[lost]]
         domain.__dict__["frames"] = DictFrames.of(guest.domain)
         assert find_vmcoreinfo(domain) == text(guest.uts)
+
+
+@pytest.mark.parametrize("call", ["pages", "read_virtual"])
+def test_find_vmcoreinfo_of_a_domain_that_goes_meanwhile_raises_host_error(
+    tmp_path: Path, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise HostError("no such domain", op="map", errno=errno.ESRCH)
+
+    owner = {"pages": "xenpv.source.saved.FilePages", "read_virtual": "xenpv.memory.domain.DomainMemory"}[call]
+    monkeypatch.setattr(f"{owner}.{call}", refuse)
+    guest = Guest()
+    guest.put(guest.data[1], 0, text(guest.uts))
+    path = tmp_path / "guest.save"
+    path.write_bytes(guest.domain.to_bytes())
+    with open_domain(str(path)) as domain, pytest.raises(HostError):
+        find_vmcoreinfo(domain)
 
 
 def test_vmcoreinfo_value_returns_value_of_key() -> None:

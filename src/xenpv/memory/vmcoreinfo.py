@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from xenpv.errors import XenPVError
+from xenpv.errors import GuestError
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64
 from xenpv.memory.domain import PagedDomain
 
@@ -92,7 +92,7 @@ def _text_at(domain: PagedDomain, page: U8, pfn: int, offset: int) -> bytes | No
     if not terminator:
         try:
             next_page = domain.frames.pages(np.array([pfn + 1], np.uint64)).tobytes()
-        except XenPVError:
+        except GuestError:
             next_page = b""
         text = (text + next_page)[:VMCOREINFO_BYTES].partition(b"\0")[0]
     is_vmcoreinfo = _TEXT.match(text) and all(line in text for line in _REQUIRED_LINES)
@@ -105,7 +105,7 @@ def _is_kernels_own(domain: PagedDomain, text: bytes) -> bool:
         init_uts_ns = int(vmcoreinfo_value(text, "SYMBOL(init_uts_ns)") or "", 16)
         offset = int(vmcoreinfo_value(text, "OFFSET(uts_namespace.name)") or "0")
         return release in domain.memory.read_virtual(init_uts_ns + offset, _NEW_UTSNAME).split(b"\0")
-    except (XenPVError, ValueError):
+    except (GuestError, ValueError):
         return False
 
 
@@ -133,7 +133,7 @@ def _read_readable(domain: PagedDomain, pfns: U64) -> Iterator[tuple[U64, U8]]:
     """Read those pages that can be read, in pieces: a file may be cut off, and a guest may give a page back."""
     try:
         pages = domain.frames.pages(pfns)
-    except XenPVError:
+    except GuestError:
         if len(pfns) > 1:
             half = len(pfns) // 2
             yield from _read_readable(domain, pfns[:half])

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from xenpv.errors import XenPVError
+from xenpv.errors import GuestError
 from xenpv.frames import PAGE_SIZE
 from xenpv.memory.domain import PagedDomain
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo, vmcoreinfo_value
@@ -54,7 +54,7 @@ def _find_banner(domain: PagedDomain, prefix: bytes) -> str | None:
     for address in search(domain, prefix):
         try:
             text = domain.memory.read(address, _BANNER_MAX)
-        except XenPVError:  # the next page is not there
+        except GuestError:  # the next page is not there
             text = domain.memory.read(address, PAGE_SIZE - address % PAGE_SIZE)
         match = _WHOLE_BANNER.match(text)
         if match:

@@ -62,7 +62,7 @@ def pieces(job: ExportJob) -> Iterator[Piece]:
         return vcpus_and_vmcoreinfo + (identity.note() if identity is not None else b"")
 
     direct_map = find_direct_map(domain, pages)
-    mappings = kernel_mappings(domain, pages, direct_map)
+    mappings = kernel_mappings(job, direct_map)
     headers = Headers(pages, domain.width, len(all_notes(bytes(VMCOREINFO_BYTES))), direct_map, mappings, identity)
     if job.seekable:
         search = VmcoreinfoSearch(domain)

@@ -6,7 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
-from xenpv.errors import XenPVError
+from xenpv.abi.declare import Width
+from xenpv.errors import GuestError
 from xenpv.export.formats.content import runs_with_data
 from xenpv.export.formats.identity import IdentityTree
 from xenpv.frames import PFNS_PER_SCAN
@@ -64,17 +65,30 @@ class ExportJob:
 
     @cached_property
     def utsname(self) -> bytes:
-        """The guest's struct new_utsname; if it cannot be read, one that readers accept."""
-        text, width = self.vmcoreinfo or b"", self.domain.width
+        """The guest's struct new_utsname; if it cannot be read, a made-up one, and a remark."""
+        text = self.vmcoreinfo or b""
         try:
             init_uts_ns = int(vmcoreinfo_value(text, "SYMBOL(init_uts_ns)") or "", 16)
             offset = int(vmcoreinfo_value(text, "OFFSET(uts_namespace.name)") or "")
+        except ValueError:
+            if text:  # that there is none is a remark already
+                self.remarks.append(
+                    "VMCOREINFO does not tell where the kernel's utsname is: the file has a made-up one"
+                )
+            return _made_up_utsname(text, self.domain.width)
+        try:
             return self.domain.memory.read_virtual(init_uts_ns + offset, UTSNAME_SIZE)
-        except (XenPVError, ValueError):
-            release = vmcoreinfo_value(text, "OSRELEASE") or "unknown"
-            machine = "x86_64" if width == 8 else "i686"
-            names = ["Linux" if text else "unknown", "unknown", release, "unknown", machine]
-            return b"".join(name.encode()[: UTSNAME_FIELD - 1].ljust(UTSNAME_FIELD, b"\0") for name in names)
+        except GuestError as e:
+            self.remarks.append(f"the kernel's utsname cannot be read, the file has a made-up one: {e}")
+            return _made_up_utsname(text, self.domain.width)
+
+
+def _made_up_utsname(text: bytes, width: Width) -> bytes:
+    """Return a struct new_utsname that readers accept, with the release that VMCOREINFO names."""
+    release = vmcoreinfo_value(text, "OSRELEASE") or "unknown"
+    machine = "x86_64" if width == 8 else "i686"
+    names = ["Linux" if text else "unknown", "unknown", release, "unknown", machine]
+    return b"".join(name.encode()[: UTSNAME_FIELD - 1].ljust(UTSNAME_FIELD, b"\0") for name in names)
 
 
 def readable_pages(domain: Domain) -> Runs:

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES
-from xenpv.errors import XenPVError
+from xenpv.errors import GuestError
+from xenpv.export.formats.job import ExportJob
 from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, U64
 from xenpv.memory import radix
 from xenpv.memory.p2m import frame_reader
@@ -85,13 +86,14 @@ def _direct_map_candidates(domain: Domain) -> list[int]:
     return list(dict.fromkeys([LINUX_DIRECT_MAP[width], *bases]))
 
 
-def kernel_mappings(domain: Domain, pages: Runs, direct_map: int | None) -> Mappings:
+def kernel_mappings(job: ExportJob, direct_map: int | None) -> Mappings:
     """Return what vcpu 0's page tables map in the kernel's half besides the direct map.
 
     Some pages are mapped at many addresses: the p2m's missing leaf, Linux's espfix stacks. Each is given once, where
-    most pages are consecutive. If there are more runs than SEGMENTS_MAX, the longest are given. An HVM domain, or page
-    tables that cannot be read, give none.
+    most pages are consecutive. If there are more runs than SEGMENTS_MAX, the longest are given. An HVM domain gives
+    none. Page tables that are invalid or cannot be read add a remark to the job.
     """
+    domain, pages = job.domain, job.pages
     memory, width = domain.memory, domain.width
     if memory.top is None or domain.hvm:
         return NO_MAPPINGS
@@ -101,11 +103,17 @@ def kernel_mappings(domain: Domain, pages: Runs, direct_map: int | None) -> Mapp
     if not virtual_pages:
         return NO_MAPPINGS
     try:
-        leaves, _ = radix.walk_tree(
+        leaves, unreadable = radix.walk_tree(
             frame_reader(memory.tables or memory.frames), memory.top, LEVELS[width], virtual_pages, decode_page_tables
         )
-    except XenPVError:
+    except GuestError as e:
+        job.remarks.append(f"modules, stacks and vmalloc have no virtual addresses: {e}")
         return NO_MAPPINGS
+    if unreadable:
+        place = f"the first is pfn {unreadable[0].frame:#x}, of level {unreadable[0].level}"
+        job.remarks.append(
+            f"{len(unreadable)} page tables cannot be read ({place}): what they map has no virtual address"
+        )
     position = pages.positions(leaves.frame)
     in_file = position >= 0
     virtual_page, pfn, position = leaves.first[in_file], leaves.frame[in_file], position[in_file]
