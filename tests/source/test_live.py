@@ -338,3 +338,21 @@ def test_new_domain_without_p2m_or_vcpus_raises_guest_error(width: Width) -> Non
     assert (live.name, live.cr3(0), live.describe_p2m_change()) == ("dom1", None, None)
     with pytest.raises(GuestError, match=r"dom1 .* 0x0"):
         live.frames.pages(np.array([0], np.uint64))
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.ENODATA, False), (errno.EPERM, True), (errno.EFAULT, True)])
+def test_vcpu_context_passes_errors_other_than_no_such_vcpu(
+    number: int, passes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = P2MGuest(8, "linear")
+
+    def refuse(*_: object) -> bytes:
+        raise HostError("refused", op="getvcpucontext", errno=number)
+
+    monkeypatch.setattr(guest.host, "vcpu_context", refuse)
+    if not passes:
+        assert guest.live.vcpu_context(0) is None
+        return
+    with pytest.raises(HostError) as caught:
+        guest.live.cr3(0)
+    assert caught.value.errno == number

@@ -5,8 +5,6 @@ They come in the order of xen.git:tools/libs/guest/xg_sr_save_x86_pv.c. Empty on
 
 from __future__ import annotations
 
-import errno
-
 import numpy as np
 
 from xenpv.abi.x86 import (
@@ -23,7 +21,7 @@ from xenpv.frames import NO_FRAME, PAGE_SHIFT
 from xenpv.host.protocol import Mover
 from xenpv.memory.pagetables import cr3_to_frame, frame_to_cr3
 from xenpv.save.suspend import has_suspended
-from xenpv.source.live import LiveDomain
+from xenpv.source.live import NO_SUCH_VCPU, LiveDomain
 from xenpv.stream.framing import Record
 from xenpv.stream.records import (
     CpuidPolicy,
@@ -37,8 +35,6 @@ from xenpv.stream.records import (
     X86PVInfo,
     X86TscInfo,
 )
-
-_NO_SUCH_VCPU = frozenset({errno.ENODATA, errno.ESRCH, errno.EINVAL})  # never started, or not there
 
 
 def static_records(host: Mover, live: LiveDomain) -> list[Record]:
@@ -84,7 +80,7 @@ def _context(live: LiveDomain, vcpu: int) -> bytes | None:
         data = bytearray(live.host.vcpu_context(live.info.domid, vcpu))
     except HostError as e:
         live.host.info(live.info.domid)  # ESRCH may be of the domain, too
-        if vcpu == 0 or e.errno not in _NO_SUCH_VCPU:
+        if vcpu == 0 or e.errno not in NO_SUCH_VCPU:
             raise
         return None
     context = np.frombuffer(data, VCPU_GUEST_CONTEXT[width])

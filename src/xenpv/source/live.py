@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,8 @@ from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
 from xenpv.source.domain import Domain
 from xenpv.text import size
+
+NO_SUCH_VCPU = frozenset({errno.ENODATA, errno.ESRCH, errno.EINVAL})  # never started, or not there
 
 
 @dataclass
@@ -170,12 +173,14 @@ class LiveDomain(Domain):
         """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``, with mfns; None if the vcpu was never started.
 
         Raises:
-            HostError: The domain has gone.
+            HostError: The domain has gone, or Xen refuses to tell.
         """
         try:
             return VCPU_GUEST_CONTEXT.read(self.host.vcpu_context(self.info.domid, vcpu), self.info.width)
-        except HostError:
+        except HostError as e:
             self.host.info(self.info.domid)  # raises if the domain has gone: ESRCH may mean either
+            if e.errno not in NO_SUCH_VCPU:
+                raise
             return None
 
     def registers(self, vcpu: int) -> Registers | None:
