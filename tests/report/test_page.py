@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import hashlib
 import json
 import re
@@ -15,9 +16,12 @@ import pytest
 
 from tests.support.kernel_guest import Guest
 from tests.support.report_facts import HOSTILE, hostile_facts
-from xenpv.errors import RequestError
+from tests.support.writers.build import pv_domain
+from xenpv.errors import HostError, RequestError
 from xenpv.report.gather import gather_facts
+from xenpv.report.identity import find_notable_pages
 from xenpv.report.page import render_page
+from xenpv.source.open import open_domain
 
 
 class Read(HTMLParser):
@@ -126,6 +130,31 @@ def test_gather_facts_of_a_running_domain_renders(form: str) -> None:
         assert told["content"]["looked_at"] == 100
     else:
         assert told["p2m"]["problem"] in text.replace("&#39;", "'")
+
+
+def test_gather_facts_of_a_refusing_host_raises_host_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest.boot("linear")
+
+    def refuse(*_: object) -> bytes:
+        raise HostError("refused", op="getvcpucontext", errno=errno.EPERM)
+
+    monkeypatch.setattr(guest.host, "vcpu_context", refuse)
+    with pytest.raises(HostError):
+        gather_facts(guest.live, None, content_pages=0)
+    with pytest.raises(HostError):
+        find_notable_pages(guest.live)
+
+
+@pytest.mark.parametrize("pfn", [0x123_4567, None], ids=["absent", "another page"])
+def test_find_notable_pages_with_bad_start_info_says_so(pfn: int | None, tmp_path: Path) -> None:
+    domain = pv_domain()
+    pfn = domain.places.text if pfn is None else pfn
+    domain.vcpus[0]["user_regs"]["rdx"] = pfn
+    path = tmp_path / "made.save"
+    path.write_bytes(domain.to_bytes())
+    with open_domain(str(path)) as saved:
+        _, start_info = find_notable_pages(saved)
+    assert f"{pfn:#x}" in start_info["Start info"]
 
 
 def test_render_page_without_jinja_raises_request_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

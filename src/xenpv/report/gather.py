@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from xenpv.errors import GuestError, HostError
+from xenpv.errors import GuestError
 from xenpv.findings import Findings
 from xenpv.frames import U64
 from xenpv.io.progress import Progress, ProgressCallback
@@ -191,10 +191,7 @@ def _read_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | None
 
 def _read_vcpu(domain: Domain, vcpu: int) -> VcpuState:
     problem, cr3, user, kernel_sp = None, None, None, None
-    try:
-        registers = domain.registers(vcpu)
-    except HostError as e:
-        return VcpuState(vcpu, None, problem=str(e))
+    registers = domain.registers(vcpu)
     if registers is None:
         return VcpuState(vcpu, None, problem="its registers are not known")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
-from xenpv.errors import Fault, GuestError, HostError
+from xenpv.errors import Fault, GuestError
 from xenpv.source.domain import Domain
 
 _NAMES_MAX = 256  # characters of a name or a command line that are shown as such
@@ -69,19 +69,21 @@ def find_notable_pages(domain: Domain) -> tuple[list[NotablePage], dict[str, str
     notable_pages.append(NotablePage(pfn, "start info"))
     try:
         page = domain.memory.page(pfn)
-    except Fault:
-        return notable_pages, start_info
+    except Fault as e:
+        return notable_pages, {"Start info": f"it cannot be read: {e}"}
     if page.startswith(START_INFO_MAGIC[domain.width]):
         info = START_INFO.read(page, domain.width)
         notable_pages.append(NotablePage(int(info["store_mfn"]), "xenstore ring"))
         notable_pages.append(NotablePage(int(info["console"]["domU"]["mfn"]), "console ring"))
         line = bytes(info["cmd_line"]).split(b"\0")[0].decode("utf-8", "replace")
         start_info = {"Command line": line, "Pages at start": f"{int(info['nr_pages']):,}"}
+    else:
+        start_info = {"Start info": f"pfn {pfn:#x} is no start info page"}
     return notable_pages, start_info
 
 
 def _cr3(domain: Domain, vcpu: int, *, user: bool) -> int | None:
     try:
         return domain.cr3(vcpu, user=user)
-    except (GuestError, HostError):
+    except GuestError:
         return None  # verify reports it as a finding
