@@ -134,6 +134,16 @@ def test_diff_records_of_one_domain_only_are_absent_in_the_other(
     assert "entries" in {f.name for f in difference.fields if f.where == "p2m"}
 
 
+@pytest.mark.parametrize("unreadable", [(1,), (0, 1)], ids=["one", "both"])
+def test_diff_unreadable_start_info_is_a_difference(
+    unreadable: tuple[int, ...], domains: tuple[Domain, Domain], tmp_path: Path
+) -> None:
+    for i in unreadable:
+        domains[i].vcpus[0]["user_regs"]["rdx"] = 0x123_4567
+    (field,) = [f for f in diff_domains(tmp_path, domains).fields if f.where == "start info"]
+    assert ["0x1234567" in value for value in (field.a, field.b)] == [i in unreadable for i in (0, 1)]
+
+
 def test_diff_hvm_domains_compares_params_and_context(tmp_path: Path) -> None:
     one, other = hvm_stream("xl"), hvm_stream("xl", pages=12)
     assert diff_streams(tmp_path, bytes(one), bytes(hvm_stream("xl"))).same

@@ -9,7 +9,7 @@ import numpy as np
 
 from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.diff.fields import FieldDifference, compare_bytes, compare_structs, compare_values
-from xenpv.errors import Fault
+from xenpv.errors import GuestError
 from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.contents import Contents, Vcpu
@@ -26,7 +26,7 @@ def compare_records(a: SavedDomain, b: SavedDomain) -> Iterator[FieldDifference]
     yield from compare_bytes("X86_CPUID_POLICY", *(_data(one.cpuid_policy) for one in contents))
     yield from compare_bytes("X86_MSR_POLICY", *(_data(one.msr_policy) for one in contents))
     yield from _compare_p2m(*contents)
-    yield from compare_structs("start info", _start_info(a), _start_info(b))
+    yield from _compare_start_info(a, b)
     yield from compare_structs("shared info", _shared_info(a), _shared_info(b))
     for vcpu in sorted({*contents[0].vcpus, *contents[1].vcpus}):
         yield from _compare_vcpu(vcpu, a, b)
@@ -70,15 +70,25 @@ def _compare_p2m(a: Contents, b: Contents) -> Iterator[FieldDifference]:
         yield FieldDifference("p2m", "frames", f"{len(runs_a)} runs", f"{len(runs_b)} other runs")
 
 
+def _compare_start_info(a: SavedDomain, b: SavedDomain) -> Iterator[FieldDifference]:
+    """Compare start info. One that cannot be read is a difference, even if both cannot: nobody knows what is in it."""
+    start_infos, errors = [], []
+    for saved in (a, b):
+        try:
+            start_infos.append(_start_info(saved))
+            errors.append("" if start_infos[-1] is None else "readable")
+        except GuestError as e:
+            errors.append(f"unreadable: {e}")
+    if len(start_infos) == 2:
+        yield from compare_structs("start info", *start_infos)
+    else:
+        yield FieldDifference("start info", "", *(error or "absent" for error in errors))
+
+
 def _start_info(saved: SavedDomain) -> np.void | None:
-    """Return the start info; None if no vcpu names it or its page did not come."""
+    """Return the start info; None if no vcpu names it. GuestError if its page cannot be read."""
     pfn = saved.start_info_pfn
-    if pfn is None:
-        return None
-    try:
-        return START_INFO.read(saved.memory.page(pfn), saved.width)
-    except Fault:
-        return None
+    return None if pfn is None else START_INFO.read(saved.memory.page(pfn), saved.width)
 
 
 def _shared_info(saved: SavedDomain) -> np.void | None:
