@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,23 @@ def test_show_core_has_pages_p2m_and_vcpus(width: Width, tmp_path: Path) -> None
     assert facts["p2m"]["max_pfn"] == domain.entries
     assert [v["cr3_pfn"] for v in facts["vcpus"]] == [domain.places.top] * 2
     assert facts["vcpus"][0]["ip"] == domain.vaddrs[domain.places.text] + 0x3AA
+
+
+def test_show_core_with_a_bad_cr3_tells_why_it_has_none(tmp_path: Path) -> None:
+    domain = pv_domain(vcpus=2)
+    core = bytes(core_of(domain))
+    cr3 = struct.pack("<Q", domain.cr3(domain.mfns[domain.places.top]))
+    file = tmp_path / "made.core"
+    at = core.index(cr3)
+    file.write_bytes(core[:at] + struct.pack("<Q", domain.cr3(0x77_7777)) + core[at + 8 :])
+    ran = xenpv("show", file)
+    assert ran.code == 0
+    assert "mfn 0x777777" in ran.out
+    vcpus = xenpv("show", "--json", file).json["vcpus"]
+    assert (vcpus[0]["cr3_pfn"], vcpus[1]["cr3_pfn"]) == (None, domain.places.top)
+    assert vcpus[0]["user_cr3_pfn"] == domain.places.user_top
+    assert "mfn 0x777777" in vcpus[0]["cr3_error"]
+    assert "cr3_error" not in vcpus[1]
 
 
 def test_show_hvm_vcpus_have_paging_modes(tmp_path: Path) -> None:

@@ -167,15 +167,16 @@ def _pv_vcpu(saved: SavedDomain, vcpu: int) -> dict[str, Any]:
 
 
 def _registers(domain: Domain, vcpu: int) -> dict[str, Any] | None:
-    """Describe a vcpu's registers; None if they are not known. A cr3 that names no page of the domain is None."""
+    """Describe a vcpu's registers; None if they are not known.
+
+    A cr3 that names no page of the domain is None, and "cr3_error" tells why.
+    """
     registers = domain.registers(vcpu)
     if registers is None:
         return None
-    try:
-        cr3, user_cr3 = domain.cr3(vcpu), domain.cr3(vcpu, user=True)
-    except GuestError:
-        cr3 = user_cr3 = None
-    out = {
+    errors: list[str] = []
+    cr3, user_cr3 = (_cr3(domain, vcpu, errors, user=user) for user in (False, True))
+    out: dict[str, Any] = {
         "ip": registers.ip,
         "sp": registers.sp,
         "cs": registers.segments["cs"],
@@ -184,7 +185,18 @@ def _registers(domain: Domain, vcpu: int) -> dict[str, Any] | None:
         "cr3_pfn": cr3,
         "user_cr3_pfn": user_cr3,
     }
+    if errors:
+        out["cr3_error"] = "; ".join(errors)
     return out | ({"width": registers.width, "paging": registers.paging.name} if domain.hvm else {})
+
+
+def _cr3(domain: Domain, vcpu: int, errors: list[str], *, user: bool) -> int | None:
+    """Return the pfn of a vcpu's top page table; None if it is not known. Add to ``errors`` why it is invalid."""
+    try:
+        return domain.cr3(vcpu, user=user)
+    except GuestError as e:
+        errors.append(str(e))
+        return None
 
 
 def describe_vcpus(domain: Domain) -> list[dict[str, Any]]:
@@ -322,6 +334,9 @@ def print_vcpus(vcpus: list[dict[str, Any]]) -> None:
         rows.append(row + ([", ".join(vcpu["records"])] if stream else []))
     columns = ["vcpu#", "ip", "sp", "mode", "cr3 pfn", "paging" if hvm else "user cr3 pfn"]
     print_table("", columns + (["records"] if stream else []), rows)
+    for vcpu in vcpus:
+        if "cr3_error" in vcpu:
+            click.echo(click.style(printable(f"vcpu {vcpu['vcpu']}: {vcpu['cr3_error']}"), fg="red"))
 
 
 def _pfn(pfn: int | None) -> str:
