@@ -56,7 +56,7 @@ def test_check_of_a_pipe(good: Path) -> None:
 
 
 def test_check_of_a_running_domain_finds_two_pfns_with_one_mfn(guest: P2MGuest) -> None:
-    domid = guest.made.domid
+    domid = guest.model.domid
     ran = xenpv("check", domid)
     assert (ran.code, ran.out) == (0, f"dom{domid}: p2m and m2p agree, by three-level tree, up to pfn {PAGES - 1:#x}\n")
     guest.put(3, int(guest.entries[9]))
@@ -71,5 +71,5 @@ def test_check_of_a_running_domain_finds_two_pfns_with_one_mfn(guest: P2MGuest) 
 def test_check_quick_does_not_ask_for_owners(guest: P2MGuest) -> None:
     other = make_guest(guest.host, 8, 64)
     guest.put(3, int(other.mfns[3]))
-    assert xenpv("check", guest.made.domid).code == 1
-    assert xenpv("check", "--quick", guest.made.domid).code == 0
+    assert xenpv("check", guest.model.domid).code == 1
+    assert xenpv("check", "--quick", guest.model.domid).code == 0

@@ -100,7 +100,7 @@ def test_p2m_of_a_32_bit_tree_has_no_list(tmp_path: Path) -> None:
 
 def test_p2m_of_a_running_domain_prints_entries_and_m2p(guest: P2MGuest) -> None:
     guest.put(7, INVALID_MFN[8])
-    domid, mfn = guest.made.domid, int(guest.entries[5])
+    domid, mfn = guest.model.domid, int(guest.entries[5])
     ran = xenpv("p2m", domid, "--lookup", 5, "--lookup", 7, "--mfn", mfn, "--mfn", int(guest.entries[7]))
     assert ran.out.splitlines()[0] == f"dom{domid}: three-level tree"
     assert ran.out.splitlines()[-4:] == [
@@ -119,12 +119,12 @@ def test_p2m_that_changes_meanwhile_prints_a_warning(guest: P2MGuest, monkeypatc
     monkeypatch.setattr(
         "xenpv.source.live.LiveDomain.describe_p2m_change", lambda _: "leaves were replaced: look again"
     )
-    assert xenpv("p2m", guest.made.domid).out.splitlines()[-1] == "warning: leaves were replaced: look again"
+    assert xenpv("p2m", guest.model.domid).out.splitlines()[-1] == "warning: leaves were replaced: look again"
 
 
 def test_p2m_and_check_of_a_domain_without_anchors(guest: P2MGuest) -> None:
     guest.arch(pfn_to_mfn_frame_list_list=0)
-    ran = xenpv("p2m", guest.made.domid)
-    assert (ran.code, ran.out.splitlines()[0]) == (0, f"dom{guest.made.domid}: exposes no p2m")
-    ran = xenpv("check", guest.made.domid)
+    ran = xenpv("p2m", guest.model.domid)
+    assert (ran.code, ran.out.splitlines()[0]) == (0, f"dom{guest.model.domid}: exposes no p2m")
+    ran = xenpv("check", guest.model.domid)
     assert (ran.code, "exposes no p2m: its anchor is 0x0, which is not set up yet" in ran.out) == (1, True)

@@ -105,18 +105,18 @@ def test_running_domain_is_paused_only_with_pause(guest: P2MGuest, monkeypatch: 
     monkeypatch.setattr(guest.host, "pause", lambda _: calls.append("pause"))
     monkeypatch.setattr(guest.host, "unpause", lambda _: calls.append("unpause"))
     for verb in (["check"], ["p2m"], ["walk"], ["read"]):
-        more = {"walk": [guest.made.vaddr(5)], "read": [guest.made.vaddr(5), 16]}.get(verb[0], [])
-        assert xenpv(*verb, guest.made.domid, *more).code == 0
+        more = {"walk": [guest.model.vaddr(5)], "read": [guest.model.vaddr(5), 16]}.get(verb[0], [])
+        assert xenpv(*verb, guest.model.domid, *more).code == 0
         assert calls == []
-        assert xenpv(*verb, "--pause", guest.made.domid, *more).code == 0
+        assert xenpv(*verb, "--pause", guest.model.domid, *more).code == 0
         assert calls == ["pause", "unpause"]
         calls.clear()
 
 
 def test_running_domain_serves_read_and_walk(guest: P2MGuest) -> None:
     page = np.arange(4096, dtype=np.uint32).astype(np.uint8)[None]
-    guest.host.write_frames(guest.made.domid, guest.entries[5:6], page)
-    domid, vaddr = guest.made.domid, guest.made.vaddr(5)
+    guest.host.write_frames(guest.model.domid, guest.entries[5:6], page)
+    domid, vaddr = guest.model.domid, guest.model.vaddr(5)
     assert xenpv("read", "--raw", domid, vaddr + 3, 4000).raw == page.tobytes()[3:4003]
     assert xenpv("read", "--raw", "--physical", domid, 5 * 4096, 4096).raw == page.tobytes()
     assert f"{vaddr:#x} is pfn 0x5 (NOTAB), offset 0x0" in xenpv("walk", domid, vaddr).out
@@ -127,7 +127,7 @@ def test_running_domain_whose_page_tables_are_freed_is_read_again(
     guest: P2MGuest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first answers name a page that is no page table any more; the vcpu has another since."""
-    domid, vaddr = guest.made.domid, guest.made.vaddr(5)
+    domid, vaddr = guest.model.domid, guest.model.vaddr(5)
     original, stale = LiveDomain.cr3, list[Pfn]()
 
     def cr3(live: LiveDomain, vcpu: int, *, user: bool = False) -> Pfn | None:

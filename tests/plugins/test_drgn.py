@@ -97,7 +97,7 @@ def test_drgn_program_of_a_running_domain_reads_its_memory(form: str) -> None:
     prog, memory = program(guest.live, live=True), guest.live.memory
     for pfn in range(0, 64, 7):
         assert prog.read(pfn * PAGE, PAGE, physical=True) == memory.page(pfn)
-    at = guest.made.vaddr(9)
+    at = guest.model.vaddr(9)
     assert prog.read(at, 3 * PAGE) == memory.read_virtual(at, 3 * PAGE)
 
 

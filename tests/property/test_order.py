@@ -16,7 +16,9 @@ sequences = st.lists(st.sampled_from(SPECIFIED), max_size=30)
 
 
 @given(st.sampled_from(list(Guest)), st.sampled_from([2, 3]), sequences)
-def test_each_record_is_judged_by_those_before_it(guest: Guest, version: int, records: list[RecordType]) -> None:
+def test_order_check_next_judges_a_record_by_those_before_it(
+    guest: Guest, version: int, records: list[RecordType]
+) -> None:
     order = Order(guest, version)
     before: set[RecordType] = set()
     for record in records:
@@ -39,7 +41,7 @@ def test_each_record_is_judged_by_those_before_it(guest: Guest, version: int, re
 
 
 @given(st.sampled_from(list(Guest)), st.permutations(SPECIFIED))
-def test_nothing_that_is_in_order_is_refused(guest: Guest, records: list[RecordType]) -> None:
+def test_order_sorted_records_are_accepted(guest: Guest, records: list[RecordType]) -> None:
     """Sort any permutation by what each record comes after: no fault is left but records of the other guest."""
     mine = [record for record in records if guest in PLACES[record].guests]
     placed: list[RecordType] = []

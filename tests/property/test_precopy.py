@@ -57,7 +57,7 @@ def _step(guest: Guest, said: tuple[str, int, int] | None, n: int) -> Any:
     st.lists(st.one_of(st.just(None), st.just(None), _STEP), max_size=60),
     st.integers(1, 6),
 )
-def test_live_save_any_guest_arrives_as_it_stopped(
+def test_save_live_any_guest_restores_as_it_stopped(
     kind: tuple[Width, str], between: list[Any], amid: list[Any], most: int
 ) -> None:
     """Whatever it does between passes, and between any two reads of its memory."""

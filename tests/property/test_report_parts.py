@@ -30,14 +30,14 @@ def _rows(some: PfnRanges) -> list[tuple[int, int, int]]:
 
 
 @given(PFNS)
-def test_pfns_become_as_few_parts_as_there_are_runs(pfns: set[int]) -> None:
+def test_ranges_of_pfns_are_as_few_as_their_runs(pfns: set[int]) -> None:
     some = parts(pfns)
     assert pfns_of(some) == pfns
     assert len(some) == sum(pfn - 1 not in pfns for pfn in pfns)
 
 
 @given(PFNS, st.integers(1, 12))
-def test_coarse_parts_hold_all_pages_and_pass_over_the_narrowest_gaps(pfns: set[int], limit: int) -> None:
+def test_ranges_coarsened_hold_all_pages_and_bridge_the_narrowest_gaps(pfns: set[int], limit: int) -> None:
     exact, coarse = parts(pfns), parts(pfns).coarsen(limit)
     assert len(coarse) == min(len(exact), limit)
     assert int(coarse.pages.sum()) == len(pfns)
@@ -48,14 +48,14 @@ def test_coarse_parts_hold_all_pages_and_pass_over_the_narrowest_gaps(pfns: set[
 
 
 @given(PFNS, PFNS)
-def test_two_together(one: set[int], other: set[int]) -> None:
+def test_ranges_merged_hold_the_pfns_of_both(one: set[int], other: set[int]) -> None:
     both = parts(one).union(parts(other))
     covered = {pfn for start, span, _ in _rows(both) for pfn in range(start, start + span)}
     assert covered == one | other
     assert (both.start[1:] > both.end[:-1]).all() or len(both) < 2
 
 
-def test_a_collector_is_exact_until_it_is_full() -> None:
+def test_collector_below_its_limit_is_exact() -> None:
     few, many = RangeCollector(rows=64), RangeCollector(rows=64)
     for pfn in range(0, 120, 2):
         few.add(parts({pfn}))
@@ -68,7 +68,7 @@ def test_a_collector_is_exact_until_it_is_full() -> None:
 
 
 @given(PFNS, st.integers(301, 1 << 52))
-def test_the_axis_ascends_from_0_to_1_over_all_pfns(pfns: set[int], end: int) -> None:
+def test_axis_of_all_pfns_ascends_from_0_to_1(pfns: set[int], end: int) -> None:
     line = pfn_axis(parts(pfns), end)
     assert line[0] == (0, 0.0)
     assert line[-1][0] == end
@@ -78,7 +78,7 @@ def test_the_axis_ascends_from_0_to_1_over_all_pfns(pfns: set[int], end: int) ->
         assert next_place > place
 
 
-def test_a_few_pages_far_away_are_seen() -> None:
+def test_axis_far_away_pages_are_visible() -> None:
     far = 1 << 32
     some = PfnRanges.of(np.array([0, far - 2], np.uint64), np.array([16384, 2]))
     line = dict(pfn_axis(some, far))

@@ -52,7 +52,7 @@ def values(reading: Reading) -> list[Any]:
 
 
 @given(st.lists(st.tuples(optional, bodies), max_size=8), st.data())
-def test_padding(extra: list[tuple[int, bytes]], data: st.DataObject) -> None:
+def test_reader_padded_records_give_the_same_events(extra: list[tuple[int, bytes]], data: st.DataObject) -> None:
     """ "If body_length is not a multiple of 8, the body is padded with zeroes to align the end of the record on an 8
     octet boundary."
     """
@@ -69,7 +69,7 @@ def test_padding(extra: list[tuple[int, bytes]], data: st.DataObject) -> None:
 
 
 @given(optional, bodies, st.integers(2, 8))
-def test_optional_records(kind: int, body: bytes, at: int) -> None:
+def test_reader_unknown_optional_record_is_ignored(kind: int, body: bytes, at: int) -> None:
     """ "The contents of optional records may be ignored during a restore."."""
     stream = sound()
     stream.insert(at, W.record(kind, body))
@@ -81,7 +81,7 @@ def test_optional_records(kind: int, body: bytes, at: int) -> None:
 
 
 @given(mandatory, bodies, st.integers(2, 8))
-def test_mandatory_records(kind: int, body: bytes, at: int) -> None:
+def test_reader_unknown_mandatory_record_is_refused(kind: int, body: bytes, at: int) -> None:
     """ "Restoring an image that has unrecognised or unsupported mandatory record must fail."."""
     stream = sound()
     stream.insert(at, W.record(kind, body))
@@ -93,7 +93,7 @@ def test_mandatory_records(kind: int, body: bytes, at: int) -> None:
 
 
 @given(st.tuples(u32s, u32s, u64s, u32s), entries, st.dictionaries(u64s, u64s, min_size=1, max_size=5))
-def test_endianness(tsc: Any, pfns: Any, params: dict[int, int]) -> None:
+def test_reader_integers_follow_the_image_header(tsc: Any, pfns: Any, params: dict[int, int]) -> None:
     """ "Integer fields in the domain header and in the records are in the endianness described in the image header"."""
     both = []
     for wire in (W, BIG):
@@ -109,7 +109,7 @@ def test_endianness(tsc: Any, pfns: Any, params: dict[int, int]) -> None:
 
 
 @given(entries)
-def test_page_data(pfns: list[tuple[int, int]]) -> None:
+def test_reader_page_data_gives_its_pfns_and_types(pfns: list[tuple[int, int]]) -> None:
     """ "Bit 63-60: XEN_DOMCTL_PFINFO_* type. Bit 59-52: Reserved. Bit 51-0: PFN." "N is strictly <= C"."""
     contents = [bytes([i % 256]) * PAGE for i, (_, kind) in enumerate(pfns) if kind in WITH_DATA]
     stream = hvm(W.page_data(pfns, contents))
@@ -123,7 +123,7 @@ def test_page_data(pfns: list[tuple[int, int]]) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, LAST_PFN), st.sampled_from([BROKEN, XALLOC, XTAB])), min_size=1, max_size=20))
-def test_types_without_data(pfns: list[tuple[int, int]]) -> None:
+def test_reader_types_without_data_have_no_page(pfns: list[tuple[int, int]]) -> None:
     """ "PFNs with type BROKEN, XALLOC, or XTAB do not have any corresponding page_data."."""
     reading = collected(hvm(W.page_data(pfns, [])))
     assert page_data_of(reading).pages == 0
@@ -132,7 +132,9 @@ def test_types_without_data(pfns: list[tuple[int, int]]) -> None:
 
 
 @given(entries, st.integers(0, LAST_PFN), unknown_types, st.data())
-def test_unknown_page_types(pfns: list[tuple[int, int]], pfn: int, kind: int, data: st.DataObject) -> None:
+def test_reader_unknown_page_type_is_reported(
+    pfns: list[tuple[int, int]], pfn: int, kind: int, data: st.DataObject
+) -> None:
     """ "Restoring an image with unrecognised page types shall fail."."""
     at = data.draw(st.integers(0, len(pfns)))
     pages = [bytes(PAGE)] * sum(known in WITH_DATA for _, known in pfns)
@@ -142,7 +144,7 @@ def test_unknown_page_types(pfns: list[tuple[int, int]], pfn: int, kind: int, da
 
 
 @given(entries, st.integers(0, U32))
-def test_count(pfns: list[tuple[int, int]], count: int) -> None:
+def test_reader_page_data_wrong_count_is_reported(pfns: list[tuple[int, int]], count: int) -> None:
     """ "count: Number of pages described in this record." "Count is strictly > 0."."""
     pages = [bytes(PAGE)] * sum(kind in WITH_DATA for _, kind in pfns)
     assume(count != len(pfns))
@@ -152,7 +154,7 @@ def test_count(pfns: list[tuple[int, int]], count: int) -> None:
 
 
 @given(widths, u32s, u32s, st.integers(-2, 2))
-def test_p2m_frames(width: int, a: int, b: int, more: int) -> None:
+def test_reader_p2m_frames_have_the_length_of_their_range(width: int, a: int, b: int, more: int) -> None:
     """ "Array of PFNs containing the guest's P2M table, for the PFN frames containing the PFN range S to E
     (inclusive)."
     """
@@ -175,7 +177,7 @@ def test_p2m_frames(width: int, a: int, b: int, more: int) -> None:
 
 
 @given(st.integers(0, 100), st.integers(0, 400), known_types)
-def test_pfns_beyond_the_p2m(end: int, pfn: int, kind: int) -> None:
+def test_reader_pfn_beyond_the_p2m_is_reported(end: int, pfn: int, kind: int) -> None:
     """handle_page_data(): "pfn %#lx (index %u) outside domain maximum", whatever the type."""
     pages = [bytes(PAGE)] if kind in WITH_DATA else []
     stream = sound().replace("X86_PV_P2M_FRAMES", W.p2m_frames(0, end, [1]))
@@ -184,7 +186,7 @@ def test_pfns_beyond_the_p2m(end: int, pfn: int, kind: int) -> None:
 
 
 @given(st.integers(0, 2 * PAGE))
-def test_shared_info(length: int) -> None:
+def test_reader_shared_info_other_than_one_page_is_reported(length: int) -> None:
     """ "This record should be exactly 1 page long."."""
     reading = raised(sound().replace("SHARED_INFO", W.shared_info(bytes(length))))
     assert (reading.error is None) == (length == PAGE)
@@ -200,7 +202,7 @@ RESERVED = {
 
 
 @given(st.sampled_from(sorted(RESERVED)), st.data())
-def test_reserved_fields(name: str, data: st.DataObject) -> None:
+def test_reader_reserved_fields_are_ignored(name: str, data: st.DataObject) -> None:
     """ "Padding and reserved fields are set to zero on save and must be ignored during restore."."""
     at, size = RESERVED[name]
     filler = data.draw(st.binary(min_size=size, max_size=size))
@@ -210,7 +212,7 @@ def test_reserved_fields(name: str, data: st.DataObject) -> None:
 
 
 @given(st.binary(min_size=8, max_size=8), st.binary(max_size=40))
-def test_marker(first: bytes, rest: bytes) -> None:
+def test_reader_marker_with_a_zero_bit_is_legacy(first: bytes, rest: bytes) -> None:
     """ "Legacy images will have at one or more zero bits within the first 8 octets of the image."."""
     assume(first != b"\xff" * 8)
     assert isinstance(read([first + rest]).error, Unsupported | Truncated | Malformed)
@@ -220,7 +222,7 @@ def test_marker(first: bytes, rest: bytes) -> None:
 
 
 @given(st.integers(0, U32))
-def test_versions(version: int) -> None:
+def test_reader_accepts_versions_2_and_3_only(version: int) -> None:
     """ "version: 0x00000003"; restorers take "Expected 2 <= ver <= 3"."""
     reading = raised(sound().replace("image header", Wire(version).image_header()))
     if version not in {2, 3}:
@@ -232,7 +234,7 @@ def test_versions(version: int) -> None:
 
 
 @given(st.sampled_from(["vcpu_extended", "vcpu_xsave", "vcpu_msrs"]), st.integers(0, U32))
-def test_empty_records(method: str, vcpu: int) -> None:
+def test_reader_empty_record_is_accepted(method: str, vcpu: int) -> None:
     """Errata: "the receiving side of a stream should tolerate and ignore variable sized records with zero content"."""
     stream = sound().before("END", getattr(W, method)(vcpu, b""))
     reading = raised(stream)
@@ -246,7 +248,7 @@ ascii_values = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_s
 
 
 @given(st.dictionaries(keys, ascii_values, max_size=6), st.integers(0, 2), u32s)
-def test_xenstore_data(pairs: dict[str, str], emulator: int, index: int) -> None:
+def test_reader_xenstore_data_gives_its_pairs(pairs: dict[str, str], emulator: int, index: int) -> None:
     """libxl-migration-stream.pandoc.
 
     "Xenstore key/value data are encoded as a packed sequence of (key, value) tuples. Each (key, value) tuple is a
@@ -261,7 +263,7 @@ def test_xenstore_data(pairs: dict[str, str], emulator: int, index: int) -> None
 
 
 @given(st.data())
-def test_how_bytes_are_cut_does_not_matter_even_for_broken_ones(data: st.DataObject) -> None:
+def test_reader_bytes_cut_anywhere_give_the_same_events_and_errors(data: st.DataObject) -> None:
     """The same events, faults and error, and the same again with page content given."""
     stream = sound()
     for _ in range(data.draw(st.integers(0, 3))):
@@ -280,7 +282,7 @@ def test_how_bytes_are_cut_does_not_matter_even_for_broken_ones(data: st.DataObj
 
 
 @given(st.binary(max_size=300), st.sampled_from([None, *Kind]), st.booleans())
-def test_any_bytes_parse_or_raise_a_stream_error(junk: bytes, kind: Kind | None, collect: bool) -> None:
+def test_reader_any_bytes_parse_or_raise_stream_error(junk: bytes, kind: Kind | None, collect: bool) -> None:
     """The helper catches StreamError and nothing else."""
     reading = read(one_chunk(junk), kind=kind, collect=collect, pages=True)
     assert reading.done or reading.error is not None

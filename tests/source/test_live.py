@@ -30,13 +30,13 @@ WRITTEN = range(10, 20)
 def guest(request: pytest.FixtureRequest) -> P2MGuest:
     guest = P2MGuest(*request.param)
     content = np.random.default_rng(1).integers(0, 256, (len(WRITTEN), PAGE_SIZE), np.uint8)
-    guest.host.write_frames(guest.made.domid, guest.made.mfns[WRITTEN.start : WRITTEN.stop], content)
+    guest.host.write_frames(guest.model.domid, guest.model.mfns[WRITTEN.start : WRITTEN.stop], content)
     return guest
 
 
 def raw(guest: P2MGuest, pfn: int) -> U64:
     """The 64-bit words of a page as the machine has them."""
-    pages, _ = guest.host.map_frames(guest.made.domid, guest.made.mfns[pfn : pfn + 1])
+    pages, _ = guest.host.map_frames(guest.model.domid, guest.model.mfns[pfn : pfn + 1])
     return as_ptes(pages.copy()).reshape(-1)
 
 
@@ -51,9 +51,9 @@ def tables(guest: P2MGuest) -> dict[int, int]:
 
 def test_memory_of_a_running_domain_reads_by_pfn_and_virtual_address(guest: P2MGuest) -> None:
     memory, first = guest.live.memory, WRITTEN.start
-    content = guest.host.frames.read(guest.made.mfns[first : WRITTEN.stop]).tobytes()
-    at = guest.made.vaddr(first) + 100
-    seen = guest.host.run(guest.made.domid, lambda view: view.read(at, 5 * PAGE_SIZE))
+    content = guest.host.frames.read(guest.model.mfns[first : WRITTEN.stop]).tobytes()
+    at = guest.model.vaddr(first) + 100
+    seen = guest.host.run(guest.model.domid, lambda view: view.read(at, 5 * PAGE_SIZE))
     assert seen == content[100 : 100 + 5 * PAGE_SIZE]
     assert memory.read_virtual(at, 5 * PAGE_SIZE) == seen
     assert memory.read(first * PAGE_SIZE + 100, 5 * PAGE_SIZE) == seen
@@ -62,7 +62,7 @@ def test_memory_of_a_running_domain_reads_by_pfn_and_virtual_address(guest: P2MG
 
 def test_types_of_a_running_domain_are_the_hosts(guest: P2MGuest) -> None:
     pfns = np.arange(PAGES, dtype=np.uint64)
-    expected = guest.host.page_types(guest.made.domid, guest.made.mfns)
+    expected = guest.host.page_types(guest.model.domid, guest.model.mfns)
     assert guest.live.frames.types(pfns).tolist() == expected.tolist()
     assert guest.live.frames.types(pfns.reshape(32, 32)).tolist() == expected.reshape(32, 32).tolist()
     assert sorted(set(tables(guest).values())) == list(range(1, LEVELS[guest.width] + 1))
@@ -71,7 +71,7 @@ def test_types_of_a_running_domain_are_the_hosts(guest: P2MGuest) -> None:
 
 def test_page_tables_of_a_running_domain_are_normalised(guest: P2MGuest) -> None:
     """Pfns in the place of mfns, flags kept, Xen's slots empty (normalise_pagetable() of libxenguest)."""
-    pfn_of = {int(mfn): pfn for pfn, mfn in enumerate(guest.made.mfns)}
+    pfn_of = {int(mfn): pfn for pfn, mfn in enumerate(guest.model.mfns)}
     found = tables(guest)
     assert len(found) == PAGES // 512 + LEVELS[guest.width] - 1
     for pfn, level in found.items():
@@ -88,25 +88,25 @@ def test_page_tables_of_a_running_domain_are_normalised(guest: P2MGuest) -> None
 
 
 def test_walk_of_a_running_domain_gives_pfns(guest: P2MGuest) -> None:
-    memory, pfn_of = guest.live.memory, {int(mfn): pfn for pfn, mfn in enumerate(guest.made.mfns)}
-    way = memory.walk(guest.made.vaddr(12))
+    memory, pfn_of = guest.live.memory, {int(mfn): pfn for pfn, mfn in enumerate(guest.model.mfns)}
+    way = memory.walk(guest.model.vaddr(12))
     assert way.pfn == 12
     assert [step.level for step in way.steps] == list(range(LEVELS[guest.width], 0, -1))
-    assert way.steps[0].table == memory.top == pfn_of[guest.made.top]
-    assert way.steps[-1].table == pfn_of[int(guest.made.l1[0])]
-    fault = memory.walk(guest.made.vaddr(PAGES)).fault
+    assert way.steps[0].table == memory.top == pfn_of[guest.model.top]
+    assert way.steps[-1].table == pfn_of[int(guest.model.l1[0])]
+    fault = memory.walk(guest.model.vaddr(PAGES)).fault
     assert fault is not None
-    assert (fault.level, fault.address) == (1 if PAGES % 512 else 2, guest.made.vaddr(PAGES))
+    assert (fault.level, fault.address) == (1 if PAGES % 512 else 2, guest.model.vaddr(PAGES))
 
 
 def test_walk_through_a_freed_page_table_raises_fault(guest: P2MGuest) -> None:
     """A process of a running guest ends, and with it its tables: what is in their frames then is no tables'."""
     memory = guest.live.memory
-    fault = memory.walk(guest.made.vaddr(12), top=Pfn(WRITTEN.start)).fault
+    fault = memory.walk(guest.model.vaddr(12), top=Pfn(WRITTEN.start)).fault
     assert fault is not None
     assert f"pfn {WRITTEN.start:#x} is no page table" in str(fault)
     with pytest.raises(Fault) as e:
-        memory.read_virtual(guest.made.vaddr(12), 16, top=Pfn(WRITTEN.start))
+        memory.read_virtual(guest.model.vaddr(12), 16, top=Pfn(WRITTEN.start))
     assert (e.value.space, e.value.address, e.value.level) == (fault.space, fault.address, fault.level)
 
 
@@ -124,7 +124,7 @@ def test_page_table_freed_while_read_is_not_normalised(guest: P2MGuest, monkeypa
 
     monkeypatch.setattr(guest.host, "page_types", before)
     first = WRITTEN.start
-    content = guest.host.frames.read(guest.made.mfns[first : first + 4]).tobytes()
+    content = guest.host.frames.read(guest.model.mfns[first : first + 4]).tobytes()
     assert guest.live.frames.pages(np.arange(first, first + 4, dtype=np.uint64)).tobytes() == content
     assert asked == [4, 4]
 
@@ -132,20 +132,20 @@ def test_page_table_freed_while_read_is_not_normalised(guest: P2MGuest, monkeypa
 def test_entry_with_a_foreign_frame_gives_no_pfn() -> None:
     """A grant, say: normalise gives NO_PFN, and an address through it ends there."""
     guest = P2MGuest()
-    table, slot = guest.made.entry_of(30)
+    table, slot = guest.model.entry_of(30)
     other = make_guest(guest.host, 8, 64)
     guest.host.frames.entries(table)[slot] = int(other.mfns[5]) << 12 | TABLE
     live = guest.live
     [l1] = as_ptes(live.frames.pages(live.pfns_of(np.array([table], np.uint64))))
     assert int(l1[slot]) == NO_PFN << 12 | TABLE
     with pytest.raises(Fault) as e:
-        live.memory.read_virtual(guest.made.vaddr(30), 1)
+        live.memory.read_virtual(guest.model.vaddr(30), 1)
     assert (e.value.level, e.value.entry) == (1, 30)
 
 
 def test_last_l2_of_a_32_bit_guest_has_no_xen_entries() -> None:
     guest = P2MGuest(4)
-    pfn = int(guest.live.pfns_of(np.array([guest.made.l2], np.uint64))[0])
+    pfn = int(guest.live.pfns_of(np.array([guest.model.l2], np.uint64))[0])
     assert int(raw(guest, pfn)[XEN_PAE_L2_FIRST]) & PTE_P, "there Xen has its own entries"
     [l2] = as_ptes(guest.live.frames.pages(np.array([pfn], np.uint64)))
     assert not l2[XEN_PAE_L2_FIRST:].any()
@@ -157,27 +157,27 @@ def test_last_l2_of_a_32_bit_guest_has_no_xen_entries() -> None:
 
 def test_cr3_of_a_vcpu_is_a_pfn(guest: P2MGuest) -> None:
     live = guest.live
-    assert live.cr3(0) == int(np.flatnonzero(guest.made.mfns == guest.made.top)[0])
+    assert live.cr3(0) == int(np.flatnonzero(guest.model.mfns == guest.model.top)[0])
     assert live.cr3(0, user=True) is None
     assert (live.cr3(1), live.vcpus) == (None, [0])
 
 
 def test_cr3_of_the_user_half_is_a_pfn() -> None:
     guest = P2MGuest()
-    host, domid = guest.host, guest.made.domid
-    table, slot = guest.made.entry_of(40)
-    host.hypervisor.mmu_update(domid, [(table, slot, int(guest.made.mfns[40]) << 12 | READ_ONLY)])
-    host.write_frames(domid, guest.made.mfns[40:41], page({}))
-    host.hypervisor.pin(domid, int(guest.made.mfns[40]), 4)
-    host.hypervisor.load_cr3(domid, int(guest.made.mfns[40]), user=True)
+    host, domid = guest.host, guest.model.domid
+    table, slot = guest.model.entry_of(40)
+    host.hypervisor.mmu_update(domid, [(table, slot, int(guest.model.mfns[40]) << 12 | READ_ONLY)])
+    host.write_frames(domid, guest.model.mfns[40:41], page({}))
+    host.hypervisor.pin(domid, int(guest.model.mfns[40]), 4)
+    host.hypervisor.load_cr3(domid, int(guest.model.mfns[40]), user=True)
     assert guest.live.cr3(0, user=True) == guest.live.memory.user_top == 40
 
 
 def test_cr3_outside_the_p2m_raises_guest_error() -> None:
     guest = P2MGuest()
-    top = int(np.flatnonzero(guest.made.mfns == guest.made.top)[0])
+    top = int(np.flatnonzero(guest.model.mfns == guest.model.top)[0])
     guest.put(top, INVALID_MFN[8])
-    with pytest.raises(GuestError, match=f"vcpu 0 .* mfn {guest.made.top:#x}, .* dom1"):
+    with pytest.raises(GuestError, match=f"vcpu 0 .* mfn {guest.model.top:#x}, .* dom1"):
         guest.live.cr3(0)
 
 
@@ -215,10 +215,10 @@ def test_pages_that_cannot_be_mapped_raise_fault(monkeypatch: pytest.MonkeyPatch
     guest = P2MGuest()
     live = guest.live
     assert live.p2m.entries
-    original, gone = guest.host.map_frames, guest.made.mfns[12]
+    original, gone = guest.host.map_frames, guest.model.mfns[12]
 
     def map_frames(domid: int, mfns: U64) -> tuple[object, object]:
-        pages, mapped = original(guest.made.domid, mfns)
+        pages, mapped = original(guest.model.domid, mfns)
         mapped[mfns == gone] = 0
         return pages, mapped
 
@@ -232,7 +232,7 @@ def test_domain_destroyed_meanwhile_raises_host_error() -> None:
     guest = P2MGuest()
     live, late = guest.live, guest.live
     assert live.p2m.entries == PAGES
-    guest.host.destroy(guest.made.domid)
+    guest.host.destroy(guest.model.domid)
     some = np.array([3], np.uint64)
     for asks in (
         lambda: late.p2m,
@@ -251,7 +251,7 @@ def test_paused_pauses_and_always_unpauses() -> None:
     guest = P2MGuest()
 
     def paused() -> bool:
-        return guest.host.info(guest.made.domid).paused
+        return guest.host.info(guest.model.domid).paused
 
     def fails() -> None:
         with guest.live.paused():
@@ -272,7 +272,7 @@ def test_paused_pauses_and_always_unpauses() -> None:
 def test_p2m_damaged_from_the_start_has_not_changed() -> None:
     """The list is no list, the tree is sound: one finding for the list, and none of a p2m that is no more."""
     guest = P2MGuest()
-    guest.arch(p2m_cr3=guest.made.top << 12, p2m_vaddr=BASE[8] + 1)
+    guest.arch(p2m_cr3=guest.model.top << 12, p2m_vaddr=BASE[8] + 1)
     assert guest.live.describe_p2m_change() is None
     assert guest.findings() == [("physmap-reach", None)]
 

@@ -90,12 +90,12 @@ def write_page_tables(host: ModelHost, domid: DomId, width: Width, mfns: U64) ->
     return ModelGuest(domid, width, mfns, l1, l2, l3, l4 if width == 8 else l3)
 
 
-def context(made: ModelGuest) -> bytes:
+def context(guest: ModelGuest) -> bytes:
     """Return a vcpu context with the guest's top-level table, and its GDT in pfn 1."""
-    data = np.zeros(1, VCPU_GUEST_CONTEXT[made.width])
+    data = np.zeros(1, VCPU_GUEST_CONTEXT[guest.width])
     data["flags"] = VGCF_ONLINE | VGCF_IN_KERNEL
-    data["ctrlreg"][0, 3] = made.top << 12 if made.width == 8 else (made.top << 12 | made.top >> 20) & 0xFFFF_FFFF
-    data["gdt_frames"][0, 0], data["gdt_ents"] = made.mfns[1], 16
+    data["ctrlreg"][0, 3] = guest.top << 12 if guest.width == 8 else (guest.top << 12 | guest.top >> 20) & 0xFFFF_FFFF
+    data["gdt_frames"][0, 0], data["gdt_ents"] = guest.mfns[1], 16
     return data.tobytes()
 
 
@@ -106,13 +106,13 @@ def make_guest(
     domid = host.create(width, max_pages=pages, name=name, uuid=f"00000000-0000-0000-0000-{pages:012}")
     mfns = host.populate_physmap(domid, pfns(pages)[:: 1 << order], order)
     mfns = (mfns[:, None] + pfns(1 << order)).reshape(-1)
-    made = write_page_tables(host, domid, width, mfns)
-    at = int(host.frames.entries(made.entry_of(1)[0])[1])
-    host.hypervisor.mmu_update(domid, [(*made.entry_of(1), at & ~PTE_RW)])
-    host.hypervisor.pin(domid, made.top, 4 if width == 8 else 3)
-    host.set_vcpu_context(domid, 0, context(made))
+    guest = write_page_tables(host, domid, width, mfns)
+    at = int(host.frames.entries(guest.entry_of(1)[0])[1])
+    host.hypervisor.mmu_update(domid, [(*guest.entry_of(1), at & ~PTE_RW)])
+    host.hypervisor.pin(domid, guest.top, 4 if width == 8 else 3)
+    host.set_vcpu_context(domid, 0, context(guest))
     shared = np.zeros(1, SHARED_INFO[width])
     shared["arch"]["max_pfn"] = pages
     host.write_shared_info(domid, shared.tobytes())
     host.unpause(domid)
-    return made
+    return guest

@@ -23,9 +23,9 @@ class P2MGuest:
 
     def __init__(self, width: Width = 8, form: str = "tree", *, levels: int = 4) -> None:
         self.host = ModelHost(1 << 30)
-        self.made: ModelGuest = make_guest(self.host, width, PAGES)
+        self.model: ModelGuest = make_guest(self.host, width, PAGES)
         self.width, self.per = width, PAGE_SIZE // width
-        self.entries = self.made.mfns.copy()
+        self.entries = self.model.mfns.copy()
         self.next = ROOM
         self.leaves: list[int] = []
         self.publish(form, levels)
@@ -34,9 +34,9 @@ class P2MGuest:
         """Write mfns to a page of the guest. The mfn of that page."""
         page = np.full(self.per, INVALID_MFN[self.width] if fill is None else fill, f"<u{self.width}")
         page[: len(mfns)] = mfns
-        mfn = int(self.made.mfns[self.next])
+        mfn = int(self.model.mfns[self.next])
         self.next += 1
-        self.host.write_frames(self.made.domid, np.array([mfn], np.uint64), page.view(np.uint8)[None])
+        self.host.write_frames(self.model.domid, np.array([mfn], np.uint64), page.view(np.uint8)[None])
         return mfn
 
     def publish(self, form: str, levels: int) -> None:
@@ -47,14 +47,16 @@ class P2MGuest:
             root = np.array([self.table(root)], np.uint64)
         arch = {"max_pfn": PAGES}
         if form == "linear":
-            top = self.made.top << 12 if self.width == 8 else (self.made.top << 12 | self.made.top >> 20) & 0xFFFF_FFFF
+            top = (
+                self.model.top << 12 if self.width == 8 else (self.model.top << 12 | self.model.top >> 20) & 0xFFFF_FFFF
+            )
             vaddr = BASE[self.width] + first * PAGE_SIZE
             arch |= {"p2m_cr3": top, "p2m_vaddr": vaddr, "pfn_to_mfn_frame_list_list": INVALID_MFN[self.width]}
         elif form == "rooted":
             arch |= {"pfn_to_mfn_frame_list_list": INVALID_MFN[self.width]}
             at = SHARED_INFO.offset(self.width, "arch") + (48 if self.width == 8 else 28)
             words = np.array([levels, int(root[0])], f"<u{self.width}").tobytes()
-            self.host.write_shared_info(self.made.domid, words, at)
+            self.host.write_shared_info(self.model.domid, words, at)
         else:
             arch |= {"pfn_to_mfn_frame_list_list": int(root[0]) | (1 << 61 if form == "marked" else 0)}
         self.arch(**arch)
@@ -62,18 +64,18 @@ class P2MGuest:
     def arch(self, **fields: int) -> None:
         for name, value in fields.items():
             at = SHARED_INFO.offset(self.width, f"arch.{name}")
-            self.host.write_shared_info(self.made.domid, value.to_bytes(self.width, "little"), at)
+            self.host.write_shared_info(self.model.domid, value.to_bytes(self.width, "little"), at)
 
     def put(self, pfn: int, mfn: int) -> None:
         """Set one entry of the p2m."""
         leaf = np.array([self.leaves[pfn // self.per]], np.uint64)
-        page = self.host.map_frames(self.made.domid, leaf)[0].copy()
+        page = self.host.map_frames(self.model.domid, leaf)[0].copy()
         page.view(f"<u{self.width}")[0, pfn % self.per] = mfn
-        self.host.write_frames(self.made.domid, leaf, page)
+        self.host.write_frames(self.model.domid, leaf, page)
 
     @property
     def live(self) -> LiveDomain:
-        return LiveDomain(self.host, self.host.info(self.made.domid))
+        return LiveDomain(self.host, self.host.info(self.model.domid))
 
     def findings(self, *, owner: bool = True) -> list[tuple[str, int | None]]:
         """Return rule and pfn of all errors and warnings."""

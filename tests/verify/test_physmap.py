@@ -46,7 +46,7 @@ def test_check_rooted_tree_of_any_depth_finds_nothing(levels: int) -> None:
 def test_p2m_of_rooted_tree_with_impossible_depth_raises(levels: int) -> None:
     guest = P2MGuest(form="rooted")
     at = SHARED_INFO.offset(8, "arch") + 48
-    guest.host.write_shared_info(guest.made.domid, levels.to_bytes(8, "little"), at)
+    guest.host.write_shared_info(guest.model.domid, levels.to_bytes(8, "little"), at)
     with pytest.raises(GuestError, match=f"p2m_levels {levels} is not a depth"):
         assert guest.live.p2m
 
@@ -97,11 +97,11 @@ def test_check_swapped_entries_are_stale() -> None:
 def test_check_leaf_in_two_places_that_maps_pages_is_shared() -> None:
     guest = P2MGuest()
     guest.arch(max_pfn=PAGES * 2)
-    mid = int(guest.made.mfns[guest.next - 2])
+    mid = int(guest.model.mfns[guest.next - 2])
     table = np.array([*guest.leaves, guest.leaves[0], guest.leaves[0]], np.uint64)
     page = np.full(512, INVALID_MFN[8], np.uint64)
     page[: len(table)] = table
-    guest.host.write_frames(guest.made.domid, np.array([mid], np.uint64), page.view(np.uint8)[None])
+    guest.host.write_frames(guest.model.domid, np.array([mid], np.uint64), page.view(np.uint8)[None])
     assert guest.rules() == {"physmap-shared"}
 
 
@@ -115,10 +115,10 @@ def test_check_table_of_other_domain_is_reported() -> None:
 def test_check_leaf_of_other_domain_is_reported_and_noted_as_hole() -> None:
     guest = P2MGuest()
     other = make_guest(guest.host, 8, 64)
-    mid = int(guest.made.mfns[guest.next - 2])
+    mid = int(guest.model.mfns[guest.next - 2])
     page = np.full(512, INVALID_MFN[8], np.uint64)
     page[:2] = guest.leaves[0], int(other.mfns[5])
-    guest.host.write_frames(guest.made.domid, np.array([mid], np.uint64), page.view(np.uint8)[None])
+    guest.host.write_frames(guest.model.domid, np.array([mid], np.uint64), page.view(np.uint8)[None])
     assert guest.findings()[0] == ("physmap-leaf", 512)
     assert guest.notes()["physmap-hole"].startswith("512 pfns ")
 
@@ -127,7 +127,7 @@ def test_check_frame_in_no_entry_is_lost() -> None:
     guest = P2MGuest()
     guest.put(3, INVALID_MFN[8])
     assert guest.findings() == [("physmap-lost", 3)]
-    guest.host.hypervisor.machphys_update(guest.made.domid, guest.entries[3:4], np.array([INVALID_MFN[8]], np.uint64))
+    guest.host.hypervisor.machphys_update(guest.model.domid, guest.entries[3:4], np.array([INVALID_MFN[8]], np.uint64))
     assert guest.findings() == [("physmap-lost", None)]
 
 
@@ -157,7 +157,7 @@ def test_check_entry_changed_during_check_is_a_warning(monkeypatch: pytest.Monke
             guest.put(3, b)
             guest.put(9, a)
             guest.host.hypervisor.machphys_update(
-                guest.made.domid, np.array([a, b], np.uint64), np.array([9, 3], np.uint64)
+                guest.model.domid, np.array([a, b], np.uint64), np.array([9, 3], np.uint64)
             )
         return original(mfns)
 
@@ -189,7 +189,7 @@ def test_check_all_entries_wrong_counts_all_and_keeps_few() -> None:
     guest = P2MGuest()
     for leaf in guest.leaves:
         page = np.full((1, 512), 7, np.uint64)  # Xen's own, or nobody's
-        guest.host.write_frames(guest.made.domid, np.array([leaf], np.uint64), page.view(np.uint8))
+        guest.host.write_frames(guest.model.domid, np.array([leaf], np.uint64), page.view(np.uint8))
     findings = guest.checked()
     assert {rule.name: n for rule, n in findings.count.items()} == {"physmap-not-own": PAGES, "physmap-lost": PAGES}
     assert len(list(findings)) == 40
@@ -204,10 +204,10 @@ def test_check_leaf_replaced_during_check_is_a_generation_error() -> None:
     def replace_leaf(progress: Progress) -> None:
         if progress.done == 2 and original == guest.leaves:
             guest.leaves[1] = guest.table(guest.entries[512:])
-            mid = int(guest.made.mfns[ROOM + 2])
+            mid = int(guest.model.mfns[ROOM + 2])
             page = np.full(512, INVALID_MFN[8], np.uint64)
             page[:2] = guest.leaves
-            guest.host.write_frames(guest.made.domid, np.array([mid], np.uint64), page.view(np.uint8)[None])
+            guest.host.write_frames(guest.model.domid, np.array([mid], np.uint64), page.view(np.uint8)[None])
 
     findings = Findings()
     PhysmapCheck(live, findings, progress=replace_leaf).run()
@@ -219,15 +219,15 @@ def test_check_missing_table_names_the_first_pfn_below_it(width: Width, form: st
     guest = P2MGuest(width, form)
     other = make_guest(guest.host, 8, 64)
     if form == "linear":
-        l1, slot = guest.made.entry_of(ROOM)  # the list begins there: its first page is the 500th of this table
-        guest.host.frames.entries(guest.made.l2)[0] = int(other.mfns[5]) << 12 | PTE_P
-        assert (l1, slot) == (int(guest.made.l1[0]), ROOM)
+        l1, slot = guest.model.entry_of(ROOM)  # the list begins there: its first page is the 500th of this table
+        guest.host.frames.entries(guest.model.l2)[0] = int(other.mfns[5]) << 12 | PTE_P
+        assert (l1, slot) == (int(guest.model.l1[0]), ROOM)
     else:
         depth = {"tree": 1, "rooted": 2, "marked": 2}[form]  # levels between the leaves and what the top table names
         top = np.full(guest.per, INVALID_MFN[width], f"<u{width}")
-        top[0], top[1] = int(guest.made.mfns[guest.next - 2]), int(other.mfns[5])
-        root = guest.made.mfns[guest.next - 1 : guest.next]
-        guest.host.write_frames(guest.made.domid, root, top.view(np.uint8)[None])
+        top[0], top[1] = int(guest.model.mfns[guest.next - 2]), int(other.mfns[5])
+        root = guest.model.mfns[guest.next - 1 : guest.next]
+        guest.host.write_frames(guest.model.domid, root, top.view(np.uint8)[None])
         guest.arch(max_pfn=PAGES + guest.per ** (depth + 1))
     [finding] = [f for f in guest.checked() if f.rule.name == "physmap-table"]
     assert finding.pfn == (0 if form == "linear" else guest.per ** (depth + 1))
@@ -240,7 +240,7 @@ def test_check_many_stale_entries_looks_up_a_limited_number(monkeypatch: pytest.
     guest = P2MGuest()
     guest.entries[: guest.per] = guest.entries[512 : 512 + guest.per]
     page = guest.entries[:512].astype("<u8").view(np.uint8)[None]
-    guest.host.write_frames(guest.made.domid, np.array(guest.leaves[:1], np.uint64), page)
+    guest.host.write_frames(guest.model.domid, np.array(guest.leaves[:1], np.uint64), page)
     count = {rule.name: n for rule, n in guest.checked().count.items()}
     assert count == {"physmap-twice": 300, "physmap-stale": 212, "physmap-lost": 512}
 
@@ -270,9 +270,9 @@ def test_check_any_max_pfn_maps_a_limited_number_of_frames(
 def test_check_table_that_names_itself_to_2_64_entries_is_reported(levels: int) -> None:
     """One page is table, leaf and the frame of every pfn."""
     guest = P2MGuest(form="rooted", levels=levels)
-    root = int(guest.made.mfns[guest.next - 1])
+    root = int(guest.model.mfns[guest.next - 1])
     page = np.full((1, 512), root, np.uint64)
-    guest.host.write_frames(guest.made.domid, np.array([root], np.uint64), page.view(np.uint8))
+    guest.host.write_frames(guest.model.domid, np.array([root], np.uint64), page.view(np.uint8))
     guest.arch(max_pfn=min(512**levels, (1 << 64) - 1))
     assert guest.rules() == {"physmap-twice", "physmap-shared", "physmap-lost"}
     assert guest.live.p2m.leaf_count == min(512**levels, 1 << 64) // 512

@@ -24,43 +24,43 @@ BOTH = pytest.mark.parametrize("width", [8, 4])
 @BOTH
 def test_write_across_pages_is_read_back(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, width, 1200)
+    guest = make_guest(host, width, 1200)
 
     def program(view: GuestView) -> bytes:
-        view.write(made.vaddr(511) + 4000, b"x" * 5000)
-        return view.read(made.vaddr(511) + 3999, 5002)
+        view.write(guest.vaddr(511) + 4000, b"x" * 5000)
+        return view.read(guest.vaddr(511) + 3999, 5002)
 
-    assert host.run(made.domid, program) == b"\0" + b"x" * 5000 + b"\0"
-    pages, _ = host.map_frames(made.domid, made.mfns[511:514])
+    assert host.run(guest.domid, program) == b"\0" + b"x" * 5000 + b"\0"
+    pages, _ = host.map_frames(guest.domid, guest.mfns[511:514])
     assert pages.reshape(-1)[4000:9000].tobytes() == b"x" * 5000
 
 
 def test_write_of_any_offset_and_length_writes_only_that() -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, 8, 64)
+    guest = make_guest(host, 8, 64)
     expected = bytearray(8 * 4096)
 
     def program(view: GuestView) -> None:
         for start in (0, 1, 4095, 4096, 5000):
             for length in (0, 1, 95, 4095, 4096, 4097, 8192, 12000):
                 data = bytes([(start + length) % 255 + 1]) * length
-                view.write(made.vaddr(8) + start, data)
+                view.write(guest.vaddr(8) + start, data)
                 expected[start : start + length] = data
-                assert view.read(made.vaddr(8), len(expected)) == expected
+                assert view.read(guest.vaddr(8), len(expected)) == expected
 
-    host.run(made.domid, program)
+    host.run(guest.domid, program)
 
 
 @BOTH
 @pytest.mark.parametrize("write", [False, True])
 def test_translate_of_an_unmapped_address_faults_with_its_level(width: Width, write: bool) -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, width, 64)
+    guest = make_guest(host, width, 64)
     xen = 0xFFFF_8000_0000_0000 if width == 8 else 0xF580_0000
 
     def program(view: GuestView) -> None:
         for vaddr, level in (
-            (made.vaddr(64), 1),
+            (guest.vaddr(64), 1),
             (BASE[width] + (4 << 20), 2),
             (0x1000, width // 2 if width == 8 else 3),
             (xen, 4 if width == 8 else 3),
@@ -70,47 +70,47 @@ def test_translate_of_an_unmapped_address_faults_with_its_level(width: Width, wr
                 view.translate(vaddr, write=write)
             assert (e.value.space, e.value.address, e.value.level) == ("vaddr", vaddr, level)
 
-    host.run(made.domid, program)
+    host.run(guest.domid, program)
 
 
 @BOTH
 def test_write_to_a_page_table_faults(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, width, 64)
+    guest = make_guest(host, width, 64)
 
     def program(view: GuestView) -> None:
-        assert any(view.read(made.vaddr(63), 4096))
+        assert any(view.read(guest.vaddr(63), 4096))
         with pytest.raises(Fault, match="read-only") as e:
-            view.write(made.vaddr(62) + 4095, b"xy")
+            view.write(guest.vaddr(62) + 4095, b"xy")
         assert e.value.level == 1
         with pytest.raises(HostError) as no:
-            view.mmu_update([(*made.entry_of(63), int(made.mfns[63]) << 12 | READ_ONLY | 2)])
+            view.mmu_update([(*guest.entry_of(63), int(guest.mfns[63]) << 12 | READ_ONLY | 2)])
         assert no.value.errno == errno.EBUSY
 
-    host.run(made.domid, program)
+    host.run(guest.domid, program)
 
 
 def test_guest_adds_an_l1_table_and_moves_a_page() -> None:
     """It allocates a new L1 table, maps a page by it, and moves the page to a pfn beyond 2^31."""
     host = ModelHost(1 << 30)
-    made = make_guest(host, 8, 64)
-    host.set_max_mem(made.domid, 70)
+    guest = make_guest(host, 8, 64)
+    host.set_max_mem(guest.domid, 70)
     far = 1 << 32
 
     def program(view: GuestView) -> bytes:
         table, moved = view.populate_physmap(array(64, 65)).tolist()
-        view.mmu_update([(table, 5, moved << 12 | READ_ONLY | 2), (made.l2, 9, table << 12 | READ_ONLY)])
+        view.mmu_update([(table, 5, moved << 12 | READ_ONLY | 2), (guest.l2, 9, table << 12 | READ_ONLY)])
         with pytest.raises(Fault, match=r"L2\[9\] is read-only"):
             view.write(BASE[8] + (9 << 21) + 0x5000, b"no")
-        view.mmu_update([(made.l2, 9, table << 12 | READ_ONLY | 2)])
+        view.mmu_update([(guest.l2, 9, table << 12 | READ_ONLY | 2)])
         view.write(BASE[8] + (9 << 21) + 0x5000, b"hello")
         view.machphys_update(array(moved), array(far))
         assert view.m2p(array(moved)).tolist() == [far]
-        assert view.decrease_reservation(made.mfns[7:8]) == 1
+        assert view.decrease_reservation(guest.mfns[7:8]) == 1
         return view.read(BASE[8] + (9 << 21) + 0x5000, 5)
 
-    assert host.run(made.domid, program) == b"hello"
-    assert host.info(made.domid).pages == 66
+    assert host.run(guest.domid, program) == b"hello"
+    assert host.info(guest.domid).pages == 66
     check_invariants(host)
 
 
@@ -118,22 +118,22 @@ def test_guest_adds_an_l1_table_and_moves_a_page() -> None:
 def test_write_pages_in_any_order_writes_all_or_none(width: Width) -> None:
     """Across L1 tables, with a repeated page; then with a read-only one, which prevents all writes."""
     host = ModelHost(1 << 30)
-    made = make_guest(host, width, 1200)
+    guest = make_guest(host, width, 1200)
     wanted = [1100, 5, 600, 1100, 7]
 
     def program(view: GuestView) -> None:
-        vaddrs = array(*map(made.vaddr, wanted))
-        assert view.translate_pages(vaddrs).tolist() == made.mfns[wanted].tolist()
+        vaddrs = array(*map(guest.vaddr, wanted))
+        assert view.translate_pages(vaddrs).tolist() == guest.mfns[wanted].tolist()
         content = np.arange(len(wanted), dtype=np.uint8)[:, None].repeat(4096, axis=1)
         view.write_pages(vaddrs, content)
         assert view.read_pages(vaddrs)[:, 77].tolist() == [3, 1, 2, 3, 4]
         with pytest.raises(Fault) as e:
-            view.write_pages(array(made.vaddr(5), made.vaddr(1), made.vaddr(1199)), content[:3])
-        assert e.value.address == made.vaddr(1)
+            view.write_pages(array(guest.vaddr(5), guest.vaddr(1), guest.vaddr(1199)), content[:3])
+        assert e.value.address == guest.vaddr(1)
         assert view.read_pages(vaddrs)[:, 77].tolist() == [3, 1, 2, 3, 4]
         assert view.read_pages(array()).shape == (0, 4096)
 
-    host.run(made.domid, program)
+    host.run(guest.domid, program)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -143,31 +143,31 @@ def test_update_va_mapping_equals_single_mmu_updates(seed: int) -> None:
     width: Width = 8 if seed % 2 else 4
     hosts, mades = [ModelHost(1 << 28), ModelHost(1 << 28)], []
     for host in hosts:
-        mades.append(made := make_guest(host, width, 700))
+        mades.append(guest := make_guest(host, width, 700))
         if seed % 4 > 1:
-            host.hypervisor.decrease_reservation(made.domid, made.mfns[20:24])  # gone as soon as nothing maps them
-    made = mades[0]
-    others = made.mfns[random.choice([*range(15, 30), *range(100, 110), 99 if seed % 4 else 699], 30)] << np.uint64(12)
+            host.hypervisor.decrease_reservation(guest.domid, guest.mfns[20:24])  # gone as soon as nothing maps them
+    guest = mades[0]
+    others = guest.mfns[random.choice([*range(15, 30), *range(100, 110), 99 if seed % 4 else 699], 30)] << np.uint64(12)
     slots = random.choice(np.append(np.arange(15, 30), 512 + np.arange(15)), 30, replace=seed % 8 == 7)
     ptes = np.where(
         random.random(30) < 0.3, np.uint64(0), others | random.choice([READ_ONLY, READ_ONLY | 2], 30).astype(np.uint64)
     )
     errors: list[int | None] = []
-    vaddrs = array(*(made.vaddr(slot) for slot in slots.tolist()))
+    vaddrs = array(*(guest.vaddr(slot) for slot in slots.tolist()))
     order = np.argsort(vaddrs, kind="stable")  # table by table, as one multicall might have them
-    updates = [(*made.entry_of(int(slots[n])), int(ptes[n])) for n in order]
+    updates = [(*guest.entry_of(int(slots[n])), int(ptes[n])) for n in order]
     try:
-        hosts[0].run(made.domid, lambda view: view.update_va_mapping(vaddrs, ptes))
+        hosts[0].run(guest.domid, lambda view: view.update_va_mapping(vaddrs, ptes))
         errors.append(None)
     except HostError as e:
         errors.append(e.errno)
     try:
-        hosts[1].hypervisor.mmu_update(made.domid, updates)
+        hosts[1].hypervisor.mmu_update(guest.domid, updates)
         errors.append(None)
     except HostError as e:
         errors.append(e.errno)
     assert errors[0] == errors[1]
-    for mfn in made.l1:
+    for mfn in guest.l1:
         np.testing.assert_array_equal(hosts[0].frames.entries(int(mfn)), hosts[1].frames.entries(int(mfn)))
     for name in ("owner", "type", "flags", "type_count", "ref_count"):
         np.testing.assert_array_equal(getattr(hosts[0].frames.rows, name), getattr(hosts[1].frames.rows, name))
@@ -177,33 +177,33 @@ def test_update_va_mapping_equals_single_mmu_updates(seed: int) -> None:
 @BOTH
 def test_update_va_mapping_without_an_l1_table_raises_einval(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, width, 64)
+    guest = make_guest(host, width, 64)
 
     def program(view: GuestView) -> None:
         with pytest.raises(HostError, match="update_va_mapping") as e:
             view.update_va_mapping(array(BASE[width] + (4 << 20)), array(0))
-        assert (e.value.errno, e.value.domid) == (errno.EINVAL, made.domid)
+        assert (e.value.errno, e.value.domid) == (errno.EINVAL, guest.domid)
 
-    host.run(made.domid, program)
+    host.run(guest.domid, program)
 
 
 @BOTH
 def test_register_returns_the_context_and_the_shutdown_argument(width: Width) -> None:
     """After a suspend, the third argument is in rdx or edx, and the result in rax or eax."""
     host = ModelHost(1 << 30)
-    made = make_guest(host, width, 64)
-    data = np.frombuffer(bytearray(host.vcpu_context(made.domid, 0)), VCPU_GUEST_CONTEXT[width])
+    guest = make_guest(host, width, 64)
+    data = np.frombuffer(bytearray(host.vcpu_context(guest.domid, 0)), VCPU_GUEST_CONTEXT[width])
     data["user_regs"]["rsi" if width == 8 else "esi"] = 0x1234
     data["user_regs"]["rax" if width == 8 else "eax"] = 9
-    host.set_vcpu_context(made.domid, 0, data.tobytes())
+    host.set_vcpu_context(guest.domid, 0, data.tobytes())
 
     def program(view: GuestView) -> None:
         assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 9, 0)
         assert [view.alloc_event_channel(), view.alloc_event_channel()] == [1, 2]
         view.shutdown(SHUTDOWN_SUSPEND, 0xABC)
 
-    host.run(made.domid, program)
-    view = host.guest_view(made.domid)
+    host.run(guest.domid, program)
+    view = host.guest_view(guest.domid)
     assert (view.register("si"), view.register("ax"), view.register("dx")) == (0x1234, 0, 0xABC)
 
 
@@ -213,34 +213,34 @@ def test_info_of_dom0_has_no_uuid_as_on_real_xen() -> None:
 
 def test_dirty_pfns_are_those_that_the_guest_wrote() -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, 8, 64)
+    guest = make_guest(host, 8, 64)
     with pytest.raises(HostError) as e:
-        host.dirty_pfns(made.domid, 64, clean=True)
+        host.dirty_pfns(guest.domid, 64, clean=True)
     assert e.value.errno == errno.EINVAL
-    host.run(made.domid, lambda view: view.write(made.vaddr(3), b"before"))
-    host.log_dirty(made.domid, on=True)
+    host.run(guest.domid, lambda view: view.write(guest.vaddr(3), b"before"))
+    host.log_dirty(guest.domid, on=True)
     with pytest.raises(HostError) as e:
-        host.log_dirty(made.domid, on=True)
+        host.log_dirty(guest.domid, on=True)
     assert e.value.errno == errno.EINVAL
-    host.run(made.domid, lambda view: view.write(made.vaddr(8) + 4090, b"two pages"))
-    host.write_frames(made.domid, made.mfns[20:21], page({}))
-    assert host.dirty_pfns(made.domid, 64, clean=False).tolist() == [8, 9], "without what a toolstack wrote"
-    assert host.dirty_pfns(made.domid, 9, clean=False).tolist() == [8]
-    assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == [8, 9]
-    host.run(made.domid, lambda view: view.mmu_update([(*made.entry_of(30), 0)]))
-    assert host.dirty_pfns(made.domid, 64, clean=True).tolist() == host.m2p(array(made.entry_of(30)[0])).tolist()
-    host.hypervisor.pin(made.domid, int(made.mfns[30]), 1)
-    host.hypervisor.machphys_update(made.domid, made.mfns[31:32], array(1 << 34))
-    assert host.dirty_pfns(made.domid, 1 << 35, clean=True).tolist() == [30, 1 << 34]
-    host.log_dirty(made.domid, on=False)
-    host.log_dirty(made.domid, on=True)
-    assert not len(host.dirty_pfns(made.domid, 64, clean=True))
+    host.run(guest.domid, lambda view: view.write(guest.vaddr(8) + 4090, b"two pages"))
+    host.write_frames(guest.domid, guest.mfns[20:21], page({}))
+    assert host.dirty_pfns(guest.domid, 64, clean=False).tolist() == [8, 9], "without what a toolstack wrote"
+    assert host.dirty_pfns(guest.domid, 9, clean=False).tolist() == [8]
+    assert host.dirty_pfns(guest.domid, 64, clean=True).tolist() == [8, 9]
+    host.run(guest.domid, lambda view: view.mmu_update([(*guest.entry_of(30), 0)]))
+    assert host.dirty_pfns(guest.domid, 64, clean=True).tolist() == host.m2p(array(guest.entry_of(30)[0])).tolist()
+    host.hypervisor.pin(guest.domid, int(guest.mfns[30]), 1)
+    host.hypervisor.machphys_update(guest.domid, guest.mfns[31:32], array(1 << 34))
+    assert host.dirty_pfns(guest.domid, 1 << 35, clean=True).tolist() == [30, 1 << 34]
+    host.log_dirty(guest.domid, on=False)
+    host.log_dirty(guest.domid, on=True)
+    assert not len(host.dirty_pfns(guest.domid, 64, clean=True))
 
 
 def test_suspend_by_xenstore_and_resume() -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, 8, 64)
-    node = f"/local/domain/{made.domid}/control/shutdown"
+    guest = make_guest(host, 8, 64)
+    node = f"/local/domain/{guest.domid}/control/shutdown"
     seen: list[str] = []
     host.store.watch(node, "token", lambda path, _: seen.append(path))
 
@@ -250,40 +250,40 @@ def test_suspend_by_xenstore_and_resume() -> None:
             view.shutdown(SHUTDOWN_SUSPEND)
         return "running"
 
-    assert host.run(made.domid, program) == "running"
+    assert host.run(guest.domid, program) == "running"
     host.store.write(node, b"suspend")
-    assert host.run(made.domid, program) is None
+    assert host.run(guest.domid, program) is None
     assert seen == [node] * 3
-    info = host.info(made.domid)
+    info = host.info(guest.domid)
     assert (info.shutdown, info.shutdown_reason) == (True, SHUTDOWN_SUSPEND)
     with pytest.raises(HostError, match="shut down"):
-        host.run(made.domid, program)
-    host.resume(made.domid)
-    assert host.run(made.domid, program) == "running"
-    host.pause(made.domid)
+        host.run(guest.domid, program)
+    host.resume(guest.domid)
+    assert host.run(guest.domid, program) == "running"
+    host.pause(guest.domid)
     with pytest.raises(HostError, match="paused"):
-        host.run(made.domid, program)
+        host.run(guest.domid, program)
 
 
 def test_consume_event_clears_a_pending_event() -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, 8, 64)
-    host.hypervisor.send_event(made.domid, 3)
-    host.hypervisor.send_event(made.domid, 3)
-    assert host.run(made.domid, lambda view: [view.consume_event(n) for n in (2, 3, 3)]) == [False, True, False]
+    guest = make_guest(host, 8, 64)
+    host.hypervisor.send_event(guest.domid, 3)
+    host.hypervisor.send_event(guest.domid, 3)
+    assert host.run(guest.domid, lambda view: [view.consume_event(n) for n in (2, 3, 3)]) == [False, True, False]
 
 
 @BOTH
 def test_guest_writes_shared_info_by_hypervisor_and_by_mapping(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, width, 64)
+    guest = make_guest(host, width, 64)
     at = SHARED_INFO.offset(width, "arch.p2m_generation")
-    host.run(made.domid, lambda view: view.write_shared_info(b"\x05", at))
-    assert int(SHARED_INFO.read(host.shared_info(made.domid), width)["arch"]["p2m_generation"]) == 5
-    mfn = host.info(made.domid).shared_info_mfn
-    host.hypervisor.mmu_update(made.domid, [(*made.entry_of(9), mfn << 12 | READ_ONLY | 2)])
-    host.run(made.domid, lambda view: view.write(made.vaddr(9) + at, b"\x07"))
-    assert int(SHARED_INFO.read(host.shared_info(made.domid), width)["arch"]["p2m_generation"]) == 7
+    host.run(guest.domid, lambda view: view.write_shared_info(b"\x05", at))
+    assert int(SHARED_INFO.read(host.shared_info(guest.domid), width)["arch"]["p2m_generation"]) == 5
+    mfn = host.info(guest.domid).shared_info_mfn
+    host.hypervisor.mmu_update(guest.domid, [(*guest.entry_of(9), mfn << 12 | READ_ONLY | 2)])
+    host.run(guest.domid, lambda view: view.write(guest.vaddr(9) + at, b"\x07"))
+    assert int(SHARED_INFO.read(host.shared_info(guest.domid), width)["arch"]["p2m_generation"]) == 7
     check_invariants(host)
 
 

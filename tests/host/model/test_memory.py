@@ -93,14 +93,14 @@ def test_decrease_reservation_stops_at_a_foreign_frame() -> None:
 
 def test_decrease_reservation_of_a_mapped_frame_waits_for_the_unmapping() -> None:
     host = ModelHost(GIB)
-    made = make_guest(host, 8, 64)
-    frame = made.mfns[5:6]
-    assert host.hypervisor.decrease_reservation(made.domid, frame) == 1
-    assert host.info(made.domid).pages == 64
+    guest = make_guest(host, 8, 64)
+    frame = guest.mfns[5:6]
+    assert host.hypervisor.decrease_reservation(guest.domid, frame) == 1
+    assert host.info(guest.domid).pages == 64
     assert host.m2p(frame).tolist() == [5]
     check_invariants(host)
-    host.hypervisor.mmu_update(made.domid, [(*made.entry_of(5), 0)])
-    assert host.info(made.domid).pages == 63
+    host.hypervisor.mmu_update(guest.domid, [(*guest.entry_of(5), 0)])
+    assert host.info(guest.domid).pages == 63
     assert host.m2p(frame).tolist() == [NONE]
     check_invariants(host)
 

@@ -364,8 +364,8 @@ def test_pin_of_a_pae_l3_above_4_gib_after_the_start_raises_erange() -> None:
     host.hypervisor.pin(domid, int(high[0]), 3)
     host.hypervisor.unpin(domid, int(high[0]))
     host.write_frames(domid, low[:1], page({3: int(low[1]) << 12 | PTE_P}))
-    made = ModelGuest(domid, 4, low[4:], low[:1], 0, 0, int(low[0]))
-    host.set_vcpu_context(domid, 0, context(made))
+    guest = ModelGuest(domid, 4, low[4:], low[:1], 0, 0, int(low[0]))
+    host.set_vcpu_context(domid, 0, context(guest))
     refused(lambda: host.hypervisor.pin(domid, int(high[0]), 3), errno.ERANGE)
 
 
@@ -373,16 +373,16 @@ def test_pin_of_a_pae_l3_above_4_gib_after_the_start_raises_erange() -> None:
 def test_set_vcpu_context_holds_its_tables_and_its_gdt(width: Width) -> None:
     host = ModelHost(1 << 30)
     domid = host.create(width, max_pages=64, vcpus=2)
-    made = write_page_tables(host, domid, width, host.populate_physmap(domid, pfns(64)))
+    guest = write_page_tables(host, domid, width, host.populate_physmap(domid, pfns(64)))
     refused(lambda: host.vcpu_context(domid, 0), errno.ENODATA)
-    host.hypervisor.mmu_update(domid, [(*made.entry_of(1), int(made.mfns[1]) << 12 | READ_ONLY)])
-    host.set_vcpu_context(domid, 0, context(made))
+    host.hypervisor.mmu_update(domid, [(*guest.entry_of(1), int(guest.mfns[1]) << 12 | READ_ONLY)])
+    host.set_vcpu_context(domid, 0, context(guest))
     check_invariants(host)
-    assert host.vcpu_context(domid, 0) == context(made)
-    assert host.page_types(domid, array(made.top)).tolist() == [4 if width == 8 else 3]
-    refused(lambda: host.write_frames(domid, made.mfns[1:2], page({})), errno.EBUSY)
-    refused(lambda: host.hypervisor.mmu_update(domid, [(int(made.mfns[1]), 0, 0)]), errno.EINVAL)
-    data = np.frombuffer(bytearray(context(made)), VCPU_GUEST_CONTEXT[width])
+    assert host.vcpu_context(domid, 0) == context(guest)
+    assert host.page_types(domid, array(guest.top)).tolist() == [4 if width == 8 else 3]
+    refused(lambda: host.write_frames(domid, guest.mfns[1:2], page({})), errno.EBUSY)
+    refused(lambda: host.hypervisor.mmu_update(domid, [(int(guest.mfns[1]), 0, 0)]), errno.EINVAL)
+    data = np.frombuffer(bytearray(context(guest)), VCPU_GUEST_CONTEXT[width])
     data["user_regs"]["cs"] = 9
     host.set_vcpu_context(domid, 0, data.tobytes())
     data["ctrlreg"][0, 3] = 0x5000
@@ -395,14 +395,14 @@ def test_set_vcpu_context_holds_its_tables_and_its_gdt(width: Width) -> None:
 
 def test_load_cr3_drops_the_old_table() -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, 8, 64)
-    host.hypervisor.mmu_update(made.domid, [(*made.entry_of(2), 0), (*made.entry_of(3), 0)])
-    empty, other = int(made.mfns[2]), int(made.mfns[3])
-    host.hypervisor.load_cr3(made.domid, empty)
-    host.hypervisor.load_cr3(made.domid, other, user=True)
-    assert host.page_types(made.domid, array(made.top, empty, other)).tolist() == [PageType.L4TAB_PIN, 4, 4]
-    host.hypervisor.unpin(made.domid, made.top)
-    assert host.page_types(made.domid, array(made.top)).tolist() == [0]
-    host.hypervisor.load_cr3(made.domid, 0, user=True)
-    refused(lambda: host.hypervisor.load_cr3(made.domid, host.max_mfn() + 1), errno.EINVAL)
+    guest = make_guest(host, 8, 64)
+    host.hypervisor.mmu_update(guest.domid, [(*guest.entry_of(2), 0), (*guest.entry_of(3), 0)])
+    empty, other = int(guest.mfns[2]), int(guest.mfns[3])
+    host.hypervisor.load_cr3(guest.domid, empty)
+    host.hypervisor.load_cr3(guest.domid, other, user=True)
+    assert host.page_types(guest.domid, array(guest.top, empty, other)).tolist() == [PageType.L4TAB_PIN, 4, 4]
+    host.hypervisor.unpin(guest.domid, guest.top)
+    assert host.page_types(guest.domid, array(guest.top)).tolist() == [0]
+    host.hypervisor.load_cr3(guest.domid, 0, user=True)
+    refused(lambda: host.hypervisor.load_cr3(guest.domid, host.max_mfn() + 1), errno.EINVAL)
     check_invariants(host)

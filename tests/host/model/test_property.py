@@ -77,32 +77,32 @@ def call(host: ModelHost, domid: Any, mfns: Any, op: tuple[Any, ...]) -> None:
 @given(steps=st.lists(ops, min_size=15, max_size=60))
 def test_random_calls_keep_counts_right_and_refusals_change_nothing(width: Width, steps: list[tuple[Any, ...]]) -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, width, 64)
-    unmap(host, made)
+    guest = make_guest(host, width, 64)
+    unmap(host, guest)
     for op in steps:
         before = state(host)
         try:
-            call(host, made.domid, made.mfns, op)
+            call(host, guest.domid, guest.mfns, op)
         except HostError:
             assert state(host) == before
-        info = host.info(made.domid)
+        info = host.info(guest.domid)
         assert info.pages <= info.max_pages
     check_invariants(host)
-    host.destroy(made.domid)
+    host.destroy(guest.domid)
     check_invariants(host)
-    assert host.info(type(made.domid)(0)).pages == host.frames.pages.total()
+    assert host.info(type(guest.domid)(0)).pages == host.frames.pages.total()
 
 
-def unmap(host: ModelHost, made: Any) -> None:
+def unmap(host: ModelHost, guest: Any) -> None:
     """Unmap the frames of the random calls from the domain's own tables, so that they can become any type."""
-    host.hypervisor.mmu_update(made.domid, [(*made.entry_of(n), 0) for n in range(FRAMES) if n != 1])
+    host.hypervisor.mmu_update(guest.domid, [(*guest.entry_of(n), 0) for n in range(FRAMES) if n != 1])
 
 
 @pytest.mark.parametrize("width", [8, 4])
 def test_model_guest_has_right_counts(width: Width) -> None:
     host = ModelHost(1 << 30)
-    made = make_guest(host, width, 600)
+    guest = make_guest(host, width, 600)
     check_invariants(host)
-    host.hypervisor.unpin(made.domid, made.top)
+    host.hypervisor.unpin(guest.domid, guest.top)
     check_invariants(host)
-    assert np.count_nonzero(host.page_types(made.domid, made.mfns)) > 3, "cr3 still holds them"
+    assert np.count_nonzero(host.page_types(guest.domid, guest.mfns)) > 3, "cr3 still holds them"

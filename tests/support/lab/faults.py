@@ -46,22 +46,22 @@ def builds(host: XenHost, kernel: str) -> dict[str, Any]:
     layout = plan(image, Request(32 << 20))
     host.destroy(build(host, image, layout, name="first").domid)  # what the first domain leaves is libxl's own roots
     left = Left(host)
-    said = refuse_each_call(host, BUILDING, lambda: build(host, image, layout, name="broken", config=b"{}").domid)
-    return {"said": said, "left": left.over()}
+    outcomes = refuse_each_call(host, BUILDING, lambda: build(host, image, layout, name="broken", config=b"{}").domid)
+    return {"outcomes": outcomes, "left": left.over()}
 
 
 def restores(host: XenHost, path: str) -> dict[str, Any]:
     data = Path(path).read_bytes()
-    host.destroy(made(host, data))
+    host.destroy(restored(host, data))
     left = Left(host)
-    said = refuse_each_call(host, RESTORING, lambda: made(host, data, paused=False))
-    return {"said": said, "left": left.over()}
+    outcomes = refuse_each_call(host, RESTORING, lambda: restored(host, data, paused=False))
+    return {"outcomes": outcomes, "left": left.over()}
 
 
 # --- streams that end, and lie ---------------------------------------------------------------------------------------
 
 
-def made(host: XenHost, data: bytes, *, pipe: bool = False, paused: bool = True) -> DomId:
+def restored(host: XenHost, data: bytes, *, pipe: bool = False, paused: bool = True) -> DomId:
     """A domain out of a file or a pipe of these bytes."""
     with _piped(data) if pipe else _filed(data) as fd:
         source = Input(os.dup(fd), "the stream")
@@ -130,7 +130,7 @@ class Parts:
 def streams(host: XenHost, path: str, seed: int, count: int) -> dict[str, Any]:
     """Cut off at each record's begin and anywhere, in files and in pipes; bits flipped in each part."""
     data, parts, chance, tally = Path(path).read_bytes(), Parts.of(path), random.Random(seed), Tally()
-    host.destroy(made(host, data))
+    host.destroy(restored(host, data))
     left = Left(host)
 
     def some(ranges: Sequence[range]) -> list[int]:
@@ -149,7 +149,7 @@ def streams(host: XenHost, path: str, seed: int, count: int) -> dict[str, Any]:
             if kind.startswith("bit"):
                 broken[place] ^= 1 << chance.randrange(8)
             try:
-                domid = made(host, bytes(broken), pipe=pipe)
+                domid = restored(host, bytes(broken), pipe=pipe)
             except XenPVError as e:
                 outcome, words = type(e).__name__, str(e)
             else:
