@@ -15,6 +15,7 @@ from tests.support.writers.domain import Domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import Fault, GuestError, Malformed, StreamError, Unsupported
+from xenpv.export.export import export
 from xenpv.frames import ABSENT, HAS_DATA
 from xenpv.source.open import open_domain
 
@@ -230,6 +231,11 @@ def test_cr3_outside_the_core_raises_guest_error(tmp_path: Path) -> None:
         with pytest.raises(Fault) as e:
             back.memory.read_virtual(domain.vaddrs[0], 1)
         assert (e.value.space, e.value.address, e.value.level) == ("vaddr", domain.vaddrs[0], None)
+        assert "mfn 0xdeadbeef" in str(e.value), "and not only that cr3 is not known"
+        assert back.memory.user_top == domain.places.user_top
+        assert ["mfn 0xdeadbeef" in str(error) for error in back.invalid_cr3s] == [True]
+        exported = export(back, str(tmp_path / "out"), "raw")
+        assert ["mfn 0xdeadbeef" in remark for remark in exported.remarks].count(True) == 1
         assert back.cr3(1) == domain.places.top
         assert back.frames.types(array(domain.places.top)).tolist() == [4], "found by vcpu 1"
 

@@ -90,6 +90,7 @@ def export(
     exported.pages, exported.last_pfn, exported.bytes = pages.total, pages.stop - 1, out.written
     if exported.lost:
         exported.remarks.append(f"{exported.lost} pages could not be read, or were given back meanwhile: zeros")
+    exported.remarks += [f"{e}: page tables below it are not known as such" for e in domain.invalid_cr3s]
     if domain.stale_page_tables:
         exported.remarks.append(
             f"{domain.stale_page_tables} of the pages that are named as page tables are none: the domain ran while it "

@@ -45,6 +45,7 @@ class DomainMemory:
         top: the pfn of the top table that translates virtual addresses, None if no vcpu's cr3 is known.
         user_top: the pfn of the user half's top table, None if there is none.
         tables: reads page tables, None if ``frames`` does.
+        no_top: why ``top`` is None, for the error of a walk.
         paging: the paging mode of an HVM domain's vcpu; None for a PV domain, whose width decides.
     """
 
@@ -54,6 +55,7 @@ class DomainMemory:
     user_top: Pfn | None = None
     tables: Frames | None = None
     paging: Paging | None = None
+    no_top: str = "no vcpu's cr3 is known"
 
     @classmethod
     def for_hvm_vcpu(cls, frames: Frames, registers: Registers | None) -> Self:
@@ -86,7 +88,7 @@ class DomainMemory:
         """
         table = self.top if top is None else top
         if table is None:
-            raise Fault("no vcpu's cr3 is known", space="vaddr", address=vaddr)
+            raise Fault(self.no_top, space="vaddr", address=vaddr)
         return walk_vaddr(self.tables or self.frames, table, Vaddr(vaddr), self.width, self.paging)
 
     def read(self, address: int, length: int) -> bytes:

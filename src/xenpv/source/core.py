@@ -6,6 +6,7 @@ first use of page types finds out which pages are page tables, by walking them (
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -181,30 +182,50 @@ class CoreDomain(Domain):
         """Return which of the pages lie within the file."""
         return self.page_list.raw.has_content(pfns)
 
-    def _find_page_tables(self) -> PageTables:
-        if self.hvm:
-            return PageTables.empty()
-        top_pfns = []
+    @cached_property
+    def _top_tables(self) -> tuple[list[Pfn], list[GuestError]]:
+        """The pfns of all top tables that vcpus name, and the errors of cr3s that name no page of the core."""
+        pfns: list[Pfn] = []
+        errors: list[GuestError] = []
         for vcpu in self.vcpus:
             for user in (False, True):
                 try:
-                    top = self.cr3(vcpu, user=user)
-                except GuestError:
-                    continue
-                top_pfns += [] if top is None else [top]
+                    pfn = self.cr3(vcpu, user=user)
+                except GuestError as e:
+                    errors.append(e)
+                else:
+                    pfns += [] if pfn is None else [pfn]
+        return pfns, errors
+
+    @property
+    def invalid_cr3s(self) -> list[GuestError]:
+        """An error for each cr3 that names no page of the core: the page tables below it are not found."""
+        return [] if self.hvm else self._top_tables[1]
+
+    def _find_page_tables(self) -> PageTables:
+        if self.hvm:
+            return PageTables.empty()
+        top_pfns, _ = self._top_tables
         pages = self.page_list
         search = PageTableSearch(pages.raw, self.width, pages.pfns_of, pages.mfns_of, pages.runs)
         return search.find(np.array(top_pfns, np.uint64))
 
     def memory_of(self, vcpu: int) -> DomainMemory:
-        """Return memory as a vcpu translates it; by pfn only if its cr3 names no page of the core."""
+        """Return memory as a vcpu translates it.
+
+        If its cr3 names no page of the core, reading by virtual address raises Fault, which tells so.
+        """
         if self.hvm:
             return DomainMemory.for_hvm_vcpu(self.frames, self.registers(vcpu))
         tables = _NormalisedPages(self.page_list)
+        memory = DomainMemory(self.frames, self.width, tables=tables)
         try:
-            return DomainMemory(self.frames, self.width, self.cr3(vcpu), self.cr3(vcpu, user=True), tables)
-        except GuestError:
-            return DomainMemory(self.frames, self.width, tables=tables)
+            memory.top = self.cr3(vcpu)
+        except GuestError as e:
+            memory.no_top = str(e)
+        with contextlib.suppress(GuestError):  # invalid_cr3s has the error
+            memory.user_top = self.cr3(vcpu, user=True)
+        return memory
 
     def extents(self) -> Iterator[Extents]:
         """Yield all pages at once, as runs of one page type."""

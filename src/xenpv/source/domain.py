@@ -23,7 +23,7 @@ from xenpv.source.kernel import Kernel, find_kernel
 from xenpv.source.scan import iter_pages, search
 
 if TYPE_CHECKING:
-    from xenpv.errors import StreamError
+    from xenpv.errors import GuestError, StreamError
     from xenpv.source.live import LiveDomain
     from xenpv.source.saved import SavedDomain
 
@@ -244,6 +244,11 @@ class Domain(Protocol):
     def stale_page_tables(self) -> int:
         """How many pages are named as page tables without being any: the domain ran while it was dumped."""
         return 0
+
+    @property
+    def invalid_cr3s(self) -> list[GuestError]:
+        """Why cr3s of vcpus lead to no page tables, so that those are not known; empty if all do."""
+        return []
 
     # --- its life ----------------------------------------------------------------------------------------------------
 
