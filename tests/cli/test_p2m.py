@@ -11,6 +11,7 @@ from tests.support.p2m_guest import PAGES, P2MGuest
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from xenpv.abi.xen import INVALID_MFN
+from xenpv.source.live import P2MChange, P2MChangeKind
 
 
 def test_p2m_text_has_form_entries_and_anchors(good: Path, domain: Domain) -> None:
@@ -116,9 +117,8 @@ def test_p2m_of_a_running_domain_prints_entries_and_m2p(guest: P2MGuest) -> None
 
 
 def test_p2m_that_changes_meanwhile_prints_a_warning(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "xenpv.source.live.LiveDomain.describe_p2m_change", lambda _: "leaves were replaced: look again"
-    )
+    change = P2MChange(P2MChangeKind.LEAVES, "leaves were replaced: look again")
+    monkeypatch.setattr("xenpv.source.live.LiveDomain.p2m_change", lambda _: change)
     assert xenpv("p2m", guest.model.domid).out.splitlines()[-1] == "warning: leaves were replaced: look again"
 
 

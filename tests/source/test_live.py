@@ -237,7 +237,7 @@ def test_domain_destroyed_meanwhile_raises_host_error() -> None:
     for asks in (
         lambda: late.p2m,
         live.read_anchors,
-        live.describe_p2m_change,
+        live.p2m_change,
         lambda: live.cr3(0),
         lambda: live.frames.types(some),
         lambda: live.frames.pages(some),
@@ -273,7 +273,7 @@ def test_p2m_damaged_from_the_start_has_not_changed() -> None:
     """The list is no list, the tree is sound: one finding for the list, and none of a p2m that is no more."""
     guest = P2MGuest()
     guest.arch(p2m_cr3=guest.model.top << 12, p2m_vaddr=BASE[8] + 1)
-    assert guest.live.describe_p2m_change() is None
+    assert guest.live.p2m_change() is None
     assert guest.findings() == [("physmap-reach", None)]
 
 
@@ -335,7 +335,7 @@ def test_new_domain_without_p2m_or_vcpus_raises_guest_error(width: Width) -> Non
     """Made, and not yet built: no anchors, no vcpu, no name."""
     host = ModelHost(1 << 30)
     live = LiveDomain(host, host.info(host.create(width)))
-    assert (live.name, live.cr3(0), live.describe_p2m_change()) == ("dom1", None, None)
+    assert (live.name, live.cr3(0), live.p2m_change()) == ("dom1", None, None)
     with pytest.raises(GuestError, match=r"dom1 .* 0x0"):
         live.frames.pages(np.array([0], np.uint64))
 

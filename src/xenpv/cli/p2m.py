@@ -76,7 +76,8 @@ def p2m(
             if mfns:
                 facts["mfns"] = _reverse_lookup(domain, table, mfns)
         if domain.live is not None:
-            facts["changed"] = domain.live.describe_p2m_change()
+            change = domain.live.p2m_change()
+            facts["changed"] = None if change is None else change.message
     if as_json:
         print_json(facts)
     else:

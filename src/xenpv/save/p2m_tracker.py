@@ -109,7 +109,7 @@ class P2MTracker:
 
     def is_stale(self) -> bool:
         """Return whether the anchors or the tables differ from those of the last inspection."""
-        return self.live.describe_p2m_change() is not None
+        return self.live.p2m_change() is not None
 
     def _inspect_once_stable(self) -> tuple[LiveDomain, P2M, U64]:
         """Inspect the p2m until the guest does not change it meanwhile."""

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
 from typing import Literal
 
@@ -26,6 +27,29 @@ from xenpv.source.domain import Domain
 from xenpv.text import size
 
 NO_SUCH_VCPU = frozenset({errno.ENODATA, errno.ESRCH, errno.EINVAL})  # never started, or not there
+
+
+class P2MChangeKind(Enum):
+    """What changed in a p2m."""
+
+    IN_PROGRESS = "in progress"  # the guest was changing it when it was first walked
+    GENERATION = "generation"
+    ANCHORS = "anchors"
+    DAMAGED = "damaged"  # it can no longer be walked
+    LEAVES = "leaves"  # leaves were replaced
+
+
+@dataclass(frozen=True, slots=True)
+class P2MChange:
+    """A change of a domain's p2m since it was first walked.
+
+    Attributes:
+        kind: What changed.
+        message: The same for people, in a sentence.
+    """
+
+    kind: P2MChangeKind
+    message: str
 
 
 @dataclass
@@ -137,19 +161,23 @@ class LiveDomain(Domain):
             raise GuestError(f"dom{self.info.domid} exposes no p2m: {self.anchors.explain_no_root()}")
         return self.walk_p2m(self.anchors.roots[0])
 
-    def describe_p2m_change(self) -> str | None:
-        """Return how the p2m has changed since it was first walked, as a sentence; None if it has not.
+    def p2m_change(self) -> P2MChange | None:
+        """Return how the p2m has changed since it was first walked; None if it has not.
 
         Compares the anchors, and walks the tables once more: only the linear list has a generation. Entries of leaves
         change at any time and do not count.
         """
         now, then = self.read_anchors(), self.anchors
         if then.p2m_cr3 and then.p2m_generation & 1:
-            return f"p2m_generation {then.p2m_generation:#x} is odd: the p2m is being changed, look again"
+            problem = f"p2m_generation {then.p2m_generation:#x} is odd: the p2m is being changed, look again"
+            return P2MChange(P2MChangeKind.IN_PROGRESS, problem)
         if now.p2m_generation != then.p2m_generation:
-            return f"p2m_generation went from {then.p2m_generation:#x} to {now.p2m_generation:#x} meanwhile: look again"
+            generations = f"{then.p2m_generation:#x} to {now.p2m_generation:#x}"
+            problem = f"p2m_generation went from {generations} meanwhile: look again"
+            return P2MChange(P2MChangeKind.GENERATION, problem)
         if now != then:
-            return "the anchors in shared info have changed: the p2m has moved, look again"
+            problem = "the anchors in shared info have changed: the p2m has moved, look again"
+            return P2MChange(P2MChangeKind.ANCHORS, problem)
         if not then.roots:
             return None
         try:
@@ -159,8 +187,10 @@ class LiveDomain(Domain):
         try:
             leaves_now = self.walk_p2m(then.roots[0]).leaves
         except GuestError as e:
-            return f"the p2m can no longer be walked: {e}"
-        return None if leaves_now.equals(leaves) else "leaves of the p2m were replaced meanwhile: look again"
+            return P2MChange(P2MChangeKind.DAMAGED, f"the p2m can no longer be walked: {e}")
+        if leaves_now.equals(leaves):
+            return None
+        return P2MChange(P2MChangeKind.LEAVES, "leaves of the p2m were replaced meanwhile: look again")
 
     # --- its memory --------------------------------------------------------------------------------------------------
 

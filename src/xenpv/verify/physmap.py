@@ -110,9 +110,9 @@ class PhysmapCheck:
                 self._check_entries(p2m, root)
             else:  # the leaves that both roots lead to are checked already
                 self._check_entries(replace(p2m, leaves=p2m.leaves.difference(best.leaves)), root)
-        change = live.describe_p2m_change() if best is not None else None
+        change = live.p2m_change() if best is not None else None
         if change is not None:
-            findings.add(GENERATION, change)
+            findings.add(GENERATION, change.message)
 
     def _entries_to_check(self, root: P2MRoot) -> int:
         """Return how many entries a root must lead to.
