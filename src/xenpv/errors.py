@@ -6,11 +6,17 @@ from collections.abc import Iterator
 
 
 class XenPVError(Exception):
-    """The base of every error that xenpv raises on purpose; any other exception is a bug in xenpv."""
+    """The base of every error that xenpv raises on purpose.
+
+    Any other exception is a bug in xenpv.
+    """
 
 
 def iter_notes(error: BaseException | None) -> Iterator[str]:
-    """Yield the notes of an error and of its causes: what else failed, as ``BaseException.add_note`` keeps it."""
+    """Yield the notes of an error and of its causes.
+
+    A note tells of another failure; ``BaseException.add_note`` stores it.
+    """
     while error is not None:
         yield from getattr(error, "__notes__", ())
         error = error.__cause__

@@ -85,7 +85,10 @@ class Finding:
         return self.rule.severity
 
     def to_json(self) -> dict[str, Any]:
-        """Return a dictionary of plain values for --json: the rule by name, without unknown places."""
+        """Return a dictionary of plain values for --json.
+
+        The rule is given by name. Unknown places are left out.
+        """
         known = {k: v for k, v in asdict(self).items() if k != "rule" and v is not None}
         return {"rule": self.rule.name, "severity": str(self.severity)} | known
 
@@ -166,5 +169,8 @@ class Findings:
         return sum(n for rule, n in self.count.items() if rule.severity is Severity.NOTE)
 
     def omitted(self) -> dict[Rule, int]:
-        """Return, for each rule with more findings than are kept, how many were only counted."""
+        """Return how many findings of each rule were counted but not kept.
+
+        Rules whose findings were all kept are left out.
+        """
         return {rule: n - self.keep for rule, n in self.count.items() if n > self.keep}

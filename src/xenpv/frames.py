@@ -1,4 +1,7 @@
-"""Types of address and of page, in Xen's own words (xen.git:xen/include/xen/mm.h), and how bulk work is batched."""
+"""Types of address and of page, and the batch sizes of bulk work.
+
+The names are Xen's own (xen.git:xen/include/xen/mm.h).
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,10 @@ IS_POPULATED = _type_table(PageType.XALLOC, *(t for t in PageType if HAS_DATA[t]
 
 
 def type_name(page_type: int) -> str:
-    """Return the name of a page type for people: "L1TAB", "L4TAB_PIN", "absent", "0x5"."""
+    """Return the name of a page type: "L1TAB", "L4TAB_PIN", "absent", "0x5".
+
+    The name is for people.
+    """
     if page_type == ABSENT:
         return "absent"
     return PageType(page_type).name if IS_KNOWN[page_type] else f"{page_type:#x}"
@@ -73,7 +79,10 @@ class Frames(Protocol):
     """Reads a domain's pages by pfn."""
 
     def types(self, pfns: U64) -> U8:
-        """Return the page type of each pfn, ABSENT (0xff) if there is no such page; uint8 of the shape of pfns."""
+        """Return the page type of each pfn; uint8 of the shape of pfns.
+
+        ABSENT (0xff) stands for a pfn without a page.
+        """
 
     def pages(self, pfns: U64) -> U8:
         """Return the content of pages, uint8 of shape (n, 4096).

@@ -26,7 +26,9 @@ ROWS_MAX = 1 << 26  # runs of a FrameMap, 1.6 GB: 256 GiB of pages in no order a
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Runs:
-    """Runs of consecutive pfns: the ``first`` pfn and the number of ``pages`` of each run.
+    """Runs of consecutive pfns.
+
+    ``first`` is the first pfn of each run, ``pages`` its number of pages.
 
     Runs ascend and do not overlap. The arrays have one length. Operations never change them.
     """
@@ -86,7 +88,10 @@ class Runs:
         return np.where((row >= 0) & (pfns - self.first[row] < self.pages[row].astype(np.uint64)), row, -1)
 
     def positions(self, pfns: U64) -> I64:
-        """Return how many pages of these runs precede each pfn, -1 for a pfn in no run; int64 of the same shape."""
+        """Return how many pages of these runs precede each pfn.
+
+        The result is int64 of the same shape, -1 for a pfn in no run.
+        """
         row = self.rows_of(pfns)
         if not len(self):
             return row
@@ -100,7 +105,9 @@ class Runs:
         return self.first[row] + (positions - preceding[row]).astype(np.uint64)
 
     def batches(self, size: int, limit: int | None = None) -> Iterator[U64]:
-        """Iterate over the pfns, ``size`` at a time: a run may end and another begin in one batch.
+        """Iterate over the pfns, ``size`` at a time.
+
+        A run may end and another begin in one batch.
 
         Args:
             size: pfns in a batch; the last may have fewer.
@@ -128,13 +135,19 @@ class Runs:
         return Runs(self.first[at], np.add.reduceat(self.pages, at) if len(at) else self.pages)
 
     def where(self, keep: Mask) -> Runs:
-        """Return the runs of those pfns for which ``keep``, one element for each pfn, is set."""
+        """Return the runs of those pfns for which ``keep`` is set.
+
+        ``keep`` has one element for each pfn.
+        """
         return Runs.from_pfns(self.pfns[keep])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extents(Runs):
-    """Runs of consecutive pfns of one page type each: ``type`` is uint8, one of PageType or ABSENT."""
+    """Runs of consecutive pfns of one page type each.
+
+    ``type`` is uint8, one of PageType or ABSENT.
+    """
 
     type: U8
 
@@ -155,7 +168,9 @@ class Extents(Runs):
             yield pfns, self.type[rows]
 
     def split_at(self, edges: U64) -> Extents:
-        """Return the page type of each interval between ascending edges, ABSENT where there are no pages.
+        """Return the page type of each interval between ascending edges.
+
+        ABSENT stands for an interval without pages.
 
         The edges must contain the first pfn and the end of every extent.
         """
@@ -166,7 +181,9 @@ class Extents(Runs):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrameMap:
-    """A map of frame numbers in which each run of consecutive numbers maps to consecutive numbers.
+    """A map of frame numbers, run by run.
+
+    Each run of consecutive numbers maps to consecutive numbers.
 
     Attributes:
         runs: the numbers that are mapped.
@@ -217,7 +234,10 @@ class FrameMap:
         return cls(runs, (target + head)[keep], int(overlap.sum()), int(first[np.argmax(overlap > 0)]))
 
     def lookup(self, numbers: U64) -> U64:
-        """Return the target of each number, NO_FRAME for one that is not mapped; uint64 of the same shape."""
+        """Return the target of each number; uint64 of the same shape.
+
+        NO_FRAME stands for a number that is not mapped.
+        """
         if not len(self.runs):
             return np.full(numbers.shape, NO_FRAME)
         row = self.runs.rows_of(numbers)
@@ -225,7 +245,10 @@ class FrameMap:
         return np.where(row >= 0, mapped, NO_FRAME)
 
     def lookup_range(self, numbers: range) -> U64:
-        """Return the targets of consecutive numbers as ``lookup`` does, without a search for each."""
+        """Return the targets of consecutive numbers, as ``lookup`` does.
+
+        It does not search for each number.
+        """
         first, end = self.runs.first, self.runs.end
         rows = slice(int(np.searchsorted(end, numbers.start, "right")), int(np.searchsorted(first, numbers.stop)))
         begin: U64 = np.maximum(first[rows], np.uint64(numbers.start))
@@ -241,7 +264,9 @@ class FrameMap:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FrameRuns:
-    """Runs of places of one level of a tree, each run with the one frame that all of its places name.
+    """Runs of places of one level of a tree, and the frame of each run.
+
+    All places of a run name that one frame.
 
     A place is the index of a table, or of a leaf, among all of its level: int64, since no level has 2^63 of them.
     Runs ascend and do not overlap. The arrays have one length.
@@ -258,7 +283,10 @@ class FrameRuns:
 
     @classmethod
     def from_frames(cls, frames: U64) -> Self:
-        """Return the runs of an array with the frame of each place from 0 on; NO_FRAME for none."""
+        """Return the runs of an array with the frame of each place from 0 on.
+
+        NO_FRAME stands for a place without one.
+        """
         starts, count = group_rows(frames[1:] != frames[:-1], len(frames))
         present = frames[starts] != NO_FRAME
         return cls(starts[present], count[present], frames[starts][present])
@@ -329,7 +357,9 @@ class FrameRuns:
 
 
 def align(a: Extents, b: Extents) -> tuple[Extents, Extents]:
-    """Cut the extents of two domains at each other's edges, so that row n of both is the same run of pfns.
+    """Cut the extents of two domains at each other's edges.
+
+    Row n of both results is the same run of pfns.
 
     A run that only one of them has is ABSENT in the other. Runs that neither has are left out.
     """
@@ -340,7 +370,9 @@ def align(a: Extents, b: Extents) -> tuple[Extents, Extents]:
 
 
 def expand_runs(first: npt.NDArray[Number], count: I64) -> npt.NDArray[Number]:
-    """Return every number of some runs, one run after the other, in the dtype of ``first``.
+    """Return every number of some runs, run after run.
+
+    The result has the dtype of ``first``.
 
     Args:
         first: the first number of each run, int64 or uint64.

@@ -18,5 +18,8 @@ def counted(count: int, noun: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace the characters of a hostile text that could control the terminal or change the reading direction."""
+    """Replace the dangerous characters of a hostile text.
+
+    These could control the terminal or change the reading direction.
+    """
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)

@@ -1,1 +1,4 @@
-"""What Xen's public headers say: data, no behaviour; one declaration for both guest widths."""
+"""Xen's public headers as data, without behaviour.
+
+One declaration serves both guest widths.
+"""

@@ -1,4 +1,4 @@
-"""Declarations of C structs, and their layouts at both guest widths as NumPy dtypes.
+"""C structs: declarations, and layouts at both guest widths as NumPy dtypes.
 
 The rules are those of the x86 psABIs: members in order, each at a multiple of its alignment, the struct padded to a
 multiple of the largest alignment. The widths differ in two things: ``unsigned long`` and pointers take 8 or 4 bytes,
@@ -46,7 +46,10 @@ ULONG = Scalar(4, 8)  # unsigned long, xen_pfn_t, xen_ulong_t, pointers
 
 @dataclass(frozen=True)
 class Array:
-    """``element name[count]``. The count may differ by width: evtchn_pending has as many words as a word has bits."""
+    """A C array, ``element name[count]``.
+
+    The count may differ by width: evtchn_pending has as many words as a word has bits.
+    """
 
     element: Scalar | Struct
     count4: int
@@ -70,7 +73,10 @@ class Array:
 
 
 def array(element: Scalar | Struct, count: int, *, count4: int | None = None) -> Array:
-    """Declare an array of ``count`` elements; ``count4`` if the 32-bit header has another number."""
+    """Declare an array of ``count`` elements.
+
+    ``count4`` is the number in the 32-bit header, if it differs.
+    """
     return Array(element, count if count4 is None else count4, count)
 
 
@@ -104,7 +110,9 @@ class WidthOnly(NamedTuple):
 
 
 class Struct:
-    """A C struct. ``name`` is the C name after ``struct`` (or a typedef), members keep C's spelling.
+    """A C struct.
+
+    ``name`` is the C name after ``struct`` (or a typedef); members keep C's spelling.
 
     >>> START_INFO[8].itemsize, START_INFO[4].fields["flags"][1]
     (1168, 40)
@@ -163,7 +171,10 @@ class Struct:
         return self._dtypes[width]
 
     def offset(self, width: Width, path: str) -> int:
-        """Return offsetof(struct, path) in bytes; a path may lead into nested structs: ``arch.p2m_cr3``."""
+        """Return offsetof(struct, path) in bytes.
+
+        A path may lead into nested structs: ``arch.p2m_cr3``.
+        """
         first, _, rest = path.partition(".")
         offset = self._offsets[width][first]
         if rest:

@@ -1,4 +1,6 @@
-"""The format of `xl dump-core` (xen.git:docs/misc/dump-core-format.txt, xen/include/public/elfnote.h).
+"""The format of `xl dump-core`.
+
+Source: xen.git:docs/misc/dump-core-format.txt, xen/include/public/elfnote.h.
 
 ELF's own parts are those of the System V ABI. A core is ELFCLASS64 whatever the guest is, and EM_386 of a 32-bit one.
 """

@@ -1,4 +1,7 @@
-"""start_info, shared_info and their parts (xen.git:xen/include/public/xen.h, arch-x86/xen.h)."""
+"""start_info, shared_info and their parts.
+
+Source: xen.git:xen/include/public/xen.h, arch-x86/xen.h.
+"""
 
 from __future__ import annotations
 

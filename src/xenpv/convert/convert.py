@@ -1,4 +1,6 @@
-"""Conversion of a saved domain, of any version of the stream and in any envelope, to version 3 in any envelope.
+"""Conversion of a saved domain to version 3 of the stream, in any envelope.
+
+The input may have any version of the stream and any envelope.
 
 A Reader takes the input apart and a Writer makes the output. file.py has the files, and verifies what comes out.
 """
@@ -265,7 +267,10 @@ class Conversion:
         return [*head, *self._started_writer.start()]
 
     def _end_static_data(self, event: Event) -> Iterator[Buffers]:
-        """Write the STATIC_DATA_END that a stream of version 2 does not have, where order.py infers it."""
+        """Write the STATIC_DATA_END that a stream of version 2 lacks.
+
+        order.py infers where it belongs.
+        """
         if isinstance(event, records.StaticDataEnd):
             self._static_data_ended = True
         first = PageData if self.result.guest is Guest.HVM else records.X86PVP2MFrames
@@ -284,7 +289,11 @@ class Conversion:
             self._omit_emulator(str(event.section), event.offset)
 
     def _omit_emulator(self, name: str, offset: int) -> None:
-        """Leave out a device model's state, if the options allow it. Raises Unsupported otherwise."""
+        """Leave out a device model's state, if the options allow it.
+
+        Raises:
+            Unsupported: the options do not allow it.
+        """
         if not self._options.drop_emulator:
             kind = self.result.kind
             message = (

@@ -1,4 +1,4 @@
-"""Conversion of a saved domain into a file or a pipe, verified while it is written.
+"""Conversion of a saved domain into a file or pipe, verified during the write.
 
 The last buffers of the output are written only after ``verify`` found no error. No receiver starts a domain without
 them, so an output that verify refuses is never complete, in a pipe either.
@@ -82,7 +82,10 @@ def write_verified(
 
 
 class _ConversionFailed(Exception):
-    """Carries a StreamError of the input past verify, which takes StreamErrors for those of the output."""
+    """Carries a StreamError of the input past verify.
+
+    verify takes plain StreamErrors for those of the output.
+    """
 
     def __init__(self, error: StreamError) -> None:
         super().__init__(str(error))

@@ -92,7 +92,11 @@ class DeltaStore:
         self.set_types(entries)
 
     def _read_base(self, pfns: U64, offset: int) -> U8:
-        """Return the last content of pages, shape (n, 4096). ``offset``: of the record that needs it, for the error."""
+        """Return the last content of pages, uint8 of shape (n, 4096).
+
+        Args:
+            offset: of the record that needs it, for the error.
+        """
         content = np.empty((len(pfns), PAGE_SIZE), np.uint8)
         stored = self._marks.get(pfns) & _HAS_CONTENT != 0
         available = stored if self._input is None else stored | (self._input_index.offsets(pfns) >= 0)
@@ -136,7 +140,10 @@ class DeltaStore:
 
 
 def _consecutive(pfns: U64) -> Iterator[tuple[int, slice]]:
-    """Yield the runs of consecutive pfns, in any order: the first pfn, and the rows of the run."""
+    """Yield the first pfn and the rows of each run of consecutive pfns.
+
+    The pfns may come in any order.
+    """
     starts, sizes = group_rows(np.diff(pfns) != 1, len(pfns))
     for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
         yield int(pfns[start]), slice(start, start + size)

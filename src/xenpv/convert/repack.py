@@ -1,4 +1,4 @@
-"""PAGE_DATA between two streams: pages packed into other records, and page content left out."""
+"""PAGE_DATA between two streams: repacking pages and leaving out content."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ class PfnMarks:
         return out
 
     def __iter__(self) -> Iterator[tuple[U64, U8]]:
-        """Yield the pfns whose number is not 0, ascending, and their numbers, chunk by chunk."""
+        """Yield the pfns whose number is not 0, and their numbers.
+
+        Pfns ascend, and come chunk by chunk.
+        """
         for number in sorted(self._chunks):
             marks = self._chunks[number]
             within = np.flatnonzero(marks)
@@ -54,7 +57,10 @@ class PfnMarks:
 
 
 def _split_chunks(pfns: U64) -> Iterator[tuple[int, Mask, U64]]:
-    """Yield for each chunk its number, which pfns lie in it, and the place of every pfn within its own chunk."""
+    """Yield the number, the mask of pfns and their indices for each chunk.
+
+    The mask tells which pfns lie in the chunk. An index is a pfn's place within its own chunk.
+    """
     numbers, within = pfns >> np.uint64(_CHUNK_SHIFT), pfns & np.uint64((1 << _CHUNK_SHIFT) - 1)
     for number in np.unique(numbers).tolist():
         yield number, numbers == number, within

@@ -1,4 +1,6 @@
-"""Comparison of two domains: page by page, and field by field by the names of abi/.
+"""Comparison of two domains, page by page and field by field.
+
+Fields have the names of abi/.
 
 Any two domains have pages and registers to compare; two streams have all their records. Pages are read in batches, so
 that memory follows the number of extents.
@@ -134,7 +136,10 @@ def _compare_registers(a: Domain, b: Domain) -> Iterator[FieldDifference]:
 
 
 def _registers(domain: Domain, vcpu: int) -> dict[str, int | None] | None:
-    """Return a vcpu's registers by name. cr3 is the table's pfn, as a running domain's register has an mfn."""
+    """Return a vcpu's registers by name.
+
+    cr3 is given as the table's pfn, because a running domain's register holds an mfn.
+    """
     registers = domain.registers(vcpu)
     if registers is None:
         return None
@@ -169,7 +174,10 @@ def _compare_pages(a: Domain, b: Domain, difference: Difference, keep: int, prog
 
 
 def _compare_types(a: Extents, b: Extents, difference: Difference, keep: int) -> None:
-    """Count the pages of each pair of types that differ; the extents have the same pfns."""
+    """Count the pages of each pair of types that differ.
+
+    The extents of both have the same pfns.
+    """
     rows = np.flatnonzero(a.type != b.type)
     pairs = a.type[rows].astype(np.uint16) << np.uint16(8) | b.type[rows]
     for pair in np.unique(pairs).tolist():
@@ -179,7 +187,11 @@ def _compare_types(a: Extents, b: Extents, difference: Difference, keep: int) ->
 
 
 def _read_pages(frames: Frames, pfns: U64, name: str) -> U8:
-    """Return the content of pages, shape (n, 4096). Raises Fault, with the domain's name."""
+    """Return the content of pages, uint8 of shape (n, 4096).
+
+    Raises:
+        Fault: a page cannot be read; the error has the domain's name.
+    """
     try:
         return frames.pages(pfns)
     except Fault as e:
@@ -187,6 +199,9 @@ def _read_pages(frames: Frames, pfns: U64, name: str) -> U8:
 
 
 def _p2m_pfns(a: Domain, b: Domain) -> U64:
-    """Return the pfns of the p2m's frames that streams name; their content is the old hosts' mfns."""
+    """Return the pfns of the p2m's frames that streams name.
+
+    Their content is the old hosts' mfns.
+    """
     frames = [domain.saved.contents.p2m_leaf_runs.frame for domain in (a, b) if domain.saved is not None]
     return np.unique(np.concatenate([*frames, np.empty(0, np.uint64)]))

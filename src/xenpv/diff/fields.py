@@ -1,4 +1,4 @@
-"""Comparison of structs, dictionaries and bytes: which members differ, by their names."""
+"""Comparison of structs, dictionaries and bytes by the names of members."""
 
 from __future__ import annotations
 

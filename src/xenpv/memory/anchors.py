@@ -1,4 +1,7 @@
-"""The p2m fields of shared info, by which a guest exposes its p2m, and the forms that they can mean."""
+"""The p2m fields of shared info, and the forms of p2m that they can mean.
+
+A guest exposes its p2m by these fields.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,9 @@ class Anchors:
         return cls(width, *(int.from_bytes(shared_info[at : at + width], "little") for at in _offsets(width)))
 
     def shared_info_writes(self) -> list[tuple[int, bytes]]:
-        """Return the writes to shared info that publish this p2m: offset and bytes, in the order of writing.
+        """Return the writes to shared info that publish this p2m.
+
+        Each is an offset and bytes, in the order of writing.
 
         p2m_levels and p2m_cr3 come last: while they are 0, nobody reads the others.
         """
@@ -90,7 +95,9 @@ class Anchors:
 
     @property
     def roots(self) -> list[P2MRoot]:
-        """The roots that are valid at once, best first: linear list, rooted tree, marked tree, tree.
+        """Return the roots that are valid at once, best first.
+
+        The order is linear list, rooted tree, marked tree, tree.
 
         The list is valid if p2m_cr3 is not 0. The rooted tree is valid if p2m_levels is not 0 and
         pfn_to_mfn_frame_list_list is INVALID_MFN. The marked tree has bit 61 set there. A frame_list_list of 0 means
@@ -123,7 +130,9 @@ class Anchors:
         return f"its anchor is {self.frame_list_list:#x}, which is {state}"
 
     def leaf_places(self, root: P2MRoot) -> range:
-        """Return the places of the p2m's leaves among all that the root's top table reaches.
+        """Return the places of the p2m's leaves.
+
+        Places count from 0 among all leaves that the root's top table reaches.
 
         Raises:
             GuestError: the anchors cannot be right, or do not reach as far as max_pfn.
@@ -156,7 +165,10 @@ class Anchors:
 
 
 def tree_capacity(levels: int, width: Width) -> int:
-    """Return how many pfns a tree of so many levels holds: 2^27 (512 GiB) for three levels of a 64-bit guest."""
+    """Return how many pfns a tree of so many levels holds.
+
+    Three levels of a 64-bit guest hold 2^27 (512 GiB).
+    """
     return int((PAGE_SIZE // width) ** levels)
 
 

@@ -1,4 +1,7 @@
-"""A digest of a domain's memory that does not depend on its mfns: equal digests mean equal memory."""
+"""A digest of a domain's memory that does not depend on its mfns.
+
+Equal digests mean equal memory.
+"""
 
 from __future__ import annotations
 

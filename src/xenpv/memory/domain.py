@@ -19,7 +19,10 @@ from xenpv.runs import Extents
 
 
 class PagedDomain(Protocol):
-    """The part of a Domain that reading all of its memory needs; source/domain.py has the whole of it."""
+    """The part of a Domain that reading all of its memory needs.
+
+    source/domain.py has the whole protocol.
+    """
 
     @property
     def frames(self) -> Frames:
@@ -30,7 +33,10 @@ class PagedDomain(Protocol):
         """Memory as vcpu 0 sees it."""
 
     def extents(self) -> Iterator[Extents]:
-        """Yield the pages as runs of one type, ascending. Those whose type is in HAS_DATA have content."""
+        """Yield the pages as runs of one type, ascending.
+
+        Pages whose type is in HAS_DATA have content.
+        """
 
 
 @dataclass
@@ -77,7 +83,9 @@ class DomainMemory:
         return int(self.frames.types(np.array([pfn], np.uint64))[0])
 
     def walk(self, vaddr: int, *, top: Pfn | None = None) -> Walk:
-        """Return each page-table entry that translates a virtual address, and the pfn or the fault at the end.
+        """Return the walk of a virtual address: its page-table entries and its end.
+
+        The walk ends with the pfn or with the fault.
 
         Args:
             vaddr: the virtual address.
@@ -92,7 +100,7 @@ class DomainMemory:
         return walk_vaddr(self.tables or self.frames, table, Vaddr(vaddr), self.width, self.paging)
 
     def read(self, address: int, length: int) -> bytes:
-        """Return ``length`` bytes at a pseudo-physical address, which is pfn << 12 | offset.
+        """Return ``length`` bytes at a pseudo-physical address (pfn << 12 | offset).
 
         Raises:
             Fault: a page is missing or has no content.
@@ -112,7 +120,9 @@ class DomainMemory:
         return self.frames.pages(pfns).tobytes()[vaddr % PAGE_SIZE :][:length]
 
     def translate(self, vaddr: int, pages: int, *, top: Pfn | None = None) -> U64:
-        """Return the pfns that consecutive virtual pages map to; uint64. Each page table is read once.
+        """Return the pfns that consecutive virtual pages map to; uint64.
+
+        Each page table is read once.
 
         Args:
             vaddr: an address in the first page.

@@ -1,4 +1,4 @@
-"""The p2m of a domain, saved or running, in any of the forms in which a guest exposes it.
+"""The p2m of a saved or running domain, in any form in which guests expose it.
 
 A running domain's tables are machine frames and hold machine frames. In a save file page tables hold pfns, and the
 p2m holds mfns of the host that saved; nothing but that p2m translates them back.
@@ -108,7 +108,10 @@ class P2M:
 
     @cached_property
     def distinct_leaves(self) -> FrameRuns:
-        """Each leaf once, ascending by its first place; ``count`` is in how many places it stands."""
+        """Return each leaf once, ascending by its first place.
+
+        ``count`` is the number of places that name the leaf.
+        """
         if not len(self.leaves):
             return self.leaves
         by_frame = self.leaves[np.argsort(self.leaves.frame, kind="stable")]
@@ -118,7 +121,9 @@ class P2M:
 
     @property
     def used_entries(self) -> int:
-        """The entries up to the end of the first leaf of a tail that is one leaf over and over.
+        """Count the entries up to the end of the first leaf of a repeated tail.
+
+        The tail is one leaf that all last places name.
 
         Linux names one "missing" leaf up to the end of what its tables reach; libxenguest drops such a tail, too.
         """
@@ -186,7 +191,9 @@ class P2M:
         return out
 
     def pfns_of(self, mfns: U64) -> U64:
-        """Return the pfn of each mfn by searching the whole table once, NO_FRAME for an mfn that it does not hold.
+        """Return the pfn of each mfn by searching the whole table once.
+
+        NO_FRAME stands for an mfn that the table does not hold.
 
         Of an mfn that stands in several entries, the last pfn counts.
         """
@@ -204,7 +211,9 @@ class P2M:
 
 
 def names_local_frame(entries: U64) -> Mask:
-    """Return which entries claim a frame of the domain: neither INVALID_MFN nor marked FOREIGN or IDENTITY.
+    """Return which entries claim a frame of the domain.
+
+    These are neither INVALID_MFN nor marked FOREIGN or IDENTITY.
 
     Only the m2p tells whether the claim is right.
     """
@@ -255,7 +264,10 @@ def _unknown_root(anchors: Anchors, root: P2MRoot) -> str:
 
 
 def _frames_of_tree(pages: U8, _level: int, width: Width, to_pfns: Callable[[U64], U64] | None) -> U64:
-    """The frames that tables above the leaves name: there 0 is none, in a leaf it is frame 0."""
+    """Return the frames that tables above the leaves name.
+
+    In such a table 0 stands for none. In a leaf 0 is frame 0.
+    """
     table = decode_entries(pages, width)
     table = np.where(table == 0, NO_FRAME, table)
     return table if to_pfns is None else to_pfns(table)

@@ -1,4 +1,4 @@
-"""Page tables whose entries hold pfns: entries, walks, and operations on whole arrays of tables.
+"""Page tables whose entries hold pfns: entries, walks and bulk operations.
 
 A PV guest's tables hold mfns. The saver normalises them (mfn to pfn) for a stream; for a running domain and for a core
 that is done before a walk. An HVM guest's tables hold gfns, which are its pfns.
@@ -45,7 +45,9 @@ _TABLE_FLAGS = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_NX | PTE_AVAILABLE 
 
 
 def allowed_flags(level: int, width: Width) -> int:
-    """Return the bits outside the frame number that Xen accepts in a plain domU's present entry.
+    """Return the bits outside the frame number that Xen accepts.
+
+    They hold for a present entry of a plain domU.
 
     Caching bits in an L1 entry are for domains with devices of their own; such a domain cannot be saved.
 
@@ -75,7 +77,10 @@ def pte_frames(ptes: U64) -> U64:
 
 
 def as_ptes(pages: U8) -> U64:
-    """View pages, uint8 (n, 4096), as entries, uint64 (n, 512). Both widths have 64-bit entries (PAE)."""
+    """View pages, uint8 (n, 4096), as entries, uint64 (n, 512).
+
+    Both widths have 64-bit entries (PAE).
+    """
     return pages.view("<u8").reshape(-1, ENTRIES)
 
 
@@ -95,7 +100,9 @@ def decode_page_tables(pages: U8, level: int) -> U64:
 
 
 def find_superpages(tables: U64, levels: U8 | int) -> Mask:
-    """Return which present entries have the superpage bit, which is not valid in PV; in an L1 it means something else.
+    """Return which present entries have the superpage bit.
+
+    Superpages are not valid in PV. In an L1 the bit means something else.
 
     Args:
         tables: uint64 of shape (n, 512).
@@ -107,7 +114,10 @@ def find_superpages(tables: U64, levels: U8 | int) -> Mask:
 
 
 def bad_entry_fault(domain: str, why: str, pfn: int, level: int, entry: int | None) -> Fault:
-    """Return the Fault for a bad page-table entry, in libxenguest's words; ``entry`` None for a whole table."""
+    """Return the Fault for a bad page-table entry, in libxenguest's words.
+
+    ``entry`` is None if the whole table is bad.
+    """
     where = f"L{level}" + ("" if entry is None else f"[{entry}]")
     message = f"{domain}: Bad entry {where} of pfn {pfn:#x}: {why}"
     return Fault(message, space="pfn", address=pfn, level=level, entry=entry)
@@ -152,17 +162,19 @@ def is_canonical(vaddr: int) -> bool:
 
 
 def is_xen_vaddr(vaddr: int, width: Width) -> bool:
-    """Return whether an address lies in the part of the address space that Xen reserves."""
+    """Return whether an address lies in the address range that Xen reserves."""
     return vaddr in (XEN_VIRT_64 if width == 8 else XEN_VIRT_PAE)
 
 
 def pte_index(vaddr: int, level: int) -> int:
-    """Return the index of the entry that translates the address in a table of that level."""
+    """Return the index of the entry that translates an address at that level."""
     return vaddr >> PAGE_SHIFT + BITS_PER_LEVEL * (level - 1) & ENTRIES - 1
 
 
 def is_xen_slot(level: int, width: Width, *, last_pae_l2: bool = False) -> Mask:
-    """Return which entries of a table are Xen's own, which a stream has empty: bool of shape (512,).
+    """Return which entries of a table are Xen's own; bool of shape (512,).
+
+    A stream has these entries empty.
 
     Args:
         level: the level of the table.
@@ -180,7 +192,10 @@ def is_xen_slot(level: int, width: Width, *, last_pae_l2: bool = False) -> Mask:
 
 
 class WalkStep(NamedTuple):
-    """One entry of a walk: its table's level and pfn, its index in the table, and its value."""
+    """One entry of a walk.
+
+    It has its table's level and pfn, its index in the table, and its value.
+    """
 
     level: int
     table: Pfn
@@ -205,7 +220,9 @@ class Walk(NamedTuple):
 
 
 def walk_vaddr(memory: Frames, top: Pfn, vaddr: Vaddr, width: Width = 8, paging: Paging | None = None) -> Walk:
-    """Translate one address, and return all entries on the path. A fault is part of the result, it is not raised.
+    """Translate one address, and return all entries on the path.
+
+    A fault is part of the result; it is not raised.
 
     Args:
         memory: reads the tables.
@@ -253,7 +270,9 @@ def walk_vaddr(memory: Frames, top: Pfn, vaddr: Vaddr, width: Width = 8, paging:
 
 
 def translate(read: ReadFrames, top: Pfn, vaddrs: U64, paging: Paging) -> U64:
-    """Return the pfn that each address maps to, NO_FRAME for one that is not mapped. Each table is read once.
+    """Return the pfn that each address maps to, NO_FRAME for an unmapped one.
+
+    Each table is read once.
 
     Args:
         read: reads the tables.
@@ -357,7 +376,10 @@ def _replace_frames(tables: U64, translate: Translate) -> tuple[U64, Mask]:
 
 
 def count_tables(start: Vaddr, pages: int, width: Width = 8) -> dict[int, int]:
-    """Return how many tables of each level map so many pages from an address on: {1: …, 2: …, top level: 1}."""
+    """Return how many tables of each level map so many pages from an address on.
+
+    The result is {1: …, 2: …, top level: 1}.
+    """
     first, last = start >> PAGE_SHIFT, (start >> PAGE_SHIFT) + pages - 1
     count = {}
     for level in range(1, LEVELS[width]):

@@ -1,4 +1,7 @@
-"""Paging modes: a PV guest's by its width, an HVM guest's by its control registers."""
+"""Paging modes of PV and HVM guests.
+
+A PV guest's mode follows from its width, an HVM guest's from its control registers.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _PSE36 = 0x001F_E000  # bits 39 to 32 of the address in a 4 MiB entry of 32 bits
 
 @dataclass(frozen=True, slots=True)
 class Paging:
-    """A paging mode: how many levels of tables there are, and how their entries are read.
+    """A paging mode: the levels of tables, and how their entries are read.
 
     Attributes:
         name: for people.
@@ -40,7 +43,10 @@ class Paging:
 
     @property
     def sign_extended(self) -> bool:
-        """Whether addresses have 64 bits, sign-extended from the highest that is translated."""
+        """Whether addresses have 64 bits.
+
+        They are then sign-extended from the highest bit that is translated.
+        """
         return self.levels > 3
 
     def invalid_reason(self, vaddr: int) -> str | None:
@@ -53,7 +59,7 @@ class Paging:
         return None if vaddr >> top_bit in {0, (1 << 64 - top_bit) - 1} else "not a canonical address"
 
     def pte_index(self, vaddr: int, level: int) -> int:
-        """Return the index of the entry that translates the address in a table of that level."""
+        """Return the index of the entry that translates an address at that level."""
         return vaddr >> PAGE_SHIFT + self.index_bits * (level - 1) & (1 << self.index_bits) - 1
 
     def pte_indices(self, vaddrs: U64, level: int) -> I64:
@@ -62,7 +68,10 @@ class Paging:
         return (vaddrs >> shift & last).astype(np.int64)
 
     def decode(self, pages: U8, level: int) -> U64:
-        """Return the entries in tables of one level, uint8 (n, 4096), as uint64 (n, entries)."""
+        """Return the entries of tables of one level; uint64 of shape (n, entries).
+
+        The tables are uint8 of shape (n, 4096).
+        """
         table = pages.reshape(-1, PAGE_SIZE)
         if level == self.levels:
             table = table[:, self.top_table_offset :]

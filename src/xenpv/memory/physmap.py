@@ -1,4 +1,6 @@
-"""The physmap of a domain that is being filled: the mfn and the page type of each pfn, in any order of arrival.
+"""The physmap of a domain that is being filled.
+
+It has the mfn and the page type of each pfn. Pfns may arrive in any order.
 
 Cost follows the populated pages, never the highest pfn. Pfns are kept in chunks of 512, the pages of an extent of
 2 MiB. A chunk whose frames are consecutive is one number; every other chunk has a table of mfns. A chunk has a table of
@@ -58,7 +60,10 @@ class Physmap:
         return out
 
     def lookup_chunks(self, chunks: U64) -> U64:
-        """Return the mfns of whole chunks, uint64 of shape (n, 512); chunk n begins at pfn ``n << 9``."""
+        """Return the mfns of whole chunks; uint64 of shape (n, 512).
+
+        Chunk n begins at pfn ``n << 9``.
+        """
         out = np.full((len(chunks), CHUNK), NO_FRAME)
         if not len(self._chunks):
             return out
@@ -70,7 +75,10 @@ class Physmap:
         return out
 
     def count_chunks(self, first: I64, stop: I64) -> I64:
-        """Return how many chunks from ``first`` to before ``stop`` have a frame, for each pair."""
+        """Count the chunks with a frame from ``first`` to before ``stop``.
+
+        The result has one count for each pair.
+        """
         numbers = self._chunks.ascending
         count = np.searchsorted(numbers, stop.astype(np.uint64)) - np.searchsorted(numbers, first.astype(np.uint64))
         return count.astype(np.int64)
@@ -84,7 +92,10 @@ class Physmap:
         self.populated += len(pfns)
 
     def add_extents(self, chunks: U64, first_mfns: U64) -> None:
-        """Give whole chunks extents of frames. None of their pfns may have a frame already."""
+        """Add extents of frames to whole chunks.
+
+        None of their pfns may have a frame already.
+        """
         row = self._add_chunks(chunks)
         self._first_mfn[row] = first_mfns
         self.populated += len(chunks) * CHUNK
@@ -118,7 +129,9 @@ class Physmap:
         return out
 
     def set_types(self, pfns: U64, types: U8) -> None:
-        """Set the types of pages that have a frame; of a pfn that occurs twice the last type counts.
+        """Set the types of pages that have a frame.
+
+        Of a pfn that occurs twice the last type counts.
 
         Page tables among them count as not localised: their entries hold pfns.
         """
@@ -165,7 +178,10 @@ def group_by_chunk(pfns: U64) -> tuple[U64, I64]:
 
 
 class _RowIndex:
-    """Numbers in the order of their arrival, each with a row: 0 for the first, and so on."""
+    """Maps numbers to rows in the order of their arrival.
+
+    The first number has row 0, the next row 1, and so on.
+    """
 
     def __init__(self) -> None:
         self.ascending = np.empty(0, np.uint64)
@@ -211,7 +227,10 @@ class _RowIndex:
 
 
 class _TableStore:
-    """Tables of CHUNK values each, numbered from 0. Their memory is allocated in blocks, and never moved."""
+    """Tables of CHUNK values each, numbered from 0.
+
+    Their memory is allocated in blocks, and never moved.
+    """
 
     def __init__(self, dtype: npt.DTypeLike, default: Any) -> None:
         self._dtype, self._default = dtype, default
@@ -240,7 +259,10 @@ class _TableStore:
         return out
 
     def put(self, tables: npt.NDArray[np.int32], offset: U64, values: npt.NDArray[Any]) -> None:
-        """Store one value in each table; of a place that occurs twice the last value counts."""
+        """Store one value in each table.
+
+        Of a place that occurs twice the last value counts.
+        """
         for block, rows in self._by_block(tables):
             block[tables[rows] % _TABLES_PER_BLOCK, offset[rows]] = values[rows]
 

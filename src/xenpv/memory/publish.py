@@ -1,4 +1,6 @@
-"""Writing a p2m: leaves out of entries, and a tree of any depth or page tables above them; the inverse of p2m.py.
+"""Writing a p2m: the inverse of p2m.py.
+
+It makes leaves out of entries, and above them a tree of any depth or page tables.
 
 Sparse by nature: places without a frame share one leaf, and tables with equal content are written once.
 """
@@ -53,7 +55,9 @@ def encode_entries(mfns: U64, width: Width) -> U8:
 
 
 def write_leaves(pfns: U64, mfns: U64, entries: int, width: Width, store: StorePages) -> FrameRuns:
-    """Write the leaves of a p2m in which ``pfns`` have ``mfns`` and no other pfn has a frame.
+    """Write the leaves of a p2m in which ``pfns`` have ``mfns``.
+
+    No other pfn has a frame.
 
     Each leaf with a frame is written. All other places share one leaf of INVALID_MFN.
 
@@ -155,6 +159,9 @@ def write_tree_anchors(
 
 
 def _encode_ptes(frames: U64, flags: int) -> U8:
-    """Return page tables whose entries name frames, uint64 (n, 512), NO_FRAME for an entry that is not present."""
+    """Return page tables whose entries name frames; uint64 of shape (n, 512).
+
+    NO_FRAME stands for an entry that is not present.
+    """
     entries = np.where(frames == NO_FRAME, np.uint64(0), frames << np.uint64(PAGE_SHIFT) | np.uint64(flags))
     return entries.astype("<u8", copy=False).view(np.uint8).reshape(-1, PAGE_SIZE)

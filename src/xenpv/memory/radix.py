@@ -1,4 +1,6 @@
-"""Trees of frames, walked and built: a p2m tree of any depth, or the page tables over a linear list.
+"""Trees of frames, walked and built.
+
+A tree is a p2m tree of any depth, or the page tables over a linear list.
 
 Cost follows distinct tables, not what they span. A table that stands in a thousand places is read once. Entries that
 name one frame stay one run at all levels below.
@@ -27,7 +29,10 @@ StorePages = Callable[[U8], U64]
 
 
 class UnreadableTable(NamedTuple):
-    """A table that could not be read: its frame, its level above the leaves, and the first of its places."""
+    """A table that could not be read.
+
+    It has its frame, its level above the leaves, and the first of its places.
+    """
 
     frame: int
     level: int

@@ -1,4 +1,7 @@
-"""A vcpu's registers by their own names, read from any of the structures that hold them."""
+"""A vcpu's registers by their own names.
+
+They are read from any of the structures that hold them.
+"""
 
 from __future__ import annotations
 

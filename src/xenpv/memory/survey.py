@@ -1,4 +1,4 @@
-"""Statistics of a p2m: how many pfns of each kind, and where its frames are, for a drawn map."""
+"""Statistics of a p2m: pfns of each kind, and the frames' places for a map."""
 
 from __future__ import annotations
 
@@ -94,7 +94,9 @@ def survey(p2m: P2M, cells: int = 512) -> Survey:
 
 
 def _shared_last_leaf(p2m: P2M) -> int:
-    """Return the first place of the last leaf if the table ends within it and it stands in other places too; else -1.
+    """Return the first place of a shared last leaf in which the table ends.
+
+    Return -1 if the table ends elsewhere, or if no other place names that leaf.
 
     Its entries beyond the table's end are then counted for each place, and must be subtracted once.
     """

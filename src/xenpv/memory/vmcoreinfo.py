@@ -1,4 +1,6 @@
-"""Finding VMCOREINFO in a domain's memory: the lines in which a Linux kernel describes itself to debuggers.
+"""Finding VMCOREINFO in a domain's memory.
+
+VMCOREINFO is the lines in which a Linux kernel describes itself to debuggers.
 
 A debugger of a crashed kernel gets them as an ELF note. A running kernel always keeps them in memory, as text and as
 that note (Linux: kernel/crash_core.c, vmcoreinfo_data and vmcoreinfo_note), in pages that nothing outside of the kernel
@@ -26,7 +28,9 @@ _NEW_UTSNAME = 6 * 65  # bytes of struct new_utsname, which has the kernel's rel
 
 
 class VmcoreinfoSearch:
-    """Searches pages for the text, in any order, as another reader of the memory comes by them.
+    """Searches pages for the text, in any order of arrival.
+
+    Another reader of the memory passes on each page that it comes by.
 
     Anybody in the guest can write such lines into memory. A text is the kernel's own if the kernel's uts name, at the
     virtual address in the text, has the same release. If none is, or virtual memory cannot be read, the text in the
@@ -67,7 +71,10 @@ class VmcoreinfoSearch:
 
 
 def find_vmcoreinfo(domain: PagedDomain) -> bytes | None:
-    """Search all pages and return the text; None if no page has it: not Linux, or a Linux without it."""
+    """Search all pages and return the text; None if no page has it.
+
+    Then the guest is not Linux, or a Linux without it.
+    """
     search = VmcoreinfoSearch(domain)
     for pfns in _batches(domain):
         for readable_pfns, pages in _read_readable(domain, pfns):
@@ -78,7 +85,10 @@ def find_vmcoreinfo(domain: PagedDomain) -> bytes | None:
 
 
 def vmcoreinfo_value(text: bytes, key: str) -> str | None:
-    """Return the value of a key such as "NUMBER(phys_base)" in the text, None if it has no such key."""
+    """Return the value of a key in the text, None if it has no such key.
+
+    A key is, for example, "NUMBER(phys_base)".
+    """
     for line in text.split(b"\n"):
         name, equals, vmcoreinfo_value = line.partition(b"=")
         if equals and name == key.encode():
@@ -87,7 +97,10 @@ def vmcoreinfo_value(text: bytes, key: str) -> str | None:
 
 
 def _text_at(domain: PagedDomain, page: U8, pfn: int, offset: int) -> bytes | None:
-    """Return the text at an offset in a page, which may continue in the next pfn; None if it is not VMCOREINFO."""
+    """Return the text at an offset in a page; None if it is not VMCOREINFO.
+
+    The text may continue in the next pfn.
+    """
     text, terminator, _ = page.tobytes()[offset:].partition(b"\0")
     if not terminator:
         try:
@@ -110,7 +123,9 @@ def _is_kernels_own(domain: PagedDomain, text: bytes) -> bool:
 
 
 def _batches(domain: PagedDomain) -> Iterator[U64]:
-    """Iterate over the pfns of all pages with content but page tables, in batches, the highest first.
+    """Iterate over the pfns of all pages with content, but not page tables.
+
+    They come in batches, the highest first.
 
     What Linux allocates as it starts lies at the end of its memory.
     """
@@ -130,7 +145,10 @@ def _batches(domain: PagedDomain) -> Iterator[U64]:
 
 
 def _read_readable(domain: PagedDomain, pfns: U64) -> Iterator[tuple[U64, U8]]:
-    """Read those pages that can be read, in pieces: a file may be cut off, and a guest may give a page back."""
+    """Read those pages that can be read, in pieces.
+
+    A file may be cut off, and a guest may give a page back.
+    """
     try:
         pages = domain.frames.pages(pfns)
     except GuestError:

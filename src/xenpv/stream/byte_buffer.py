@@ -1,4 +1,7 @@
-"""A buffer of input bytes: fed in any pieces, taken out in the sizes that a parser asks for."""
+"""A buffer of input bytes.
+
+It is fed in pieces of any size, and read in the sizes that a parser asks for.
+"""
 
 from __future__ import annotations
 

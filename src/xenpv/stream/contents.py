@@ -1,4 +1,4 @@
-"""The contents of a stream, collected from its events: everything but page content."""
+"""The contents of a stream, except page content, collected from its events."""
 
 from __future__ import annotations
 
@@ -171,7 +171,10 @@ class Contents:
         return FrameRuns.from_frames(self.p2m_frames)
 
     def _add_pv_info(self, event: records.X86PVInfo) -> None:
-        """Keep the first X86_PV_INFO, as a restorer does, and drop earlier contexts of another width."""
+        """Keep the first X86_PV_INFO, as a restorer does.
+
+        Drop earlier contexts of another width.
+        """
         if self.pv_info is None:
             self.pv_info = event
             size = VCPU_GUEST_CONTEXT.size(self.width)
@@ -189,7 +192,10 @@ class Contents:
             self.record_groups.append(RecordGroup(event.offset, event.name, event.length, pages=event.pages))
 
     def _add_p2m_frames(self, event: records.X86PVP2MFrames) -> None:
-        """Add frames: a later record may extend the p2m, if the domain grew meanwhile, or replace frames of it."""
+        """Add the frames of an X86_PV_P2M_FRAMES record.
+
+        A later record may extend the p2m, if the domain grew meanwhile, or replace frames of it.
+        """
         self.p2m_record = event
         per_page = PAGE_SIZE // self.width
         first, pfns = event.start_pfn // per_page, event.p2m_pfns

@@ -1,4 +1,7 @@
-"""The place of a parser in its input: takes bytes, waits for more, and reports breaches of rules."""
+"""The position of a parser in its input.
+
+A Cursor reads bytes, waits for more, and reports breaches of rules.
+"""
 
 from __future__ import annotations
 

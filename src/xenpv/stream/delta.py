@@ -1,4 +1,6 @@
-"""Pages as Remus sends them in the legacy format: what changed since a page was last sent.
+"""Page deltas of the legacy Remus format.
+
+A delta holds what changed since a page was last sent.
 
 xen.git:tools/libxc/xc_compression.c (until Xen 4.5), xg_save_restore.h "Format of compressed data". A page begins with
 a byte: EMPTY_PAGE, nothing changed; FULL_PAGE, all of it follows. Otherwise it is runs of 4-byte words until the page

@@ -1,4 +1,6 @@
-"""The headers of a core that `xl dump-core` wrote, without I/O: ELF sections and Xen's notes, which may be hostile.
+"""The headers of a core that `xl dump-core` wrote, parsed without I/O.
+
+They are ELF sections and Xen's notes, which may be hostile.
 
 xen.git:docs/misc/dump-core-format.txt; the writer is tools/libs/guest/xg_core.c.
 """
@@ -206,7 +208,10 @@ _KNOWN_SECTIONS = {
 
 
 def _read_notes(read_at: ReadAt, section: Section) -> tuple[tuple[int, ...] | None, str]:
-    """Return the numbers of the header note, None if it is missing, and the version of Xen."""
+    """Return the numbers of the header note, and the version of Xen.
+
+    The numbers are None if the note is missing.
+    """
     data = read_at(section.offset, min(section.size, _NOTES_MAX))
     header, xen, at = None, "", 0
     while at + abi.NOTE.size <= len(data):

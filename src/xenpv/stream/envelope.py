@@ -1,4 +1,6 @@
-"""The envelope of a migration stream in a file: its headers, detection by the first bytes, and writing.
+"""The envelope of a migration stream in a file.
+
+Here are its headers, its detection by the first bytes, and its writing.
 
 xl writes struct save_file_header (xen.git:tools/xl/xl.h), libvirt libxlSavefileHeader (src/libxl/libxl_domain.h).
 xenopsd writes a signature and then {type, length} sections (xen-api.git:ocaml/xenopsd/lib/suspend_image.ml). All three

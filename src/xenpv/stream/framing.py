@@ -1,4 +1,7 @@
-"""The record: a header and a body; and the headers of a libxc stream. records.py has the types of record."""
+"""The record, which is a header and a body; and headers of a libxc stream.
+
+records.py has the types of record.
+"""
 
 from __future__ import annotations
 

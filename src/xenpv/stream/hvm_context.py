@@ -1,4 +1,7 @@
-"""The body of an HVM_CONTEXT record, which has records of its own: xen.git:xen/include/public/hvm/save.h."""
+"""The body of an HVM_CONTEXT record, which has records of its own.
+
+Source: xen.git:xen/include/public/hvm/save.h.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Legacy streams, from before Xen 4.6, read as the events of a stream of version 3.
+"""Legacy streams (before Xen 4.6), read as events of a stream of version 3.
 
 xen.git@b15bc4345e^:tools/libxc/xg_save_restore.h, xc_domain_save.c, xc_domain_restore.c;
 xen.git:tools/python/xen/migration/legacy.py, docs/specs/libxc-migration-stream.pandoc "Legacy Images".
@@ -97,7 +97,11 @@ class LegacyFormat:
 
 
 def _detect_toolstack(cursor: Cursor) -> Generator[Event | None, None, tuple[int, Guest]]:
-    """Wait for the first bytes, and detect the toolstack by them. Raises Malformed where there is none."""
+    """Wait for the first bytes, and detect the toolstack by them.
+
+    Raises:
+        Malformed: the bytes are not those of any toolstack.
+    """
     head = yield from cursor.peek(envelope.SNIFF_SIZE)
     toolstack = detect_toolstack(head)
     if toolstack is None:
@@ -334,7 +338,10 @@ class _LegacyStream:
             raise self._malformed(f"{len(self._partial_page)} bytes of compressed data belong to no page")
 
     def _split_pending(self, pages: int) -> tuple[bytes, bytes]:
-        """Split off the pending entries of so many pages with content; return them and the others."""
+        """Split off the pending entries of so many pages with content.
+
+        Return them and the others.
+        """
         import numpy as np  # noqa: PLC0415
 
         with_content = np.frombuffer(self._pending_entries, "<u8") >> np.uint64(60) < 0xD

@@ -1,4 +1,4 @@
-"""The physmap of a legacy stream's device model, converted to the records of today.
+"""The physmap of a legacy device model, converted to the records of today.
 
 xen.git:tools/python/xen/migration/legacy.py 'Legacy "toolstack" record layout'
 """

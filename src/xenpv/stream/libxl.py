@@ -1,4 +1,7 @@
-"""Records of the libxl layer around a libxc stream (xen.git:docs/specs/libxl-migration-stream.pandoc)."""
+"""Records of the libxl layer around a libxc stream.
+
+Source: xen.git:docs/specs/libxl-migration-stream.pandoc.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The order of records in a libxc stream: one table, which reader, writer, verifier and restorer ask."""
+"""The order of records in a libxc stream, as one table.
+
+Reader, writer, verifier and restorer ask it.
+"""
 
 from __future__ import annotations
 

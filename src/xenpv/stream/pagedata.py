@@ -1,4 +1,7 @@
-"""PAGE_DATA, which is most of a stream: pfns and types of pages, and where their content begins."""
+"""PAGE_DATA: pfns and types of pages, and where their content begins.
+
+PAGE_DATA records are most of a stream.
+"""
 
 from __future__ import annotations
 
@@ -106,7 +109,10 @@ class PageData(Record):
         return record
 
     def _all_valid(self, max_pfn: int | None) -> bool:
-        """Return whether no pfn or reserved bit is wrong, by NumPy: records of memory without content are long."""
+        """Return whether all pfns and reserved bits are valid.
+
+        It uses NumPy, because records of memory without content are long.
+        """
         entries = self.entries
         return not (entries & entries.dtype.type(RESERVED_MASK)).any() and (
             max_pfn is None or int(self.pfns.max()) <= max_pfn
@@ -124,7 +130,9 @@ def _lanes(value: int, count: int) -> int:
 
 
 def _check_lanes(ctx: RecordContext, raw: bytes, first: int) -> None:
-    """Report the first reserved bit, and the first pfn beyond the domain's end, among up to 1024 entries.
+    """Report the first reserved bit and the first pfn beyond the domain's end.
+
+    It checks up to 1024 entries.
 
     A loop in Python over a terabyte's entries takes minutes, so one number holds all lanes. The limit has bit 63 set in
     each lane: no lane borrows from the next, and that bit stays set exactly where the limit is not exceeded.

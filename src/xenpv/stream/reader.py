@@ -146,14 +146,20 @@ class Reader:
         self._cursor.needed = 0
 
     def _detect_kind(self) -> Generator[Event | None, None, Kind | None]:
-        """Tell the kind of stream by its first bytes; None is a legacy stream, where one may come."""
+        """Return the kind of stream by its first bytes.
+
+        None stands for a legacy stream, if one is allowed.
+        """
         head = yield from self._cursor.peek(envelope.SNIFF_SIZE)
         if self._legacy is not None and self._legacy.matches(head):
             return None
         return envelope.sniff(head)
 
     def _read_legacy(self, name: str, at: int = 0, *, emulator: bool = True) -> Steps:
-        """Read a legacy stream. ``name`` and ``at``: for the error; ``emulator``: its state may follow."""
+        """Read a legacy stream.
+
+        ``name`` and ``at`` are for the error. ``emulator`` tells whether a device model's state may follow.
+        """
         if self._legacy is None:
             raise Unsupported(f"{name}, which is not read", offset=at)
         self.is_legacy = True
@@ -284,7 +290,10 @@ class Reader:
                 order.libxc_handed_back(checkpoint=(yield from self._read_libxc_part(libxc)))
 
     def _read_libxc_part(self, libxc: Steps) -> Generator[Event | None, None, bool]:
-        """Read the libxc stream until its END, or until a CHECKPOINT hands back to libxl; whether it was one."""
+        """Read the libxc stream until its END or a CHECKPOINT.
+
+        A CHECKPOINT hands back to libxl. Return whether it was one.
+        """
         for event in libxc:
             yield event
             if event is not None and event.name == RecordType.CHECKPOINT.name:
@@ -361,7 +370,10 @@ class Reader:
     def _read_body(
         self, ctx: RecordContext, kind: int, length: int, known: Mapping[int, type[Record]]
     ) -> Generator[Event | None, None, Record | None]:
-        """Read or skip the body of a record whose header was read; yield and return the record, if it is usable."""
+        """Read or skip the body of a record whose header was read.
+
+        Yield and return the record, if it is usable.
+        """
         cursor = self._cursor
         padded = -(-length // 8) * 8
         cls = known.get(kind)

@@ -1,4 +1,6 @@
-"""The records of a libxc stream, each with the checks that its own bytes allow. PAGE_DATA is in pagedata.py.
+"""The records of a libxc stream, each with the checks that its bytes allow.
+
+PAGE_DATA is in pagedata.py.
 
 NumPy is imported only on demand: verify-stream-v2 starts in half the time without it. Arrays are views.
 """

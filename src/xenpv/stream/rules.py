@@ -1,4 +1,4 @@
-"""The rules of the stream's framing, order and records, each with where it comes from.
+"""The rules of the stream's framing, order and records, with their sources.
 
 SPEC is xen.git:docs/specs/libxc-migration-stream.pandoc, LIBXL_SPEC its libxl twin; the functions are those of
 xen.git:tools/libs/guest/xg_sr_restore.c, xg_sr_restore_x86_pv.c and xg_sr_common.c.

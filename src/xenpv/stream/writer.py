@@ -183,7 +183,10 @@ class Writer:
                 self._raise_breach(rules.MISSING, f"the stream ends without {missing.name}")
 
     def _note_sent(self, kind: int, *, is_libxc: bool) -> None:
-        """Note whether the stream is done, and whether libxc's or libxl's records come next."""
+        """Note whether the stream is done, and whose records come next.
+
+        The next records are libxc's or libxl's.
+        """
         if not is_libxc:
             self.done = self._libxl.ended
         elif kind in {RecordType.END, RecordType.CHECKPOINT}:
@@ -194,7 +197,10 @@ class Writer:
         raise self._fatal_error(rule, message)
 
     def _fatal_error(self, rule: Rule, message: str) -> StreamError:
-        """Note a breach, after which nothing can be written; return the error that the caller must raise."""
+        """Note a breach, and return the error that the caller must raise.
+
+        Nothing can be written after it.
+        """
         self._failed = rules.breach(rule, message, offset=self.offset, record=self._record)
         return self._failed
 
