@@ -94,8 +94,7 @@ class DeltaStore:
     def _read_base(self, pfns: U64, offset: int) -> U8:
         """Return the last content of pages, uint8 of shape (n, 4096).
 
-        Args:
-            offset: of the record that needs it, for the error.
+        ``offset`` is that of the record that needs it, for the error.
         """
         content = np.empty((len(pfns), PAGE_SIZE), np.uint8)
         stored = self._marks.get(pfns) & _HAS_CONTENT != 0
