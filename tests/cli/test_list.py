@@ -40,3 +40,10 @@ def test_list_json_adds_memory_in_bytes_and_vcpus() -> None:
     assert [domain["memory"] for domain in listed] == [4 << 20, 4 << 20, 1 << 40, 4 << 20, 4 << 20]
     assert [domain["vcpus"] for domain in listed] == [2, 2, 2, 2, 0]
     assert (listed[1]["uuid"], listed[1]["paused"], listed[2]["shutdown_reason"]) == (UUID, True, 3)
+
+
+def test_list_without_xenstore_notes_that_no_names_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert xenpv("list").err == ""
+    monkeypatch.setattr(HostStub, "xenstore_error", "xenstore cannot be reached")
+    ran = xenpv("list")
+    assert (ran.code, ran.err.count("xenstore cannot be reached")) == (0, 1)

@@ -30,6 +30,8 @@ def domain_info(domid: int, name: str | None = None, uuid: str | None = None, **
 class HostStub:
     """A host that only knows the DomainInfo of its domains."""
 
+    xenstore_error: str | None = None
+
     def __init__(self, *domains: DomainInfo) -> None:
         self._domains = domains
 

@@ -28,7 +28,9 @@ def list(as_json: bool) -> None:  # noqa: A001  the verb's name
       xenpv list --json | jq '.[] | select(.hvm | not) | .name'
     """
     with XenHost() as host:
-        domains = host.domains()
+        domains, xenstore_error = host.domains(), host.xenstore_error
+    if xenstore_error is not None:
+        click.echo(f"xenpv: note: no names are known: {xenstore_error}", err=True)
     if as_json:
         print_json(
             [asdict(domain) | {"memory": domain.pages * PAGE_SIZE, "vcpus": domain.max_vcpu + 1} for domain in domains]

@@ -103,3 +103,12 @@ def test_write_that_fails_writes_no_node() -> None:
         connect(stub).write(DomId(7), all_nodes(Daemons()))
     assert caught.value.errno == errno.ENOSPC
     assert (stub.begun, stub.ended, stub.nodes) == (1, 1, before)
+
+
+def test_xenstore_without_its_library_names_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xenstore, "LIBXENSTORE", ("libxenpv-no-such.so.1",))
+    store = xenstore.XenStore()
+    assert "libxenpv-no-such.so.1" in str(store.error)
+    with pytest.raises(HostError, match=r"libxenpv-no-such\.so\.1") as caught:
+        store.check_reachable("introduce", DomId(7))
+    assert caught.value.errno == errno.ENOTCONN

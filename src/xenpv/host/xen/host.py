@@ -162,6 +162,11 @@ class XenHost:
     def _name(self, domid: DomId) -> str | None:
         return self._xenstore().read(f"/local/domain/{domid}/name")
 
+    @property
+    def xenstore_error(self) -> str | None:
+        """Why xenstore cannot be reached, so that no domain has a name; None if it can."""
+        return self._xenstore().error
+
     def _max_vcpu(self, domid: DomId) -> int:
         """Return a domain's highest vcpu number; -1 if it has none."""
         return _max_vcpu_of(self._getdomaininfo(domid))

@@ -33,6 +33,8 @@ class XenStore:
     xenstore cannot be reached. All calls that change xenstore raise HostError then; ``check_reachable`` does, too.
     """
 
+    _library_error: HostError | None = None  # why libxenstore cannot be used
+
     def __init__(self, *, socket: bool = True) -> None:
         """Connect.
 
@@ -43,7 +45,8 @@ class XenStore:
         self._handle: int | None = None
         try:
             library = open_library(LIBXENSTORE)
-        except HostError:
+        except HostError as e:
+            self._library_error = e
             return
         pointer, text, number, yes = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_bool
         count = ctypes.POINTER(number)
@@ -185,11 +188,19 @@ class XenStore:
         if not self._introduce(self._handle, domid, mfn, port):
             raise host_error("introduce", ctypes.get_errno(), domid)
 
+    @property
+    def error(self) -> str | None:
+        """Why xenstore cannot be reached; None if it can."""
+        if self._handle:
+            return None
+        if self._library_error is not None:
+            return f"xenstore cannot be reached: {self._library_error}"
+        return "xenstore cannot be reached; is xenstored running?"
+
     def check_reachable(self, op: str, domid: DomId) -> None:
         """Raise HostError if there is no xenstore."""
-        if not self._handle:
-            message = f"dom{domid}: {op}: xenstore cannot be reached; is xenstored running?"
-            raise HostError(message, op=op, domid=domid, errno=errno.ENOTCONN)
+        if (error := self.error) is not None:
+            raise HostError(f"dom{domid}: {op}: {error}", op=op, domid=domid, errno=errno.ENOTCONN)
 
     def close(self) -> None:
         """Close the connection; no call may follow."""
