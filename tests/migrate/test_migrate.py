@@ -15,7 +15,7 @@ from xenpv.errors import GuestError, HostError, OutOfOrder, RequestError, Stream
 from xenpv.host.domain_names import AWAY, INCOMING
 from xenpv.host.model.host import ModelHost
 from xenpv.migrate.channel import MigrationChannel, OutcomeUnknown
-from xenpv.migrate.protocol import RECEIVER, SENDER, Message, encode
+from xenpv.migrate.handover import RECEIVER, SENDER, Message, encode
 from xenpv.migrate.receiver import receive_domain
 from xenpv.migrate.sender import Owner, Settlement, send_domain, settle, take_back
 from xenpv.migrate.transport import Link

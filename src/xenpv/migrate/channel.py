@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from xenpv.errors import HostError, OutOfOrder, RequestError, StreamError
-from xenpv.migrate.protocol import HEADER, HandOver, Message, OnDisconnect, Stage, StateRule, decode_header
+from xenpv.migrate.handover import HEADER, HandOver, Message, OnDisconnect, Stage, StateRule, decode_header
 from xenpv.migrate.transport import Link
 from xenpv.stream.fields import Buffer
 

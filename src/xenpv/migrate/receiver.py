@@ -15,7 +15,7 @@ from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import uninterruptible
 from xenpv.memory.anchors import P2MForm
 from xenpv.migrate.channel import EventCallback, MigrationChannel, OutcomeUnknown, ignore_event
-from xenpv.migrate.protocol import RECEIVER, VERSIONS, Message, Offer, Stage
+from xenpv.migrate.handover import RECEIVER, VERSIONS, Message, Offer, Stage
 from xenpv.migrate.transport import Link
 from xenpv.restore.restore import restore_domain
 

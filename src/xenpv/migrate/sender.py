@@ -12,7 +12,7 @@ from xenpv.host.protocol import Host, Mover
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import uninterruptible
 from xenpv.migrate.channel import EventCallback, MigrationChannel, OutcomeUnknown, ignore_event
-from xenpv.migrate.protocol import SENDER, VERSIONS, Message, Offer, OnDisconnect, common_version
+from xenpv.migrate.handover import SENDER, VERSIONS, Message, Offer, OnDisconnect, common_version
 from xenpv.migrate.transport import Link
 from xenpv.save.precopy import PrecopyPolicy
 from xenpv.save.save import Summary, save

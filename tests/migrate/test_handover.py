@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from xenpv.errors import Malformed, OutOfOrder, StreamError, Unsupported
-from xenpv.migrate.protocol import (
+from xenpv.migrate.handover import (
     HEADER,
     MAGIC,
     RECEIVER,
