@@ -93,18 +93,18 @@ class Finding:
         return {"rule": self.rule.name, "severity": str(self.severity)} | known
 
     def __str__(self) -> str:
-        where = []
+        parts = []
         if self.offset is not None:
-            where.append(f"offset {self.offset:#x}")
+            parts.append(f"offset {self.offset:#x}")
         if self.record:
-            where.append(self.record)
+            parts.append(self.record)
         if self.vcpu is not None:
-            where.append(f"vcpu{self.vcpu}")
+            parts.append(f"vcpu{self.vcpu}")
         if self.pfn is not None:
-            where.append(f"pfn {self.pfn:#x}")
+            parts.append(f"pfn {self.pfn:#x}")
         if self.level is not None:
-            where.append(f"L{self.level}" + ("" if self.entry is None else f"[{self.entry}]"))
-        place = f" ({', '.join(where)})" if where else ""
+            parts.append(f"L{self.level}" + ("" if self.entry is None else f"[{self.entry}]"))
+        place = f" ({', '.join(parts)})" if parts else ""
         return f"{self.message}{place} [{self.rule.name}]"
 
 

@@ -71,8 +71,8 @@ def nonzero_pages(pages: U8) -> Mask:
 
 def first_bad(mask: Mask) -> int | None:
     """Return the flat index of the first element that is set, None if none is."""
-    at = int(np.argmax(mask)) if mask.size else 0
-    return at if mask.size and mask.flat[at] else None
+    index = int(np.argmax(mask)) if mask.size else 0
+    return index if mask.size and mask.flat[index] else None
 
 
 class Frames(Protocol):

@@ -44,8 +44,8 @@ class Runs:
     @staticmethod
     def from_pfns(pfns: U64) -> Runs:
         """Return the runs of ascending pfns."""
-        at, pages = group_rows(np.diff(pfns) != 1, len(pfns))
-        return Runs(pfns[at], pages)
+        start, pages = group_rows(np.diff(pfns) != 1, len(pfns))
+        return Runs(pfns[start], pages)
 
     @classmethod
     def concatenate(cls, pieces: Iterable[Self]) -> Self:
@@ -121,18 +121,18 @@ class Runs:
         ends = np.cumsum(self.pages)
         total = int(ends[-1]) if len(ends) else 0
         total = total if limit is None else min(total, limit)
-        for begin in range(0, total, size):
-            stop = min(begin + size, total)
-            rows = np.arange(np.searchsorted(ends, begin, "right"), np.searchsorted(ends, stop, "left") + 1)
+        for start in range(0, total, size):
+            stop = min(start + size, total)
+            rows = np.arange(np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left") + 1)
             run_begin = ends[rows] - self.pages[rows]
-            low = np.maximum(run_begin, begin)
+            low = np.maximum(run_begin, start)
             pages = np.minimum(ends[rows], stop) - low
             yield np.repeat(rows, pages), expand_runs(self.first[rows] + (low - run_begin).astype(np.uint64), pages)
 
     def merged(self) -> Runs:
         """Return the same pfns with adjacent runs joined; types are dropped."""
-        at, _ = group_rows(self.first[1:] != self.end[:-1], len(self))
-        return Runs(self.first[at], np.add.reduceat(self.pages, at) if len(at) else self.pages)
+        start, _ = group_rows(self.first[1:] != self.end[:-1], len(self))
+        return Runs(self.first[start], np.add.reduceat(self.pages, start) if len(start) else self.pages)
 
     def where(self, keep: Mask) -> Runs:
         """Return the runs of those pfns for which ``keep`` is set.
@@ -159,8 +159,8 @@ class Extents(Runs):
     @classmethod
     def from_types(cls, pfns: U64, types: U8) -> Self:
         """Return the extents of ascending pfns with a page type each."""
-        at, pages = group_rows((np.diff(pfns) != 1) | (types[1:] != types[:-1]), len(pfns))
-        return cls(pfns[at], pages, types[at])
+        start, pages = group_rows((np.diff(pfns) != 1) | (types[1:] != types[:-1]), len(pfns))
+        return cls(pfns[start], pages, types[start])
 
     def typed_batches(self, size: int, limit: int | None = None) -> Iterator[tuple[U64, U8]]:
         """Iterate over the pfns as ``batches`` does, with the page type of each."""
@@ -212,11 +212,11 @@ class FrameMap:
         firsts, counts, targets = [np.empty(0, np.uint64)], [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
         rows = 0
         for numbers, to in pieces:
-            at, count = group_rows((np.diff(numbers) != 1) | (np.diff(to) != 1), len(numbers))
-            firsts.append(numbers[at])
+            start, count = group_rows((np.diff(numbers) != 1) | (np.diff(to) != 1), len(numbers))
+            firsts.append(numbers[start])
             counts.append(count)
-            targets.append(to[at])
-            rows += len(at)
+            targets.append(to[start])
+            rows += len(start)
             if rows > ROWS_MAX:
                 raise GuestError(f"more than {ROWS_MAX:#x} runs of pages")
         first, count, target = np.concatenate(firsts), np.concatenate(counts), np.concatenate(targets)
@@ -229,9 +229,9 @@ class FrameMap:
             overlap[1:] = np.clip(reach.astype(np.int64) - first[1:].astype(np.int64), 0, count[1:])
         if not overlap.any():
             return cls(Runs(first, count), target)
-        keep, head = overlap < count, overlap.astype(np.uint64)
-        runs = Runs((first + head)[keep], (count - overlap)[keep])
-        return cls(runs, (target + head)[keep], int(overlap.sum()), int(first[np.argmax(overlap > 0)]))
+        has_rest, head = overlap < count, overlap.astype(np.uint64)
+        runs = Runs((first + head)[has_rest], (count - overlap)[has_rest])
+        return cls(runs, (target + head)[has_rest], int(overlap.sum()), int(first[np.argmax(overlap > 0)]))
 
     def lookup(self, numbers: U64) -> U64:
         """Return the target of each number; uint64 of the same shape.
@@ -251,14 +251,14 @@ class FrameMap:
         """
         first, end = self.runs.first, self.runs.end
         rows = slice(int(np.searchsorted(end, numbers.start, "right")), int(np.searchsorted(first, numbers.stop)))
-        begin: U64 = np.maximum(first[rows], np.uint64(numbers.start))
-        count = (np.minimum(end[rows], np.uint64(numbers.stop)) - begin).astype(np.int64)
-        target: U64 = self.target[rows] + (begin - first[rows])
+        start: U64 = np.maximum(first[rows], np.uint64(numbers.start))
+        count = (np.minimum(end[rows], np.uint64(numbers.stop)) - start).astype(np.int64)
+        target: U64 = self.target[rows] + (start - first[rows])
         targets = expand_runs(target, count)
         if len(targets) == len(numbers):
             return targets
         out = np.full(len(numbers), NO_FRAME)
-        out[expand_runs((begin - np.uint64(numbers.start)).astype(np.int64), count)] = targets
+        out[expand_runs((start - np.uint64(numbers.start)).astype(np.int64), count)] = targets
         return out
 
 
@@ -308,7 +308,7 @@ class FrameRuns:
     def equals(self, other: FrameRuns) -> bool:
         """Return whether both are the same rows."""
         columns = ((self.first, other.first), (self.count, other.count), (self.frame, other.frame))
-        return all(np.array_equal(mine, its) for mine, its in columns)
+        return all(np.array_equal(column, other_column) for column, other_column in columns)
 
     @property
     def end(self) -> I64:
@@ -330,7 +330,7 @@ class FrameRuns:
 
     def gaps(self, places: range) -> FrameRuns:
         """Return the parts of ``places`` that no run covers, with NO_FRAME as their frame."""
-        first, end = (np.clip(at, places.start, places.stop) for at in (self.first, self.end))
+        first, end = (np.clip(bound, places.start, places.stop) for bound in (self.first, self.end))
         starts = np.append(places.start, end)
         count = np.append(first, places.stop) - starts
         present = count > 0
@@ -343,17 +343,17 @@ class FrameRuns:
 
     def below(self, stop: int) -> FrameRuns:
         """Return the parts of these runs at places below ``stop``."""
-        kept = self[self.first < stop]
-        return FrameRuns(kept.first, np.minimum(kept.count, stop - kept.first), kept.frame)
+        runs = self[self.first < stop]
+        return FrameRuns(runs.first, np.minimum(runs.count, stop - runs.first), runs.frame)
 
     def difference(self, other: FrameRuns) -> FrameRuns:
         """Return the parts of these runs in which ``other`` names another frame, or none."""
         cuts = np.concatenate([self.first, self.end, other.first, other.end])
         cuts.sort(kind="stable")  # each part is in order already, which np.unique would make nothing of
         cuts = cuts[group_rows(cuts[1:] != cuts[:-1], len(cuts))[0]]
-        mine = self.frame_of(cuts)
-        differs = (mine != NO_FRAME) & (mine != other.frame_of(cuts))  # never at the last cut, where all runs end
-        return FrameRuns(cuts[differs], np.diff(np.append(cuts, cuts[-1:]))[differs], mine[differs])
+        frame = self.frame_of(cuts)
+        differs = (frame != NO_FRAME) & (frame != other.frame_of(cuts))  # never at the last cut, where all runs end
+        return FrameRuns(cuts[differs], np.diff(np.append(cuts, cuts[-1:]))[differs], frame[differs])
 
 
 def align(a: Extents, b: Extents) -> tuple[Extents, Extents]:

@@ -80,11 +80,11 @@ class DeltaStore:
             message = f"pfn {int(distinct[repeated]):#x} comes twice among the compressed pages of one checkpoint"
             raise Malformed(message, offset=deltas.offset, record=PageDeltas.name)
         starts = [0, *deltas.ends][: len(pfns)]
-        needs_base = np.array([not delta.is_full_page(deltas.data, at) for at in starts], np.bool_)
+        needs_base = np.array([not delta.is_full_page(deltas.data, start) for start in starts], np.bool_)
         content = np.zeros((len(pfns), PAGE_SIZE), np.uint8)
         content[needs_base] = self._read_base(pfns[needs_base], deltas.offset)
-        for page, at in zip(content, starts, strict=True):
-            delta.apply_changes(deltas.data, at, page.data)
+        for page, start in zip(content, starts, strict=True):
+            delta.apply_changes(deltas.data, start, page.data)
         for pfn, rows in _consecutive(pfns):
             self._file.seek(pfn * PAGE_SIZE)
             self._file.write(content[rows].data)

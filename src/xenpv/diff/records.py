@@ -20,19 +20,22 @@ def compare_records(a: SavedDomain, b: SavedDomain) -> Iterator[FieldDifference]
     """Compare all records of two domains of one type and width."""
     contents = a.contents, b.contents
     yield from compare_values("stream", *map(_header_values, contents))
-    configs = [Config.from_contents(one) for one in contents]
+    configs = [Config.from_contents(stream_contents) for stream_contents in contents]
     yield from compare_bytes("configuration", *(None if config is None else config.text.encode() for config in configs))
-    yield from compare_values("X86_TSC_INFO", *(_field_values(one.tsc) for one in contents))
-    yield from compare_bytes("X86_CPUID_POLICY", *(_data(one.cpuid_policy) for one in contents))
-    yield from compare_bytes("X86_MSR_POLICY", *(_data(one.msr_policy) for one in contents))
+    yield from compare_values("X86_TSC_INFO", *(_field_values(stream_contents.tsc) for stream_contents in contents))
+    yield from compare_bytes("X86_CPUID_POLICY", *(_data(stream_contents.cpuid_policy) for stream_contents in contents))
+    yield from compare_bytes("X86_MSR_POLICY", *(_data(stream_contents.msr_policy) for stream_contents in contents))
     yield from _compare_p2m(*contents)
     yield from _compare_start_info(a, b)
     yield from compare_structs("shared info", _shared_info(a), _shared_info(b))
     for vcpu in sorted({*contents[0].vcpus, *contents[1].vcpus}):
         yield from _compare_vcpu(vcpu, a, b)
     yield from compare_values("HVM_PARAMS", *map(_hvm_params, contents))
-    yield from compare_bytes("HVM_CONTEXT", *(_data(one.hvm_context) for one in contents))
-    emulators = [{(record.name, record.index): record.data for record in one.emulators} for one in contents]
+    yield from compare_bytes("HVM_CONTEXT", *(_data(stream_contents.hvm_context) for stream_contents in contents))
+    emulators = [
+        {(record.name, record.index): record.data for record in stream_contents.emulators}
+        for stream_contents in contents
+    ]
     for name, index in dict.fromkeys(chain(*emulators)):
         yield from compare_bytes(f"{name} {index}", *(records.get((name, index)) for records in emulators))
 

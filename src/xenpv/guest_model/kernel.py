@@ -102,9 +102,11 @@ class Kernel:
         mfns = self._mfns_of(view, pfns)
         self.pages.unmap(view, pfns)
         self.p2m.store(view, pfns, np.full(len(pfns), NO_FRAME))
-        done = view.decrease_reservation(mfns)
-        if done < len(mfns):
-            raise GuestError(f"Xen took {done} pages of {len(mfns)}: mfn {int(mfns[done]):#x} is not the domain's")
+        released = view.decrease_reservation(mfns)
+        if released < len(mfns):
+            raise GuestError(
+                f"Xen took {released} pages of {len(mfns)}: mfn {int(mfns[released]):#x} is not the domain's"
+            )
 
     def balloon_in(self, view: GuestView, pfns: U64) -> U64:
         """Ask Xen for pages at vacant pfns; the p2m grows if it must.
@@ -180,8 +182,8 @@ class Kernel:
 
     def _check_vacant(self, view: GuestView, pfns: U64) -> None:
         """Raise RequestError unless no pfn has a page, and each appears once."""
-        taken = (pfns < np.uint64(self.pages.end)) | (self.p2m.lookup(view, pfns) != NO_FRAME)
-        if (first := first_bad(taken)) is not None:
+        is_occupied = (pfns < np.uint64(self.pages.end)) | (self.p2m.lookup(view, pfns) != NO_FRAME)
+        if (first := first_bad(is_occupied)) is not None:
             raise RequestError(f"pfn {int(pfns[first]):#x} is taken")
         _check_unique(pfns)
 

@@ -80,7 +80,9 @@ class Anchors:
     @classmethod
     def from_shared_info(cls, shared_info: bytes, width: Width) -> Anchors:
         """Read the fields from the bytes of a shared info page."""
-        return cls(width, *(int.from_bytes(shared_info[at : at + width], "little") for at in _offsets(width)))
+        return cls(
+            width, *(int.from_bytes(shared_info[offset : offset + width], "little") for offset in _offsets(width))
+        )
 
     def shared_info_writes(self) -> list[tuple[int, bytes]]:
         """Return the writes to shared info that publish this p2m.
@@ -89,9 +91,9 @@ class Anchors:
 
         p2m_levels and p2m_cr3 come last: while they are 0, nobody reads the others.
         """
-        at = dict(zip(_FIELDS, _offsets(self.width), strict=True))
+        offset_of = dict(zip(_FIELDS, _offsets(self.width), strict=True))
         order = ["p2m_root", "frame_list_list", "max_pfn", "p2m_generation", "p2m_vaddr", "p2m_levels", "p2m_cr3"]
-        return [(at[name], getattr(self, name).to_bytes(self.width, "little")) for name in order]
+        return [(offset_of[name], getattr(self, name).to_bytes(self.width, "little")) for name in order]
 
     @property
     def roots(self) -> list[P2MRoot]:

@@ -139,8 +139,8 @@ class DomainMemory:
         vaddrs = np.arange(pages, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(vaddr)
         pfns = translate(frame_reader(self.tables or self.frames), table, vaddrs, paging)
         if (row := first_bad(pfns == NO_FRAME)) is not None:
-            at = vaddr if not row else (vaddr & -PAGE_SIZE) + row * PAGE_SIZE
-            raise self._fault(at, top) or _tables_changed(at)
+            unmapped_vaddr = vaddr if not row else (vaddr & -PAGE_SIZE) + row * PAGE_SIZE
+            raise self._fault(unmapped_vaddr, top) or _tables_changed(unmapped_vaddr)
         return pfns
 
     def _fault(self, vaddr: int, top: Pfn | None) -> Fault | None:

@@ -102,8 +102,8 @@ class P2M:
             decode: Callable[[U8, int], U64] = decode_page_tables
         else:
             decode = partial(_frames_of_tree, width=anchors.width, to_pfns=to_pfns)
-        found, unreadable = walk_tree(read, top, root.table_levels, places, decode)
-        leaves = FrameRuns(found.first - root.first_place, found.count, found.frame)
+        frame_runs, unreadable = walk_tree(read, top, root.table_levels, places, decode)
+        leaves = FrameRuns(frame_runs.first - root.first_place, frame_runs.count, frame_runs.frame)
         return cls(anchors.width, anchors.max_pfn, leaves, read, unreadable)
 
     @cached_property
@@ -148,12 +148,12 @@ class P2M:
             places: the places of the leaves to read; None for each leaf once, at its first place.
             on_unreadable: called with leaves that cannot be read, which are left out.
         """
-        wanted = self.distinct_leaves
+        leaves = self.distinct_leaves
         if places is not None:
-            wanted = FrameRuns(places, np.ones(len(places), np.int64), self.leaves.frame_of(places))
-            wanted = wanted[wanted.frame != NO_FRAME]
-        for i in range(0, len(wanted), PAGES_IN_CACHE):
-            batch = wanted[i : i + PAGES_IN_CACHE]
+            leaves = FrameRuns(places, np.ones(len(places), np.int64), self.leaves.frame_of(places))
+            leaves = leaves[leaves.frame != NO_FRAME]
+        for i in range(0, len(leaves), PAGES_IN_CACHE):
+            batch = leaves[i : i + PAGES_IN_CACHE]
             pages, readable = self.read(batch.frame)
             if not readable.all():
                 if on_unreadable is not None:
@@ -184,9 +184,9 @@ class P2M:
             batch = frames[i : i + PAGES_IN_CACHE]
             pages, readable = self.read(batch)
             groups = by_leaf[bounds[i] : bounds[i + len(batch)]]
-            at, row = expand_runs(first[groups], count[groups]), np.repeat(leaf_of[groups] - i, count[groups])
-            entries = decode_entries(pages, self.width)[row, entry[at]]
-            out[at] = np.where(readable[row], entries, NO_FRAME)
+            index, row = expand_runs(first[groups], count[groups]), np.repeat(leaf_of[groups] - i, count[groups])
+            entries = decode_entries(pages, self.width)[row, entry[index]]
+            out[index] = np.where(readable[row], entries, NO_FRAME)
         out[pfns >= np.uint64(self.entries)] = NO_FRAME
         return out
 
@@ -199,15 +199,15 @@ class P2M:
         """
         if not mfns.size:
             return mfns
-        wanted, back = np.unique(mfns, return_inverse=True)
-        pfns = np.full(len(wanted), NO_FRAME)
+        distinct_mfns, inverse = np.unique(mfns, return_inverse=True)
+        pfns = np.full(len(distinct_mfns), NO_FRAME)
         for leaves in self.iter_leaves():
             entries = leaves.mfns.reshape(-1)
-            at = np.minimum(np.searchsorted(wanted, entries), len(wanted) - 1)
-            hit = np.flatnonzero(wanted[at] == entries)
-            pfns[at[hit]] = leaves.pfns.reshape(-1)[hit]
-        pfns[wanted == NO_FRAME] = NO_FRAME
-        return pfns[back].reshape(mfns.shape)
+            rank = np.minimum(np.searchsorted(distinct_mfns, entries), len(distinct_mfns) - 1)
+            hit = np.flatnonzero(distinct_mfns[rank] == entries)
+            pfns[rank[hit]] = leaves.pfns.reshape(-1)[hit]
+        pfns[distinct_mfns == NO_FRAME] = NO_FRAME
+        return pfns[inverse].reshape(mfns.shape)
 
 
 def names_local_frame(entries: U64) -> Mask:

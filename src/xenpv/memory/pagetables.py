@@ -113,13 +113,13 @@ def find_superpages(tables: U64, levels: U8 | int) -> Mask:
     return is_superpage
 
 
-def bad_entry_fault(domain: str, why: str, pfn: int, level: int, entry: int | None) -> Fault:
+def bad_entry_fault(domain: str, reason: str, pfn: int, level: int, entry: int | None) -> Fault:
     """Return the Fault for a bad page-table entry, in libxenguest's words.
 
     ``entry`` is None if the whole table is bad.
     """
-    where = f"L{level}" + ("" if entry is None else f"[{entry}]")
-    message = f"{domain}: Bad entry {where} of pfn {pfn:#x}: {why}"
+    place = f"L{level}" + ("" if entry is None else f"[{entry}]")
+    message = f"{domain}: Bad entry {place} of pfn {pfn:#x}: {reason}"
     return Fault(message, space="pfn", address=pfn, level=level, entry=entry)
 
 
@@ -234,9 +234,9 @@ def walk_vaddr(memory: Frames, top: Pfn, vaddr: Vaddr, width: Width = 8, paging:
     paging = paging or PV_PAGING[width]
     steps: list[WalkStep] = []
 
-    def end_early(why: str, level: int) -> Walk:
+    def end_early(problem: str, level: int) -> Walk:
         entry = paging.pte_index(vaddr, level)
-        fault = Fault(f"{vaddr:#x}: {why}", space="vaddr", address=vaddr, level=level, entry=entry)
+        fault = Fault(f"{vaddr:#x}: {problem}", space="vaddr", address=vaddr, level=level, entry=entry)
         return Walk(vaddr, tuple(steps), None, fault)
 
     if reason := paging.invalid_reason(vaddr):
@@ -364,14 +364,14 @@ def localise(tables: U64, mfn_of: Translate) -> tuple[U64, Mask]:
 
 def _replace_frames(tables: U64, translate: Translate) -> tuple[U64, Mask]:
     out, bad = tables.copy(), np.zeros(tables.shape, np.bool_)
-    at = np.flatnonzero(tables & np.uint64(PTE_P))
-    ptes = out.reshape(-1)[at]
+    present = np.flatnonzero(tables & np.uint64(PTE_P))
+    ptes = out.reshape(-1)[present]
     translated = translate(pte_frames(ptes))
     fails = translated >= np.uint64(NO_PFN)
     if fails.any():
-        bad.reshape(-1)[at[fails]] = True
+        bad.reshape(-1)[present[fails]] = True
         translated = np.where(fails, np.uint64(NO_PFN), translated)
-    out.reshape(-1)[at] = ptes & _NO_FRAME_BITS | translated << np.uint64(PAGE_SHIFT)
+    out.reshape(-1)[present] = ptes & _NO_FRAME_BITS | translated << np.uint64(PAGE_SHIFT)
     return out, bad
 
 

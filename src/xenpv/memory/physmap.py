@@ -201,8 +201,8 @@ class _RowIndex:
         """Return the row of each number, -1 for none."""
         if not len(self):
             return np.full(numbers.shape, -1, np.int64)
-        at = np.minimum(np.searchsorted(self.ascending, numbers), len(self) - 1)
-        return np.where(self.ascending[at] == numbers, self.rows[at], -1)
+        position = np.minimum(np.searchsorted(self.ascending, numbers), len(self) - 1)
+        return np.where(self.ascending[position] == numbers, self.rows[position], -1)
 
     def add(self, numbers: U64) -> I64:
         """Return the row of each number, a new one for those that had none."""

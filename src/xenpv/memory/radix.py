@@ -76,7 +76,7 @@ def walk_tree(
             if len(unreadable) + len(failed) > UNREADABLE_MAX:
                 raise GuestError(f"more than {UNREADABLE_MAX} tables below frame {root:#x} cannot be read")
             first_place = table_nodes.first[bounds[i : i + len(tables)] - bounds[i]]
-            unreadable += [UnreadableTable(int(tables[at]), level, int(first_place[at])) for at in failed]
+            unreadable += [UnreadableTable(int(tables[row]), level, int(first_place[row])) for row in failed]
             shift = (entries.shape[1].bit_length() - 1) * (level - 1)
             level_places = range(places.start >> shift, (places.stop - 1 >> shift) + 1)
             pieces.append(_next_level(table_nodes, entries, table_of, level_places))
@@ -91,10 +91,10 @@ def walk_tree(
 def _next_level(nodes: FrameRuns, entries: U64, table_of: I64, places: range) -> FrameRuns:
     """Return the frames that tables name, as runs of places of the next level down.
 
-    The runs within each table are found once; then they are unrolled for the places in which it stands.
+    The runs within each table are found once; then they are unrolled for all places of the table.
 
     Args:
-        nodes: where the tables stand.
+        nodes: the places of the tables.
         entries: the frames that each table names, uint64 of shape (tables, entries).
         table_of: for each node, its row in ``entries``, ascending.
         places: the places of the next level to keep.
@@ -109,10 +109,10 @@ def _next_level(nodes: FrameRuns, entries: U64, table_of: I64, places: range) ->
     times = np.where(uniform, 1, nodes.count)  # a run of uniform tables stays one run, any other is unrolled
     shared = int((times * runs[table_of]).sum() - runs.sum())
     if shared > SHARED_RUNS_MAX:
-        stands = np.bincount(table_of, times)
-        worst = int(nodes.frame[np.searchsorted(table_of, np.argmax(stands))])
+        place_counts = np.bincount(table_of, times)
+        worst = int(nodes.frame[np.searchsorted(table_of, np.argmax(place_counts))])
         problem = f"tables that are shared name more than {SHARED_RUNS_MAX} runs of frames"
-        raise GuestError(f"{problem}: frame {worst:#x}, a table, stands in {int(stands.max())} places")
+        raise GuestError(f"{problem}: frame {worst:#x}, a table, stands in {int(place_counts.max())} places")
     node = np.repeat(np.arange(len(nodes)), times)
     table_place = expand_runs(nodes.first, times)
     table_count = np.where(uniform, nodes.count, 1)[node]
@@ -123,8 +123,8 @@ def _next_level(nodes: FrameRuns, entries: U64, table_of: I64, places: range) ->
     frame = entries[table, first_entry][row]
     low = np.maximum(start, places.start)
     high = np.minimum(start + count, places.stop)
-    keep = (frame != NO_FRAME) & (low < high)
-    return FrameRuns(low[keep], (high - low)[keep], frame[keep])
+    is_within = (frame != NO_FRAME) & (low < high)
+    return FrameRuns(low[is_within], (high - low)[is_within], frame[is_within])
 
 
 def build_tree(nodes: FrameRuns, levels: int, size: int, encode: Callable[[U64], U8], store: StorePages) -> FrameRuns:
@@ -176,7 +176,7 @@ def _write_level(nodes: FrameRuns, size: int, encode: Callable[[U64], U8], store
         batch_pieces = pieces[bounds[i] : bounds[i + len(named)]]
         entries = np.full((len(named), size), NO_FRAME)
         row = np.searchsorted(named, batch_pieces.first // size)
-        at = expand_runs(row * size + batch_pieces.first % size, batch_pieces.count)
-        entries.reshape(-1)[at] = np.repeat(batch_pieces.frame, batch_pieces.count)
+        position = expand_runs(row * size + batch_pieces.first % size, batch_pieces.count)
+        entries.reshape(-1)[position] = np.repeat(batch_pieces.frame, batch_pieces.count)
         frames[i : i + len(named)] = store(encode(entries))
     return FrameRuns.in_order([uniform, FrameRuns(tables, np.ones(len(tables), np.int64), frames)])

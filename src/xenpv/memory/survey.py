@@ -73,19 +73,19 @@ def survey(p2m: P2M, cells: int = 512) -> Survey:
         if count.any() and EntryKind.LOCAL not in first:
             first[EntryKind.LOCAL] = int(leaves.pfns[is_local][0])
         _add_to_cells(local_pages, cell_pfns, leaves, is_local, count)
-        for at in np.flatnonzero(leaves.first_place == shared_last_leaf).tolist():
+        for leaf_row in np.flatnonzero(leaves.first_place == shared_last_leaf).tolist():
             beyond = p2m.leaf_count * p2m.entries_per_leaf - p2m.entries
-            for kind in entry_kinds(leaves.mfns[at, p2m.entries_per_leaf - beyond :]).tolist():
+            for kind in entry_kinds(leaves.mfns[leaf_row, p2m.entries_per_leaf - beyond :]).tolist():
                 pages[EntryKind(kind)] -= 1
         if is_local.all():
             continue
         kinds = entry_kinds(leaves.mfns)
         inside = leaves.pfns < np.uint64(p2m.entries)
-        for other in (EntryKind.INVALID, EntryKind.FOREIGN, EntryKind.IDENTITY):
-            matches = (kinds == other) & inside
-            pages[other] += _sum_products(np.count_nonzero(matches, axis=1), leaves.place_count)
+        for entry_kind in (EntryKind.INVALID, EntryKind.FOREIGN, EntryKind.IDENTITY):
+            matches = (kinds == entry_kind) & inside
+            pages[entry_kind] += _sum_products(np.count_nonzero(matches, axis=1), leaves.place_count)
             if matches.any():
-                first.setdefault(other, int(leaves.pfns[matches][0]))
+                first.setdefault(entry_kind, int(leaves.pfns[matches][0]))
     pages[EntryKind.HOLE] = p2m.entries - sum(pages.values())
     missing = [int(runs.first[0]) for runs in (p2m.holes, first_unreadable) if len(runs)]
     if missing:

@@ -132,8 +132,8 @@ def _batches(domain: PagedDomain) -> Iterator[U64]:
     batch: list[U64] = []
     count = 0
     for extents in reversed(list(domain.extents())):
-        wanted = np.flatnonzero(HAS_DATA[extents.type] & ~IS_TABLE[extents.type])[::-1]
-        for start, pages in zip(extents.first[wanted].tolist(), extents.pages[wanted].tolist(), strict=True):
+        rows = np.flatnonzero(HAS_DATA[extents.type] & ~IS_TABLE[extents.type])[::-1]
+        for start, pages in zip(extents.first[rows].tolist(), extents.pages[rows].tolist(), strict=True):
             for end in range(start + pages, start, -PAGES_PER_BATCH):
                 batch.append(np.arange(max(end - PAGES_PER_BATCH, start), end, dtype=np.uint64))
                 count += len(batch[-1])

@@ -42,8 +42,8 @@ class Change(NamedTuple):
     length: int
 
 
-def changes(data: Buffer, at: int) -> Iterator[Change]:
-    """Yield the changes of the page that begins at byte ``at``.
+def changes(data: Buffer, offset: int) -> Iterator[Change]:
+    """Yield the changes of the page that begins at byte ``offset``.
 
     The last change is empty, where the next page begins.
 
@@ -52,33 +52,33 @@ def changes(data: Buffer, at: int) -> Iterator[Change]:
         EOFError: the data ends within the page.
     """
     end = len(data)
-    if at >= end:
+    if offset >= end:
         raise EOFError
-    if data[at] == EMPTY_PAGE:
-        yield Change(at + 1, 0, 0)
+    if data[offset] == EMPTY_PAGE:
+        yield Change(offset + 1, 0, 0)
         return
-    if data[at] == FULL_PAGE:
-        if at + 1 + PAGE_SIZE > end:
+    if data[offset] == FULL_PAGE:
+        if offset + 1 + PAGE_SIZE > end:
             raise EOFError
-        yield Change(at + 1, 0, PAGE_SIZE)
-        yield Change(at + 1 + PAGE_SIZE, 0, 0)
+        yield Change(offset + 1, 0, PAGE_SIZE)
+        yield Change(offset + 1 + PAGE_SIZE, 0, 0)
         return
     page_offset = 0
     while page_offset < PAGE_SIZE:
-        if at >= end:
+        if offset >= end:
             raise EOFError
-        run = data[at]
+        run = data[offset]
         length = (run & LENGTH_MASK) * _WORD
-        at += 1
+        offset += 1
         if not length or page_offset + length > PAGE_SIZE:
-            raise MalformedDelta(f"a run of {length} bytes at byte {page_offset:#x} of a page", at - 1)
+            raise MalformedDelta(f"a run of {length} bytes at byte {page_offset:#x} of a page", offset - 1)
         if not run & SKIP_FLAG:
-            if at + length > end:
+            if offset + length > end:
                 raise EOFError
-            yield Change(at, page_offset, length)
-            at += length
+            yield Change(offset, page_offset, length)
+            offset += length
         page_offset += length
-    yield Change(at, 0, 0)
+    yield Change(offset, 0, 0)
 
 
 def page_ends(data: Buffer, count: int) -> list[int]:
@@ -90,27 +90,27 @@ def page_ends(data: Buffer, count: int) -> list[int]:
         MalformedDelta: no sender makes such a page.
     """
     ends: list[int] = []
-    at = 0
-    while len(ends) < count and at < len(data):
+    offset = 0
+    while len(ends) < count and offset < len(data):
         try:
-            for change in changes(data, at):
+            for change in changes(data, offset):
                 following = change.data_offset + change.length
         except EOFError:
             break
-        at = following
-        ends.append(at)
+        offset = following
+        ends.append(offset)
     return ends
 
 
-def is_full_page(data: Buffer, at: int) -> bool:
+def is_full_page(data: Buffer, offset: int) -> bool:
     """Return whether the page that begins there needs no earlier content."""
-    return data[at] == FULL_PAGE
+    return data[offset] == FULL_PAGE
 
 
-def apply_changes(data: Buffer, at: int, page: memoryview) -> None:
-    """Apply the changes of the page at byte ``at`` to its earlier content.
+def apply_changes(data: Buffer, offset: int, page: memoryview) -> None:
+    """Apply the changes of the page at byte ``offset`` to its earlier content.
 
     ``page`` holds the earlier content.
     """
-    for start, offset, length in changes(data, at):
-        page[offset : offset + length] = data[start : start + length]
+    for start, page_offset, length in changes(data, offset):
+        page[page_offset : page_offset + length] = data[start : start + length]

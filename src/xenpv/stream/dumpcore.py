@@ -164,16 +164,18 @@ def _read_sections(read_at: ReadAt, size: int, report: Report) -> tuple[Width, d
     if head[4] != abi.ELFCLASS64 or head[5] != abi.ELFDATA2LSB:
         message = f"an ELF file of class {head[4]} and encoding {head[5]}; cores of xl are 64-bit and little-endian"
         raise Unsupported(message, offset=4)
-    kind, machine, _, _, _, at, _, _, _, _, stride, count, strings = abi.EHDR.unpack(head)
+    kind, machine, _, _, _, sections_offset, _, _, _, _, stride, count, strings = abi.EHDR.unpack(head)
     widths: dict[int, Width] = {abi.EM_X86_64: 8, abi.EM_386: 4}
     if kind != abi.ET_CORE or machine not in widths:
         raise Unsupported(f"an ELF file of type {kind} for machine {machine}, not a core of an x86 domain", offset=16)
-    raw = read_at(at, min(stride * count, _HEADERS_MAX))
+    raw = read_at(sections_offset, min(stride * count, _HEADERS_MAX))
     if stride < abi.SHDR.size or len(raw) < stride * count or strings >= count:
         if not count:
             raise Unsupported("an ELF core without sections: no core of xl dump-core", offset=0x3C)
-        message = f"{count} section headers of {stride} bytes at {at:#x}, names in section {strings}"
-        raise rules.breach(SECTION, f"{message}, are not within the file of {size:#x} bytes", offset=at, record=None)
+        message = f"{count} section headers of {stride} bytes at {sections_offset:#x}, names in section {strings}"
+        raise rules.breach(
+            SECTION, f"{message}, are not within the file of {size:#x} bytes", offset=sections_offset, record=None
+        )
     headers = [abi.SHDR.unpack_from(raw, i * stride) for i in range(count)]
     names = read_at(headers[strings][4], min(headers[strings][5], _STRINGS_MAX))
     if not names:
@@ -190,10 +192,10 @@ def _read_sections(read_at: ReadAt, size: int, report: Report) -> tuple[Width, d
         available = max(0, min(length, size - offset))
         if available < length:
             message = f"{name} is at {offset:#x} and has {length:#x} bytes, and the file ends at {size:#x}"
-            report(SECTION, message, at + i * stride)
+            report(SECTION, message, sections_offset + i * stride)
         sections[name] = Section(min(offset, size), available, entry_size)
     if abi.SEC_NOTE not in sections:
-        raise Unsupported(f"an ELF core without {abi.SEC_NOTE}: no core of xl dump-core", offset=at)
+        raise Unsupported(f"an ELF core without {abi.SEC_NOTE}: no core of xl dump-core", offset=sections_offset)
     return widths[machine], sections
 
 
@@ -213,12 +215,12 @@ def _read_notes(read_at: ReadAt, section: Section) -> tuple[tuple[int, ...] | No
     The numbers are None if the note is missing.
     """
     data = read_at(section.offset, min(section.size, _NOTES_MAX))
-    header, xen, at = None, "", 0
-    while at + abi.NOTE.size <= len(data):
-        name_size, size, kind = abi.NOTE.unpack_from(data, at)
-        begin = at + abi.NOTE.size + -(-name_size // 4) * 4
-        desc = data[begin : begin + size]
-        at = begin + -(-size // 4) * 4
+    header, xen, offset = None, "", 0
+    while offset + abi.NOTE.size <= len(data):
+        name_size, size, kind = abi.NOTE.unpack_from(data, offset)
+        desc_offset = offset + abi.NOTE.size + -(-name_size // 4) * 4
+        desc = data[desc_offset : desc_offset + size]
+        offset = desc_offset + -(-size // 4) * 4
         if len(desc) < size:
             break
         if kind == abi.XEN_ELFNOTE_DUMPCORE_HEADER and size >= abi.HEADER_DESC.size:

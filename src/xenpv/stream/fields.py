@@ -60,8 +60,8 @@ class Fields:
         self._layouts = {order: struct.Struct(order + codes) for order in "<>"}
         self.size = self._layouts["<"].size
         self.names = tuple(name for name in sizes if not name.startswith("_"))
-        self._named = tuple((at, name) for at, name in enumerate(sizes) if not name.startswith("_"))
-        self._reserved = tuple(at for at, name in enumerate(sizes) if name.startswith("_"))
+        self._named = tuple((index, name) for index, name in enumerate(sizes) if not name.startswith("_"))
+        self._reserved = tuple(index for index, name in enumerate(sizes) if name.startswith("_"))
         self._count = len(sizes)
 
     def unpack(self, body: Buffer, byte_order: str = "<") -> tuple[int, ...]:
@@ -75,8 +75,8 @@ class Fields:
         """
         values = self.unpack(body, ctx.byte_order)
         if self._reserved:
-            ctx.check_reserved(name, *(values[at] for at in self._reserved))
-        return {name: values[at] for at, name in self._named}
+            ctx.check_reserved(name, *(values[index] for index in self._reserved))
+        return {name: values[index] for index, name in self._named}
 
     def pack(self, byte_order: str = "<", /, **values: int) -> bytes:
         """Return the fields as bytes.
@@ -84,8 +84,8 @@ class Fields:
         Raises OverflowError for a value that its field cannot hold.
         """
         numbers = [0] * self._count
-        for at, name in self._named:
-            numbers[at] = values[name]
+        for index, name in self._named:
+            numbers[index] = values[name]
         try:
             return self._layouts[byte_order].pack(*numbers)
         except struct.error as e:

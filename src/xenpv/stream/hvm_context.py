@@ -15,7 +15,7 @@ from xenpv.abi.hvm_save import CPU, END, HVM_HW_CPU
 from xenpv.errors import Malformed
 
 _DESCRIPTOR = struct.Struct("<HHI")  # abi.hvm_save.DESCRIPTOR
-_CPU_MIN = HVM_HW_CPU.offset(8, "msr_efer") + 8  # bytes that a vcpu's record has at least, in all versions of Xen
+_CPU_MIN = HVM_HW_CPU.offset(8, "msr_efer") + 8  # bytes that a vcpu's record has position least, in all versions of Xen
 
 
 class Entry(NamedTuple):
@@ -31,19 +31,19 @@ def iter_entries(context: bytes, *, offset: int) -> Iterator[Entry]:
 
     ``offset``: of the context, for errors. Raises Malformed where one does not fit.
     """
-    at = 0
+    position = 0
     while True:
-        if at + _DESCRIPTOR.size > len(context):
-            raise Malformed(f"no END among {len(context)} bytes", offset=offset + at, record="HVM_CONTEXT")
-        typecode, instance, length = _DESCRIPTOR.unpack_from(context, at)
+        if position + _DESCRIPTOR.size > len(context):
+            raise Malformed(f"no END among {len(context)} bytes", offset=offset + position, record="HVM_CONTEXT")
+        typecode, instance, length = _DESCRIPTOR.unpack_from(context, position)
         if typecode == END:
             return
-        at += _DESCRIPTOR.size
-        if length > len(context) - at:
-            message = f"a record of type {typecode} has {length} bytes, and {len(context) - at} are left"
-            raise Malformed(message, offset=offset + at - _DESCRIPTOR.size, record="HVM_CONTEXT")
-        yield Entry(typecode, instance, context[at : at + length])
-        at += length
+        position += _DESCRIPTOR.size
+        if length > len(context) - position:
+            message = f"a record of type {typecode} has {length} bytes, and {len(context) - position} are left"
+            raise Malformed(message, offset=offset + position - _DESCRIPTOR.size, record="HVM_CONTEXT")
+        yield Entry(typecode, instance, context[position : position + length])
+        position += length
 
 
 def read_vcpus(context: bytes, *, offset: int) -> dict[int, np.void]:

@@ -78,18 +78,18 @@ class PageIndex:
         starts[firsts] = True
         # A run goes on where the raw entry grows by one: the same type, the next pfn.
         starts[1:] |= np.diff(entries) != 1
-        at = np.flatnonzero(starts)
-        types = (entries[at] >> np.uint64(60)).astype(np.uint8)
-        lengths = np.diff(np.append(at, len(entries)))
+        row = np.flatnonzero(starts)
+        types = (entries[row] >> np.uint64(60)).astype(np.uint8)
+        lengths = np.diff(np.append(row, len(entries)))
         data_pages = np.where(HAS_DATA[types], lengths, 0)
         before = np.cumsum(data_pages) - data_pages  # pages with content before each run, over all these records
-        of_record = np.searchsorted(firsts, at, "right") - 1
-        first_run = np.searchsorted(at, firsts)
+        of_record = np.searchsorted(firsts, row, "right") - 1
+        first_run = np.searchsorted(row, firsts)
         base = np.array([offset for _, offset, _ in pending], np.int64)
         content = np.array([content for _, _, content in pending], np.bool_)
         offsets = base[of_record] + (before - before[first_run][of_record]) * PAGE_SIZE
         offsets[~(HAS_DATA[types] & content[of_record])] = -1
-        pfns = entries[at] & _PFN_MASK
+        pfns = entries[row] & _PFN_MASK
         self._unmerged.append((pfns, lengths, types, offsets))
         descends = pfns[1:] < pfns[:-1] + lengths[:-1].astype(np.uint64)
         descends[of_record[1:] != of_record[:-1]] = False  # between records it may
@@ -103,8 +103,8 @@ class PageIndex:
             pfns = entries & _PFN_MASK
             order = np.argsort(pfns, kind="stable")
             second = order[1:][pfns[order][1:] == pfns[order][:-1]]
-            begin = pages_offset - entries.nbytes
-            self.duplicates += [(int(pfns[i]), begin + i * 8) for i in second[:_DUPLICATES_MAX].tolist()]
+            entries_offset = pages_offset - entries.nbytes
+            self.duplicates += [(int(pfns[i]), entries_offset + i * 8) for i in second[:_DUPLICATES_MAX].tolist()]
 
     def _merge(self) -> None:
         """Merge all extents into one sorted table in which no pfn occurs twice."""
@@ -136,8 +136,8 @@ class PageIndex:
         pfn, kinds, offsets = pfn[last], kinds[last], offsets[last]
         continues = (np.diff(pfn) == 1) & (kinds[1:] == kinds[:-1])
         continues &= np.where(offsets[1:] >= 0, np.diff(offsets) == PAGE_SIZE, offsets[:-1] < 0)
-        at, count = group_rows(~continues, len(pfn))
-        return pfn[at], count, kinds[at], offsets[at]
+        rows, count = group_rows(~continues, len(pfn))
+        return pfn[rows], count, kinds[rows], offsets[rows]
 
     def types(self, pfns: U64) -> U8:
         """Return the page type of each pfn, ABSENT where it never came.
@@ -165,12 +165,12 @@ class PageIndex:
         counts = np.bincount(self.extents.type, weights=self.extents.pages, minlength=16)
         return {kind: int(n) for kind, n in enumerate(counts) if n}
 
-    def pfns(self, wanted: Mask) -> U64:
-        """Return the pfns, ascending, whose type is in ``wanted``.
+    def pfns(self, mask: Mask) -> U64:
+        """Return the pfns, ascending, whose type is in ``mask``.
 
-        ``wanted`` is a table indexed by type, such as frames.IS_TABLE.
+        ``mask`` is a table indexed by type, such as frames.IS_TABLE.
         """
-        return self.extents[wanted[self.extents.type]].pfns
+        return self.extents[mask[self.extents.type]].pfns
 
     @property
     def last_pfn(self) -> int:

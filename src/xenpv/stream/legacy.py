@@ -308,12 +308,12 @@ class _LegacyStream:
 
     def _make_page_data(self, entries: bytes, pages: int) -> PageData:
         cursor = self._cursor
-        at = cursor.record_offset
+        record_offset = cursor.record_offset
         length = 8 + len(entries) + pages * PAGE_SIZE
         if not entries:
-            return PageData(offset=at, length=length, raw=entries, pages=0, pages_offset=cursor.offset)
+            return PageData(offset=record_offset, length=length, raw=entries, pages=0, pages_offset=cursor.offset)
         view = memoryview(entries)
-        return PageData.parse_entries(self._ctx, view, offset=at, length=length, pages_offset=cursor.offset)
+        return PageData.parse_entries(self._ctx, view, offset=record_offset, length=length, pages_offset=cursor.offset)
 
     def _read_compressed(self) -> Steps:
         cursor = self._cursor
@@ -325,15 +325,15 @@ class _LegacyStream:
             ends = delta.page_ends(data, self._pending_pages)
         except delta.MalformedDelta as e:
             raise self._malformed(f"compressed data, byte {e.offset:#x}: {e}") from None
-        begin = 0
+        start = 0
         for first in range(0, len(ends), BATCH_MAX):  # a byte can stand for a page
             batch = ends[first : first + BATCH_MAX]
             entries, self._pending_entries = self._split_pending(len(batch))
             self._pending_pages -= len(batch)
-            deltas = bytes(data[begin : batch[-1]])
-            yield PageDeltas(cursor.record_offset, entries, [end - begin for end in batch], deltas)
-            begin = batch[-1]
-        self._partial_page = bytes(data[begin:])
+            deltas = bytes(data[start : batch[-1]])
+            yield PageDeltas(cursor.record_offset, entries, [end - start for end in batch], deltas)
+            start = batch[-1]
+        self._partial_page = bytes(data[start:])
         if self._partial_page and not self._pending_pages:
             raise self._malformed(f"{len(self._partial_page)} bytes of compressed data belong to no page")
 
@@ -345,8 +345,8 @@ class _LegacyStream:
         import numpy as np  # noqa: PLC0415
 
         with_content = np.frombuffer(self._pending_entries, "<u8") >> np.uint64(60) < 0xD
-        at = np.searchsorted(np.cumsum(with_content), pages, "right") * 8
-        return self._pending_entries[:at], self._pending_entries[at:]
+        split = np.searchsorted(np.cumsum(with_content), pages, "right") * 8
+        return self._pending_entries[:split], self._pending_entries[split:]
 
     def _read_vcpu_info(self) -> Steps:
         (last,) = yield from self._unpack("i", "the last vcpu's number")

@@ -29,15 +29,15 @@ def convert_physmap(data: bytes | memoryview, long: int) -> bytes:
     version, count = _HEAD.unpack_from(data)
     if version != 1:
         raise ValueError(f"toolstack data of version {version}, which is unknown")
-    out, at = bytearray(), _HEAD.size
+    out, position = bytearray(), _HEAD.size
     for _ in range(count):
-        if len(data) - at < _ENTRY.size:
+        if len(data) - position < _ENTRY.size:
             raise ValueError("toolstack data ends within an entry of the physmap")
-        offset, start, size, length = _ENTRY.unpack_from(data, at)
-        at += _ENTRY.size
-        name = bytes(data[at : at + length])
-        at += length + _PADDING[long]
-        if at > len(data) or not name.endswith(b"\0") or b"\0" in name[:-1]:
+        offset, start, size, length = _ENTRY.unpack_from(data, position)
+        position += _ENTRY.size
+        name = bytes(data[position : position + length])
+        position += length + _PADDING[long]
+        if position > len(data) or not name.endswith(b"\0") or b"\0" in name[:-1]:
             raise ValueError("a name in the toolstack's physmap does not end at its length")
         root = f"physmap/{offset:x}"
         numbers = f"{root}/start_addr\0{start:x}\0{root}/size\0{size:x}\0{root}/name\0"

@@ -156,11 +156,11 @@ class Order:
             self.seen.add(RecordType.STATIC_DATA_END)
         if place.once and record in self.seen:
             breaches.append((rules.REPEATED, f"a second {name}"))
-        after = [other for other in place.after if self.guest in PLACES[other].guests]
-        missing = [other.name for other in after if not self._has(other)]
+        after = [earlier_record for earlier_record in place.after if self.guest in PLACES[earlier_record].guests]
+        missing = [earlier_record.name for earlier_record in after if not self._has(earlier_record)]
         if missing and record not in self.seen:  # report it once
             breaches.append((rules.ORDER, f"{name} before {' and '.join(missing)}"))
-        earlier = [other.name for other in place.not_after if other in self.seen]
+        earlier = [earlier_record.name for earlier_record in place.not_after if earlier_record in self.seen]
         if earlier:
             breaches.append((rules.ORDER, f"{name} after {' and '.join(earlier)}"))
         self.seen.add(record)

@@ -100,8 +100,8 @@ class PageData(Record):
             sizes = f"8 + {len(raw)} + {pages} pages = {8 + len(raw) + pages * PAGE_SIZE}"
             ctx.report(rules.PAGE_SIZE_MATCH, f"PAGE_DATA record wrong size: length {length}, expected {sizes}")
         if tops.translate(None, _TOP_KNOWN):
-            at = next(i for i, top in enumerate(tops) if top not in _TOP_KNOWN)
-            message = f"Unknown type {tops[at] >> 4:#x} for pfn {_entry(raw, at) & PFN_MASK:#x} (index {at})"
+            index = next(i for i, top in enumerate(tops) if top not in _TOP_KNOWN)
+            message = f"Unknown type {tops[index] >> 4:#x} for pfn {_entry(raw, index) & PFN_MASK:#x} (index {index})"
             ctx.report(rules.PAGE_TYPE, message)
         if len(raw) <= _LANES * 8 or not record._all_valid(ctx.max_pfn):
             for first in range(0, len(raw), _LANES * 8):
@@ -119,8 +119,8 @@ class PageData(Record):
         )
 
 
-def _entry(raw: bytes, at: int) -> int:
-    return int.from_bytes(raw[at * 8 : at * 8 + 8], "little")
+def _entry(raw: bytes, index: int) -> int:
+    return int.from_bytes(raw[index * 8 : index * 8 + 8], "little")
 
 
 @lru_cache(maxsize=32)
@@ -149,12 +149,14 @@ def _check_lanes(ctx: RecordContext, raw: bytes, first: int) -> None:
     if only_notab and ctx.max_pfn is not None and (_lanes(ctx.max_pfn | 1 << 63, count) - number) & within == within:
         return
     if number & _lanes(RESERVED_MASK, count):
-        at = next(i for i in range(count) if _entry(raw, i) & RESERVED_MASK)
-        message = f"reserved bits set in pfn[{first + at}]: {_entry(raw, at) & RESERVED_MASK:#x}"
+        index = next(i for i in range(count) if _entry(raw, i) & RESERVED_MASK)
+        message = f"reserved bits set in pfn[{first + index}]: {_entry(raw, index) & RESERVED_MASK:#x}"
         ctx.report(rules.RESERVED, message)
     if ctx.max_pfn is None:
         return
     if (_lanes(ctx.max_pfn | 1 << 63, count) - (number & _lanes(PFN_MASK, count))) & within != within:
-        at = next(i for i in range(count) if _entry(raw, i) & PFN_MASK > ctx.max_pfn)
-        where = f"pfn {_entry(raw, at) & PFN_MASK:#x} (index {first + at}) outside domain maximum {ctx.max_pfn:#x}"
-        ctx.report(rules.PAGE_RANGE, where)
+        index = next(i for i in range(count) if _entry(raw, i) & PFN_MASK > ctx.max_pfn)
+        message = (
+            f"pfn {_entry(raw, index) & PFN_MASK:#x} (index {first + index}) outside domain maximum {ctx.max_pfn:#x}"
+        )
+        ctx.report(rules.PAGE_RANGE, message)

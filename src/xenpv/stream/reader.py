@@ -155,13 +155,13 @@ class Reader:
             return None
         return envelope.sniff(head)
 
-    def _read_legacy(self, name: str, at: int = 0, *, emulator: bool = True) -> Steps:
+    def _read_legacy(self, name: str, offset: int = 0, *, emulator: bool = True) -> Steps:
         """Read a legacy stream.
 
-        ``name`` and ``at`` are for the error. ``emulator`` tells whether a device model's state may follow.
+        ``name`` and ``offset`` are for the error. ``emulator`` tells whether a device model's state may follow.
         """
         if self._legacy is None:
-            raise Unsupported(f"{name}, which is not read", offset=at)
+            raise Unsupported(f"{name}, which is not read", offset=offset)
         self.is_legacy = True
         yield from self._legacy.read(self._cursor, pages=self._pages, emulator=emulator)
 
@@ -218,8 +218,8 @@ class Reader:
             cursor.report_or_raise(rules.ENVELOPE, f"libvirt header version {version}, expected 1 or 2")
         self._check_config_length(length)
         xml = yield from cursor.take(length, "the domain configuration")
-        at = cursor.record_offset
-        yield Envelope(Kind.LIBVIRT, at, cursor.offset - at, bytes(xml).rstrip(b"\0"), "xml")
+        header_offset = cursor.record_offset
+        yield Envelope(Kind.LIBVIRT, header_offset, cursor.offset - header_offset, bytes(xml).rstrip(b"\0"), "xml")
         if version == 1:
             yield from self._read_legacy("a libvirt file of the legacy stream format", cursor.offset)
         else:
@@ -240,18 +240,20 @@ class Reader:
             section = envelope.SECTIONS.get(number)
             if section is None:
                 raise cursor.fatal_error(rules.ENVELOPE, f"unknown xenopsd section {number:#x}")
-            at, config = cursor.record_offset, b""
+            section_offset, config = cursor.record_offset, b""
             if section is Section.XENOPS:
                 self._check_config_length(length)
                 config = bytes((yield from cursor.take(length, "the xenops record")))
-            yield SectionHeader(at, section, length, config)
+            yield SectionHeader(section_offset, section, length, config)
             has_stream |= section in {Section.LIBXC, Section.LIBXL, Section.LIBXC_LEGACY}
             if section is Section.END:
                 if not has_stream:
                     cursor.report_or_raise(rules.MISSING, "the suspend image ends without a libxc or libxl section")
                 return
             if section is Section.LIBXC_LEGACY:
-                yield from self._read_legacy("a suspend image with a legacy libxc stream", at, emulator=False)
+                yield from self._read_legacy(
+                    "a suspend image with a legacy libxc stream", section_offset, emulator=False
+                )
             elif section is Section.LIBXC:
                 yield from self._read_libxc()
             elif section is Section.LIBXL:
@@ -405,7 +407,7 @@ class Reader:
 
     def _read_page_data(self, ctx: RecordContext, length: int) -> Steps:
         cursor = self._cursor
-        at, body, padded = cursor.record_offset, cursor.offset, -(-length // 8) * 8
+        record_offset, body_offset, padded = cursor.record_offset, cursor.offset, -(-length // 8) * 8
         if length > RECORD_LENGTH_MAX:
             raise cursor.fatal_error(rules.RECORD_LENGTH, f"length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})")
         if length < 8:
@@ -419,11 +421,11 @@ class Reader:
             yield from cursor.skip(padded - 8, "the record")
             return
         raw = yield from cursor.take(count * 8, "the pfn array of PAGE_DATA")
-        record = PageData.parse_entries(ctx, raw, offset=at, length=length, pages_offset=cursor.offset)
+        record = PageData.parse_entries(ctx, raw, offset=record_offset, length=length, pages_offset=cursor.offset)
         yield record
         if self._pages and record.size_matches:
             yield from read_pages(cursor, record)
-        yield from cursor.skip(body + padded - cursor.offset, "page content")
+        yield from cursor.skip(body_offset + padded - cursor.offset, "page content")
 
 
 def _describe_lengths(lengths: range) -> str:

@@ -184,9 +184,9 @@ class P2MLeaves(Record):
         valid = (first <= limit) & (count > 0) & (count <= limit) & (pfn <= limit)
         valid[0] &= first[0] == 0
         valid[1:] &= first[1:] == first[:-1] + count[:-1]
-        if (at := first_bad(~valid)) is not None:
-            words = ", ".join(f"{int(n):#x}" for n in (first[at], count[at], pfn[at]))
-            ctx.report(rules.P2M_RANGE, f"XENPV_P2M_LEAVES: run {at} ({words}) does not continue the last run")
+        if (row := first_bad(~valid)) is not None:
+            words = ", ".join(f"{int(n):#x}" for n in (first[row], count[row], pfn[row]))
+            ctx.report(rules.P2M_RANGE, f"XENPV_P2M_LEAVES: run {row} ({words}) does not continue the last run")
             return False
         leaves, end = -(-self.entries * (ctx.width or 8) // PAGE_SIZE), int(first[-1]) + int(count[-1])
         if leaves != end or self.entries > PFN_MAX + 1:

@@ -151,9 +151,9 @@ class Writer:
             raise self._fatal_error(rules.PAGE_COUNT, f"PAGE_DATA with {len(entries)} bytes of pfns")
         if length > RECORD_LENGTH_MAX:
             raise self._fatal_error(rules.RECORD_LENGTH, f"length {length:#x} exceeds max ({RECORD_LENGTH_MAX:#x})")
-        begin = self.offset + RECORD_HEADER.size + PageData.FIELDS.size + len(entries)
+        pages_offset = self.offset + RECORD_HEADER.size + PageData.FIELDS.size + len(entries)
         raw = memoryview(entries)
-        PageData.parse_entries(self._ctx, raw, offset=self.offset, length=length, pages_offset=begin)
+        PageData.parse_entries(self._ctx, raw, offset=self.offset, length=length, pages_offset=pages_offset)
         body = [PageData.FIELDS.pack(count=count), entries, *contents]
         return self._count(_frame(RecordType.PAGE_DATA, body, length))
 
@@ -174,8 +174,8 @@ class Writer:
             raise self._fatal_error(rules.ORDER, f"{self._record} before the headers")
         has_libxl = self.kind is not Kind.LIBXC
         if is_libxc != (not has_libxl or self._libxl.in_libxc):
-            where = "within libxc's stream" if not is_libxc else "among libxl's records"
-            raise self._fatal_error(rules.ORDER, f"{self._record} {where if has_libxl else 'in a bare libxc stream'}")
+            place = "within libxc's stream" if not is_libxc else "among libxl's records"
+            raise self._fatal_error(rules.ORDER, f"{self._record} {place if has_libxl else 'in a bare libxc stream'}")
         for rule, message in order.check_next(kind) if is_libxc else self._libxl.check_next(kind):
             self._raise_breach(rule, message)
         if is_libxc and kind == RecordType.END:

@@ -61,13 +61,13 @@ class Vcpu:
             return
         references = [(mfn, DESCRIPTORS) for mfn in gdt_frames] + [(guest_table, LEVELS[owner.width])]
         references += [(guest_table_user, 4)] if guest_table_user else []
-        taken = list[int]()
+        referenced_mfns = list[int]()
         try:
             for mfn, page_type in references:
                 types.get_page_type(owner, mfn, page_type)
-                taken.append(mfn)
+                referenced_mfns.append(mfn)
         except HypercallError:
-            for mfn in reversed(taken):
+            for mfn in reversed(referenced_mfns):
                 types.put_page_type(owner, mfn)
             raise
         self.context, self.gdt_frames = data, gdt_frames

@@ -128,16 +128,16 @@ class PageTypes:
             if not int(entries[3]) & PTE_P:
                 raise HypercallError(errno.EINVAL, f"L3[3] of mfn {mfn:#x} is not present")
         xen = is_xen_slot(page_type, owner.width, last_pae_l2=pae_xen_l2)
-        taken: list[int] = []
+        referenced_slots: list[int] = []
         try:
             for slot in np.flatnonzero(((entries & np.uint64(PTE_P)) != 0) & ~xen).tolist():
                 self._get_page_from_entry(owner, mfn, page_type, slot, int(entries[slot]))
-                taken.append(slot)
+                referenced_slots.append(slot)
         except HypercallError:
-            for slot in taken:
+            for slot in referenced_slots:
                 self._put_page_from_entry(owner, mfn, page_type, int(entries[slot]))
             raise
-        for slot in taken:
+        for slot in referenced_slots:
             entries[slot] = _adjust_entry(int(entries[slot]), page_type, owner.width)
         _fill_xen_slots(entries, page_type, xen, mfn)
 

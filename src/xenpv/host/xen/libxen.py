@@ -199,13 +199,13 @@ class Hypercalls:
         """
         self._check_open()
         size = MMUEXT.size(8)
-        with self.buffer(size * len(mfns)) as buffer, self.buffer(8) as done:
+        with self.buffer(size * len(mfns)) as buffer, self.buffer(8) as done_count:
             ops = buffer.array[: size * len(mfns)].view(MMUEXT[8])
             ops["cmd"], ops["arg1"] = commands, mfns
-            if self._call4(self._handle, MMUEXT_OP, buffer.address, len(mfns), done.address, domid) >= 0:
+            if self._call4(self._handle, MMUEXT_OP, buffer.address, len(mfns), done_count.address, domid) >= 0:
                 return len(mfns), 0
             number = ctypes.get_errno()
-            return int(done.array.view("<u4")[0]), number
+            return int(done_count.array.view("<u4")[0]), number
 
     def _checked_control(
         self, hypercall: int, head: tuple[int, ...], op: str, struct: Struct, arguments: dict[str, Any]
