@@ -33,9 +33,9 @@ class ImageError(XenPVError):
     """
 
     def __init__(self, message: str, *, offset: int | None = None, note: str | None = None) -> None:
-        where = [f"at {offset:#x}"] if offset is not None else []
-        where += [f"in note {note}"] if note else []
-        super().__init__(f"{message} ({' '.join(where)})" if where else message)
+        parts = [f"at {offset:#x}"] if offset is not None else []
+        parts += [f"in note {note}"] if note else []
+        super().__init__(f"{message} ({' '.join(parts)})" if parts else message)
         self.reason = message
         self.offset = offset
         self.note = note
@@ -73,7 +73,7 @@ class Fault(GuestError):
     Attributes:
         space: "pfn" or "vaddr".
         address: a pfn, or a virtual address in bytes.
-        level: the level (5 to 1) of the page-table entry at which the walk ended, or of the bad entry; else None.
+        level: the level (5 to 1) of the page-table entry at which the walk ended, or of the bad entry; otherwise None.
         entry: the index of that entry, or None.
     """
 
@@ -98,8 +98,8 @@ class StreamError(XenPVError):
     """
 
     def __init__(self, message: str, *, offset: int, record: str | None = None, rule: str | None = None) -> None:
-        where = f"at {offset:#x}" + (f" in {record}" if record else "")
-        super().__init__(f"{message} ({where})")
+        place = f"at {offset:#x}" + (f" in {record}" if record else "")
+        super().__init__(f"{message} ({place})")
         self.reason = message
         self.offset = offset
         self.record = record

@@ -1,4 +1,4 @@
-"""What a verifier reports: a Finding for each violation of a Rule.
+"""The reports of a verifier: a Finding for each violation of a Rule.
 
 Readers raise at the first violation; verifiers collect all of them. Both name the same rules.
 """

@@ -27,7 +27,7 @@ EXT_VCPUCONTEXT = Struct(
     _pad=array(U8, 2),
     vmce=HVM_VMCE_VCPU,  # a union with mcg_cap, which is vmce.caps
 )
-EXT_VCPUCONTEXT_MAX = 128  # what libxenguest copies at most: the size of the union in struct xen_domctl
+EXT_VCPUCONTEXT_MAX = 128  # bytes that libxenguest copies at most: the size of the union in struct xen_domctl
 
 VCPU_MSR = Struct("xen_domctl_vcpu_msr", "domctl.h", index=U32, reserved=U32, value=U64)
 CPUID_LEAF = Struct("xen_cpuid_leaf", "arch-x86/xen.h", leaf=U32, subleaf=U32, a=U32, b=U32, c=U32, d=U32)

@@ -68,7 +68,7 @@ class ConvertOptions:
 
 @dataclass
 class ConversionResult:
-    """What a conversion read and wrote.
+    """The result of a conversion: its input and output.
 
     Attributes:
         name: the name of the input.
@@ -303,7 +303,7 @@ class Conversion:
         self.result.omitted.append(name)
 
     def _finish(self) -> Iterator[Buffers]:
-        """Write what follows libxc's stream, and complete the result."""
+        """Write the records after libxc's stream, and complete the result."""
         result = self.result
         if envelope.INNER_KIND[result.kind] is Kind.LIBXL:
             for record in self.emulators:

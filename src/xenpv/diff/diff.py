@@ -57,7 +57,7 @@ class TypeDifference:
 
 @dataclass
 class Difference:
-    """What differs between two domains.
+    """The differences between two domains.
 
     Attributes:
         a: name of the first domain.

@@ -77,7 +77,7 @@ def differing_ranges(a: bytes, b: bytes) -> list[tuple[int, int]]:
 
 
 def _compare_presence(where: str, a: object, b: object) -> Iterator[FieldDifference]:
-    """Compare two of which one or both are absent."""
+    """Compare two values if one or both are absent."""
     if a is not b:
         yield FieldDifference(where, "", *("absent" if value is None else "present" for value in (a, b)))
 

@@ -74,7 +74,10 @@ def _compare_p2m(a: Contents, b: Contents) -> Iterator[FieldDifference]:
 
 
 def _compare_start_info(a: SavedDomain, b: SavedDomain) -> Iterator[FieldDifference]:
-    """Compare start info. One that cannot be read is a difference, even if both cannot: nobody knows what is in it."""
+    """Compare start info.
+
+    An unreadable one is a difference, even if both are unreadable: its content is unknown.
+    """
     start_infos, errors = [], []
     for saved in (a, b):
         try:
@@ -89,7 +92,11 @@ def _compare_start_info(a: SavedDomain, b: SavedDomain) -> Iterator[FieldDiffere
 
 
 def _start_info(saved: SavedDomain) -> np.void | None:
-    """Return the start info; None if no vcpu names it. GuestError if its page cannot be read."""
+    """Return the start info; None if no vcpu names it.
+
+    Raises:
+        GuestError: its page cannot be read.
+    """
     pfn = saved.start_info_pfn
     return None if pfn is None else START_INFO.read(saved.memory.page(pfn), saved.width)
 

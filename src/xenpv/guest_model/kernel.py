@@ -1,4 +1,4 @@
-"""The PV kernel of the model, in Python: what guests/litmus is on real Xen.
+"""The PV kernel of the model, in Python; guests/litmus is its twin on real Xen.
 
 It uses a GuestView and nothing else, and obeys the rules of a PV guest. Page tables are read-only before they are used.
 Pages are unmapped before they go back to Xen. After a restore every mfn has changed.

@@ -34,7 +34,7 @@ PAGE = READ_ONLY | PTE_RW
 
 @dataclass(frozen=True, slots=True)
 class StartInfo:
-    """What a kernel learns at boot: start info, and the end of its boot stack."""
+    """The facts that a kernel gets at boot: start info and its boot stack's end."""
 
     address: int
     stack_end: int

@@ -10,7 +10,7 @@ from xenpv.memory.anchors import MARKED_TREE_LEVELS, ROOTED_TREE_LEVELS, P2MForm
 
 @dataclass(frozen=True, slots=True)
 class PublishedForm:
-    """What a kernel publishes: a linear list, a tree, both or neither.
+    """The p2m forms that a kernel publishes: linear list, tree, both or neither.
 
     Attributes:
         name: The name of the form.

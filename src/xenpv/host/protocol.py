@@ -175,7 +175,7 @@ class TscInfo(NamedTuple):
 
 
 class CpuPolicy(NamedTuple):
-    """What a domain learns about its CPU.
+    """The CPU policy of a domain: what it learns about its CPU.
 
     Attributes:
         leaves: Array of struct xen_cpuid_leaf.
@@ -232,7 +232,11 @@ class Toolstack(Host, Protocol):
         """
 
     def rename(self, domid: DomId, name: str) -> None:
-        """Change a domain's name in xenstore. HostError (ESRCH): no such domain."""
+        """Change a domain's name in xenstore.
+
+        Raises:
+            HostError: ESRCH: no such domain.
+        """
 
     def set_max_mem(self, domid: DomId, pages: int) -> None:
         """Limit how many pages a domain may have. It keeps what it has already."""
@@ -364,10 +368,10 @@ class Mover(Toolstack, Protocol):
         """Set how the domain sees the TSC, before it first runs."""
 
     def cpu_policy(self, domid: DomId) -> CpuPolicy:
-        """Return what the domain learns about its CPU."""
+        """Return the CPU policy of the domain."""
 
     def set_cpu_policy(self, domid: DomId, policy: CpuPolicy) -> None:
-        """Set what the domain learns about its CPU, before it first runs.
+        """Set the CPU policy of the domain before it first runs.
 
         Raises:
             HostError: Names a leaf or MSR whose value this host cannot provide. EEXIST: the domain has run.

@@ -18,7 +18,7 @@ _INITIALISING = 1  # XenbusStateInitialising
 
 
 class Access(Enum):
-    """What the domain may do with a node. Dom0 may do everything."""
+    """The domain's access to a node. Dom0 has full access."""
 
     NOTHING = 0
     READ = 1
@@ -26,7 +26,7 @@ class Access(Enum):
 
 
 class Node(NamedTuple):
-    """A node, its value, and what the domain may do with it."""
+    """A node, its value, and the domain's access to it."""
 
     path: str
     value: str = ""

@@ -55,7 +55,7 @@ def digest(frames: Frames, pieces: Iterable[tuple[U64, U8]], presence_only: U64)
             words = readable_pfns[batch][is_filled] << np.uint64(1) | is_table[batch][is_filled]
             nonzero_pfns.update(words.astype("<u8").data)
             content.update(data[is_filled].data)
-    whole = blake2b(digest_size=16)
+    combined = blake2b(digest_size=16)
     for part in (all_pfns, nonzero_pfns, content):
-        whole.update(part.digest())
-    return Digest(pages, nonzero, whole.hexdigest())
+        combined.update(part.digest())
+    return Digest(pages, nonzero, combined.hexdigest())

@@ -174,7 +174,7 @@ class P2M:
         """
         place, entry = (n.astype(np.int64) for n in np.divmod(pfns, np.uint64(self.entries_per_leaf)))  # pfns to 2^64
         out = np.full(len(pfns), NO_FRAME)
-        # Neighbours are mostly asked for together: what follows is done for groups of pfns of one leaf.
+        # Callers mostly ask for neighbours together, so this works on groups of pfns of one leaf.
         first, count = group_rows(place[1:] != place[:-1], len(place))
         frames, leaf_of = np.unique(self.leaves.frame_of(place[first]), return_inverse=True)
         frames = frames[frames != NO_FRAME]  # the last, if it is there at all

@@ -13,7 +13,7 @@ from xenpv.runs import FrameRuns
 
 
 class EntryKind(IntEnum):
-    """What the p2m says of a pfn."""
+    """The kind of a p2m entry."""
 
     LOCAL = 0  # names a frame of the domain
     INVALID = 1  # INVALID_MFN
@@ -24,7 +24,7 @@ class EntryKind(IntEnum):
 
 @dataclass(frozen=True)
 class Survey:
-    """What a whole p2m holds.
+    """The statistics of a p2m.
 
     Attributes:
         pages: how many pfns there are of each kind.

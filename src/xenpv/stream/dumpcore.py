@@ -56,7 +56,7 @@ _NO_SECTION = Section(0, 0)
 
 @dataclass(frozen=True, slots=True)
 class CoreLayout:
-    """What the headers of a core say.
+    """The facts in the headers of a core.
 
     Attributes:
         width: bytes of the guest's unsigned long.

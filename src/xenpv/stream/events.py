@@ -114,7 +114,7 @@ class SkippedPageData:
 
 @dataclass(frozen=True, slots=True)
 class PageDeltas:
-    """Pages of a legacy stream, as what changed since they were last sent.
+    """Pages of a legacy stream, as changes since they were last sent.
 
     delta.py has the format.
 

@@ -21,7 +21,7 @@ _CODES = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 @dataclass(slots=True)
 class RecordContext:
-    """What the checks of a record need to know of the stream around it.
+    """The facts about a stream that the checks of its records need.
 
     Attributes:
         report: called with the rule and a message for each breach; may raise.

@@ -74,7 +74,7 @@ class Record:
         return True
 
     def update_context(self, ctx: RecordContext) -> None:
-        """Note in ctx what later records depend on: the guest's width, the last pfn."""
+        """Note in ctx the facts that later records need: the guest's width, the last pfn."""
 
     def body(self) -> list[Buffer]:
         """Return the body to be written, little-endian.

@@ -15,7 +15,7 @@ from xenpv.abi.hvm_save import CPU, END, HVM_HW_CPU
 from xenpv.errors import Malformed
 
 _DESCRIPTOR = struct.Struct("<HHI")  # abi.hvm_save.DESCRIPTOR
-_CPU_MIN = HVM_HW_CPU.offset(8, "msr_efer") + 8  # bytes that a vcpu's record has position least, in all versions of Xen
+_CPU_MIN = HVM_HW_CPU.offset(8, "msr_efer") + 8  # bytes that a vcpu's record has at least, in all versions of Xen
 
 
 class Entry(NamedTuple):

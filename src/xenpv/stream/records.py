@@ -45,7 +45,7 @@ class Verify(Record):
 
 
 class Checkpoint(Record):
-    """CHECKPOINT: a domain could be started from what has come."""
+    """CHECKPOINT: a domain could start from the records so far."""
 
     TYPE = RecordType.CHECKPOINT
 
@@ -221,7 +221,7 @@ class VcpuBlob(Record):
 
     @classmethod
     def size_error(cls, ctx: RecordContext, size: int) -> str | None:
-        """Return what is wrong with a context of that size; None if nothing."""
+        """Return the fault of a context of that size; None if it is right."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Vcpu state, TSC and CPU policy: what Xen accepts, and how it stores it.
+"""Vcpu state, TSC and CPU policy: the accepted values and how Xen stores them.
 
 Source: xen.git:xen/arch/x86/domctl.c, time.c: tsc_set_info(), xen/lib/x86/cpuid.c: x86_cpuid_copy_from_buffer()
 """

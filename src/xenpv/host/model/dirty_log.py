@@ -37,7 +37,7 @@ class DirtyLog:
         return pfns[pfns < np.uint64(pages)]
 
     def clean(self, pages: int) -> U64:
-        """Return what peek returns, and clear it.
+        """Return the bitmap that peek returns, and clear it.
 
         As in Xen, this clears up to the end of a page of bitmap.
         """

@@ -1,4 +1,4 @@
-"""What the modelled hypervisor keeps of a domain and its vcpus, except for frames."""
+"""The modelled hypervisor's state of a domain and its vcpus, except frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a guest program sees of the model.
+"""The view that a guest program has of the model.
 
 Hypercalls, xenstore, and memory through its own page tables.
 """

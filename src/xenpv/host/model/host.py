@@ -380,7 +380,7 @@ class ModelHost:
     # -- running guests
 
     def guest_view(self, domid: DomId) -> GuestView:
-        """Return what a guest program sees of this host."""
+        """Return the view that a guest program has of this host."""
         return GuestView(self.hypervisor, self.store, domid)
 
     def run(self, domid: DomId, program: Callable[[GuestView], T]) -> T | None:
@@ -406,7 +406,7 @@ class ModelHost:
             return None
 
     def set_time_slice(self, domid: DomId, time_slice: Callable[[], None] | None) -> None:
-        """Set what a guest does while time passes.
+        """Set the guest program that runs while time passes.
 
         The model has no threads. It calls ``time_slice`` each time its dirty pfns are read or its shutdown request
         changes, unless the domain is paused or has shut down.

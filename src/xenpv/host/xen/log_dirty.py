@@ -16,7 +16,7 @@ from xenpv.host.xen.libxen import Hypercalls
 _OP = "shadow_op"
 _LEAF_PFNS = 8 * PAGE_SIZE  # pfns of one page of Xen's bitmap
 _LEAVES_MAX = 1 << 14  # 64 MiB of bitmap
-_WORDS_AT_ONCE = 1 << 16  # half a MiB of bitmap, 4 Mi pfns: what fits into a cache
+_WORDS_AT_ONCE = 1 << 16  # half a MiB of bitmap, 4 Mi pfns: they fit into a cache
 
 
 class LogDirty:
