@@ -189,8 +189,8 @@ class Conversion:
     def _convert_checkpoint(self, event: Event) -> Iterator[Buffers]:
         """Convert the events since the last checkpoint, which are whole now."""
         if self._checkpoint is not None:
-            for kept, read_into in self._checkpoint.events():
-                yield from self._convert(kept, read_into)
+            for kept_event, read_into in self._checkpoint.events():
+                yield from self._convert(kept_event, read_into)
             self._checkpoint.clear()
         if isinstance(event, records.Checkpoint):
             self.result.checkpoints += 1

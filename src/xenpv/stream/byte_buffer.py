@@ -56,11 +56,11 @@ class ByteBuffer:
         self.offset += n
 
     def peek(self, n: int) -> bytes:
-        """Return the next n bytes, or all that are available, without taking them."""
+        """Return the next n bytes, or all that are available, without consuming them."""
         return b"".join([self._chunks[0][self._start :], *self._chunks[1:]])[:n] if self._chunks else b""
 
-    def take(self, n: int) -> memoryview:
-        """Take n bytes that are available. The view stays valid, as chunks never change."""
+    def read(self, n: int) -> memoryview:
+        """Read n bytes that are available. The view stays valid, as chunks never change."""
         if not n:
             return memoryview(b"")
         head = self._chunks[0]

@@ -48,7 +48,7 @@ class Cursor:
         """Offset of the next byte, from the start of the input."""
         return self.buffer.offset
 
-    def begin(self, record: str) -> None:
+    def start_record(self, record: str) -> None:
         """Start a record here: breaches are reported with its name and offset."""
         self.record = record
         self.record_offset = self.offset
@@ -80,15 +80,15 @@ class Cursor:
 
     # --- bytes -------------------------------------------------------------------------------------------------------
 
-    def take(self, n: int, part: str) -> Generator[None, None, memoryview]:
-        """Take n bytes; ``part`` names them in the error.
+    def read(self, n: int, part: str) -> Generator[None, None, memoryview]:
+        """Read n bytes; ``part`` names them in the error.
 
         Raises Truncated where the input ends before.
         """
         while self.buffer.available < n:
             yield from self.wait(self.buffer.available, n, part)
         self.needed = 0
-        return self.buffer.take(n)
+        return self.buffer.read(n)
 
     def skip(self, n: int, part: str) -> Wait:
         """Skip n bytes; ``part`` names them in the error.
@@ -127,5 +127,5 @@ def read_pages(cursor: Cursor, record: PageData) -> Steps:
     """
     for first in range(0, record.pages, PAGES_AT_ONCE):
         offset = cursor.offset
-        data = yield from cursor.take(min(PAGES_AT_ONCE, record.pages - first) * PAGE_SIZE, "page content")
+        data = yield from cursor.read(min(PAGES_AT_ONCE, record.pages - first) * PAGE_SIZE, "page content")
         yield PageContent(offset, record, first, data)

@@ -90,7 +90,7 @@ class LegacyFormat:
 
         ``pages``: give page content; ``emulator``: the envelope allows its state to follow.
         """
-        cursor.begin("legacy header")
+        cursor.start_record("legacy header")
         long, guest = self._toolstack or (yield from _detect_toolstack(cursor))
         stream = _LegacyStream(cursor, long, guest, pages=pages, emulator=emulator and self._emulator)
         yield from stream.read()
@@ -162,7 +162,7 @@ class _LegacyStream:
 
     def _unpack(self, layout: str, part: str) -> Generator[Event | None, None, tuple[int, ...]]:
         layout = f"<{layout}"
-        return struct.unpack(layout, (yield from self._cursor.take(struct.calcsize(layout), part)))
+        return struct.unpack(layout, (yield from self._cursor.read(struct.calcsize(layout), part)))
 
     def _longs(self, count: int, part: str) -> Generator[Event | None, None, tuple[int, ...]]:
         """Read numbers of the size of the toolstack's long."""
@@ -172,15 +172,15 @@ class _LegacyStream:
 
     def _read_extended_info(self) -> Steps:
         cursor = self._cursor
-        cursor.begin("legacy extended info")
+        cursor.start_record("legacy extended info")
         (signature,) = yield from self._longs(1, "the signature of extended info")
         if signature != (1 << 8 * self._long) - 1:
             raise self._malformed(f"unexpected extended info marker {signature:#x}")
         (remaining,) = yield from self._unpack("I", "the length of extended info")
         info = None
         while remaining:
-            cursor.begin("legacy extended info")
-            ident, size = struct.unpack("<4sI", (yield from cursor.take(8, "an extended info block")))
+            cursor.start_record("legacy extended info")
+            ident, size = struct.unpack("<4sI", (yield from cursor.read(8, "an extended info block")))
             if remaining < 8 + size:
                 raise self._malformed(
                     f"a block of {size} bytes does not fit into the {remaining} bytes of extended info"
@@ -192,7 +192,7 @@ class _LegacyStream:
                 self._has_extended = True
                 yield from cursor.skip(size, "an extended info block")
             elif ident == b"xcnt" and size >= 4:
-                block = yield from cursor.take(size, "an extended info block")
+                block = yield from cursor.read(size, "an extended info block")
                 self._xsave_size = int.from_bytes(block[:4], "little")
                 if not 16 <= self._xsave_size < framing.BLOB_MAX:
                     raise self._malformed(f"an xsave area of {self._xsave_size} bytes")
@@ -217,9 +217,9 @@ class _LegacyStream:
 
     def _read_p2m_frames(self) -> Steps:
         cursor = self._cursor
-        cursor.begin("legacy p2m frame list")
+        cursor.start_record("legacy p2m frame list")
         frames = -(-self._p2m_size * (self._ctx.width or 8) // PAGE_SIZE)
-        raw = bytes((yield from cursor.take(frames * self._long, "the p2m frame list")))
+        raw = bytes((yield from cursor.read(frames * self._long, "the p2m frame list")))
         if self._long == 4:
             raw = struct.pack(f"<{frames}Q", *struct.unpack(f"<{frames}I", raw))
         record = records.X86PVP2MFrames(
@@ -235,7 +235,7 @@ class _LegacyStream:
         cursor = self._cursor
         compressed, params = self._compressing, dict[int, int]()
         while True:
-            cursor.begin("legacy chunk")
+            cursor.start_record("legacy chunk")
             (chunk,) = yield from self._unpack("i", "a chunk's type")
             cursor.record = f"legacy chunk {chunk}"
             if chunk == 0:
@@ -283,7 +283,7 @@ class _LegacyStream:
         cursor = self._cursor
         if count > BATCH_MAX:
             raise self._malformed(f"page batch ({count}) exceeds the maximum ({BATCH_MAX})")
-        raw = yield from cursor.take(count * self._long, "a batch's pfns")
+        raw = yield from cursor.read(count * self._long, "a batch's pfns")
         longs: U64 = np.frombuffer(raw, f"<u{self._long}").astype(np.uint64)
         longs = longs[longs != _UNMAPPED]
         if np.any(longs >> np.uint64(32)):
@@ -320,7 +320,7 @@ class _LegacyStream:
         (size,) = yield from self._longs(1, "the length of compressed data")
         if size > framing.RECORD_LENGTH_MAX:
             raise self._malformed(f"compressed data of {size:#x} bytes")
-        data = self._partial_page + (yield from cursor.take(size, "compressed data"))
+        data = self._partial_page + (yield from cursor.read(size, "compressed data"))
         try:
             ends = delta.page_ends(data, self._pending_pages)
         except delta.MalformedDelta as e:
@@ -360,7 +360,7 @@ class _LegacyStream:
         (size,) = yield from self._unpack("I", "the length of the toolstack's data")
         if size > framing.BLOB_MAX:
             raise self._malformed(f"toolstack data of {size:#x} bytes")
-        data = yield from cursor.take(size, "the toolstack's data")
+        data = yield from cursor.read(size, "the toolstack's data")
         try:
             self._physmap = convert_physmap(data, self._long) if size else b""
         except ValueError as e:
@@ -370,7 +370,7 @@ class _LegacyStream:
 
     def _read_pv_tail(self) -> Steps:
         cursor = self._cursor
-        cursor.begin("legacy unmapped pfns")
+        cursor.start_record("legacy unmapped pfns")
         (count,) = yield from self._unpack("I", "the number of unmapped pfns")
         if count > _P2M_MAX:
             raise self._malformed(f"{count} unmapped pfns")
@@ -385,28 +385,28 @@ class _LegacyStream:
                 if length != self._xsave_size - 16:
                     raise self._malformed(f"vcpu{vcpu}: an xsave area of {length} bytes, not {self._xsave_size - 16}")
                 yield from self._read_vcpu_blob(records.VcpuXsave, vcpu, length)
-        cursor.begin("legacy shared info")
-        page = bytes((yield from cursor.take(PAGE_SIZE, "shared info")))
+        cursor.start_record("legacy shared info")
+        page = bytes((yield from cursor.read(PAGE_SIZE, "shared info")))
         yield records.SharedInfo(offset=cursor.record_offset, length=PAGE_SIZE, data=page)
 
     def _read_vcpu_blob(self, kind: type[records.VcpuBlob], vcpu: int, size: int) -> Steps:
         cursor = self._cursor
-        cursor.begin(f"legacy {kind.type_name()}")
-        context = bytes((yield from cursor.take(size, kind.type_name())))
+        cursor.start_record(f"legacy {kind.type_name()}")
+        context = bytes((yield from cursor.read(size, kind.type_name())))
         if size:
             yield kind(offset=cursor.record_offset, length=8 + size, vcpu_id=vcpu, context=context)
 
     def _read_hvm_tail(self) -> Steps:
         cursor = self._cursor
-        cursor.begin("legacy HVM tail")
+        cursor.start_record("legacy HVM tail")
         ioreq, bufioreq, store = yield from self._unpack("QQQ", "the magic pfns")
         params = {_IOREQ: ioreq, _BUFIOREQ: bufioreq, _STORE: store}
         yield records.HvmParams(offset=cursor.record_offset, length=56, params=params)
-        cursor.begin("legacy HVM context")
+        cursor.start_record("legacy HVM context")
         (size,) = yield from self._unpack("I", "the length of the HVM context")
         if not 0 < size <= framing.RECORD_LENGTH_MAX:
             raise self._malformed(f"an HVM context of {size:#x} bytes")
-        context = bytes((yield from cursor.take(size, "the HVM context")))
+        context = bytes((yield from cursor.read(size, "the HVM context")))
         yield records.HvmContext(offset=cursor.record_offset, length=size, data=context)
         unknown = libxl.Emulator.UNKNOWN
         if self._physmap:
@@ -421,14 +421,14 @@ class _LegacyStream:
 
     def _read_qemu(self) -> Generator[Event | None, None, bytes]:
         cursor = self._cursor
-        cursor.begin("legacy qemu record")
-        signature = bytes((yield from cursor.take(21, "qemu's signature")))
+        cursor.start_record("legacy qemu record")
+        signature = bytes((yield from cursor.read(21, "qemu's signature")))
         most = framing.RECORD_LENGTH_MAX - 8
         if signature in _QEMU_SIGNATURES:
             (size,) = yield from self._unpack("I", "the length of qemu's state")
             if size > most:
                 raise self._malformed(f"a qemu state of {size:#x} bytes")
-            return bytes((yield from cursor.take(size, "qemu's state")))
+            return bytes((yield from cursor.read(size, "qemu's state")))
         if signature != _QEMU_UNTIL_END:
             raise self._malformed(f"unrecognised qemu signature {signature!r}")
         while not cursor.buffer.ended:
@@ -436,4 +436,4 @@ class _LegacyStream:
                 raise self._malformed(f"a qemu state of more than {most:#x} bytes")
             cursor.needed = 1
             yield None
-        return bytes((yield from cursor.take(cursor.buffer.available, "qemu's state")))
+        return bytes((yield from cursor.read(cursor.buffer.available, "qemu's state")))

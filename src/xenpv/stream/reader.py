@@ -167,8 +167,8 @@ class Reader:
 
     def _read_xl(self) -> Steps:
         cursor = self._cursor
-        cursor.begin("xl header")
-        head = yield from cursor.take(envelope.XL_HEADER_SIZE, "the xl header")
+        cursor.start_record("xl header")
+        head = yield from cursor.read(envelope.XL_HEADER_SIZE, "the xl header")
         if head[:32] != envelope.XL_MAGIC:
             raise cursor.fatal_error(rules.ENVELOPE, "not an xl header")
         order = ">" if bytes(head[32:36]) == envelope.XL_BYTEORDER.to_bytes(4, "big") else "<"
@@ -180,7 +180,7 @@ class Reader:
         if optional:
             cursor.report_or_raise(rules.RESERVED, f"the xl header has optional flags {optional:#x}; none are defined")
         self._check_config_length(length)
-        data = yield from cursor.take(length, "the domain configuration")
+        data = yield from cursor.read(length, "the domain configuration")
         (size,) = envelope.XL_CONFIG.unpack(bytes(data[:4]).ljust(4, b"\0"), order)
         if size > max(0, length - 4):
             cursor.report_or_raise(
@@ -206,8 +206,8 @@ class Reader:
 
     def _read_libvirt(self) -> Steps:
         cursor = self._cursor
-        cursor.begin("libvirt header")
-        head = yield from cursor.take(envelope.LIBVIRT_HEADER_SIZE, "the libvirt header")
+        cursor.start_record("libvirt header")
+        head = yield from cursor.read(envelope.LIBVIRT_HEADER_SIZE, "the libvirt header")
         if head[:16] != envelope.LIBVIRT_MAGIC:
             raise cursor.fatal_error(rules.ENVELOPE, "not a libvirt header")
         fields = envelope.LIBVIRT_FIELDS.read(
@@ -217,7 +217,7 @@ class Reader:
         if version not in {1, 2}:
             cursor.report_or_raise(rules.ENVELOPE, f"libvirt header version {version}, expected 1 or 2")
         self._check_config_length(length)
-        xml = yield from cursor.take(length, "the domain configuration")
+        xml = yield from cursor.read(length, "the domain configuration")
         header_offset = cursor.record_offset
         yield Envelope(Kind.LIBVIRT, header_offset, cursor.offset - header_offset, bytes(xml).rstrip(b"\0"), "xml")
         if version == 1:
@@ -227,15 +227,15 @@ class Reader:
 
     def _read_xenopsd(self) -> Steps:
         cursor = self._cursor
-        cursor.begin("xenopsd signature")
-        magic = yield from cursor.take(len(envelope.XENOPSD_MAGIC), "the xenopsd signature")
+        cursor.start_record("xenopsd signature")
+        magic = yield from cursor.read(len(envelope.XENOPSD_MAGIC), "the xenopsd signature")
         if magic != envelope.XENOPSD_MAGIC:
             raise cursor.fatal_error(rules.ENVELOPE, "not a xenopsd signature")
         yield Envelope(Kind.XENOPSD, cursor.record_offset, len(magic))
         has_stream = False
         while True:
-            cursor.begin("xenopsd section")
-            head = yield from cursor.take(envelope.XENOPSD_SECTION.size, "a section header")
+            cursor.start_record("xenopsd section")
+            head = yield from cursor.read(envelope.XENOPSD_SECTION.size, "a section header")
             number, length = envelope.XENOPSD_SECTION.unpack(head)
             section = envelope.SECTIONS.get(number)
             if section is None:
@@ -243,7 +243,7 @@ class Reader:
             section_offset, config = cursor.record_offset, b""
             if section is Section.XENOPS:
                 self._check_config_length(length)
-                config = bytes((yield from cursor.take(length, "the xenops record")))
+                config = bytes((yield from cursor.read(length, "the xenops record")))
             yield SectionHeader(section_offset, section, length, config)
             has_stream |= section in {Section.LIBXC, Section.LIBXL, Section.LIBXC_LEGACY}
             if section is Section.END:
@@ -263,8 +263,8 @@ class Reader:
 
     def _read_libxl(self) -> Steps:
         cursor = self._cursor
-        cursor.begin("libxl header")
-        head = yield from cursor.take(libxl.HEADER.size, "the libxl header")
+        cursor.start_record("libxl header")
+        head = yield from cursor.read(libxl.HEADER.size, "the libxl header")
         _, version, options = libxl.HEADER.unpack(head, ">")
         if head[:8] != envelope.LIBXL_IDENT:
             raise cursor.fatal_error(rules.LIBXL_HEADER, f"Bad image id: expected LibxlFmt, got {bytes(head[:8])!r}")
@@ -281,8 +281,8 @@ class Reader:
         order = LibxlOrder()
         libxc = self._read_libxc()
         while not order.ended:
-            cursor.begin("libxl record")
-            kind, length = RECORD_HEADER.unpack((yield from cursor.take(8, "a libxl record header")), ctx.byte_order)
+            cursor.start_record("libxl record")
+            kind, length = RECORD_HEADER.unpack((yield from cursor.read(8, "a libxl record header")), ctx.byte_order)
             yield from self._read_body(ctx, kind, length, libxl.LIBXL)
             for rule, message in order.check_next(kind):
                 cursor.report_or_raise(rule, message)
@@ -308,8 +308,8 @@ class Reader:
         yield from self._read_domain_header(ctx)
         order = Order(ctx.guest, ctx.version)
         while True:
-            cursor.begin("record")
-            kind, length = RECORD_HEADER.unpack((yield from cursor.take(8, "a record header")), ctx.byte_order)
+            cursor.start_record("record")
+            kind, length = RECORD_HEADER.unpack((yield from cursor.read(8, "a record header")), ctx.byte_order)
             if kind in _NAMES:
                 cursor.record = _NAMES[kind]
                 for rule, message in order.check_next(kind):
@@ -337,8 +337,8 @@ class Reader:
     def _read_image_header(self) -> Generator[Event | None, None, RecordContext]:
         """Read libxc's image header; return the context for the records that follow."""
         cursor = self._cursor
-        cursor.begin("image header")
-        head = yield from cursor.take(IMAGE_HEADER.size, "the image header")
+        cursor.start_record("image header")
+        head = yield from cursor.read(IMAGE_HEADER.size, "the image header")
         _, ident, version, options, *reserved = IMAGE_HEADER.unpack(head, ">")
         if head[:8] != envelope.LIBXC_MARKER:
             raise cursor.fatal_error(rules.IMAGE_HEADER, f"Invalid marker: Got 0x{bytes(head[:8])[::-1].hex()}")
@@ -357,8 +357,8 @@ class Reader:
     def _read_domain_header(self, ctx: RecordContext) -> Steps:
         """Read libxc's domain header, and note the guest's type in ctx."""
         cursor = self._cursor
-        cursor.begin("domain header")
-        head = yield from cursor.take(DOMAIN_HEADER.size, "the domain header")
+        cursor.start_record("domain header")
+        head = yield from cursor.read(DOMAIN_HEADER.size, "the domain header")
         guest, shift, reserved, major, minor = DOMAIN_HEADER.unpack(head, ctx.byte_order)
         if guest not in set(Guest):
             raise cursor.fatal_error(rules.DOMAIN_HEADER, f"Unrecognised domain type {guest:#x}")
@@ -397,7 +397,7 @@ class Reader:
             cursor.report_or_raise(rules.RECORD_SIZE, f"length {length:#x}, expected {_describe_lengths(cls.LENGTH)}")
             yield from cursor.skip(padded, "the record")
             return None
-        body = yield from cursor.take(padded, "the record's body")
+        body = yield from cursor.read(padded, "the record's body")
         if any(body[length:]):
             cursor.report_or_raise(rules.PADDING, "padding containing non-zero bytes found")
         record = cls.parse(ctx, body[:length], offset=cursor.record_offset)
@@ -414,13 +414,13 @@ class Reader:
             cursor.report_or_raise(rules.PAGE_COUNT, f"PAGE_DATA record truncated: length {length}, min 8")
             yield from cursor.skip(padded, "the record")
             return
-        head = yield from cursor.take(PageData.FIELDS.size, "PAGE_DATA")
+        head = yield from cursor.read(PageData.FIELDS.size, "PAGE_DATA")
         count = PageData.FIELDS.read(ctx, "PAGE_DATA", head)["count"]
         if count < 1 or length < 8 + count * 8:
             cursor.report_or_raise(rules.PAGE_COUNT, f"PAGE_DATA record of length {length} for {count} pfns")
             yield from cursor.skip(padded - 8, "the record")
             return
-        raw = yield from cursor.take(count * 8, "the pfn array of PAGE_DATA")
+        raw = yield from cursor.read(count * 8, "the pfn array of PAGE_DATA")
         record = PageData.parse_entries(ctx, raw, offset=record_offset, length=length, pages_offset=cursor.offset)
         yield record
         if self._pages and record.size_matches:

@@ -93,7 +93,7 @@ class Writer:
 
     def start(self) -> list[Buffer]:
         """Return the headers of envelope and streams, up to the first libxc record."""
-        self._begin("image header")
+        self._start_record("image header")
         if self._order is not None:
             raise self._fatal_error(rules.REPEATED, "a second image header")
         self._order = Order(self.guest, VERSION)
@@ -120,7 +120,7 @@ class Writer:
         is_libxc = not isinstance(record, LibxlRecord)
         known = LIBXC if is_libxc else libxl.LIBXL
         kind = getattr(type(record), "TYPE", -1)
-        self._begin(record.name)
+        self._start_record(record.name)
         if known.get(kind) is not type(record):
             raise self._fatal_error(rules.RECORD_UNKNOWN, f"cannot write a record of class {type(record).__name__}")
         self._check_order(kind, is_libxc=is_libxc)
@@ -143,7 +143,7 @@ class Writer:
             entries: 64 bits each, little-endian: type in bits 63 to 60, pfn in bits 51 to 0.
             contents: the pages of those that have content, in their order; a buffer may have any number of bytes.
         """
-        self._begin(RecordType.PAGE_DATA.name)
+        self._start_record(RecordType.PAGE_DATA.name)
         self._check_order(RecordType.PAGE_DATA, is_libxc=True)
         count, rest = divmod(len(entries), 8)
         length = PageData.FIELDS.size + len(entries) + _total_size(contents)
@@ -159,7 +159,7 @@ class Writer:
 
     # --- order -------------------------------------------------------------------------------------------------------
 
-    def _begin(self, record: str) -> None:
+    def _start_record(self, record: str) -> None:
         """Start a record. Raises if an earlier one failed or the stream is done."""
         self._record = record
         if self._failed is not None:

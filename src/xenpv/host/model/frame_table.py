@@ -365,11 +365,11 @@ class FrameTable:
         self.rows.m2p[rows], self.rows.owner[rows] = INVALID_M2P_ENTRY, np.where(special, XEN, NO_OWNER)
         self._reserved += mfns[special].tolist()
         extents, n = np.unique(mfns[~special] >> _LOW, return_counts=True)
-        whole = extents[n == EXTENT_FRAMES].astype(np.int64)
-        self.rows.free_slots(self._slot[whole].astype(np.int64) - 1)
-        self._slot[whole], self._pfn[whole] = 0, 0
-        self._free_extents = np.append(self._free_extents, whole)
-        single = mfns[~special & ~np.isin(mfns >> _LOW, whole.astype(np.uint64))]
+        whole_extents = extents[n == EXTENT_FRAMES].astype(np.int64)
+        self.rows.free_slots(self._slot[whole_extents].astype(np.int64) - 1)
+        self._slot[whole_extents], self._pfn[whole_extents] = 0, 0
+        self._free_extents = np.append(self._free_extents, whole_extents)
+        single = mfns[~special & ~np.isin(mfns >> _LOW, whole_extents.astype(np.uint64))]
         self._free_frames = np.append(self._free_frames, self._random.permutation(single))
 
     def _alloc_extents(self, n: int, compat: bool) -> I64:

@@ -58,8 +58,8 @@ class GuestView:
         content = np.frombuffer(data, np.uint8)
         if head:
             self._hypervisor.frames.page(int(mfns[0]))[vaddr % PAGE_SIZE :][:head] = content[:head]
-        whole = mfns[1 if head else 0 : len(mfns) - (1 if tail else 0)]
-        self._hypervisor.frames.write(whole, content[head : len(content) - tail].reshape(-1, PAGE_SIZE))
+        whole_mfns = mfns[1 if head else 0 : len(mfns) - (1 if tail else 0)]
+        self._hypervisor.frames.write(whole_mfns, content[head : len(content) - tail].reshape(-1, PAGE_SIZE))
         if tail:
             self._hypervisor.frames.page(int(mfns[-1]))[:tail] = content[len(content) - tail :]
         self._hypervisor.mark_dirty(self.domid, mfns)

@@ -180,7 +180,7 @@ class ModelHost:
         self.types.forget_owner(domain.owner_id)
         self.frames.free_all(domain.owner_id)
         del self.hypervisor.domains[domid]
-        uuid_is_shared = any(other.uuid == domain.uuid for other in self.hypervisor.domains.values())
+        uuid_is_shared = any(candidate.uuid == domain.uuid for candidate in self.hypervisor.domains.values())
         for path in xenstore_nodes.root_paths(domid, self.daemons(), None if uuid_is_shared else domain.uuid):
             self.store.remove(path)
             parent = path.rpartition("/")[0]
