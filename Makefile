@@ -59,6 +59,7 @@ lab-deps: $(RUNS) ## install the programs that the lab and the tests need (says 
 
 docs: $(READY)   ## the documents as a site: build/docs/html/index.html
 	$(BIN)/sphinx-build -q -W --keep-going -n -j auto -b html -d build/docs/doctrees docs build/docs/html
+	@echo "The documents are in build/docs/html/index.html"
 
 dist: $(READY)   ## wheel and source distribution
 	$(BIN)/python -m build --no-isolation

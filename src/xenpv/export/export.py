@@ -71,10 +71,12 @@ def export(
         progress: Called after each batch of pages.
 
     Raises:
-        RequestError: The domain has no pages, or the format cannot hold it.
+        RequestError: There is no such format, the domain has no pages, or the format cannot hold it.
         GuestError: The format needs the domain's p2m, which is damaged.
         OSError: The file cannot be written.
     """
+    if file_format not in FORMATS:
+        raise RequestError(f"{file_format!r} is no export format; the formats are {', '.join(FORMATS)}")
     with Output.open(path) as out:
         job = ExportJob(domain, seekable=out.sparse)
         pages = job.pages

@@ -32,7 +32,7 @@ try:
 except ImportError:
     if __name__ != "__main__":
         raise
-    sys.exit("xenpv: error: this needs drgn, which is not installed: pip install 'xenpv[drgn]'")
+    sys.exit("xenpv: error: this needs drgn, which is not installed: pip install drgn")
 
 from xenpv import Domain, RequestError, Rule, XenPVError
 from xenpv.cli.main import EXIT_FAILED, run

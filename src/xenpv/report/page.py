@@ -36,7 +36,7 @@ def render_page(facts: ReportFacts) -> str:
         from jinja2 import Environment, PackageLoader, StrictUndefined  # noqa: PLC0415  an extra
         from markupsafe import Markup  # noqa: PLC0415
     except ImportError as e:
-        raise RequestError("a report needs jinja2, which is not installed: pip install 'xenpv[report]'") from e
+        raise RequestError("a report needs jinja2, which is not installed: pip install jinja2") from e
     loader = PackageLoader("xenpv.report")
     # Text of a guest or a configuration is hostile: all of it is escaped, and control characters are replaced.
     env = Environment(

@@ -5,6 +5,7 @@ A check of framing alone imports no NumPy, which takes longer to load than most 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ class Report:
 
 
 def verify(
-    source: str | Input,
+    source: str | os.PathLike[str] | Input,
     *,
     deep: bool = True,
     envelope: Kind | None = None,
@@ -99,7 +100,7 @@ def verify(
         RequestError: The path cannot be opened.
         StreamError: The file holds no stream at all.
     """
-    source = Input.open(source) if isinstance(source, str) else source
+    source = source if isinstance(source, Input) else Input.open(os.fspath(source))
     findings = Findings(keep)
     if not deep:
         return _verify_framing(source, findings, envelope, progress)

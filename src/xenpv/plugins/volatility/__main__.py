@@ -5,7 +5,7 @@ import sys
 try:
     from volatility3.cli import main
 except ImportError:
-    sys.exit("xenpv: error: this needs Volatility 3, which is not installed: pip install 'xenpv[volatility]'")
+    sys.exit("xenpv: error: this needs Volatility 3, which is not installed: pip install volatility3")
 
 from xenpv.plugins.volatility import domain_layer  # noqa: F401  Volatility finds the classes that have been imported
 
