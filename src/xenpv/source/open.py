@@ -23,7 +23,7 @@ LARGE = 8 << 30  # bytes; reading a file of that size takes a tenth of a second
 
 
 def open_domain(
-    path_or_name: str,
+    path_or_name: str | os.PathLike[str],
     *,
     on_breach: BreachHandler | None = None,
     progress: ProgressCallback | None = None,
@@ -49,6 +49,7 @@ def open_domain(
         StreamError: The file is damaged.
         HostError: Xen refused an operation.
     """
+    path_or_name = os.fspath(path_or_name)
     if path_or_name == "-" or os.path.exists(path_or_name):
         return open_path(path_or_name, on_breach=on_breach, progress=progress, index=index)
     return open_running(path_or_name)
