@@ -1,6 +1,6 @@
 """Runs of consecutive pfns: how all rooms hold many pages in few rows.
 
-A domain's memory mostly comes in long runs, so 100 GiB of pages are a few thousand rows. This module stands below
+A domain's memory mostly comes in long runs, so 100 GiB of pages are a few thousand rows. This module lies below
 ``stream`` and ``memory`` because both use it: a stream's index and a domain's extents are the same type.
 
 ``Runs`` are pfns, ``Extents`` have a page type each, a ``FrameMap`` translates runs, and ``FrameRuns`` are places in a

@@ -112,7 +112,7 @@ def diff(a: Domain, b: Domain, *, keep: int = 20, progress: ProgressCallback | N
         progress: called with the progress.
 
     Raises:
-        RequestError: a domain is a stream from a pipe, whose pages are gone.
+        RequestError: a domain is a stream from a pipe, which is read only once.
         Fault: a running domain gave up a page meanwhile.
     """
     for domain in (a, b):

@@ -89,7 +89,7 @@ class Anchors:
 
         Each is an offset and bytes, in the order of writing.
 
-        p2m_levels and p2m_cr3 come last: while they are 0, nobody reads the others.
+        p2m_levels and p2m_cr3 come last: while they are 0, no reader uses the others.
         """
         offset_of = dict(zip(_FIELDS, _offsets(self.width), strict=True))
         order = ["p2m_root", "frame_list_list", "max_pfn", "p2m_generation", "p2m_vaddr", "p2m_levels", "p2m_cr3"]

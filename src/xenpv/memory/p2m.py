@@ -32,7 +32,7 @@ class Leaves(NamedTuple):
 
     Attributes:
         first_place: the first place of each leaf; int64.
-        place_count: in how many places each leaf stands; int64.
+        place_count: the number of places that name each leaf; int64.
         mfns: its entries, uint64 of shape (n, entries in a leaf); NO_FRAME for INVALID_MFN and beyond the table's end.
     """
 
@@ -51,7 +51,7 @@ class Leaves(NamedTuple):
 
 @dataclass(frozen=True)
 class P2M:
-    """A p2m. Entry n stands in the leaf at place n // entries_per_leaf.
+    """A p2m. Entry n is in the leaf at place n // entries_per_leaf.
 
     Attributes:
         width: bytes of an entry.
@@ -195,7 +195,7 @@ class P2M:
 
         NO_FRAME stands for an mfn that the table does not hold.
 
-        Of an mfn that stands in several entries, the last pfn counts.
+        If several entries hold an mfn, the last pfn counts.
         """
         if not mfns.size:
             return mfns

@@ -2,8 +2,8 @@
 
 A tree is a p2m tree of any depth, or the page tables over a linear list.
 
-Cost follows distinct tables, not what they span. A table that stands in a thousand places is read once. Entries that
-name one frame stay one run at all levels below.
+Cost follows distinct tables, not the places that they span. A table in a thousand places is read once.
+Entries that name one frame stay one run at all levels below.
 """
 
 from __future__ import annotations

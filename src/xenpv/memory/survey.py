@@ -29,7 +29,7 @@ class Survey:
     Attributes:
         pages: how many pfns there are of each kind.
         first: the first pfn of each kind that there is.
-        cell_pfns: how many pfns a cell of the map stands for.
+        cell_pfns: the number of pfns in a cell of the map.
         local_pages: for each cell, how many of its pfns have a frame of the domain; int64.
     """
 

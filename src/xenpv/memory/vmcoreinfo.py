@@ -30,9 +30,9 @@ _NEW_UTSNAME = 6 * 65  # bytes of struct new_utsname, which has the kernel's rel
 class VmcoreinfoSearch:
     """Searches pages for the text, in any order of arrival.
 
-    Another reader of the memory passes on each page that it comes by.
+    The caller passes the pages that it reads anyway.
 
-    Anybody in the guest can write such lines into memory. A text is the kernel's own if the kernel's uts name, at the
+    Any program in the guest can write such lines. A text is the kernel's own if the kernel's uts name, at the
     virtual address in the text, has the same release. If none is, or virtual memory cannot be read, the text in the
     highest page counts.
 

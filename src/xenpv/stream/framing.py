@@ -68,7 +68,7 @@ class Record:
         """Check the record's values and report breaches to ctx.
 
         Returns:
-            Whether to keep the record. If False, nobody sees it: show, diff and convert go on as if it were not there.
+            Whether to keep the record. If False, show, diff and convert ignore it.
             If a breach is only a WARNING and the values can still be used, return True.
         """
         return True

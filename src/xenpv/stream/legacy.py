@@ -128,7 +128,7 @@ class _LegacyStream:
         self._vcpus: list[int] = [0]
         self._last_checkpoint = False  # no more bodies follow
         self._compressing = False  # later bodies are compressed
-        self._pending_entries = b""  # of a compressed body, whose content comes later
+        self._pending_entries = b""  # of a compressed body; their content comes later
         self._pending_pages = 0  # how many of those have content
         self._partial_page = b""  # of compressed data: a page that continues in the next chunk
         self._physmap = b""

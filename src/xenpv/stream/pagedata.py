@@ -27,7 +27,7 @@ TYPE_SHIFT = 60
 # Sets of the topmost byte of a PAGE_DATA entry: its type and four reserved bits. bytes.translate() deletes a set.
 _TOP_KNOWN = bytes(top for top in range(256) if top >> 4 in set(PageType))
 _TOP_WITH_DATA = bytes(top for top in _TOP_KNOWN if top >> 4 < PageType.BROKEN)
-_LANES = 1024  # entries that are checked as one number: libxenguest puts so many into a record
+_LANES = 1024  # entries that are checked as one number: a record of libxenguest has as many
 
 ReadInto = Callable[[memoryview], object]
 """read_into(buffer): fill the buffer with the next bytes of a record's page content."""

@@ -367,7 +367,7 @@ class XenHost:
         userdata.remove(domid, uuid)
         if any(info.uuid == uuid for info in self.domains() if info.domid != domid):
             uuid = None
-        # Remove the nodes last: nobody who saw the domain alive writes to them any more.
+        # Remove the nodes last: by now no client that knew the domain writes to them.
         nodes_existed = store.remove(domid, xenstore_nodes.root_paths(domid, daemons, uuid))
         if no_such_domain and not nodes_existed:
             raise no_such_domain

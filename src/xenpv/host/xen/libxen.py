@@ -275,7 +275,7 @@ class ForeignMemory:
         """Map frames.
 
         Args:
-            domid: Whose frames.
+            domid: The domain that owns the frames.
             mfns: The frames.
             at: Replace what is mapped at this address. None: let the kernel choose.
             protection: PROT_* of the mmap module.

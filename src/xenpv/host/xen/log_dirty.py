@@ -47,7 +47,7 @@ class LogDirty:
         """Stop logging. HostError: see Mover.log_dirty."""
         self._check_enabled(domid)
         self._shadow_op(domid, domctl.SHADOW_OP_OFF)
-        self._free_shadow_memory(domid)  # Xen returns the log's own pages to a pool that nobody uses any more
+        self._free_shadow_memory(domid)  # Xen returns the log's own pages to a pool that has no user left
 
     def _grow_shadow_memory(self, info: DomainInfo, max_pfn: int) -> None:
         """Give a tiny or sparse domain as much shadow memory as its log can take.
