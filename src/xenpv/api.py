@@ -1,4 +1,6 @@
-"""The verbs of the public API, by names and paths. ``import xenpv`` gives them; docs/reference/api.md shows each.
+"""The verbs of the public API, by names and paths.
+
+``import xenpv`` gives them; docs/reference/api.md shows each.
 
 Functions that act on a running domain open the Xen host that they run on. With ``host`` they act on that host instead:
 programs and tests give a ``xenpv.host.model.host.ModelHost``.

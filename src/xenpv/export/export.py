@@ -120,14 +120,20 @@ class _Exporter:
             self._progress(Progress(done * PAGE_SIZE, self._total * PAGE_SIZE, unit="bytes"))
 
     def read_pages(self, runs: Runs, page_filter: PageFilter | None = None) -> Iterator[U8]:
-        """Yield the pages' content in batches. Pages that cannot be read are zeros, and counted."""
+        """Yield the pages' content in batches.
+
+        Pages that cannot be read are zeros, and counted.
+        """
         for pfns in runs.batches(PAGES_PER_BATCH):
             content, readable = self._read(pfns)
             self.exported.lost += len(pfns) - int(np.count_nonzero(readable))
             yield content if page_filter is None else page_filter(pfns, content)
 
     def write_pieces(self, pieces: Iterable[Piece]) -> None:
-        """Write all pieces in order. While one batch of pages goes out to a file, the next is read."""
+        """Write all pieces in order.
+
+        While one batch of pages goes out to a file, the next is read.
+        """
         out = self._out
         with BackgroundWorker() as worker:
             for piece in pieces:

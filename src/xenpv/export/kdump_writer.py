@@ -69,7 +69,10 @@ def write_kdump(
 
 
 def _compress_batches(batches: Iterable[U8], compression: str) -> Iterator[tuple[list[bytes | None], U64]]:
-    """Yield all batches compressed, in order. One more than there are processors is in work at a time."""
+    """Yield all batches compressed, in order.
+
+    One more than there are processors is in work at a time.
+    """
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  no other format needs it, nor what it imports
 
     batches_in_work = (os.cpu_count() or 1) + 1

@@ -56,7 +56,9 @@ class MachineFrames:
         return [self._localise_context(vcpu, context) for vcpu, context in contexts if context is not None]
 
     def _localise_context(self, vcpu: int, context: np.void) -> bytes:
-        """Turn pfns into mfns in the fields that a saver normalises; only saved domains have pfns there.
+        """Turn pfns into mfns in the fields that a saver normalises.
+
+        Only saved domains have pfns there.
 
         Source: xen.git:tools/libs/guest/xg_sr_save_x86_pv.c write_one_vcpu_basic().
         """

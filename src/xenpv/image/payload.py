@@ -1,4 +1,6 @@
-"""Unpacks the ELF file inside a kernel file: a bzImage, or gzip. All sizes are checked before memory is allocated.
+"""Unpacks the ELF file inside a kernel file: a bzImage, or gzip.
+
+All sizes are checked before memory is allocated.
 
 As in libxc, a file is an ELF file or a bzImage, with or without gzip around it. The last 4 bytes of a bzImage's payload
 are its unpacked size. This size bounds what is unpacked, and ``UNPACKED_MAX`` bounds the size.

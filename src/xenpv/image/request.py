@@ -1,4 +1,7 @@
-"""Request: what a domain should have; and the checks whether that is possible. Refusals name the numbers."""
+"""Request: what a domain should have; and the checks whether that is possible.
+
+Refusals name the numbers.
+"""
 
 from __future__ import annotations
 

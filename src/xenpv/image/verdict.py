@@ -1,4 +1,6 @@
-"""Lists every reason why a kernel cannot boot, as PV and as PVH. Domain builders stop at the first reason.
+"""Lists every reason why a kernel cannot boot, as PV and as PVH.
+
+Domain builders stop at the first reason.
 
 Source: xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_note_check() and elf_xen_addr_calc_check(),
 tools/libs/guest/xg_dom_elfloader.c, xg_dom_core.c and xg_dom_x86.c

@@ -1,4 +1,7 @@
-"""A file that appears only when it is complete; a pipe or a device is written to directly."""
+"""A file that appears only when it is complete.
+
+A pipe or a device is written to directly.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,9 @@ class Output:
             self.abandon()
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """Write all buffers, in order. OSError, with the output's name, if that fails: ENOSPC, EPIPE.
+        """Write all buffers, in order.
+
+        OSError, with the output's name, if that fails: ENOSPC, EPIPE.
 
         A target that pins the pages it writes (9p, O_DIRECT) refuses those of another domain with EFAULT. It gets
         copies from then on.
@@ -114,7 +119,10 @@ class Output:
             self.write([_ZEROS[: length - offset]])
 
     def write_at(self, data: Buffer, offset: int) -> None:
-        """Write data at an offset of a sparse file that was skipped before. Raises OSError."""
+        """Write data at an offset of a sparse file that was skipped before.
+
+        Raises OSError.
+        """
         pending = memoryview(data)
         while pending:
             try:

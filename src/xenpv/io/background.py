@@ -27,7 +27,10 @@ class BackgroundWorker:
         self._thread: threading.Thread | None = None
 
     def submit(self, task: Task) -> None:
-        """Start a task as soon as the previous one is done. Raises what the previous one raised."""
+        """Start a task as soon as the previous one is done.
+
+        Raises what the previous one raised.
+        """
         self.wait()
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, daemon=True)

@@ -24,7 +24,10 @@ _DELTA_END = 40  # bytes of memory per item of PageDeltas.ends
 
 
 class CheckpointBuffer:
-    """Events since a checkpoint, in order. Page content and deltas are in a temporary file until ``close``."""
+    """Events since a checkpoint, in order.
+
+    Page content and deltas are in a temporary file until ``close``.
+    """
 
     def __init__(self) -> None:
         self._events: list[tuple[Event, int]] = []  # with the offset of the content in the file
@@ -33,7 +36,10 @@ class CheckpointBuffer:
         self._records_size = 0  # bytes in memory
 
     def add(self, event: Event, read_into: ReadInto) -> None:
-        """Add an event; ``read_into`` reads its page content. Unsupported if the records take too much memory."""
+        """Add an event; ``read_into`` reads its page content.
+
+        Unsupported if the records take too much memory.
+        """
         self._events.append((event if not isinstance(event, PageDeltas) else replace(event, data=b""), self._file_size))
         match event:
             case PageData():

@@ -14,7 +14,10 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def uninterruptible() -> Iterator[None]:
-    """Ignore SIGINT, SIGTERM and SIGHUP while the body runs. Without effect outside the main thread."""
+    """Ignore SIGINT, SIGTERM and SIGHUP while the body runs.
+
+    Without effect outside the main thread.
+    """
     with _handled_by(signal.SIG_IGN):
         yield
 

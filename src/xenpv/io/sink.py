@@ -21,4 +21,7 @@ class Sink(Protocol):
         """Whether the bytes go to a regular file, where no write can hang."""
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """Write all buffers, in order. On return the caller may reuse them. Raises OSError."""
+        """Write all buffers, in order.
+
+        On return the caller may reuse them. Raises OSError.
+        """

@@ -18,7 +18,10 @@ EventCallback = Callable[..., None]
 
 
 class OutcomeUnknown(HostError):
-    """Nobody here can know which side is to run the domain. It stays suspended until an operator has looked."""
+    """Nobody here can know which side is to run the domain.
+
+    It stays suspended until an operator has looked.
+    """
 
 
 def ignore_event(_event: str, /, **_details: Any) -> None:
@@ -26,7 +29,9 @@ def ignore_event(_event: str, /, **_details: Any) -> None:
 
 
 class MigrationChannel:
-    """The messages of one hand-over over a link; between two of them it is a sink for the stream.
+    """The messages of one hand-over over a link.
+
+    Between two of them it is a sink for the stream.
 
     Attributes:
         link: The connection to the peer.
@@ -45,7 +50,10 @@ class MigrationChannel:
         return self.handover.on_disconnect
 
     def send(self, message: Message, **body: Any) -> None:
-        """Send a message. OSError if that fails; ``on_disconnect`` then says what to do, should the peer have it."""
+        """Send a message.
+
+        OSError if that fails; ``on_disconnect`` then says what to do, should the peer have it.
+        """
         stage, before = self.handover.stage, self.link.written
         try:
             self.link.write([self.handover.send(message, **body)])
@@ -75,7 +83,10 @@ class MigrationChannel:
         return body
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """Write a part of the stream. RequestError, with the peer's reason, if it aborts; OSError."""
+        """Write a part of the stream.
+
+        RequestError, with the peer's reason, if it aborts; OSError.
+        """
         if self.link.is_readable():
             self._raise_reason()
         try:

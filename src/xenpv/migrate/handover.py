@@ -27,7 +27,10 @@ _TEXT_MAX = 4096
 
 
 class Message(IntEnum):
-    """The messages. OFFER, COMMIT and QUERY are the sender's, all others the receiver's."""
+    """The messages.
+
+    OFFER, COMMIT and QUERY are the sender's, all others the receiver's.
+    """
 
     HELLO = 1  # who is there, and which versions of the protocol it speaks
     OFFER = 2  # the domain, and what it needs; the receiver answers before anything is sent
@@ -148,7 +151,10 @@ class HandOver:
         self.stage = stage
 
     def receive(self, message: Message, body: bytes) -> dict[str, Any]:
-        """Return the decoded body of a message. OutOfOrder if it may not come now; Malformed."""
+        """Return the decoded body of a message.
+
+        OutOfOrder if it may not come now; Malformed.
+        """
         offset, self.received_bytes = self.received_bytes, self.received_bytes + HEADER.size + len(body)
         rule = self._rules[self.stage]
         if message not in rule.receives:
@@ -172,7 +178,10 @@ def encode(message: Message, body: Mapping[str, Any]) -> bytes:
 
 
 def decode_header(data: bytes, offset: int) -> tuple[Message, int]:
-    """Return the message and the length of its body. Unsupported or Malformed if the peer does not speak xenpv."""
+    """Return the message and the length of its body.
+
+    Unsupported or Malformed if the peer does not speak xenpv.
+    """
     magic, framing, number, length = HEADER.unpack(data)
     if magic != MAGIC:
         received = data.decode("ascii", "backslashreplace")
@@ -231,7 +240,10 @@ class Offer:
 
     @classmethod
     def of(cls, body: Mapping[str, Any], offset: int = 0) -> Self:
-        """Return the offer in a message body. Malformed for invalid members; unknown members are ignored."""
+        """Return the offer in a message body.
+
+        Malformed for invalid members; unknown members are ignored.
+        """
 
         def bad(problem: str) -> Malformed:
             return Malformed(problem, offset=offset, record=Message.OFFER.name)

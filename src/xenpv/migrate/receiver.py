@@ -145,7 +145,10 @@ def _start(
 
 
 def _answer_query(host: Mover, channel: MigrationChannel, query: dict[str, Any], on_event: EventCallback) -> None:
-    """Answer what became of a domain. One that still has its temporary name is destroyed: it is the sender's."""
+    """Answer what became of a domain.
+
+    One that still has its temporary name is destroyed: it is the sender's.
+    """
     name, uuid = query.get("name"), query.get("uuid")
     matching = [info for info in host.domains() if info.domid and _is_domain(info, name, uuid)]
     incoming = [info for info in host.domains() if name is not None and info.name == f"{name}{INCOMING}"]

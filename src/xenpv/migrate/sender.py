@@ -138,7 +138,10 @@ def _domid_in(answer: dict[str, object]) -> DomId | None:
 
 
 def _receive_hello(channel: MigrationChannel, on_event: EventCallback) -> int:
-    """Return the version of the protocol that both sides speak. Unsupported if there is none."""
+    """Return the version of the protocol that both sides speak.
+
+    Unsupported if there is none.
+    """
     hello = channel.receive()
     version = common_version(hello.get("protocol"))
     if version is None:
@@ -170,7 +173,10 @@ def _offer(host: Host, domain: DepartingDomain, version: int, *, live: bool, pau
 def _handle_failure(
     channel: MigrationChannel, domain: DepartingDomain, error: BaseException, on_event: EventCallback
 ) -> None:
-    """Roll the domain back if the receiver cannot run it; otherwise raise HostError or OutcomeUnknown."""
+    """Roll the domain back if the receiver cannot run it.
+
+    Otherwise raise HostError or OutcomeUnknown.
+    """
     peer, domid = channel.link.name, domain.domid
     if channel.on_disconnect is OnDisconnect.RESUME:
         with uninterruptible():

@@ -1,4 +1,7 @@
-"""Connections to another host: by ssh, by a socket, or by two given descriptors. Bytes both ways, without a meaning."""
+"""Connections to another host: by ssh, by a socket, or by two given descriptors.
+
+Bytes both ways, without a meaning.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,10 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Close the link; may be called again. A program that was started for it has some seconds to end by itself."""
+        """Close the link; may be called again.
+
+        A program that was started for it has some seconds to end by itself.
+        """
         fds, self.read_fd, self._write_fd = {self.read_fd, self._write_fd}, -1, -1
         for fd in fds - {-1}:
             os.close(fd)
@@ -86,7 +92,10 @@ class Link:
                 self._process.wait()
 
     def write(self, buffers: Sequence[Buffer]) -> None:
-        """Write all buffers, in order. ETIMEDOUT if the peer accepts nothing for ``idle_timeout`` seconds."""
+        """Write all buffers, in order.
+
+        ETIMEDOUT if the peer accepts nothing for ``idle_timeout`` seconds.
+        """
         self._out.write(buffers)
 
     @property
@@ -99,7 +108,10 @@ class Link:
         return bool(_poll(self.read_fd, select.POLLIN, timeout))
 
     def read(self, count: int) -> bytes:
-        """Read exactly ``count`` bytes. ECONNRESET if the peer has closed, ETIMEDOUT if it sends nothing."""
+        """Read exactly ``count`` bytes.
+
+        ECONNRESET if the peer has closed, ETIMEDOUT if it sends nothing.
+        """
         data = b""
         while len(data) < count:
             if not self.is_readable(self.idle_timeout):
@@ -285,7 +297,10 @@ def accept(listener: socket.socket, address: str, *, idle_timeout: float = IDLE_
 
 
 def standard_streams(*, idle_timeout: float = IDLE_TIMEOUT) -> Link:
-    """Return standard input and output as a link; what is printed from now on goes to standard error."""
+    """Return standard input and output as a link.
+
+    What is printed from now on goes to standard error.
+    """
     read_fd, write_fd = os.dup(0), os.dup(1)
     os.dup2(2, 1)
     return Link(read_fd, write_fd, "standard input", idle_timeout=idle_timeout)

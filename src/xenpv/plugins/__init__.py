@@ -1,1 +1,4 @@
-"""Plug-ins by which debuggers open a domain through xenpv. Each module needs the tool that it is named for."""
+"""Plug-ins by which debuggers open a domain through xenpv.
+
+Each module needs the tool that it is named for.
+"""

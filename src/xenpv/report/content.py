@@ -20,7 +20,10 @@ _GROUPS_SHOWN = 8  # the largest
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """``pages`` pages of one content. ``first`` is the lowest pfn, ``table`` tells whether that is a page table."""
+    """``pages`` pages of one content.
+
+    ``first`` is the lowest pfn, ``table`` tells whether that is a page table.
+    """
 
     pages: int
     first: int
@@ -67,7 +70,9 @@ def analyse_content(
     *,
     kept: Callable[[U64], Mask] | None = None,
 ) -> ContentStats:
-    """Find zero and duplicate pages, from the lowest pfn on. Takes 24 bytes of memory for each page.
+    """Find zero and duplicate pages, from the lowest pfn on.
+
+    Takes 24 bytes of memory for each page.
 
     Pages are compared by a hash with random keys, so that no guest can make two of its pages look alike.
 

@@ -14,7 +14,10 @@ _BOX_WIDTH_MAX = 160
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A box with lines of text. Edges end at its middle. It stands for the pfns ``first`` to ``last``."""
+    """A box with lines of text.
+
+    Edges end at its middle. It stands for the pfns ``first`` to ``last``.
+    """
 
     x: float
     y: float
@@ -63,7 +66,10 @@ class Picture:
 
 
 def draw_p2m_tree(shape: P2MTree) -> Picture:
-    """Draw one form: its anchor, and a row of boxes for each level. Leaves of a list show their virtual address."""
+    """Draw one form: its anchor, and a row of boxes for each level.
+
+    Leaves of a list show their virtual address.
+    """
     fields = [f"{name} {value}" for name, value in shape.anchors.items()]
     wide = max(180.0, 7.2 * max(map(len, fields)) + 20)
     anchor = Box(_LEFT, 0, wide, 10 + 15 * len(fields), fields, "anchor", "shared info")

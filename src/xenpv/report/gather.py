@@ -1,4 +1,7 @@
-"""gather_facts(): read all that a report shows of a domain. The HTML page and the JSON are made from it."""
+"""gather_facts(): read all that a report shows of a domain.
+
+The HTML page and the JSON are made from it.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,10 @@ class CheckResult:
 
 @dataclass
 class ReportFacts:
-    """All that a report shows. A member is None if it does not apply, or was not asked for."""
+    """All that a report shows.
+
+    A member is None if it does not apply, or was not asked for.
+    """
 
     identity: Identity
     start: dict[str, str]

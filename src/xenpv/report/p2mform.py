@@ -91,7 +91,10 @@ def describe_p2m_trees(domain: Domain, anchors: Anchors) -> list[P2MTree]:
 
 
 def leaf_ranges(p2m: P2M, *, mfns: bool) -> PfnRanges:
-    """Return the pfns of the frames that hold the p2m's leaves. ``mfns`` tells whether it names them by mfn."""
+    """Return the pfns of the frames that hold the p2m's leaves.
+
+    ``mfns`` tells whether it names them by mfn.
+    """
     frames = p2m.distinct_leaves.frame
     if mfns:
         frames = p2m.pfns_of(frames)
@@ -112,7 +115,10 @@ class _TreeWalk:
         return self.root.form is P2MForm.LINEAR
 
     def levels(self) -> Iterator[Level]:
-        """Yield the levels from the top table down. Raises GuestError if the p2m is damaged."""
+        """Yield the levels from the top table down.
+
+        Raises GuestError if the p2m is damaged.
+        """
         places, top = self.anchors.leaf_places(self.root), self.root.frame
         if self.resolve is not None:
             top = int(self.resolve(np.array([top], np.uint64))[0])

@@ -1,4 +1,7 @@
-"""render_page(): a report as one HTML file. Styles, script and data are in it; it may load nothing else."""
+"""render_page(): a report as one HTML file.
+
+Styles, script and data are in it; it may load nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""PfnRanges: pfns of one kind in as few rows as a picture needs; and an axis on which wide gaps are narrow."""
+"""PfnRanges: pfns of one kind in as few rows as a picture needs.
+
+And an axis on which wide gaps are narrow.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ class PfnRanges:
 
     @classmethod
     def of(cls, start: U64, span: I64, pages: I64 | None = None) -> PfnRanges:
-        """Return ranges that come in any order and do not overlap; adjacent whole ranges are joined."""
+        """Return ranges that come in any order and do not overlap.
+
+        Adjacent whole ranges are joined.
+        """
         order = np.argsort(start, kind="stable")
         pages = span if pages is None else pages
         start, span, pages = start[order], span[order], pages[order]

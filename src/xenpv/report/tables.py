@@ -45,7 +45,9 @@ class LevelStats:
 
 @dataclass
 class PageTableStats:
-    """Statistics of all page tables. Counts of mapped pages are None if the domain is too large.
+    """Statistics of all page tables.
+
+    Counts of mapped pages are None if the domain is too large.
 
     Attributes:
         levels: The levels that have tables, the highest first.

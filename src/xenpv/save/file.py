@@ -52,7 +52,10 @@ class SavedFile:
 
 
 def preflight(host: Mover, domid: DomId, *, libxc_compatible: bool = True) -> Preflight:
-    """Check that a domain can be saved, as far as a running one shows it. Raises as save()."""
+    """Check that a domain can be saved, as far as a running one shows it.
+
+    Raises as save().
+    """
     tracker = inspect_p2m(host, domid, libxc_compatible=libxc_compatible)
     info, p2m, counts = host.info(domid), tracker.p2m, tracker.counts
     size = (

@@ -47,7 +47,10 @@ class TransferMeter:
         self._bandwidth = None
 
     def count(self, written: int, pages: int = 0) -> None:
-        """Count written bytes and the pages of content among them. Sleeps if that exceeded the bandwidth."""
+        """Count written bytes and the pages of content among them.
+
+        Sleeps if that exceeded the bandwidth.
+        """
         self.bytes += written
         self.pages += pages
         self._iteration_done += pages

@@ -101,7 +101,10 @@ class P2MTracker:
     # --- inspection --------------------------------------------------------------------------------------------------
 
     def inspect(self) -> None:
-        """Find and walk the p2m again. Raises GuestError and RequestError as the constructor."""
+        """Find and walk the p2m again.
+
+        Raises GuestError and RequestError as the constructor.
+        """
         live, p2m, leaf_pfns = self._inspect_once_stable()
         if self.track_changes:
             self._realign(p2m)
@@ -202,7 +205,10 @@ class P2MTracker:
     # --- changes -----------------------------------------------------------------------------------------------------
 
     def record_leaves(self, leaves: Leaves) -> PfnMfns:
-        """Remember what leaves say now. Return the entries that have a frame, and had none or another before."""
+        """Remember what leaves say now.
+
+        Return the entries that have a frame, and had none or another before.
+        """
         row = np.searchsorted(self.p2m.distinct_leaves.first, leaves.first_place)
         own = names_local_frame(leaves.mfns)
         now = np.where(own, leaves.mfns, self._no_mfn).astype(self._remembered.dtype)
@@ -260,7 +266,10 @@ class P2MTracker:
         self._remembered = table
 
     def _release_mfns(self, mfns: _MFNs) -> None:
-        """Note that pfns lost these frames. If the domain still has one, or will again, it is another pfn's."""
+        """Note that pfns lost these frames.
+
+        If the domain still has one, or will again, it is another pfn's.
+        """
         if not len(mfns):
             return
         self._released_mfns = np.union1d(self._released_mfns, mfns)
@@ -322,7 +331,10 @@ def _check(live: LiveDomain, p2m: P2M, *, libxc_compatible: bool) -> None:
 
 
 def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:
-    """Return the pfn of each distinct leaf. GuestError for a leaf that is no page of the domain."""
+    """Return the pfn of each distinct leaf.
+
+    GuestError for a leaf that is no page of the domain.
+    """
     distinct = p2m.distinct_leaves
     pfns = live.pfns_of(distinct.frame)
     if (bad := first_bad(pfns == NO_FRAME)) is not None:

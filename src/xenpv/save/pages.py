@@ -121,7 +121,10 @@ class PageSender:
         self._output.wait()
 
     def _look_up_types(self, pfns: U64, mfns: U64) -> tuple[U64, U64, U8]:
-        """Return pfns, mfns and types; defer those that left a running domain since its p2m was read."""
+        """Return pfns, mfns and types.
+
+        Defer those that left a running domain since its p2m was read.
+        """
         types = self._live.host.page_types(self._live.info.domid, mfns)
         if (at := first_bad(~IS_KNOWN[types])) is not None:
             problem = f"Unknown type {int(types[at]):#x} for pfn {int(pfns[at]):#x} (mfn {int(mfns[at]):#x})"

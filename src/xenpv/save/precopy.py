@@ -1,4 +1,7 @@
-"""Live saves: pre-copy sends memory in iterations while the guest runs; stop-and-copy sends the rest."""
+"""Live saves: pre-copy sends memory in iterations while the guest runs.
+
+Stop-and-copy sends the rest.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,9 @@ class PrecopyPolicy:
                                needed=PAGE_SIZE)  # fmt: skip
 
     def continues(self, iteration: int, sent: int, dirty: int, rate: float) -> bool:
-        """Return whether another iteration pays; otherwise stop the guest and send the rest.
+        """Return whether another iteration pays.
+
+        Otherwise stop the guest and send the rest.
 
         Args:
             iteration: Iterations so far.
@@ -100,7 +105,10 @@ class LiveCopy:
                 self._send_dirty()
 
     def stop_and_copy(self) -> list[Record]:
-        """Send what is left, of a domain that has suspended. Return its state records, which were read before that."""
+        """Send what is left, of a domain that has suspended.
+
+        Return its state records, which were read before that.
+        """
         self._meter.lift_bandwidth_limit()
         self._p2m.inspect()
         state = state_records(self._host, self._p2m.live)
@@ -122,7 +130,10 @@ class LiveCopy:
         sender.flush()
 
     def _send_dirty(self) -> None:
-        """Send the dirty pages and what else has changed; all of it stays dirty if the p2m turned out stale."""
+        """Send the dirty pages and what else has changed.
+
+        All of it stays dirty if the p2m turned out stale.
+        """
         pfns = self._pfns_to_resend(self._dirty)
         self._meter.begin_iteration(Phase.COPYING, len(pfns), dirty=len(self._dirty))
         self._send(pfns, guest_runs=True)
@@ -136,7 +147,10 @@ class LiveCopy:
         sender.flush()
 
     def _follow_p2m(self) -> bool:
-        """Inspect and send the p2m if the guest replaced parts of it. False while it is still being changed."""
+        """Inspect and send the p2m if the guest replaced parts of it.
+
+        False while it is still being changed.
+        """
         try:
             if self._p2m.is_stale():
                 self._p2m.inspect()
@@ -165,7 +179,10 @@ class LiveCopy:
 
 @contextmanager
 def log_dirty(host: Mover, domid: DomId) -> Iterator[None]:
-    """Have Xen log which pages are written while the body runs. Off afterwards, however the body ends."""
+    """Have Xen log which pages are written while the body runs.
+
+    Off afterwards, however the body ends.
+    """
     enabled = False
     try:
         _enable_log_dirty(host, domid)

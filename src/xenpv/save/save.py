@@ -1,4 +1,6 @@
-"""Saves a domain as the stream that xl save and xl migrate write; the cost follows its populated pages.
+"""Saves a domain as the stream that xl save and xl migrate write.
+
+The cost follows its populated pages.
 
 What differs from xen.git:tools/libs/guest/xg_sr_save.c and xg_sr_save_x86_pv.c:
 
@@ -119,7 +121,9 @@ def save(
 
 
 def inspect_p2m(host: Mover, domid: DomId, *, track_changes: bool = False, libxc_compatible: bool = True) -> P2MTracker:
-    """Return the inspected p2m of a domain, which may be running. Raises as save() if it shows that it cannot be saved.
+    """Return the inspected p2m of a domain, which may be running.
+
+    Raises as save() if it shows that it cannot be saved.
 
     ``track_changes`` and ``libxc_compatible`` are P2MTracker's.
     """
@@ -202,7 +206,10 @@ class _Save:
         sender.flush()
 
     def _send_state(self, state: list[Record]) -> None:
-        """Send what follows the pages. HostError if somebody resumed the domain: its pages are of several moments."""
+        """Send what follows the pages.
+
+        HostError if somebody resumed the domain: its pages are of several moments.
+        """
         if self._verify:
             self._output.send(Verify())
             self._send_all_pages(Phase.VERIFYING)

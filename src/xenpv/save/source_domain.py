@@ -73,7 +73,10 @@ class DepartingDomain:
 
     @property
     def was_suspended(self) -> bool:
-        """Whether it had suspended before this save; then it stays suspended after a rollback."""
+        """Whether it had suspended before this save.
+
+        Then it stays suspended after a rollback.
+        """
         return has_suspended(self.info)
 
     @property
@@ -92,7 +95,10 @@ class DepartingDomain:
             raise RequestError(f"{self.label} is paused, and cannot suspend: unpause it first")
 
     def suspend(self) -> None:
-        """Ask the guest to suspend, and wait until it has. Raises as save.suspend.suspend()."""
+        """Ask the guest to suspend, and wait until it has.
+
+        Raises as save.suspend.suspend().
+        """
         self.suspend_requested_at = time.monotonic()
         suspend(self.host, self.domid, timeout=self._suspend_timeout)
 
@@ -125,7 +131,10 @@ class DepartingDomain:
         return SourceState.PAUSED if info.paused else SourceState.RUNNING
 
     def rollback_after(self, failure: BaseException, report: Callable[[Rollback], None]) -> None:
-        """Undo everything because of a failure, and report the result. RollbackError if that fails, too."""
+        """Undo everything because of a failure, and report the result.
+
+        RollbackError if that fails, too.
+        """
         try:
             rollback = Rollback(self.label, self.rollback())
         except XenPVError as e:

@@ -50,7 +50,9 @@ def static_records(host: Mover, live: LiveDomain) -> list[Record]:
 
 
 def state_records(host: Mover, live: LiveDomain) -> list[Record]:
-    """Return the records of the TSC, of shared info and of the online vcpus; the domain must be stopped.
+    """Return the records of the TSC, of shared info and of the online vcpus.
+
+    The domain must be stopped.
 
     Raises:
         GuestError: A vcpu's context names a frame that is not the domain's, or is invalid.
@@ -74,7 +76,10 @@ def state_records(host: Mover, live: LiveDomain) -> list[Record]:
 
 
 def _context(live: LiveDomain, vcpu: int) -> bytes | None:
-    """Return a vcpu's context with pfns for mfns; None if the vcpu is offline. GuestError for frames not its own."""
+    """Return a vcpu's context with pfns for mfns; None if the vcpu is offline.
+
+    GuestError for frames not its own.
+    """
     width = live.info.width
     try:
         data = bytearray(live.host.vcpu_context(live.info.domid, vcpu))
@@ -107,7 +112,10 @@ def _context(live: LiveDomain, vcpu: int) -> bytes | None:
 
 
 def _start_info(live: LiveDomain, mfn: int) -> int:
-    """Return the pfn of the suspend record; it must be a start info page, as a restorer writes to it."""
+    """Return the pfn of the suspend record.
+
+    It must be a start info page, as a restorer writes to it.
+    """
     pfn = _pfn(live, "suspend record", mfn)
     page, _ = live.read_p2m_frames(np.array([mfn], np.uint64))
     if not page.tobytes().startswith(START_INFO_MAGIC[live.info.width]):

@@ -29,7 +29,9 @@ _POLL_MIN, _POLL_MAX = 0.001, 0.010  # seconds between looks at the domain
 
 
 def suspend(host: Mover, domid: DomId, *, timeout: float = 60.0) -> None:
-    """Ask a guest to suspend, and wait until it has. Does nothing if it has suspended already.
+    """Ask a guest to suspend, and wait until it has.
+
+    Does nothing if it has suspended already.
 
     On any error, also an interrupt, the request is withdrawn. A guest that has seen it by then may still obey.
 
@@ -76,7 +78,10 @@ def _wait(host: Mover, domid: DomId, timeout: float) -> None:
 
 
 def _withdraw_request(host: Mover, info: DomainInfo, error: BaseException) -> None:
-    """Withdraw the request to suspend. HostError if it stays: a guest that obeys later would stay suspended."""
+    """Withdraw the request to suspend.
+
+    HostError if it stays: a guest that obeys later would stay suspended.
+    """
     try:
         if host.shutdown_request(info.domid):
             host.request_shutdown(info.domid, "")

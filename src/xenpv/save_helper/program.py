@@ -58,7 +58,10 @@ class Libxl:
 
     @classmethod
     def at_standard_descriptors(cls) -> Libxl:
-        """Connect by standard input and output; what is printed from now on goes to standard error."""
+        """Connect by standard input and output.
+
+        What is printed from now on goes to standard error.
+        """
         libxl = cls(os.dup(0), os.dup(1))
         os.dup2(2, 1)
         return libxl
@@ -72,7 +75,10 @@ class Libxl:
             raise LibxlGone from e
 
     def call(self, message: bytes) -> int:
-        """Send a message and return libxl's answer, without a timeout. LibxlGone if none comes."""
+        """Send a message and return libxl's answer, without a timeout.
+
+        LibxlGone if none comes.
+        """
         self.send(message)
         answer = b""
         while len(answer) < protocol.REPLY_SIZE:
@@ -91,7 +97,10 @@ class Libxl:
             self.send(protocol.encode_log(level, line))
 
     def progress(self, context: str, done: int, total: int | None) -> None:
-        """Send a PROGRESS message whenever the percentage has changed; nothing if the total is unknown."""
+        """Send a PROGRESS message whenever the percentage has changed.
+
+        Nothing if the total is unknown.
+        """
         percent = done * 100 // total if total else 0
         if total and self._reported != (context, percent):
             self._reported = context, percent
@@ -182,7 +191,9 @@ def _progress_to(libxl: Libxl, *, live: bool) -> ProgressCallback:
 
 
 def _resume_without_libxl(host: Mover, domid: int) -> None:
-    """Resume the domain of a failed save because libxl, which would do so, has gone. HostError if that fails.
+    """Resume the domain of a failed save because libxl, which would do so, has gone.
+
+    HostError if that fails.
 
     libxl finishes the stream and answers once it has received COMPLETE. Until then nobody can restore the stream.
     """
@@ -200,7 +211,10 @@ def _resume_without_libxl(host: Mover, domid: int) -> None:
 
 
 def restore(request: Restore, libxl: Libxl, host: Mover) -> tuple[int, int]:
-    """Carry out a restore. Return the mfns of the xenstore and console rings. Raises XenPVError and OSError."""
+    """Carry out a restore.
+
+    Return the mfns of the xenstore and console rings. Raises XenPVError and OSError.
+    """
     from xenpv.frames import DomId  # noqa: PLC0415
     from xenpv.io.stream_input import Input  # noqa: PLC0415
     from xenpv.restore.restore import restore as restore_domain  # noqa: PLC0415
@@ -346,7 +360,10 @@ def main(argv: list[str], open_host: Callable[[], Mover] = open_host) -> int:
 
 
 def run() -> NoReturn:
-    """Run the console script. It ends at once, as libxl waits for that while a migrated guest is suspended."""
+    """Run the console script.
+
+    It ends at once, as libxl waits for that while a migrated guest is suspended.
+    """
     status = main(sys.argv[1:])
     sys.stderr.flush()
     os._exit(status)

@@ -27,7 +27,10 @@ _INT_MAX = 0x7FFF_FFFF
 
 
 class Message(IntEnum):
-    """The messages of a helper. The number is also that of the message's bit among the offered callbacks."""
+    """The messages of a helper.
+
+    The number is also that of the message's bit among the offered callbacks.
+    """
 
     LOG = 1
     PROGRESS = 2
@@ -80,7 +83,10 @@ _STREAM_TYPES = ("plain", "Remus", "COLO")
 
 
 class Save(NamedTuple):
-    """``--save-domain``: write domain ``domid`` to descriptor ``fd``. ``debug``: send all pages of a live one twice."""
+    """``--save-domain``: write domain ``domid`` to descriptor ``fd``.
+
+    ``debug``: send all pages of a live one twice.
+    """
 
     fd: int
     domid: int
@@ -190,7 +196,10 @@ def decode_reply(answer: bytes) -> int:
 
 
 def decode_messages(data: bytes) -> Iterator[tuple[Message, tuple[int | str, ...]]]:
-    """Yield the messages in a recording of what a helper wrote. ValueError where it breaks the protocol."""
+    """Yield the messages in a recording of what a helper wrote.
+
+    ValueError where it breaks the protocol.
+    """
     at = 0
     while at < len(data):
         body = data[at + 2 : at + 2 + int.from_bytes(data[at : at + 2], "little")]

@@ -20,7 +20,9 @@ for _power, _letter in enumerate("kmgtpe", 1):
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The part of a configuration that xenpv uses. A member is None if the configuration does not tell it.
+    """The part of a configuration that xenpv uses.
+
+    A member is None if the configuration does not tell it.
 
     Attributes:
         format: "json", "xl", "xml" or "sexp".

@@ -122,13 +122,19 @@ class CoreDomain(Domain):
 
     @property
     def width(self) -> Width:
-        """Bytes of the guest's unsigned long. For HVM: 8 if vcpu 0 looks like long mode (Registers.of_hvm_context)."""
+        """Bytes of the guest's unsigned long.
+
+        For HVM: 8 if vcpu 0 looks like long mode (Registers.of_hvm_context).
+        """
         registers = self.registers(0) if self.hvm else None
         return self.layout.width if registers is None else registers.width
 
     @property
     def vcpus(self) -> list[int]:
-        """The numbers of the vcpus. A core has those that ever ran, in order, without their own numbers."""
+        """The numbers of the vcpus.
+
+        A core has those that ever ran, in order, without their own numbers.
+        """
         return list(range(self.layout.vcpus))
 
     def shared_info(self) -> bytes | None:
@@ -268,7 +274,10 @@ class CoreDomain(Domain):
 
     @cached_property
     def p2m(self) -> P2M:
-        """The p2m by the best root. Raises GuestError if the domain exposes none, or if it is damaged."""
+        """The p2m by the best root.
+
+        Raises GuestError if the domain exposes none, or if it is damaged.
+        """
         anchors = self.anchors
         if anchors is None or not anchors.roots:
             reason = "it has no shared info" if anchors is None else anchors.explain_no_root()

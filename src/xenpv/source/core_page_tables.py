@@ -1,4 +1,6 @@
-"""Finding the page tables of a PV core. A core does not tell which pages they are, so the vcpus' tables are walked.
+"""Finding the page tables of a PV core.
+
+A core does not tell which pages they are, so the vcpus' tables are walked.
 
 The walk goes from each vcpu's top tables down, level by level, whole arrays at once. It finds the tables of the kernel
 and of the processes that ran. All others hang from top tables of their own, in which Xen has entries for itself. A
@@ -59,7 +61,10 @@ class PageTables(NamedTuple):
         return np.where(self.pfns[row] == pfns, self.levels[row], np.uint8(0))
 
     def with_tables(self, pfns: U64, level: int, stale: int) -> PageTables:
-        """Return these and further tables of one level, and count stale ones. No pfn may be among these already."""
+        """Return these and further tables of one level, and count stale ones.
+
+        No pfn may be among these already.
+        """
         joined = np.concatenate([self.pfns, pfns])
         order = np.argsort(joined)
         levels = np.concatenate([self.levels, np.full(len(pfns), level, np.uint8)])

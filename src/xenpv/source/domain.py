@@ -59,7 +59,10 @@ class Domain(Protocol):
     @property
     @abstractmethod
     def hvm(self) -> bool:
-        """Whether it is HVM or PVH. Such a domain has no page types, and page tables of any paging mode."""
+        """Whether it is HVM or PVH.
+
+        Such a domain has no page types, and page tables of any paging mode.
+        """
 
     @property
     @abstractmethod
@@ -87,7 +90,10 @@ class Domain(Protocol):
 
     @property
     def saved(self) -> SavedDomain | None:
-        """The domain itself if it comes from a stream, with the stream's records; otherwise None."""
+        """The domain itself if it comes from a stream, with the stream's records.
+
+        Otherwise None.
+        """
         return None
 
     # --- memory ------------------------------------------------------------------------------------------------------
@@ -142,7 +148,10 @@ class Domain(Protocol):
 
     @property
     def seekable(self) -> bool:
-        """Whether any page can be read at any time. Only a domain from a pipe answers False."""
+        """Whether any page can be read at any time.
+
+        Only a domain from a pipe answers False.
+        """
         return True
 
     @property
@@ -210,7 +219,10 @@ class Domain(Protocol):
     @property
     @abstractmethod
     def anchors(self) -> Anchors | None:
-        """The fields of shared info that lead to the p2m; None without shared info. Frames in them are mfns."""
+        """The fields of shared info that lead to the p2m; None without shared info.
+
+        Frames in them are mfns.
+        """
 
     @property
     @abstractmethod
@@ -220,11 +232,17 @@ class Domain(Protocol):
     @property
     @abstractmethod
     def p2m(self) -> P2M:
-        """The p2m by the best root. Raises GuestError if the domain exposes none, or if it is damaged."""
+        """The p2m by the best root.
+
+        Raises GuestError if the domain exposes none, or if it is damaged.
+        """
 
     @property
     def p2m_names_mfns(self) -> bool:
-        """Whether the p2m's own tables and leaves are named by mfn; a save file names them by pfn."""
+        """Whether the p2m's own tables and leaves are named by mfn.
+
+        A save file names them by pfn.
+        """
         return True
 
     @abstractmethod
@@ -247,7 +265,10 @@ class Domain(Protocol):
 
     @property
     def invalid_cr3s(self) -> list[GuestError]:
-        """Why cr3s of vcpus lead to no page tables, so that those are not known; empty if all do."""
+        """Why cr3s of vcpus lead to no page tables, so that those are not known.
+
+        Empty if all do.
+        """
         return []
 
     # --- its life ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""LiveDomain: a domain that runs on a host. It is only read, and never paused unbidden."""
+"""LiveDomain: a domain that runs on a host.
+
+It is only read, and never paused unbidden.
+"""
 
 from __future__ import annotations
 
@@ -156,7 +159,10 @@ class LiveDomain(Domain):
 
     @cached_property
     def p2m(self) -> P2M:
-        """The p2m by the best root, walked at first use. Raises GuestError if there is none, or it is damaged."""
+        """The p2m by the best root, walked at first use.
+
+        Raises GuestError if there is none, or it is damaged.
+        """
         if not self.anchors.roots:
             raise GuestError(f"dom{self.info.domid} exposes no p2m: {self.anchors.explain_no_root()}")
         return self.walk_p2m(self.anchors.roots[0])
@@ -269,7 +275,10 @@ class LiveDomain(Domain):
 
 @dataclass(frozen=True)
 class LiveFrames:
-    """Frames of a running domain. Page tables are normalised: they hold pfns in the place of mfns."""
+    """Frames of a running domain.
+
+    Page tables are normalised: they hold pfns in the place of mfns.
+    """
 
     _domain: LiveDomain
 

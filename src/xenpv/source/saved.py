@@ -80,7 +80,10 @@ class FilePages:
         return np.asarray((offsets >= 0) & (offsets <= end - PAGE_SIZE))
 
     def pages(self, pfns: U64) -> U8:
-        """Return the pages' content, uint8 of shape (n, 4096). Raises Fault for the first that has none."""
+        """Return the pages' content, uint8 of shape (n, 4096).
+
+        Raises Fault for the first that has none.
+        """
         offsets = self._places.offsets(pfns)
         if np.any(offsets < 0):
             raise self._no_content(pfns, offsets)
@@ -335,14 +338,20 @@ class SavedDomain(Domain):
 
     @property
     def width(self) -> Width:
-        """Bytes of the guest's unsigned long. For HVM by vcpu 0's mode; 8 before the stream tells."""
+        """Bytes of the guest's unsigned long.
+
+        For HVM by vcpu 0's mode; 8 before the stream tells.
+        """
         if self.hvm and self._cpus:
             return Registers.from_hvm_cpu(self._cpus[min(self._cpus)]).width
         return self.contents.width
 
     @cached_property
     def _cpus(self) -> dict[int, np.void]:
-        """The vcpus of an HVM domain in HVM_CONTEXT, by number. Raises StreamError if the record is damaged."""
+        """The vcpus of an HVM domain in HVM_CONTEXT, by number.
+
+        Raises StreamError if the record is damaged.
+        """
         record = self.contents.hvm_context
         return {} if record is None else read_vcpus(record.data, offset=record.offset)
 
@@ -357,7 +366,10 @@ class SavedDomain(Domain):
 
     @property
     def vcpus(self) -> list[int]:
-        """The numbers of the vcpus that the stream has records of; for HVM those that were up."""
+        """The numbers of the vcpus that the stream has records of.
+
+        For HVM those that were up.
+        """
         return sorted(self._cpus if self.hvm else self.contents.vcpus)
 
     def vcpu_context(self, vcpu: int) -> np.void | None:
@@ -398,7 +410,10 @@ class SavedDomain(Domain):
         return DomainMemory(self.frames, self.contents.width, self.cr3(vcpu), self.cr3(vcpu, user=True))
 
     def gdt_pfns(self) -> U64:
-        """Return the pfns of all vcpus' GDT frames, ascending. A GDT with too many entries counts as none."""
+        """Return the pfns of all vcpus' GDT frames, ascending.
+
+        A GDT with too many entries counts as none.
+        """
         pfns: set[int] = set()
         for vcpu in self.contents.vcpus:
             context = self.vcpu_context(vcpu)
@@ -437,7 +452,10 @@ class SavedDomain(Domain):
 
     @property
     def p2m(self) -> P2M:
-        """The p2m by the frames that the stream names. Its entries are mfns of the host that saved."""
+        """The p2m by the frames that the stream names.
+
+        Its entries are mfns of the host that saved.
+        """
         contents = self.contents
         if self._p2m is None or self._p2m[0] is not contents.p2m_record:
             p2m = P2M(contents.width, contents.end_pfn + 1, contents.p2m_leaf_runs, self.read_p2m_frames)

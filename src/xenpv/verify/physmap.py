@@ -1,4 +1,6 @@
-"""Cross-checks a running domain's p2m against Xen's m2p. Both together are the physmap.
+"""Cross-checks a running domain's p2m against Xen's m2p.
+
+Both together are the physmap.
 
 A running domain may change an entry during the check. An entry that disagrees is read again, and is a finding only if
 it still disagrees.

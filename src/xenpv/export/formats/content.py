@@ -26,7 +26,10 @@ class Pages(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """Bytes that replace those at an offset which was written before. Only files that can seek take it."""
+    """Bytes that replace those at an offset which was written before.
+
+    Only files that can seek take it.
+    """
 
     offset: int
     data: bytes

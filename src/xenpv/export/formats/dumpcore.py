@@ -83,7 +83,10 @@ def pieces(job: ExportJob) -> Iterator[Piece]:
 
 
 def core_pieces(pages: Runs, header: Header, machine: MachineFrames | None) -> Iterator[Piece]:
-    """Yield the file. ``machine`` gives the machine frames of a PV domain; None for HVM and PVH."""
+    """Yield the file.
+
+    ``machine`` gives the machine frames of a PV domain; None for HVM and PVH.
+    """
     list_section, entry_size = (abi.SEC_PFN, abi.PFN_ENTRY) if machine is None else (abi.SEC_P2M, abi.P2M_ENTRY)
     note_content = _notes(header, pages.total)
     contexts = b"".join(context.ljust(CONTEXT_SIZE, b"\0") for context in header.contexts)

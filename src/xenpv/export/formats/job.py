@@ -65,7 +65,10 @@ class ExportJob:
 
     @cached_property
     def utsname(self) -> bytes:
-        """The guest's struct new_utsname; if it cannot be read, a made-up one, and a remark."""
+        """The guest's struct new_utsname.
+
+        If it cannot be read, a made-up one, and a remark.
+        """
         text = self.vmcoreinfo or b""
         try:
             init_uts_ns = int(vmcoreinfo_value(text, "SYMBOL(init_uts_ns)") or "", 16)
@@ -92,7 +95,10 @@ def _made_up_utsname(text: bytes, width: Width) -> bytes:
 
 
 def readable_pages(domain: Domain) -> Runs:
-    """Return the pages that have content; of a file that was cut off, those before its end."""
+    """Return the pages that have content.
+
+    Of a file that was cut off, those before its end.
+    """
     pages = runs_with_data(domain.extents())
     if domain.error is None:
         return pages

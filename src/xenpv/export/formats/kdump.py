@@ -83,7 +83,10 @@ class Header:
 
 
 def bitmap(pages: Runs) -> Iterator[bytes | Hole]:
-    """Yield a bit for each pfn, lowest first, up to whole blocks. Blocks without a page are holes."""
+    """Yield a bit for each pfn, lowest first, up to whole blocks.
+
+    Blocks without a page are holes.
+    """
     first = pages.first.astype(np.int64)
     end, written_end = first + pages.pages, 0
     block_runs = Runs((first // _BITS).astype(np.uint64), (end - 1) // _BITS - first // _BITS + 1)

@@ -29,7 +29,9 @@ SEGMENTS_MAX = 16 << 10  # a debugger looks through them one by one
 
 
 class Mappings(NamedTuple):
-    """Runs of virtual pages that map consecutive pages of the file; arrays of one length, ascending by address.
+    """Runs of virtual pages that map consecutive pages of the file.
+
+    Arrays of one length, ascending by address.
 
     Attributes:
         vaddr: The virtual address of the first byte.

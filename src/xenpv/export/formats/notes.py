@@ -30,7 +30,10 @@ def note(owner: bytes, note_type: int, desc: bytes) -> bytes:
 
 
 def prstatus_note(vcpu: int, registers: Registers | None, width: Width) -> bytes:
-    """Return a vcpu as a task of pid vcpu + 1, since pid 0 means none; all zeros for unknown registers."""
+    """Return a vcpu as a task of pid vcpu + 1, since pid 0 means none.
+
+    All zeros for unknown registers.
+    """
     values = dict.fromkeys(_REGISTERS[width], 0)
     if registers is not None:
         values |= {name: value for name, value in (registers.general | registers.segments).items() if name in values}

@@ -32,7 +32,10 @@ _HEAD_SIZE = max(SNIFF_SIZE, 64)  # bytes by which a file is recognised
 
 
 class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
-    """Memory by pfn << 12 | offset. Addresses of pages without content are invalid; they do not read as zeros."""
+    """Memory by pfn << 12 | offset.
+
+    Addresses of pages without content are invalid; they do not read as zeros.
+    """
 
     def __init__(
         self,
@@ -46,7 +49,10 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         self._open()
 
     def _open(self) -> None:
-        """Open the file. Raises Volatility's LayerException if it cannot be opened, or has no pages."""
+        """Open the file.
+
+        Raises Volatility's LayerException if it cannot be opened, or has no pages.
+        """
         breaches: list[str] = []
 
         def fault(rule: Rule, message: str, offset: int, _record: str | None) -> None:
@@ -100,7 +106,10 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         return self._ends[-1] - 1
 
     def _end_of_run(self, offset: int) -> int:
-        """Return the end of the run of pages around an address; the address itself if it is in none."""
+        """Return the end of the run of pages around an address.
+
+        The address itself if it is in none.
+        """
         row = bisect_right(self._starts, offset) - 1
         return max(offset, self._ends[row]) if row >= 0 else offset
 
@@ -120,7 +129,10 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
     # --- content -----------------------------------------------------------------------------------------------------
 
     def read(self, offset: int, length: int, pad: bool = False) -> bytes:
-        """Return bytes. Absent ones are zeros with ``pad``, otherwise they raise InvalidAddressException."""
+        """Return bytes.
+
+        Absent ones are zeros with ``pad``, otherwise they raise InvalidAddressException.
+        """
         if not pad:
             if length > 0 and not self.is_valid(offset, length):
                 raise self._invalid(self._end_of_run(offset))
