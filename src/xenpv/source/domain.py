@@ -18,12 +18,11 @@ from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
-from xenpv.source.config import Config
-from xenpv.source.kernel import Kernel, find_kernel
-from xenpv.source.scan import iter_pages, search
 
 if TYPE_CHECKING:
     from xenpv.errors import GuestError, StreamError
+    from xenpv.source.config import Config
+    from xenpv.source.kernel import Kernel
     from xenpv.source.live import LiveDomain
     from xenpv.source.saved import SavedDomain
 
@@ -128,6 +127,8 @@ class Domain(Protocol):
             An iterator in ascending order of pfn. Types are ``abi.domctl.PageType`` numbers: 0 is data, 1 to 4 are page
             tables of that level.
         """
+        from xenpv.source.scan import iter_pages  # noqa: PLC0415  the save helper does without
+
         return iter_pages(self)
 
     def search(self, data: bytes) -> Iterator[int]:
@@ -144,6 +145,8 @@ class Domain(Protocol):
         Raises:
             ValueError: ``data`` is empty.
         """
+        from xenpv.source.scan import search  # noqa: PLC0415  the save helper does without
+
         return search(self, data)
 
     @property
@@ -171,6 +174,8 @@ class Domain(Protocol):
 
         The first use looks through all of the memory.
         """
+        from xenpv.source.kernel import find_kernel  # noqa: PLC0415  the save helper does without
+
         return find_kernel(self)
 
     @property
