@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree as ET
 
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Section
@@ -65,7 +64,7 @@ class Config:
             return cls(config_format, text)
         try:
             return parse(text)
-        except (ValueError, ET.ParseError, RecursionError):
+        except (ValueError, SyntaxError, RecursionError):  # ElementTree.ParseError is a SyntaxError
             return cls(config_format, text)
 
 
@@ -129,6 +128,8 @@ def _parse_xml(text: str) -> Config:
     """Parse libvirt's domain XML."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError("a domain's XML defines no entities")
+    from xml.etree import ElementTree as ET  # noqa: PLC0415  only libvirt configures in XML
+
     root = ET.fromstring(text)  # noqa: S314  entities were refused above
     domain = root if root.tag == "domain" else root.find(".//domain")
     if domain is None:
