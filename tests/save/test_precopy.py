@@ -257,7 +257,7 @@ def test_live_save_populated_leaf_in_two_places_is_refused() -> None:
     end = a_page(guest)
     leaf = int(guest.live.p2m.leaves.frame[0])
     attend(guest, [lambda: tree_of(guest, {8: leaf, 9: end}, 10 * 512)])
-    with pytest.raises(GuestError, match="512 pages, and stands in 2 places"):
+    with pytest.raises(GuestError, match="512 pages and is used 2 times"):
         save(
             guest.host,
             guest.domid,

@@ -91,7 +91,7 @@ def test_save_populated_leaf_in_two_places_is_refused() -> None:
     guest.do("suspend")
     leaf = int(guest.live.p2m.leaves.frame[0])
     tree_of(guest, {8: leaf, 9: a_page(guest)}, 10 * 512)
-    assert "p2m_frame_list[0] names 512 pages, and stands in 2 places" in str(refused(guest))
+    assert "p2m_frame_list[0] names 512 pages and is used 2 times" in str(refused(guest))
 
 
 def test_save_leaf_of_another_domain_is_refused_with_its_mfn() -> None:

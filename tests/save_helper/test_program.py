@@ -127,7 +127,7 @@ def test_serve_save_refused_suspend_completes_with_einval(guest: Guest, stream: 
     libxl = save(guest, stream.fileno(), answers={Message.SUSPEND: 0})
     assert libxl.kinds == [Message.SUSPEND, Message.COMPLETE]
     assert libxl.completed == (-1, errno.EINVAL)
-    assert libxl.errors == [f"dom{guest.domid} was not suspended: what libxl says of it stands above"]
+    assert libxl.errors == [f"dom{guest.domid} was not suspended: see libxl's message above"]
     assert not guest.host.info(guest.domid).shutdown
 
 

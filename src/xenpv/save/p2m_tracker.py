@@ -149,7 +149,9 @@ class P2MTracker:
         entries = max(whole.used_entries, self.sent_entries)
         if entries > whole.entries:
             problem = f"{live.name}: its p2m shrank to pfn {whole.entries - 1:#x} after it was sent up to pfn"
-            raise GuestError(f"{problem} {self.sent_entries - 1:#x}; no receiver can undo that: start again")
+            raise GuestError(
+                f"{problem} {self.sent_entries - 1:#x}; no receiver can undo that: start the migration or save again"
+            )
         return replace(whole, entries=entries, leaves=whole.leaves.below(-(-entries // whole.entries_per_leaf)))
 
     # --- entries -----------------------------------------------------------------------------------------------------
@@ -182,10 +184,11 @@ class P2MTracker:
             times = distinct.count[np.searchsorted(distinct.first, leaves.first_place)]
             own = np.count_nonzero(names_local_frame(leaves.mfns), axis=1)
             if (row := first_bad((own > 0) & (times > 1))) is not None:
-                problem = (
-                    f"{name}: p2m_frame_list[{int(leaves.first_place[row])}] names {own[row]} pages, and stands in"
+                problem = f"{name}: p2m_frame_list[{int(leaves.first_place[row])}] names {own[row]} pages"
+                times_used = int(times[row])
+                raise GuestError(
+                    f"{problem} and is used {times_used} times: a restore would overwrite one copy with the other"
                 )
-                raise GuestError(f"{problem} {int(times[row])} places: after a restore one would overwrite the other")
             yield leaves
 
     def iter_populated(self) -> Iterator[PfnMfns]:
@@ -327,7 +330,9 @@ def _check(live: LiveDomain, p2m: P2M, *, libxc_compatible: bool) -> None:
     if len(holes):
         first, count = int(holes.first[0]), int(holes.count[0])
         problem = f"{name}: its p2m has no leaf for pfns {first * p2m.entries_per_leaf:#x} to "
-        raise GuestError(problem + f"{(first + count) * p2m.entries_per_leaf - 1:#x}, and a stream has to name one")
+        raise GuestError(
+            problem + f"{(first + count) * p2m.entries_per_leaf - 1:#x}, but a stream must name a leaf for each"
+        )
 
 
 def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:

@@ -91,7 +91,9 @@ def _context(live: LiveDomain, vcpu: int) -> bytes | None:
     context = np.frombuffer(data, VCPU_GUEST_CONTEXT[width])
     if not int(context["flags"][0]) & VGCF_ONLINE:
         if vcpu == 0:
-            raise GuestError(f"{live.name}: vcpu 0 is offline, and nothing else can resume it")
+            raise GuestError(
+                f"{live.name}: vcpu 0 is offline; a restored guest resumes on vcpu 0: bring it online first"
+            )
         return None
     if vcpu == 0:
         register = "rdx" if width == 8 else "edx"

@@ -119,7 +119,7 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
 
     def suspend() -> None:
         if libxl.call(protocol.encode(Message.SUSPEND)) != 1:
-            raise GuestError(f"dom{request.domid} was not suspended: what libxl says of it stands above")
+            raise GuestError(f"dom{request.domid} was not suspended: see libxl's message above")
 
     policy: PrecopyPolicy | None = None
     if request.live:
@@ -163,7 +163,9 @@ def parse_precopy(text: str) -> PrecopyPolicy | None:
             values[name] = float(value) if name == "max_downtime" else int(value)
         except ValueError:
             known = ", ".join(name.replace("_", "-") for name in names)
-            raise RequestError(f"{_PRECOPY}: {part!r} is none of {known} with a number, nor no") from None
+            raise RequestError(
+                f"{_PRECOPY}: {part!r} is not valid: use `no`, or NAME=NUMBER with NAME one of {known}"
+            ) from None
     return PrecopyPolicy(**values)
 
 
