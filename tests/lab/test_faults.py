@@ -41,7 +41,7 @@ def save_litmus(host: lab.Host, name: str) -> str:
 def test_build_refused_call_leaves_nothing(host: lab.Host) -> None:
     """Each call is refused at its first time and at its last."""
     outcome = run_faults(host, "build", guests.LITMUS)
-    assert outcome["said"] == {f"{call} {when}": "no" for call in BUILDING for when in ("first", "last")}
+    assert outcome["messages"] == {f"{call} {when}": "no" for call in BUILDING for when in ("first", "last")}
 
 
 @pytest.mark.deep
@@ -49,8 +49,8 @@ def test_build_refused_call_leaves_nothing(host: lab.Host) -> None:
 def test_restore_refused_call_leaves_nothing(host: lab.Host) -> None:
     """Each call is refused at its first time and at its last."""
     outcome = run_faults(host, "restore", save_litmus(host, "refused"))
-    assert len(outcome["said"]) > 30
-    assert set(outcome["said"].values()) == {"no"}
+    assert len(outcome["messages"]) > 30
+    assert set(outcome["messages"].values()) == {"no"}
 
 
 POINTS = pytest.mark.parametrize("points", [SAMPLE, pytest.param(ALL, marks=pytest.mark.deep)])

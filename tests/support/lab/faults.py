@@ -46,22 +46,22 @@ def builds(host: XenHost, kernel: str) -> dict[str, Any]:
     layout = plan(image, Request(32 << 20))
     host.destroy(build(host, image, layout, name="first").domid)  # what the first domain leaves is libxl's own roots
     left = Left(host)
-    outcomes = refuse_each_call(host, BUILDING, lambda: build(host, image, layout, name="broken", config=b"{}").domid)
-    return {"outcomes": outcomes, "left": left.over()}
+    messages = refuse_each_call(host, BUILDING, lambda: build(host, image, layout, name="broken", config=b"{}").domid)
+    return {"messages": messages, "left": left.over()}
 
 
 def restores(host: XenHost, path: str) -> dict[str, Any]:
     data = Path(path).read_bytes()
-    host.destroy(restored(host, data))
+    host.destroy(restore_bytes(host, data))
     left = Left(host)
-    outcomes = refuse_each_call(host, RESTORING, lambda: restored(host, data, paused=False))
-    return {"outcomes": outcomes, "left": left.over()}
+    messages = refuse_each_call(host, RESTORING, lambda: restore_bytes(host, data, paused=False))
+    return {"messages": messages, "left": left.over()}
 
 
 # --- streams that end, and lie ---------------------------------------------------------------------------------------
 
 
-def restored(host: XenHost, data: bytes, *, pipe: bool = False, paused: bool = True) -> DomId:
+def restore_bytes(host: XenHost, data: bytes, *, pipe: bool = False, paused: bool = True) -> DomId:
     """A domain out of a file or a pipe of these bytes."""
     with _piped(data) if pipe else _filed(data) as fd:
         source = Input(os.dup(fd), "the stream")
@@ -130,7 +130,7 @@ class Parts:
 def streams(host: XenHost, path: str, seed: int, count: int) -> dict[str, Any]:
     """Cut off at each record's begin and anywhere, in files and in pipes; bits flipped in each part."""
     data, parts, chance, tally = Path(path).read_bytes(), Parts.of(path), random.Random(seed), Tally()
-    host.destroy(restored(host, data))
+    host.destroy(restore_bytes(host, data))
     left = Left(host)
 
     def some(ranges: Sequence[range]) -> list[int]:
@@ -149,14 +149,14 @@ def streams(host: XenHost, path: str, seed: int, count: int) -> dict[str, Any]:
             if kind.startswith("bit"):
                 broken[place] ^= 1 << chance.randrange(8)
             try:
-                domid = restored(host, bytes(broken), pipe=pipe)
+                domid = restore_bytes(host, bytes(broken), pipe=pipe)
             except XenPVError as e:
                 outcome, words = type(e).__name__, str(e)
             else:
                 outcome, words = "restored", ""
                 host.destroy(domid)
             tally.add(kind, outcome, words, f"{place:#x} of a {'pipe' if pipe else 'file'}", left.over())
-    return tally.told() | {"begins": len(parts.begins), "bytes": len(data)}
+    return tally.to_json() | {"begins": len(parts.begins), "bytes": len(data)}
 
 
 def main(what: str, *arguments: str) -> None:

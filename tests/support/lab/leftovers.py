@@ -67,5 +67,5 @@ class Tally:
         self.left += [f"{kind} at {where}: {one}" for one in left]
         print(kind, where, outcome, words, left, file=sys.stderr, flush=True)
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         return {"counts": self.counts, "left": self.left, "said": self.said}

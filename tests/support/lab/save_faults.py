@@ -67,7 +67,7 @@ def outputs(host: XenHost, name: str, seed: int, count: int) -> dict[str, Any]:
                 kind = f"{what} {where}, {'live' if live else 'standing still'}"
                 tally.add(kind, words.rpartition(": ")[2] if words else "went well", words, f"{place:#x}", over)
     said("umount", str(SMALL))
-    return tally.told() | {"begins": len(at), "bytes": size, "tried": resumed}
+    return tally.to_json() | {"begins": len(at), "bytes": size, "tried": resumed}
 
 
 def _saved(host: XenHost, domid: DomId, path: str, live: bool) -> str:
@@ -170,7 +170,7 @@ def killed(host: XenHost, name: str, seed: int, count: int) -> dict[str, Any]:
             host.destroy(find_domain(host, name).domid)
         tally.add("restore", "went well" if went else "failed", words, str(n), left.over())
     said("sh", "-c", f"xl restore {path}")
-    return tally.told() | {"tried": resumed, "bytes": size, "seconds": took}
+    return tally.to_json() | {"tried": resumed, "bytes": size, "seconds": took}
 
 
 def _moment(chance: random.Random, by_time: bool, took: float, size: int, path: str) -> Callable[[], bool]:
