@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, overload
 from uuid import uuid4
 
+from xenpv.errors import RequestError
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import plan
 from xenpv.image.request import Request
@@ -222,11 +223,19 @@ def build(
         with Output.open(output) as file:
             return build_file(model, image, layout, content, file, name=called, uuid=uuid, progress=progress)
     from xenpv.build.build import build as build_domain  # noqa: PLC0415
-    from xenpv.source.config import libxl_config  # noqa: PLC0415
+    from xenpv.source.config import boot_source, libxl_config  # noqa: PLC0415
 
     layout = plan(image, request)
-    config = libxl_config(called, uuid, pages=layout.nr_pages, vcpus=layout.vcpus, boot={"kernel": kernel})
+    config = libxl_config(
+        called,
+        uuid,
+        pages=layout.nr_pages,
+        vcpus=layout.vcpus,
+        boot=boot_source(str(kernel), str(ramdisk) if ramdisk is not None else None, cmdline),
+    )
     with _open_host(host) as on:
+        if any(domain.name == called for domain in on.domains()):
+            raise RequestError(f"a domain {called!r} exists already; choose another name")
         return build_domain(on, image, layout, content, name=called, uuid=uuid, config=config, progress=progress)
 
 

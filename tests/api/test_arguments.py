@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import lzma
 from pathlib import Path
 
 import pytest
 
 import xenpv
 from tests.support.writers.build import pv_domain
+from xenpv import cli
+from xenpv.host.model.host import ModelHost
 
 
 @pytest.fixture
@@ -28,3 +32,17 @@ def test_export_unknown_format_is_refused_before_the_file_is_opened(saved: Path,
     with xenpv.open_domain(saved) as domain, pytest.raises(xenpv.RequestError):
         xenpv.export(domain, str(out), "foo")
     assert not out.exists()
+
+
+def test_build_on_a_host_stores_what_xl_needs_to_boot_it_again(tmp_path: Path) -> None:
+    host = ModelHost(256 << 20)
+    kernel, ramdisk = tmp_path / "litmus.elf", tmp_path / "initrd"
+    kernel.write_bytes(lzma.decompress((Path(cli.__file__).parent / "demo.elf.xz").read_bytes()))
+    ramdisk.write_bytes(b"initrd")
+    built = xenpv.build(str(kernel), memory=16 << 20, cmdline="ro", ramdisk=str(ramdisk), name="web", host=host)
+    stored = json.loads(host.configuration(built.domid) or b"")
+    assert stored["b_info"]["kernel"] == str(kernel)
+    assert stored["b_info"]["ramdisk"] == str(ramdisk)
+    assert stored["b_info"]["cmdline"] == "ro"
+    with pytest.raises(xenpv.RequestError):
+        xenpv.build(str(kernel), memory=16 << 20, name="web", host=host)

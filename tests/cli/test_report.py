@@ -66,6 +66,7 @@ def test_report_json_has_every_figure(good: Path, domain: Domain) -> None:
     for vcpu in facts["vcpus"]:
         context = domain.vcpus[vcpu["vcpu"]]
         assert vcpu["registers"]["general"]["rip"] == int(context["user_regs"]["rip"])
+        assert {"gs_base", "other_gs_base"} <= vcpu["registers"].keys()
         assert vcpu["kernel_sp"] == int(context["kernel_sp"])
     assert {place["what"] for place in facts["places"]} >= {"start info", "xenstore ring", "console ring", "GDT"}
 

@@ -415,3 +415,18 @@ def test_receive_invalid_offer_is_malformed() -> None:
         thread.join(20)
     assert failed
     assert len(target.domains()) == 1
+
+
+def test_migrate_sender_cannot_rename_at_all_says_that_the_domain_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guest is resumed whatever its name: an operator must not take it for suspended."""
+    move = Move.ready()
+
+    def rename(_domid: int, _name: str) -> None:
+        raise HostError("rename: no", op="rename")
+
+    monkeypatch.setattr(move.source, "rename", rename)
+    error = move.start().here
+    assert isinstance(error, RollbackError)
+    assert error.rollback.state is SourceState.RUNNING
+    assert str(error.rollback.error) == "rename: no"
+    assert not move.source.info(move.guest.domid).is_stopped

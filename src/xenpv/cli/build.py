@@ -75,10 +75,10 @@ def build(
         layout = plan(image, request)
     from xenpv.build.build import build as build_domain  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
-    from xenpv.source.config import libxl_config  # noqa: PLC0415
+    from xenpv.source.config import boot_source, libxl_config  # noqa: PLC0415
 
     uuid = str(uuid4())
-    boot = _boot_source(kernel, ramdisk, request)
+    boot = boot_source(kernel, ramdisk, request.cmdline)
     config = libxl_config(domain_name, uuid, pages=layout.nr_pages, vcpus=layout.vcpus, boot=boot)
     with XenHost() as host:
         if any(domain.name == domain_name for domain in host.domains()):
@@ -112,14 +112,6 @@ def _read_ramdisk(ramdisk: str | None, request: Request) -> bytes:
         return b""
     with Path(ramdisk).open("rb") as file:
         return file.read(request.ramdisk + 1)
-
-
-def _boot_source(kernel: str, ramdisk: str | None, request: Request) -> dict[str, str]:
-    """Return what xl boots again if the domain reboots after an xl restore. A kernel from a pipe is unknown."""
-    files = {"kernel": kernel, "ramdisk": ramdisk} if kernel != "-" else {}
-    boot = {name: str(Path(path).absolute()) for name, path in files.items() if path}
-    boot["cmdline"] = request.cmdline
-    return {name: value.encode(errors="replace").decode() for name, value in boot.items() if value}
 
 
 def _build_file(

@@ -28,7 +28,8 @@ def describe_rollback(rollback: Rollback) -> str:
     """Return how undoing a failed save or migration went."""
     if rollback.state is None:
         return f"{rollback.label} could not be resumed: {rollback.error}"
-    return f"{rollback.label} {describe_state(rollback.state)}"
+    problem = "" if rollback.error is None else f", but undoing the failure failed: {rollback.error}"
+    return f"{rollback.label} {describe_state(rollback.state)}{problem}"
 
 
 def print_rollback(rollback: Rollback) -> None:

@@ -109,9 +109,16 @@ class ReportFacts:
             "p2m": p2m,
             "page_tables": self.tables and asdict(self.tables),
             "content": content,
-            "vcpus": [asdict(vcpu) for vcpu in self.vcpus],
+            "vcpus": [_vcpu_to_json(vcpu) for vcpu in self.vcpus],
             "verify": self.checked and _check_result_to_json(self.checked),
         }
+
+
+def _vcpu_to_json(vcpu: VcpuState) -> dict[str, Any]:
+    out = asdict(vcpu)
+    if vcpu.registers is not None:  # the key is older than the attribute's name
+        out["registers"]["other_gs_base"] = out["registers"].pop("inactive_gs_base")
+    return out
 
 
 def gather_facts(

@@ -30,8 +30,8 @@ class Rollback:
 
     Attributes:
         label: The domain, for people: "dom5 (web)".
-        state: What the domain does now; None if undoing failed.
-        error: Why undoing failed: the domain may stay suspended. Otherwise None.
+        state: What the domain does now; None if it could not be resumed, or that is unknown.
+        error: Why undoing failed; None if it did not.
     """
 
     label: str
@@ -48,7 +48,10 @@ class RollbackError(HostError):
 
     def __init__(self, failure: BaseException, rollback: Rollback, *, domid: DomId) -> None:
         error = rollback.error
-        problem = f"{str(failure) or type(failure).__name__}; {rollback.label} could not be resumed: {error}"
+        outcome = (
+            "could not be resumed" if rollback.state is None else f"is {rollback.state.value}, but undoing this failed"
+        )
+        problem = f"{str(failure) or type(failure).__name__}; {rollback.label} {outcome}: {error}"
         super().__init__(problem, op="resume", domid=domid, errno=getattr(error, "errno", None))
         self.rollback = rollback
 
@@ -123,6 +126,9 @@ class DepartingDomain:
         finally:  # a wrong name must not keep the guest suspended
             if self.suspend_requested_at is not None and has_suspended(self.host.info(self.domid)):
                 resume(self.host, self.domid)
+        return self._state()
+
+    def _state(self) -> SourceState:
         info = self.host.info(self.domid)
         if has_suspended(info):
             return SourceState.SUSPENDED
@@ -138,7 +144,16 @@ class DepartingDomain:
         try:
             rollback = Rollback(self.label, self.rollback())
         except XenPVError as e:
-            rollback = Rollback(self.label, None, e)
+            rollback = Rollback(self.label, self._state_despite(e), e)
         report(rollback)
         if rollback.error is not None:
             raise RollbackError(failure, rollback, domid=self.domid) from failure
+
+    def _state_despite(self, error: XenPVError) -> SourceState | None:
+        """Return what the domain does although undoing failed; None if it is suspended by us, or unknown."""
+        try:
+            state = self._state()
+        except HostError as e:
+            error.add_note(str(e))
+            return None
+        return None if state is SourceState.SUSPENDED and not self.was_suspended else state

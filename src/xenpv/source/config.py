@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,6 +67,17 @@ class Config:
             return parse(text)
         except (ValueError, SyntaxError, RecursionError):  # ElementTree.ParseError is a SyntaxError
             return cls(config_format, text)
+
+
+def boot_source(kernel: str, ramdisk: str | None, cmdline: str) -> dict[str, str]:
+    """Return what xl boots again if the domain reboots after an xl restore.
+
+    A kernel from a pipe ("-") is unknown.
+    """
+    files = {"kernel": kernel, "ramdisk": ramdisk} if kernel != "-" else {}
+    boot = {name: os.path.abspath(path) for name, path in files.items() if path}
+    boot["cmdline"] = cmdline
+    return {name: value.encode(errors="replace").decode() for name, value in boot.items() if value}
 
 
 def libxl_config(name: str, uuid: str, *, pages: int, vcpus: int, boot: Mapping[str, str] | None = None) -> bytes:
