@@ -6,9 +6,10 @@ Names are loaded at first use (PEP 562), so that ``import xenpv`` takes no longe
 
 ``verify``, ``save`` and five more are functions here, and packages of the same name hold what they do. Python sets the
 attribute ``xenpv.save`` to the package whenever a module of that package is imported, which would hide the function.
-Therefore the module's class drops exactly those assignments. Nothing else changes: ``from xenpv.save.save import X``
-and ``from xenpv.save import save`` find packages in ``sys.modules``. Only ``import xenpv.save.save as x`` fails; say
-``from xenpv.save import save as x``.
+Therefore the module's class drops exactly those assignments. ``from xenpv.save.save import X`` and ``from xenpv.save
+import save`` still work: they find packages in ``sys.modules``. Dotted access from ``xenpv`` on finds the function:
+``import xenpv.save.file; xenpv.save.file`` and ``import xenpv.save.save as x`` fail. Say
+``from xenpv.save import file``.
 """
 
 import sys

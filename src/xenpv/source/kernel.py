@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 
 from xenpv.errors import GuestError
 from xenpv.frames import PAGE_SIZE
@@ -14,6 +15,7 @@ from xenpv.source.scan import search
 
 _BANNER = b"Linux version "
 _BANNER_MAX = 1024  # bytes: build host, compiler and time are in it
+_CANDIDATES_MAX = 1000  # Linux has a few copies of its banner, and "Linux version " stands in a few programs
 _WHOLE_BANNER = re.compile(rb"Linux version (\d+\.[\x21-\x7e]+) \([\x20-\x7e]+\n")
 _SYMBOL = re.compile(rb"^SYMBOL\((\w+)\)=([0-9a-f]{1,16})$", re.MULTILINE)
 
@@ -50,8 +52,11 @@ def find_kernel(domain: PagedDomain) -> Kernel | None:
 
 
 def _find_banner(domain: PagedDomain, prefix: bytes) -> str | None:
-    """Return the first complete banner that begins with ``prefix``; None if there is none."""
-    for address in search(domain, prefix):
+    """Return the first complete banner that begins with ``prefix``; None if there is none.
+
+    Looks at _CANDIDATES_MAX places at most: a hostile guest can fill its memory with the prefix.
+    """
+    for address in islice(search(domain, prefix), _CANDIDATES_MAX):
         try:
             text = domain.memory.read(address, _BANNER_MAX)
         except GuestError:  # the next page is not there
