@@ -31,7 +31,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from xenpv.cli.main import main
 from xenpv.findings import RULES, Rule
-from xenpv.stream import order
+from xenpv.stream import record_order
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ class Records(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Return one row for each type of record."""
         rows = []
-        for kind, place in order.PLACES.items():
+        for kind, place in record_order.PLACES.items():
             guests = " and ".join(sorted((guest.name for guest in place.guests), reverse=True)) or "none"
             rows.append([
                 f"`{kind.value:#04x}`",

@@ -14,7 +14,7 @@ from tests.support.requirements import cannot_run
 from xenpv.abi import declare, domctl, hvm_save, x86, xen
 from xenpv.abi.declare import Array, Struct, Width
 from xenpv.abi.domctl import PageType
-from xenpv.memory import pagetables
+from xenpv.memory import page_tables
 
 HEADERS = ["xen.h", "domctl.h"]
 WIDTHS: tuple[Width, Width] = (8, 4)
@@ -137,7 +137,7 @@ def test_constants_equal_the_headers(include: Path, width: Width) -> None:
 def test_cr3_folding_equals_xens_macros(include: Path, width: Width) -> None:
     frames = [0, 1, 0xFFFFF, 0x10_0000, 0x10_0001, 0xABCD_EF01, 0xFFFF_FFFF]
     cr3s = values(include, width, [f"xen_pfn_to_cr3({frame:#x}UL)" for frame in frames])
-    assert [pagetables.cr3_to_frame(cr3, width) for cr3 in cr3s] == frames
+    assert [page_tables.cr3_to_frame(cr3, width) for cr3 in cr3s] == frames
     back = values(include, width, [f"xen_cr3_to_pfn({cr3:#x}UL)" for cr3 in cr3s])
     assert back == frames
 

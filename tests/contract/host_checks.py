@@ -16,7 +16,7 @@ from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId, Mfn
 from xenpv.host.protocol import Host, find_domain
-from xenpv.memory.pagetables import cr3_to_frame
+from xenpv.memory.page_tables import cr3_to_frame
 
 ALL_ONES = (1 << 64) - 1
 NO_DOMAIN = DomId(0x7FEF)  # the highest number that a domain may have, which no test host gets to

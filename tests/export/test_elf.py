@@ -25,7 +25,7 @@ from xenpv.export.export import export
 from xenpv.export.formats import elf
 from xenpv.export.formats.content import runs_with_data
 from xenpv.export.formats.mapped import find_direct_map
-from xenpv.memory import radix
+from xenpv.memory import frame_tree
 from xenpv.runs import Runs
 from xenpv.source.open import open_domain
 
@@ -227,7 +227,7 @@ def test_elf_with_invalid_page_tables_has_a_remark(tmp_path: Path, monkeypatch: 
     def refuse(*_: object) -> None:
         raise GuestError("too many runs")
 
-    monkeypatch.setattr(radix, "walk_tree", refuse)
+    monkeypatch.setattr(frame_tree, "walk_tree", refuse)
     core, done = export_domain(made_domain(), tmp_path, "elf")
     assert core.exists()
     (remark,) = done.remarks
@@ -238,7 +238,7 @@ def test_elf_of_a_domain_that_goes_meanwhile_raises_host_error(tmp_path: Path, m
     def refuse(*_: object) -> None:
         raise HostError("no such domain", op="map", errno=errno.ESRCH)
 
-    monkeypatch.setattr(radix, "walk_tree", refuse)
+    monkeypatch.setattr(frame_tree, "walk_tree", refuse)
     with pytest.raises(HostError):
         export_domain(made_domain(), tmp_path, "elf")
     assert not (tmp_path / "out.elf").exists()

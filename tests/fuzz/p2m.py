@@ -22,15 +22,15 @@ from xenpv.errors import GuestError, HostError, XenPVError
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType
 from xenpv.host.protocol import DomainInfo, XenVersion
-from xenpv.memory.anchors import MARKED_TREE_BIT, MARKED_TREE_LEVELS, Anchors, P2MForm, tree_capacity
 from xenpv.memory.p2m import P2M
-from xenpv.memory.survey import EntryKind, survey
+from xenpv.memory.p2m_anchors import MARKED_TREE_BIT, MARKED_TREE_LEVELS, Anchors, P2MForm, tree_capacity
+from xenpv.memory.p2m_survey import EntryKind, survey
 from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck
 
 FRAMES = 32  # of the host; the domain has the first 24, the last is its shared info
 OWN = 24
-MEMORY = 512 * MIB  # what radix.SHARED_RUNS_MAX runs take, a few times over
+MEMORY = 512 * MIB  # what frame_tree.SHARED_RUNS_MAX runs take, a few times over
 
 
 class TinyHost:

@@ -21,8 +21,8 @@ from xenpv.image import start
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, plan
 from xenpv.image.request import Request
-from xenpv.memory import radix
-from xenpv.memory.pagetables import as_ptes, count_tables, decode_page_tables, pte_frames
+from xenpv.memory import frame_tree
+from xenpv.memory.page_tables import as_ptes, count_tables, decode_page_tables, pte_frames
 from xenpv.source.saved import SavedDomain
 
 
@@ -162,7 +162,7 @@ def test_page_tables_map_exactly_the_mapping_and_are_read_only(
         return pages.view(np.uint8).reshape(-1, 4096), np.ones(len(wanted), np.bool_)
 
     levels = LEVELS[layout.width]
-    found, unreadable = radix.walk_tree(
+    found, unreadable = frame_tree.walk_tree(
         read, layout.registers.cr3_pfn, levels, range(1 << 9 * levels), decode_page_tables
     )
     assert unreadable == []

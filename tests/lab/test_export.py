@@ -20,7 +20,7 @@ from drgn.helpers.linux.pid import for_each_task
 from lab import guests
 from tests.support.lab.debian import Debian, has_marker, volatility
 from xenpv.export.export import export
-from xenpv.memory.pagetables import NO_PFN
+from xenpv.memory.page_tables import NO_PFN
 from xenpv.source.open import open_domain
 
 PAGE = 4096

@@ -25,7 +25,7 @@ from xenpv.abi.x86 import PTE_P, PTE_RW
 from xenpv.cli.show import describe
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PageType
 from xenpv.io.stream_input import Input
-from xenpv.memory.pagetables import as_ptes, pte_frames
+from xenpv.memory.page_tables import as_ptes, pte_frames
 from xenpv.source.open import open_domain
 from xenpv.source.saved import SavedDomain
 from xenpv.verify.stream import Report, verify

@@ -14,10 +14,10 @@ from tests.support.frames import Machine, array
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Mask
-from xenpv.memory.anchors import Anchors
 from xenpv.memory.p2m import P2M
-from xenpv.memory.publish import encode_entries
-from xenpv.memory.survey import EntryKind, survey
+from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.p2m_survey import EntryKind, survey
+from xenpv.memory.p2m_writer import encode_entries
 from xenpv.runs import FrameRuns
 
 NONE = int(NO_FRAME)

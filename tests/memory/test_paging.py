@@ -13,7 +13,7 @@ from xenpv.errors import Fault
 from xenpv.frames import NO_FRAME, Pfn, Vaddr
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import frame_reader
-from xenpv.memory.pagetables import translate, walk_vaddr
+from xenpv.memory.page_tables import translate, walk_vaddr
 from xenpv.memory.paging import NO_PAGING, PV_PAGING, Paging, paging_mode
 
 PG, PSE, PAE, LA57 = 1 << 31, 1 << 4, 1 << 5, 1 << 12

@@ -10,7 +10,7 @@ from xenpv.abi.declare import Width
 from xenpv.errors import Fault
 from xenpv.frames import Pfn, Vaddr
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.pagetables import (
+from xenpv.memory.page_tables import (
     Walk,
     allowed_flags,
     cr3_to_frame,

@@ -32,7 +32,7 @@ from tests.support.writers.stream import BROKEN, PAGE, WITH_DATA, XALLOC, XTAB, 
 from xenpv.errors import Malformed, Truncated, Unsupported
 from xenpv.stream import framing, libxl, records, rules
 from xenpv.stream.envelope import Kind
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 
 W, BIG = Wire(), Wire(big_endian=True)
 entries = st.lists(st.tuples(st.integers(0, LAST_PFN), known_types), min_size=1, max_size=12)

@@ -14,8 +14,8 @@ from tests.support.writers.domain import Domain
 from tests.support.writers.stream import PAGE
 from xenpv.frames import U8, U64, Frames
 from xenpv.report.content import ContentStats, analyse_content
-from xenpv.report.parts import PfnRanges
-from xenpv.report.pfnmap import collect_extents
+from xenpv.report.pfn_map import collect_extents
+from xenpv.report.pfn_ranges import PfnRanges
 from xenpv.source.saved import SavedDomain
 
 

@@ -29,7 +29,7 @@ from xenpv.errors import Fault
 from xenpv.frames import PAGE_SHIFT, U8, U64
 from xenpv.host.model.host import ModelHost
 from xenpv.io.background import BackgroundWorker, Task
-from xenpv.memory.pagetables import as_ptes, pte_frames
+from xenpv.memory.page_tables import as_ptes, pte_frames
 from xenpv.memory.physmap import Physmap
 from xenpv.restore import page_tables, pages
 from xenpv.restore.page_tables import PageTableLocaliser, Populate

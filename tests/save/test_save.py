@@ -47,14 +47,14 @@ from xenpv.host.protocol import DomainInfo, VcpuState
 from xenpv.io.progress import Phase, Progress
 from xenpv.io.stream_input import Input
 from xenpv.memory.p2m import names_local_frame
-from xenpv.memory.pagetables import as_ptes, pte_frames
-from xenpv.memory.publish import encode_entries
+from xenpv.memory.p2m_writer import encode_entries
+from xenpv.memory.page_tables import as_ptes, pte_frames
 from xenpv.restore.restore import restore_domain
 from xenpv.save.pages import ENTRIES_MAX
 from xenpv.save.save import save
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.envelope import Kind
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 from xenpv.stream.writer import KINDS
 

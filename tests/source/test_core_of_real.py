@@ -14,7 +14,7 @@ from tests.support.vectors import unpack_vector
 from tests.support.writers.core import Core
 from tests.vectors.make import RECIPES, Recipe
 from xenpv.frames import HAS_DATA, IS_TABLE, U64
-from xenpv.memory.pagetables import as_ptes, localise
+from xenpv.memory.page_tables import as_ptes, localise
 from xenpv.source.core import CoreDomain
 from xenpv.source.saved import SavedDomain
 

@@ -15,7 +15,7 @@ from tests.support.writers.domain import RW, Domain
 from xenpv.abi.declare import Width
 from xenpv.export.export import export
 from xenpv.frames import U64, PageType
-from xenpv.memory.pagetables import NO_PFN
+from xenpv.memory.page_tables import NO_PFN
 from xenpv.source.core import CoreDomain
 
 PAGE = 4096

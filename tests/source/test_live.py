@@ -20,7 +20,7 @@ from xenpv.cli.target import open_target
 from xenpv.errors import Fault, GuestError, HostError, RequestError
 from xenpv.frames import ABSENT, FOREIGN, IS_TABLE, NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType, Pfn
 from xenpv.host.model.host import ModelHost
-from xenpv.memory.pagetables import NO_PFN, as_ptes, is_xen_slot
+from xenpv.memory.page_tables import NO_PFN, as_ptes, is_xen_slot
 from xenpv.source.live import LiveDomain
 
 WRITTEN = range(10, 20)

@@ -13,8 +13,8 @@ from tests.support.writers.stream import NOTAB, PAGE, XTAB, Stream, Wire
 from xenpv.frames import NO_FRAME
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind, Section
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
+from xenpv.stream.record_order import Guest
 
 W = Wire()
 

@@ -35,9 +35,9 @@ from xenpv.stream import records
 from xenpv.stream.events import DomainHeader, Event, PageContent, PageDeltas
 from xenpv.stream.legacy import LegacyFormat, detect_toolstack
 from xenpv.stream.libxl import EmulatorContext, EmulatorXenstoreData
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
+from xenpv.stream.record_order import Guest
 
 LONGS = (8, 4)
 DOMAIN = pv_domain(pfns=range(48), vcpus=2)

@@ -14,7 +14,7 @@ from tests.support.writers.stream import WITH_DATA, Stream, Wire
 from xenpv.errors import Truncated, Unsupported
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import PageContent
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
 
 KINDS = [*ENVELOPES, "v2", "pae", "hvm", "hvm-xenopsd", "remus", "optional"]

@@ -16,8 +16,8 @@ from tests.support.writers.hvm import PARAMS, hvm_context, hvm_stream
 from tests.support.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Wire
 from xenpv.stream import framing, libxl, records
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
+from xenpv.stream.record_order import Guest
 
 E = TypeVar("E", bound=Event)
 BOTH_ORDERS = pytest.mark.parametrize("big_endian", [False, True], ids=["little", "big"])

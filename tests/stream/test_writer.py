@@ -30,8 +30,8 @@ from xenpv.stream import framing, libxl, records, rules
 from xenpv.stream.envelope import Envelope, Kind
 from xenpv.stream.fields import Buffer, Fields
 from xenpv.stream.framing import Record
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
+from xenpv.stream.record_order import Guest
 from xenpv.stream.writer import KINDS, Writer
 
 W = Wire()

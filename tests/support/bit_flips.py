@@ -27,7 +27,7 @@ from xenpv.frames import ABSENT, IS_TABLE, PAGE_SIZE, type_name
 from xenpv.io.stream_input import Input
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.envelope import XL_HEADER_SIZE
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
 
 KINDS = ("page tables", "p2m frame list", "vcpu context", "headers", "page list")

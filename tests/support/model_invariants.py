@@ -18,7 +18,7 @@ from xenpv.host.model.frame_table import (
     XEN,
 )
 from xenpv.host.model.host import ModelHost
-from xenpv.memory.pagetables import is_xen_slot, pte_frames
+from xenpv.memory.page_tables import is_xen_slot, pte_frames
 
 
 def check_invariants(host: ModelHost) -> None:

@@ -19,7 +19,7 @@ from xenpv.abi.xen import SHARED_INFO
 from xenpv.errors import XenPVError
 from xenpv.frames import IS_TABLE, U8, U64, DomId
 from xenpv.io.atomic_output import Output
-from xenpv.memory.pagetables import as_ptes, cr3_to_frame, is_xen_slot, pte_frames
+from xenpv.memory.page_tables import as_ptes, cr3_to_frame, is_xen_slot, pte_frames
 from xenpv.save.save import Summary, save
 from xenpv.stream.fields import Buffer
 

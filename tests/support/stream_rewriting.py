@@ -8,7 +8,7 @@ from xenpv.stream.envelope import Envelope, Kind
 from xenpv.stream.events import DomainHeader, PageContent
 from xenpv.stream.fields import Buffer
 from xenpv.stream.framing import Record
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.writer import Writer
 
 

@@ -22,9 +22,9 @@ from xenpv.image import start
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.pagetables import frame_to_cr3, localise
+from xenpv.memory.p2m_writer import encode_entries
+from xenpv.memory.page_tables import frame_to_cr3, localise
 from xenpv.memory.physmap import CHUNK, CHUNK_ORDER
-from xenpv.memory.publish import encode_entries
 from xenpv.runs import FrameMap, Runs, group_rows
 
 _EXTENTS_PER_CALL = 4096  # 8 GiB in one populate_physmap()

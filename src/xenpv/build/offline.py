@@ -19,8 +19,8 @@ from xenpv.image.layout import Layout, plan
 from xenpv.image.request import Request
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.io.sink import Sink
-from xenpv.memory.anchors import Anchors
-from xenpv.memory.pagetables import frame_to_cr3
+from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.page_tables import frame_to_cr3
 from xenpv.save.save import Summary, save
 from xenpv.source.config import libxl_config
 

@@ -8,7 +8,7 @@ from xenpv.cli.target import INDEX, PAUSE, TARGET, open_target
 from xenpv.cli.terminal import JSON, keep_option, print_findings, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.findings import Findings
-from xenpv.memory.survey import survey
+from xenpv.memory.p2m_survey import survey
 from xenpv.verify.p2m import check_p2m
 from xenpv.verify.physmap import PhysmapCheck, add_survey_notes
 

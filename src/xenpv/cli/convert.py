@@ -14,8 +14,8 @@ from xenpv.errors import RequestError
 from xenpv.io.stream_input import Input
 from xenpv.stream.envelope import CONFIG_MAX, Kind
 from xenpv.stream.legacy import LegacyFormat
-from xenpv.stream.order import Guest
 from xenpv.stream.reader import Reader
+from xenpv.stream.record_order import Guest
 from xenpv.text import counted, size
 
 _FORMATS = {b"{": "json", b"<": "xml", b"(": "sexp"}

@@ -25,8 +25,8 @@ from xenpv.stream.envelope import XL_FLAG_STREAMV2, Kind, xl_header
 from xenpv.stream.events import Event
 from xenpv.stream.legacy import LegacyFormat
 from xenpv.stream.libxl import EmulatorContext
-from xenpv.stream.order import Guest
 from xenpv.stream.reader import Reader
+from xenpv.stream.record_order import Guest
 
 EXIT_BAD_STREAM = 1
 EXIT_OUR_FAULT = 2

@@ -31,7 +31,7 @@ from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, plan
 from xenpv.image.request import Request
 from xenpv.memory.digest import Digest, digest
-from xenpv.memory.survey import survey
+from xenpv.memory.p2m_survey import survey
 from xenpv.migrate.receiver import receive_domain
 from xenpv.migrate.sender import send_domain
 from xenpv.migrate.transport import Link

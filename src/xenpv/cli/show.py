@@ -11,12 +11,12 @@ from xenpv.cli.target import INDEX, open_file
 from xenpv.cli.terminal import FILE, JSON, print_field, print_json, print_table
 from xenpv.errors import Fault, GuestError
 from xenpv.frames import HAS_DATA, PAGE_SIZE, PageType
-from xenpv.memory.anchors import Anchors
+from xenpv.memory.p2m_anchors import Anchors
 from xenpv.source.config import Config
 from xenpv.source.core import CoreDomain
 from xenpv.source.domain import Domain
 from xenpv.source.saved import SavedDomain
-from xenpv.stream.order import Guest
+from xenpv.stream.record_order import Guest
 from xenpv.text import printable, size
 
 _TSC_MODES = ("default", "always emulated", "never emulated", "PVRDTSCP")

@@ -24,9 +24,9 @@ from xenpv.stream.envelope import Envelope, Kind
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader
 from xenpv.stream.framing import Record
 from xenpv.stream.libxl import OPTION_BIG_ENDIAN, OPTION_LEGACY, LibxlRecord
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
+from xenpv.stream.record_order import Guest
 from xenpv.stream.records import X86PVInfo, X86PVP2MFrames
 
 EXIT_BAD_STREAM = 1

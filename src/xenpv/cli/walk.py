@@ -7,7 +7,7 @@ import click
 from xenpv.cli.target import INDEX, PAUSE, TARGET, TOP, USER, VCPU, open_target, top_table, walk_attempts
 from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table
 from xenpv.frames import IS_TABLE, PAGE_SIZE, type_name
-from xenpv.memory.pagetables import flag_names
+from xenpv.memory.page_tables import flag_names
 
 
 @click.command()

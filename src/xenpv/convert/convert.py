@@ -22,9 +22,9 @@ from xenpv.stream import envelope, framing, libxl, records
 from xenpv.stream.envelope import Envelope, Kind, Section
 from xenpv.stream.events import DomainHeader, Event, ImageHeader, LibxlHeader, PageDeltas, SectionHeader
 from xenpv.stream.fields import Buffer
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData, ReadInto
+from xenpv.stream.page_data import PageData, ReadInto
 from xenpv.stream.reader import Reader
+from xenpv.stream.record_order import Guest
 from xenpv.stream.writer import Writer
 
 Buffers = list[Buffer]
@@ -269,7 +269,7 @@ class Conversion:
     def _end_static_data(self, event: Event) -> Iterator[Buffers]:
         """Write the STATIC_DATA_END that a stream of version 2 lacks.
 
-        order.py infers where it belongs.
+        record_order.py infers where it belongs.
         """
         if isinstance(event, records.StaticDataEnd):
             self._static_data_ended = True

@@ -23,7 +23,7 @@ from xenpv.source.saved import FilePages
 from xenpv.stream import delta
 from xenpv.stream.events import PageDeltas
 from xenpv.stream.index import PageIndex
-from xenpv.stream.pagedata import PFN_MASK, TYPE_SHIFT, PageData, ReadInto
+from xenpv.stream.page_data import PFN_MASK, TYPE_SHIFT, PageData, ReadInto
 
 _HAS_TYPE, _HAS_CONTENT = 0x10, 0x20  # marks of a pfn, beside its last type: both are set by deltas
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64, Mask, PageType, nonzero_pages
 from xenpv.stream.framing import RECORD_LENGTH_MAX
-from xenpv.stream.pagedata import PFN_MASK, RESERVED_MASK, TYPE_SHIFT, ReadInto
+from xenpv.stream.page_data import PFN_MASK, RESERVED_MASK, TYPE_SHIFT, ReadInto
 
 BATCH = 1024  # pages of a record of libxenguest's
 BATCH_MAX = (RECORD_LENGTH_MAX - 8) // (8 + PAGE_SIZE)

@@ -7,7 +7,7 @@ import numpy as np
 from xenpv.abi.x86 import GDT_ENTRIES_PER_FRAME, PTE_A, PTE_D, PTE_NX, PTE_P, PTE_RW, VCPU_GUEST_CONTEXT
 from xenpv.errors import RequestError
 from xenpv.frames import IS_TABLE, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PINNED, U8, U64, PageType
-from xenpv.memory.pagetables import as_ptes, cr3_to_frame, frame_to_cr3, localise
+from xenpv.memory.page_tables import as_ptes, cr3_to_frame, frame_to_cr3, localise
 from xenpv.source.core_page_tables import LINEAR_PT_SLOT
 from xenpv.source.domain import Domain
 

@@ -24,11 +24,11 @@ from xenpv.frames import I64, NO_FRAME, PAGES_PER_BATCH, U8, U64
 from xenpv.guest_model.kernel_pages import P2M_LIST_RANGE, PAGE, KernelPages, StartInfo
 from xenpv.guest_model.p2m_forms import PublishedForm
 from xenpv.host.model.guest_view import GuestView
-from xenpv.memory.anchors import Anchors, tree_capacity
+from xenpv.memory.frame_tree import build_tree
 from xenpv.memory.p2m import decode_entries
-from xenpv.memory.pagetables import as_ptes, frame_to_cr3, page_number
-from xenpv.memory.publish import encode_entries, write_page_tables, write_tree_anchors
-from xenpv.memory.radix import build_tree
+from xenpv.memory.p2m_anchors import Anchors, tree_capacity
+from xenpv.memory.p2m_writer import encode_entries, write_page_tables, write_tree_anchors
+from xenpv.memory.page_tables import as_ptes, frame_to_cr3, page_number
 from xenpv.runs import FrameRuns
 
 

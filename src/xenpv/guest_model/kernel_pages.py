@@ -15,8 +15,8 @@ from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.errors import Fault, GuestError, RequestError
 from xenpv.frames import I64, U8, U64
 from xenpv.host.model.guest_view import GuestView
-from xenpv.memory.pagetables import page_number
-from xenpv.memory.publish import TABLE_FLAGS, write_page_tables
+from xenpv.memory.p2m_writer import TABLE_FLAGS, write_page_tables
+from xenpv.memory.page_tables import page_number
 from xenpv.runs import FrameRuns
 
 # The address space. A kernel knows where it was linked. The other ranges consist of whole top-level entries that the

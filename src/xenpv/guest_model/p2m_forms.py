@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xenpv.errors import RequestError
-from xenpv.memory.anchors import MARKED_TREE_LEVELS, ROOTED_TREE_LEVELS, P2MForm
+from xenpv.memory.p2m_anchors import MARKED_TREE_LEVELS, ROOTED_TREE_LEVELS, P2MForm
 
 
 @dataclass(frozen=True, slots=True)

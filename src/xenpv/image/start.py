@@ -1,6 +1,6 @@
 """Makes the bytes of the start of day: a plan's page tables, start info, shared info and vcpu 0.
 
-Tables hold pfns; memory.pagetables.localise() puts mfns in their place. All entries are as libxc makes them.
+Tables hold pfns; memory.page_tables.localise() puts mfns in their place. All entries are as libxc makes them.
 
 Source: xen.git:tools/libs/guest/xg_dom_x86.c setup_pgtables_pv(), start_info_x86_64(), shared_info_x86_64(),
 vcpu_x86_64()
@@ -17,7 +17,7 @@ from xenpv.abi.x86 import ENTRIES, PAGE_SHIFT, PAGE_SIZE, PTE_A, PTE_P, PTE_RW, 
 from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.frames import NO_FRAME, PAGES_PER_BATCH, U64
 from xenpv.image.layout import Layout, Span
-from xenpv.memory.publish import TABLE_FLAGS
+from xenpv.memory.p2m_writer import TABLE_FLAGS
 
 L1_FLAGS = PTE_P | PTE_RW | PTE_A  # RW is not set for a page table
 
@@ -98,7 +98,7 @@ def vcpu_context(layout: Layout, cr3: int) -> bytes:
 
     Args:
         layout: The plan.
-        cr3: What memory.pagetables.cr3_of() returns for the top table's mfn.
+        cr3: What memory.page_tables.frame_to_cr3() returns for the top table's mfn.
     """
     registers, context = layout.registers, np.zeros((), VCPU_GUEST_CONTEXT[layout.width])
     user, prefix = context["user_regs"], "r" if layout.width == 8 else "e"

@@ -16,7 +16,7 @@ from xenpv.frames import PAGE_SIZE
 from xenpv.io.tempfile import unlinked_file
 from xenpv.stream.events import Event, PageDeltas
 from xenpv.stream.framing import Record
-from xenpv.stream.pagedata import PageData, ReadInto
+from xenpv.stream.page_data import PageData, ReadInto
 
 _RECORDS_MAX = 1 << 30  # bytes of records, pages aside, in memory: p2m frames of 16 TiB are 64 MiB
 _CHUNK = 1 << 20  # bytes copied at a time

@@ -13,7 +13,7 @@ from xenpv.errors import RequestError
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.stream import rules
 from xenpv.stream.events import Event
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
 
 _READ_MIN = 4 << 10  # bytes per read of a file; after a PAGE_DATA, as much as that one had before its pages

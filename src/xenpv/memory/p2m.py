@@ -17,9 +17,9 @@ from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import Fault, GuestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PAGE_SIZE, PAGES_IN_CACHE, U8, U64, Frames, Mask
-from xenpv.memory.anchors import Anchors, P2MForm, P2MRoot
-from xenpv.memory.pagetables import decode_page_tables
-from xenpv.memory.radix import ReadFrames, UnreadableTable, walk_tree
+from xenpv.memory.frame_tree import ReadFrames, UnreadableTable, walk_tree
+from xenpv.memory.p2m_anchors import Anchors, P2MForm, P2MRoot
+from xenpv.memory.page_tables import decode_page_tables
 from xenpv.runs import FrameRuns, expand_runs, group_rows
 
 _MARKS = FOREIGN | IDENTITY

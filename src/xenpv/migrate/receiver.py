@@ -13,7 +13,7 @@ from xenpv.host.domain_names import INCOMING
 from xenpv.host.protocol import DomainInfo, Mover
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import uninterruptible
-from xenpv.memory.anchors import P2MForm
+from xenpv.memory.p2m_anchors import P2MForm
 from xenpv.migrate.channel import EventCallback, MigrationChannel, OutcomeUnknown, ignore_event
 from xenpv.migrate.handover import RECEIVER, VERSIONS, Message, Offer, Stage
 from xenpv.migrate.transport import Link

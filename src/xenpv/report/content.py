@@ -10,7 +10,7 @@ import numpy as np
 
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask, nonzero_pages
 from xenpv.memory.p2m import frame_reader
-from xenpv.report.parts import NO_RANGES, PfnRanges, RangeCollector
+from xenpv.report.pfn_ranges import NO_RANGES, PfnRanges, RangeCollector
 from xenpv.runs import Extents, group_rows
 
 _BATCH = 256  # pages: 1 MiB, which stays in the processor's cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xenpv.frames import PAGE_SIZE
-from xenpv.report.p2mform import Level, Node, P2MTree
+from xenpv.report.p2m_trees import Level, Node, P2MTree
 
 _WIDTH, _LEFT, _ROW_HEIGHT, _BOX_HEIGHT = 1100, 140, 62, 38
 _BOX_GAP = 10

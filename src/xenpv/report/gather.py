@@ -14,14 +14,14 @@ from xenpv.errors import GuestError
 from xenpv.findings import Findings
 from xenpv.frames import U64
 from xenpv.io.progress import Progress, ProgressCallback
+from xenpv.memory.p2m_survey import EntryKind, Survey, survey
 from xenpv.memory.registers import Registers
-from xenpv.memory.survey import EntryKind, Survey, survey
 from xenpv.report.content import ContentStats, analyse_content
 from xenpv.report.identity import Identity, NotablePage, find_notable_pages, identify
-from xenpv.report.p2mform import P2MTree, describe_p2m_trees, leaf_ranges
-from xenpv.report.parts import NO_RANGES, PfnRanges
-from xenpv.report.pfnmap import Layer, PfnMap, build_map, collect_extents
-from xenpv.report.tables import PageTableStats, count_page_tables
+from xenpv.report.p2m_trees import P2MTree, describe_p2m_trees, leaf_ranges
+from xenpv.report.page_tables import PageTableStats, count_page_tables
+from xenpv.report.pfn_map import Layer, PfnMap, build_map, collect_extents
+from xenpv.report.pfn_ranges import NO_RANGES, PfnRanges
 from xenpv.source.domain import Domain
 
 _ENTRY_KEYS = {

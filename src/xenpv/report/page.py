@@ -14,11 +14,11 @@ from xenpv import __version__
 from xenpv.errors import RequestError
 from xenpv.findings import Finding, Rule, Severity
 from xenpv.frames import PAGE_SIZE
+from xenpv.memory.p2m_survey import EntryKind
 from xenpv.memory.registers import SEGMENTS, Registers
-from xenpv.memory.survey import EntryKind
 from xenpv.report.drawing import draw_p2m_tree
 from xenpv.report.gather import CheckResult, ReportFacts, VcpuState
-from xenpv.report.tables import FLAGS
+from xenpv.report.page_tables import FLAGS
 from xenpv.text import printable, size
 
 _CONFIG_MAX = 100_000  # characters

@@ -17,7 +17,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_P
 from xenpv.frames import ENTRIES, IS_TABLE, PAGES_IN_CACHE, U8, U64, DomId, first_bad
 from xenpv.host.protocol import DomainInfo, Toolstack
-from xenpv.memory.pagetables import as_ptes, bad_entry_fault, find_superpages, localise, pte_frames
+from xenpv.memory.page_tables import as_ptes, bad_entry_fault, find_superpages, localise, pte_frames
 from xenpv.memory.physmap import Physmap
 
 Populate = Callable[[U64], None]

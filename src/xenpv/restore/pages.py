@@ -31,10 +31,10 @@ from xenpv.frames import (
 )
 from xenpv.host.protocol import DomainInfo, Toolstack
 from xenpv.io.background import BackgroundWorker
-from xenpv.memory.pagetables import as_ptes, localise
+from xenpv.memory.page_tables import as_ptes, localise
 from xenpv.memory.physmap import CHUNK, CHUNK_ORDER, Physmap, group_by_chunk
 from xenpv.restore.page_tables import PageTableLocaliser
-from xenpv.stream.pagedata import PageData, ReadInto
+from xenpv.stream.page_data import PageData, ReadInto
 
 DeferRead = Callable[[int], ReadInto]
 """defer_read(size): reserve the next ``size`` bytes; the result reads them at any time, in any thread."""

@@ -30,9 +30,9 @@ from xenpv.stream.envelope import Kind
 from xenpv.stream.events import DomainHeader, Event, ImageHeader
 from xenpv.stream.framing import Record
 from xenpv.stream.libxl import LibxlRecord
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData, ReadInto
+from xenpv.stream.page_data import PageData, ReadInto
 from xenpv.stream.reader import Reader
+from xenpv.stream.record_order import Guest
 from xenpv.stream.records import Checkpoint, End, StaticDataEnd, Verify, X86PVInfo, X86PVP2MFrames
 
 StaticDataDone = Callable[[bool, bool], None]
@@ -305,7 +305,7 @@ class _Restore:
 
     @property
     def _memory(self) -> MemoryLoader:
-        assert self._target is not None, "order.py lets no page come before X86_PV_INFO"
+        assert self._target is not None, "record_order.py lets no page come before X86_PV_INFO"
         return self._target[2]
 
     def _end_static_data(self) -> None:

@@ -23,11 +23,11 @@ from xenpv.frames import (
     PageType,
     first_bad,
 )
-from xenpv.memory.pagetables import as_ptes, bad_entry_fault, find_superpages, is_xen_slot, normalise, pte_frames
+from xenpv.memory.page_tables import as_ptes, bad_entry_fault, find_superpages, is_xen_slot, normalise, pte_frames
 from xenpv.save.p2m_tracker import P2MTracker
 from xenpv.save.stream_output import StreamOutput
 from xenpv.stream.fields import Buffer
-from xenpv.stream.pagedata import TYPE_SHIFT
+from xenpv.stream.page_data import TYPE_SHIFT
 
 ENTRIES_MAX = 1 << 16  # entries of a record; a restorer bounds them by the record's length alone
 _WINDOW = 2 * PAGES_PER_BATCH  # pages mapped at once: takes a tenth less time than a record at a time

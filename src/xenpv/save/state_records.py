@@ -19,7 +19,7 @@ from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.errors import GuestError, HostError
 from xenpv.frames import NO_FRAME, PAGE_SHIFT
 from xenpv.host.protocol import Mover
-from xenpv.memory.pagetables import cr3_to_frame, frame_to_cr3
+from xenpv.memory.page_tables import cr3_to_frame, frame_to_cr3
 from xenpv.save.suspend import has_suspended
 from xenpv.source.live import NO_SUCH_VCPU, LiveDomain
 from xenpv.stream.framing import Record

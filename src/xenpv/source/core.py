@@ -20,10 +20,10 @@ from xenpv.errors import GuestError, RequestError
 from xenpv.findings import Rule, Severity
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask, PageType, Pfn
 from xenpv.io.stream_input import Input
-from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, frame_reader
-from xenpv.memory.pagetables import as_ptes, normalise, normalise_pages, top_table_mfn
+from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.page_tables import as_ptes, normalise, normalise_pages, top_table_mfn
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
 from xenpv.source.core_page_tables import PageTables, PageTableSearch

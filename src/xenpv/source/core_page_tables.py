@@ -26,7 +26,7 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW, XEN_PAE_L2_FIRST
 from xenpv.frames import NO_FRAME, PAGES_PER_BATCH, U8, U64, Frames, Mask
-from xenpv.memory.pagetables import NO_PFN, Translate, allowed_flags, as_ptes, is_xen_slot, pte_frames
+from xenpv.memory.page_tables import NO_PFN, Translate, allowed_flags, as_ptes, is_xen_slot, pte_frames
 from xenpv.runs import Runs
 
 LINEAR_PT_SLOT = 258  # of an L4: xen.git:xen/arch/x86/include/asm/config.h

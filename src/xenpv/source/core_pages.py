@@ -12,7 +12,7 @@ from xenpv.abi.dumpcore import INVALID
 from xenpv.errors import GuestError, Unsupported
 from xenpv.frames import PAGE_SIZE, PFNS_PER_SCAN, U64, PageType, first_bad
 from xenpv.io.stream_input import Input
-from xenpv.memory.pagetables import NO_PFN
+from xenpv.memory.page_tables import NO_PFN
 from xenpv.runs import Extents, FrameMap, Runs
 from xenpv.source.saved import FilePages
 from xenpv.stream import dumpcore

@@ -21,10 +21,10 @@ from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageTy
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
 from xenpv.io.tempfile import unlinked_file
-from xenpv.memory.anchors import Anchors
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, frame_reader
-from xenpv.memory.pagetables import cr3_to_frame
+from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.page_tables import cr3_to_frame
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
 from xenpv.source.config import Config
@@ -34,9 +34,9 @@ from xenpv.stream.envelope import Kind
 from xenpv.stream.events import PageContent
 from xenpv.stream.hvm_context import read_vcpus
 from xenpv.stream.index import PageIndex
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PFN_MASK, PageData
+from xenpv.stream.page_data import PFN_MASK, PageData
 from xenpv.stream.reader import Reader
+from xenpv.stream.record_order import Guest
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 from xenpv.stream.rules import BreachHandler
 from xenpv.text import size

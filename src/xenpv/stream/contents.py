@@ -22,7 +22,7 @@ from xenpv.stream.events import (
     SkippedPageData,
 )
 from xenpv.stream.index import PageIndex
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 
 
 @dataclass(slots=True)

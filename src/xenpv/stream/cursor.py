@@ -13,7 +13,7 @@ from xenpv.findings import Rule, Severity
 from xenpv.stream import rules
 from xenpv.stream.byte_buffer import ByteBuffer
 from xenpv.stream.events import Event, PageContent
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.rules import BreachHandler
 
 PAGES_AT_ONCE = 256  # pages of one PageContent event at most: 1 MiB

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.stream.envelope import Envelope, Section
 from xenpv.stream.framing import Record
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
+from xenpv.stream.record_order import Guest
 
 if TYPE_CHECKING:
     from xenpv.frames import U8

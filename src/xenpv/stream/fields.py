@@ -11,7 +11,7 @@ from typing import Any
 from xenpv.abi.declare import Width
 from xenpv.findings import Rule
 from xenpv.stream import rules
-from xenpv.stream.order import Guest
+from xenpv.stream.record_order import Guest
 
 Buffer = bytes | bytearray | memoryview
 """Bytes to be written, without copying: a memoryview may be a mapped page of a guest."""

@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 
 from xenpv.stream import rules
 from xenpv.stream.fields import Buffer, Fields, RecordContext
-from xenpv.stream.order import RecordType
+from xenpv.stream.record_order import RecordType
 
 RECORD_LENGTH_MAX = 128 << 20  # REC_LENGTH_MAX
 BLOB_MAX = 1 << 20  # far above any vcpu or policy blob that Xen makes (an xsave area is some 11 KiB)

@@ -8,7 +8,7 @@ import numpy as np
 
 from xenpv.frames import ABSENT, HAS_DATA, I64, PAGE_SIZE, U8, U64, Mask
 from xenpv.runs import Extents, expand_runs, group_rows
-from xenpv.stream.pagedata import PFN_MASK, PageData
+from xenpv.stream.page_data import PFN_MASK, PageData
 
 _PFN_MASK = np.uint64(PFN_MASK)
 

@@ -21,8 +21,8 @@ from xenpv.stream.cursor import Cursor, Steps, read_pages
 from xenpv.stream.events import DomainHeader, Event, PageDeltas
 from xenpv.stream.fields import RecordContext
 from xenpv.stream.legacy_physmap import convert_physmap
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
+from xenpv.stream.record_order import Guest
 
 if TYPE_CHECKING:
     from xenpv.frames import U64

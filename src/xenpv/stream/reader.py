@@ -32,8 +32,8 @@ from xenpv.stream.framing import (
     check_xen_version,
 )
 from xenpv.stream.libxl import LibxlOrder
-from xenpv.stream.order import OPTIONAL, Guest, Order, RecordType
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
+from xenpv.stream.record_order import OPTIONAL, Guest, Order, RecordType
 from xenpv.stream.records import LIBXC
 from xenpv.stream.rules import BreachHandler
 

@@ -1,6 +1,6 @@
 """The records of a libxc stream, each with the checks that its bytes allow.
 
-PAGE_DATA is in pagedata.py.
+PAGE_DATA is in page_data.py.
 
 NumPy is imported only on demand: verify-stream-v2 starts in half the time without it. Arrays are views.
 """
@@ -17,7 +17,7 @@ from xenpv.abi.x86 import LEVELS, PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.stream import rules
 from xenpv.stream.fields import Buffer, Fields, RecordContext, byteswap_words
 from xenpv.stream.framing import BLOB_MAX, RECORD_LENGTH_MAX, Opaque, Record
-from xenpv.stream.order import RecordType
+from xenpv.stream.record_order import RecordType
 
 if TYPE_CHECKING:
     from xenpv.frames import I64, U64

@@ -1,7 +1,8 @@
 """Writer: records in, buffers out, no I/O.
 
 Each call returns the buffers to be written next, in order; page content is not copied. A Writer does not write what a
-Reader refuses: both ask the same tables for the order (order.py, LibxlOrder), and the same records for their values.
+Reader refuses: both ask the same tables for the order (record_order.py, LibxlOrder), and the same records for their
+values.
 What a verifier would warn of, such as reserved fields and padding, is right by construction, or refused.
 """
 
@@ -24,8 +25,8 @@ from xenpv.stream.framing import (
     check_xen_version,
 )
 from xenpv.stream.libxl import LibxlOrder, LibxlRecord
-from xenpv.stream.order import Guest, Order, RecordType
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
+from xenpv.stream.record_order import Guest, Order, RecordType
 from xenpv.stream.records import LIBXC
 
 VERSION = 3

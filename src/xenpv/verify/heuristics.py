@@ -14,7 +14,7 @@ import numpy as np
 from xenpv.abi.x86 import PAGE_SHIFT, PTE_P, PTE_US, VGCF_IN_KERNEL
 from xenpv.findings import Findings
 from xenpv.frames import ENTRIES, U64, Mask, Pfn
-from xenpv.memory.pagetables import PTE_AVAILABLE, PTE_AVAILABLE_HIGH, PTE_GLOBAL, pte_frames
+from xenpv.memory.page_tables import PTE_AVAILABLE, PTE_AVAILABLE_HIGH, PTE_GLOBAL, pte_frames
 from xenpv.source.saved import SavedDomain
 from xenpv.verify import rules
 

@@ -22,7 +22,7 @@ from xenpv.frames import (
     type_name,
 )
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.pagetables import allowed_flags, as_ptes, flag_names, is_xen_slot, pte_frames
+from xenpv.memory.page_tables import allowed_flags, as_ptes, flag_names, is_xen_slot, pte_frames
 from xenpv.source.saved import SavedDomain
 from xenpv.verify import rules
 from xenpv.verify.heuristics import outliers

@@ -16,9 +16,9 @@ from xenpv.io.stream_input import Input
 from xenpv.stream import rules
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import DomainHeader
-from xenpv.stream.order import Guest
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
+from xenpv.stream.record_order import Guest
 from xenpv.stream.records import End
 
 if TYPE_CHECKING:

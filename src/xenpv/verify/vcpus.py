@@ -13,7 +13,7 @@ from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import IS_POPULATED, IS_TABLE, PAGE_SIZE, PageType, type_name
-from xenpv.memory.pagetables import is_canonical, is_xen_vaddr
+from xenpv.memory.page_tables import is_canonical, is_xen_vaddr
 from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.framing import Record

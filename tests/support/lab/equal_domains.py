@@ -28,8 +28,8 @@ from xenpv.host.xen.host import XenHost
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Part, plan
 from xenpv.image.request import Request
-from xenpv.memory import radix
-from xenpv.memory.pagetables import as_ptes, decode_page_tables, is_xen_slot, normalise
+from xenpv.memory import frame_tree
+from xenpv.memory.page_tables import as_ptes, decode_page_tables, is_xen_slot, normalise
 
 BATCH = 4096
 SHOWN = 5
@@ -60,7 +60,7 @@ class Side:
         """The machine frames behind virtual pages, by the domain's own page tables."""
         place = vaddr >> 12 & (1 << 36) - 1
         top = int(self.context["ctrlreg"][3]) >> 12
-        runs, _ = radix.walk_tree(self.read, top, 4, range(place, place + pages), decode_page_tables)
+        runs, _ = frame_tree.walk_tree(self.read, top, 4, range(place, place + pages), decode_page_tables)
         return runs.frame_of(np.arange(place, place + pages))
 
     def normal(self, pfns: range) -> tuple[U8, U8]:

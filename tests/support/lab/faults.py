@@ -35,7 +35,7 @@ from xenpv.image.layout import plan
 from xenpv.image.request import Request
 from xenpv.io.stream_input import Input
 from xenpv.restore.restore import restore_domain
-from xenpv.stream.pagedata import PageData
+from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
 
 # --- calls that are refused ------------------------------------------------------------------------------------------

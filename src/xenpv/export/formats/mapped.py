@@ -14,9 +14,9 @@ from xenpv.abi.x86 import LEVELS, PAE_L3_ENTRIES
 from xenpv.errors import GuestError
 from xenpv.export.formats.job import ExportJob
 from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, U64
-from xenpv.memory import radix
+from xenpv.memory import frame_tree
 from xenpv.memory.p2m import frame_reader
-from xenpv.memory.pagetables import BITS_PER_LEVEL, decode_page_tables, page_number, translate
+from xenpv.memory.page_tables import BITS_PER_LEVEL, decode_page_tables, page_number, translate
 from xenpv.memory.paging import PV_PAGING
 from xenpv.runs import Runs, group_rows
 from xenpv.source.domain import Domain
@@ -105,7 +105,7 @@ def kernel_mappings(job: ExportJob, direct_map: int | None) -> Mappings:
     if not virtual_pages:
         return NO_MAPPINGS
     try:
-        leaves, unreadable = radix.walk_tree(
+        leaves, unreadable = frame_tree.walk_tree(
             frame_reader(memory.tables or memory.frames), memory.top, LEVELS[width], virtual_pages, decode_page_tables
         )
     except GuestError as e:

@@ -15,7 +15,7 @@ from xenpv.host.model.cpu_state import CPU_KHZ, initial_cpu_policy, initial_vcpu
 from xenpv.host.model.dirty_log import DirtyLog
 from xenpv.host.model.page_types import DESCRIPTORS, HypercallError, Owner, PageTypes
 from xenpv.host.protocol import CpuPolicy, DomainInfo, TscInfo, VcpuState
-from xenpv.memory.pagetables import cr3_to_frame, frame_to_cr3
+from xenpv.memory.page_tables import cr3_to_frame, frame_to_cr3
 
 PAE_EXTENDED_CR3 = 1 << 3  # VMASST_TYPE_pae_extended_cr3
 _GDT_ENTRIES_MAX = 14 * 512  # FIRST_RESERVED_GDT_ENTRY: those above are Xen's

@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 
 from xenpv.frames import I64, PAGE_SIZE, U8, U64, Mask
-from xenpv.memory.pagetables import as_ptes
+from xenpv.memory.page_tables import as_ptes
 
 INVALID_M2P_ENTRY = np.uint64((1 << 64) - 1)
 EXTENT_ORDER = 9

@@ -18,7 +18,7 @@ from xenpv.frames import ENTRIES, I64, PAGE_SHIFT, PAGE_SIZE, U8, U64, DomId
 from xenpv.host import xenstore_nodes
 from xenpv.host.model.hypervisor import Hypervisor
 from xenpv.host.model.xenstore import ModelXenStore
-from xenpv.memory.pagetables import is_canonical, is_xen_vaddr, pte_frame, pte_frames, pte_index
+from xenpv.memory.page_tables import is_canonical, is_xen_vaddr, pte_frame, pte_frames, pte_index
 
 
 class GuestShutDown(Exception):

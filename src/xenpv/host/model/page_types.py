@@ -27,7 +27,7 @@ from xenpv.host.model.frame_table import (
     WRITABLE,
     FrameTable,
 )
-from xenpv.memory.pagetables import allowed_flags, is_xen_slot, pte_frame, pte_frames
+from xenpv.memory.page_tables import allowed_flags, is_xen_slot, pte_frame, pte_frames
 
 DESCRIPTORS = 5
 _GLOBAL = 1 << 8

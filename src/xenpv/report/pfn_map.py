@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from xenpv.frames import ABSENT, HAS_DATA, IS_POPULATED, IS_TABLE, PINNED, U64, PageType
-from xenpv.report.parts import NO_RANGES, PfnRanges, RangeCollector, pfn_axis
+from xenpv.report.pfn_ranges import NO_RANGES, PfnRanges, RangeCollector, pfn_axis
 from xenpv.runs import Extents
 
 _ROWS_MAX = 4096  # of each layer

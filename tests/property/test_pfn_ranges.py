@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xenpv.report.parts import NO_RANGES, PfnRanges, RangeCollector, pfn_axis
+from xenpv.report.pfn_ranges import NO_RANGES, PfnRanges, RangeCollector, pfn_axis
 
 PFNS = st.sets(st.integers(0, 300), max_size=80)
 

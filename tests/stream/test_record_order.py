@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from xenpv.stream import rules
-from xenpv.stream.order import ANY, HVM, OPTIONAL, PLACES, PV, Guest, Order, RecordType
+from xenpv.stream.record_order import ANY, HVM, OPTIONAL, PLACES, PV, Guest, Order, RecordType
 from xenpv.stream.records import LIBXC
 
 V3_PV = [

@@ -11,9 +11,9 @@ from tests.support.writers.domain import FRAME, Domain, P
 from tests.support.writers.hvm import hvm_stream
 from tests.support.writers.stream import PIN
 from xenpv.abi.declare import Width
-from xenpv.report import tables
-from xenpv.report.pfnmap import collect_extents
-from xenpv.report.tables import FLAGS, PageTableStats, count_page_tables
+from xenpv.report import page_tables
+from xenpv.report.page_tables import FLAGS, PageTableStats, count_page_tables
+from xenpv.report.pfn_map import collect_extents
 from xenpv.source.saved import SavedDomain
 
 
@@ -55,13 +55,13 @@ def test_count_page_tables_equals_the_written_tables(width: Width, tmp_path: Pat
 def test_count_page_tables_in_batches_of_one_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = pv_domain(pfns=range(1200))
     once = stats_of(domain, tmp_path)
-    monkeypatch.setattr(tables, "PAGES_PER_BATCH", 1)
+    monkeypatch.setattr(page_tables, "PAGES_PER_BATCH", 1)
     assert stats_of(domain, tmp_path) == once
 
 
 def test_count_page_tables_beyond_the_maximum_leaves_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     domain = pv_domain(pfns=range(1200))
-    monkeypatch.setattr(tables, "TABLES_MAX", 3)
+    monkeypatch.setattr(page_tables, "TABLES_MAX", 3)
     stats = stats_of(domain, tmp_path)
     every = sum(len(domain.tables(level)) for level in (1, 2, 3, 4))
     assert stats.left_out == every - 3
@@ -72,7 +72,7 @@ def test_count_page_tables_beyond_the_maximum_leaves_out(tmp_path: Path, monkeyp
 def test_count_page_tables_of_a_large_domain_counts_no_mappings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "PAGES_MAX", 99)
+    monkeypatch.setattr(page_tables, "PAGES_MAX", 99)
     stats = stats_of(pv_domain(pfns=range(200)), tmp_path)
     assert (stats.mapped, stats.several, stats.writable) == (None, None, None)
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from xenpv.errors import GuestError
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask
-from xenpv.memory import radix
-from xenpv.memory.radix import build_tree, walk_tree
+from xenpv.memory import frame_tree
+from xenpv.memory.frame_tree import build_tree, walk_tree
 from xenpv.runs import FrameRuns
 
 ENTRIES = 512
@@ -118,9 +118,9 @@ def test_walk_tree_too_many_runs_raises_guest_error(monkeypatch: pytest.MonkeyPa
     """Without anything shared: 2 tables of 512 leaves each."""
     leaves = np.arange(1000, 2024).astype(np.uint64)
     tables = Tables({1: np.array([2, 3] + [0] * 510, np.uint64), 2: leaves[:512], 3: leaves[512:]})
-    monkeypatch.setattr(radix, "RUNS_MAX", 1024)
+    monkeypatch.setattr(frame_tree, "RUNS_MAX", 1024)
     assert len(walk_tree(tables.read, 1, 2, range(512**2), entries)[0]) == 1024
-    monkeypatch.setattr(radix, "RUNS_MAX", 1023)
+    monkeypatch.setattr(frame_tree, "RUNS_MAX", 1023)
     with pytest.raises(GuestError, match="below frame 0x1 name more than 1023 runs of frames"):
         walk_tree(tables.read, 1, 2, range(512**2), entries)
 
@@ -129,9 +129,9 @@ def test_walk_tree_too_many_shared_runs_raises_guest_error(monkeypatch: pytest.M
     """Two tables of 512 leaves in 256 places each: 2^18 runs, of which 1024 are not by sharing."""
     leaves = np.arange(1000, 2024).astype(np.uint64)
     tables = Tables({1: np.array([2, 3] * 256, np.uint64), 2: leaves[:512], 3: leaves[512:]})
-    monkeypatch.setattr(radix, "SHARED_RUNS_MAX", 512 * 512 - 1024)
+    monkeypatch.setattr(frame_tree, "SHARED_RUNS_MAX", 512 * 512 - 1024)
     assert len(walk_tree(tables.read, 1, 2, range(512**2), entries)[0]) == 512 * 512
-    monkeypatch.setattr(radix, "SHARED_RUNS_MAX", 512 * 512 - 1025)
+    monkeypatch.setattr(frame_tree, "SHARED_RUNS_MAX", 512 * 512 - 1025)
     with pytest.raises(GuestError, match="frame 0x2, a table, stands in 256 places"):
         walk_tree(tables.read, 1, 2, range(512**2), entries)
 

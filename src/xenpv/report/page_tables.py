@@ -10,7 +10,7 @@ import numpy as np
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
 from xenpv.frames import IS_POPULATED, IS_TABLE, PAGES_PER_BATCH, PINNED, U64, Frames, Mask
 from xenpv.memory.p2m import frame_reader
-from xenpv.memory.pagetables import NO_PFN, PTE_GLOBAL, as_ptes, pte_frames
+from xenpv.memory.page_tables import NO_PFN, PTE_GLOBAL, as_ptes, pte_frames
 from xenpv.runs import Extents, Runs
 
 FLAGS = {"RW": PTE_RW, "US": PTE_US, "A": PTE_A, "D": PTE_D, "G": PTE_GLOBAL, "PSE": PTE_PSE, "NX": PTE_NX}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xenpv.stream import rules
-from xenpv.stream.order import PLACES, Guest, Order, RecordType
+from xenpv.stream.record_order import PLACES, Guest, Order, RecordType
 
 SPECIFIED = [
     record for record in RecordType if record is not RecordType.XENPV_P2M_LEAVES

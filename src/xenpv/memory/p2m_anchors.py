@@ -14,7 +14,7 @@ from xenpv.abi.x86 import LEVELS
 from xenpv.abi.xen import INVALID_MFN, P2M_LEVELS_AT, SHARED_INFO
 from xenpv.errors import GuestError
 from xenpv.frames import PAGE_SIZE, Vaddr
-from xenpv.memory.pagetables import cr3_to_frame, is_canonical, is_xen_vaddr, page_number
+from xenpv.memory.page_tables import cr3_to_frame, is_canonical, is_xen_vaddr, page_number
 
 MARKED_TREE_BIT = 1 << 61  # in pfn_to_mfn_frame_list_list
 MARKED_TREE_LEVELS = 4

@@ -15,7 +15,7 @@ from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.stream import rules
 from xenpv.stream.fields import Fields, RecordContext, byteswap_words
 from xenpv.stream.framing import RECORD_LENGTH_MAX, Record
-from xenpv.stream.order import RecordType
+from xenpv.stream.record_order import RecordType
 
 if TYPE_CHECKING:
     from xenpv.frames import U8, U64, Mask

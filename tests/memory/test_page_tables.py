@@ -11,7 +11,7 @@ from tests.support.frames import array
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, PTE_FRAME_MASK, PTE_P
 from xenpv.frames import NO_FRAME, U64, Vaddr
-from xenpv.memory.pagetables import (
+from xenpv.memory.page_tables import (
     NO_PFN,
     as_ptes,
     count_tables,

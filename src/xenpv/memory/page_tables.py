@@ -31,8 +31,8 @@ from xenpv.abi.x86 import (
 )
 from xenpv.errors import Fault
 from xenpv.frames import ENTRIES, IS_TABLE, NO_FRAME, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
+from xenpv.memory.frame_tree import ReadFrames
 from xenpv.memory.paging import PV_PAGING, Paging
-from xenpv.memory.radix import ReadFrames
 
 BITS_PER_LEVEL = 9
 PTE_AVAILABLE = 0x0000_0000_0000_0E00  # bits 9 to 11, for software
@@ -85,7 +85,7 @@ def as_ptes(pages: U8) -> U64:
 
 
 def decode_page_tables(pages: U8, level: int) -> U64:
-    """Return the frames that tables of one level name, for radix.walk_tree().
+    """Return the frames that tables of one level name, for frame_tree.walk_tree().
 
     Args:
         pages: the tables, uint8 of shape (n, 4096).

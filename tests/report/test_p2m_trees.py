@@ -13,9 +13,9 @@ from tests.support.kernel_guest import SOME_FORMS, Guest
 from tests.support.writers.build import pv_domain
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_PSE
-from xenpv.memory.anchors import P2MForm
+from xenpv.memory.p2m_anchors import P2MForm
 from xenpv.report.drawing import draw_p2m_tree
-from xenpv.report.p2mform import P2MTree, describe_p2m_trees, leaf_ranges
+from xenpv.report.p2m_trees import P2MTree, describe_p2m_trees, leaf_ranges
 from xenpv.source.saved import SavedDomain
 
 

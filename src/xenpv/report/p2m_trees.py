@@ -10,11 +10,11 @@ import numpy as np
 
 from xenpv.errors import GuestError
 from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SIZE, U8, U64
-from xenpv.memory.anchors import Anchors, P2MForm, P2MRoot
+from xenpv.memory.frame_tree import ReadFrames, walk_tree
 from xenpv.memory.p2m import P2M, decode_entries
-from xenpv.memory.pagetables import decode_page_tables
-from xenpv.memory.radix import ReadFrames, walk_tree
-from xenpv.report.parts import PfnRanges
+from xenpv.memory.p2m_anchors import Anchors, P2MForm, P2MRoot
+from xenpv.memory.page_tables import decode_page_tables
+from xenpv.report.pfn_ranges import PfnRanges
 from xenpv.runs import FrameRuns
 from xenpv.source.domain import Domain
 

@@ -16,7 +16,8 @@ from xenpv.abi.x86 import PTE_A, PTE_D, PTE_P, PTE_RW, PTE_US
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import RequestError
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, U8, U64
-from xenpv.memory.anchors import (
+from xenpv.memory.frame_tree import StorePages, build_tree
+from xenpv.memory.p2m_anchors import (
     MARKED_TREE_BIT,
     MARKED_TREE_LEVELS,
     ROOTED_TREE_LEVELS,
@@ -24,7 +25,6 @@ from xenpv.memory.anchors import (
     P2MForm,
     tree_capacity,
 )
-from xenpv.memory.radix import StorePages, build_tree
 from xenpv.runs import FrameRuns
 
 TABLE_FLAGS = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D  # the flags of an entry that names a table
