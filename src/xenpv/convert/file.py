@@ -65,7 +65,7 @@ def write_verified(
     conversion: Conversion, write: Callable[[Buffers], None], *, force: bool = False
 ) -> ConversionResult:
     """Write the output of a conversion as ``convert`` does; return the result."""
-    result, output = conversion.result, _ConvertedInput(conversion, write)
+    result, output = conversion.result, _ConvertedStream(conversion, write)
     try:
         report = verify(output)
     except _ConversionFailed as e:
@@ -92,15 +92,15 @@ class _ConversionFailed(Exception):
         self.error = error
 
 
-class _ConvertedInput(Input):
-    """The output of a conversion, as an input of verify, which writes it on the way.
+class _ConvertedStream:
+    """The output of a conversion, as a StreamSource for verify. It is written while verify reads it.
 
     ``unwritten``: the last buffers; they are written when the next ones come.
     """
 
     def __init__(self, conversion: Conversion, write: Callable[[Buffers], None]) -> None:
         self.name = conversion.result.name
-        self.fd, self.exact, self.seekable, self.start, self.size, self.trailing = -1, False, False, 0, 0, 0
+        self.fd, self.seekable, self.start, self.size, self.trailing = -1, False, 0, 0, 0
         self.unwritten: Buffers = []
         self._output = conversion.output()
         self._write = write
@@ -111,9 +111,7 @@ class _ConvertedInput(Input):
     def events(
         self,
         reader: Reader,
-        progress: ProgressCallback | None = None,  # noqa: ARG002
-        *,
-        reads_pages: bool = False,  # noqa: ARG002
+        progress: ProgressCallback | None = None,  # noqa: ARG002  the conversion reports it
     ) -> Iterator[Event]:
         """Feed the output to the reader and yield its events.
 

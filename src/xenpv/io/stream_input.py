@@ -7,7 +7,7 @@ import os
 import select
 import stat
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import Protocol, Self
 
 from xenpv.errors import RequestError
 from xenpv.io.progress import Progress, ProgressCallback
@@ -20,8 +20,34 @@ _READ_MIN = 4 << 10  # bytes per read of a file; after a PAGE_DATA, as much as t
 _READ_MAX = 1 << 20  # bytes per read
 
 
+class StreamSource(Protocol):
+    """The side of a stream that its readers see: events for a Reader, and page content by offset.
+
+    Attributes:
+        name: Its name, for people.
+        fd: The descriptor that page content is read from; only used if ``seekable``.
+        start: The offset in ``fd`` of the stream's first byte.
+        size: Bytes from there to the end; if not ``seekable``, those read so far.
+        seekable: Whether ``fd`` can be read at any offset.
+        trailing: Bytes after the stream, once its events have ended.
+    """
+
+    name: str
+    fd: int
+    start: int
+    size: int
+    seekable: bool
+    trailing: int
+
+    def events(self, reader: Reader, progress: ProgressCallback | None = None) -> Iterator[Event]:
+        """Yield all events of a reader that is fed from this source. Raises as the reader."""
+
+    def close(self) -> None:
+        """Close the source; may be called again."""
+
+
 class Input:
-    """Where a stream comes from.
+    """A file or a pipe that a stream is read from: a StreamSource.
 
     Attributes:
         start: The file offset of the stream's first byte; 0 for a pipe.

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from xenpv.errors import RequestError
 from xenpv.frames import HAS_DATA, IS_KNOWN, PAGE_SIZE
 from xenpv.io.atomic_output import Output
-from xenpv.io.stream_input import Input
+from xenpv.io.stream_input import StreamSource
 from xenpv.runs import Extents
 from xenpv.stream.contents import Contents
 from xenpv.stream.events import SkippedPageData
@@ -60,7 +60,7 @@ class FileState(NamedTuple):
     fingerprint: bytes
 
     @classmethod
-    def of(cls, source: Input) -> Self:
+    def of(cls, source: StreamSource) -> Self:
         """Return the state of an open file, now."""
         info = os.fstat(source.fd)
         digest = blake2b(digest_size=_DIGEST_SIZE)
@@ -84,7 +84,7 @@ class StoredIndex:
     page_data: dict[int, SkippedPageData]
 
     @classmethod
-    def load(cls, path: str, source: Input) -> Self | None:
+    def load(cls, path: str, source: StreamSource) -> Self | None:
         """Return the index stored beside the save file at ``path``; None if there is none that fits the file."""
         try:
             fd = os.open(path + SUFFIX, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -136,7 +136,7 @@ class StoredIndex:
         return cls(index, {row[0]: SkippedPageData(*row) for row in page_data.tolist()})
 
 
-def store_index(path: str, source: Input, contents: Contents, state: FileState) -> bool:
+def store_index(path: str, source: StreamSource, contents: Contents, state: FileState) -> bool:
     """Store the index of a stream that was read to its end, beside its file.
 
     Nothing but an older index is replaced. A folder that cannot be written to, or a full disk, only costs time later.

@@ -45,9 +45,10 @@ def open_domain(
         The domain. Its ``origin`` tells where it comes from.
 
     Raises:
-        RequestError: There is no such file and no such domain, or the file cannot be opened.
+        RequestError: The file cannot be opened, or there is none and ``path_or_name`` has "/" or ".", as paths have.
+            Also for a running domain that is HVM or PVH.
         StreamError: The file is damaged.
-        HostError: Xen refused an operation.
+        HostError: There is no such file, and no such domain or no Xen; or Xen refused an operation.
     """
     path_or_name = os.fspath(path_or_name)
     if path_or_name == "-" or os.path.exists(path_or_name):
@@ -62,7 +63,7 @@ def open_running(name: str) -> LiveDomain:
         name: Its number, uuid or name.
 
     Raises:
-        RequestError: ``name`` looks like a path and no domain has it, or the domain is HVM or PVH.
+        RequestError: The domain is HVM or PVH; or there is none, and ``name`` has "/" or ".", as paths have.
         HostError: There is no such domain, or no Xen.
     """
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415  opens Xen's libraries

@@ -19,7 +19,7 @@ from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.errors import Fault, StreamError
 from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
 from xenpv.io.progress import ProgressCallback
-from xenpv.io.stream_input import Input
+from xenpv.io.stream_input import Input, StreamSource
 from xenpv.io.tempfile import unlinked_file
 from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m import P2M, frame_reader
@@ -125,7 +125,9 @@ class SavedDomain(Domain):
         contents: The records of the stream.
     """
 
-    def __init__(self, source: Input, *, on_breach: BreachHandler | None = None, kind: Kind | None = None) -> None:
+    def __init__(
+        self, source: StreamSource, *, on_breach: BreachHandler | None = None, kind: Kind | None = None
+    ) -> None:
         self.source = source
         self.contents = Contents()
         self._error: StreamError | None = None
@@ -166,7 +168,7 @@ class SavedDomain(Domain):
     @classmethod
     def of(
         cls,
-        source: Input,
+        source: StreamSource,
         *,
         on_breach: BreachHandler | None = None,
         kind: Kind | None = None,
@@ -174,7 +176,7 @@ class SavedDomain(Domain):
         progress: ProgressCallback | None = None,
         stored_index: StoredIndex | None = None,
     ) -> Self:
-        """Open a stream as ``open`` does, from an Input, which is closed with the domain.
+        """Open a stream as ``open`` does, from a stream source, which is closed with the domain.
 
         ``stored_index`` saves reading PAGE_DATA records.
         """

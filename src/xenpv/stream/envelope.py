@@ -144,8 +144,10 @@ def _describe_other(head: bytes) -> str:
         if head.startswith(magic):
             return f"the input is compressed with {name}; unpack it into a pipe: {command} FILE | xenpv … -"
     if head.startswith(b"\x7fELF"):
-        message = "the input is an ELF file (a kernel or a core), not a saved domain"
-        return f"{message}; `xenpv image` reads kernels, `xenpv show` reads cores by name"
+        return (
+            "the input is an ELF file (a kernel or a core), not a saved domain; read a kernel with `xenpv image FILE`, "
+            "a core with `xenpv show FILE` or `xenpv check FILE`, and not from a pipe"
+        )
     if head.startswith(b"XenSavedDomain\n"):
         return "the input is a legacy xenopsd suspend image (before Xen 4.6), which xenpv does not read"
     if width := legacy_width(head):

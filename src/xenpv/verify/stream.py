@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from xenpv.errors import StreamError
 from xenpv.findings import Findings
 from xenpv.io.progress import ProgressCallback
-from xenpv.io.stream_input import Input
+from xenpv.io.stream_input import Input, StreamSource
 from xenpv.stream import rules
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import DomainHeader
@@ -77,7 +77,7 @@ class Report:
 
 
 def verify(
-    source: str | os.PathLike[str] | Input,
+    source: str | os.PathLike[str] | StreamSource,
     *,
     deep: bool = True,
     envelope: Kind | None = None,
@@ -87,7 +87,7 @@ def verify(
     """Check a saved domain against all rules in one pass.
 
     Args:
-        source: A path ("-": standard input), or an Input, which is closed.
+        source: A path ("-": standard input), or a stream source, which is closed.
         deep: Check the domain, too; otherwise only framing, order and records.
         envelope: What wraps the stream (default: detected).
         keep: Findings to keep of each rule. All are counted.
@@ -100,7 +100,8 @@ def verify(
         RequestError: The path cannot be opened.
         StreamError: The file holds no stream at all.
     """
-    source = source if isinstance(source, Input) else Input.open(os.fspath(source))
+    if isinstance(source, str | os.PathLike):
+        source = Input.open(os.fspath(source))
     findings = Findings(keep)
     if not deep:
         return _verify_framing(source, findings, envelope, progress)
@@ -138,7 +139,7 @@ def verify_domain(saved: SavedDomain, findings: Findings, progress: ProgressCall
 
 
 def _verify_framing(
-    source: Input, findings: Findings, envelope: Kind | None, progress: ProgressCallback | None
+    source: StreamSource, findings: Findings, envelope: Kind | None, progress: ProgressCallback | None
 ) -> Report:
     """Check framing, order and records."""
     report, complete = Report(source.name, findings), False
@@ -169,7 +170,7 @@ def _end_early(report: Report, error: StreamError) -> None:
     report.error = error
 
 
-def _check_trailing_data(source: Input, report: Report, complete: bool) -> None:
+def _check_trailing_data(source: StreamSource, report: Report, complete: bool) -> None:
     """Report bytes after the end of a complete stream."""
     if complete and report.error is None and source.trailing > 0:
         message = f"{source.trailing} bytes follow the end of the stream"
