@@ -1,4 +1,7 @@
-"""Overlaps I/O with computing: a thread reads or writes one batch of pages while the caller prepares the next."""
+"""BackgroundWorker: overlaps I/O with computing.
+
+A thread reads or writes one batch of pages while the caller prepares the next.
+"""
 
 from __future__ import annotations
 

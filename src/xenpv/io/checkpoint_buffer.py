@@ -1,4 +1,4 @@
-"""Holds the events since a checkpoint until the next one says that they are complete.
+"""CheckpointBuffer: holds events until the next checkpoint completes them.
 
 Source: xen.git:docs/specs/libxc-migration-stream.pandoc CHECKPOINT, tools/libs/guest/xg_sr_restore.c
 handle_checkpoint()

@@ -6,5 +6,8 @@ import os
 
 
 def use_one_blas_thread() -> None:
-    """Keep NumPy from starting threads for linear algebra, which nothing here uses and which take time to start."""
+    """Keep NumPy from starting threads for linear algebra.
+
+    Nothing here uses them, and they take time to start.
+    """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

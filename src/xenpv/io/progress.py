@@ -1,4 +1,4 @@
-"""How far a long operation is: the one type that every verb reports and that the terminal draws."""
+"""Progress: how far a long operation is, for the terminal and for other callers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Handles requests to end while a domain is suspended: it has to run again first."""
+"""Signal handlers while a domain is suspended: it has to run again before we end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def uninterruptible() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM and SIGHUP, too, while the body runs, so that it is undone."""
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP, too, while the body runs.
+
+    The body's cleanup then runs as after Ctrl-C. Without effect outside the main thread.
+    """
 
     def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt

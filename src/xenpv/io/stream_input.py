@@ -1,4 +1,4 @@
-"""A file or a pipe that a stream is read from, and the loop that feeds a Reader from it."""
+"""Input: a file or pipe with a stream, and the loop that feeds a Reader from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _READ_MAX = 1 << 20  # bytes per read
 
 
 class StreamSource(Protocol):
-    """The side of a stream that its readers see: events for a Reader, and page content by offset.
+    """A stream as its readers see it: a file, a pipe, the output of a conversion.
 
     Attributes:
         name: Its name, for people.
@@ -47,7 +47,7 @@ class StreamSource(Protocol):
 
 
 class Input:
-    """A file or a pipe that a stream is read from: a StreamSource.
+    """A StreamSource over a descriptor: a file or a pipe.
 
     Attributes:
         start: The file offset of the stream's first byte; 0 for a pipe.
@@ -117,7 +117,9 @@ class Input:
         )
 
     def read_into(self, buffer: memoryview) -> None:
-        """Fill a buffer, which may be a guest's mapped memory, with the next bytes of page content.
+        """Fill a buffer with the next bytes of page content.
+
+        The buffer may be a guest's mapped memory.
 
         Raises:
             Truncated: The input ends before.
@@ -127,7 +129,10 @@ class Input:
         self._next += len(buffer)
 
     def defer_read(self, count: int) -> Callable[[memoryview], None]:
-        """Return a ``read_into`` for the next ``count`` bytes of a file that any thread may call at any time."""
+        """Return a ``read_into`` for the next ``count`` bytes of page content of a file.
+
+        Any thread may call it at any time.
+        """
         offset, self._next = self._next, self._next + count
         return lambda buffer: self._fill(buffer, offset)
 

@@ -6,7 +6,10 @@ import os
 
 
 def unlinked_file() -> int:
-    """A temporary file of mode 0600 without a name: guest memory leaves no trace when we end."""
+    """Return the descriptor of a temporary file of mode 0600 without a name.
+
+    The guest memory in it leaves no trace when we end.
+    """
     import tempfile  # noqa: PLC0415  for pipes only, and it imports much
 
     fd, path = tempfile.mkstemp(prefix="xenpv-")

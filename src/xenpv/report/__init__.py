@@ -1,1 +1,1 @@
-"""Reports: reading all that a report shows of a domain, drawing it, and writing one HTML file."""
+"""Reports: all facts of a domain, read, drawn and written as one HTML file."""

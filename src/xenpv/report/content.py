@@ -123,7 +123,9 @@ def _add_duplicates(stats: ContentStats, marked: U64, hashes: U64) -> ContentSta
 
 
 class _Hash:
-    """NH with two random keys: two pages that differ have the same hash with a probability of 2^-32 for each key.
+    """The hash NH with two random keys.
+
+    Two pages that differ have the same hash with a probability of 2^-32 for each key.
 
     Source: Black, Halevi, Krawczyk, Krovetz, Rogaway: UMAC, 1999.
     """
@@ -133,7 +135,10 @@ class _Hash:
         self._keys = [key.copy() for key in keys]
 
     def __call__(self, pages: U8) -> U64:
-        """Return both hashes of each page, uint64 of shape (n, 2), of uint8 of shape (n, 4096)."""
+        """Return both hashes of each page, uint64 of shape (n, 2).
+
+        ``pages`` has shape (n, 4096).
+        """
         words, hashes = pages.view("<u4"), np.empty((len(pages), 2), np.uint64)
         for i, key in enumerate(self._keys):
             pairs = (words + key).view(np.uint64)

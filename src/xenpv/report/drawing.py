@@ -1,4 +1,4 @@
-"""The drawing of a p2m tree: the positions of its boxes and of the lines between them."""
+"""The drawing of a p2m tree: the positions of its boxes and lines."""
 
 from __future__ import annotations
 

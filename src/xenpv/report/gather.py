@@ -68,7 +68,13 @@ class P2MState:
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """The result of checking a domain: the verdict in a sentence, whether it is good, and the findings."""
+    """The result of checking a domain.
+
+    Attributes:
+        sentence: The verdict in a sentence.
+        ok: Whether there is no error.
+        findings: The findings.
+    """
 
     sentence: str
     ok: bool

@@ -54,7 +54,10 @@ def identify(domain: Domain) -> Identity:
 
 
 def find_notable_pages(domain: Domain) -> tuple[list[NotablePage], dict[str, str]]:
-    """Return the pages with a special role, and facts of start info by label, as far as they are known."""
+    """Return the pages with a special role, and facts of start info.
+
+    The facts are texts by label. Both have only what is known.
+    """
     notable_pages: list[NotablePage] = []
     start_info: dict[str, str] = {}
     for vcpu in domain.vcpus:

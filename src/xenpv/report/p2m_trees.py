@@ -1,4 +1,4 @@
-"""The trees of a p2m: each form that a guest exposes, level by level from its anchor down."""
+"""The trees of a p2m: each form that a guest exposes, level by level."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class P2MTree:
 
 
 def describe_p2m_trees(domain: Domain, anchors: Anchors) -> list[P2MTree]:
-    """Return every form in which the domain exposes its p2m by these anchors, the best first."""
+    """Return a tree for each root of the p2m that the anchors give, the best first."""
     resolve = None if domain.p2m_names_mfns else domain.p2m.pfns_of
     return [_shape(anchors, root, domain.read_p2m_frames, resolve) for root in anchors.roots]
 
@@ -174,7 +174,7 @@ def _name(root: P2MRoot, above: int) -> str:
 
 
 def _counts(runs: FrameRuns) -> tuple[int, int, int]:
-    """Return how many different frames there are, in how many places, and how many of them in several."""
+    """Return how many distinct frames, places, and frames in several places there are."""
     frame, row = np.unique(runs.frame, return_inverse=True)
     times = np.bincount(row, runs.count, len(frame))
     return len(frame), int(runs.count.sum()), int(np.count_nonzero(times > 1))

@@ -1,4 +1,4 @@
-"""Statistics of page tables: tables of each level, flags of their entries, how much memory they map."""
+"""Statistics of page tables: tables by level, flags of entries, mapped pages."""
 
 from __future__ import annotations
 
@@ -133,7 +133,10 @@ def _count_entries(level: LevelStats, entries: U64, stats: PageTableStats, mappi
 
 
 class _MappedPages:
-    """Flags of each page of a domain: bit 0 mapped, bit 1 more than once, bit 2 writable."""
+    """How page tables map each page of a domain.
+
+    ``flags`` has a byte for each page: bit 0 mapped, bit 1 more than once, bit 2 writable.
+    """
 
     def __init__(self, pages: Runs) -> None:
         self._pages = pages

@@ -1,4 +1,4 @@
-"""The map of a domain's pfns: layers of pages by kind, as rows that a picture is drawn from."""
+"""The map of a domain's pfns: layers of pages by kind, as rows for a picture."""
 
 from __future__ import annotations
 
@@ -35,7 +35,13 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class PfnMap:
-    """The map: ``end`` is the pfn after the last one, ``axis`` the corners of parts.pfn_axis()."""
+    """The map of a domain's pfns.
+
+    Attributes:
+        end: The pfn after the last one.
+        axis: The corners that pfn_axis() returns.
+        layers: The layers.
+    """
 
     end: int
     axis: list[tuple[int, float]]

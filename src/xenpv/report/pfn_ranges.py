@@ -1,7 +1,4 @@
-"""PfnRanges: pfns of one kind in as few rows as a picture needs.
-
-And an axis on which wide gaps are narrow.
-"""
+"""PfnRanges: pfns of one kind in few rows, and an axis with narrow gaps for them."""
 
 from __future__ import annotations
 
@@ -61,7 +58,7 @@ class PfnRanges:
         return cls.of(pfns, np.ones(len(pfns), np.int64))
 
     def coarsen(self, limit: int) -> PfnRanges:
-        """Return at most ``limit`` ranges: those with the narrowest gaps in between are joined."""
+        """Return at most ``limit`` ranges, joined over the narrowest gaps."""
         if len(self) <= limit:
             return self
         gaps, least = self.start[1:] - self.end[:-1], len(self) - 1 - limit
@@ -99,7 +96,7 @@ def _joined(start: U64, end: U64, pages: I64, first: I64) -> PfnRanges:
 
 
 class RangeCollector:
-    """Collects ranges in bounded memory: beyond ``rows`` they become coarse."""
+    """Collects ranges in bounded memory: beyond ``rows`` ranges they become coarse."""
 
     def __init__(self, rows: int = 1 << 18) -> None:
         self._rows = rows
@@ -125,7 +122,9 @@ class RangeCollector:
 
 
 def pfn_axis(present: PfnRanges, end: int) -> list[tuple[int, float]]:
-    """Map pfns to a line from 0 to 1, on which wide gaps are narrow: 64 MiB spread over 16 TiB stay visible.
+    """Map pfns to a line from 0 to 1, on which wide gaps are narrow.
+
+    64 MiB spread over 16 TiB stay visible.
 
     Args:
         present: The pfns that have pages.

@@ -1,4 +1,4 @@
-"""Config: the domain's configuration in a stream's envelope: its identity and its limits."""
+"""Config: identity and limits from the configuration in a stream's envelope."""
 
 from __future__ import annotations
 
@@ -81,7 +81,9 @@ def boot_source(kernel: str, ramdisk: str | None, cmdline: str) -> dict[str, str
 
 
 def libxl_config(name: str, uuid: str, *, pages: int, vcpus: int, boot: Mapping[str, str] | None = None) -> bytes:
-    """Return the configuration of a PV domain without devices, as libxl_domain_config_to_json() writes it.
+    """Return the JSON configuration of a PV domain without devices.
+
+    It has the form that libxl_domain_config_to_json() writes.
 
     Args:
         name: The domain's name.
@@ -168,7 +170,10 @@ def _parse_xml(text: str) -> Config:
 
 
 def _parse_xl(text: str) -> Config:
-    """Parse the plain ``key = value`` lines of xl's text format, which files before Xen 4.5 carry."""
+    """Parse the plain ``key = value`` lines of xl's text format.
+
+    Files before Xen 4.5 carry it.
+    """
 
     def value(key: str) -> str | None:
         match = re.search(rf"^\s*{key}\s*=\s*[\"']?([^\"'\n#]+?)[\"']?\s*(?:#.*)?$", text, re.MULTILINE)

@@ -144,7 +144,10 @@ class CoreDomain(Domain):
         return data if len(data) == PAGE_SIZE else None
 
     def vcpu_context(self, vcpu: int) -> np.void | None:
-        """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``, with mfns; None if the core has none."""
+        """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``; None if the core has none.
+
+        The frame numbers in it are mfns.
+        """
         if vcpu not in range(self.layout.vcpus):
             return None
         width = self.layout.width
@@ -160,7 +163,7 @@ class CoreDomain(Domain):
         return Registers.from_hvm_context(context) if self.hvm else Registers.from_pv_context(context, self.width)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """Return the pfn of a vcpu's top page table, or of its user half's; None if it is not known.
+        """Return the pfn of a vcpu's top page table; None if it is not known.
 
         Raises:
             GuestError: cr3 names no page of the core.
@@ -190,7 +193,10 @@ class CoreDomain(Domain):
 
     @cached_property
     def _top_tables(self) -> tuple[list[Pfn], list[GuestError]]:
-        """The pfns of all top tables that vcpus name, and the errors of cr3s that name no page of the core."""
+        """The pfns of all vcpus' top tables, and an error for each invalid cr3.
+
+        A cr3 is invalid if it names no page of the core.
+        """
         pfns: list[Pfn] = []
         errors: list[GuestError] = []
         for vcpu in self.vcpus:
@@ -205,7 +211,10 @@ class CoreDomain(Domain):
 
     @property
     def invalid_cr3s(self) -> list[GuestError]:
-        """An error for each cr3 that names no page of the core: the page tables below it are not found."""
+        """An error for each cr3 that names no page of the core.
+
+        The page tables below such a cr3 are not found.
+        """
         return [] if self.hvm else self._top_tables[1]
 
     def _find_page_tables(self) -> PageTables:
@@ -249,7 +258,10 @@ class CoreDomain(Domain):
 
     @cached_property
     def anchors(self) -> Anchors | None:
-        """The fields of shared info that lead to the p2m, with mfns; None without shared info."""
+        """The fields of shared info that lead to the p2m; None without shared info.
+
+        Frames in them are mfns.
+        """
         shared = self.shared_info()
         return None if shared is None else Anchors.from_shared_info(shared, self.width)
 

@@ -48,9 +48,14 @@ class CorePages:
         self.raw = FilePages(source.fd, self.index, self.index, source.start, source_name="the core")
 
     def _read_list(self, report: Report | None = None) -> Iterator[tuple[U64, U64, U64]]:
-        """Yield the valid entries of the list in batches: pfns, mfns, and their rows in the list.
+        """Yield the valid entries of the list of pages, in batches.
 
-        An HVM core lists pfns only, which are given as mfns, too. ``report`` takes breaches of rules.
+        Args:
+            report: Called for each breach of a rule.
+
+        Yields:
+            pfns, mfns and row numbers in the list, uint64 of one shape. An HVM core lists pfns only: they stand for
+            the mfns, too.
         """
         layout, last_pfn = self._layout, -1
         for first_row in range(0, layout.present, PFNS_PER_SCAN):

@@ -1,4 +1,4 @@
-"""Domain: what can be asked of any domain, whether it runs, was saved or was dumped."""
+"""Domain: the interface of any domain, be it running, saved or dumped."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ class Domain(Protocol):
     @property
     @abstractmethod
     def title(self) -> str:
-        """The domain's own name if it is known, otherwise the name of its file without the folder."""
+        """The domain's own name.
+
+        If that is not known: the name of its file without the folder.
+        """
 
     @property
     @abstractmethod
@@ -70,7 +73,7 @@ class Domain(Protocol):
 
     @property
     def config(self) -> Config | None:
-        """The configuration that the toolstack stored with the domain; None if there is none."""
+        """The configuration that the toolstack stored with the domain, or None."""
         return None
 
     @abstractmethod
@@ -79,7 +82,7 @@ class Domain(Protocol):
 
     @property
     def saved_by(self) -> tuple[int, int] | None:
-        """Major and minor version of the Xen that saved the domain; None if that is not known."""
+        """Major and minor version of the Xen that saved the domain; None if not known."""
         return None
 
     @property
@@ -163,7 +166,7 @@ class Domain(Protocol):
         return None
 
     def has_content(self, pfns: U64) -> Mask:
-        """Return for which of the pages the source has the content: bool, as many as ``pfns``."""
+        """Return which pages have their content in the source, one bool for each pfn."""
         return np.ones(pfns.shape, np.bool_)
 
     # --- the kernel and its vcpus ------------------------------------------------------------------------------------
@@ -265,7 +268,10 @@ class Domain(Protocol):
 
     @property
     def stale_page_tables(self) -> int:
-        """How many pages are named as page tables without being any: the domain ran while it was dumped."""
+        """How many pages are named as page tables without being any.
+
+        A domain that ran while it was dumped has some.
+        """
         return 0
 
     @property

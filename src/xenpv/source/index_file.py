@@ -85,7 +85,10 @@ class StoredIndex:
 
     @classmethod
     def load(cls, path: str, source: StreamSource) -> Self | None:
-        """Return the index stored beside the save file at ``path``; None if there is none that fits the file."""
+        """Return the index stored beside the save file at ``path``.
+
+        None if there is none, or if it does not fit the file.
+        """
         try:
             fd = os.open(path + SUFFIX, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
@@ -103,7 +106,16 @@ class StoredIndex:
 
     @classmethod
     def _parse(cls, fd: int, size: int, state: FileState) -> Self | None:
-        """Return the index in an open file of this size; None if it is not for this state, or cannot be true."""
+        """Return the index in an open index file.
+
+        Args:
+            fd: The index file.
+            size: Its size in bytes.
+            state: The state of the save file.
+
+        Returns:
+            None if the index is for another state, or cannot be true.
+        """
         header = os.pread(fd, _HEADER.size, 0)
         if len(header) < _HEADER.size:
             return None
@@ -170,7 +182,7 @@ def store_index(path: str, source: StreamSource, contents: Contents, state: File
 
 
 def _page_data_groups(contents: Contents) -> npt.NDArray[Any] | None:
-    """Return the groups of PAGE_DATA records; None if a reader could not skip them as groups."""
+    """Return the groups of PAGE_DATA records; None if no reader could skip them."""
     rows = []
     for group, following in pairwise(contents.record_groups):
         if group.name == "PAGE_DATA":
@@ -199,7 +211,7 @@ def _digest(header: bytes, body: bytes) -> bytes:
 
 
 def _are_possible_extents(extents: npt.NDArray[Any], stream_size: int) -> bool:
-    """Whether extents ascend, do not overlap, and have their content within the stream."""
+    """Whether extents ascend, do not overlap, and have their content in the stream."""
     if not len(extents):
         return True
     first, pages, offset, page_type = extents["first"], extents["pages"], extents["offset"], extents["type"]

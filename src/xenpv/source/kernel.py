@@ -1,4 +1,4 @@
-"""The Linux kernel in a domain's memory: its version, its banner, and the symbols that VMCOREINFO names."""
+"""The Linux kernel in a domain's memory: version, banner, VMCOREINFO's symbols."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def find_kernel(domain: PagedDomain) -> Kernel | None:
 
 
 def _find_banner(domain: PagedDomain, prefix: bytes) -> str | None:
-    """Return the first complete banner that begins with ``prefix``; None if there is none.
+    """Return the first complete banner that begins with ``prefix``, or None.
 
     Looks at _CANDIDATES_MAX places at most: a hostile guest can fill its memory with the prefix.
     """

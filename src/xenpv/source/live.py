@@ -206,7 +206,9 @@ class LiveDomain(Domain):
         return list(range(self.info.max_vcpu + 1))
 
     def vcpu_context(self, vcpu: int) -> np.void | None:
-        """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``, with mfns; None if the vcpu was never started.
+        """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``; None if it was never started.
+
+        The frame numbers in it are mfns.
 
         Raises:
             HostError: The domain has gone, or Xen refuses to tell.
@@ -229,7 +231,7 @@ class LiveDomain(Domain):
         return self.host.shared_info(self.info.domid)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """Return the pfn of a vcpu's top page table, or of its user half's; None if the vcpu was never started.
+        """Return the pfn of a vcpu's top page table; None if the vcpu never ran.
 
         Raises:
             GuestError: cr3 names a frame that the p2m does not have.
@@ -250,7 +252,14 @@ class LiveDomain(Domain):
         return np.where(self.p2m.lookup(pfns) == mfns, pfns, NO_FRAME)
 
     def iter_types(self, first: int = 0) -> Iterator[tuple[U64, U8]]:
-        """Yield pfns, ascending, that have a frame of the domain, and their page types, from ``first`` on."""
+        """Yield the pfns that have a frame of the domain, and their page types.
+
+        Args:
+            first: The pfn to begin at.
+
+        Yields:
+            pfns, ascending, and the page type of each, uint8 of the same shape.
+        """
         for leaves in self.p2m.iter_leaves():
             local = names_local_frame(leaves.mfns) & (leaves.pfns >= np.uint64(first))
             page_types = self.host.page_types(self.info.domid, leaves.mfns[local])
@@ -287,7 +296,7 @@ class LiveFrames:
         return self._types(self._domain.p2m.lookup(pfns.reshape(-1))).reshape(pfns.shape)
 
     def _types(self, mfns: U64) -> U8:
-        """Return the page type of each machine frame, ABSENT for one that is not the domain's."""
+        """Return the page type of each mfn, ABSENT for one that is not the domain's."""
         page_types = np.full(mfns.shape, ABSENT, np.uint8)
         local = names_local_frame(mfns)
         page_types[local] = self._domain.host.page_types(self._domain.info.domid, mfns[local])
@@ -299,7 +308,14 @@ class LiveFrames:
         return self.pages_and_types(pfns)[0]
 
     def pages_and_types(self, pfns: U64) -> tuple[U8, U8]:
-        """Return the pages' content as ``pages`` does, and the types by which it was read, uint8 of shape (n,)."""
+        """Return the pages' content, and the page types by which it was read.
+
+        Returns:
+            uint8 of shape (n, 4096), page tables normalised; and uint8 of shape (n,).
+
+        Raises:
+            Fault: For the first pfn that has no frame of the domain, or whose frame cannot be mapped.
+        """
         mfns = self._domain.p2m.lookup(pfns)
         page_types = self._types(mfns)
         if (row := first_bad(page_types == ABSENT)) is not None:

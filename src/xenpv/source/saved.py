@@ -176,7 +176,7 @@ class SavedDomain(Domain):
         progress: ProgressCallback | None = None,
         stored_index: StoredIndex | None = None,
     ) -> Self:
-        """Open a stream as ``open`` does, from a stream source, which is closed with the domain.
+        """Open a stream as ``open`` does, from a source that is closed with the domain.
 
         ``stored_index`` saves reading PAGE_DATA records.
         """
@@ -227,7 +227,7 @@ class SavedDomain(Domain):
         self._forget_content(entries[~needed])
 
     def _forget_content(self, entries: U64) -> None:
-        """Forget what was spooled of these pages when they were sent before: their content has changed."""
+        """Forget the content of pages that were spooled before and are now sent again."""
         if len(entries):
             self._places.add_entries(entries & np.uint64(PFN_MASK) | np.uint64(PageType.XTAB << 60), 0)
 
@@ -243,7 +243,7 @@ class SavedDomain(Domain):
 
     @property
     def pages_complete(self) -> bool:
-        """Whether the stream was not cut off among its pages: the records that follow them came, too."""
+        """Whether all pages were read: the stream has records that follow them."""
         return self.contents.complete or self.contents.shared_info is not None
 
     def close(self) -> None:
@@ -272,7 +272,10 @@ class SavedDomain(Domain):
 
     @property
     def title(self) -> str:
-        """The domain's name if the stream has its configuration, otherwise the file's without its folder."""
+        """The domain's name by its configuration.
+
+        Without one: the name of the file without its folder.
+        """
         config = self.config
         return (config and config.name) or self.name.rpartition("/")[2]
 
@@ -283,7 +286,10 @@ class SavedDomain(Domain):
 
     @property
     def saved_by(self) -> tuple[int, int] | None:
-        """Major and minor version of the Xen that saved the domain; 0 if a converter wrote the stream."""
+        """Major and minor version of the Xen that saved the domain.
+
+        The major version is 0 if a converter wrote the stream; None if the header was not read.
+        """
         header = self.contents.domain
         return None if header is None else (header.xen_major, header.xen_minor)
 
@@ -316,7 +322,10 @@ class SavedDomain(Domain):
 
     @property
     def error(self) -> StreamError | None:
-        """The error at which reading ended early, when faults went to a handler; None if all was read."""
+        """The error at which reading ended early; None if all was read.
+
+        Only a domain opened with ``on_breach`` has one. Otherwise the error was raised.
+        """
         return self._error
 
     @property
@@ -375,7 +384,10 @@ class SavedDomain(Domain):
         return sorted(self._cpus if self.hvm else self.contents.vcpus)
 
     def vcpu_context(self, vcpu: int) -> np.void | None:
-        """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``, with pfns; None if the stream has none."""
+        """Return a vcpu's ``abi.x86.VCPU_GUEST_CONTEXT``; None if the stream has none.
+
+        The frame numbers in it are pfns.
+        """
         record = self.contents.vcpus.get(vcpu)
         if record is None or record.basic is None:
             return None
@@ -389,7 +401,12 @@ class SavedDomain(Domain):
         return None if context is None else Registers.from_pv_context(context, self.width)
 
     def cr3(self, vcpu: int, *, user: bool = False) -> Pfn | None:
-        """Return the pfn of a vcpu's top page table, or of its user half's; None if it is not known."""
+        """Return the pfn of a vcpu's top page table; None if it is not known.
+
+        Args:
+            vcpu: The vcpu's number.
+            user: Ask for the user half's table.
+        """
         if self.hvm:
             registers = self.registers(vcpu)
             return None if user or registers is None else registers.top
@@ -402,7 +419,7 @@ class SavedDomain(Domain):
         return Pfn(cr3_to_frame(int(context["ctrlreg"][3]), self.contents.width))
 
     def tops(self, vcpu: int) -> list[Pfn]:
-        """Return the pfns of a vcpu's top page tables: the kernel's, and the user half's if there is one."""
+        """Return the pfns of a vcpu's top page tables: kernel's, and user half's if any."""
         return [top for top in (self.cr3(vcpu), self.cr3(vcpu, user=True)) if top is not None]
 
     def memory_of(self, vcpu: int) -> DomainMemory:
@@ -426,7 +443,10 @@ class SavedDomain(Domain):
 
     @property
     def start_info_pfn(self) -> Pfn | None:
-        """The pfn of start info: vcpu 0's third argument to SCHEDOP_shutdown, in rdx or edx."""
+        """The pfn of start info; None if vcpu 0 has no context.
+
+        It is vcpu 0's third argument to SCHEDOP_shutdown, in rdx or edx.
+        """
         context = self.vcpu_context(0)
         if context is None:
             return None
@@ -434,7 +454,10 @@ class SavedDomain(Domain):
 
     @property
     def anchors(self) -> Anchors | None:
-        """The fields of shared info that lead to the p2m, with mfns of the host that saved it; or None."""
+        """The fields of shared info that lead to the p2m; None without shared info.
+
+        Frames in them are mfns of the host that saved the domain.
+        """
         shared = self.contents.shared_info
         return None if shared is None else Anchors.from_shared_info(shared.data, self.contents.width)
 

@@ -19,7 +19,10 @@ def iter_pages(domain: PagedDomain) -> Iterator[tuple[int, int, bytes]]:
 
 
 def search(domain: PagedDomain, data: bytes) -> Iterator[int]:
-    """Yield the address of each match of ``data``, across the border of consecutive pfns, too."""
+    """Yield the address in bytes of each match of ``data``.
+
+    A match may cross into the page of the next pfn. Raises ValueError if ``data`` is empty.
+    """
     if not data:
         raise ValueError("search: no bytes to look for")
     return _search(domain, data)
@@ -43,7 +46,11 @@ def _search(domain: PagedDomain, data: bytes) -> Iterator[int]:
 
 
 def _batches(domain: PagedDomain) -> Iterator[tuple[U64, U8, U8]]:
-    """Yield pfns, page types and content of pages that have content and can be read, some at a time."""
+    """Yield the pages that have content and can be read, in batches.
+
+    Yields:
+        pfns; page types, uint8 of shape (n,); content, uint8 of shape (n, 4096).
+    """
     read = frame_reader(domain.frames)
     for extents in domain.extents():
         for pfns, types in extents[HAS_DATA[extents.type]].typed_batches(PAGES_PER_BATCH):
