@@ -60,11 +60,13 @@ class GuestError(XenPVError):
 
     Attributes:
         pfn: the page at fault, None if it is no single page.
+        mfn: the machine frame at fault, or None.
     """
 
-    def __init__(self, message: str, *, pfn: int | None = None) -> None:
+    def __init__(self, message: str, *, pfn: int | None = None, mfn: int | None = None) -> None:
         super().__init__(message)
         self.pfn = pfn
+        self.mfn = mfn
 
 
 class Fault(GuestError):
@@ -75,16 +77,26 @@ class Fault(GuestError):
         address: a pfn, or a virtual address in bytes.
         level: the level (5 to 1) of the page-table entry at which the walk ended, or of the bad entry; otherwise None.
         entry: the index of that entry, or None.
+        page_type: the type of a page without content; otherwise None.
     """
 
     def __init__(
-        self, message: str, *, space: str, address: int, level: int | None = None, entry: int | None = None
+        self,
+        message: str,
+        *,
+        space: str,
+        address: int,
+        level: int | None = None,
+        entry: int | None = None,
+        mfn: int | None = None,
+        page_type: int | None = None,
     ) -> None:
-        super().__init__(message, pfn=address if space == "pfn" else None)
+        super().__init__(message, pfn=address if space == "pfn" else None, mfn=mfn)
         self.space = space
         self.address = address
         self.level = level
         self.entry = entry
+        self.page_type = page_type
 
 
 class StreamError(XenPVError):

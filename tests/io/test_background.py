@@ -37,7 +37,7 @@ def test_worker_error_is_raised_once_by_the_next_call() -> None:
     done: list[int] = []
     with BackgroundWorker() as worker:
         worker.submit(fail)
-        with pytest.raises(OSError, match="full"):
+        with pytest.raises(OSError, match="full"):  # the text that the task raised
             worker.submit(lambda: done.append(1))
         worker.submit(lambda: done.append(2))
     assert done == [2]

@@ -129,7 +129,7 @@ def test_analyse_content_skips_pages_without_content(domain: Domain, tmp_path: P
     with SavedDomain.open(str(file)) as saved:
         frames = Counting(saved.frames)
         extents = collect_extents(saved.extents())[0]
-        found = analyse_content(frames, extents, 1 << 20, kept=lambda pfns: pfns % np.uint64(2) == 0)
+        found = analyse_content(frames, extents, 1 << 20, has_content=lambda pfns: pfns % np.uint64(2) == 0)
         assert found.unread == sum(pfn % 2 for pfn in domain.pages)
         assert all(pfn % 2 == 0 for pfn in pfns_of(found.zero_at))
         assert frames.calls <= len(domain.pages) // 256 + 1

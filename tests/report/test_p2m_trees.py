@@ -74,7 +74,8 @@ def test_p2m_trees_with_false_anchors_have_an_error(tmp_path: Path) -> None:
         wrong = replace(saved.anchors, p2m_cr3=0x7777 << 12, frame_list_list=0x8888)
         for shape in describe_p2m_trees(saved, wrong):
             assert shape.levels == []
-            assert "no pfn has mfn" in str(shape.error)
+            assert shape.error is not None
+            assert f"{0x7777 if shape.linear else 0x8888:#x}" in shape.error
             draw_p2m_tree(shape)
         high = replace(saved.anchors, max_pfn=1 << 50)
         for shape in describe_p2m_trees(saved, high):

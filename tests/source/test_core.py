@@ -194,19 +194,20 @@ def test_core_with_more_pages_than_announced_ends_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "why"),
+    ("change", "value"),
     [
-        ({"magic": 0x1234}, "xch_magic is 0x1234"),
-        ({"page_size": 65536}, "pages of 65536 bytes"),
-        ({"version": 1 << 32}, r"dump-core format 1\.0"),
-        ({"left_out": {".note.Xen"}}, r"an ELF core without \.note\.Xen"),
+        ({"magic": 0x1234}, "0x1234"),
+        ({"page_size": 65536}, "65536"),
+        ({"version": 1 << 32}, r"1\.0"),
+        ({"left_out": {".note.Xen"}}, r"\.note\.Xen"),
     ],
+    ids=["magic", "page-size", "version", "no-notes"],
 )
-def test_core_of_another_format_is_unsupported(change: dict[str, object], why: str, tmp_path: Path) -> None:
+def test_core_of_another_format_is_unsupported(change: dict[str, object], value: str, tmp_path: Path) -> None:
     _, core = made_core()
-    for name, value in change.items():
-        setattr(core, name, value)
-    with pytest.raises(Unsupported, match=why):
+    for name, changed in change.items():
+        setattr(core, name, changed)
+    with pytest.raises(Unsupported, match=rf" {value}\b"):  # the value that is not supported
         open_core(core, tmp_path)
 
 
@@ -226,14 +227,15 @@ def test_cr3_outside_the_core_raises_guest_error(tmp_path: Path) -> None:
     context["ctrlreg"][0, 3] = 0xDEAD_BEEF_000
     core.contexts[0] = context.tobytes()
     with open_core(core, tmp_path) as back:
-        with pytest.raises(GuestError, match=r"vcpu 0 .* mfn 0xdeadbeef"):
+        with pytest.raises(GuestError) as invalid:
             back.cr3(0)
+        assert invalid.value.mfn == 0xDEAD_BEEF
         with pytest.raises(Fault) as e:
             back.memory.read_virtual(domain.vaddrs[0], 1)
         assert (e.value.space, e.value.address, e.value.level) == ("vaddr", domain.vaddrs[0], None)
         assert "mfn 0xdeadbeef" in str(e.value), "and not only that cr3 is not known"
         assert back.memory.user_top == domain.places.user_top
-        assert ["mfn 0xdeadbeef" in str(error) for error in back.invalid_cr3s] == [True]
+        assert [error.mfn for error in back.invalid_cr3s] == [0xDEAD_BEEF]
         exported = export(back, str(tmp_path / "out"), "raw")
         assert ["mfn 0xdeadbeef" in remark for remark in exported.remarks].count(True) == 1
         assert back.cr3(1) == domain.places.top

@@ -13,7 +13,7 @@ import pytest
 from tests.support.frames import array
 from tests.support.made_cores import BreachRecorder, made_core, open_core
 from tests.support.writers.core import Core
-from xenpv.errors import Malformed, Unsupported
+from xenpv.errors import GuestError, Malformed, Unsupported
 from xenpv.source.core import CoreDomain
 
 PAGE = 4096
@@ -31,17 +31,20 @@ def bounded() -> Iterator[None]:
         tracemalloc.stop()
 
 
-def sparse(core: Core, number: int, more: bytes, path: Path) -> Path:
-    """A core that claims to have so many pages: what follows its own is a hole, ``more`` what follows in its list."""
+def sparse(core: Core, number: int, more_entries: bytes, path: Path) -> Path:
+    """Write a core that announces ``number`` pages.
+
+    After its own pages, the content is a hole. After its own entries, the list has ``more_entries``, and then a hole.
+    """
     data, pages = bytes(core), len(core.pages)
     core.nr_pages, core.sizes = number, {".xen_pages": number * PAGE, ".xen_p2m": number * 16}
-    begin = bytes(core).index(core.pages[0])
-    table = begin + number * PAGE
+    content = bytes(core).index(core.pages[0])
+    table = content + number * PAGE
     core.offsets = {".xen_p2m": table}
     with path.open("wb") as file:
-        file.write(bytes(core)[: begin + pages * PAGE])
+        file.write(bytes(core)[: content + pages * PAGE])
         file.seek(table)
-        file.write(core.p2m.astype("<u8").tobytes() + more)
+        file.write(core.p2m.astype("<u8").tobytes() + more_entries)
         file.seek(table + number * 16)
         file.write(data[data.rindex(b"\0.shstrtab") :])
         file.seek(64 + 64 + 24)  # where the names of the sections are
@@ -53,8 +56,8 @@ def test_large_core_opens_in_bounded_memory(tmp_path: Path) -> None:
     """Pages are holes; reading the list of a million pages is all that it takes."""
     domain, core = made_core()
     extra = np.arange(0x10_0000, 0x10_0000 + (1 << 20), dtype=np.uint64)
-    more = np.stack([extra, extra + np.uint64(0x4000_0000)], axis=1).tobytes()
-    path = sparse(core, len(core.pages) + len(extra), more, tmp_path / "large.core")
+    entries = np.stack([extra, extra + np.uint64(0x4000_0000)], axis=1).tobytes()
+    path = sparse(core, len(core.pages) + len(extra), entries, tmp_path / "large.core")
     with bounded(), CoreDomain.open(str(path)) as back:
         assert len(back.page_list.runs) <= 8
         assert back.page_list.pfns_of(array(0x4010_0007)).tolist() == [0x10_0007]
@@ -62,14 +65,15 @@ def test_large_core_opens_in_bounded_memory(tmp_path: Path) -> None:
         assert back.memory.read_virtual(domain.vaddrs[3], 100) == bytes(domain.pages[3])[:100]
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["handler", "no-handler"])
-def test_core_list_in_a_hole_is_unsupported_at_once(told: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_handler", [True, False], ids=["handler", "no-handler"])
+def test_core_list_in_a_hole_is_unsupported_at_once(has_handler: bool, tmp_path: Path) -> None:
     """A file of 8 TiB that takes no room, with 2^31 pages in it."""
     _, core = made_core()
     first = len(core.pages) + 1
     path = sparse(core, 1 << 31, b"", tmp_path / "sparse.core")
-    with bounded(), pytest.raises(Unsupported, match=f"has a hole: from entry {first:#x} on it names pfn 0x0 again"):
-        CoreDomain.open(str(path), on_breach=BreachRecorder() if told else None)
+    with bounded(), pytest.raises(Unsupported) as e:
+        CoreDomain.open(str(path), on_breach=BreachRecorder() if has_handler else None)
+    assert e.value.offset == core.offsets[".xen_p2m"] + first * 16
 
 
 def test_core_list_with_too_many_runs_is_unsupported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +81,10 @@ def test_core_list_with_too_many_runs_is_unsupported(tmp_path: Path, monkeypatch
     monkeypatch.setattr("xenpv.runs.ROWS_MAX", 50)
     _, core = made_core()
     core.p2m[:] = 0
-    with pytest.raises(Unsupported, match="a list of 0x66 pages has more than 0x32 runs"):
+    with pytest.raises(Unsupported) as e:
         open_core(core, tmp_path)
+    assert isinstance(e.value.__cause__, GuestError)
+    assert "0x32 runs" in str(e.value.__cause__)
 
 
 def test_core_with_huge_headers_is_malformed(tmp_path: Path) -> None:
@@ -89,5 +95,6 @@ def test_core_with_huge_headers_is_malformed(tmp_path: Path) -> None:
     path.write_bytes(data)
     with path.open("r+b") as file:
         file.truncate(5 << 30)
-    with bounded(), pytest.raises(Malformed, match="65535 section headers of 65535 bytes"):
+    with bounded(), pytest.raises(Malformed) as e:
         CoreDomain.open(str(path))
+    assert e.value.rule == "core-section"

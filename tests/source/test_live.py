@@ -104,7 +104,7 @@ def test_walk_through_a_freed_page_table_raises_fault(guest: P2MGuest) -> None:
     memory = guest.live.memory
     fault = memory.walk(guest.model.vaddr(12), top=Pfn(WRITTEN.start)).fault
     assert fault is not None
-    assert f"pfn {WRITTEN.start:#x} is no page table" in str(fault)
+    assert f"pfn {WRITTEN.start:#x}" in str(fault)
     with pytest.raises(Fault) as e:
         memory.read_virtual(guest.model.vaddr(12), 16, top=Pfn(WRITTEN.start))
     assert (e.value.space, e.value.address, e.value.level) == (fault.space, fault.address, fault.level)
@@ -177,8 +177,9 @@ def test_cr3_outside_the_p2m_raises_guest_error() -> None:
     guest = P2MGuest()
     top = int(np.flatnonzero(guest.model.mfns == guest.model.top)[0])
     guest.put(top, INVALID_MFN[8])
-    with pytest.raises(GuestError, match=f"vcpu 0 .* mfn {guest.model.top:#x}, .* dom1"):
+    with pytest.raises(GuestError) as e:
         guest.live.cr3(0)
+    assert e.value.mfn == guest.model.top
 
 
 # --- what is not there -----------------------------------------------------------------------------------------------
@@ -193,17 +194,10 @@ def test_pages_without_a_local_frame_raise_fault() -> None:
     guest.put(14, mfn)
     guest.put(15, marked)
     guest.put(16, 1 << 52)
-    for pfn, words in (
-        (13, "pfn 0xd has no frame"),
-        (14, f"pfn 0xe has mfn {mfn:#x}, which is not the domain's"),
-        (15, f"pfn 0xf has mfn {marked:#x}, which is not the domain's"),
-        (16, "pfn 0x10 has mfn 0x10000000000000, which is not the domain's"),
-        (PAGES, f"pfn {PAGES:#x} has no frame"),
-        (1 << 63, "pfn 0x8000000000000000 has no frame"),
-    ):
+    for pfn, entry in ((13, None), (14, mfn), (15, marked), (16, 1 << 52), (PAGES, None), (1 << 63, None)):
         with pytest.raises(Fault) as e:
             guest.live.frames.pages(np.array([12, pfn, 13], np.uint64))
-        assert (str(e.value), e.value.space, e.value.address) == (words, "pfn", pfn)
+        assert (e.value.space, e.value.address, e.value.mfn) == ("pfn", pfn, entry)
     for lost in (13, 14):
         with pytest.raises(Fault) as e:
             guest.live.memory.page(lost)
@@ -215,17 +209,17 @@ def test_pages_that_cannot_be_mapped_raise_fault(monkeypatch: pytest.MonkeyPatch
     guest = P2MGuest()
     live = guest.live
     assert live.p2m.entries
-    original, gone = guest.host.map_frames, guest.model.mfns[12]
+    original, unmappable = guest.host.map_frames, guest.model.mfns[12]
 
     def map_frames(domid: int, mfns: U64) -> tuple[object, object]:
         pages, mapped = original(guest.model.domid, mfns)
-        mapped[mfns == gone] = 0
+        mapped[mfns == unmappable] = 0
         return pages, mapped
 
     monkeypatch.setattr(guest.host, "map_frames", map_frames)
-    with pytest.raises(Fault, match=f"mfn {int(gone):#x}") as e:
+    with pytest.raises(Fault) as e:
         live.frames.pages(np.array([11, 12], np.uint64))
-    assert (e.value.space, e.value.address) == ("pfn", 12)
+    assert (e.value.space, e.value.address, e.value.mfn) == ("pfn", 12, unmappable)
 
 
 def test_domain_destroyed_meanwhile_raises_host_error() -> None:
@@ -233,18 +227,19 @@ def test_domain_destroyed_meanwhile_raises_host_error() -> None:
     live, late = guest.live, guest.live
     assert live.p2m.entries == PAGES
     guest.host.destroy(guest.model.domid)
-    some = np.array([3], np.uint64)
-    for asks in (
+    pfns = np.array([3], np.uint64)
+    for read in (
         lambda: late.p2m,
         live.read_anchors,
         live.p2m_change,
         lambda: live.cr3(0),
-        lambda: live.frames.types(some),
-        lambda: live.frames.pages(some),
+        lambda: live.frames.types(pfns),
+        lambda: live.frames.pages(pfns),
         lambda: live.memory,
     ):
-        with pytest.raises(HostError, match="no such domain"):
-            asks()
+        with pytest.raises(HostError) as e:
+            read()
+        assert e.value.errno == errno.ESRCH
 
 
 def test_paused_pauses_and_always_unpauses() -> None:
@@ -308,26 +303,28 @@ def test_open_target_without_such_domain_or_file_raises(here: ModelHost, tmp_pat
             pass
         assert caught.value.errno == errno.ESRCH, target
     missing = str(tmp_path / "dom.save")
-    with (
-        pytest.raises(RequestError, match="No such file or directory"),
-        open_target(missing),
-    ):
+    with pytest.raises(RequestError) as e, open_target(missing):
         pass
+    assert missing in str(e.value)
+    assert isinstance(e.value.__cause__, HostError)
+    assert e.value.__cause__.errno == errno.ESRCH
 
 
 def test_open_target_refuses_to_pause_a_file(here: ModelHost, tmp_path: Path) -> None:
     file = tmp_path / "dom.save"
     file.write_bytes(b"")
-    with pytest.raises(RequestError, match="only a running domain can be paused"), open_target(str(file), pause=True):
+    with pytest.raises(RequestError) as e, open_target(str(file), pause=True):
         pass
+    assert str(file) in str(e.value), "an empty file that was opened would raise StreamError"
 
 
 def test_open_target_refuses_a_running_hvm_domain(here: ModelHost, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_guest(here)
     info = replace(here.info(made.domid), hvm=True)
     monkeypatch.setattr(here, "info", lambda _domid: info)
-    with pytest.raises(RequestError, match="is HVM or PVH"), open_target(str(made.domid)):
+    with pytest.raises(RequestError) as e, open_target(str(made.domid)):
         pass
+    assert f"dom{made.domid} " in str(e.value)
 
 
 @pytest.mark.parametrize("width", [8, 4])
@@ -336,7 +333,7 @@ def test_new_domain_without_p2m_or_vcpus_raises_guest_error(width: Width) -> Non
     host = ModelHost(1 << 30)
     live = LiveDomain(host, host.info(host.create(width)))
     assert (live.name, live.cr3(0), live.p2m_change()) == ("dom1", None, None)
-    with pytest.raises(GuestError, match=r"dom1 .* 0x0"):
+    with pytest.raises(GuestError, match=r"dom1 .* 0x0"):  # the domain, and max_pfn
         live.frames.pages(np.array([0], np.uint64))
 
 

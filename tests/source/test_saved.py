@@ -22,7 +22,7 @@ from tests.support.writers.hvm import hvm_stream
 from tests.support.writers.stream import BROKEN, PAGE, XTAB, Stream, Wire
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault, OutOfOrder, RequestError, StreamError, Truncated, Unsupported
-from xenpv.frames import ABSENT, U64
+from xenpv.frames import ABSENT, U64, PageType
 from xenpv.io.stream_input import Input
 from xenpv.source.saved import FilePages, SavedDomain
 from xenpv.stream.index import PageIndex
@@ -118,15 +118,15 @@ def test_pages_of_no_pfns_are_empty(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pfn", "why"),
-    [(150, "not in the stream"), (200, "XTAB"), (1 << 50, "not in the stream")],
+    ("pfn", "page_type"),
+    [(150, ABSENT), (200, XTAB), (1 << 50, ABSENT)],
     ids=["absent", "XTAB", "beyond"],
 )
-def test_pages_without_content_raise_fault(file: Path, pfn: int, why: str) -> None:
+def test_pages_without_content_raise_fault(file: Path, pfn: int, page_type: int) -> None:
     with SavedDomain.open(str(file)) as saved:
-        with pytest.raises(Fault, match=why) as e:
+        with pytest.raises(Fault) as e:
             saved.frames.pages(array(3, pfn, 4))
-        assert (e.value.space, e.value.address) == ("pfn", pfn)
+        assert (e.value.space, e.value.address, e.value.page_type) == ("pfn", pfn, page_type)
 
 
 def test_pages_of_a_file_cut_while_open_raise_fault(domain: Domain, tmp_path: Path) -> None:
@@ -199,16 +199,16 @@ def test_saved_domain_without_records_tells_none(tmp_path: Path) -> None:
 
 
 def test_pipe_keeps_page_tables_p2m_and_start_info(domain: Domain) -> None:
-    at = domain.places
-    kept = [*at.p2m, at.p2m_missing, at.start_info, at.tree_top, *at.tree_mid]
-    kept += [pfn for pfn in domain.pages if domain.is_table(pfn)]
+    places = domain.places
+    pfns = [*places.p2m, places.p2m_missing, places.start_info, places.tree_top, *places.tree_mid]
+    pfns += [pfn for pfn in domain.pages if domain.is_table(pfn)]
     with from_pipe(domain.to_bytes(batch=16)) as saved:
-        for pfn in kept:
+        for pfn in pfns:
             assert saved.memory.page(pfn) == bytes(domain.pages[pfn])
         assert saved.frames.types(array(*SPREAD)).tolist() == [domain.types[pfn] for pfn in SPREAD]
-        with pytest.raises(Fault, match="NOTAB") as e:
-            saved.memory.page(at.text)
-        assert (e.value.space, e.value.address) == ("pfn", at.text)
+        with pytest.raises(Fault) as e:
+            saved.memory.page(places.text)
+        assert (e.value.space, e.value.address, e.value.page_type) == ("pfn", places.text, PageType.NOTAB)
         assert saved.memory.walk(domain.vaddrs[0x1_0001]).pfn == 0x1_0001
 
 
@@ -262,11 +262,12 @@ def test_saved_domain_from_a_descriptor_at_an_offset_opens(domain: Domain, tmp_p
         assert saved.memory.page(42) == bytes(domain.pages[42])
 
 
-@pytest.mark.parametrize("what", ["directory", "missing"])
-def test_open_of_a_directory_or_missing_file_raises_request_error(tmp_path: Path, what: str) -> None:
-    path = tmp_path if what == "directory" else tmp_path / "no"
-    with pytest.raises(RequestError, match=str(path)):
-        SavedDomain.open(str(path))
+@pytest.mark.parametrize("name", ["", "no"], ids=["directory", "missing"])
+def test_open_of_a_directory_or_missing_file_raises_request_error(tmp_path: Path, name: str) -> None:
+    path = str(tmp_path / name)
+    with pytest.raises(RequestError) as e:
+        SavedDomain.open(path)
+    assert path in str(e.value)
 
 
 def test_open_of_a_device_is_unsupported() -> None:
@@ -327,9 +328,9 @@ def test_file_pages_takes_types_and_places_from_two_indices(tmp_path: Path) -> N
         frames = FilePages(fd, kept, known)
         assert frames.types(array(1, 2, 3, 4, 5)).tolist() == [0, 0, XTAB, BROKEN, ABSENT]
         assert frames.pages(array(2)).tobytes() == b"2" * PAGE
-        for pfn, why in ((1, "NOTAB"), (3, "XTAB"), (4, "BROKEN"), (5, "not in the stream")):
-            with pytest.raises(Fault, match=why) as e:
+        for pfn, page_type in ((1, PageType.NOTAB), (3, XTAB), (4, BROKEN), (5, ABSENT)):
+            with pytest.raises(Fault) as e:
                 frames.pages(array(2, pfn))
-            assert (e.value.space, e.value.address) == ("pfn", pfn)
+            assert (e.value.space, e.value.address, e.value.page_type) == ("pfn", pfn, page_type)
     finally:
         os.close(fd)

@@ -24,8 +24,8 @@ _COPY_MAX = 1 << 20  # bytes per write, where buffers have to be copied first
 class Output:
     """A descriptor that buffers are written to without a copy.
 
-    As a context manager: the file appears when the body ends, and nothing of it is left if the body raises. Until then
-    a file that had its name stays. Only the owner can read the file, as it holds a guest's memory.
+    As a context manager: the file appears when the body ends, and never if the body raises. Until then an older file
+    of that name stays. Only the owner can read the file, as it holds a guest's memory.
 
     Attributes:
         fd: The descriptor.
@@ -75,17 +75,18 @@ class Output:
     def write(self, buffers: Sequence[Buffer]) -> None:
         """Write all buffers, in order.
 
-        OSError, with the output's name, if that fails: ENOSPC, EPIPE.
-
         A target that pins the pages it writes (9p, O_DIRECT) refuses those of another domain with EFAULT. It gets
         copies from then on.
+
+        Raises:
+            OSError: Writing failed, for example with ENOSPC or EPIPE. It has the output's name.
         """
         pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
         first = 0
         while first < len(pending):
             batch = pending[first : first + _IOV_MAX]
             try:
-                done = os.writev(self.fd, [_copy(batch)] if self.copies else batch)
+                count = os.writev(self.fd, [_copy(batch)] if self.copies else batch)
             except BlockingIOError:  # another process may have made the pipe non-blocking
                 self.wait()
                 continue
@@ -93,13 +94,13 @@ class Output:
                 if e.errno == errno.EFAULT and not self.copies:
                     self.copies = True
                     continue
-                raise self._named(e) from e
-            self.written += done
-            while first < len(pending) and done >= len(pending[first]):
-                done -= len(pending[first])
+                raise self._with_name(e) from e
+            self.written += count
+            while first < len(pending) and count >= len(pending[first]):
+                count -= len(pending[first])
                 first += 1
-            if done:
-                pending[first] = pending[first][done:]
+            if count:
+                pending[first] = pending[first][count:]
 
     @property
     def sparse(self) -> bool:
@@ -112,7 +113,7 @@ class Output:
             try:
                 os.lseek(self.fd, length, os.SEEK_CUR)
             except OSError as e:
-                raise self._named(e) from e
+                raise self._with_name(e) from e
             self.written += length
             return
         for offset in range(0, length, len(_ZEROS)):
@@ -126,10 +127,10 @@ class Output:
         pending = memoryview(data)
         while pending:
             try:
-                done = os.pwrite(self.fd, pending, offset)
+                count = os.pwrite(self.fd, pending, offset)
             except OSError as e:
-                raise self._named(e) from e
-            pending, offset = pending[done:], offset + done
+                raise self._with_name(e) from e
+            pending, offset = pending[count:], offset + count
 
     def wait(self) -> None:
         """Wait until it accepts data."""
@@ -148,7 +149,7 @@ class Output:
         except BaseException as e:
             self.abandon()
             if isinstance(e, OSError):
-                raise self._named(e) from e
+                raise self._with_name(e) from e
             raise
 
     def _commit(self) -> None:
@@ -176,7 +177,8 @@ class Output:
             os.close(self.fd)
             self.fd = -1
 
-    def _named(self, e: OSError) -> OSError:
+    def _with_name(self, e: OSError) -> OSError:
+        """Return the error with the output's name."""
         return OSError(e.errno or errno.EIO, e.strerror, self.name)
 
 

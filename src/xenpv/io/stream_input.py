@@ -78,7 +78,7 @@ class Input:
         self.size = os.fstat(fd).st_size - self.start if self.seekable else 0
         self.trailing = 0
         self._next = 0  # offset in the stream of the page content that is read next
-        self._read_of_pipe = 0  # bytes of page content read from a pipe, of which the reader does not know yet
+        self._read_of_pipe = 0  # bytes of page content read from a pipe that the reader was not told to skip yet
 
     @classmethod
     def open(cls, path: str) -> Self:
@@ -206,9 +206,9 @@ class Input:
                 reader.skip(self._read_of_pipe)
                 self.size, self._read_of_pipe = self.size + self._read_of_pipe, 0
             elif not reader.done:
-                wanted = reader.skippable or reader.needed
+                size = reader.skippable or reader.needed
                 self.wait()
-                data = os.read(self.fd, min(wanted, _READ_MAX) if self.exact or reads_pages else _READ_MAX)
+                data = os.read(self.fd, min(size, _READ_MAX) if self.exact or reads_pages else _READ_MAX)
                 self.size += len(data)
                 reader.feed(data) if data else reader.feed_eof()
             if progress is not None:

@@ -68,7 +68,7 @@ def analyse_content(
     limit: int,
     step: Callable[[int], None] | None = None,
     *,
-    kept: Callable[[U64], Mask] | None = None,
+    has_content: Callable[[U64], Mask] | None = None,
 ) -> ContentStats:
     """Find zero and duplicate pages, from the lowest pfn on.
 
@@ -81,26 +81,26 @@ def analyse_content(
         extents: All pages of the domain.
         limit: How many pages to read, at most.
         step: Called with the number of pages done, after each batch.
-        kept: Returns which pages have content; None if all have.
+        has_content: Returns which pages have content; None if all have.
     """
     keys, read = _Hash(), frame_reader(memory)
     zero_at, looked_at, unread = RangeCollector(), 0, 0
-    seen: list[tuple[U64, U64]] = []  # pfns, bit 63: a table; and hashes
+    hashed: list[tuple[U64, U64]] = []  # pfns with _TABLE, and hashes, of each batch
     with_data = extents[HAS_DATA[extents.type]]
     for batch, types in with_data.typed_batches(_BATCH, limit):
         marks = np.where(IS_TABLE[types], _TABLE, np.uint64(0))
-        has_content = np.ones(len(batch), np.bool_) if kept is None else kept(batch)
-        content, readable = read(batch[has_content])
-        pfns, content = batch[has_content][readable], content[readable]
+        present = np.ones(len(batch), np.bool_) if has_content is None else has_content(batch)
+        content, readable = read(batch[present])
+        pfns, content = batch[present][readable], content[readable]
         not_zero = nonzero_pages(content)
         zero_at.add(PfnRanges.from_pfns(pfns[~not_zero]))
-        seen.append(((batch | marks)[has_content][readable][not_zero], keys(content[not_zero])))
+        hashed.append(((batch | marks)[present][readable][not_zero], keys(content[not_zero])))
         unread += len(batch) - len(pfns)
         looked_at += len(batch)
         if step is not None:
             step(looked_at)
-    marked = np.concatenate([np.empty(0, np.uint64), *(part for part, _ in seen)])
-    hashes = np.concatenate([np.empty((0, 2), np.uint64), *(part for _, part in seen)])
+    marked = np.concatenate([np.empty(0, np.uint64), *(part for part, _ in hashed)])
+    hashes = np.concatenate([np.empty((0, 2), np.uint64), *(part for _, part in hashed)])
     zero_ranges = zero_at.all
     zero = int(zero_ranges.pages.sum())
     stats = ContentStats(looked_at, with_data.total - looked_at, unread, zero, zero_at=zero_ranges)
@@ -118,8 +118,8 @@ def _add_duplicates(stats: ContentStats, marked: U64, hashes: U64) -> ContentSta
         Group(int(size[row]), int(marked[first[row]] & ~_TABLE), bool(marked[first[row]] & _TABLE))
         for row in np.argsort(-size, kind="stable")[:_GROUPS_SHOWN].tolist()
     ]
-    where = PfnRanges.from_pfns(marked[alike] & ~_TABLE)
-    return replace(stats, duplicate=int(size.sum()), contents=len(size), groups=groups, duplicate_at=where)
+    duplicate_at = PfnRanges.from_pfns(marked[alike] & ~_TABLE)
+    return replace(stats, duplicate=int(size.sum()), contents=len(size), groups=groups, duplicate_at=duplicate_at)
 
 
 class _Hash:

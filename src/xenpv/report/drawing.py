@@ -71,8 +71,8 @@ def draw_p2m_tree(shape: P2MTree) -> Picture:
     Leaves of a list show their virtual address.
     """
     fields = [f"{name} {value}" for name, value in shape.anchors.items()]
-    wide = max(180.0, 7.2 * max(map(len, fields)) + 20)
-    anchor = Box(_LEFT, 0, wide, 10 + 15 * len(fields), fields, "anchor", "shared info")
+    width = max(180.0, 7.2 * max(map(len, fields)) + 20)
+    anchor = Box(_LEFT, 0, width, 10 + 15 * len(fields), fields, "anchor", "shared info")
     rows, boxes, edges = [Row(0, "shared info", "")], [anchor], []
     y = anchor.h + _ROW_HEIGHT - _BOX_HEIGHT
     above = [anchor]
@@ -97,12 +97,12 @@ def _draw_level(shape: P2MTree, level: Level, y: float, last: bool) -> list[Box]
     for i in reversed(skips[:3]):
         nodes.insert(i, None)
     cells = sum(0.4 if node is None else 1 for node in nodes) or 1
-    wide = min((_WIDTH - _LEFT - gap * (len(nodes) - 1)) / cells, _BOX_WIDTH_MAX)
+    width = min((_WIDTH - _LEFT - gap * (len(nodes) - 1)) / cells, _BOX_WIDTH_MAX)
     x, boxes = float(_LEFT), []
     for node in nodes:
         if node is None:
-            boxes.append(Box(x, y, wide * 0.4, _BOX_HEIGHT, ["…"], "more", "more"))
-            x += wide * 0.4 + gap
+            boxes.append(Box(x, y, width * 0.4, _BOX_HEIGHT, ["…"], "more", "more"))
+            x += width * 0.4 + gap
             continue
         times = f" ×{node.times:,}" if node.times > 1 else ""
         line = f"{node.first:x}–{node.last:x}"
@@ -113,7 +113,7 @@ def _draw_level(shape: P2MTree, level: Level, y: float, last: bool) -> list[Box]
             Box(
                 round(x, 1),
                 y,
-                round(wide, 1),
+                round(width, 1),
                 _BOX_HEIGHT,
                 [f"{node.frame:#x}{times}", line],
                 style,
@@ -122,21 +122,21 @@ def _draw_level(shape: P2MTree, level: Level, y: float, last: bool) -> list[Box]
                 node.last,
             )
         )
-        x += wide + gap
+        x += width + gap
     return boxes
 
 
 def _parent(box: Box, above: list[Box]) -> Box:
     """Return the box above that has the first pfn of this box."""
-    for one in above:
+    for parent in above:
         if (
-            one.first is not None
-            and one.last is not None
+            parent.first is not None
+            and parent.last is not None
             and box.first is not None
-            and one.first <= box.first <= one.last
+            and parent.first <= box.first <= parent.last
         ):
-            return one
-    more = [one for one in above if one.style == "more"]
+            return parent
+    more = [parent for parent in above if parent.style == "more"]
     return (more or above)[0]
 
 

@@ -35,7 +35,7 @@ _ENTRY_KEYS = {
 
 @dataclass(frozen=True, slots=True)
 class VcpuState:
-    """A vcpu. A member is None if it is not known; ``problem`` tells why."""
+    """A vcpu. A member is None if it is not known; ``problem`` says why."""
 
     vcpu: int
     registers: Registers | None
@@ -52,9 +52,9 @@ class P2MState:
     Attributes:
         shapes: Its forms, the best first.
         leaves: How many different leaves there are.
-        places: In how many places.
-        shared: How many leaves stand in several places.
-        found: The kinds of its entries.
+        places: How many places those leaves fill.
+        shared: How many leaves fill several places.
+        entry_survey: How many entries of each kind it has.
         problem: Why the p2m is not known, or None.
     """
 
@@ -62,7 +62,7 @@ class P2MState:
     leaves: int = 0
     places: int = 0
     shared: int = 0
-    found: Survey | None = None
+    entry_survey: Survey | None = None
     problem: str | None = None
 
 
@@ -145,7 +145,7 @@ def gather_facts(
     identity = identify(domain)
     try:
         extents, by_type = collect_extents(domain.extents())
-    except GuestError:  # its p2m is damaged, which the p2m's section tells
+    except GuestError:  # its p2m is damaged: the section of the p2m says so
         extents, by_type = collect_extents([])
     p2m, p2m_parts = _read_p2m(domain, report)
     notable_pages, start_info = find_notable_pages(domain)
@@ -154,7 +154,7 @@ def gather_facts(
         tables = count_page_tables(
             domain.frames,
             extents,
-            lambda done, of: report(Progress(done, of, "page tables", "tables")),
+            lambda count, total: report(Progress(count, total, "page tables", "tables")),
             pins=domain.knows_pins,
         )
     content = None
@@ -164,8 +164,8 @@ def gather_facts(
             domain.frames,
             extents,
             content_pages,
-            lambda done: report(Progress(done, total, "content", "pages")),
-            kept=domain.has_content,
+            lambda count: report(Progress(count, total, "content", "pages")),
+            has_content=domain.has_content,
         )
     extra_layers = [("p2m", "leaf", "leaves of the p2m", p2m_parts)] if p2m_parts is not None else []
     if content is not None:
@@ -173,7 +173,7 @@ def gather_facts(
         extra_layers.append(("content", "twin", "hold what others hold, too", content.duplicate_at))
     named = [page.pfn for page in notable_pages]
     named += [finding.pfn for finding in checked.findings if finding.pfn is not None] if checked else []
-    entries = p2m.found.cell_pfns * len(p2m.found.local_pages) if p2m and p2m.found else 0
+    entries = p2m.entry_survey.cell_pfns * len(p2m.entry_survey.local_pages) if p2m and p2m.entry_survey else 0
     entries = p2m.shapes[0].entries if p2m and p2m.shapes else entries
     pfn_map = build_map(by_type, extra_layers, _valid_pfns(named), min(entries, _PFN_END))
     vcpus = [_read_vcpu(domain, vcpu) for vcpu in domain.vcpus]
@@ -196,7 +196,7 @@ def _read_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | None
             return P2MState(problem="it exposes no p2m"), None
         p2m = domain.p2m
         report(Progress(0, 1, "p2m"))
-        found = survey(p2m)
+        entry_survey = survey(p2m)
         anchors = domain.anchors
         shapes = [] if anchors is None else describe_p2m_trees(domain, replace(anchors, max_pfn=p2m.entries))
         report(Progress(1, 1, "p2m"))
@@ -204,7 +204,7 @@ def _read_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | None
         return P2MState(problem=str(e)), None
     distinct = p2m.distinct_leaves
     several = int(np.count_nonzero(distinct.count > 1))
-    state = P2MState(shapes, len(distinct), int(distinct.count.sum()), several, found)
+    state = P2MState(shapes, len(distinct), int(distinct.count.sum()), several, entry_survey)
     return state, leaf_ranges(p2m, mfns=domain.p2m_names_mfns)
 
 
@@ -223,15 +223,15 @@ def _read_vcpu(domain: Domain, vcpu: int) -> VcpuState:
 
 
 def _check_result_to_json(checked: CheckResult) -> dict[str, Any]:
-    found = checked.findings
+    findings = checked.findings
     return {
         "verdict": checked.sentence,
         "ok": checked.ok,
-        "errors": found.errors,
-        "warnings": found.warnings,
-        "notes": found.notes,
-        "findings": [finding.to_json() for finding in found],
-        "left_out": {rule.name: n for rule, n in found.omitted().items()},
+        "errors": findings.errors,
+        "warnings": findings.warnings,
+        "notes": findings.notes,
+        "findings": [finding.to_json() for finding in findings],
+        "left_out": {rule.name: n for rule, n in findings.omitted().items()},
     }
 
 
@@ -246,7 +246,10 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
 
 
 def _p2m_to_json(state: P2MState) -> dict[str, Any]:
-    found = state.found
     out = {"shapes": [asdict(shape) for shape in state.shapes], "leaves": state.leaves, "places": state.places}
     out |= {"shared": state.shared, "problem": state.problem}
-    return out | {"entries": {_ENTRY_KEYS[kind]: n for kind, n in found.pages.items()} if found else None}
+    return out | {
+        "entries": {_ENTRY_KEYS[kind]: n for kind, n in state.entry_survey.pages.items()}
+        if state.entry_survey
+        else None
+    }

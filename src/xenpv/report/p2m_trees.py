@@ -27,7 +27,7 @@ class Node:
 
     Attributes:
         frame: Its frame.
-        times: In how many consecutive places of its level it stands.
+        times: How many consecutive places of its level it fills.
         at: The first of these places.
         first: The first pfn of its entries.
         last: The last pfn of its entries.
@@ -47,8 +47,8 @@ class Level:
     Attributes:
         name: What Xen calls them.
         frames: How many different ones there are.
-        places: In how many places.
-        shared: How many stand in several places.
+        places: How many places they fill.
+        shared: How many fill several places.
         nodes: The first and the last of them.
     """
 
@@ -87,7 +87,7 @@ class P2MTree:
 def describe_p2m_trees(domain: Domain, anchors: Anchors) -> list[P2MTree]:
     """Return a tree for each root of the p2m that the anchors give, the best first."""
     resolve = None if domain.p2m_names_mfns else domain.p2m.pfns_of
-    return [_shape(anchors, root, domain.read_p2m_frames, resolve) for root in anchors.roots]
+    return [_describe_tree(anchors, root, domain.read_p2m_frames, resolve) for root in anchors.roots]
 
 
 def leaf_ranges(p2m: P2M, *, mfns: bool) -> PfnRanges:
@@ -133,12 +133,12 @@ class _TreeWalk:
         shift = (per_table.bit_length() - 1) * above
         level_places = range(places.start >> shift, (max(places.stop, places.start + 1) - 1 >> shift) + 1)
         if depth:
-            runs, _ = walk_tree(self.read, top, depth, level_places, partial(self._named, above=above))
+            runs, _ = walk_tree(self.read, top, depth, level_places, partial(self._decode_frames, above=above))
         else:
             runs = FrameRuns(np.array([level_places.start]), np.ones(1, np.int64), np.array([top], np.uint64))
         return Level(_name(self.root, above), *_counts(runs), _nodes(runs, shift, places, self.anchors))
 
-    def _named(self, pages: U8, level: int, above: int) -> U64:
+    def _decode_frames(self, pages: U8, level: int, above: int) -> U64:
         if self.linear:
             return decode_page_tables(pages, level + above)
         table = decode_entries(pages, self.anchors.width)
@@ -146,7 +146,7 @@ class _TreeWalk:
         return table if self.resolve is None else self.resolve(table)
 
 
-def _shape(anchors: Anchors, root: P2MRoot, read: ReadFrames, resolve: Callable[[U64], U64] | None) -> P2MTree:
+def _describe_tree(anchors: Anchors, root: P2MRoot, read: ReadFrames, resolve: Callable[[U64], U64] | None) -> P2MTree:
     tree, levels, error = _TreeWalk(anchors, root, read, resolve), [], None
     try:
         for level in tree.levels():
@@ -187,8 +187,8 @@ def _nodes(runs: FrameRuns, shift: int, places: range, anchors: Anchors) -> list
     per_leaf, nodes = PAGE_SIZE // anchors.width, []
     for row in rows:
         first, count = int(runs.first[row]), int(runs.count[row])
-        begin = max(first << shift, places.start) - places.start
+        start = max(first << shift, places.start) - places.start
         stop = min((first + count) << shift, places.stop) - places.start
         last = min(stop * per_leaf, anchors.max_pfn) - 1
-        nodes.append(Node(int(runs.frame[row]), count, first - (places.start >> shift), begin * per_leaf, last))
+        nodes.append(Node(int(runs.frame[row]), count, first - (places.start >> shift), start * per_leaf, last))
     return nodes

@@ -80,10 +80,10 @@ def _template_values(facts: ReportFacts) -> dict[str, Any]:
     return {
         "sections": list(_sections(facts)),
         "cards": list(_cards(facts)),
-        "facts_told": [(label, text) for label, text in {**facts.identity.facts, **facts.start}.items() if text],
+        "fact_rows": [(label, text) for label, text in {**facts.identity.facts, **facts.start}.items() if text],
         "groups": _groups(facts.checked) if facts.checked else [],
         "p2m_kinds": [(kind, *label_and_style) for kind, label_and_style in _P2M_KINDS.items()],
-        "p2m_total": sum(p2m.found.pages.values()) if p2m and p2m.found else 0,
+        "p2m_total": sum(p2m.entry_survey.pages.values()) if p2m and p2m.entry_survey else 0,
         "pictures": [(shape, draw_p2m_tree(shape)) for shape in p2m.shapes] if p2m else [],
         "flag_names": list(FLAGS),
         "content_rows": []
@@ -122,10 +122,10 @@ def _cards(facts: ReportFacts) -> Iterable[dict[str, str]]:
     pages = sum(layer.pages for layer in facts.map.layers if layer.lane in {"pages", "tables"})
     yield card("map", "Memory", size(pages * PAGE_SIZE), f"{pages:,} pages, the last pfn is {facts.map.end - 1:#x}")
     if facts.checked:
-        found = facts.checked.findings
-        tone = "bad" if found.errors else "warn" if found.warnings else "good"
-        counts = [(found.errors, "error"), (found.warnings, "warning"), (found.notes, "note")]
-        texts = [_count(n, what) for n, what in counts if n] or ["none"]
+        findings = facts.checked.findings
+        tone = "bad" if findings.errors else "warn" if findings.warnings else "good"
+        counts = [(findings.errors, "error"), (findings.warnings, "warning"), (findings.notes, "note")]
+        texts = [_count(n, noun) for n, noun in counts if n] or ["none"]
         yield card("findings", "Findings", texts[0], ", ".join(texts[1:]), tone)
     if facts.p2m:
         forms = [shape.form for shape in facts.p2m.shapes]
@@ -158,13 +158,13 @@ def _groups(checked: CheckResult) -> list[dict[str, Any]]:
         by_rule.setdefault(finding.rule, []).append(finding)
     order = list(Severity)
     rules = sorted(by_rule, key=lambda rule: order.index(rule.severity))
-    more, shown = checked.findings.omitted(), 0
+    omitted, shown = checked.findings.omitted(), 0
     out: list[dict[str, Any]] = []
     for rule in rules:
         shown += len(by_rule[rule])
         opened = shown <= _FINDINGS_OPEN_MAX or not out
         out.append({"rule": rule, "findings": by_rule[rule], "count": checked.findings.count[rule],
-                    "more": more.get(rule, 0), "open": opened})  # fmt: skip
+                    "more": omitted.get(rule, 0), "open": opened})  # fmt: skip
     return out
 
 
@@ -205,19 +205,19 @@ def _registers(vcpu: VcpuState) -> list[tuple[str, str]]:
     return rows + [(name, f"{registers.segments[name]:04x}") for name in SEGMENTS]
 
 
-def _count(n: int, one: str, more: str | None = None) -> str:
+def _count(n: int, singular: str, plural: str | None = None) -> str:
     """Return a count with its noun: "1 error", "2 errors"."""
-    return f"{n:,} {one if n == 1 else more or one + 's'}"
+    return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
 
 
-def _share(part: int, of: int) -> str:
+def _share(part: int, total: int) -> str:
     """Return a share in per cent; only 0 is shown as 0."""
-    if not of or not part:
+    if not total or not part:
         return "0 %"
-    share = 100 * part / of
+    share = 100 * part / total
     if share < 0.1:
         return "< 0.1 %"
-    if part < of and share > 99.9:
+    if part < total and share > 99.9:
         return "> 99.9 %"
     return f"{share:.0f} %" if share >= 10 else f"{share:.1f} %"
 

@@ -91,14 +91,14 @@ def count_page_tables(
     stats = PageTableStats([levels[n] for n in (4, 3, 2, 1)], extents[populated].total)
     stats.left_out = max(0, total - TABLES_MAX)
     mapping = _MappedPages(extents[populated]) if stats.populated <= PAGES_MAX else None
-    read, done = frame_reader(memory), 0
+    read, tables_read = frame_reader(memory), 0
     for number, tables in _batches(extents[is_table]):
         pages, readable = read(tables)
         _count_entries(levels[number], as_ptes(pages[readable]), stats, mapping)
         levels[number].unread += int(np.count_nonzero(~readable))
-        done += len(tables)
+        tables_read += len(tables)
         if step is not None:
-            step(done, min(total, TABLES_MAX))
+            step(tables_read, min(total, TABLES_MAX))
     if mapping is not None:
         stats.mapped = int(np.count_nonzero(mapping.flags))
         stats.several = int(np.count_nonzero(mapping.flags & 2))

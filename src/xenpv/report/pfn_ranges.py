@@ -41,14 +41,14 @@ class PfnRanges:
     def of(cls, start: U64, span: I64, pages: I64 | None = None) -> PfnRanges:
         """Return ranges that come in any order and do not overlap.
 
-        Adjacent whole ranges are joined.
+        Adjacent ranges without gaps are joined.
         """
         order = np.argsort(start, kind="stable")
         pages = span if pages is None else pages
         start, span, pages = start[order], span[order], pages[order]
-        whole = span == pages
+        is_full = span == pages
         end = start + span.astype(np.uint64)
-        continues = (end[:-1] == start[1:]) & whole[:-1] & whole[1:]
+        continues = (end[:-1] == start[1:]) & is_full[:-1] & is_full[1:]
         return _joined(start, end, pages, group_rows(~continues, len(start))[0])
 
     @classmethod
@@ -117,8 +117,8 @@ class RangeCollector:
         parts = self._parts
         if not parts:
             return NO_RANGES
-        whole = (np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "span", "pages"))
-        return PfnRanges.of(*whole)
+        columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "span", "pages"))
+        return PfnRanges.of(*columns)
 
 
 def pfn_axis(present: PfnRanges, end: int) -> list[tuple[int, float]]:
@@ -136,17 +136,17 @@ def pfn_axis(present: PfnRanges, end: int) -> list[tuple[int, float]]:
     segments = present.coarsen(_SEGMENTS_MAX)
     total = max(int(segments.span.sum()), 1)
     corners, weights = [0], []
-    at = 0
+    covered_end = 0
     for start, span in zip(segments.start.tolist(), segments.span.tolist(), strict=True):
-        if start > at:
+        if start > covered_end:
             corners.append(start)
-            weights.append(min((start - at) / total, _GAP_MAX))
+            weights.append(min((start - covered_end) / total, _GAP_MAX))
         corners.append(start + span)
         weights.append(max(span / total, _SEGMENT_MIN))
-        at = start + span
-    if end > at:
+        covered_end = start + span
+    if end > covered_end:
         corners.append(end)
-        weights.append(min((end - at) / total, _GAP_MAX) if len(segments) else 1.0)
+        weights.append(min((end - covered_end) / total, _GAP_MAX) if len(segments) else 1.0)
     places = np.append(0, np.cumsum(weights))
     places /= max(float(places[-1]), 1e-300)
     return list(zip(corners, places.tolist(), strict=True))

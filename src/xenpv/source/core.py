@@ -124,7 +124,7 @@ class CoreDomain(Domain):
     def width(self) -> Width:
         """Bytes of the guest's unsigned long.
 
-        For HVM: 8 if vcpu 0 looks like long mode (Registers.of_hvm_context).
+        For HVM: 8 if vcpu 0 looks like long mode (Registers.from_hvm_context).
         """
         registers = self.registers(0) if self.hvm else None
         return self.layout.width if registers is None else registers.width
@@ -177,7 +177,8 @@ class CoreDomain(Domain):
             return None
         pfn = self.page_list.pfns_of(np.array([mfn], np.uint64))[0]
         if pfn == NO_FRAME:
-            raise GuestError(f"{self.name}: cr3 of vcpu {vcpu} names mfn {mfn:#x}, which is no page of the core")
+            message = f"{self.name}: cr3 of vcpu {vcpu} names mfn {mfn:#x}, which is no page of the core"
+            raise GuestError(message, mfn=mfn)
         return Pfn(int(pfn))
 
     # --- memory ------------------------------------------------------------------------------------------------------

@@ -91,16 +91,16 @@ class PageTableSearch:
 
     def find(self, top_pfns: U64) -> PageTables:
         """Return all page tables. ``top_pfns`` are the vcpus' top tables."""
-        found = self._walk(top_pfns, PageTables.empty(), None)
-        mapped, writable = self._mapped_pages(found.pfns[found.levels == 1])
-        suspect = writable.is_marked(found.pfns)
+        page_tables = self._walk(top_pfns, PageTables.empty(), None)
+        mapped, writable = self._mapped_pages(page_tables.pfns[page_tables.levels == 1])
+        suspect = writable.is_marked(page_tables.pfns)
         if suspect.any():  # a stale table's entries mark pages that nobody maps: start again without it
-            mapped, writable = self._mapped_pages(found.pfns[~suspect & (found.levels == 1)])
-            found = self._walk(top_pfns, PageTables.empty(), writable)
+            mapped, writable = self._mapped_pages(page_tables.pfns[~suspect & (page_tables.levels == 1)])
+            page_tables = self._walk(top_pfns, PageTables.empty(), writable)
         candidates = mapped.difference(writable)
-        candidates = candidates[found.level_of(candidates) == 0]
-        other_tops = self._select_l4(candidates) if self.width == 8 else self._select_pae_l3(candidates, found)
-        return self._walk(other_tops, found, writable)
+        candidates = candidates[page_tables.level_of(candidates) == 0]
+        other_tops = self._select_l4(candidates) if self.width == 8 else self._select_pae_l3(candidates, page_tables)
+        return self._walk(other_tops, page_tables, writable)
 
     def _walk(self, top_pfns: U64, known: PageTables, writable: _PageMarks | None) -> PageTables:
         """Return the known tables and all that are reached from some top tables.
@@ -110,18 +110,18 @@ class PageTableSearch:
             known: Tables that need not be walked again.
             writable: Pages that some table maps writable: they are no tables.
         """
-        found, pfns = known, top_pfns
+        page_tables, pfns = known, top_pfns
         for level in range(LEVELS[self.width], 0, -1):
             pfns = np.unique(pfns)
-            named = pfns[found.level_of(pfns) == 0]
+            named = pfns[page_tables.level_of(pfns) == 0]
             read_only = named if writable is None else named[~writable.is_marked(named)]
             tables = [batch[self._look_like_tables(batch, level)] for batch in _batches(read_only)]
             pfns = np.concatenate([read_only[:0], *tables])
-            found = found.with_tables(pfns, level, stale=len(named) - len(pfns))
+            page_tables = page_tables.with_tables(pfns, level, stale=len(named) - len(pfns))
             if level > 1:
                 children = [self._children(batch, level) for batch in _batches(pfns)]
                 pfns = np.unique(np.concatenate([np.empty(0, np.uint64), *children]))
-        return found
+        return page_tables
 
     def _look_like_tables(self, pfns: U64, level: int) -> Mask:
         """Return which pages can be page tables of the level.

@@ -1,6 +1,6 @@
 """LiveDomain: a domain that runs on a host.
 
-It is only read, and never paused unbidden.
+The domain is only read. It is paused only on request.
 """
 
 from __future__ import annotations
@@ -173,30 +173,30 @@ class LiveDomain(Domain):
         Compares the anchors, and walks the tables once more: only the linear list has a generation. Entries of leaves
         change at any time and do not count.
         """
-        now, then = self.read_anchors(), self.anchors
-        if then.p2m_cr3 and then.p2m_generation & 1:
-            problem = f"p2m_generation {then.p2m_generation:#x} is odd: the p2m is being changed, look again"
+        current, first = self.read_anchors(), self.anchors
+        if first.p2m_cr3 and first.p2m_generation & 1:
+            problem = f"p2m_generation {first.p2m_generation:#x} is odd: the guest is changing its p2m; try again"
             return P2MChange(P2MChangeKind.IN_PROGRESS, problem)
-        if now.p2m_generation != then.p2m_generation:
-            generations = f"{then.p2m_generation:#x} to {now.p2m_generation:#x}"
-            problem = f"p2m_generation went from {generations} meanwhile: look again"
+        if current.p2m_generation != first.p2m_generation:
+            generations = f"{first.p2m_generation:#x} to {current.p2m_generation:#x}"
+            problem = f"p2m_generation went from {generations}: the guest changed its p2m; try again"
             return P2MChange(P2MChangeKind.GENERATION, problem)
-        if now != then:
-            problem = "the anchors in shared info have changed: the p2m has moved, look again"
+        if current != first:
+            problem = "the anchors in shared info have changed: the guest moved its p2m; try again"
             return P2MChange(P2MChangeKind.ANCHORS, problem)
-        if not then.roots:
+        if not first.roots:
             return None
         try:
             leaves = self.p2m.leaves
         except GuestError:
             return None  # it was damaged before, too
         try:
-            leaves_now = self.walk_p2m(then.roots[0]).leaves
+            leaves_now = self.walk_p2m(first.roots[0]).leaves
         except GuestError as e:
             return P2MChange(P2MChangeKind.DAMAGED, f"the p2m can no longer be walked: {e}")
         if leaves_now.equals(leaves):
             return None
-        return P2MChange(P2MChangeKind.LEAVES, "leaves of the p2m were replaced meanwhile: look again")
+        return P2MChange(P2MChangeKind.LEAVES, "the guest replaced leaves of its p2m; try again")
 
     # --- its memory --------------------------------------------------------------------------------------------------
 
@@ -243,7 +243,7 @@ class LiveDomain(Domain):
             return None
         pfn = self.pfns_of(np.array([mfn], np.uint64))[0]
         if pfn == NO_FRAME:
-            raise GuestError(f"cr3 of vcpu {vcpu} names mfn {mfn:#x}, which is not in the p2m of {self.name}")
+            raise GuestError(f"cr3 of vcpu {vcpu} names mfn {mfn:#x}, which is not in the p2m of {self.name}", mfn=mfn)
         return Pfn(int(pfn))
 
     def pfns_of(self, mfns: U64) -> U64:
@@ -321,11 +321,11 @@ class LiveFrames:
         if (row := first_bad(page_types == ABSENT)) is not None:
             pfn, mfn = int(pfns[row]), int(mfns[row])
             reason = "has no frame" if mfn == int(NO_FRAME) else f"has mfn {mfn:#x}, which is not the domain's"
-            raise Fault(f"pfn {pfn:#x} {reason}", space="pfn", address=pfn)
+            raise Fault(f"pfn {pfn:#x} {reason}", space="pfn", address=pfn, mfn=None if mfn == int(NO_FRAME) else mfn)
         content, mapped = self._domain.read_p2m_frames(mfns)
         if (row := first_bad(~mapped)) is not None:
             pfn, mfn = int(pfns[row]), int(mfns[row])
-            raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn)
+            raise Fault(f"pfn {pfn:#x}: mfn {mfn:#x} cannot be mapped", space="pfn", address=pfn, mfn=mfn)
         pages = content.copy()  # mapped memory may change
         is_table = IS_TABLE[page_types]
         if is_table.any():  # ask again: a table that was freed meanwhile may hold data already, and must stay as it is
@@ -352,7 +352,7 @@ class _LivePageTables:
         if (row := first_bad(~IS_TABLE[page_types])) is not None:
             pfn = int(pfns[row])
             raise Fault(
-                f"pfn {pfn:#x} is no page table, or no longer one: try again, or pause the domain",
+                f"pfn {pfn:#x} is no page table (any more): try again, or pause the domain",
                 space="pfn",
                 address=pfn,
             )

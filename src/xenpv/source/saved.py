@@ -107,14 +107,15 @@ class FilePages:
             view, offset = view[count:], offset + count
 
     def _no_content(self, pfns: U64, offsets: I64) -> Fault:
+        """Return the error for the first page without content."""
         pfn = int(pfns[np.argmax(offsets < 0)])
         page_type = int(self._types.types(np.array([pfn], np.uint64))[0])
         reason = (
             f"is not in {self._source_name}"
             if page_type == ABSENT
-            else f"is of type {type_name(page_type)}, or was not kept"
+            else f"of type {type_name(page_type)} has no content, or it was not kept"
         )
-        return Fault(f"pfn {pfn:#x} {reason}", space="pfn", address=pfn)
+        return Fault(f"pfn {pfn:#x} {reason}", space="pfn", address=pfn, page_type=page_type)
 
 
 class SavedDomain(Domain):
