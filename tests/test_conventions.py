@@ -1,4 +1,4 @@
-"""What every test module keeps to: it imports no other test module, and its parameters have readable ids."""
+"""Rules for all sources: short first lines of docstrings; tests import no test module and have readable ids."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+SOURCE = TESTS.parent / "src/xenpv"
+FIRST_LINE_MAX = 80  # characters of a docstring's first line
 
 
 def imported_names(module: Path) -> set[str]:
@@ -44,3 +46,14 @@ def test_parameter_ids_are_readable(request: pytest.FixtureRequest) -> None:
         if not isinstance(value, str | int | float) and re.search(rf"(^|-){name}\d+(-|$)", item.callspec.id)
     }
     assert numbered == set()
+
+
+def test_docstrings_begin_with_a_short_line() -> None:
+    long = {
+        f"{module.relative_to(SOURCE)}:{node.body[0].lineno}"
+        for module in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(module.read_bytes()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if len((ast.get_docstring(node) or "").partition("\n")[0]) > FIRST_LINE_MAX
+    }
+    assert long == set()

@@ -103,7 +103,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """A package whose public functions keep their names when packages of the same name are imported."""
+    """A package whose public functions keep their names.
+
+    Importing a package of the same name does not replace them.
+    """
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

@@ -114,7 +114,9 @@ def migrate(
     progress: ProgressCallback | None = None,
     host: Mover | None = None,
 ) -> SentDomain:
-    """Move a running domain to another host, where ``xenpv receive`` runs or is started by ssh.
+    """Move a running domain to another host.
+
+    ``xenpv receive`` runs there, or ssh starts it.
 
     Exactly one side may run the domain at any moment. After an error it runs on here.
 
@@ -188,7 +190,9 @@ def build(
     progress: ProgressCallback | None = None,
     host: Mover | None = None,
 ) -> Built | Summary:
-    """Build a PV domain from a kernel: paused on a host, or in a save file without any hypervisor.
+    """Build a PV domain from a kernel, paused on a host or in a save file.
+
+    A save file needs no hypervisor.
 
     Args:
         kernel: The path of a vmlinuz or vmlinux.

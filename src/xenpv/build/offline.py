@@ -1,4 +1,6 @@
-"""Builds a domain into a save file, without a hypervisor: xl restore starts its kernel at the entry point.
+"""Builds a domain into a save file, without a hypervisor.
+
+``xl restore`` starts its kernel at the entry point.
 
 The domain is built on a model host and saved from there. A restorer populates every page, localises page tables and
 p2m, fills in start info, and lets vcpu 0 run at its registers, which are those of the start of day.

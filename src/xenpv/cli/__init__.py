@@ -1,1 +1,4 @@
-"""The command line: one file a family of verbs. It picks files and hosts; everything else is handed on."""
+"""The command line: one file for each family of verbs.
+
+It picks files and hosts. Other rooms do the work.
+"""

@@ -1,4 +1,4 @@
-"""``xenpv build``: a PV domain from a kernel file, on this host or into a save file."""
+"""``xenpv build``: a PV domain from a kernel, on this host or in a save file."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def build(
     output: str | None,
     as_json: bool,
 ) -> None:
-    """Build a PV domain of any size from a kernel: in dom0, or offline into a save file (-o).
+    """Build a PV domain from a kernel, in dom0 or offline into a file (-o).
 
     KERNEL is a bzImage (vmlinuz) or an ELF file (vmlinux); "-" reads a pipe. The domain has memory, vcpus, a console
     and xenstore, but no devices; it needs no configuration file. `xl list`, `xl console` and `xl destroy` work on it.
@@ -98,7 +98,10 @@ def build(
 
 
 def _checked_name(name: str) -> str:
-    """Return the name if xl accepts it and it cannot be mistaken for a domain id; otherwise raise RequestError."""
+    """Return the name, or raise RequestError if it looks like a domain id.
+
+    xl refuses such names too, and empty ones.
+    """
     if not name or not name.isprintable() or len(name.encode(errors="replace")) > _NAME_MAX:
         raise RequestError(f"a name has 1 to {_NAME_MAX} printable bytes, not {name!a:.100}; choose another --name")
     if name.isdigit():
@@ -107,7 +110,10 @@ def _checked_name(name: str) -> str:
 
 
 def _read_ramdisk(ramdisk: str | None, request: Request) -> bytes:
-    """Read a ramdisk, up to one byte more than planned, so that build() notices a file that has grown."""
+    """Read a ramdisk, up to one byte more than planned.
+
+    So build() notices a file that has grown.
+    """
     if ramdisk is None:
         return b""
     with Path(ramdisk).open("rb") as file:

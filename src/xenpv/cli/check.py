@@ -1,4 +1,4 @@
-"""``xenpv check``: a domain's p2m against Xen's M2P, or against the pages of a file."""
+"""``xenpv check``: a p2m against Xen's M2P, or against the pages of a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from xenpv.verify.physmap import PhysmapCheck, add_survey_notes
 @INDEX
 @JSON
 def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> int:
-    """Cross-check a running domain's p2m against Xen's M2P, or a saved domain's p2m against the pages in the file.
+    """Cross-check a domain's p2m against Xen's M2P, or a file's pages.
 
     Follows every root that the guest exposes. Reports each pfn whose frame is stale, belongs to another pfn or is not
     the domain's; each frame of the domain without a pfn; and each bad table. Notes count pfns without a frame and pfns

@@ -1,4 +1,4 @@
-"""``xenpv convert``: a saved domain of any version and envelope to the current stream version."""
+"""``xenpv convert``: saved domains of any version, to the current stream version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``convert-legacy-stream``: a drop-in for the program of this name in Xen's tools, which libxl and xenopsd run.
+"""``convert-legacy-stream``: a drop-in for Xen's program of this name.
+
+libxl and xenopsd run it.
 
 Options and exit status are the original's (xen.git:tools/python/scripts/convert-legacy-stream): 0 for success, 1
 for a bad stream, 2 for a bug. The output is the same, byte for byte, for every stream that the original supports.
@@ -46,7 +48,10 @@ def convert(
     skip_qemu: bool = False,
     print_line: Callable[[str], None],
 ) -> None:
-    """Convert one stream, written by a toolstack of ``width`` bits, and read no byte after it."""
+    """Convert one stream and read no byte after it.
+
+    A toolstack of ``width`` bits wrote it.
+    """
     # As in the original, a libxl stream has qemu's state even with --skip-qemu.
     legacy = LegacyFormat(toolstack=(width // 8, guest), emulator=kind is Kind.LIBXL or not skip_qemu)
     reader = Reader(kind=Kind.XL if xl else None, legacy=legacy)

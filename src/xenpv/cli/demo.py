@@ -1,4 +1,7 @@
-"""``xenpv demo``: a domain's whole life on a model of Xen, and a real saved domain; both come with the package."""
+"""``xenpv demo``: a domain's whole life on a model of Xen, and a saved domain.
+
+Both come with the package.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,9 @@ _MAP_CELLS = 64 * 8
 @click.option("-o", "output", type=click.Path(), metavar="FILE",
               help="Keep the save file of the domain (2.4 GiB for 600G).")  # fmt: skip
 def demo(form: str, memory: int, output: str | None) -> int:
-    """Build, save, verify and live-migrate a 600 GiB PV domain on a model of Xen; then verify a real saved domain.
+    """Build, save, verify and migrate a 600 GiB PV domain on a model of Xen.
+
+    Then verify a real saved domain.
 
     Needs no hypervisor. The save file takes 2.4 GiB of disk.
 
@@ -105,7 +110,10 @@ def _show_large_domain(form: str, memory: int, path: str) -> bool:
 
 @dataclass
 class _Guest:
-    """A running guest that writes to some of its pages, each time to others, whenever time passes on its host."""
+    """A running guest that writes to some of its pages as time passes.
+
+    Each time it writes to others.
+    """
 
     host: ModelHost
     domid: DomId
@@ -144,7 +152,10 @@ class _Guest:
             self.digest_before = self.digest()
 
     def digest(self) -> Digest:
-        """Return the digest of all pages after the kernel's own, whose page tables hold mfns."""
+        """Return the digest of all pages after the kernel's own.
+
+        The kernel's own page tables hold mfns, which differ between hosts.
+        """
         domain = self.domain
         return digest(domain.frames, domain.iter_types(self.kernel.pages.end), self.pages[:0])
 
@@ -160,7 +171,10 @@ class _Guest:
         return _verify(path, Path(path).name)
 
     def migrate(self, target: ModelHost) -> bool:
-        """Migrate the domain while it writes; compare its memory and check its p2m on the other host."""
+        """Migrate the domain while it writes, and check it on the other host.
+
+        Its memory must be equal, and its p2m sound.
+        """
         _print_title("Live-migrated to another model host while the guest writes to its memory")
         self.migrating = True
         source_end, target_end = socket.socketpair()
@@ -221,7 +235,7 @@ def _show_real_domain() -> bool:
 
 
 def _verify(path: str, name: str) -> bool:
-    """Verify a file and print the result under a name; return whether it would restore."""
+    """Verify a file, print the result, and return whether it would restore."""
     with progress_bar("verifying") as bar:
         report = verify(path, progress=bar)
     report.name = name

@@ -37,7 +37,7 @@ from xenpv.text import printable, size
 @PAUSE
 @JSON
 def export(source: str, out: str, form: str, compression: str, partial: bool, pause: bool, as_json: bool) -> None:
-    """Write a domain's memory to OUT in the format of another tool; "-" writes to a pipe.
+    """Write a domain's memory to OUT ("-": a pipe) for another tool.
 
     DOM is a running domain (id, uuid or name), FILE a save file or a core. A running domain keeps running unless
     --pause is given; its pages are then from different moments. Page tables of PV domains hold pfns in place of mfns,
@@ -98,7 +98,10 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
 
 
 def _missing_parts(domain: Domain, breaches: list[str], last_pfn: int) -> list[str]:
-    """Return remarks on a damaged file: its first breach, and what is missing from its end."""
+    """Return remarks on a damaged file.
+
+    They name its first breach, and what its end lacks.
+    """
     more = f", and {len(breaches) - 1} more faults" if len(breaches) > 1 else ""
     remarks = [breaches[0] + more] if breaches else []
     saved = domain.saved

@@ -1,4 +1,4 @@
-"""``xenpv image``: whether and how Xen can boot a kernel, and with how much memory."""
+"""``xenpv image``: whether and how Xen boots a kernel, with how much memory."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ def image(kernel: str, initrd: int, as_json: bool) -> None:
 
 
 def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:
-    """Return the description that --json prints. Addresses and sizes are in bytes, memory limits in pages."""
+    """Return the description that --json prints.
+
+    Addresses and sizes are in bytes, memory limits in pages.
+    """
     p = image.parameters
     return {
         "layers": [
@@ -179,7 +182,10 @@ def _print_requirements(image: KernelImage) -> None:
 
 
 def _layers(image: KernelImage) -> str:
-    """Describe the layers, outermost first: "bzImage (boot protocol 2.15), 7.7 MiB of xz; inside it a 64-bit ELF …"."""
+    """Describe the layers of a kernel file, outermost first.
+
+    For example "bzImage (boot protocol 2.15), 7.7 MiB of xz; inside it a 64-bit ELF …".
+    """
     parts = []
     for layer in image.layers:
         protocol = f" (boot protocol {layer.protocol[0]}.{layer.protocol[1]:02})" if layer.protocol else ""

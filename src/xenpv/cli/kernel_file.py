@@ -1,4 +1,4 @@
-"""What ``xenpv image``, ``layout`` and ``build`` share: reading a kernel file, and options that describe a domain."""
+"""Kernel files, and the options that ``image``, ``layout`` and ``build`` share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ _CHUNK = 1 << 20  # bytes
 
 
 def read_kernel(path: str) -> bytearray:
-    """Read a kernel file, or a pipe for "-", up to one chunk more than a kernel may have."""
+    """Read a kernel file, or a pipe for "-".
+
+    It reads at most one chunk more than a kernel may have.
+    """
     if path != "-" and Path(path).is_dir():
         raise RequestError(f"{path}: is a directory, not a kernel")
     data = bytearray()

@@ -1,4 +1,7 @@
-"""``xenpv layout``: where everything of a PV domain will lie when it starts, without building it."""
+"""``xenpv layout``: where a PV domain's parts will lie when it starts.
+
+Nothing is built.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ class _Ramdisk(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 @click.option("-o", "output", type=click.Path(allow_dash=True), metavar="FILE", help="Draw the layout as SVG.")
 @JSON
 def layout(kernel: str, memory: int, ramdisk: int, vcpus: int, cmdline: str, output: str | None, as_json: bool) -> None:
-    """Show where everything of a PV domain lies when it starts: kernel, ramdisk, p2m, page tables, in pfns.
+    """Show where the parts of a PV domain lie when it starts, in pfns.
 
     KERNEL is a bzImage (vmlinuz) or an ELF file (vmlinux); "-" reads a pipe. The layout equals that of Xen's own
     builder (libxenguest), page for page. Nothing is built; this needs no hypervisor.
@@ -94,7 +97,10 @@ def layout(kernel: str, memory: int, ramdisk: int, vcpus: int, cmdline: str, out
 
 
 def describe(layout: Layout) -> dict[str, Any]:
-    """Return the description that --json prints. Frames are pfns; addresses and sizes are in bytes."""
+    """Return the description that --json prints.
+
+    Frames are pfns; addresses and sizes are in bytes.
+    """
     info = layout.start_info
     return {
         "guest_type": layout.guest_type,

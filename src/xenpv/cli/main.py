@@ -80,7 +80,7 @@ class VerbGroup(click.Group):
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="xenpv")
 def main() -> None:
-    """Build, inspect, verify, export, save, restore and live-migrate Xen PV domains of any memory size.
+    """Build, inspect, verify, save, restore and migrate Xen PV domains of any size.
 
     FILE is a save file of xl, libvirt or xenopsd, a bare libxl or libxc stream, or a core of `xl dump-core`; "-" reads
     a pipe. Commands on a FILE need no hypervisor. DOM is a running domain, by id, uuid or name, and needs root in dom0.

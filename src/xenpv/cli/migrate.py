@@ -138,7 +138,10 @@ def print_event(event: str, /, **details: Any) -> None:
 
 
 def _print_progress() -> ProgressCallback:
-    """Print progress events: the first of each phase and iteration, and then one of _EVENT_EVERY."""
+    """Print the first progress event of each phase and iteration, then a few.
+
+    After the first, one of ``_EVENT_EVERY`` is printed.
+    """
     counts: Counter[tuple[Phase, int]] = Counter()
 
     def print_progress(progress: Progress) -> None:

@@ -33,7 +33,10 @@ def describe_rollback(rollback: Rollback) -> str:
 
 
 def print_rollback(rollback: Rollback) -> None:
-    """Print how undoing went, on standard error. If it failed, the error that follows says so."""
+    """Print how undoing went, on standard error.
+
+    If it failed, the error that follows says so.
+    """
     if rollback.error is None:
         click.echo(f"xenpv: {describe_rollback(rollback)}", err=True)
 

@@ -44,7 +44,7 @@ def p2m(
     pause: bool,
     as_json: bool,
 ) -> None:
-    """Show a domain's p2m, running or saved: its form, its anchors, its entries, and a map of them.
+    """Show a domain's p2m: its form, its anchors, its entries and their map.
 
     DOM is an id, a uuid or a name. A running domain keeps running unless --pause is given; a warning tells if its p2m
     changed meanwhile. Machine frames in a save file are those of the host that saved it.
@@ -85,12 +85,15 @@ def p2m(
 
 
 def _leaf_runs(table: P2M) -> tuple[list[int], list[int], list[int]]:
-    """Return the runs of leaves: the first leaf, how many leaves, and the first frame of each run."""
+    """Return the runs of leaves: first leaf, number of leaves, first frame."""
     return table.leaves.first.tolist(), table.leaves.count.tolist(), table.leaves.frame.tolist()
 
 
 def describe(domain: Domain, table: P2M | None, content: Survey | None) -> dict[str, Any]:
-    """Return the description that --json prints: the anchors, and the content if there is a survey of it."""
+    """Return the description that --json prints.
+
+    It has the anchors, and the content if there is a survey of it.
+    """
     anchors = domain.anchors
     running = domain.live is not None
     out: dict[str, Any] = {"name": domain.name, "running": running, "form": anchors.form_names if anchors else None}
@@ -132,7 +135,10 @@ def _lookup(domain: Domain, table: P2M, pfns: tuple[int, ...]) -> list[dict[str,
 
 
 def _reverse_lookup(domain: Domain, table: P2M, mfns: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Describe the pfn of each mfn, by Xen's m2p if the domain runs, and that pfn's entry in the p2m."""
+    """Describe the pfn of each mfn, and that pfn's entry in the p2m.
+
+    The pfn is from Xen's m2p if the domain runs.
+    """
     array = np.array(mfns, np.uint64)
     pfns = table.pfns_of(array) if domain.live is None else domain.live.host.m2p(array)
     rows = zip(mfns, pfns.tolist(), table.lookup(pfns).tolist(), strict=True)
@@ -171,7 +177,10 @@ def _entry(mfn: int | None) -> str:
 
 
 def print_p2m(facts: dict[str, Any], content: Survey | None, *, answers_only: bool = False) -> None:
-    """Print what describe() returned, and the map of the content; ``answers_only`` leaves out the anchors."""
+    """Print what describe() returned, and the map of the content.
+
+    ``answers_only`` leaves out the anchors.
+    """
     form = facts["form"] or "form unknown: there is no shared info"
     click.echo(click.style(f"{facts['name']}: {'exposes no p2m' if form == 'none' else form}", bold=True))
     host = "" if facts["running"] else " of the old host"
@@ -215,7 +224,10 @@ def _print_anchors(facts: dict[str, Any], host: str) -> None:
 
 
 def _print_map(content: Survey, entries: int) -> None:
-    """Print a line for each _CELLS_PER_LINE cells: how much of each is populated. Lines without any are left out."""
+    """Print how much of each cell is populated, ``_CELLS_PER_LINE`` in a line.
+
+    Lines without any are left out.
+    """
     pfns = np.minimum(
         content.cell_pfns, entries - np.arange(len(content.local_pages)) * content.cell_pfns
     )  # the last may be shorter

@@ -35,7 +35,7 @@ def read(
     top: int | None,
     pause: bool,
 ) -> None:
-    """Print LENGTH bytes of a domain's memory at a virtual ADDRESS, as a hex dump or raw.
+    """Print LENGTH bytes of a domain's memory at a virtual ADDRESS.
 
     DOM is a running domain (id, uuid or name); FILE is a save file or a core. Numbers are decimal, hexadecimal (0x), or
     have a suffix K, M, G or T.

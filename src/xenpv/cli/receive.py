@@ -19,7 +19,7 @@ from xenpv.text import printable
 @IDLE_TIMEOUT
 @JSON_LINES
 def receive(address: str | None, anywhere: bool, idle_timeout: float, as_json: bool) -> None:
-    """Receive one domain that `xenpv migrate` sends: on standard input and output, as ssh runs it, or at an address.
+    """Receive one domain that `xenpv migrate` sends, over ssh or at an address.
 
     A domain that does not fit is refused before anything is sent: too little memory, or a domain of its name or uuid
     exists. It is built paused, as NAME--incoming, and checked while it arrives. It gets its own name and runs once the

@@ -29,7 +29,7 @@ from xenpv.verify.stream import verify_domain
 @PAUSE
 @JSON
 def report(target: str, output: str | None, content: int, keep: int, pause: bool, as_json: bool) -> None:
-    """Write an HTML report about a domain: identity, memory map, p2m, page tables, vcpus, and what is wrong.
+    """Write an HTML report about a domain: its memory, p2m, vcpus and faults.
 
     The report is one HTML file that loads nothing else. It contains registers and the configuration, so only its owner
     can read it. Findings of verify are linked with their places on the map. The report covers the readable part of a

@@ -38,7 +38,9 @@ def save(
     timeout: float,
     as_json: bool,
 ) -> None:
-    """Save a PV domain to FILE, as xl save does. The domain is then gone from this host.
+    """Save a PV domain to FILE, as xl save does.
+
+    The domain is then gone from this host.
 
     DOM is an id, a uuid or a name; "-" as FILE writes to a pipe. The guest suspends, is saved, and is destroyed only
     when FILE is complete; FILE appears only then. After a failure, or at Ctrl-C, the guest runs on and no FILE is left.

@@ -29,7 +29,7 @@ _VCPU_RECORDS = ("basic", "extended", "xsave", "msrs")
 @INDEX
 @JSON
 def show(file: str, verbose: bool, as_json: bool) -> None:
-    """Show what a save file or core contains: which domain, from which Xen, its memory, p2m and vcpus.
+    """Show what a save file or core contains: domain, Xen, memory, p2m, vcpus.
 
     Only the records are read, not the pages, so even a large file takes a moment. `xenpv verify` checks the file.
 
@@ -121,7 +121,10 @@ def _pv(saved: SavedDomain) -> dict[str, Any]:
 
 
 def _anchors(anchors: Anchors, frame_list_list: str) -> dict[str, Any]:
-    """Describe a p2m's anchors; the frame list list has another key in save files than in cores."""
+    """Describe a p2m's anchors.
+
+    The frame list list has another key in save files than in cores.
+    """
     return {
         "form": anchors.form_names,
         "max_pfn": anchors.max_pfn,
@@ -191,7 +194,10 @@ def _registers(domain: Domain, vcpu: int) -> dict[str, Any] | None:
 
 
 def _cr3(domain: Domain, vcpu: int, errors: list[str], *, user: bool) -> int | None:
-    """Return the pfn of a vcpu's top page table; None if it is not known. Add to ``errors`` why it is invalid."""
+    """Return the pfn of a vcpu's top page table; None if it is not known.
+
+    Add to ``errors`` why it is invalid.
+    """
     try:
         return domain.cr3(vcpu, user=user)
     except GuestError as e:
@@ -233,7 +239,10 @@ def describe_core(core: CoreDomain) -> dict[str, Any]:
 
 
 def print_description(saved: SavedDomain, facts: dict[str, Any], *, verbose: bool) -> None:
-    """Print what describe() returned, and with ``verbose`` the records and the configuration."""
+    """Print what describe() returned.
+
+    ``verbose`` adds the records and the configuration.
+    """
     config = facts["config"] or {}
     name = f' "{printable(config["name"])}"' if config.get("name") else ""
     bits = f", {facts['width'] * 8}-bit with {facts['levels']} levels of page tables" if facts.get("width") else ""
@@ -321,7 +330,10 @@ def print_core(facts: dict[str, Any]) -> None:
 
 
 def print_vcpus(vcpus: list[dict[str, Any]]) -> None:
-    """Print a table of vcpus. Those of an HVM domain have a paging mode, those of a PV stream have records."""
+    """Print a table of vcpus.
+
+    Those of an HVM domain have a paging mode, those of a PV stream have records.
+    """
     hvm, stream = any("paging" in vcpu for vcpu in vcpus), any("records" in vcpu for vcpu in vcpus)
     rows = []
     for vcpu in vcpus:

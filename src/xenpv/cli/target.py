@@ -1,4 +1,7 @@
-"""The domain that a verb works on: DOM, a running domain, or FILE, a save file or a core. The options for both."""
+"""The domain that a verb works on, and its options.
+
+DOM is a running domain, FILE a save file or a core.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,9 @@ INDEX = click.option(
 def open_target(
     target: str, *, pause: bool = False, allow_hvm: bool = False, on_breach: BreachHandler | None = None
 ) -> Iterator[Domain]:
-    """Open a file, if there is one of this name (or for "-"), otherwise a running domain by id, uuid or name.
+    """Open a file of this name or "-"; otherwise a running domain.
+
+    A running domain goes by its id, uuid or name.
 
     Args:
         target: Path, "-", or a domain's id, uuid or name.
@@ -65,7 +70,10 @@ def open_target(
 
 
 def is_running(target: str) -> bool:
-    """Whether a target names a running domain: it is neither "-" nor the path of a file."""
+    """Return whether a target is neither "-" nor the path of a file.
+
+    Then it names a running domain.
+    """
     return target != "-" and not os.path.exists(target)
 
 
@@ -76,7 +84,10 @@ def open_file(path: str) -> FileDomain:
 
 
 def _keep_index() -> bool | None:
-    """Return what --index or --no-index says; None without either, or without a command."""
+    """Return the choice of --index or --no-index; None without either.
+
+    It is also None outside a command.
+    """
     context = click.get_current_context(silent=True)
     return None if context is None else context.meta.get(__name__)
 
@@ -95,5 +106,8 @@ def top_table(domain: Domain, vcpu: int, user: bool, top: int | None) -> Pfn:
 
 
 def walk_attempts(domain: Domain) -> int:
-    """Return how often to try a walk: a running domain may free a process's page tables meanwhile."""
+    """Return how often to try a walk.
+
+    A running domain may free a process's page tables meanwhile.
+    """
     return 4 if domain.live is not None else 1

@@ -1,4 +1,4 @@
-"""What the verbs share at the terminal: types of options, JSON, tables, findings and the progress bar."""
+"""Types of options, JSON, tables, findings and the progress bar of all verbs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 class Number(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.2 only
-    """A number: decimal or hexadecimal (0x…), or decimal with K, M, G or T for powers of 1024."""
+    """A number: decimal, hexadecimal (0x…), or decimal with K, M, G or T.
+
+    The letters mean powers of 1024.
+    """
 
     name = "number"
 
@@ -51,7 +54,9 @@ QUIET = click.option("-q", "--quiet", is_flag=True, help="Print nothing; the exi
 
 
 def keep_option(default: int = 20, *names: str, each: str = "findings of each rule") -> Callable[[_F], _F]:
-    """Return an option for how many results to show, while all are counted; its value is the parameter ``keep``.
+    """Return an option for how many results to show; all are counted.
+
+    Its value is the parameter ``keep``.
 
     Args:
         default: How many to show by default.
@@ -76,7 +81,9 @@ def print_json_line(value: Any, *, err: bool = False) -> None:
 
 @contextmanager
 def progress_bar(description: str = "") -> Iterator[ProgressCallback | None]:
-    """Draw the progress of the body on stderr, a bar for each step; None if stderr is no terminal.
+    """Draw the progress of the body on stderr, a bar for each step.
+
+    Yields None if stderr is no terminal.
 
     Args:
         description: The name of an operation's only step.
@@ -136,7 +143,10 @@ def print_field(label: str, text: str) -> None:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table. Columns whose name ends in "#" hold numbers and are aligned to the right."""
+    """Print a table.
+
+    Columns whose name ends in "#" hold numbers and are aligned to the right.
+    """
     from rich.box import SIMPLE  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415

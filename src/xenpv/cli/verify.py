@@ -80,7 +80,10 @@ def _offset(finding: Finding) -> int:
 
 
 def summary(report: Report) -> str:
-    """Return the verdict with its numbers: "web.save: would not restore as it was saved (1 error, 0 warnings)"."""
+    """Return the verdict with its numbers.
+
+    For example "web.save: would not restore as it was saved (1 error, 0 warnings)".
+    """
     name = "standard input" if report.name == "-" else report.name
     counts = f"{counted(report.findings.errors, 'error')}, {counted(report.findings.warnings, 'warning')}"
     if not report.ok:

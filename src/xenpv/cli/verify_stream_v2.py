@@ -1,4 +1,6 @@
-"""``verify-stream-v2``: a drop-in for the program of this name in Xen's tools, which xenopsd and others run.
+"""``verify-stream-v2``: a drop-in for Xen's program of this name.
+
+xenopsd and others run it.
 
 Options and exit status are the original's (xen.git:tools/python/scripts/verify-stream-v2): 0 for a good stream, 1 for
 a bad one, 2 for a bug. Like the original it reads no byte after the stream, so that a caller can go on with the same
@@ -37,7 +39,7 @@ _WARNINGS_AS_ERRORS = {rules.RESERVED, rules.PADDING}
 
 
 def verify(fd: int, kind: Kind, print_line: Callable[[str], None]) -> list[str]:
-    """Read one stream of that kind from fd, up to its last byte; return the errors in it, a line each."""
+    """Read one stream from ``fd`` to its last byte; return its errors, a line each."""
     findings = Findings()
     reader = Reader(on_breach=findings.add_breach, kind=kind)
     page_data = 0

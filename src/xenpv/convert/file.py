@@ -93,7 +93,9 @@ class _ConversionFailed(Exception):
 
 
 class _ConvertedStream:
-    """The output of a conversion, as a StreamSource for verify. It is written while verify reads it.
+    """The output of a conversion, as a StreamSource for verify.
+
+    It is written while verify reads it.
 
     ``unwritten``: the last buffers; they are written when the next ones come.
     """

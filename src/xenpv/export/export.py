@@ -1,4 +1,7 @@
-"""export(): write a domain's memory in a format that other tools read. export/formats/ says what goes where."""
+"""export(): write a domain's memory in a format that other tools read.
+
+export/formats/ says what goes where.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Writing a kdump-compressed file: several threads compress pages, the descriptors are filled in as they finish."""
+"""Writes a kdump-compressed file.
+
+Several threads compress pages; descriptors are filled in as they finish.
+"""
 
 from __future__ import annotations
 

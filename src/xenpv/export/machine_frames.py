@@ -1,4 +1,4 @@
-"""MachineFrames: page tables and registers with mfns, as `xl dump-core` shows them."""
+"""MachineFrames: page tables and registers with mfns, as in `xl dump-core`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ _LINEAR_PT_FLAGS = np.uint64(PTE_P | PTE_RW | PTE_A | PTE_D | PTE_NX)  # __PAGE_
 
 
 class MachineFrames:
-    """A PV domain with mfns in the place of pfns, by its own p2m: as the host has it, or the host that saved it had.
+    """A PV domain with mfns in the place of pfns, by its own p2m.
+
+    The mfns are those of its host, or of the host that saved it.
 
     Attributes:
         pages_without_mfn: Pages for which ``mfns_of`` found no mfn.

@@ -1,4 +1,4 @@
-"""Draws a plan as SVG: pseudo-physical memory beside the addresses that it is mapped to.
+"""Draws a plan as SVG: pseudo-physical memory beside its virtual addresses.
 
 Heights are logarithmic, so one page is visible beside a terabyte. The picture has colours for light and dark
 backgrounds, and needs no other file.

@@ -1,4 +1,6 @@
-"""Reads the headers of an ELF file as a kernel loader does: file header, program headers and section headers.
+"""Reads the headers of an ELF file as a kernel loader does.
+
+These are the file header, program headers and section headers.
 
 Offsets, addresses and sizes are in bytes. Nothing in the file is trusted: a header or a segment beyond the file's end
 is an ImageError. As in Xen, both header tables must be in the file, even if nothing needs them.

@@ -1,4 +1,6 @@
-"""KernelImage: what a domain builder needs of a kernel: what to load where, and what its notes demand.
+"""KernelImage: what a domain builder needs to know of a kernel.
+
+It says what to load where, and what the kernel's notes demand.
 
 >>> image = KernelImage.parse(Path("vmlinuz").read_bytes())
 >>> hex(image.virt_base), image.parameters.mod_start_pfn

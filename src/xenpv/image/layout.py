@@ -1,4 +1,6 @@
-"""Plans the start of day: the place of everything in a PV domain before its first instruction, in pfns.
+"""Plans the start of day of a PV domain, in pfns.
+
+A plan has the place of everything before the domain's first instruction.
 
 >>> layout = plan(KernelImage.parse(kernel), Request(memory=640 << 30))
 >>> layout.start_info.mfn_list, layout.start_info.first_p2m_pfn

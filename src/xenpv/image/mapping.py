@@ -1,4 +1,6 @@
-"""Computes the size of the initial mapping and of its page tables, and of the tables of a p2m list outside it.
+"""Computes the sizes of the initial mapping and of its page tables.
+
+Also of the tables of a p2m list outside it.
 
 The initial mapping begins at virt_base with pfn 0. It holds the kernel, the initrd unless it may be unmapped, the p2m
 list unless INIT_P2M puts it elsewhere, start info, xenstore and console pages, the mapping's own page tables, a stack

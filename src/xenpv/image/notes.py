@@ -1,4 +1,4 @@
-"""Reads the Xen ELF notes of a kernel, and their legacy form, the __xen_guest string.
+"""Reads a kernel's Xen ELF notes, or the older __xen_guest string.
 
 Source: xen.git:xen/include/public/elfnote.h for numbers, names and meanings,
 xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_parse() for places and formats

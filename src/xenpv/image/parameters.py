@@ -1,4 +1,6 @@
-"""Parameters: what a kernel's notes demand of its domain's builder, combined as Xen combines them.
+"""Parameters: what a kernel's notes demand of its domain's builder.
+
+They are combined as Xen combines them.
 
 Source: xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_parse_note(), elf_xen_parse_guest_info(),
 elf_xen_parse_features(); xen.git:xen/include/public/features.h

@@ -1,4 +1,6 @@
-"""Makes the bytes of the start of day: a plan's page tables, start info, shared info and vcpu 0.
+"""Makes the bytes of the start of day of a plan.
+
+These are page tables, start info, shared info and vcpu 0.
 
 Tables hold pfns; memory.page_tables.localise() puts mfns in their place. All entries are as libxc makes them.
 

@@ -1,4 +1,6 @@
-"""Lays out the symbol table that a BSD kernel expects after itself (note BSD_SYMTAB "yes"), as libelf does.
+"""Lays out the symbol table that a BSD kernel expects after itself.
+
+The note BSD_SYMTAB asks for it. The layout is libelf's.
 
 After the kernel come a 32-bit size and a small ELF file: header, three section headers, symbols and strings.
 

@@ -1,4 +1,4 @@
-"""Sends and receives the messages of a hand-over over a link, and the stream between them."""
+"""Sends and receives a hand-over's messages, and the stream between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The hand-over protocol of a migration: its messages, and what each side does when the connection drops. No I/O.
+"""The hand-over of a migration: messages, and what each side does on disconnect.
+
+No I/O.
 
 The rule behind it: at every moment at most one side may run the domain. Exactly one may, but for the sender's stage
 ``COMMITTED``, in which it cannot know whether its COMMIT arrived.
@@ -69,7 +71,10 @@ class OnDisconnect(Enum):
 
 @dataclass(frozen=True)
 class StateRule:
-    """What a side may send and receive in a stage, the stage after that, and what it does on disconnect."""
+    """What a side may send and receive in a stage, and what it does on disconnect.
+
+    Each message leads to another stage.
+    """
 
     on_disconnect: OnDisconnect
     sends: Mapping[Message, Stage] = field(default_factory=dict)
@@ -124,7 +129,10 @@ RECEIVER: Mapping[Stage, StateRule] = {
 
 
 class HandOver:
-    """One side of one hand-over: it encodes and decodes messages, and refuses those that may not come now."""
+    """One side of one hand-over.
+
+    It encodes and decodes messages, and refuses those that may not come now.
+    """
 
     def __init__(self, rules: Mapping[Stage, StateRule]) -> None:
         self._rules = rules
@@ -137,7 +145,10 @@ class HandOver:
         return self._rules[self.stage].on_disconnect
 
     def send(self, message: Message, **body: Any) -> bytes:
-        """Return the bytes of a message, which counts as sent: if no byte of it left this side, call ``undo_send``."""
+        """Return the bytes of a message, which then counts as sent.
+
+        If no byte of it left this side, call ``undo_send``.
+        """
         data = encode(message, body)
         self.stage = self._rules[self.stage].sends[message]
         return data

@@ -35,7 +35,9 @@ class ReceivedDomain:
 def receive_domain(
     host: Mover, link: Link, *, on_event: EventCallback = ignore_event, progress: ProgressCallback | None = None
 ) -> ReceivedDomain | None:
-    """Receive the domain that the sender offers, or answer its query for the outcome of an earlier migration.
+    """Receive the domain that the sender offers, or answer its query.
+
+    A query asks for the outcome of an earlier migration.
 
     Returns:
         The domain; None after a query.
@@ -76,7 +78,10 @@ def receive_domain(
 
 
 def refuse(host: Mover, offer: Offer) -> None:
-    """Raise RequestError if a domain cannot come to this host, before anything of it is sent."""
+    """Raise RequestError if a domain cannot come to this host.
+
+    Nothing of it has been sent yet.
+    """
     if offer.protocol not in VERSIONS:
         raise RequestError(f"this side does not speak protocol {offer.protocol}")
     if offer.forms and not _FORMS & set(offer.forms):

@@ -192,7 +192,9 @@ def _handle_failure(
 
 
 def settle(host: Mover, domid: DomId, link: Link, on_event: EventCallback = ignore_event) -> Settlement:
-    """Ask the receiver what became of a committed domain, and destroy or resume the copy here accordingly.
+    """Ask the receiver what became of a committed domain, and act on the answer.
+
+    The copy here is destroyed or resumed accordingly.
 
     Raises:
         RequestError: The domain is not suspended.
@@ -220,7 +222,9 @@ def settle(host: Mover, domid: DomId, link: Link, on_event: EventCallback = igno
 
 
 def take_back(host: Mover, domid: DomId) -> Settlement:
-    """Resume a committed domain here, whatever became of it elsewhere: the caller knows that it does not run there.
+    """Resume a committed domain here, whatever became of it elsewhere.
+
+    The caller knows that it does not run there.
 
     Raises:
         RequestError: The domain is not suspended.

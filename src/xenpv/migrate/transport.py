@@ -61,7 +61,10 @@ class Link:
 
     @classmethod
     def of_socket(cls, sock: socket.socket, name: str, *, idle_timeout: float = IDLE_TIMEOUT) -> Self:
-        """Return the link over a connected socket, whose descriptor belongs to the link from now on."""
+        """Return the link over a connected socket.
+
+        The socket's descriptor belongs to the link from now on.
+        """
         if sock.family in {socket.AF_INET, socket.AF_INET6}:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # messages are small, and each is waited for
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -104,7 +107,10 @@ class Link:
         return self._out.written
 
     def is_readable(self, timeout: float = 0.0) -> bool:
-        """Return whether the peer has sent something or closed, waiting for it for ``timeout`` seconds."""
+        """Return whether the peer has sent something or closed.
+
+        Waits for that for ``timeout`` seconds.
+        """
         return bool(_poll(self.read_fd, select.POLLIN, timeout))
 
     def read(self, count: int) -> bytes:
@@ -128,11 +134,14 @@ class Link:
         return data
 
     def input(self) -> Input:
-        """Return what the peer sends next as a stream, which is read exactly up to its end."""
+        """Return the peer's next bytes as a stream, which is read up to its end."""
         return _TimedInput(os.dup(self.read_fd), self.name, self.idle_timeout)
 
     def drain(self) -> None:
-        """Read and drop what the peer still sends, for a while: closing at once would cut off the last message."""
+        """Read and drop what the peer still sends, for a while.
+
+        Closing at once would cut off the last message.
+        """
         deadline = time.monotonic() + _DRAIN_TIMEOUT
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._write_fd)) as sock:
             sock.shutdown(socket.SHUT_WR)  # a pipe is no socket, and needs no shutdown
@@ -239,7 +248,9 @@ def _by_ssh(host: str, ssh: Sequence[str], receiver: Sequence[str], idle_timeout
 
 @contextmanager
 def listening(address: str, *, anywhere: bool = False) -> Iterator[socket.socket]:
-    """Listen at ``unix:PATH``, which only its owner may connect to, or at ``tcp:ADDRESS:PORT``.
+    """Listen at ``unix:PATH`` or ``tcp:ADDRESS:PORT``.
+
+    Only the owner of PATH may connect to it.
 
     Args:
         address: Where to listen.

@@ -1,4 +1,4 @@
-"""drgn on a domain that runs, was saved or was dumped, without writing a core first.
+"""drgn on a running, saved or dumped domain, without writing a core first.
 
     python -m xenpv.plugins.drgn -s vmlinux web.save
 
@@ -52,7 +52,9 @@ _PT_REGS = (
 
 
 def program(domain: Domain, *, live: bool = False) -> drgn.Program:
-    """Return a drgn Program with the domain's memory, without debugging information yet.
+    """Return a drgn Program with the domain's memory.
+
+    It has no debugging information yet.
 
     Memory is read on demand, so the domain must stay open while the Program is used. Reading an absent page raises
     drgn.FaultError.
@@ -87,7 +89,9 @@ def _reader(read: Callable[[int, int], bytes]) -> Callable[[int, int, int, bool]
 
 
 def stack_of(prog: drgn.Program, domain: Domain, vcpu: int) -> drgn.StackTrace:
-    """Return a vcpu's stack trace, from its registers on, which drgn's own threads do not have.
+    """Return a vcpu's stack trace, from its registers on.
+
+    drgn's own threads do not have one.
 
     Raises:
         RequestError: The registers are not known, or the guest is not 64-bit.
@@ -119,7 +123,7 @@ def main(
     partial: bool,
     pause: bool,
 ) -> None:
-    """Open a domain in drgn: a running one (DOM), or one in a save file or core (FILE).
+    """Open a domain in drgn: a running one (DOM), a save file or core (FILE).
 
     \b
     python -m xenpv.plugins.drgn -s vmlinux web.save

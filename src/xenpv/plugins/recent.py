@@ -1,4 +1,7 @@
-"""RecentPages: a cache for debuggers, which read a few bytes at a time, and the same pages again and again."""
+"""RecentPages: a cache of pages for debuggers.
+
+They read a few bytes at a time, and the same pages again and again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Makes a runnable domain of loaded pages once a stream is complete: page tables, p2m, shared info, vcpus, grants.
+"""Makes a runnable domain of loaded pages once a stream is complete.
+
+It sets page tables, p2m, shared info, vcpus and grants.
 
 Source: xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c x86_pv_stream_complete(), handle_shared_info(). Differences:
 

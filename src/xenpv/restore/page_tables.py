@@ -1,4 +1,4 @@
-"""Localises the page tables of a domain during restore: puts mfns in the place of pfns.
+"""Localises page tables during a restore: puts mfns in the place of pfns.
 
 A table is localised as soon as all pages that it names have been received. During a migration the sender's guest still
 runs then, so this costs no downtime. A table that names a missing pfn waits for it, at most until the stream ends.

@@ -44,7 +44,7 @@ class Preflight:
 
 @dataclass(frozen=True)
 class SavedFile:
-    """A finished save: what was written, seconds of downtime, and what the domain does now."""
+    """A finished save: bytes and pages, downtime in seconds, the domain's state."""
 
     summary: Summary
     downtime: float
@@ -73,7 +73,10 @@ def preflight(host: Mover, domid: DomId, *, libxc_compatible: bool = True) -> Pr
 
 
 def configuration(host: Mover, domid: DomId) -> bytes:
-    """Return the domain's configuration as libxl's JSON: xl's own, otherwise one made from what Xen knows."""
+    """Return the domain's configuration as libxl's JSON.
+
+    It is xl's own, otherwise one made from what Xen knows.
+    """
     info = host.info(domid)
     stored = host.configuration(domid)
     if stored is not None:

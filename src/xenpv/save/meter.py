@@ -76,7 +76,10 @@ class TransferMeter:
 
     @property
     def unlimited_rate(self) -> float:
-        """Bytes per second in this iteration without the waits for the bandwidth limit, as in the stop-and-copy."""
+        """Bytes per second in this iteration, without waits for the bandwidth limit.
+
+        The stop-and-copy sends at this rate.
+        """
         return self._iteration_bytes / max(time.monotonic() - self._iteration_start - self._slept, 1e-6)
 
     def _downtime(self, pages: int) -> float | None:

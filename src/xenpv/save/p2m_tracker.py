@@ -1,4 +1,7 @@
-"""The p2m of a domain that is saved: inspected before the first byte, sent, and followed while the guest changes it."""
+"""The p2m of a domain during a save.
+
+It is inspected before the first byte, sent, and followed while the guest changes it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ class _UnstableP2M(GuestError):
 
 
 class P2MCounts(NamedTuple):
-    """Entries of a p2m: those that name a frame of the domain, and those marked foreign or identity."""
+    """Counts of a p2m's entries: local frames, and those marked foreign or identity."""
 
     populated: int
     foreign: int
@@ -111,7 +114,7 @@ class P2MTracker:
         self.live, self.p2m, self._leaf_pfns = live, p2m, leaf_pfns
 
     def is_stale(self) -> bool:
-        """Return whether the anchors or the tables differ from those of the last inspection."""
+        """Return whether anchors or tables differ from those of the last inspection."""
         return self.live.p2m_change() is not None
 
     def _inspect_once_stable(self) -> tuple[LiveDomain, P2M, U64]:
@@ -225,7 +228,9 @@ class P2MTracker:
         return leaves.pfns[new], leaves.mfns[new]
 
     def changes(self, dirty: U64) -> P2MChanges:
-        """Read the leaves that may have changed: those that moved, and those whose page is among ``dirty`` pfns.
+        """Read the leaves that may have changed.
+
+        They moved, or their page is among the ``dirty`` pfns.
 
         Each change is returned once.
         """
@@ -255,7 +260,10 @@ class P2MTracker:
         return np.full((leaves, per_leaf), self._no_mfn, self._remembered.dtype)
 
     def _reorder(self, before: I64, now: I64) -> None:
-        """Move rows from leaves at places ``before`` to leaves at places ``now``: 1 GiB per TiB of the domain."""
+        """Move rows from leaves at places ``before`` to leaves at places ``now``.
+
+        That needs 1 GiB per TiB of the domain.
+        """
         per_leaf = self._remembered.shape[1]
         table = self._no_entries(len(now), per_leaf)
         row = np.minimum(np.searchsorted(now, before), len(now) - 1)
@@ -283,7 +291,9 @@ class P2MTracker:
     # --- leaves ------------------------------------------------------------------------------------------------------
 
     def next_record(self) -> X86PVP2MFrames | P2MLeaves | None:
-        """Return a record of the leaves' pfns from the first to the last that the receiver lacks; None if it has all.
+        """Return a record of the leaves' pfns that the receiver lacks, or None.
+
+        It goes from the first to the last of them.
 
         The receiver counts as having them then. The record may come any number of times; the last one that names a
         place counts. Without ``libxc_compatible`` it is the record that names leaves by runs, always of all leaves,
@@ -348,7 +358,7 @@ def _leaf_pfns(live: LiveDomain, p2m: P2M) -> U64:
 
 
 def _encode_runs(leaves: FrameRuns) -> U64:
-    """Return the body of a XENPV_P2M_LEAVES record: uint64 (n, 3) of place, count, pfn."""
+    """Return the body of XENPV_P2M_LEAVES: uint64 (n, 3) of place, count, pfn."""
     begins, _ = group_rows(leaves.frame[1:] != leaves.frame[:-1], len(leaves))  # a walk ends runs with its tables
     count = np.add.reduceat(leaves.count, begins).astype(np.uint64)
     return np.column_stack([leaves.first[begins].astype(np.uint64), count, leaves.frame[begins]])

@@ -1,4 +1,7 @@
-"""Sends pages as PAGE_DATA records: types looked up, page tables normalised, other content as it is mapped."""
+"""Sends pages as PAGE_DATA records.
+
+Types are looked up and page tables normalised; other content is sent as it is mapped.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,9 @@ class SentPages:
 
 
 class PageSender:
-    """Sends pages in one pass: records of at most PAGES_PER_BATCH pages with content, or ENTRIES_MAX entries.
+    """Sends pages once, in records of limited size.
+
+    A record has at most PAGES_PER_BATCH pages with content, and ENTRIES_MAX entries.
 
     Args:
         p2m: The p2m that the pages are found by.
@@ -177,7 +182,10 @@ class PageSender:
     # --- page tables -------------------------------------------------------------------------------------------------
 
     def _normalised_tables(self, pfns: U64, mfns: U64, types: U8) -> tuple[U8, Mask]:
-        """Return page tables with pfns for mfns, and whether each could be normalised: all if the guest is stopped."""
+        """Return page tables with pfns for mfns, and whether each could be normalised.
+
+        All can if the guest is stopped.
+        """
         live = self._live
         mapping, normalised = self._map(pfns, mfns)
         pages, width = mapping.copy(), live.info.width
@@ -232,14 +240,17 @@ def _encode_entries(types: U8, pfns: U64) -> bytes:
 
 
 def _ends(has_data: Mask, pages: int) -> list[int]:
-    """Return where parts end that have ``pages`` pages with content, or ENTRIES_MAX entries; the rest fills none."""
+    """Return the ends of parts of ``pages`` pages with content each.
+
+    A part also ends at ENTRIES_MAX entries. The rest fills none.
+    """
     full = np.flatnonzero(has_data)[pages - 1 :: pages] + 1
     ends: list[int] = np.union1d(full, np.arange(ENTRIES_MAX, len(has_data) + 1, ENTRIES_MAX)).tolist()
     return ends
 
 
 def _interleave(is_table: Mask, tables: U8, content: U8) -> list[Buffer]:
-    """Return pages of two arrays in the order that ``is_table`` says, in as few buffers as possible."""
+    """Return pages of two arrays in the order of ``is_table``, in few buffers."""
     buffers: list[Buffer] = []
     used = {True: 0, False: 0}
     for run in np.split(is_table, np.flatnonzero(np.diff(is_table)) + 1):

@@ -79,7 +79,9 @@ class PrecopyPolicy:
 
 
 class LiveCopy:
-    """Copies the memory of a running domain: ``precopy``, then, once the domain has suspended, ``stop_and_copy``.
+    """Copies the memory of a running domain: ``precopy``, then ``stop_and_copy``.
+
+    The domain suspends between the two.
 
     Log-dirty mode must be on throughout.
     """
@@ -95,7 +97,10 @@ class LiveCopy:
         self._dirty = np.empty(0, np.uint64)  # pfns to send again
 
     def precopy(self) -> None:
-        """Send all memory, then again and again what the guest wrote meanwhile, as long as the policy continues."""
+        """Send all memory, then what the guest wrote meanwhile, again and again.
+
+        It ends when the policy does not continue.
+        """
         self._send_all()
         for iteration in range(1, self._policy.max_iterations + 1):
             self._dirty = np.union1d(self._dirty, self._read_dirty_bitmap())
@@ -172,7 +177,7 @@ class LiveCopy:
         return np.union1d(pfns, self._sent.all_page_tables()) if changes.page_tables_stale else pfns
 
     def _read_dirty_bitmap(self) -> U64:
-        """Return the pfns that the guest wrote since the last call, and clean Xen's bitmap."""
+        """Return the pfns written since the last call, and clean Xen's bitmap."""
         pages = -(-self._p2m.live.anchors.max_pfn // _BITMAP_PAGE) * _BITMAP_PAGE
         return self._host.dirty_pfns(self._domid, pages, clean=True)
 

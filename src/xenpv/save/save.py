@@ -81,7 +81,9 @@ def save(
     libxc_compatible: bool = True,
     verify: bool = False,
 ) -> Summary:
-    """Write a domain to a sink: one that is suspended or paused, or one that ``suspend`` suspends.
+    """Write a domain to a sink.
+
+    It is suspended or paused, or ``suspend`` suspends it.
 
     The domain does not run again afterwards: the caller, who knows what became of the copy, resumes or destroys it.
     Log-dirty mode is off afterwards, whatever happens.

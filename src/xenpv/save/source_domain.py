@@ -1,4 +1,4 @@
-"""A domain that is about to leave this host, and how to undo what was done to it for that."""
+"""A domain that is about to leave this host, and how to undo the preparations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ class Rollback:
 
 
 class RollbackError(HostError):
-    """A save or migration failed, and so did undoing it: the domain may stay suspended.
+    """A save or migration failed, and so did undoing it.
+
+    The domain may stay suspended.
 
     Attributes:
         rollback: The result of undoing it.
@@ -150,7 +152,10 @@ class DepartingDomain:
             raise RollbackError(failure, rollback, domid=self.domid) from failure
 
     def _state_despite(self, error: XenPVError) -> SourceState | None:
-        """Return what the domain does although undoing failed; None if it is suspended by us, or unknown."""
+        """Return the domain's state although undoing failed.
+
+        None if it is suspended by us, or unknown.
+        """
         try:
             state = self._state()
         except HostError as e:

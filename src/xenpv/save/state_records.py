@@ -1,4 +1,4 @@
-"""The records of a saved domain other than memory: vcpus, shared info, TSC and CPU policy.
+"""Records other than memory: vcpus, shared info, TSC and CPU policy.
 
 They come in the order of xen.git:tools/libs/guest/xg_sr_save_x86_pv.c. Empty ones are left out, as there.
 """
@@ -127,7 +127,10 @@ def _start_info(live: LiveDomain, mfn: int) -> int:
 
 
 def _unsuspended_hint(live: LiveDomain) -> str:
-    """Return the end of an error message: why a stopped domain may be unfit to be saved; empty if nothing says so."""
+    """Return the end of an error message: why a domain may be unfit to be saved.
+
+    Empty if nothing says so.
+    """
     info = live.info
     return ": it is stopped, but its kernel has not suspended" if info.is_stopped and not has_suspended(info) else ""
 

@@ -1,4 +1,7 @@
-"""Writes the records of a save to its sink, page content in the background where that is safe."""
+"""Writes the records of a save to its sink.
+
+Page content is written in the background where that is safe.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,9 @@ class StreamOutput:
         self._write(self._writer.send(record))
 
     def send_pages(self, entries: bytes, contents: list[Buffer], pages: int) -> None:
-        """Write a PAGE_DATA record; ``contents`` must stay as they are until the next call, or ``wait``.
+        """Write a PAGE_DATA record.
+
+        ``contents`` must stay as they are until the next call, or ``wait``.
 
         Args:
             entries: Types and pfns as the record has them.

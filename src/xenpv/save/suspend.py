@@ -110,7 +110,9 @@ def _explain_timeout(host: Mover, info: DomainInfo) -> str:
 
 
 def resume(host: Mover, domid: DomId) -> None:
-    """Resume a suspended guest as one whose suspend was cancelled: its hypercall on vcpu 0 returns 1.
+    """Resume a suspended guest as one whose suspend was cancelled.
+
+    Its hypercall on vcpu 0 returns 1.
 
     Raises:
         RequestError: It has not suspended.

@@ -1,4 +1,6 @@
-"""``xenpv-save-helper``: a drop-in for libxl-save-helper, which moves the memory in xl save, restore and migrate.
+"""``xenpv-save-helper``: a drop-in for libxl-save-helper.
+
+It moves the memory in xl save, restore and migrate.
 
     LIBXL_SAVE_HELPER=/path/to/xenpv-save-helper xl save|restore|migrate …
 
@@ -145,7 +147,10 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
 
 
 def parse_precopy(text: str) -> PrecopyPolicy | None:
-    """Return the policy in a text such as "max-downtime=0.3,bandwidth=50000000"; None for "no". RequestError."""
+    """Return the policy that XENPV_PRECOPY describes; None for "no".
+
+    For example "max-downtime=0.3,bandwidth=50000000". Raises RequestError for other texts.
+    """
     from dataclasses import fields  # noqa: PLC0415
 
     from xenpv.save.precopy import PrecopyPolicy  # noqa: PLC0415
@@ -170,7 +175,10 @@ def parse_precopy(text: str) -> PrecopyPolicy | None:
 
 
 def _progress_to(libxl: Libxl, *, live: bool) -> ProgressCallback:
-    """Report progress to libxl: pages, and a LOG line per iteration of a live save, as xl migrate hides the pages."""
+    """Return a callback that reports progress to libxl.
+
+    It sends pages, and a LOG line per iteration of a live save, as xl migrate hides the pages.
+    """
     from xenpv.io.progress import Phase  # noqa: PLC0415
 
     when = {
@@ -297,7 +305,9 @@ def _check_version(host: Mover) -> None:
 
 
 def _stop_by_signals(fd: int) -> None:
-    """Let a stop signal make the next write to the stream fail, as in libxl-save-helper.
+    """Make the next write to the stream fail after a stop signal.
+
+    libxl-save-helper does the same.
 
     The save then ends as after any failed write. An exception could come at any moment, also within a message.
     """
@@ -336,7 +346,10 @@ def open_host() -> Mover:
 
 
 def main(argv: list[str], open_host: Callable[[], Mover] = open_host) -> int:
-    """Run the program with libxl's arguments, without the program's name, and return the exit status."""
+    """Run the program with libxl's arguments, and return the exit status.
+
+    The arguments do not include the program's name.
+    """
     if argv[:1] not in (["--save-domain"], ["--restore-domain"]):
         print("xenpv-save-helper is run by libxl: LIBXL_SAVE_HELPER=/path/to/xenpv-save-helper xl save|restore|migrate",
               file=sys.stderr)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The protocol between libxl and its save helper, without I/O: arguments and messages.
+"""The protocol between libxl and its save helper: arguments, messages. No I/O.
 
 libxl runs a program for each save, restore and migration. The program writes messages, and libxl answers some of them
 with one int. Everything is in the byte order and the sizes of x86-64. There is no version: message numbers changed
@@ -45,7 +45,10 @@ class Message(IntEnum):
 
 
 class Level(IntEnum):
-    """The level of a LOG (xen.git:tools/include/xentoollog.h). xl prints PROGRESS and above, with -v more."""
+    """The level of a LOG (xen.git:tools/include/xentoollog.h).
+
+    xl prints PROGRESS and above, with -v more.
+    """
 
     DEBUG = 1
     VERBOSE = 2
@@ -95,7 +98,9 @@ class Save(NamedTuple):
 
 
 class Restore(NamedTuple):
-    """``--restore-domain``: read from descriptor ``fd`` into ``domid``, which exists and has no memory.
+    """``--restore-domain``: read from descriptor ``fd`` into ``domid``.
+
+    The domain exists and has no memory.
 
     The ports are its event channels; the other domids are those at their other ends.
     """
@@ -181,12 +186,18 @@ def encode(kind: Message, *values: int | str) -> bytes:
 
 
 def encode_log(level: Level, text: str, *, errno: int | None = None) -> bytes:
-    """Return a LOG, which xl prints as "xenpv: error: TEXT"; with an errno, followed by what that means."""
+    """Return a LOG, which xl prints as "xenpv: error: TEXT".
+
+    With an errno, its meaning follows.
+    """
     return encode(Message.LOG, level, NO_ERRNO if errno is None else errno, "xenpv", text)
 
 
 def encode_complete(errno: int | None = None) -> bytes:
-    """Return a COMPLETE: success or, with an errno, failure. libxl answers, and waits for the program to end."""
+    """Return a COMPLETE: success or, with an errno, failure.
+
+    libxl answers, and waits for the program to end.
+    """
     return encode(Message.COMPLETE, 0 if errno is None else -1, min(errno or 0, _INT_MAX))
 
 

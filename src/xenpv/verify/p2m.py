@@ -1,4 +1,6 @@
-"""Checks a saved PV domain's p2m: its leaves, its end, the guest's own anchors, and the pages that it maps.
+"""Checks a saved PV domain's p2m.
+
+It checks its leaves, its end, the guest's own anchors, and the pages that it maps.
 
 A *place* is the index of a leaf in the p2m: place n has the entries from pfn ``n * per_leaf`` on.
 """

@@ -1,4 +1,6 @@
-"""The rules for a saved PV domain: what libxenguest and Xen demand at restore, and what no other tool checks.
+"""The rules for a saved PV domain.
+
+They are what libxenguest and Xen demand at restore, and what no other tool checks.
 
 Functions without a path are in xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c, xen.git:xen/arch/x86/domain.c or
 xen.git:xen/arch/x86/mm.c.

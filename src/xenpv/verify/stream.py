@@ -1,4 +1,6 @@
-"""Verifies a saved domain: one pass finds everything that would keep it from being restored.
+"""Verifies a saved domain: finds what would keep it from being restored.
+
+It reads the file once.
 
 A check of framing alone imports no NumPy, which takes longer to load than most files take to check.
 """

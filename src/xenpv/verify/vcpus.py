@@ -1,4 +1,4 @@
-"""Checks vcpus and start info of a saved PV domain, as libxenguest and Xen do at restore."""
+"""Checks vcpus and start info of a saved PV domain, as Xen does at restore."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pieces of an exported file: bytes, holes, pages of the domain, and corrections of earlier bytes."""
+"""The pieces of an exported file: bytes, holes, pages, corrections."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ class Hole(NamedTuple):
 
 
 class Pages(NamedTuple):
-    """The content of pages in the order of their pfns, each batch through a filter if there is one."""
+    """The content of pages in the order of their pfns.
+
+    Each batch goes through a filter if there is one.
+    """
 
     runs: Runs
     page_filter: PageFilter | None = None
@@ -39,7 +42,10 @@ Piece: TypeAlias = bytes | Hole | Pages | Patch
 
 
 def runs_with_data(extents: Iterable[Extents]) -> Runs:
-    """Return the pages with content of a domain's extents, adjacent runs joined whatever their types."""
+    """Return the pages with content of a domain's extents.
+
+    Adjacent runs are joined whatever their types.
+    """
     return Runs.concatenate(piece[HAS_DATA[piece.type]].merged() for piece in extents).merged()
 
 

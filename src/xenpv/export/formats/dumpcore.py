@@ -1,4 +1,6 @@
-"""A core as `xl dump-core` writes it: the same sections in the same order at the same offsets.
+"""A core as `xl dump-core` writes it.
+
+It has the same sections in the same order at the same offsets.
 
 Source: xen.git:tools/libs/guest/xg_core.c xc_domain_dumpcore_via_callback(), docs/misc/dump-core-format.txt
 """

@@ -1,4 +1,6 @@
-"""An ELF core of a domain's memory by physical address, which is pfn << 12: debuggers of Linux open it.
+"""An ELF core of a domain's memory by physical address (pfn << 12).
+
+Debuggers of Linux open it.
 
 The file has headers, notes, the domain's memory, and the tree of identity.py. Further headers show the same bytes once
 more at the kernel's other virtual addresses, as a Linux vmcore does.
@@ -107,7 +109,10 @@ class Headers:
 
     @property
     def _notes_offset(self) -> int:
-        """The offset of the notes: after the segments, and the section that counts them if they are too many."""
+        """The offset of the notes, after the segments.
+
+        A section that counts the segments comes before, if they are too many for the header.
+        """
         section = SHDR.itemsize if self._segments >= _PN_XNUM else 0
         return EHDR.itemsize + self._segments * PHDR.itemsize + section
 

@@ -1,4 +1,6 @@
-"""A p2m that maps each pfn to itself, in frames of its own: crash needs it to read the core of a PV guest.
+"""A p2m that maps each pfn to itself, in frames of its own.
+
+crash needs it to read the core of a PV guest.
 
 crash sees by the kernel's xen_start_info that it ran on Xen. It takes the frames in page tables for mfns and looks each
 up in a p2m. Exported page tables hold pfns, and the guest's own p2m does not map those. crash accepts another p2m from
@@ -24,7 +26,7 @@ _XEN_ELFNOTE_CRASH_INFO = 0x100_0001  # xen.git:xen/include/public/elfnote.h
 
 @dataclass(frozen=True)
 class IdentityTree:
-    """The tree: a root, frames of its middle level, an empty leaf for all absent pages, and the leaves.
+    """The tree: root, middle level, one empty leaf for absent pages, leaves.
 
     Attributes:
         first: The pfn of the root; the other frames follow it.
@@ -56,7 +58,9 @@ class IdentityTree:
         return Runs(np.array([self.first], np.uint64), np.array([self.pages], np.int64))
 
     def note(self) -> bytes:
-        """Return the note that names the root: Xen's crash_xen_info_t with zeros in all other fields.
+        """Return the note that names the root.
+
+        It is Xen's crash_xen_info_t with zeros in all other fields.
 
         Source: xen.git:xen/include/xen/elfcore.h.
         """

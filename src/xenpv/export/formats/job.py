@@ -1,4 +1,4 @@
-"""ExportJob: what the formats ask of the domain that they write, each read at most once."""
+"""ExportJob: facts about the domain that formats need, each read at most once."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ class ExportJob:
 
 
 def _made_up_utsname(text: bytes, width: Width) -> bytes:
-    """Return a struct new_utsname that readers accept, with the release that VMCOREINFO names."""
+    """Return a struct new_utsname that readers accept.
+
+    Its release is the one that VMCOREINFO names.
+    """
     release = vmcoreinfo_value(text, "OSRELEASE") or "unknown"
     machine = "x86_64" if width == 8 else "i686"
     names = ["Linux" if text else "unknown", "unknown", release, "unknown", machine]

@@ -1,4 +1,6 @@
-"""The headers of makedumpfile's kdump-compressed format ("KDUMP   ", version 6), and how it compresses pages.
+"""The headers and page compression of makedumpfile's kdump-compressed format.
+
+It writes version 6 ("KDUMP   ").
 
 In order, in blocks of 4096 bytes: a header; a sub-header followed by the notes; a bitmap of the pages in memory and one
 of those in the file, which are equal here; a descriptor for each page; the pages.

@@ -1,4 +1,4 @@
-"""LiME's format, version 1: each run of pages after a header with its physical addresses.
+"""LiME's format, version 1: a header with addresses before each run of pages.
 
 Source: https://github.com/504ensicsLabs/LiME, src/lime.h, lime_mem_range_header.
 """

@@ -1,4 +1,6 @@
-"""The virtual addresses at which a kernel maps its memory: debuggers that walk no page tables need them.
+"""The virtual addresses at which a kernel maps its memory.
+
+Debuggers that walk no page tables need them.
 
 Linux maps all memory in one piece, its direct map. It maps its own text and data a second time, and some pages in
 vmalloc: modules, stacks of tasks. The page tables tell where the direct map is; it is never assumed.
@@ -48,7 +50,7 @@ NO_MAPPINGS = Mappings(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(
 
 
 def find_direct_map(domain: Domain, pages: Runs) -> int | None:
-    """Return the virtual address of pfn 0 in the kernel's direct map; None if none is found.
+    """Return the virtual address of pfn 0 in the kernel's direct map, or None.
 
     The base that fits most of a sample of pages wins, if it fits more than half of them.
     """
@@ -78,7 +80,10 @@ def _translate(domain: Domain, vaddrs: U64) -> U64:
 
 
 def _direct_map_candidates(domain: Domain) -> list[int]:
-    """Return Linux's own base, and the base that each entry in the kernel's half of the top table implies."""
+    """Return candidates for the direct map's base.
+
+    They are Linux's own base, and one for each entry in the kernel's half of the top table.
+    """
     width = domain.width
     shift = PAGE_SHIFT + BITS_PER_LEVEL * (LEVELS[width] - 1)
     slots = range(272, ENTRIES) if width == 8 else range(PAE_L3_ENTRIES - 1, PAE_L3_ENTRIES)
@@ -89,7 +94,7 @@ def _direct_map_candidates(domain: Domain) -> list[int]:
 
 
 def kernel_mappings(job: ExportJob, direct_map: int | None) -> Mappings:
-    """Return what vcpu 0's page tables map in the kernel's half besides the direct map.
+    """Return vcpu 0's mappings in the kernel's half, without the direct map.
 
     Some pages are mapped at many addresses: the p2m's missing leaf, Linux's espfix stacks. Each is given once, where
     most pages are consecutive. If there are more runs than SEGMENTS_MAX, the longest are given. An HVM domain gives

@@ -1,4 +1,6 @@
-"""ELF notes of a core: each vcpu's registers as Linux writes those of a task, and VMCOREINFO.
+"""ELF notes of a core: each vcpu's registers, and VMCOREINFO.
+
+Registers are written as Linux writes those of a task.
 
 Source: struct elf_prstatus in Linux, include/linux/elfcore.h, arch/x86/include/asm/user_64.h and user_32.h.
 """
@@ -44,12 +46,18 @@ def prstatus_note(vcpu: int, registers: Registers | None, width: Width) -> bytes
 
 
 def prstatus_count(registers: Mapping[int, Registers | None]) -> int:
-    """Return how many notes ``prstatus_notes`` gives: up to the last vcpu whose registers are known."""
+    """Return the number of notes of ``prstatus_notes``.
+
+    They go up to the last vcpu whose registers are known.
+    """
     return max((vcpu + 1 for vcpu, known in registers.items() if known is not None), default=0)
 
 
 def prstatus_notes(registers: Mapping[int, Registers | None], width: Width) -> bytes:
-    """Return a note for each vcpu from 0 on without a gap: readers number them as they come."""
+    """Return a note for each vcpu from 0 on, without a gap.
+
+    Readers number them as they come.
+    """
     vcpus = range(prstatus_count(registers))
     return b"".join(prstatus_note(vcpu, registers.get(vcpu), width) for vcpu in vcpus)
 

@@ -1,4 +1,4 @@
-"""Raw memory: each page at its pseudo-physical address, holes where there is no page."""
+"""Raw memory: each page at its pseudo-physical address, holes elsewhere."""
 
 from __future__ import annotations
 

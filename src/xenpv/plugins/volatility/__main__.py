@@ -1,4 +1,7 @@
-"""Volatility's own command line with xenpv's layer: ``python -m xenpv.plugins.volatility``."""
+"""Volatility's own command line with xenpv's layer.
+
+Run it as ``python -m xenpv.plugins.volatility``.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""A layer for Volatility 3 with a domain's pseudo-physical memory, and its stacker for save files and cores.
+"""A layer for Volatility 3 with a domain's pseudo-physical memory.
+
+Its stacker opens save files and cores.
 
 Page tables hold pfns, so Volatility's own layers for Intel processors translate with them. The layer works on runs of
 pages, not page by page as Volatility does, so the time to open a file does not depend on its size.
@@ -77,7 +79,10 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         self._recent = RecentPages(self._domain.memory)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the open file: Volatility clones layers, and each copy opens the file anew."""
+        """Return the layer's state without the open file.
+
+        Volatility clones layers, and each copy opens the file anew.
+        """
         return {key: value for key, value in self.__dict__.items() if key not in {"_domain", "_recent"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -118,7 +123,7 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         return self._end_of_run(offset) >= offset + max(length, 1)
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
-        """Yield the parts of a range that are there: address and number of bytes, ascending."""
+        """Yield the populated parts of a range: address, number of bytes, ascending."""
         row, end = max(0, bisect_right(self._starts, offset) - 1), offset + length
         while row < len(self._starts) and self._starts[row] < end:
             start, stop = max(offset, self._starts[row]), min(end, self._ends[row])
@@ -187,7 +192,7 @@ class DomainStacker(interfaces.automagic.StackerLayerInterface):  # type: ignore
         layer_name: str,
         progress_callback: constants.ProgressCallback = None,  # noqa: ARG003
     ) -> interfaces.layers.DataLayerInterface | None:
-        """Return the layer; None if the file is no save file or core, or nothing in it can be read."""
+        """Return the layer; None if the file is no readable save file or core."""
         file = context.layers[layer_name]
         if not isinstance(file, physical.FileLayer) or urlparse(file.location).scheme != "file":
             return None
