@@ -1,6 +1,6 @@
 """A PV domain with pages beyond 512 GiB on the model of Xen: built, started, saved to a file and live-migrated.
 
-Usage: python beyond.py FORM FILE    FORM: linear, rooted4, marked, tree3, tree4hidden, none
+Usage: python3 beyond.py FORM FILE    FORM: linear, rooted4, marked, tree3, tree4hidden, none
 """
 
 import socket

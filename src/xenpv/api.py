@@ -64,9 +64,9 @@ def save(
     from xenpv.host.protocol import find_domain  # noqa: PLC0415  NumPy
     from xenpv.save.file import save_file  # noqa: PLC0415
 
-    with _open_host(host) as on:
-        domid = find_domain(on, name).domid
-        return save_file(on, domid, path, suspend_timeout=timeout, keep=keep, paused=paused, progress=progress)
+    with _open_host(host) as xen:
+        domid = find_domain(xen, name).domid
+        return save_file(xen, domid, path, suspend_timeout=timeout, keep=keep, paused=paused, progress=progress)
 
 
 def restore(
@@ -98,8 +98,8 @@ def restore(
 
     source = Input.open(path)
     try:
-        with _open_host(host) as on:
-            return restore_domain(on, source, name=name, paused=paused, progress=progress)
+        with _open_host(host) as xen:
+            return restore_domain(xen, source, name=name, paused=paused, progress=progress)
     finally:
         source.close()
 
@@ -142,11 +142,11 @@ def migrate(
     from xenpv.save.precopy import PrecopyPolicy  # noqa: PLC0415
 
     precopy = (PrecopyPolicy() if live else None) if isinstance(live, bool) else live
-    with _open_host(host) as on, connect(destination) as link:
-        domid = find_domain(on, name).domid
-        config = configuration(on, domid)
+    with _open_host(host) as xen, connect(destination) as link:
+        domid = find_domain(xen, name).domid
+        config = configuration(xen, domid)
         return send_domain(
-            on, domid, link, config=config, live=precopy, paused=paused, suspend_timeout=timeout, progress=progress
+            xen, domid, link, config=config, live=precopy, paused=paused, suspend_timeout=timeout, progress=progress
         )
 
 
@@ -210,13 +210,14 @@ def build(
 
     Raises:
         ImageError: The file is no PV kernel.
+        OSError: The kernel or ramdisk cannot be read, for example FileNotFoundError.
         RequestError: Memory, vcpus or ramdisk do not fit.
         HostError: Xen refused an operation.
     """
-    content = Path(ramdisk).read_bytes() if ramdisk is not None else b""
-    request = Request(memory, len(content), vcpus, cmdline)
+    ramdisk_data = Path(ramdisk).read_bytes() if ramdisk is not None else b""
+    request = Request(memory, len(ramdisk_data), vcpus, cmdline)
     image = KernelImage.parse(Path(kernel).read_bytes())
-    called, uuid = name if name is not None else Path(kernel).name, str(uuid4())
+    domain_name, uuid = name if name is not None else Path(kernel).name, str(uuid4())
     if output is not None:
         from xenpv.build.offline import HOST_BYTES, build_file, plan_file  # noqa: PLC0415  NumPy
         from xenpv.host.model.host import ModelHost  # noqa: PLC0415
@@ -225,22 +226,24 @@ def build(
         layout = plan_file(image, request)
         model = ModelHost((layout.nr_pages << 12) + HOST_BYTES, sparse=True)
         with Output.open(output) as file:
-            return build_file(model, image, layout, content, file, name=called, uuid=uuid, progress=progress)
+            return build_file(model, image, layout, ramdisk_data, file, name=domain_name, uuid=uuid, progress=progress)
     from xenpv.build.build import build as build_domain  # noqa: PLC0415
     from xenpv.source.config import boot_source, libxl_config  # noqa: PLC0415
 
     layout = plan(image, request)
     config = libxl_config(
-        called,
+        domain_name,
         uuid,
         pages=layout.nr_pages,
         vcpus=layout.vcpus,
         boot=boot_source(str(kernel), str(ramdisk) if ramdisk is not None else None, cmdline),
     )
-    with _open_host(host) as on:
-        if any(domain.name == called for domain in on.domains()):
-            raise RequestError(f"a domain {called!r} exists already; choose another name")
-        return build_domain(on, image, layout, content, name=called, uuid=uuid, config=config, progress=progress)
+    with _open_host(host) as xen:
+        if any(domain.name == domain_name for domain in xen.domains()):
+            raise RequestError(f"a domain {domain_name!r} exists already; choose another name")
+        return build_domain(
+            xen, image, layout, ramdisk_data, name=domain_name, uuid=uuid, config=config, progress=progress
+        )
 
 
 def convert(

@@ -23,7 +23,7 @@ def iter_notes(error: BaseException | None) -> Iterator[str]:
 
 
 class ImageError(XenPVError):
-    """The kernel file cannot be read, or contradicts itself.
+    """The kernel file is damaged, or is no PV kernel.
 
     Attributes:
         reason: the message without the place.

@@ -41,6 +41,6 @@ def test_options_in_commands_of_page_exist(page: Path) -> None:
 def test_options_of_plugin_in_documents_exist() -> None:
     known = _options(drgn_main)
     for page in PAGES:
-        for rest in re.findall(r"python -m xenpv\.plugins\.drgn ([^\n`|]*)", page.read_text(encoding="utf-8")):
+        for rest in re.findall(r"python3? -m xenpv\.plugins\.drgn ([^\n`|]*)", page.read_text(encoding="utf-8")):
             own = re.sub(r"'[^']*'", "", rest).split("web")[0]
             assert set(OPTION.findall(own)) <= known, rest

@@ -94,11 +94,11 @@ _SOURCE = Path(__file__).parents[2] / "src"
 
 
 def _write_commands(folder: Path) -> None:
-    """Put `xenpv` and `python` of this environment first in PATH, and `xz` where there is none."""
+    """Put `xenpv` and `python3` of this environment first in PATH, and `xz` where there is none."""
     folder.mkdir()
     run = "import sys; sys.argv[0] = 'xenpv'; from xenpv.cli.main import run; run()"
     unpack = "import lzma, sys; sys.stdout.buffer.write(lzma.open(sys.argv[-1]).read())"
-    commands = {"xenpv": f'-c "{run}" "$@"', "python": '"$@"'}
+    commands = {"xenpv": f'-c "{run}" "$@"', "python3": '"$@"'}
     if not shutil.which("xz"):
         commands["xz"] = f'-c "{unpack}" "$@"'
     for name, words in commands.items():

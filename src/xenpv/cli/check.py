@@ -57,11 +57,11 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
         forms = domain.anchors.form_names if domain.anchors else "unknown"
         name = domain.name
     if as_json:
-        kept = [finding.to_json() for finding in findings]
+        documents = [finding.to_json() for finding in findings]
         left_out = {rule.name: n for rule, n in findings.omitted().items()}
         counts = {"errors": findings.errors, "warnings": findings.warnings, "notes": findings.notes}
         print_json(
-            {"domain": name, "form": forms, "last_pfn": last_pfn, **counts, "findings": kept, "left_out": left_out}
+            {"domain": name, "form": forms, "last_pfn": last_pfn, **counts, "findings": documents, "left_out": left_out}
         )
     else:
         print_findings(findings, findings.omitted())

@@ -41,11 +41,11 @@ def diff(a: str, b: str, keep: int, quiet: bool, pause: bool, as_json: bool) -> 
       1  something differs, or an error
     """
     with (
-        open_target(a, pause=pause and is_running(a), allow_hvm=True) as one,
-        open_target(b, pause=pause and is_running(b), allow_hvm=True) as other,
+        open_target(a, pause=pause and is_running(a), allow_hvm=True) as domain_a,
+        open_target(b, pause=pause and is_running(b), allow_hvm=True) as domain_b,
         progress_bar("comparing") as bar,
     ):
-        difference = xenpv.diff(one, other, keep=keep, progress=bar)
+        difference = xenpv.diff(domain_a, domain_b, keep=keep, progress=bar)
     if as_json:
         print_json(difference.to_json())
     elif not quiet:

@@ -9,7 +9,7 @@ import click
 import xenpv
 from xenpv.cli.target import INDEX, PAUSE, open_target
 from xenpv.cli.terminal import JSON, print_json, progress_bar
-from xenpv.errors import RequestError, StreamError
+from xenpv.errors import RequestError, StreamError, Unsupported
 from xenpv.export.export import FORMATS
 from xenpv.export.formats.kdump import COMPRESSION_FLAGS
 from xenpv.findings import Rule
@@ -75,7 +75,7 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
             if partial and domain.live is not None:
                 raise RequestError(f"{domain.name} is a running domain; --partial is for files")
             if not domain.seekable:
-                raise RequestError("export reads every page twice, a pipe can be read once: save it to a file first")
+                raise RequestError("a pipe can be read once, export reads each page twice: save it to a file first")
             with progress_bar("exporting") as bar:
                 exported = xenpv.export(domain, out, form, compression=compression, progress=bar)
             if domain.live is not None and not pause:
@@ -85,9 +85,9 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
             exported.remarks += _missing_parts(domain, breaches, exported.last_pfn)
             name = domain.name
     except StreamError as e:
-        if partial:
+        if partial or isinstance(e, Unsupported):  # no page of an unknown format can be read
             raise
-        raise RequestError(f"{e}; --partial exports the readable part") from e
+        raise RequestError(f"{e}; --partial exports the readable pages, if there are any") from e
     if as_json:
         print_json({"source": name, "out": out, "format": form, **asdict(exported)})
         return
@@ -100,7 +100,7 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
 def _missing_parts(domain: Domain, breaches: list[str], last_pfn: int) -> list[str]:
     """Return remarks on a damaged file.
 
-    They name its first breach, and what its end lacks.
+    They name its first breach, and the parts that are missing after the cut.
     """
     more = f", and {len(breaches) - 1} more faults" if len(breaches) > 1 else ""
     remarks = [breaches[0] + more] if breaches else []

@@ -171,8 +171,8 @@ def _print_description(file: str, image: KernelImage, initrd: int) -> None:
 def _print_requirements(image: KernelImage) -> None:
     p = image.parameters
     obstacle = p2m_obstacle(image)
-    where = "may lie outside the initial mapping" if obstacle is None else "must lie inside the initial mapping"
-    print_field("p2m list", f"{where}: {obstacle or f'INIT_P2M {p.init_p2m:#x}'}")
+    place = "may lie outside the initial mapping" if obstacle is None else "must lie inside the initial mapping"
+    print_field("p2m list", f"{place}: {obstacle or f'INIT_P2M {p.init_p2m:#x}'}")
     initrd = "may stay unmapped (MOD_START_PFN)" if p.mod_start_pfn else "must be mapped: no MOD_START_PFN note"
     print_field("initrd", initrd)
     print_field("kernel", f"{image.kernel_start:#x} to {image.kernel_end:#x}, pfn 0 at {image.virt_base:#x}")
@@ -194,9 +194,9 @@ def _layers(image: KernelImage) -> str:
     return "; inside it a ".join([*parts, elf])
 
 
-def _verdict(kind: str, obstacles: list[str], how: str) -> None:
+def _verdict(kind: str, obstacles: list[str], detail: str) -> None:
     if not obstacles:
-        print_field(kind, click.style("can boot", fg="green") + f", {how}")
+        print_field(kind, click.style("can boot", fg="green") + f", {detail}")
     for i, obstacle in enumerate(obstacles):
         print_field("" if i else kind, ("" if i else click.style("cannot boot", fg="red") + ": ") + printable(obstacle))
 

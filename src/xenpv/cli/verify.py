@@ -43,7 +43,7 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
 
     Checks framing and order; everything that libxenguest's restore path and Xen check for a PV domain; and what no
     other tool checks: every entry of every page table, the p2m's frames against the guest's own anchors, missing pages.
-    One pass reports all findings, each with its rule, byte offset, pfn, level and entry.
+    One run reports all findings, each with its rule, byte offset, pfn, level and entry.
 
     An error means that the domain would not restore, or would come back different. A warning means that it restores,
     but something is not as it should be.

@@ -1,6 +1,6 @@
 """drgn on a running, saved or dumped domain, without writing a core first.
 
-    python -m xenpv.plugins.drgn -s vmlinux web.save
+    python3 -m xenpv.plugins.drgn -s vmlinux web.save
 
 or in your own program:
 
@@ -98,9 +98,12 @@ def stack_of(prog: drgn.Program, domain: Domain, vcpu: int) -> drgn.StackTrace:
         LookupError: The Program has no debugging information.
     """
     registers = domain.registers(vcpu)
-    if registers is None or registers.width != 8:
-        reason = "its registers are not known" if registers is None else "drgn unwinds no 32-bit stacks"
-        raise RequestError(f"{domain.name}: vcpu {vcpu}: {reason}")
+    if registers is None:
+        raise RequestError(f"{domain.name}: the registers of vcpu {vcpu} are not known")
+    if registers.width != 8:
+        bits = 8 * registers.width
+        reason = f"vcpu {vcpu} is {bits}-bit; drgn unwinds only 64-bit stacks"
+        raise RequestError(f"{domain.name}: {reason}", needed=64, available=bits)
     values = {"orig_ax": (1 << 64) - 1} | registers.general | registers.segments
     pt_regs = struct.pack(f"<{len(_PT_REGS)}Q", *(values[name] for name in _PT_REGS))
     return prog.stack_trace(drgn.Object.from_bytes_(prog, "struct pt_regs", pt_regs))
@@ -126,21 +129,21 @@ def main(
     """Open a domain in drgn: a running one (DOM), a save file or core (FILE).
 
     \b
-    python -m xenpv.plugins.drgn -s vmlinux web.save
-    python -m xenpv.plugins.drgn -s vmlinux web.save tasks.py
-    python -m xenpv.plugins.drgn -s vmlinux --pause -e 'print(stack_of(0))' web
+    python3 -m xenpv.plugins.drgn -s vmlinux web.save
+    python3 -m xenpv.plugins.drgn -s vmlinux web.save tasks.py
+    python3 -m xenpv.plugins.drgn -s vmlinux --pause -e 'print(stack_of(0))' web
 
     Scripts, -e and the prompt have drgn's own names, `domain`, and `stack_of(VCPU)`. Without -s, drgn looks for the
     kernel's symbols in its usual places.
     """
 
-    def fault(rule: Rule, message: str, offset: int, _record: str | None) -> None:
+    def print_breach(rule: Rule, message: str, offset: int, _record: str | None) -> None:
         if rule.severity is Severity.ERROR:
             click.echo(printable(f"xenpv: {message} (at {offset:#x})"), err=True)
 
     if target == "-":
         raise RequestError("drgn needs to seek: put the pipe's content into a file first")
-    with open_target(target, pause=pause, allow_hvm=True, on_breach=fault if partial else None) as domain:
+    with open_target(target, pause=pause, allow_hvm=True, on_breach=print_breach if partial else None) as domain:
         prog = program(domain, live=domain.live is not None and not pause)
         if not prog.flags & drgn.ProgramFlags.IS_LINUX_KERNEL:
             click.echo("no VMCOREINFO in its memory: you can read memory, but drgn knows no kernel", err=True)
@@ -152,7 +155,7 @@ def main(
         extra_globals = {"domain": domain, "stack_of": functools.partial(stack_of, prog, domain)}
         if script is None and code is None:
             click.echo(version_header(), err=True)
-            run_interactive(prog, globals_func=lambda given: given | extra_globals)
+            run_interactive(prog, globals_func=lambda drgn_globals: drgn_globals | extra_globals)
             return
         drgn.set_default_prog(prog)
         try:

@@ -57,23 +57,23 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         """
         breaches: list[str] = []
 
-        def fault(rule: Rule, message: str, offset: int, _record: str | None) -> None:
+        def add_breach(rule: Rule, message: str, offset: int, _record: str | None) -> None:
             if rule.severity is Severity.ERROR and len(breaches) < 3:
                 breaches.append(f"{message} (at {offset:#x})")
 
         try:
-            self._domain = open_domain(self._path, on_breach=fault)
+            self._domain = open_domain(self._path, on_breach=add_breach)
         except (XenPVError, OSError) as e:
             raise exceptions.LayerException(self.name, f"{self._path}: {e}") from e
         try:
             runs = readable_pages(self._domain)
             if not runs.total:
-                raise GuestError(f"no page of memory in it: {'; '.join(breaches)}")
+                raise GuestError(f"the file has no page of memory: {'; '.join(breaches)}")
         except (XenPVError, OSError) as e:
             self._domain.close()
             raise exceptions.LayerException(self.name, f"{self._path}: {e}") from e
-        self._starts: list[int] = (runs.first << np.uint64(PAGE_SHIFT)).tolist()
-        self._ends: list[int] = (runs.first + runs.pages.astype(np.uint64) << np.uint64(PAGE_SHIFT)).tolist()
+        self._run_starts: list[int] = (runs.first << np.uint64(PAGE_SHIFT)).tolist()
+        self._run_ends: list[int] = (runs.first + runs.pages.astype(np.uint64) << np.uint64(PAGE_SHIFT)).tolist()
         if breaches:
             _log.warning("%s is damaged, and read as far as possible: %s", self._path, "; ".join(breaches))
         self._recent = RecentPages(self._domain.memory)
@@ -103,20 +103,20 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
     @property
     def minimum_address(self) -> int:
         """The first valid address."""
-        return self._starts[0]
+        return self._run_starts[0]
 
     @property
     def maximum_address(self) -> int:
         """The last valid address."""
-        return self._ends[-1] - 1
+        return self._run_ends[-1] - 1
 
     def _end_of_run(self, offset: int) -> int:
         """Return the end of the run of pages around an address.
 
-        The address itself if it is in none.
+        An address in no run is its own end.
         """
-        row = bisect_right(self._starts, offset) - 1
-        return max(offset, self._ends[row]) if row >= 0 else offset
+        row = bisect_right(self._run_starts, offset) - 1
+        return max(offset, self._run_ends[row]) if row >= 0 else offset
 
     def is_valid(self, offset: int, length: int = 1) -> bool:
         """Return whether all of the bytes are there."""
@@ -124,9 +124,9 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
 
     def _pieces(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield the populated parts of a range: address, number of bytes, ascending."""
-        row, end = max(0, bisect_right(self._starts, offset) - 1), offset + length
-        while row < len(self._starts) and self._starts[row] < end:
-            start, stop = max(offset, self._starts[row]), min(end, self._ends[row])
+        row, end = max(0, bisect_right(self._run_starts, offset) - 1), offset + length
+        while row < len(self._run_starts) and self._run_starts[row] < end:
+            start, stop = max(offset, self._run_starts[row]), min(end, self._run_ends[row])
             if start < stop:
                 yield start, stop - start
             row += 1
@@ -144,12 +144,12 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
             return self._content(offset, length)
         out = bytearray(length)
         for start, count in self._pieces(offset, length):
-            for at in range(start, start + count, _READ_SIZE):
+            for address in range(start, start + count, _READ_SIZE):
                 try:
-                    content = self._content(at, min(_READ_SIZE, start + count - at))
+                    content = self._content(address, min(_READ_SIZE, start + count - address))
                 except exceptions.InvalidAddressException:
                     continue  # a damaged file
-                out[at - offset : at - offset + len(content)] = content
+                out[address - offset : address - offset + len(content)] = content
         return bytes(out)
 
     def _content(self, offset: int, length: int) -> bytes:
@@ -163,7 +163,7 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
 
     def write(self, offset: int, data: bytes) -> None:  # noqa: ARG002
         """Raise LayerException: the layer is read-only."""
-        raise exceptions.LayerException(self.name, f"{self._path} is only read")
+        raise exceptions.LayerException(self.name, f"{self._path} is read-only")
 
     def _scan_iterator(
         self, scanner: interfaces.layers.ScannerInterface, sections: Iterable[tuple[int, int]]
@@ -171,9 +171,9 @@ class DomainLayer(interfaces.layers.DataLayerInterface):  # type: ignore[misc]
         """Yield chunks for a scanner: run by run, overlapping, so that holes cost nothing."""
         for section, length in sections:
             for start, count in self._pieces(section, length):
-                for at in range(start, start + count, scanner.chunk_size):
-                    size = min(scanner.chunk_size + scanner.overlap, start + count - at)
-                    yield [(self.name, at, size)], at + size
+                for address in range(start, start + count, scanner.chunk_size):
+                    size = min(scanner.chunk_size + scanner.overlap, start + count - address)
+                    yield [(self.name, address, size)], address + size
 
 
 def _path(location: str) -> str:
@@ -197,7 +197,7 @@ class DomainStacker(interfaces.automagic.StackerLayerInterface):  # type: ignore
         if not isinstance(file, physical.FileLayer) or urlparse(file.location).scheme != "file":
             return None
         size = file.maximum_address + 1
-        if not size or not _looks_like_domain(file.read(0, min(_HEAD_SIZE, size))):
+        if not size or not _is_domain_file(file.read(0, min(_HEAD_SIZE, size))):
             return None
         name = context.layers.free_layer_name("DomainLayer")
         context.config[interfaces.configuration.path_join(name, "location")] = file.location
@@ -208,7 +208,7 @@ class DomainStacker(interfaces.automagic.StackerLayerInterface):  # type: ignore
             return None
 
 
-def _looks_like_domain(head: bytes) -> bool:
+def _is_domain_file(head: bytes) -> bool:
     if is_core(head):
         return True
     try:
