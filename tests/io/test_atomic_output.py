@@ -86,13 +86,13 @@ def test_output_short_writes_are_continued(most: int, tmp_path: Path, monkeypatc
     real = os.writev
 
     def writev(fd: int, buffers: Sequence[Any]) -> int:
-        left, some = most, []
+        room, parts = most, []
         for buffer in buffers:
-            some.append(memoryview(buffer)[:left])
-            left -= len(some[-1])
-            if not left:
+            parts.append(memoryview(buffer)[:room])
+            room -= len(parts[-1])
+            if not room:
                 break
-        return real(fd, some)
+        return real(fd, parts)
 
     monkeypatch.setattr(os, "writev", writev)
     with Output.open(str(tmp_path / "x")) as out:
@@ -106,11 +106,11 @@ def test_output_efault_falls_back_to_copies(tmp_path: Path, monkeypatch: pytest.
 
     def writev(fd: int, buffers: Sequence[Any]) -> int:
         calls.append(sum(map(len, buffers)))
-        for at, buffer in enumerate(buffers):
+        for i, buffer in enumerate(buffers):
             if not isinstance(memoryview(buffer).obj, bytes):
-                if at == 0:
+                if i == 0:
                     raise OSError(errno.EFAULT, os.strerror(errno.EFAULT))
-                return real(fd, buffers[:at])
+                return real(fd, buffers[:i])
         return real(fd, [memoryview(buffers[0])[: 3 << 18], *buffers[1:]])
 
     monkeypatch.setattr(os, "writev", writev)

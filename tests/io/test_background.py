@@ -10,14 +10,14 @@ from xenpv.io.background import BackgroundWorker
 
 
 def test_worker_runs_tasks_in_order_until_exit() -> None:
-    done: list[int] = []
+    completed: list[int] = []
     with BackgroundWorker() as worker:
         for n in range(50):
-            worker.submit(lambda n=n: done.append(n))  # type: ignore[misc]
+            worker.submit(lambda n=n: completed.append(n))  # type: ignore[misc]
         worker.wait()
-        assert done == list(range(50))
-        worker.submit(lambda: done.append(50))
-    assert done[-1] == 50
+        assert completed == list(range(50))
+        worker.submit(lambda: completed.append(50))
+    assert completed[-1] == 50
 
 
 def test_worker_submit_waits_for_the_previous_task() -> None:
@@ -34,23 +34,23 @@ def test_worker_error_is_raised_once_by_the_next_call() -> None:
     def fail() -> None:
         raise OSError(28, "full")
 
-    done: list[int] = []
+    completed: list[int] = []
     with BackgroundWorker() as worker:
         worker.submit(fail)
         with pytest.raises(OSError, match="full"):  # the text that the task raised
-            worker.submit(lambda: done.append(1))
-        worker.submit(lambda: done.append(2))
-    assert done == [2]
+            worker.submit(lambda: completed.append(1))
+        worker.submit(lambda: completed.append(2))
+    assert completed == [2]
     with pytest.raises(OSError, match="full"), BackgroundWorker() as worker:
         worker.submit(fail)
 
 
 def test_worker_body_error_wins_after_the_task_ended() -> None:
-    slow, done = threading.Event(), threading.Event()
+    slow, completed = threading.Event(), threading.Event()
 
     def work() -> None:
         slow.wait(5)
-        done.set()
+        completed.set()
         raise OSError(28, "full")
 
     def fail_meanwhile() -> None:
@@ -61,5 +61,5 @@ def test_worker_body_error_wins_after_the_task_ended() -> None:
 
     with pytest.raises(KeyError):
         fail_meanwhile()
-    assert done.is_set()
+    assert completed.is_set()
     assert threading.active_count() <= 2  # its thread has ended; a timer may not have

@@ -62,10 +62,10 @@ def shown(tab: Page, tmp_path: Path) -> Iterator[Show]:
     """Shows a domain; behind each test, nothing has gone wrong in the browser and it has asked for nothing."""
     file = tmp_path / "page.html"
 
-    def show(text: str, **how: Any) -> Page:
+    def show(text: str, **settings: Any) -> Page:
         tab.forget()
         file.write_text(text)
-        tab.look(**how)
+        tab.look(**settings)
         tab.open(file)
         return tab
 
@@ -76,9 +76,9 @@ def shown(tab: Page, tmp_path: Path) -> Iterator[Show]:
 
 def view(page: Page) -> tuple[float, float]:
     """Which part of the line is seen, from 0 to 1."""
-    found = page.ask("(() => { const w = document.querySelector('#chart .window'), s = " + SEEN + ";"
+    window = page.ask("(() => { const w = document.querySelector('#chart .window'), s = " + SEEN + ";"
                      "return [w.x.baseVal.value / s.width, w.width.baseVal.value / s.width]; })()")  # fmt: skip
-    return found[0], found[1]
+    return window[0], window[1]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

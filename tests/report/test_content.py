@@ -45,24 +45,24 @@ def domain() -> Domain:
 
 
 def test_analyse_content_counts_zero_and_duplicate_pages(domain: Domain, tmp_path: Path) -> None:
-    found = content(domain, tmp_path)
+    stats = content(domain, tmp_path)
     by_content: dict[bytes, list[int]] = defaultdict(list)
     for pfn, page in domain.pages.items():
         by_content[bytes(page)].append(pfn)
     zero = by_content.pop(bytes(PAGE))
     alike = [sorted(pfns) for pfns in by_content.values() if len(pfns) > 1]
-    assert found.looked_at == len(domain.pages)
-    assert (found.unread, found.left_out) == (0, 0)
-    assert found.zero == len(zero) >= 30
-    assert pfns_of(found.zero_at) == sorted(zero)
-    assert found.contents == len(alike) >= 2
-    assert found.duplicate == sum(map(len, alike))
-    assert pfns_of(found.duplicate_at) == sorted(pfn for pfns in alike for pfn in pfns)
-    assert found.saving == len(domain.pages) - len(by_content)
-    told = [(group.pages, group.first, group.table) for group in found.groups]
+    assert stats.looked_at == len(domain.pages)
+    assert (stats.unread, stats.left_out) == (0, 0)
+    assert stats.zero == len(zero) >= 30
+    assert pfns_of(stats.zero_at) == sorted(zero)
+    assert stats.contents == len(alike) >= 2
+    assert stats.duplicate == sum(map(len, alike))
+    assert pfns_of(stats.duplicate_at) == sorted(pfn for pfns in alike for pfn in pfns)
+    assert stats.saving == len(domain.pages) - len(by_content)
+    groups = [(group.pages, group.first, group.table) for group in stats.groups]
     largest = sorted(((len(pfns), pfns[0], domain.is_table(pfns[0])) for pfns in alike), key=lambda g: (-g[0], g[1]))
-    assert sorted(told) == sorted(largest[:8])
-    assert told[0] == largest[0]
+    assert sorted(groups) == sorted(largest[:8])
+    assert groups[0] == largest[0]
 
 
 def test_analyse_content_of_pages_differing_in_one_bit_finds_none(tmp_path: Path) -> None:
@@ -74,14 +74,14 @@ def test_analyse_content_of_pages_differing_in_one_bit_finds_none(tmp_path: Path
         words[7] ^= np.uint32(0xABCDEF)
         domain.pages[pfn][:] = words.tobytes()
     distinct = len({bytes(domain.pages[pfn]) for pfn in domain.places.data[: 2 * 1024]})
-    found = content(domain, tmp_path)
-    assert len(domain.places.data[: 2 * 1024]) - distinct == found.duplicate - found.contents
+    stats = content(domain, tmp_path)
+    assert len(domain.places.data[: 2 * 1024]) - distinct == stats.duplicate - stats.contents
 
 
 def test_analyse_content_with_a_limit_leaves_out_the_rest(domain: Domain, tmp_path: Path) -> None:
-    found = content(domain, tmp_path, limit=300)
-    assert (found.looked_at, found.left_out) == (300, len(domain.pages) - 300)
-    assert max(pfns_of(found.zero_at)) < 300
+    stats = content(domain, tmp_path, limit=300)
+    assert (stats.looked_at, stats.left_out) == (300, len(domain.pages) - 300)
+    assert max(pfns_of(stats.zero_at)) < 300
     assert content(domain, tmp_path, limit=0).looked_at == 0
 
 
@@ -91,9 +91,9 @@ def test_analyse_content_counts_unreadable_pages(domain: Domain, tmp_path: Path)
     file.write_bytes(data)
     with SavedDomain.open(str(file)) as saved:
         file.write_bytes(data[: len(data) // 2])  # the file shrinks under us
-        found = analyse_content(saved.frames, collect_extents(saved.extents())[0], 1 << 20)
-    assert 300 < found.unread < 400
-    assert found.looked_at == len(domain.pages)
+        stats = analyse_content(saved.frames, collect_extents(saved.extents())[0], 1 << 20)
+    assert 300 < stats.unread < 400
+    assert stats.looked_at == len(domain.pages)
 
 
 def test_analyse_content_reads_scattered_pages_in_batches(tmp_path: Path) -> None:
@@ -102,9 +102,9 @@ def test_analyse_content_reads_scattered_pages_in_batches(tmp_path: Path) -> Non
     with SavedDomain.open(str(file)) as saved:
         frames = Counting(saved.frames)
         extents = collect_extents(saved.extents())[0]
-        found = analyse_content(frames, extents, 1 << 20)
+        stats = analyse_content(frames, extents, 1 << 20)
         assert len(extents) > 1900
-        assert found.looked_at == 2000
+        assert stats.looked_at == 2000
         assert frames.calls <= 2000 // 256 + 1
 
 
@@ -129,7 +129,7 @@ def test_analyse_content_skips_pages_without_content(domain: Domain, tmp_path: P
     with SavedDomain.open(str(file)) as saved:
         frames = Counting(saved.frames)
         extents = collect_extents(saved.extents())[0]
-        found = analyse_content(frames, extents, 1 << 20, has_content=lambda pfns: pfns % np.uint64(2) == 0)
-        assert found.unread == sum(pfn % 2 for pfn in domain.pages)
-        assert all(pfn % 2 == 0 for pfn in pfns_of(found.zero_at))
+        stats = analyse_content(frames, extents, 1 << 20, has_content=lambda pfns: pfns % np.uint64(2) == 0)
+        assert stats.unread == sum(pfn % 2 for pfn in domain.pages)
+        assert all(pfn % 2 == 0 for pfn in pfns_of(stats.zero_at))
         assert frames.calls <= len(domain.pages) // 256 + 1

@@ -96,9 +96,9 @@ def test_render_page_links_lead_to_sections(tmp_path: Path) -> None:
     read = Read(render_page(hostile_facts(tmp_path)))
     ids = [attributes["id"] for _, attributes in read.tags if attributes.get("id")]
     assert len(ids) == len(set(ids))
-    to = {link["href"] for link in read.all("a")}
-    assert to
-    assert to <= {f"#{name}" for name in ids}
+    targets = {link["href"] for link in read.all("a")}
+    assert targets
+    assert targets <= {f"#{name}" for name in ids}
 
 
 def test_render_page_of_undecodable_text_encodes(tmp_path: Path) -> None:
@@ -120,16 +120,16 @@ def test_render_page_cuts_a_huge_configuration(tmp_path: Path) -> None:
 def test_gather_facts_of_a_running_domain_renders(form: str) -> None:
     guest = Guest.boot(form)
     facts = gather_facts(guest.live, None, content_pages=100)
-    told = facts.to_json()
-    assert told["identity"]["kind"] == "running"
+    report = facts.to_json()
+    assert report["identity"]["kind"] == "running"
     text = render_page(facts)
     if form == "both":
-        pages = sum(layer["pages"] for layer in told["map"]["layers"] if layer["lane"] in {"pages", "tables"})
+        pages = sum(layer["pages"] for layer in report["map"]["layers"] if layer["lane"] in {"pages", "tables"})
         assert pages == guest.host.info(guest.domid).pages
-        assert [shape["error"] for shape in told["p2m"]["shapes"]] == [None, None]
-        assert told["content"]["looked_at"] == 100
+        assert [shape["error"] for shape in report["p2m"]["shapes"]] == [None, None]
+        assert report["content"]["looked_at"] == 100
     else:
-        assert told["p2m"]["problem"] in text.replace("&#39;", "'")
+        assert report["p2m"]["problem"] in text.replace("&#39;", "'")
 
 
 def test_gather_facts_of_a_refusing_host_raises_host_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,10 +44,10 @@ def test_count_page_tables_equals_the_written_tables(width: Width, tmp_path: Pat
         assert level.other == sum(pte & FRAME == FRAME for pte in flat)
     leaves = [int(pte) for pfn in domain.tables(1) for pte in domain.table(pfn) if int(pte) & P]
     named = [pte >> 12 & (FRAME >> 12) for pte in leaves]
-    there = set(named) & set(domain.pages)
-    assert stats.mapped == len(there)
-    assert stats.several == sum(named.count(pfn) > 1 for pfn in there) > 0
-    assert stats.writable == len({pte >> 12 & (FRAME >> 12) for pte in leaves if pte & 2} & there)
+    present = set(named) & set(domain.pages)
+    assert stats.mapped == len(present)
+    assert stats.several == sum(named.count(pfn) > 1 for pfn in present) > 0
+    assert stats.writable == len({pte >> 12 & (FRAME >> 12) for pte in leaves if pte & 2} & present)
     assert stats.loose == sum(bool(pte & 2) and not pte >> 63 for pte in leaves)
     assert stats.populated == len(domain.pages)
 
@@ -63,9 +63,9 @@ def test_count_page_tables_beyond_the_maximum_leaves_out(tmp_path: Path, monkeyp
     domain = pv_domain(pfns=range(1200))
     monkeypatch.setattr(page_tables, "TABLES_MAX", 3)
     stats = stats_of(domain, tmp_path)
-    every = sum(len(domain.tables(level)) for level in (1, 2, 3, 4))
-    assert stats.left_out == every - 3
-    assert sum(level.tables for level in stats.levels) == every
+    total = sum(len(domain.tables(level)) for level in (1, 2, 3, 4))
+    assert stats.left_out == total - 3
+    assert sum(level.tables for level in stats.levels) == total
     assert stats.mapped == 0  # the tables of the upper levels came first
 
 

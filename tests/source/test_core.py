@@ -44,8 +44,8 @@ def test_memory_of_a_core_translates_virtual_addresses(domain: Domain, tmp_path:
     with open_core(core_of(domain), tmp_path) as core:
         assert core.cr3(0) == core.cr3(1) == domain.places.top
         for pfn, vaddr in domain.vaddrs.items():
-            way = core.memory.walk(vaddr)
-            assert (way.pfn, [s.table for s in way.steps]) == (pfn, [s.table for s in domain.walk(vaddr)])
+            walk = core.memory.walk(vaddr)
+            assert (walk.pfn, [s.table for s in walk.steps]) == (pfn, [s.table for s in domain.walk(vaddr)])
             assert core.memory.read_virtual(vaddr + 1, 100) == bytes(domain.pages[pfn])[1:101]
         if domain.width == 8:
             assert core.memory.walk(USER_VADDR, top=core.cr3(0, user=True)).pfn == domain.places.user
@@ -73,15 +73,15 @@ def test_p2m_of_a_core_is_the_guests_own(domain: Domain, tmp_path: Path) -> None
 def test_extents_of_a_core_are_runs_of_one_type(width: Width, tmp_path: Path) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
     with open_core(core_of(domain), tmp_path) as core:
-        found: dict[int, int] = {}
+        types: dict[int, int] = {}
         last = -1
         for extents in core.extents():
             for start, pages, kind in columns(extents):
                 assert start > last
                 assert HAS_DATA[kind]
                 last = start + pages - 1
-                found |= dict.fromkeys(range(start, last + 1), kind)
-        assert found == {pfn: domain.types[pfn] & 7 for pfn in domain.pages}
+                types |= dict.fromkeys(range(start, last + 1), kind)
+        assert types == {pfn: domain.types[pfn] & 7 for pfn in domain.pages}
 
 
 # --- HVM -------------------------------------------------------------------------------------------------------------
@@ -98,9 +98,14 @@ def test_hvm_core_has_gfns_and_no_p2m(tmp_path: Path) -> None:
         assert core.frames.types(array(5, 99, 0x10_0000)).tolist() == [0, ABSENT, 0]
         assert [(e.first.tolist(), e.pages.tolist()) for e in core.extents()] == [([0, 0x10_0000], [16, 1])]
         assert core.memory.read_virtual(0xFFFF_FFFF_8100_1000, 64) == pages[1][:64]
-        one = core.registers(1)
-        assert one is not None
-        assert (one.width, one.ip, one.general["eax"], one.paging.name) == (4, 0xC010_0000, 7, "2 levels")
+        registers = core.registers(1)
+        assert registers is not None
+        assert (registers.width, registers.ip, registers.general["eax"], registers.paging.name) == (
+            4,
+            0xC010_0000,
+            7,
+            "2 levels",
+        )
         assert core.memory_of(1).walk(0xC000_3000).pfn == 3
         assert core.cr3(0, user=True) is None
 
@@ -112,47 +117,47 @@ def test_core_list_out_of_order_is_read_and_reported(tmp_path: Path) -> None:
     domain, core = made_core()
     order = np.random.default_rng(3).permutation(len(core.pages))
     core.pages, core.p2m = [core.pages[i] for i in order], core.p2m[order]
-    told = BreachRecorder()
-    with open_core(core, tmp_path, told) as back:
+    breaches = BreachRecorder()
+    with open_core(core, tmp_path, breaches) as opened:
         for pfn, content in domain.pages.items():
-            assert back.frames.pages(array(pfn)).tobytes() == bytes(content)
-    assert [rule for rule, _ in told] == ["core-order"]
+            assert opened.frames.pages(array(pfn)).tobytes() == bytes(content)
+    assert [rule for rule, _ in breaches] == ["core-order"]
     open_core(core, tmp_path).close()  # it is a warning
 
 
 def test_core_list_with_unused_entries_is_read(tmp_path: Path) -> None:
     domain, core = made_core()
-    for at in (0, 5, 5, 40, len(core.pages)):
-        core.pages.insert(at, bytes(4096))
-        core.p2m = np.insert(core.p2m, at, 2**64 - 1, axis=0)
-    told = BreachRecorder()
-    with open_core(core, tmp_path, told) as back:
+    for row in (0, 5, 5, 40, len(core.pages)):
+        core.pages.insert(row, bytes(4096))
+        core.p2m = np.insert(core.p2m, row, 2**64 - 1, axis=0)
+    breaches = BreachRecorder()
+    with open_core(core, tmp_path, breaches) as opened:
         for pfn, content in domain.pages.items():
-            assert back.frames.pages(array(pfn)).tobytes() == bytes(content)
-    assert told == []
+            assert opened.frames.pages(array(pfn)).tobytes() == bytes(content)
+    assert breaches == []
 
 
 def test_core_list_with_a_repeated_pfn_is_reported(tmp_path: Path) -> None:
     domain, core = made_core()
     core.pages.append(bytes(pattern(77)))
     core.p2m = np.append(core.p2m, [[50, core.p2m[50, 1]]], axis=0)
-    told = BreachRecorder()
-    with open_core(core, tmp_path, told) as back:
-        assert back.frames.pages(array(50)).tobytes() == bytes(domain.pages[50])
-        assert back.frames.types(array(49, 50, 51)).tolist() == [domain.types[pfn] & 7 for pfn in (49, 50, 51)]
-    assert [rule for rule, _ in told] == ["core-order", "core-repeated"]
-    assert "pfn 0x32 is listed twice" in told[1][1]
+    breaches = BreachRecorder()
+    with open_core(core, tmp_path, breaches) as opened:
+        assert opened.frames.pages(array(50)).tobytes() == bytes(domain.pages[50])
+        assert opened.frames.types(array(49, 50, 51)).tolist() == [domain.types[pfn] & 7 for pfn in (49, 50, 51)]
+    assert [rule for rule, _ in breaches] == ["core-order", "core-repeated"]
+    assert "pfn 0x32 is listed twice" in breaches[1][1]
 
 
 def test_core_list_with_impossible_numbers_is_reported(tmp_path: Path) -> None:
     _, core = made_core()
     core.p2m[7, 0] = 1 << 60
     core.p2m[9, 1] = (1 << 40) - 1
-    told = BreachRecorder()
-    with open_core(core, tmp_path, told) as back:
-        assert back.frames.types(array(6, 7, 8, 9)).tolist() != [0, 0, 0, 0]
-        assert (back.frames.types(array(7, 9)) == ABSENT).all()
-    assert told == [("core-range", f"entry 0x7 names pfn {1 << 60:#x}, mfn {int(core.p2m[7, 1]):#x}")]
+    breaches = BreachRecorder()
+    with open_core(core, tmp_path, breaches) as opened:
+        assert opened.frames.types(array(6, 7, 8, 9)).tolist() != [0, 0, 0, 0]
+        assert (opened.frames.types(array(7, 9)) == ABSENT).all()
+    assert breaches == [("core-range", f"entry 0x7 names pfn {1 << 60:#x}, mfn {int(core.p2m[7, 1]):#x}")]
 
 
 @pytest.mark.parametrize(
@@ -177,20 +182,20 @@ def test_core_with_false_section_sizes_is_reported(change: dict[str, object], ru
         setattr(core, name, value)
     with pytest.raises(Malformed):
         open_core(core, tmp_path)
-    told = BreachRecorder()
-    with open_core(core, tmp_path, told) as back:
-        pages = sum(int(extents.pages.sum()) for extents in back.extents())
+    breaches = BreachRecorder()
+    with open_core(core, tmp_path, breaches) as opened:
+        pages = sum(int(extents.pages.sum()) for extents in opened.extents())
         assert pages <= len(core.pages)
-        there = [pfn for pfn in SPREAD if (back.frames.types(array(pfn)) != ABSENT).all()]
-        assert pages == len(there) == len(back.frames.pages(array(*there)))
-    assert rule in [name for name, _ in told]
+        present = [pfn for pfn in SPREAD if (opened.frames.types(array(pfn)) != ABSENT).all()]
+        assert pages == len(present) == len(opened.frames.pages(array(*present)))
+    assert rule in [name for name, _ in breaches]
 
 
 def test_core_with_more_pages_than_announced_ends_there(tmp_path: Path) -> None:
     _, core = made_core()
     core.nr_pages = 10
-    with open_core(core, tmp_path) as back:
-        assert [extents.pages.sum() for extents in back.extents()] == [10]
+    with open_core(core, tmp_path) as opened:
+        assert [extents.pages.sum() for extents in opened.extents()] == [10]
 
 
 @pytest.mark.parametrize(
@@ -226,20 +231,20 @@ def test_cr3_outside_the_core_raises_guest_error(tmp_path: Path) -> None:
     context = np.frombuffer(bytearray(core.contexts[0]), VCPU_GUEST_CONTEXT[8])
     context["ctrlreg"][0, 3] = 0xDEAD_BEEF_000
     core.contexts[0] = context.tobytes()
-    with open_core(core, tmp_path) as back:
+    with open_core(core, tmp_path) as opened:
         with pytest.raises(GuestError) as invalid:
-            back.cr3(0)
+            opened.cr3(0)
         assert invalid.value.mfn == 0xDEAD_BEEF
         with pytest.raises(Fault) as e:
-            back.memory.read_virtual(domain.vaddrs[0], 1)
+            opened.memory.read_virtual(domain.vaddrs[0], 1)
         assert (e.value.space, e.value.address, e.value.level) == ("vaddr", domain.vaddrs[0], None)
         assert "mfn 0xdeadbeef" in str(e.value), "and not only that cr3 is not known"
-        assert back.memory.user_top == domain.places.user_top
-        assert [error.mfn for error in back.invalid_cr3s] == [0xDEAD_BEEF]
-        exported = export(back, str(tmp_path / "out"), "raw")
+        assert opened.memory.user_top == domain.places.user_top
+        assert [error.mfn for error in opened.invalid_cr3s] == [0xDEAD_BEEF]
+        exported = export(opened, str(tmp_path / "out"), "raw")
         assert ["mfn 0xdeadbeef" in remark for remark in exported.remarks].count(True) == 1
-        assert back.cr3(1) == domain.places.top
-        assert back.frames.types(array(domain.places.top)).tolist() == [4], "found by vcpu 1"
+        assert opened.cr3(1) == domain.places.top
+        assert opened.frames.types(array(domain.places.top)).tolist() == [4], "found by vcpu 1"
 
 
 def test_page_tables_in_a_circle_are_found_once(tmp_path: Path) -> None:
@@ -248,17 +253,17 @@ def test_page_tables_in_a_circle_are_found_once(tmp_path: Path) -> None:
     entries = np.frombuffer(bytearray(core.pages[top]), "<u8")
     entries[:256] = core.p2m[top, 1] << np.uint64(12) | np.uint64(0x67)
     core.pages[top] = entries.tobytes()
-    with open_core(core, tmp_path) as back:
-        assert back.frames.types(array(domain.places.top)).tolist() == [4]
-        assert len(back.frames.tables.pfns) == len(set(back.frames.tables.pfns.tolist()))
-        assert back.memory.walk(0).pfn == domain.places.top
+    with open_core(core, tmp_path) as opened:
+        assert opened.frames.types(array(domain.places.top)).tolist() == [4]
+        assert len(opened.frames.tables.pfns) == len(set(opened.frames.tables.pfns.tolist()))
+        assert opened.memory.walk(0).pfn == domain.places.top
 
 
 def test_core_section_beyond_the_file_is_malformed(tmp_path: Path) -> None:
     _, core = made_core()
     core.offsets, core.sizes = {".xen_pages": (1 << 64) - 8}, {".xen_pages": 0}
-    with open_core(core, tmp_path, BreachRecorder()) as back:
-        assert not [extents for extents in back.extents() if len(extents.first)]
+    with open_core(core, tmp_path, BreachRecorder()) as opened:
+        assert not [extents for extents in opened.extents() if len(extents.first)]
 
 
 def test_page_tables_of_other_processes_are_found_by_the_linear_page_table(tmp_path: Path) -> None:
@@ -281,33 +286,33 @@ def test_page_tables_of_other_processes_are_found_by_the_linear_page_table(tmp_p
     domain.types[stale] = 0
     for pfn in (top, third, domain.places.text):
         domain.set_pte(domain.vaddrs[pfn], pfn << 12 | 0x65)
-    again = core_of(domain)
+    read_only_core = core_of(domain)
     for level1 in domain.tables(1):
-        core.pages[level1] = again.pages[level1]
-    with open_core(core, tmp_path) as back:
-        kinds = back.frames.types(array(top, third, stale, data, domain.places.text))
+        core.pages[level1] = read_only_core.pages[level1]
+    with open_core(core, tmp_path) as opened:
+        kinds = opened.frames.types(array(top, third, stale, data, domain.places.text))
         assert kinds.tolist() == [4, 3, 0, 0, 0]
-        assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
+        assert opened.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
 
 
 def test_page_tables_of_other_32_bit_processes_are_found_by_xens_l2_entries(tmp_path: Path) -> None:
     """By the end of the L2 below the last entry. One that has more than four entries, or leads elsewhere, is none."""
     domain = pv_domain(width=4, pfns=range(128))
-    top, below, more, elsewhere = domain.places.data[-4:]
+    top, below, five_entries, wrong_l2 = domain.places.data[-4:]
     mapping = domain.table(domain.places.top)
-    for pfn in (top, more, elsewhere):
+    for pfn in (top, five_entries, wrong_l2):
         domain.pages[pfn][:] = mapping.tobytes()
         domain.types[pfn] = 3
     domain.table(top)[0] = below << 12 | 1
-    domain.table(more)[4] = below << 12 | 1
-    domain.table(elsewhere)[3] = domain.places.text << 12 | 1
+    domain.table(five_entries)[4] = below << 12 | 1
+    domain.table(wrong_l2)[3] = domain.places.text << 12 | 1
     domain.pages[below][:] = bytes(4096)
     domain.types[below] = 2
-    for pfn in (top, below, more, elsewhere):
+    for pfn in (top, below, five_entries, wrong_l2):
         domain.set_pte(domain.vaddrs[pfn], pfn << 12 | 0x65)
     core = core_of(domain)
     text = sorted(domain.pages).index(domain.places.text)
     core.pages[text] = bytes(domain.pages[domain.places.text])
-    with open_core(core, tmp_path) as back:
-        assert back.frames.types(array(top, below, more, elsewhere)).tolist() == [3, 2, 0, 0]
-        assert back.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])
+    with open_core(core, tmp_path) as opened:
+        assert opened.frames.types(array(top, below, five_entries, wrong_l2)).tolist() == [3, 2, 0, 0]
+        assert opened.frames.pages(array(top)).tobytes() == bytes(domain.pages[top])

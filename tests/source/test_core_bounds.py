@@ -58,11 +58,11 @@ def test_large_core_opens_in_bounded_memory(tmp_path: Path) -> None:
     extra = np.arange(0x10_0000, 0x10_0000 + (1 << 20), dtype=np.uint64)
     entries = np.stack([extra, extra + np.uint64(0x4000_0000)], axis=1).tobytes()
     path = sparse(core, len(core.pages) + len(extra), entries, tmp_path / "large.core")
-    with bounded(), CoreDomain.open(str(path)) as back:
-        assert len(back.page_list.runs) <= 8
-        assert back.page_list.pfns_of(array(0x4010_0007)).tolist() == [0x10_0007]
-        assert not back.frames.pages(array(0x18_0000)).any()
-        assert back.memory.read_virtual(domain.vaddrs[3], 100) == bytes(domain.pages[3])[:100]
+    with bounded(), CoreDomain.open(str(path)) as opened:
+        assert len(opened.page_list.runs) <= 8
+        assert opened.page_list.pfns_of(array(0x4010_0007)).tolist() == [0x10_0007]
+        assert not opened.frames.pages(array(0x18_0000)).any()
+        assert opened.memory.read_virtual(domain.vaddrs[3], 100) == bytes(domain.pages[3])[:100]
 
 
 @pytest.mark.parametrize("has_handler", [True, False], ids=["handler", "no-handler"])

@@ -36,9 +36,9 @@ def core_of_saved(saved: SavedDomain) -> Core:
         pages[row] = entries.view(np.uint8)
     contexts = []
     for vcpu in saved.vcpus:
-        kept = saved.vcpu_context(vcpu)
-        assert kept is not None
-        context = kept.copy()
+        saved_context = saved.vcpu_context(vcpu)
+        assert saved_context is not None
+        context = saved_context.copy()
         top, user = saved.cr3(vcpu), saved.cr3(vcpu, user=True)
         assert top is not None
         context["ctrlreg"][3] = mfn(top) << 12

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.support.frames import array
 from tests.support.writers.build import SHARED_INFO_MFN, pv_domain
 from tests.support.writers.core import Core, core_of
 from tests.support.writers.domain import RW, Domain
 from xenpv.abi.declare import Width
 from xenpv.export.export import export
-from xenpv.frames import U64, PageType
+from xenpv.frames import PageType
 from xenpv.memory.page_tables import NO_PFN
 from xenpv.source.core import CoreDomain
 
@@ -24,9 +25,9 @@ L1, L2 = 1, 2
 
 
 class Ran:
-    """A domain and its core, in which one page of data, ``ended``, is still named as a table by entry ``at`` of an L2.
+    """A domain that ran while it was dumped: an L2 entry still names ``ended``, a page of data, as a table.
 
-    Until ``dumped`` is called the domain can be changed; from then on the core's pages.
+    Change the domain before ``dumped`` makes a core of it; change the core's pages after that.
     """
 
     def __init__(self, width: Width) -> None:
@@ -36,7 +37,7 @@ class Ran:
         self.name(self.ended)
 
     def name(self, pfn: int, flags: int = ENTRY) -> None:
-        """One more entry of the L2."""
+        """Add an entry to the L2."""
         table = self.domain.table(self.l2)
         table[int(np.flatnonzero(table == 0)[0])] = pfn << 12 | flags
 
@@ -46,12 +47,12 @@ class Ran:
             core.pages[self.ended] = content
         return core
 
-    def opened(self, core: Core, folder: Path) -> CoreDomain:
+    def open_core(self, core: Core, folder: Path) -> CoreDomain:
         path = folder / "ran.core"
         path.write_bytes(bytes(core))
         return CoreDomain.open(str(path))
 
-    def unwritable(self, pfn: int) -> None:
+    def map_read_only(self, pfn: int) -> None:
         step = self.domain.walk(self.domain.vaddrs[pfn])[-1]
         self.domain.table(step.table)[step.entry] &= np.uint64((1 << 64) - 1 - RW)
 
@@ -61,15 +62,11 @@ def ran(request: pytest.FixtureRequest) -> Ran:
     return Ran(request.param)
 
 
-def one(pfn: int) -> U64:
-    return np.array([pfn], np.uint64)
-
-
-def others_are_tables(ran: Ran, core: CoreDomain) -> None:
+def assert_others_are_tables(ran: Ran, core: CoreDomain) -> None:
     for pfn, content in ran.domain.pages.items():
         if pfn not in (ran.ended, ran.other, ran.l2) and ran.domain.is_table(pfn):
-            assert core.frames.types(one(pfn)).tolist() == [ran.domain.types[pfn] & 7]
-            assert core.frames.pages(one(pfn)).tobytes() == bytes(content)
+            assert core.frames.types(array(pfn)).tolist() == [ran.domain.types[pfn] & 7]
+            assert core.frames.pages(array(pfn)).tobytes() == bytes(content)
 
 
 # What may be in a page, with words that have the bit of a present entry.
@@ -90,34 +87,34 @@ CONTENT: dict[str, Callable[[Ran], bytes]] = {
 def test_stale_page_table_reads_as_its_new_content(content: str, writable: bool, ran: Ran, tmp_path: Path) -> None:
     """Also where the mapping that Linux made writable again was dumped before it was."""
     if not writable:
-        ran.unwritable(ran.ended)
+        ran.map_read_only(ran.ended)
     data = CONTENT[content](ran)
-    with ran.opened(ran.dumped(data), tmp_path) as core:
-        assert core.frames.pages(one(ran.ended)).tobytes() == data
-        assert core.frames.types(one(ran.ended)).tolist() == [PageType.NOTAB]
+    with ran.open_core(ran.dumped(data), tmp_path) as core:
+        assert core.frames.pages(array(ran.ended)).tobytes() == data
+        assert core.frames.types(array(ran.ended)).tolist() == [PageType.NOTAB]
         assert core.frames.tables.stale == 1
-        assert core.frames.types(one(ran.l2)).tolist() == [L2]
-        others_are_tables(ran, core)
+        assert core.frames.types(array(ran.l2)).tolist() == [L2]
+        assert_others_are_tables(ran, core)
 
 
 def test_page_with_forbidden_flags_is_no_page_table(ran: Ran, tmp_path: Path) -> None:
     """As an L2 is named what could be an L1, since it has the global bit, and superpages."""
-    ran.unwritable(ran.other)
+    ran.map_read_only(ran.other)
     ran.domain.table(ran.domain.walk(ran.domain.vaddrs[0])[-3].table)[0] = ran.other << 12 | 1
     core = ran.dumped(bytes(PAGE))
     core.pages[ran.other] = struct.pack("<8Q", *[ran.domain.mfns[n] << 12 | 0x1E7 for n in range(8)]).ljust(PAGE, b"\0")
-    with ran.opened(core, tmp_path) as back:
-        assert back.frames.types(one(ran.other)).tolist() == [PageType.NOTAB]
-        assert back.frames.pages(one(ran.other)).tobytes() == core.pages[ran.other]
+    with ran.open_core(core, tmp_path) as opened:
+        assert opened.frames.types(array(ran.other)).tolist() == [PageType.NOTAB]
+        assert opened.frames.pages(array(ran.other)).tobytes() == core.pages[ran.other]
 
 
 def test_page_that_is_mapped_writable_is_no_page_table(ran: Ran, tmp_path: Path) -> None:
     """A copy of a real one, as a kernel makes it that forks; and it is not asked what it maps."""
-    before = core_of(ran.domain).pages[ran.l1]
-    with ran.opened(ran.dumped(before), tmp_path) as core:
-        assert core.frames.pages(one(ran.ended)).tobytes() == before
+    original = core_of(ran.domain).pages[ran.l1]
+    with ran.open_core(ran.dumped(original), tmp_path) as core:
+        assert core.frames.pages(array(ran.ended)).tobytes() == original
         assert core.frames.tables.stale == 1
-        others_are_tables(ran, core)
+        assert_others_are_tables(ran, core)
 
 
 def test_stale_page_table_changes_no_other_pages_type(ran: Ran, tmp_path: Path) -> None:
@@ -129,31 +126,31 @@ def test_stale_page_table_changes_no_other_pages_type(ran: Ran, tmp_path: Path) 
     core.pages[names] = struct.pack("<Q", domain.mfns[last] << 12 | ENTRY).ljust(PAGE, b"\0")
     tables = [domain.mfns[pfn] << 12 | ENTRY for pfn in domain.pages if domain.is_table(pfn) and pfn != ran.l1]
     core.pages[maps] = struct.pack(f"<{len(tables)}Q", *tables).ljust(PAGE, b"\0")
-    with ran.opened(core, tmp_path) as back:
+    with ran.open_core(core, tmp_path) as opened:
         for pfn in (names, maps, last):
-            assert back.frames.types(one(pfn)).tolist() == [PageType.NOTAB]
-            assert back.frames.pages(one(pfn)).tobytes() == core.pages[pfn]
-        assert back.frames.tables.stale == 2
-        others_are_tables(ran, back)
+            assert opened.frames.types(array(pfn)).tolist() == [PageType.NOTAB]
+            assert opened.frames.pages(array(pfn)).tobytes() == core.pages[pfn]
+        assert opened.frames.tables.stale == 2
+        assert_others_are_tables(ran, opened)
 
 
 def test_read_only_page_table_with_foreign_entries_is_a_page_table(ran: Ran, tmp_path: Path) -> None:
     """Shared info, and a page that came while the core was written: no pfn has either."""
-    ran.unwritable(ran.ended)
+    ran.map_read_only(ran.ended)
     core = ran.dumped()
     own = [ran.domain.mfns[pfn] << 12 | ENTRY for pfn in ran.domain.places.data[:2]]
     foreign = [mfn << 12 | ENTRY for mfn in (SHARED_INFO_MFN, 0x77_7777)]
     core.pages[ran.ended] = struct.pack("<4Q", *own, *foreign).ljust(PAGE, b"\0")
-    with ran.opened(core, tmp_path) as back:
-        assert back.frames.types(one(ran.ended)).tolist() == [L1]
-        entries = back.frames.pages(one(ran.ended)).view("<u8")[0, :4].tolist()
+    with ran.open_core(core, tmp_path) as opened:
+        assert opened.frames.types(array(ran.ended)).tolist() == [L1]
+        entries = opened.frames.pages(array(ran.ended)).view("<u8")[0, :4].tolist()
         assert [entry >> 12 for entry in entries] == [*ran.domain.places.data[:2], NO_PFN, NO_PFN]
-        assert back.frames.tables.stale == 0
+        assert opened.frames.tables.stale == 0
 
 
 def test_export_of_a_core_with_stale_page_tables_has_a_remark(ran: Ran, tmp_path: Path) -> None:
-    with ran.opened(ran.dumped(), tmp_path) as core:
-        told = export(core, str(tmp_path / "out"), "lime").remarks
-    assert any("1 of the pages that are named as page tables are none" in remark for remark in told)
-    with ran.opened(core_of(pv_domain()), tmp_path) as core:
+    with ran.open_core(ran.dumped(), tmp_path) as core:
+        remarks = export(core, str(tmp_path / "out"), "lime").remarks
+    assert any("1 of the pages that are named as page tables are none" in remark for remark in remarks)
+    with ran.open_core(core_of(pv_domain()), tmp_path) as core:
         assert not [remark for remark in export(core, str(tmp_path / "out"), "lime").remarks if "are none" in remark]

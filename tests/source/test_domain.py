@@ -21,17 +21,22 @@ def test_domain_saved_answers_as_the_running_one(width: Width, tmp_path: Path) -
     guest = suspended("linear", width)
     live: Domain = LiveDomain(guest.host, guest.host.info(guest.domid))
     saved(guest, tmp_path / "saved")
-    with SavedDomain.open(str(tmp_path / "saved")) as kept:
-        file: Domain = kept
+    with SavedDomain.open(str(tmp_path / "saved")) as saved_domain:
+        file: Domain = saved_domain
         assert (file.hvm, file.width, file.vcpus) == (live.hvm, live.width, live.vcpus) == (False, width, [0])
-        there, here = pfns_of(file), pfns_of(live)
-        assert len(here) == guest.host.info(guest.domid).pages
-        assert np.array_equal(there, here)
-        assert np.array_equal(file.frames.types(there), live.frames.types(here))
-        mine, its = live.registers(0), file.registers(0)
-        assert mine is not None
-        assert its is not None
-        assert (mine.ip, mine.sp, mine.flags, mine.segments) == (its.ip, its.sp, its.flags, its.segments)
+        saved_pfns, live_pfns = pfns_of(file), pfns_of(live)
+        assert len(live_pfns) == guest.host.info(guest.domid).pages
+        assert np.array_equal(saved_pfns, live_pfns)
+        assert np.array_equal(file.frames.types(saved_pfns), live.frames.types(live_pfns))
+        live_registers, saved_registers = live.registers(0), file.registers(0)
+        assert live_registers is not None
+        assert saved_registers is not None
+        assert (live_registers.ip, live_registers.sp, live_registers.flags, live_registers.segments) == (
+            saved_registers.ip,
+            saved_registers.sp,
+            saved_registers.flags,
+            saved_registers.segments,
+        )
         assert file.cr3(0) == live.cr3(0)
         assert file.shared_info() == live.shared_info()
         assert file.registers(7) is None is live.registers(7)

@@ -37,17 +37,17 @@ def file(domain: Domain, tmp_path: Path) -> Path:
     return path
 
 
-def beside(file: Path) -> Path:
+def index_path(file: Path) -> Path:
     return Path(f"{file}.xpvi")
 
 
-def opened(file: Path, index: bool | None = True) -> SavedDomain:
+def open_saved(file: Path, index: bool | None = True) -> SavedDomain:
     saved = open_domain(str(file), index=index)
     assert isinstance(saved, SavedDomain)
     return saved
 
 
-def known(file: Path) -> StoredIndex | None:
+def load_index(file: Path) -> StoredIndex | None:
     source = Input.open(str(file))
     try:
         return StoredIndex.load(str(file), source)
@@ -55,36 +55,42 @@ def known(file: Path) -> StoredIndex | None:
         source.close()
 
 
-def told(file: Path, index: bool = True) -> list[object]:
+def contents_of(file: Path, index: bool = True) -> list[object]:
     """All that is known of a saved domain, its memory included."""
-    with opened(file, index) as saved:
+    with open_saved(file, index) as saved:
         pfns = saved.contents.index.pfns(HAS_DATA)
         tables = columns(saved.contents.index.extents)
-        twice = saved.contents.index.duplicates
-        return [describe(saved, records=True), tables, twice, saved.frames.pages(pfns).tobytes(), saved.contents.vcpus]
+        duplicates = saved.contents.index.duplicates
+        return [
+            describe(saved, records=True),
+            tables,
+            duplicates,
+            saved.frames.pages(pfns).tobytes(),
+            saved.contents.vcpus,
+        ]
 
 
-def again(domain: Domain) -> bytes:
+def resent(domain: Domain) -> bytes:
     """Pages sent twice, and some of them twice in one record."""
     return bytes(domain.to_checkpointed(rounds=2, dirty=20))
 
 
 @pytest.mark.parametrize(
-    "make", [lambda d: d.to_bytes(batch=16), lambda d: d.to_bytes("xenopsd"), again, lambda _: bytes(hvm_stream())]
+    "make", [lambda d: d.to_bytes(batch=16), lambda d: d.to_bytes("xenopsd"), resent, lambda _: bytes(hvm_stream())]
 )
 def test_stored_index_gives_the_same_domain(make: Callable[[Domain], bytes], domain: Domain, tmp_path: Path) -> None:
     file = tmp_path / "made.save"
     file.write_bytes(make(domain))
-    first = told(file, index=False)
-    assert not beside(file).exists()
-    assert told(file) == first
-    assert known(file) is not None
-    assert told(file) == first
-    assert stat.S_IMODE(beside(file).stat().st_mode) == 0o600
+    first = contents_of(file, index=False)
+    assert not index_path(file).exists()
+    assert contents_of(file) == first
+    assert load_index(file) is not None
+    assert contents_of(file) == first
+    assert stat.S_IMODE(index_path(file).stat().st_mode) == 0o600
 
 
 def test_stored_index_saves_reading_page_data(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened(file).close()
+    open_saved(file).close()
     reads: list[int] = []
     original = os.pread
 
@@ -95,10 +101,10 @@ def test_stored_index_saves_reading_page_data(file: Path, monkeypatch: pytest.Mo
     for index in (False, True):
         with monkeypatch.context() as patch:
             patch.setattr("xenpv.io.stream_input.os.pread", pread)
-            opened(file, index).close()
+            open_saved(file, index).close()
         reads.append(-1)
     without, by_index = reads.index(-1), len(reads) - 2 - reads.index(-1)
-    contents = opened(file).contents
+    contents = open_saved(file).contents
     records = sum(run.count for run in contents.record_groups if run.name == "PAGE_DATA")
     assert records > 10
     assert by_index > 0
@@ -107,142 +113,142 @@ def test_stored_index_saves_reading_page_data(file: Path, monkeypatch: pytest.Mo
 
 
 def test_stored_index_holds_no_guest_memory(file: Path, domain: Domain) -> None:
-    opened(file).close()
-    data = beside(file).read_bytes()
+    open_saved(file).close()
+    data = index_path(file).read_bytes()
     for pfn in (domain.places.text, domain.places.start_info):
         assert bytes(domain.pages[pfn])[:32] not in data
     assert bytes(domain.shared_page)[-64:] not in data or not any(domain.shared_page[-64:])
 
 
 def test_small_file_has_an_index_only_on_request(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened(file, None).close()
-    assert not beside(file).exists()
+    open_saved(file, None).close()
+    assert not index_path(file).exists()
     monkeypatch.setattr("xenpv.source.open.LARGE", 1000)
-    opened(file, False).close()
-    assert not beside(file).exists()
-    opened(file, None).close()
-    assert beside(file).exists()
+    open_saved(file, False).close()
+    assert not index_path(file).exists()
+    open_saved(file, None).close()
+    assert index_path(file).exists()
 
 
 # --- stale -----------------------------------------------------------------------------------------------------------
 
 
 def test_stored_index_of_a_changed_file_is_ignored(file: Path, domain: Domain) -> None:
-    before = told(file)
+    before = contents_of(file)
     stamp = file.stat()
     data = bytearray(file.read_bytes())
-    at = data.index(bytes(domain.pages[domain.places.text])[:64])
-    data[at] ^= 1
+    position = data.index(bytes(domain.pages[domain.places.text])[:64])
+    data[position] ^= 1
     file.write_bytes(data)
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    assert known(file) is None, "the same size and the same time, and not the same file"
-    assert told(file) != before
-    assert known(file) is not None
+    assert load_index(file) is None, "the same size and the same time, and not the same file"
+    assert contents_of(file) != before
+    assert load_index(file) is not None
     os.utime(file, ns=(0, 0))
-    assert known(file) is None
+    assert load_index(file) is None
     file.write_bytes(data + b"\0")
-    assert known(file) is None
+    assert load_index(file) is None
 
 
 def test_file_that_changes_while_read_gets_no_index(file: Path) -> None:
-    with opened(file, index=False) as saved:
+    with open_saved(file, index=False) as saved:
         state = index_file.FileState.of(saved.source)
         os.utime(file, ns=(1, 1))
         assert not store_index(str(file), saved.source, saved.contents, state)
-    assert not beside(file).exists()
+    assert not index_path(file).exists()
 
 
 def test_damaged_file_gets_no_index(file: Path) -> None:
     cut = file.read_bytes()[:-2000]
     file.write_bytes(cut)
     open_domain(str(file), on_breach=lambda *_: None, index=True).close()
-    assert not beside(file).exists()
+    assert not index_path(file).exists()
 
 
 # --- where it cannot be written, and what it may not replace ---------------------------------------------------------
 
 
 def test_index_in_a_read_only_folder_is_not_stored(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opens = os.open
+    original = os.open
 
     def refuse(path: str, flags: int, mode: int = 0o777) -> int:
         if flags & os.O_CREAT:
             raise PermissionError(13, "Permission denied")
-        return opens(path, flags, mode)
+        return original(path, flags, mode)
 
     monkeypatch.setattr(os, "open", refuse)
-    assert told(file)
+    assert contents_of(file)
     assert list(file.parent.iterdir()) == [file]
 
 
-@pytest.mark.parametrize("what", ["file", "folder", "link"])
-def test_store_index_replaces_only_an_index(what: str, file: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.write_bytes(b"somebody's")
-    if what == "file":
-        beside(file).write_bytes(b"somebody's")
-    elif what == "folder":
-        beside(file).mkdir()
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_store_index_replaces_only_an_index(kind: str, file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "other"
+    target.write_bytes(b"somebody's")
+    if kind == "file":
+        index_path(file).write_bytes(b"somebody's")
+    elif kind == "folder":
+        index_path(file).mkdir()
     else:
-        beside(file).symlink_to(other)
-    assert told(file) == told(file, index=False)
-    assert other.read_bytes() == b"somebody's"
-    assert what != "file" or beside(file).read_bytes() == b"somebody's"
+        index_path(file).symlink_to(target)
+    assert contents_of(file) == contents_of(file, index=False)
+    assert target.read_bytes() == b"somebody's"
+    assert kind != "file" or index_path(file).read_bytes() == b"somebody's"
 
 
 # --- hostile ---------------------------------------------------------------------------------------------------------
 
 
 def test_stored_index_that_others_can_write_is_ignored(file: Path) -> None:
-    opened(file).close()
-    beside(file).chmod(0o620)
-    assert known(file) is None
-    beside(file).chmod(0o600)
-    assert known(file) is not None
+    open_saved(file).close()
+    index_path(file).chmod(0o620)
+    assert load_index(file) is None
+    index_path(file).chmod(0o600)
+    assert load_index(file) is not None
     if os.geteuid() == 0:
-        os.chown(beside(file), 12345, 12345)
-        assert known(file) is None
+        os.chown(index_path(file), 12345, 12345)
+        assert load_index(file) is None
 
 
 def test_stored_index_with_any_byte_changed_is_ignored(file: Path) -> None:
-    opened(file).close()
-    good = beside(file).read_bytes()
-    for at in range(0, len(good), len(good) // 60):
-        bad = bytearray(good)
-        bad[at] ^= 0x41
-        beside(file).write_bytes(bad)
-        assert known(file) is None
-    for end in (0, 7, 40, 100, len(good) - 1):
-        beside(file).write_bytes(good[:end])
-        assert known(file) is None
-    beside(file).write_bytes(good + b"\0")
-    assert known(file) is None
-    beside(file).write_bytes(good)
-    assert known(file) is not None
+    open_saved(file).close()
+    valid = index_path(file).read_bytes()
+    for position in range(0, len(valid), len(valid) // 60):
+        damaged = bytearray(valid)
+        damaged[position] ^= 0x41
+        index_path(file).write_bytes(damaged)
+        assert load_index(file) is None
+    for end in (0, 7, 40, 100, len(valid) - 1):
+        index_path(file).write_bytes(valid[:end])
+        assert load_index(file) is None
+    index_path(file).write_bytes(valid + b"\0")
+    assert load_index(file) is None
+    index_path(file).write_bytes(valid)
+    assert load_index(file) is not None
 
 
 def test_stored_index_that_cannot_be_true_is_ignored(file: Path) -> None:
     """With a digest that is right: whatever it says, pages come out of the file, or a Fault; never anything else."""
-    first = told(file, index=False)
-    opened(file).close()
-    good = beside(file).read_bytes()
+    first = contents_of(file, index=False)
+    open_saved(file).close()
+    valid = index_path(file).read_bytes()
     rng, accepted = random.Random(7), 0
     head = index_file._HEADER.size
     for _ in range(40):
-        bad = bytearray(good[:-16])
+        damaged = bytearray(valid[:-16])
         for _ in range(rng.choice([1, 1, 2, 5])):
-            at = rng.randrange(head, len(bad)) if rng.random() < 0.9 else rng.randrange(56, head)
-            bad[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
-        bad += index_file._digest(bytes(bad[:head]), bytes(bad[head:]))
-        beside(file).write_bytes(bad)
-        with opened(file) as saved:
+            position = rng.randrange(head, len(damaged)) if rng.random() < 0.9 else rng.randrange(56, head)
+            damaged[position] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        damaged += index_file._digest(bytes(damaged[:head]), bytes(damaged[head:]))
+        index_path(file).write_bytes(damaged)
+        with open_saved(file) as saved:
             accepted += saved.contents.index.sent != 0
             for start, pages, kind in columns(saved.contents.index.extents):
-                some = np.arange(start, start + min(pages, 64), dtype=np.uint64)
+                pfns = np.arange(start, start + min(pages, 64), dtype=np.uint64)
                 try:
-                    saved.frames.pages(some)
+                    saved.frames.pages(pfns)
                 except Fault:
                     assert kind >= 0
     assert accepted
-    beside(file).unlink()
-    assert told(file) == first
+    index_path(file).unlink()
+    assert contents_of(file) == first

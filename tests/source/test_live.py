@@ -52,11 +52,11 @@ def tables(guest: P2MGuest) -> dict[int, int]:
 def test_memory_of_a_running_domain_reads_by_pfn_and_virtual_address(guest: P2MGuest) -> None:
     memory, first = guest.live.memory, WRITTEN.start
     content = guest.host.frames.read(guest.model.mfns[first : WRITTEN.stop]).tobytes()
-    at = guest.model.vaddr(first) + 100
-    seen = guest.host.run(guest.model.domid, lambda view: view.read(at, 5 * PAGE_SIZE))
-    assert seen == content[100 : 100 + 5 * PAGE_SIZE]
-    assert memory.read_virtual(at, 5 * PAGE_SIZE) == seen
-    assert memory.read(first * PAGE_SIZE + 100, 5 * PAGE_SIZE) == seen
+    vaddr = guest.model.vaddr(first) + 100
+    expected = guest.host.run(guest.model.domid, lambda view: view.read(vaddr, 5 * PAGE_SIZE))
+    assert expected == content[100 : 100 + 5 * PAGE_SIZE]
+    assert memory.read_virtual(vaddr, 5 * PAGE_SIZE) == expected
+    assert memory.read(first * PAGE_SIZE + 100, 5 * PAGE_SIZE) == expected
     assert memory.page(first + 3) == content[3 * PAGE_SIZE :][:PAGE_SIZE]
 
 
@@ -72,9 +72,9 @@ def test_types_of_a_running_domain_are_the_hosts(guest: P2MGuest) -> None:
 def test_page_tables_of_a_running_domain_are_normalised(guest: P2MGuest) -> None:
     """Pfns in the place of mfns, flags kept, Xen's slots empty (normalise_pagetable() of libxenguest)."""
     pfn_of = {int(mfn): pfn for pfn, mfn in enumerate(guest.model.mfns)}
-    found = tables(guest)
-    assert len(found) == PAGES // 512 + LEVELS[guest.width] - 1
-    for pfn, level in found.items():
+    levels = tables(guest)
+    assert len(levels) == PAGES // 512 + LEVELS[guest.width] - 1
+    for pfn, level in levels.items():
         [table] = as_ptes(guest.live.frames.pages(np.array([pfn], np.uint64))).tolist()
         xens = is_xen_slot(level, guest.width, last_pae_l2=level == 2)
         for slot, (got, had) in enumerate(zip(table, raw(guest, pfn).tolist(), strict=True)):
@@ -89,11 +89,11 @@ def test_page_tables_of_a_running_domain_are_normalised(guest: P2MGuest) -> None
 
 def test_walk_of_a_running_domain_gives_pfns(guest: P2MGuest) -> None:
     memory, pfn_of = guest.live.memory, {int(mfn): pfn for pfn, mfn in enumerate(guest.model.mfns)}
-    way = memory.walk(guest.model.vaddr(12))
-    assert way.pfn == 12
-    assert [step.level for step in way.steps] == list(range(LEVELS[guest.width], 0, -1))
-    assert way.steps[0].table == memory.top == pfn_of[guest.model.top]
-    assert way.steps[-1].table == pfn_of[int(guest.model.l1[0])]
+    walk = memory.walk(guest.model.vaddr(12))
+    assert walk.pfn == 12
+    assert [step.level for step in walk.steps] == list(range(LEVELS[guest.width], 0, -1))
+    assert walk.steps[0].table == memory.top == pfn_of[guest.model.top]
+    assert walk.steps[-1].table == pfn_of[int(guest.model.l1[0])]
     fault = memory.walk(guest.model.vaddr(PAGES)).fault
     assert fault is not None
     assert (fault.level, fault.address) == (1 if PAGES % 512 else 2, guest.model.vaddr(PAGES))
@@ -105,6 +105,7 @@ def test_walk_through_a_freed_page_table_raises_fault(guest: P2MGuest) -> None:
     fault = memory.walk(guest.model.vaddr(12), top=Pfn(WRITTEN.start)).fault
     assert fault is not None
     assert f"pfn {WRITTEN.start:#x}" in str(fault)
+    assert guest.live.frames.pages(np.array([WRITTEN.start], np.uint64)).any()  # it can be read: it is no table
     with pytest.raises(Fault) as e:
         memory.read_virtual(guest.model.vaddr(12), 16, top=Pfn(WRITTEN.start))
     assert (e.value.space, e.value.address, e.value.level) == (fault.space, fault.address, fault.level)
@@ -113,20 +114,20 @@ def test_walk_through_a_freed_page_table_raises_fault(guest: P2MGuest) -> None:
 def test_page_table_freed_while_read_is_not_normalised(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its type is asked for, then it is freed and written to, then its content is read."""
     page_types = guest.host.page_types
-    asked: list[int] = []
+    queries: list[int] = []
 
     def before(domid: DomId, mfns: U64) -> U8:
         kinds = page_types(domid, mfns).copy()
-        if not asked:
+        if not queries:
             kinds[:] = PageType.L1TAB
-        asked.append(len(mfns))
+        queries.append(len(mfns))
         return kinds
 
     monkeypatch.setattr(guest.host, "page_types", before)
     first = WRITTEN.start
     content = guest.host.frames.read(guest.model.mfns[first : first + 4]).tobytes()
     assert guest.live.frames.pages(np.arange(first, first + 4, dtype=np.uint64)).tobytes() == content
-    assert asked == [4, 4]
+    assert queries == [4, 4]
 
 
 def test_entry_with_a_foreign_frame_gives_no_pfn() -> None:
@@ -198,10 +199,10 @@ def test_pages_without_a_local_frame_raise_fault() -> None:
         with pytest.raises(Fault) as e:
             guest.live.frames.pages(np.array([12, pfn, 13], np.uint64))
         assert (e.value.space, e.value.address, e.value.mfn) == ("pfn", pfn, entry)
-    for lost in (13, 14):
+    for unreadable in (13, 14):
         with pytest.raises(Fault) as e:
-            guest.live.memory.page(lost)
-        assert (e.value.space, e.value.address) == ("pfn", lost)
+            guest.live.memory.page(unreadable)
+        assert (e.value.space, e.value.address) == ("pfn", unreadable)
 
 
 def test_pages_that_cannot_be_mapped_raise_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,28 +277,28 @@ def test_p2m_damaged_from_the_start_has_not_changed() -> None:
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> ModelHost:
+def this_host(monkeypatch: pytest.MonkeyPatch) -> ModelHost:
     """The host that the command line finds itself on."""
     host = ModelHost(1 << 30)
 
     @contextmanager
-    def opens() -> Iterator[ModelHost]:
+    def open_host() -> Iterator[ModelHost]:
         yield host
 
-    monkeypatch.setattr("xenpv.host.xen.host.XenHost", opens)
+    monkeypatch.setattr("xenpv.host.xen.host.XenHost", open_host)
     return host
 
 
-def test_open_target_by_id_uuid_or_name_opens_a_running_domain(here: ModelHost) -> None:
-    made = make_guest(here, name="web")
-    for words in ("web", str(made.domid)):
-        with open_target(words, pause=True) as live:
+def test_open_target_by_id_uuid_or_name_opens_a_running_domain(this_host: ModelHost) -> None:
+    made = make_guest(this_host, name="web")
+    for name in ("web", str(made.domid)):
+        with open_target(name, pause=True) as live:
             assert isinstance(live, LiveDomain)
-            assert (live.name, here.info(made.domid).paused) == (f"dom{made.domid} (web)", True)
-        assert not here.info(made.domid).paused
+            assert (live.name, this_host.info(made.domid).paused) == (f"dom{made.domid} (web)", True)
+        assert not this_host.info(made.domid).paused
 
 
-def test_open_target_without_such_domain_or_file_raises(here: ModelHost, tmp_path: Path) -> None:
+def test_open_target_without_such_domain_or_file_raises(this_host: ModelHost, tmp_path: Path) -> None:
     for target in ("nobody", "77"):
         with pytest.raises(HostError) as caught, open_target(target):
             pass
@@ -310,7 +311,7 @@ def test_open_target_without_such_domain_or_file_raises(here: ModelHost, tmp_pat
     assert e.value.__cause__.errno == errno.ESRCH
 
 
-def test_open_target_refuses_to_pause_a_file(here: ModelHost, tmp_path: Path) -> None:
+def test_open_target_refuses_to_pause_a_file(this_host: ModelHost, tmp_path: Path) -> None:
     file = tmp_path / "dom.save"
     file.write_bytes(b"")
     with pytest.raises(RequestError) as e, open_target(str(file), pause=True):
@@ -318,10 +319,10 @@ def test_open_target_refuses_to_pause_a_file(here: ModelHost, tmp_path: Path) ->
     assert str(file) in str(e.value), "an empty file that was opened would raise StreamError"
 
 
-def test_open_target_refuses_a_running_hvm_domain(here: ModelHost, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = make_guest(here)
-    info = replace(here.info(made.domid), hvm=True)
-    monkeypatch.setattr(here, "info", lambda _domid: info)
+def test_open_target_refuses_a_running_hvm_domain(this_host: ModelHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_guest(this_host)
+    info = replace(this_host.info(made.domid), hvm=True)
+    monkeypatch.setattr(this_host, "info", lambda _domid: info)
     with pytest.raises(RequestError) as e, open_target(str(made.domid)):
         pass
     assert f"dom{made.domid} " in str(e.value)

@@ -164,9 +164,9 @@ def test_saved_domain_tells_vcpus_anchors_and_start_info(tmp_path: Path, width: 
         assert saved.contents.complete
         assert saved.pages_complete
         for vcpu, context in domain.vcpus.items():
-            found = saved.vcpu_context(vcpu)
-            assert found is not None
-            assert found.tobytes() == context.tobytes()
+            read_context = saved.vcpu_context(vcpu)
+            assert read_context is not None
+            assert read_context.tobytes() == context.tobytes()
             assert saved.cr3(vcpu) == at.top
             assert saved.cr3(vcpu, user=True) == (at.user_top if width == 8 else None)
             assert saved.tops(vcpu) == [at.top] + ([at.user_top] if width == 8 else [])
@@ -318,14 +318,14 @@ def test_close_twice_does_no_harm(file: Path) -> None:
 
 def test_file_pages_takes_types_and_places_from_two_indices(tmp_path: Path) -> None:
     """Of a pipe, types are known of all pages and contents of some."""
-    known, kept = PageIndex(), PageIndex()
-    known.add_entries(array(1, 2, XTAB << 60 | 3, BROKEN << 60 | 4), 0)
-    kept.add_entries(array(2), PAGE)
+    type_index, content_index = PageIndex(), PageIndex()
+    type_index.add_entries(array(1, 2, XTAB << 60 | 3, BROKEN << 60 | 4), 0)
+    content_index.add_entries(array(2), PAGE)
     path = tmp_path / "spool"
     path.write_bytes(b"1" * PAGE + b"2" * PAGE)
     fd = os.open(path, os.O_RDONLY)
     try:
-        frames = FilePages(fd, kept, known)
+        frames = FilePages(fd, content_index, type_index)
         assert frames.types(array(1, 2, 3, 4, 5)).tolist() == [0, 0, XTAB, BROKEN, ABSENT]
         assert frames.pages(array(2)).tobytes() == b"2" * PAGE
         for pfn, page_type in ((1, PageType.NOTAB), (3, XTAB), (4, BROKEN), (5, ABSENT)):

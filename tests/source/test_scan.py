@@ -37,14 +37,14 @@ def opened(made: Made, folder: Path) -> Iterator[Domain]:
 
 def addresses(pages: dict[int, bytes], needle: bytes) -> list[int]:
     """All matches, found the slow way: by every run of consecutive pfns as one text."""
-    found, pfns = [], sorted(pages)
+    matches, pfns = [], sorted(pages)
     while pfns:
         run = [pfns.pop(0)]
         while pfns and pfns[0] == run[-1] + 1:
             run.append(pfns.pop(0))
         content = b"".join(pages[pfn] for pfn in run)
-        found += [run[0] * PAGE_SIZE + i for i in range(len(content)) if content.startswith(needle, i)]
-    return found
+        matches += [run[0] * PAGE_SIZE + i for i in range(len(content)) if content.startswith(needle, i)]
+    return matches
 
 
 class Scanned:
@@ -90,8 +90,8 @@ def test_search_for_no_bytes_raises_at_once(tmp_path: Path) -> None:
 
 def test_pages_yields_each_page_with_content_once(tmp_path: Path) -> None:
     made = pv_domain(pfns=[*range(60), 1000, 0x12_3456])
-    at = made.places
-    for pfn, page_type in ((at.data[0], XALLOC), (at.data[1], BROKEN)):
+    places = made.places
+    for pfn, page_type in ((places.data[0], XALLOC), (places.data[1], BROKEN)):
         made.types[pfn] = page_type
         del made.pages[pfn]
     with opened(made, tmp_path) as domain:
@@ -103,9 +103,9 @@ def test_pages_yields_each_page_with_content_once(tmp_path: Path) -> None:
 
 def test_pages_of_a_cut_off_file_ends_where_it_ends(tmp_path: Path) -> None:
     made, path = pv_domain(), tmp_path / "cut.save"
-    whole = made.to_bytes()
-    last = whole.index(bytes(made.pages[max(made.pages)]))
-    path.write_bytes(whole[: last + 100])
+    data = made.to_bytes()
+    last = data.index(bytes(made.pages[max(made.pages)]))
+    path.write_bytes(data[: last + 100])
     with open_domain(str(path), on_breach=lambda *_: None) as domain:
         assert domain.error is not None
         assert [pfn for pfn, _, _ in domain.pages()] == sorted(made.pages)[:-1]
@@ -121,13 +121,13 @@ def test_running_domain_gives_the_same_pages_as_its_frames() -> None:
 
 def linux(*, vmcoreinfo: bool, banner: bytes) -> Made:
     made = pv_domain()
-    at = made.places
+    places = made.places
     if vmcoreinfo:
         names = b"".join(part.ljust(65, b"\0") for part in (b"Linux", b"web", RELEASE))
-        made.pages[at.data[1]][UTS_OFFSET : UTS_OFFSET + len(names)] = names
-        content = text(made.vaddrs[at.data[1]], top=made.vaddrs[at.top])
-        made.pages[at.data[0]][:] = content.ljust(PAGE_SIZE, b"\0")
-    first, second = at.data[5:7]
+        made.pages[places.data[1]][UTS_OFFSET : UTS_OFFSET + len(names)] = names
+        content = text(made.vaddrs[places.data[1]], top=made.vaddrs[places.top])
+        made.pages[places.data[0]][:] = content.ljust(PAGE_SIZE, b"\0")
+    first, second = places.data[5:7]
     made.pages[first][-10:], made.pages[second][: len(banner) - 10] = banner[:10], banner[10:]
     return made
 
