@@ -34,9 +34,9 @@ def diff_streams(folder: Path, a: bytes, b: bytes, **options: Any) -> Difference
     paths = folder / "a", folder / "b"
     for path, data in zip(paths, (a, b), strict=True):
         path.write_bytes(data)
-    with SavedDomain.open(str(paths[0])) as one, SavedDomain.open(str(paths[1])) as other:
-        difference = diff(one, other, **options)
-        reverse = diff(other, one, **options)
+    with SavedDomain.open(str(paths[0])) as first, SavedDomain.open(str(paths[1])) as second:
+        difference = diff(first, second, **options)
+        reverse = diff(second, first, **options)
     assert difference.same == reverse.same
     assert [page.pfn for page in difference.first] == [page.pfn for page in reverse.first]
     assert [(f.where, f.name, f.a, f.b) for f in difference.fields] == [
@@ -63,13 +63,13 @@ def test_diff_same_domain_in_other_envelopes_and_batches_is_same(
 
 
 def test_diff_changed_pages_are_counted_with_kind_and_ranges(domains: tuple[Domain, Domain], tmp_path: Path) -> None:
-    other = domains[1]
-    data = other.places.data[:5]
+    second = domains[1]
+    data = second.places.data[:5]
     for pfn in data:
-        other.pages[pfn][10:12] = bytes(b ^ 1 for b in other.pages[pfn][10:12])
-        other.pages[pfn][4095] ^= 0x80
-    table = other.tables(1)[0]
-    other.table(table)[511] = 0x1234 << 12
+        second.pages[pfn][10:12] = bytes(b ^ 1 for b in second.pages[pfn][10:12])
+        second.pages[pfn][4095] ^= 0x80
+    table = second.tables(1)[0]
+    second.table(table)[511] = 0x1234 << 12
     difference = diff_domains(tmp_path, domains, keep=4)
     assert (difference.differ, difference.kinds) == (6, {"data": 5, "page table": 1})
     expected = sorted([*data, table])[:4]
@@ -87,27 +87,27 @@ def test_diff_changed_p2m_frame_has_kind_p2m(domains: tuple[Domain, Domain], tmp
 
 
 def test_diff_changed_page_types_are_counted_by_pair(domains: tuple[Domain, Domain], tmp_path: Path) -> None:
-    other = domains[1]
-    absent, empty = other.places.data[0], other.places.data[1:4]
-    del other.types[absent], other.pages[absent]
+    second = domains[1]
+    absent, empty = second.places.data[0], second.places.data[1:4]
+    del second.types[absent], second.pages[absent]
     for pfn in empty:
-        other.types[pfn] = XALLOC
+        second.types[pfn] = XALLOC
     difference = diff_domains(tmp_path, domains)
     assert [(t.a, t.b, t.pages, t.first) for t in difference.types] == [
         ("NOTAB", "XALLOC", 3, empty),
         ("NOTAB", "absent", 1, [absent]),
     ]
-    assert difference.compared == len(other.pages) - 3
+    assert difference.compared == len(second.pages) - 3
     assert not difference.differ
 
 
 def test_diff_changed_record_fields_are_named(domains: tuple[Domain, Domain], tmp_path: Path) -> None:
-    other = domains[1]
-    other.vcpus[1]["user_regs"]["rip"] += 8
-    other.vcpus[0]["trap_ctxt"][14]["address"] += 1
-    other.shared_info["vcpu_info"][3]["time"]["system_time"] = 77
-    other.start_info["nr_pages"] += 1
-    other.msr_policy[0] = (0xCE, 0, 5)
+    second = domains[1]
+    second.vcpus[1]["user_regs"]["rip"] += 8
+    second.vcpus[0]["trap_ctxt"][14]["address"] += 1
+    second.shared_info["vcpu_info"][3]["time"]["system_time"] = 77
+    second.start_info["nr_pages"] += 1
+    second.msr_policy[0] = (0xCE, 0, 5)
     difference = diff_domains(tmp_path, domains)
     assert [(f.where, f.name) for f in difference.fields] == [
         ("X86_MSR_POLICY", "bytes 0x8 to 0x8"),
@@ -125,10 +125,10 @@ def test_diff_changed_record_fields_are_named(domains: tuple[Domain, Domain], tm
 def test_diff_records_of_one_domain_only_are_absent_in_the_other(
     domains: tuple[Domain, Domain], tmp_path: Path
 ) -> None:
-    other = domains[1]
-    del other.vcpus[1]
-    other.xsave.clear()
-    other.entries += 1
+    second = domains[1]
+    del second.vcpus[1]
+    second.xsave.clear()
+    second.entries += 1
     difference = diff_domains(tmp_path, domains)
     assert ("vcpu1", "", "present", "absent") in [(f.where, f.name, f.a, f.b) for f in difference.fields]
     assert "entries" in {f.name for f in difference.fields if f.where == "p2m"}
@@ -145,17 +145,20 @@ def test_diff_unreadable_start_info_is_a_difference(
 
 
 def test_diff_hvm_domains_compares_params_and_context(tmp_path: Path) -> None:
-    one, other = hvm_stream("xl"), hvm_stream("xl", pages=12)
-    assert diff_streams(tmp_path, bytes(one), bytes(hvm_stream("xl"))).same
-    difference = diff_streams(tmp_path, bytes(one), bytes(other))
+    first, second = hvm_stream("xl"), hvm_stream("xl", pages=12)
+    assert diff_streams(tmp_path, bytes(first), bytes(hvm_stream("xl"))).same
+    difference = diff_streams(tmp_path, bytes(first), bytes(second))
     assert {(t.a, t.b): t.pages for t in difference.types} == {
         ("NOTAB", "XALLOC"): 1,
         ("NOTAB", "absent"): 3,
         ("XALLOC", "absent"): 1,
     }
-    other = hvm_stream("xl").patch("HVM_PARAMS", 8 + 8 + 8, b"\1").patch("HVM_CONTEXT", 20, b"!")
-    assert {f.where for f in diff_streams(tmp_path, bytes(one), bytes(other)).fields} == {"HVM_PARAMS", "HVM_CONTEXT"}
-    difference = diff_streams(tmp_path, bytes(one), pv_domain().to_bytes())
+    second = hvm_stream("xl").patch("HVM_PARAMS", 8 + 8 + 8, b"\1").patch("HVM_CONTEXT", 20, b"!")
+    assert {f.where for f in diff_streams(tmp_path, bytes(first), bytes(second)).fields} == {
+        "HVM_PARAMS",
+        "HVM_CONTEXT",
+    }
+    difference = diff_streams(tmp_path, bytes(first), pv_domain().to_bytes())
     assert [(f.where, f.a, f.b) for f in difference.fields] == [("domain", "HVM, 64 bits", "PV, 64 bits")]
 
 
@@ -166,11 +169,11 @@ def test_diff_other_configuration_is_reported(domains: tuple[Domain, Domain], tm
 
 
 def test_diff_compares_every_kind_of_record(domains: tuple[Domain, Domain], tmp_path: Path) -> None:
-    other = domains[1]
-    for kind in (other.extended, other.xsave, other.msrs):
+    second = domains[1]
+    for kind in (second.extended, second.xsave, second.msrs):
         kind[0] = bytes(32)
-        domains[0].__dict__[next(name for name, value in vars(other).items() if value is kind)][0] = bytes(31) + b"!"
-    stream = other.to_stream().patch("X86_TSC_INFO", 8 + 8, b"\1\2\3")
+        domains[0].__dict__[next(name for name, value in vars(second).items() if value is kind)][0] = bytes(31) + b"!"
+    stream = second.to_stream().patch("X86_TSC_INFO", 8 + 8, b"\1\2\3")
     difference = diff_streams(tmp_path, domains[0].to_bytes(), bytes(stream))
     assert {f"{f.where} {f.name}" for f in difference.fields} == {
         "X86_TSC_INFO nsec",
@@ -198,8 +201,8 @@ def test_diff_core_and_save_file_compares_pages_and_registers(domains: tuple[Dom
     domains[1].pages[pfn][0] ^= 1
     domains[1].vcpus[0]["user_regs"]["rbx"] ^= 1
     file.write_bytes(domains[1].to_bytes())
-    with open_domain(str(core)) as one, open_domain(str(file)) as other:
-        difference = diff(one, other)
+    with open_domain(str(core)) as first, open_domain(str(file)) as second:
+        difference = diff(first, second)
     assert pfn in [page.pfn for page in difference.first]
     assert ("vcpu0", "rbx") in [(f.where, f.name) for f in difference.fields]
 
@@ -209,11 +212,11 @@ def test_diff_pipe_raises_request_error(domains: tuple[Domain, Domain], tmp_path
     path.write_bytes(domains[0].to_bytes())
     with (
         piped(domains[1].to_bytes()) as fd,
-        SavedDomain.open(str(path)) as one,
-        SavedDomain.of(Input(os.dup(fd), "pipe")) as other,
+        SavedDomain.open(str(path)) as first,
+        SavedDomain.of(Input(os.dup(fd), "pipe")) as second,
         pytest.raises(RequestError),
     ):
-        diff(one, other)
+        diff(first, second)
 
 
 def test_differing_ranges_are_maximal() -> None:

@@ -68,19 +68,19 @@ def _notes(data: bytes) -> Iterator[tuple[str, int, bytes]]:
     at = 0
     while at < len(data):
         name, desc, kind = struct.unpack_from("<III", data, at)
-        begin = at + 12 + (name + 3 & -4)
-        yield data[at + 12 :][: name - 1].decode(), kind, data[begin : begin + desc]
-        at = begin + (desc + 3 & -4)
+        desc_offset = at + 12 + (name + 3 & -4)
+        yield data[at + 12 :][: name - 1].decode(), kind, data[desc_offset : desc_offset + desc]
+        at = desc_offset + (desc + 3 & -4)
 
 
 def test_elf_has_each_page_at_its_physical_address(domain: Domain, tmp_path: Path) -> None:
-    core, done = export_domain(domain, tmp_path, "elf")
-    found = physical(core)
+    core, exported = export_domain(domain, tmp_path, "elf")
+    pages_in_file = physical(core)
     there = {pfn: bytes(page) for pfn, page in domain.pages.items()}
-    assert {pfn: page for pfn, page in found.items() if pfn <= FAR + 1} == there
-    assert (done.pages, done.lost) == (len(there), 0)
-    assert done.zeros == sum(not any(page) for page in there.values()) >= 1
-    assert done.bytes == core.stat().st_size
+    assert {pfn: page for pfn, page in pages_in_file.items() if pfn <= FAR + 1} == there
+    assert (exported.pages, exported.lost) == (len(there), 0)
+    assert exported.zeros == sum(not any(page) for page in there.values()) >= 1
+    assert exported.bytes == core.stat().st_size
     assert core.stat().st_mode & 0o777 == 0o600
     with core.open("rb") as file:
         header = parse_elf(file).header
@@ -89,11 +89,11 @@ def test_elf_has_each_page_at_its_physical_address(domain: Domain, tmp_path: Pat
 
 def test_elf_has_each_page_at_the_kernels_virtual_address(domain: Domain, tmp_path: Path) -> None:
     core, _ = export_domain(domain, tmp_path, "elf")
-    seen = {}
+    page_at = {}
     for header, data in loads(core):
         for at in range(0, len(data), PAGE):
-            seen[header["p_vaddr"] + at] = data[at : at + PAGE]
-    missing = [pfn for pfn, vaddr in domain.vaddrs.items() if seen.get(vaddr) != bytes(domain.pages[pfn])]
+            page_at[header["p_vaddr"] + at] = data[at : at + PAGE]
+    missing = [pfn for pfn, vaddr in domain.vaddrs.items() if page_at.get(vaddr) != bytes(domain.pages[pfn])]
     assert not missing
 
 
@@ -140,18 +140,18 @@ def test_elf_with_an_unknown_vcpu_has_zeros_in_its_note(tmp_path: Path) -> None:
 
 
 def test_elf_has_vmcoreinfo_as_a_note(domain: Domain, tmp_path: Path) -> None:
-    core, done = export_domain(domain, tmp_path, "elf")
+    core, exported = export_domain(domain, tmp_path, "elf")
     text = bytes(domain.pages[domain.places.data[0]]).rstrip(b"\0")
     assert [desc for name, _, desc in notes(core) if name == "VMCOREINFO"] == [text]
-    assert done.remarks == []
+    assert exported.remarks == []
 
 
 def test_elf_without_vmcoreinfo_has_a_remark(tmp_path: Path) -> None:
     domain = made_domain()
     domain.pages[domain.places.data[0]][:] = bytes(PAGE)
-    core, done = export_domain(domain, tmp_path, "elf")
+    core, exported = export_domain(domain, tmp_path, "elf")
     assert not [name for name, _, _ in notes(core) if name == "VMCOREINFO"]
-    assert "VMCOREINFO" in done.remarks[0]
+    assert "VMCOREINFO" in exported.remarks[0]
 
 
 def test_elf_identity_tree_maps_each_pfn_to_itself(tmp_path: Path) -> None:
@@ -180,10 +180,10 @@ def test_elf_with_65535_segments_counts_them_in_section_0(tmp_path: Path) -> Non
     core.write_bytes(head)
     with core.open("r+b") as file:
         file.truncate(len(head) + 70_000 * PAGE)
-        found = parse_elf(file)
-        assert found.header["e_phnum"] == 0xFFFF
-        assert found.num_segments() == 70_001
-        last = found.get_segment(70_000).header
+        elf_file = parse_elf(file)
+        assert elf_file.header["e_phnum"] == 0xFFFF
+        assert elf_file.num_segments() == 70_001
+        last = elf_file.get_segment(70_000).header
     assert (last["p_paddr"], last["p_vaddr"]) == (2 * 69_999 * PAGE, 0xFFFF_8880_0000_0000 + 2 * 69_999 * PAGE)
     assert last["p_offset"] == len(head) + 69_999 * PAGE
 
@@ -201,11 +201,11 @@ def test_find_direct_map_at_another_slot_finds_it(tmp_path: Path) -> None:
     domain, slot = pv_domain(), 300
     l4, l3 = (step.table for step in domain.walk(domain.vaddrs[0])[:2])
     domain.table(l4)[slot], domain.table(l3)[0] = domain.table(l4)[511], domain.table(l3)[510]
-    with open_made(domain, tmp_path) as kept:
-        base = find_direct_map(kept, runs_with_data(kept.extents()))
+    with open_made(domain, tmp_path) as opened:
+        base = find_direct_map(opened, runs_with_data(opened.extents()))
         assert base == 0xFFFF << 48 | slot << 39
         out = tmp_path / "core"
-        export(kept, str(out), "elf")
+        export(opened, str(out), "elf")
     headers = [header for header, _ in loads(out)]
     assert headers[0]["p_vaddr"] == base + headers[0]["p_paddr"]
 
@@ -218,8 +218,8 @@ def test_elf_without_direct_map_has_no_virtual_addresses(tmp_path: Path) -> None
 def test_elf_with_a_missing_page_table_has_a_remark(tmp_path: Path) -> None:
     domain = made_domain()
     domain.table(domain.places.top)[301] = np.uint64(HOLE << 12 | 0x67)
-    _, done = export_domain(domain, tmp_path, "elf")
-    (remark,) = done.remarks
+    _, exported = export_domain(domain, tmp_path, "elf")
+    (remark,) = exported.remarks
     assert f"pfn {HOLE:#x}" in remark
 
 
@@ -228,9 +228,9 @@ def test_elf_with_invalid_page_tables_has_a_remark(tmp_path: Path, monkeypatch: 
         raise GuestError("too many runs")
 
     monkeypatch.setattr(frame_tree, "walk_tree", refuse)
-    core, done = export_domain(made_domain(), tmp_path, "elf")
+    core, exported = export_domain(made_domain(), tmp_path, "elf")
     assert core.exists()
-    (remark,) = done.remarks
+    (remark,) = exported.remarks
     assert "too many runs" in remark
 
 
@@ -263,15 +263,15 @@ def test_elf_of_a_real_guest_has_all_its_pages(recipe: Recipe, tmp_path: Path) -
     data = tmp_path / "vector.save"
     data.write_bytes(unpack_vector(recipe))
     core = tmp_path / "vector.elf"
-    with open_domain(str(data)) as kept:
-        export(kept, str(core), "elf")
-        pages = runs_with_data(kept.extents())
-        found = physical(core)
+    with open_domain(str(data)) as opened:
+        export(opened, str(core), "elf")
+        pages = runs_with_data(opened.extents())
+        pages_in_file = physical(core)
         for pfns in pages.batches(256):
-            there = kept.frames.pages(pfns)
+            there = opened.frames.pages(pfns)
             for pfn, page in zip(pfns.tolist(), there, strict=True):
-                assert found[pfn] == page.tobytes()
-        assert len([n for n in notes(core) if n[1] == NT_PRSTATUS]) == len(kept.vcpus)
+                assert pages_in_file[pfn] == page.tobytes()
+        assert len([n for n in notes(core) if n[1] == NT_PRSTATUS]) == len(opened.vcpus)
 
 
 def test_runs_positions_and_batches_equal_a_list_of_pfns() -> None:
@@ -287,7 +287,7 @@ def test_runs_positions_and_batches_equal_a_list_of_pfns() -> None:
     none = Runs(first[:0], count[:0])
     assert list(none.batches(5)) == []
     assert none.positions(asked).tolist() == [-1] * len(asked)
-    kept = np.arange(len(listed)) % 3 != 0
-    assert [p for b in pages.where(kept).batches(9) for p in b.tolist()] == [
-        p for p, k in zip(listed, kept, strict=True) if k
+    selected = np.arange(len(listed)) % 3 != 0
+    assert [p for b in pages.where(selected).batches(9) for p in b.tolist()] == [
+        p for p, k in zip(listed, selected, strict=True) if k
     ]

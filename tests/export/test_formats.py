@@ -44,15 +44,15 @@ def test_lime_has_each_page_at_its_address(domain: Domain, tmp_path: Path) -> No
 
 
 def test_raw_is_memory_with_holes(domain: Domain, tmp_path: Path) -> None:
-    out, done = export_domain(domain, tmp_path, "raw")
-    assert done.bytes == out.stat().st_size == (FAR + 2) * PAGE
+    out, exported = export_domain(domain, tmp_path, "raw")
+    assert exported.bytes == out.stat().st_size == (FAR + 2) * PAGE
     assert out.stat().st_blocks * 512 < 2 << 20
     with out.open("rb") as file:
         for pfn in [*range(HOLE + 20), FAR, FAR + 1]:
             file.seek(pfn * PAGE)
             assert file.read(PAGE) == domain.pages.get(pfn, bytes(PAGE)), hex(pfn)
     absent = FAR + 2 - len(domain.pages)
-    assert f"{absent} pfns" in " ".join(done.remarks)
+    assert f"{absent} pfns" in " ".join(exported.remarks)
 
 
 def test_file_that_ends_with_zeros_has_its_full_size(tmp_path: Path) -> None:
@@ -61,8 +61,8 @@ def test_file_that_ends_with_zeros_has_its_full_size(tmp_path: Path) -> None:
     assert last == 63
     domain.pages[last][:] = bytes(PAGE)
     for form, size in (("raw", 64 * PAGE), ("lime", 64 * PAGE + 32)):
-        out, done = export_domain(domain, tmp_path, form)
-        assert out.stat().st_size == done.bytes == size
+        out, exported = export_domain(domain, tmp_path, form)
+        assert out.stat().st_size == exported.bytes == size
 
 
 # --- xl's own cores --------------------------------------------------------------------------------------------------
@@ -89,10 +89,10 @@ def test_dumpcore_equals_xls_core(domain: Domain, tmp_path: Path) -> None:
     own[256:272] = False  # Xen's, in a top table
     for row, pfn in enumerate(sorted(domain.pages)):
         top = domain.is_table(pfn) and domain.types[pfn] & 7 == 4
-        kept = own if top else np.ones(512, np.bool_)
+        compared = own if top else np.ones(512, np.bool_)
         if domain.width == 4 and domain.types[pfn] & 7 == 2:
-            kept[0x1AC:] = False  # Xen's, in the L2 below a last entry
-        assert (pages[0][row] == pages[1][row])[kept].all(), hex(pfn)
+            compared[0x1AC:] = False  # Xen's, in the L2 below a last entry
+        assert (pages[0][row] == pages[1][row])[compared].all(), hex(pfn)
         if top:
             frame = np.uint64(0xF_FFFF_FFFF_F000)
             assert pages[0][row, 258] & frame == pages[1][row, 258] & frame == domain.mfns[pfn] << 12
@@ -127,30 +127,30 @@ def test_dumpcore_opens_as_the_same_domain(domain: Domain, tmp_path: Path) -> No
 def test_dumpcore_of_an_hvm_domain_lists_pfns(tmp_path: Path) -> None:
     path, out = tmp_path / "hvm.save", tmp_path / "hvm.core"
     path.write_bytes(bytes(hvm_stream(pages=16)))
-    with open_domain(str(path)) as kept:
-        export(kept, str(out), "dumpcore")
-        (pfns,) = runs_with_data(kept.extents()).batches(100)
-    found = sections(out)
-    assert found[".xen_pfn"][1] == pfns.astype("<u8").tobytes()
-    assert ".xen_p2m" not in found
-    assert struct.unpack_from("<Q", found[".note.Xen"][1], 32)[0] == 0xF00F_EBEE
+    with open_domain(str(path)) as opened:
+        export(opened, str(out), "dumpcore")
+        (pfns,) = runs_with_data(opened.extents()).batches(100)
+    elf_sections = sections(out)
+    assert elf_sections[".xen_pfn"][1] == pfns.astype("<u8").tobytes()
+    assert ".xen_p2m" not in elf_sections
+    assert struct.unpack_from("<Q", elf_sections[".note.Xen"][1], 32)[0] == 0xF00F_EBEE
 
 
 @pytest.mark.parametrize("form", [form for form in FORMATS if form != "dumpcore"])
 def test_export_of_an_hvm_domain_in_each_format_has_its_pages(form: str, tmp_path: Path) -> None:
     path, out = tmp_path / "hvm.save", tmp_path / "hvm.out"
     path.write_bytes(bytes(hvm_stream(pages=16)))
-    with open_domain(str(path)) as kept:
-        pages = runs_with_data(kept.extents()).total
-        assert export(kept, str(out), form).pages == pages > 10
+    with open_domain(str(path)) as opened:
+        pages = runs_with_data(opened.extents()).total
+        assert export(opened, str(out), form).pages == pages > 10
 
 
 def test_dumpcore_without_p2m_raises_request_error(tmp_path: Path) -> None:
     domain = made_domain()
     path = tmp_path / "none.save"
     path.write_bytes(bytes(domain.to_stream().drop("X86_PV_P2M_FRAMES")))
-    with open_domain(str(path), on_breach=lambda *_: None) as kept, pytest.raises(RequestError, match="names no p2m"):
-        export(kept, str(tmp_path / "out"), "dumpcore")
+    with open_domain(str(path), on_breach=lambda *_: None) as opened, pytest.raises(RequestError, match="names no p2m"):
+        export(opened, str(tmp_path / "out"), "dumpcore")
     assert not (tmp_path / "out").exists()
 
 
@@ -159,20 +159,20 @@ def test_dumpcore_without_p2m_raises_request_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
 def test_kdump_has_pages_bitmaps_and_headers(compression: str, domain: Domain, tmp_path: Path) -> None:
-    out, done = export_domain(domain, tmp_path, "kdump", compression=compression)
+    out, exported = export_domain(domain, tmp_path, "kdump", compression=compression)
     read = Kdump(out.read_bytes())
-    found = dict(read.pages())
-    assert {pfn: page for pfn, page in found.items() if pfn <= FAR + 1} == there(domain)
-    assert read.bitmap(0) == read.bitmap(1) == sorted(found)
+    pages = dict(read.pages())
+    assert {pfn: page for pfn, page in pages.items() if pfn <= FAR + 1} == there(domain)
+    assert read.bitmap(0) == read.bitmap(1) == sorted(pages)
     assert (read.version, read.status) == (6, {"zlib": 1, "zstd": 0x20}[compression])
-    assert read.end == read.max_mapnr == max(found) + 1
+    assert read.end == read.max_mapnr == max(pages) + 1
     assert read.vcpus == 2
     assert read.uts[4] == ("x86_64" if domain.width == 8 else "i686")
     assert read.text == bytes(domain.pages[domain.places.data[0]]).rstrip(b"\0")
     assert read.text in read.notes
-    assert done.bytes == out.stat().st_size
+    assert exported.bytes == out.stat().st_size
     if domain.width == 8:
-        assert look_up_identity(found, FAR + 2, 5) == 5
+        assert look_up_identity(pages, FAR + 2, 5) == 5
 
 
 def test_kdump_has_the_guests_utsname(tmp_path: Path) -> None:
@@ -189,17 +189,17 @@ def test_kdump_has_the_guests_utsname(tmp_path: Path) -> None:
 
 def test_kdump_of_an_unreadable_utsname_has_a_remark(tmp_path: Path) -> None:
     domain = made_domain()  # its VMCOREINFO names an address that is not mapped
-    out, done = export_domain(domain, tmp_path, "kdump")
+    out, exported = export_domain(domain, tmp_path, "kdump")
     assert Kdump(out.read_bytes()).uts[0] == "Linux"
-    assert "utsname" in done.remarks[-1]
+    assert "utsname" in exported.remarks[-1]
 
 
 def test_kdump_of_vmcoreinfo_without_utsname_has_a_remark(tmp_path: Path) -> None:
     domain = made_domain()
     page = domain.pages[domain.places.data[0]]
     page[:] = bytes(page).replace(b"init_uts_ns", b"init_abc_ns")
-    _, done = export_domain(domain, tmp_path, "kdump")
-    assert "utsname" in done.remarks[-1]
+    _, exported = export_domain(domain, tmp_path, "kdump")
+    assert "utsname" in exported.remarks[-1]
 
 
 def test_kdump_of_a_domain_that_goes_meanwhile_raises_host_error(
@@ -237,20 +237,21 @@ def test_kdump_opens_in_drgn(tmp_path: Path) -> None:
 def test_kdump_with_a_far_pfn_has_holes_in_bitmaps(tmp_path: Path) -> None:
     far = 1 << 26
     domain = pv_domain(pfns=[*range(64), far], linear=False, tree=True)
-    out, done = export_domain(domain, tmp_path, "kdump")
-    assert done.bytes > 2 * far // 8
-    assert out.stat().st_blocks * 512 < done.bytes // 8
+    out, exported = export_domain(domain, tmp_path, "kdump")
+    assert exported.bytes > 2 * far // 8
+    assert out.stat().st_blocks * 512 < exported.bytes // 8
 
 
-# --- what cannot be written ------------------------------------------------------------------------------------------
+# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", list(FORMATS))
 def test_export_without_pages_writes_no_file(form: str, tmp_path: Path) -> None:
     path = tmp_path / "none.save"
     path.write_bytes(bytes(made_domain().to_stream().drop("PAGE_DATA")))
-    with open_domain(str(path), on_breach=lambda *_: None) as kept, pytest.raises(RequestError, match="no pages"):
-        export(kept, str(tmp_path / "out"), form)
+    with open_domain(str(path), on_breach=lambda *_: None) as opened, pytest.raises(RequestError) as e:
+        export(opened, str(tmp_path / "out"), form)
+    assert (e.value.needed, e.value.available) == (1, 0)
     assert not (tmp_path / "out").exists()
 
 
@@ -264,7 +265,7 @@ def test_export_to_a_fifo_equals_the_file(form: str, tmp_path: Path) -> None:
     got = bytearray()
     reading = threading.Thread(target=lambda: got.extend(fifo.read_bytes()))
     reading.start()
-    with open_made(domain, tmp_path) as kept:
-        export(kept, str(fifo), form)
+    with open_made(domain, tmp_path) as opened:
+        export(opened, str(fifo), form)
     reading.join(10)
     assert bytes(got) == out.read_bytes()

@@ -89,12 +89,12 @@ def try_one(data: bytes) -> None:
 
 
 def answer(image: KernelImage) -> None:
-    said = describe(image, 1 << 20)
-    assert said["pv"]["can_boot"] == bool(said["pv"]["limits"])
-    json.dumps(said)
+    description = describe(image, 1 << 20)
+    assert description["pv"]["can_boot"] == bool(description["pv"]["limits"])
+    json.dumps(description)
     for segment in image.segments:
         assert len(image.content(segment)) == segment.filesz
-    if said["pv"]["can_boot"]:
+    if description["pv"]["can_boot"]:
         size = -(-(image.kernel_end - image.kernel_start) // 4096) * 4096
         for vaddr, content, zeroes in image.loads():
             assert 0 <= vaddr - image.kernel_start <= size - len(content) - zeroes
@@ -102,10 +102,10 @@ def answer(image: KernelImage) -> None:
 
 def target(data: bytes, n: int) -> None:
     """Try a stream, and the kernel that is made of it."""
-    made = kernel(Random(data))
-    with bounded(n, len(made), memory=MEMORY):
+    kernel_file = kernel(Random(data))
+    with bounded(n, len(kernel_file), memory=MEMORY):
         try_one(data)
-        try_one(made)
+        try_one(kernel_file)
 
 
 if __name__ == "__main__":

@@ -309,8 +309,9 @@ def test_plan_ramdisk_without_mod_start_pfn_is_mapped() -> None:
 def test_plan_hypercall_page() -> None:
     assert plan(sized(2, note(2, quad(BASE + 0x10_3000))), Request(64 * MIB)).hypercall_pfn == 0x103
     assert plan(sized(2), Request(64 * MIB)).hypercall_pfn is None
-    with pytest.raises(ImageError, match="HYPERCALL_PAGE 0xffffffff84000000 would be pfn 0x4000"):
+    with pytest.raises(ImageError, match=r"0xffffffff84000000 .*0x4000\b") as e:
         plan(sized(2, note(2, quad(BASE + 64 * MIB))), Request(64 * MIB))
+    assert e.value.note == "HYPERCALL_PAGE"
 
 
 def test_plan_memory_with_holes() -> None:

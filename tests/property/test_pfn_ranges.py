@@ -18,22 +18,22 @@ def parts(pfns: set[int]) -> PfnRanges:
     return PfnRanges.from_pfns(np.array(sorted(pfns), np.uint64))
 
 
-def pfns_of(some: PfnRanges) -> set[int]:
+def pfns_of(ranges: PfnRanges) -> set[int]:
     """Of parts of which every pfn is meant."""
-    assert (some.span == some.pages).all()
-    return {pfn for start, span, _ in _rows(some) for pfn in range(start, start + span)}
+    assert (ranges.span == ranges.pages).all()
+    return {pfn for start, span, _ in _rows(ranges) for pfn in range(start, start + span)}
 
 
-def _rows(some: PfnRanges) -> list[tuple[int, int, int]]:
-    flat = some.rows()
+def _rows(ranges: PfnRanges) -> list[tuple[int, int, int]]:
+    flat = ranges.rows()
     return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
 
 @given(PFNS)
 def test_ranges_of_pfns_are_as_few_as_their_runs(pfns: set[int]) -> None:
-    some = parts(pfns)
-    assert pfns_of(some) == pfns
-    assert len(some) == sum(pfn - 1 not in pfns for pfn in pfns)
+    ranges = parts(pfns)
+    assert pfns_of(ranges) == pfns
+    assert len(ranges) == sum(pfn - 1 not in pfns for pfn in pfns)
 
 
 @given(PFNS, st.integers(1, 12))
@@ -48,10 +48,10 @@ def test_ranges_coarsened_hold_all_pages_and_bridge_the_narrowest_gaps(pfns: set
 
 
 @given(PFNS, PFNS)
-def test_ranges_merged_hold_the_pfns_of_both(one: set[int], other: set[int]) -> None:
-    both = parts(one).union(parts(other))
+def test_ranges_merged_hold_the_pfns_of_both(first: set[int], second: set[int]) -> None:
+    both = parts(first).union(parts(second))
     covered = {pfn for start, span, _ in _rows(both) for pfn in range(start, start + span)}
-    assert covered == one | other
+    assert covered == first | second
     assert (both.start[1:] > both.end[:-1]).all() or len(both) < 2
 
 
@@ -80,8 +80,8 @@ def test_axis_of_all_pfns_ascends_from_0_to_1(pfns: set[int], end: int) -> None:
 
 def test_axis_far_away_pages_are_visible() -> None:
     far = 1 << 32
-    some = PfnRanges.of(np.array([0, far - 2], np.uint64), np.array([16384, 2]))
-    line = dict(pfn_axis(some, far))
+    ranges = PfnRanges.of(np.array([0, far - 2], np.uint64), np.array([16384, 2]))
+    line = dict(pfn_axis(ranges, far))
     assert line[16384] > 0.95
     assert line[far] - line[far - 2] > 0.009  # two pages of 16,386
     assert line[far - 2] - line[16384] < 0.02  # 16 TiB without any

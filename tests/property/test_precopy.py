@@ -24,26 +24,26 @@ _STEP = st.one_of(
 )
 
 
-def _step(guest: Guest, said: tuple[str, int, int] | None, n: int) -> Any:
+def _step(guest: Guest, action: tuple[str, int, int] | None, n: int) -> Any:
     def step() -> None:
-        if said is None:
+        if action is None:
             return
-        what, a, b = said
+        name, a, b = action
         free = guest.do("free_pfns")
-        some = free[a % max(len(free) - 100, 1) :]
+        chosen = free[a % max(len(free) - 100, 1) :]
         try:
-            match what:
+            match name:
                 case "write":
-                    guest.do("write_pattern", some[:b], n)
+                    guest.do("write_pattern", chosen[:b], n)
                 case "out":
-                    guest.do("balloon_out", some[:b])
+                    guest.do("balloon_out", chosen[:b])
                 case "in":
                     guest.do("balloon_in", pfns(b, a))
                 case "move":
-                    guest.do("move", some[:25], pfns(25, b))
+                    guest.do("move", chosen[:25], pfns(25, b))
                 case "again":
-                    guest.do("balloon_out", some[:b])
-                    guest.do("balloon_in", some[:b])
+                    guest.do("balloon_out", chosen[:b])
+                    guest.do("balloon_in", chosen[:b])
         except RequestError:  # those pfns are taken, or it has no pages left for tables
             pass
 
@@ -64,6 +64,6 @@ def test_save_live_any_guest_restores_as_it_stopped(
     width, form = kind
     guest = Guest.boot(form, width, pages=2400)
     guest.do("write_pattern", guest.do("free_pfns")[::3], 1)
-    attend(guest, [_step(guest, said, n) for n, said in enumerate(between, 10)])
-    host = meddling(guest, [_step(guest, said, n) for n, said in enumerate(amid, 100)])
+    attend(guest, [_step(guest, action, n) for n, action in enumerate(between, 10)])
+    host = meddling(guest, [_step(guest, action, n) for n, action in enumerate(amid, 100)])
     copied(guest, host, live=PrecopyPolicy(max_iterations=most, target_dirty=1))

@@ -61,11 +61,11 @@ def record(host: lab.Host) -> dict[str, dict[str, object]]:
     ]
     lines += [f"export KEEP=$PWD/{number}\n{command}\nsleep 1" for number, command in enumerate(COMMANDS.values())]
     result = host.run("\n".join(lines), timeout=240)
-    found = {}
+    recorded = {}
     for number, name in enumerate(COMMANDS):
         for path in sorted(result.outputs.glob(f"{number}.*")):
-            found[f"{name} ({path.suffix[1:]})"] = json.loads(path.read_text())
-    return found
+            recorded[f"{name} ({path.suffix[1:]})"] = json.loads(path.read_text())
+    return recorded
 
 
 def main() -> None:
@@ -74,9 +74,9 @@ def main() -> None:
     parser.add_argument("xen", nargs="*", help="versions of Xen (default: all)")
     for xen in parser.parse_args().xen or [version.xen for version in lab.SUPPORTED]:
         with lab.Host(xen) as host:
-            found = record(host)
-        (HERE / f"helper-{xen}.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(f"{xen}: {', '.join(found)}")
+            recorded = record(host)
+        (HERE / f"helper-{xen}.json").write_text(json.dumps(recorded, indent=1) + "\n")
+        print(f"{xen}: {', '.join(recorded)}")
 
 
 if __name__ == "__main__":

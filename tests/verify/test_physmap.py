@@ -341,7 +341,7 @@ def test_check_max_pfn_beyond_exposed_levels_is_reported() -> None:
 def test_p2m_of_list_at_impossible_address_raises(vaddr: int) -> None:
     guest = P2MGuest(form="linear")
     guest.arch(p2m_vaddr=vaddr)
-    with pytest.raises(GuestError, match="Bad virtual p2m address range"):
+    with pytest.raises(GuestError, match="Bad virtual p2m address range"):  # contract: libxenguest's own text
         assert guest.live.p2m
 
 

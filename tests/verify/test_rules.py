@@ -62,8 +62,8 @@ def test_every_rule_has_a_test_that_breaks_it() -> None:
     assert ours <= set(RULES)
     tested = {case.rule.name for case in CASES} | {rule.name for rule in ELSEWHERE}
     assert ours - tested == set(), "rules without a test that breaks them"
-    for where in ELSEWHERE.values():
-        file, _, test = where.partition("::")
+    for test_id in ELSEWHERE.values():
+        file, _, test = test_id.partition("::")
         assert f"def {test}(" in (Path(__file__).parent / file).read_text()
 
 
@@ -83,30 +83,30 @@ def _broken_stream(domain: Domain, case: Case) -> Stream:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_verify_broken_domain_names_rule_and_place(tmp_path: Path, case: Case) -> None:
-    good = as_stream(_sound_domain(case))
+    sound = as_stream(_sound_domain(case))
     domain = _sound_domain(case)
-    where = case.spoil(domain)
+    place = case.spoil(domain)
     bad = _broken_stream(domain, case)
     file = tmp_path / "broken.save"
-    file.write_bytes(bytes(good))
+    file.write_bytes(bytes(sound))
     assert not verify_file(file).findings, "the domain must be sound before it is broken"
 
     file.write_bytes(bytes(bad))
     result = verify_file(file)
 
     assert result.rules - case.may == {case.rule.name} | case.also, str(result)
-    expected = dict(where.fields)
-    if where.span:
-        expected["offset"] = where.span(bad)[0]
+    expected = dict(place.fields)
+    if place.span:
+        expected["offset"] = place.span(bad)[0]
     matching = [f for f in result.of_rule(case.rule.name) if _has_fields(f, expected)]
     assert len(matching) == 1, f"{expected}\n{result}"
     if case.rule.name not in case.also:
         assert result.report.findings.count[case.rule] == 1, str(result)
     assert result.report.ok == all(RULES[name].severity == "warning" for name in result.rules)
 
-    offset, length = where.span(bad) if where.span else (0, 0)
+    offset, length = place.span(bad) if place.span else (0, 0)
     if length:  # with the sound bytes at the place of the finding, nothing is wrong
-        _patch(file, offset, bytes(good)[offset : offset + length])
+        _patch(file, offset, bytes(sound)[offset : offset + length])
         repaired = verify_file(file)
         assert not repaired.findings, str(repaired)
 

@@ -49,7 +49,7 @@ class ConvertOptions:
         kind: the envelope of the result; None keeps the input's.
         config: the domain's configuration to carry; None keeps the input's.
         config_format: the format of ``config``: "json", "xl", "xml" or "sexp".
-        batch: pages of each PAGE_DATA record; None keeps the input's records.
+        batch: pages per PAGE_DATA record; None keeps the input's records.
         drop_zero: send pages of zeros without content.
         drop_emulator: leave out a device model's state that the result cannot carry, instead of refusing.
     """
@@ -175,7 +175,7 @@ class Conversion:
             self.close()
 
     def _events(self) -> Iterator[Event]:
-        """Yield the reader's events. An input that ends after a checkpoint ends there."""
+        """Yield the reader's events; a truncated input ends at its last checkpoint."""
         try:
             yield from self._source.events(self._reader, self._progress, reads_pages=True)
         except Truncated as e:
@@ -187,10 +187,10 @@ class Conversion:
             yield records.End(offset=e.offset)
 
     def _convert_checkpoint(self, event: Event) -> Iterator[Buffers]:
-        """Convert the events since the last checkpoint, which are whole now."""
+        """Convert the events since the last checkpoint, now that it is complete."""
         if self._checkpoint is not None:
-            for kept_event, read_into in self._checkpoint.events():
-                yield from self._convert(kept_event, read_into)
+            for buffered_event, read_into in self._checkpoint.events():
+                yield from self._convert(buffered_event, read_into)
             self._checkpoint.clear()
         if isinstance(event, records.Checkpoint):
             self.result.checkpoints += 1

@@ -1,8 +1,8 @@
-"""Pages that Remus compressed to deltas: each is made whole, and written once.
+"""Decompression of Remus deltas: each page is completed, and written once.
 
 Only the last content of a page counts where a stream becomes a file. So output and temporary file are bounded by the
-pages that came whole, since a delta needs earlier content. Written as they came, pages could come out of a few bytes
-each, checkpoint by checkpoint, without end.
+pages that came with content, since a delta needs earlier content. If each delta became a page of the output, a few
+bytes at each checkpoint could fill the disk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from xenpv.convert.repack import BATCH, PfnMarks, has_data
+from xenpv.convert.repack import BATCH, PfnMarks, content_mask
 from xenpv.errors import Malformed, Unsupported
 from xenpv.frames import PAGE_SIZE, U8, U64, first_bad
 from xenpv.io.tempfile import unlinked_file
@@ -31,11 +31,11 @@ _HAS_TYPE, _HAS_CONTENT = 0x10, 0x20  # marks of a pfn, beside its last type: bo
 class DeltaStore:
     """The pages that deltas change, with their last type and content.
 
-    Content is in a file without a name, where each page lies at its pfn.
+    Content is in an unlinked file, where each page is at offset pfn * 4096.
 
     Args:
         fd: the input, if it is a file: earlier content of a page may be there. None for a pipe.
-        base: offset of the stream in it.
+        base: offset of the stream in the input, in bytes.
     """
 
     def __init__(self, fd: int | None, base: int) -> None:
@@ -46,7 +46,7 @@ class DeltaStore:
 
     @property
     def has_deltas(self) -> bool:
-        """Whether deltas came: all later pages come as deltas."""
+        """Whether a delta was applied; all later pages come as deltas."""
         return self._file is not None
 
     def add_base(self, record: PageData) -> None:
@@ -73,7 +73,7 @@ class DeltaStore:
         if self._file is None:
             self._file = os.fdopen(unlinked_file(), "w+b")
         entries = np.frombuffer(deltas.raw, "<u8")
-        pfns = (entries & np.uint64(PFN_MASK))[has_data(entries)]
+        pfns = (entries & np.uint64(PFN_MASK))[content_mask(entries)]
         distinct, count = np.unique(pfns, return_counts=True)
         repeated = first_bad(count > 1)
         if repeated is not None:
@@ -128,7 +128,7 @@ class DeltaStore:
             for first in range(0, len(pfns), BATCH):
                 batch = slice(first, first + BATCH)
                 entries = pfns[batch] | (marks[batch] & np.uint8(0xF)).astype(np.uint64) << np.uint64(TYPE_SHIFT)
-                content = BytesIO(self._read_stored(pfns[batch][has_data(entries)]).data)
+                content = BytesIO(self._read_stored(pfns[batch][content_mask(entries)]).data)
                 yield entries, content.readinto
 
     def close(self) -> None:

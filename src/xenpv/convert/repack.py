@@ -22,7 +22,7 @@ Batch = tuple[U64, list[U8]]
 class PfnMarks:
     """A number from 0 to 255 for each pfn, 0 at first.
 
-    Memory follows where the others lie.
+    Memory is taken only for chunks of pfns with other numbers.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class PageRepacker:
     """Packs pages into PAGE_DATA records.
 
     Args:
-        batch: pages of each record. None keeps the input's records, but splits those larger than libxenguest's.
+        batch: pages per record. None keeps the input's records, but splits those larger than libxenguest's.
         drop_zero: send a page of zeros as XALLOC, without content. Excepted are pfns of ``keep_content``, and those
             that came with other content before.
 
@@ -82,16 +82,16 @@ class PageRepacker:
     def __init__(self, batch: int | None = None, *, drop_zero: bool = False) -> None:
         self.pages = 0
         self.zero_pages = 0
-        self._keep = np.empty(0, np.uint64)  # ascending
+        self._required_pfns = np.empty(0, np.uint64)  # those of keep_content, ascending
         self._batch = batch or BATCH
         self._join_records = batch is not None
-        self._nonzero = PfnMarks() if drop_zero else None  # pfns that came with content other than zeros
+        self._nonzero_pfns = PfnMarks() if drop_zero else None  # pfns that came with content other than zeros
         self._entries = np.empty(0, np.uint64)
         self._contents: list[U8] = []
 
     def keep_content(self, pfns: U64) -> None:
         """Send these pfns with their content, even if it is zeros."""
-        self._keep = np.union1d(self._keep, pfns)
+        self._required_pfns = np.union1d(self._required_pfns, pfns)
 
     def add(self, entries: U64, read_into: ReadInto) -> Iterator[Batch]:
         """Add a record's entries; yield the records that are full now.
@@ -101,9 +101,9 @@ class PageRepacker:
         entries = entries & np.uint64(~RESERVED_MASK & (1 << 64) - 1)
         for first in range(0, len(entries), self._batch):
             batch = entries[first : first + self._batch]
-            content = np.empty((int(np.count_nonzero(has_data(batch))), PAGE_SIZE), np.uint8)
+            content = np.empty((int(np.count_nonzero(content_mask(batch))), PAGE_SIZE), np.uint8)
             read_into(content.reshape(-1).data)
-            if self._nonzero is not None:
+            if self._nonzero_pfns is not None:
                 batch, content = self._drop_zero_pages(batch, content)
             self.pages += len(content)
             if not self._join_records:
@@ -114,15 +114,15 @@ class PageRepacker:
             self._entries = np.append(self._entries, batch)
             self._contents.append(content)
             if len(self._entries) >= self._batch:
-                yield self._take_full_record()
+                yield self._pop_full_record()
 
-    def _take_full_record(self) -> Batch:
+    def _pop_full_record(self) -> Batch:
         entries, self._entries = self._entries[: self._batch], self._entries[self._batch :]
         contents, self._contents = self._contents, []
-        pages_left = int(np.count_nonzero(has_data(self._entries)))
-        if pages_left:
+        remaining_pages = int(np.count_nonzero(content_mask(self._entries)))
+        if remaining_pages:
             last = contents[-1]
-            contents[-1], self._contents = last[:-pages_left], [last[-pages_left:]]
+            contents[-1], self._contents = last[:-remaining_pages], [last[-remaining_pages:]]
         return entries, contents
 
     def flush(self) -> Iterator[Batch]:
@@ -134,21 +134,21 @@ class PageRepacker:
 
     def _drop_zero_pages(self, entries: U64, content: U8) -> tuple[U64, U8]:
         """Return the entries and content of a batch without the content of pages of zeros."""
-        assert self._nonzero is not None
-        with_data = np.flatnonzero(has_data(entries))
+        assert self._nonzero_pfns is not None
+        with_data = np.flatnonzero(content_mask(entries))
         pfns = entries[with_data] & np.uint64(PFN_MASK)
         nonzero = nonzero_pages(content)
-        drop = ~nonzero & (entries[with_data] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
-        drop &= ~np.isin(pfns, self._keep) & (self._nonzero.get(pfns) == 0)
-        self._nonzero.set(pfns[nonzero], 1)
-        if not drop.any():
+        droppable = ~nonzero & (entries[with_data] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
+        droppable &= ~np.isin(pfns, self._required_pfns) & (self._nonzero_pfns.get(pfns) == 0)
+        self._nonzero_pfns.set(pfns[nonzero], 1)
+        if not droppable.any():
             return entries, content
-        self.zero_pages += int(np.count_nonzero(drop))
+        self.zero_pages += int(np.count_nonzero(droppable))
         entries = entries.copy()
-        entries[with_data[drop]] = pfns[drop] | np.uint64(PageType.XALLOC << TYPE_SHIFT)
-        return entries, content[~drop]
+        entries[with_data[droppable]] = pfns[droppable] | np.uint64(PageType.XALLOC << TYPE_SHIFT)
+        return entries, content[~droppable]
 
 
-def has_data(entries: U64) -> Mask:
-    """Return which entries of PAGE_DATA have content."""
+def content_mask(entries: U64) -> Mask:
+    """Return the mask of the entries of PAGE_DATA that have content."""
     return np.asarray(HAS_DATA[(entries >> np.uint64(TYPE_SHIFT)).astype(np.uint8)])

@@ -84,7 +84,7 @@ def export(
         job = ExportJob(domain, seekable=out.sparse)
         pages = job.pages
         if not pages.total:
-            raise RequestError(f"{domain.name}: it has no pages that could be exported")
+            raise RequestError(f"{domain.name}: it has no pages that could be exported", needed=1, available=0)
         exporter = _Exporter(job, out, progress)
         if file_format == "kdump":
             batches = exporter.read_pages(pages)
@@ -119,8 +119,8 @@ class _Exporter:
         """Count pages as written."""
         self._written += count
         if self._progress is not None:
-            done = min(self._written, self._total)  # kdump writes pages of its own after the domain's
-            self._progress(Progress(done * PAGE_SIZE, self._total * PAGE_SIZE, unit="bytes"))
+            written = min(self._written, self._total)  # kdump writes pages of its own after the domain's
+            self._progress(Progress(written * PAGE_SIZE, self._total * PAGE_SIZE, unit="bytes"))
 
     def read_pages(self, runs: Runs, page_filter: PageFilter | None = None) -> Iterator[U8]:
         """Yield the pages' content in batches.

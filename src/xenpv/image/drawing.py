@@ -50,10 +50,10 @@ def svg(layout: Layout, title: str) -> str:
 
     Characters of ``title`` that XML cannot hold become "?".
     """
-    body, left = [], {}
+    body, pfn_y = [], {}
     y = float(_TOP)
     for segment in layout.segments:
-        left[segment] = y
+        pfn_y[segment] = y
         body += _block(segment, _LEFT, y)
         body.append(_text(_LEFT - 8, y + 13, f"{segment.first:#x}", "s e"))
         y += height(segment.pages)
@@ -62,7 +62,7 @@ def svg(layout: Layout, title: str) -> str:
     links, y = [], float(_TOP)
     mapped = sorted((s for s in layout.segments if s.vaddr is not None), key=_vaddr)
     for segment, after in [*pairwise(mapped), (mapped[-1], None)]:
-        links.append(_link(segment, left[segment], y))
+        links.append(_link(segment, pfn_y[segment], y))
         body += _block(segment, _RIGHT, y)
         body.append(_text(_RIGHT + _COLUMN + 8, y + 13, f"{_vaddr(segment):#x}", "s"))
         y += height(segment.pages)
@@ -108,10 +108,13 @@ def _block(segment: Segment, x: float, y: float) -> list[str]:
     ]
 
 
-def _link(segment: Segment, left: float, right: float) -> str:
-    """Return the band from a segment's pfns to its addresses."""
+def _link(segment: Segment, pfn_y: float, vaddr_y: float) -> str:
+    """Return the band from a segment's pfns to its addresses.
+
+    ``pfn_y`` and ``vaddr_y`` are the upper edges of its two blocks.
+    """
     a, b, deep = _LEFT + _COLUMN, _RIGHT, height(segment.pages)
-    points = f"{a},{left:.1f} {b},{right:.1f} {b},{right + deep:.1f} {a},{left + deep:.1f}"
+    points = f"{a},{pfn_y:.1f} {b},{vaddr_y:.1f} {b},{vaddr_y + deep:.1f} {a},{pfn_y + deep:.1f}"
     colour = _COLOURS.get(segment.part)
     fill = f'style="fill:{colour}" class="l"' if colour else 'class="n l"'
     return f'<polygon points="{points}" {fill}/>'

@@ -94,6 +94,11 @@ class Span:
     width: Width
 
     @property
+    def places(self) -> range:
+        """The places of the span in its level."""
+        return range(self.place, self.place + self.count)
+
+    @property
     def pfns(self) -> range:
         """The pfns of the span."""
         return range(self.first, self.first + self.count)
@@ -164,7 +169,7 @@ class Layout:
 
     - populate each pfn in ``ranges``;
     - load ``image.loads()``, where an address minus ``virt_base`` is the pseudo-physical address;
-    - load the ramdisk at the begin of ``segment(Part.RAMDISK)``;
+    - load the ramdisk at the start of ``segment(Part.RAMDISK)``;
     - write the p2m into ``segment(Part.P2M)``: ``p2m_entries`` mfns of ``width`` bytes, all ones for a pfn in no range;
     - write the page tables and start info (start.py), pin the top table, and set vcpu 0.
 
@@ -228,7 +233,7 @@ class Layout:
         if (self.width == 8 and vaddr >> 47 not in {0, 0x1FFFF}) or (self.width == 4 and vaddr >> 32):
             return None
         page = place(vaddr, 0, self.width)
-        return next((s.first + page - s.place for s in self.mapped if s.place <= page < s.place + s.count), None)
+        return next((span.first + page - span.place for span in self.mapped if page in span.places), None)
 
 
 def plan(image: KernelImage, request: Request) -> Layout:
@@ -301,10 +306,10 @@ class _PfnAllocator:
         The highest level gets the lowest pfns.
         """
         for level in range(len(places), 0, -1):
-            if of_level := places[level - 1]:
+            if level_places := places[level - 1]:
                 vaddr = None if virt_base is None else virt_base + self.end * PAGE_SIZE
-                tables = self.allocate(part, len(of_level) * PAGE_SIZE, vaddr, level)
-                self.tables.append(Span(level, of_level.start, tables.first, tables.pages, self.width))
+                tables = self.allocate(part, len(level_places) * PAGE_SIZE, vaddr, level)
+                self.tables.append(Span(level, level_places.start, tables.first, tables.pages, self.width))
 
 
 def _allocate_initial_mapping(

@@ -194,8 +194,8 @@ def _decompress_xz(packed: memoryview, size: int) -> bytes:
 def _decompress_lzma(packed: memoryview, size: int) -> bytes:
     # Bytes 1 to 4 of its header are the dictionary size; none larger than the unpacked size is needed.
     dictionary = min(int.from_bytes(packed[1:5], "little"), max(size, 4096))
-    whole = b"".join([packed[:1], dictionary.to_bytes(4, "little"), packed[5:-4]])
-    return _decompress(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_WINDOW_MAX), memoryview(whole), size)
+    archive = b"".join([packed[:1], dictionary.to_bytes(4, "little"), packed[5:-4]])
+    return _decompress(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_WINDOW_MAX), memoryview(archive), size)
 
 
 def _decompress_zstd(packed: memoryview, size: int) -> bytes:

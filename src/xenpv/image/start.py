@@ -29,24 +29,24 @@ def iter_page_tables(layout: Layout, batch: int = PAGES_PER_BATCH) -> Iterator[t
 
     Args:
         layout: The plan.
-        batch: The most tables of a batch.
+        batch: The highest number of tables in a batch.
 
-    Returns:
+    Yields:
         Level, the tables' pfns, uint64 of shape (n,), and their entries, which hold pfns, uint64 of shape (n, 512).
     """
     for span in layout.tables:
         for start in range(0, span.count, batch):
-            rows = range(start, min(start + batch, span.count))
-            pfns = np.arange(span.first + rows.start, span.first + rows.stop, dtype=np.uint64)
-            yield span.level, pfns, table_entries(layout, span, rows)
+            indices = range(start, min(start + batch, span.count))
+            pfns = np.arange(span.first + indices.start, span.first + indices.stop, dtype=np.uint64)
+            yield span.level, pfns, table_entries(layout, span, indices)
 
 
-def table_entries(layout: Layout, span: Span, rows: range) -> U64:
-    """Return the entries of tables of a span, by their index within it.
+def table_entries(layout: Layout, span: Span, indices: range) -> U64:
+    """Return the entries of the tables at ``indices`` of a span.
 
-    They are uint64 of shape (len(rows), 512).
+    They are uint64 of shape (len(indices), 512).
     """
-    places = np.arange((span.place + rows.start) * ENTRIES, (span.place + rows.stop) * ENTRIES, dtype=np.uint64)
+    places = np.arange((span.place + indices.start) * ENTRIES, (span.place + indices.stop) * ENTRIES, dtype=np.uint64)
     frames = np.full(places.shape, NO_FRAME)
     for below in layout.spans(span.level - 1):
         low, high = (
@@ -58,7 +58,7 @@ def table_entries(layout: Layout, span: Span, rows: range) -> U64:
         for pfns in layout.read_only:
             flags[(frames >= np.uint64(pfns.start)) & (frames < np.uint64(pfns.stop))] &= np.uint64(~PTE_RW & 0xFFF)
     ptes = np.where(frames == NO_FRAME, np.uint64(0), frames << np.uint64(PAGE_SHIFT) | flags)
-    return ptes.reshape(len(rows), ENTRIES)
+    return ptes.reshape(len(indices), ENTRIES)
 
 
 def start_info(

@@ -33,7 +33,7 @@ class Symbols:
     """A symbol table to load.
 
     Attributes:
-        start: paddr of its begin.
+        start: paddr of its first byte.
         stop: paddr after the space that is reserved for it.
         pieces: The bytes to load, each with its offset from ``start``.
         truncated: Whether a piece does not fit and is left out. As in libelf, the space reserved for a 32-bit file is
@@ -65,18 +65,18 @@ class Symbols:
         room = _align_up(room + len(strings), width)
         start = _align_up(elf.paddr_range.stop, width)
         # Offsets are aligned in memory, the start by paddr, which differs for a kernel at an odd paddr.
-        begin = start - base
-        symbols_at = _align_up(begin + _SIZE.size + _EHDR_ROOM + _SECTIONS * _SHDR_ROOM, width)
+        table_offset = start - base
+        symbols_at = _align_up(table_offset + _SIZE.size + _EHDR_ROOM + _SECTIONS * _SHDR_ROOM, width)
         strings_at = _align_up(symbols_at + len(content), width)
-        header = begin + _SIZE.size
+        header = table_offset + _SIZE.size
         head = _SIZE.pack(strings_at + len(strings) - header) + _file_header(elf).ljust(_EHDR_ROOM, b"\0")
         head += bytes(_SHDR[width].size)
         head += _section_header(elf, symtab, symbols_at - header, _STRINGS)
         head += _section_header(elf, strtab, strings_at - header, strtab.link)
-        end = -(-(begin + room) // PAGE_SIZE) * PAGE_SIZE
-        wanted = ((symbols_at, content), (strings_at, strings), (begin, head))
-        pieces = tuple((at - begin, data) for at, data in wanted if at + len(data) <= end)
-        return cls(start, start + room, pieces, len(pieces) < len(wanted))
+        end = -(-(table_offset + room) // PAGE_SIZE) * PAGE_SIZE
+        placed = ((symbols_at, content), (strings_at, strings), (table_offset, head))
+        pieces = tuple((offset - table_offset, data) for offset, data in placed if offset + len(data) <= end)
+        return cls(start, start + room, pieces, len(pieces) < len(placed))
 
 
 def _section_content(elf: Elf, section: Section) -> memoryview:

@@ -130,9 +130,9 @@ def kernel_mappings(job: ExportJob, direct_map: int | None) -> Mappings:
     if width == 8:
         vaddr |= np.uint64(0xFFFF << 48)
     if direct_map is not None and width == 4:
-        other = vaddr - np.uint64(direct_map) != first << np.uint64(PAGE_SHIFT)
-        first, count, vaddr = first[other], count[other], vaddr[other]
+        elsewhere = vaddr - np.uint64(direct_map) != first << np.uint64(PAGE_SHIFT)
+        first, count, vaddr = first[elsewhere], count[elsewhere], vaddr[elsewhere]
     by_length = np.argsort(-count, kind="stable")
     longest_of_pfn = by_length[np.sort(np.unique(first[by_length], return_index=True)[1])]
-    kept = np.sort(longest_of_pfn[:SEGMENTS_MAX])
-    return Mappings(vaddr[kept], first[kept], count[kept])
+    longest = np.sort(longest_of_pfn[:SEGMENTS_MAX])
+    return Mappings(vaddr[longest], first[longest], count[longest])
