@@ -1,4 +1,4 @@
-"""Where a stream goes: whole under its name, or not at all."""
+"""Output: a file that appears complete or not at all."""
 
 from __future__ import annotations
 

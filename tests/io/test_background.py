@@ -1,4 +1,4 @@
-"""One piece of work at a time in another thread, and what it raises where it is waited for."""
+"""BackgroundWorker: one task at a time, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The p2m level by level: of files by the writer's own places, of running domains by the kernel that made it."""
+"""P2M trees: of files against the writer's places, of running domains against the kernel."""
 
 from __future__ import annotations
 

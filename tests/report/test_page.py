@@ -1,4 +1,4 @@
-"""The page: whole in itself, and nothing that a guest says is taken for a part of it."""
+"""The page: it loads nothing, and hostile text of a guest stays text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is counted of page tables, against a plain loop over the writer's own."""
+"""Page table statistics, against a plain loop over the writer's tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration in an envelope: JSON of libxl, XML of libvirt, xl's text; and whatever else is there."""
+"""Config from JSON of libxl, XML of libvirt, xl's text, and from damaged text."""
 
 from __future__ import annotations
 

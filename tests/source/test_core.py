@@ -1,4 +1,4 @@
-"""Files of `xl dump-core`: what is in them, and what becomes of damaged ones."""
+"""Cores of `xl dump-core`: their contents, and errors of damaged ones."""
 
 from __future__ import annotations
 

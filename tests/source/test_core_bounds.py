@@ -1,4 +1,4 @@
-"""Cores that are large, or claim to be: cost follows what is in the file, and nobody is made to pay for a hole."""
+"""Large cores, and cores with false sizes: memory follows the file's content, not its claims."""
 
 from __future__ import annotations
 

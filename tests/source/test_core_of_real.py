@@ -1,6 +1,6 @@
-"""Domains that real Xen saved, as cores: page tables are found that Xen had called so, and no others.
+"""Cores of domains that real Xen saved: exactly Xen's page tables are found.
 
-The oracle is the type that Xen gave each page in the stream; a core has none.
+The oracle is the page type in the stream, which a core does not have.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cores of domains that ran while they were dumped: a page is a table, or it is not changed by a bit."""
+"""Cores of domains that ran while they were dumped: a stale page table stays unchanged data."""
 
 from __future__ import annotations
 

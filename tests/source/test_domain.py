@@ -1,4 +1,4 @@
-"""What source.domain.Domain promises of any domain, held to a suspended one and to its own save file."""
+"""The Domain protocol: a suspended domain and its save file give the same answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The index beside a save file: that it tells the same, and that nobody has to believe it."""
+"""The index beside a save file: it gives the same domain, and a false one does no harm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A running domain's memory, read through its p2m: what the guest has, its tables in pfns, and every way to fail."""
+"""LiveDomain: memory through the p2m, normalised page tables, and every error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A saved domain out of files, pipes and descriptors: its memory, and what is known of it."""
+"""SavedDomain from files, pipes and descriptors: its memory and its facts."""
 
 from __future__ import annotations
 

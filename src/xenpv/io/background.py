@@ -18,9 +18,9 @@ Task = Callable[[], object]
 class BackgroundWorker:
     """A thread that runs one task at a time.
 
-    An exception of a task is raised by the next ``submit`` or ``wait``. As a context manager, it ends with the last
-    task done and the thread ended. Only for tasks that cannot hang, such as reading and writing a regular file: an
-    interrupt still waits for the current task, which uses memory that is about to be unmapped.
+    The next ``submit`` or ``wait`` raises the exception of a task. As a context manager, it waits for the last task
+    and ends the thread. Use it only for tasks that cannot hang, such as reading and writing a regular file: even an
+    interrupt waits for the current task, because that task uses memory that is about to be unmapped.
     """
 
     def __init__(self) -> None:

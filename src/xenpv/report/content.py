@@ -22,7 +22,7 @@ _GROUPS_SHOWN = 8  # the largest
 class Group:
     """``pages`` pages of one content.
 
-    ``first`` is the lowest pfn, ``table`` tells whether that is a page table.
+    ``first`` is the lowest pfn. ``table``: whether that page is a page table.
     """
 
     pages: int

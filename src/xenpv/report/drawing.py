@@ -16,7 +16,7 @@ _BOX_WIDTH_MAX = 160
 class Box:
     """A box with lines of text.
 
-    Edges end at its middle. It stands for the pfns ``first`` to ``last``.
+    Edges end at its middle. It represents the pfns ``first`` to ``last``.
     """
 
     x: float

@@ -85,7 +85,7 @@ class CheckResult:
 class ReportFacts:
     """All that a report shows.
 
-    A member is None if it does not apply, or was not asked for.
+    A member is None if it does not apply or was not requested.
     """
 
     identity: Identity

@@ -38,14 +38,14 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class NotablePage:
-    """A page with a special role, told in ``what``."""
+    """A page with a special role. ``what`` names the role."""
 
     pfn: int
     what: str
 
 
 def identify(domain: Domain) -> Identity:
-    """Return who a domain is, as far as its source tells."""
+    """Return the identity of a domain, as far as its source knows it."""
     kind = "HVM" if domain.hvm else "PV"
     out = Identity(domain.title[:_NAMES_MAX], domain.name, domain.origin, kind, domain.width * 8, domain.facts())
     if domain.config is not None:

@@ -93,7 +93,7 @@ def describe_p2m_trees(domain: Domain, anchors: Anchors) -> list[P2MTree]:
 def leaf_ranges(p2m: P2M, *, mfns: bool) -> PfnRanges:
     """Return the pfns of the frames that hold the p2m's leaves.
 
-    ``mfns`` tells whether it names them by mfn.
+    ``mfns``: whether the p2m names them by mfn.
     """
     frames = p2m.distinct_leaves.frame
     if mfns:

@@ -1,1 +1,1 @@
-"""Domains, running, saved or dumped, behind one protocol."""
+"""Domains under one protocol: running, saved or dumped."""

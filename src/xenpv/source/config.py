@@ -22,7 +22,7 @@ for _power, _letter in enumerate("kmgtpe", 1):
 class Config:
     """The part of a configuration that xenpv uses.
 
-    A member is None if the configuration does not tell it.
+    A member is None if the configuration does not have it.
 
     Attributes:
         format: "json", "xl", "xml" or "sexp".
@@ -48,7 +48,7 @@ class Config:
     def from_contents(cls, contents: Contents) -> Config | None:
         """Return the configuration in a stream's envelope; None if there is none.
 
-        Of a configuration that cannot be parsed only ``text`` is given.
+        If it cannot be parsed, only ``format`` and ``text`` are set.
         """
         envelope = contents.envelope
         if envelope is None:
@@ -90,7 +90,7 @@ def libxl_config(name: str, uuid: str, *, pages: int, vcpus: int, boot: Mapping[
         uuid: Its uuid.
         pages: Its memory in pages.
         vcpus: The number of its vcpus.
-        boot: Members of b_info that tell what it boots from.
+        boot: Members of b_info that name kernel, ramdisk and command line.
     """
     kib = pages * 4
     config = {

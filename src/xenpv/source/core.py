@@ -41,7 +41,7 @@ class CoreDomain(Domain):
 
     Attributes:
         source: The file.
-        layout: What the file's headers tell.
+        layout: The contents of the file's headers.
         page_list: The pages as they are in the file.
     """
 
@@ -229,7 +229,7 @@ class CoreDomain(Domain):
     def memory_of(self, vcpu: int) -> DomainMemory:
         """Return memory as a vcpu translates it.
 
-        If its cr3 names no page of the core, reading by virtual address raises Fault, which tells so.
+        If its cr3 names no page of the core, reading by virtual address raises a Fault that says so.
         """
         if self.hvm:
             return DomainMemory.for_hvm_vcpu(self.frames, self.registers(vcpu))
@@ -272,12 +272,12 @@ class CoreDomain(Domain):
         return self.anchors is not None and bool(self.anchors.roots)
 
     def read_p2m_frames(self, frames: U64) -> tuple[U8, Mask]:
-        """Read machine frames as they are in the core, and tell which of them are there."""
+        """Read machine frames as they are in the core, and return which are there."""
         return frame_reader(self.page_list.raw)(self.page_list.pfns_of(frames))
 
     @property
     def knows_pins(self) -> bool:
-        """A core does not tell which page tables are pinned."""
+        """Always False: a core does not record which page tables are pinned."""
         return False
 
     @property

@@ -1,15 +1,16 @@
 """Finding the page tables of a PV core.
 
-A core does not tell which pages they are, so the vcpus' tables are walked.
+A core does not record which pages are page tables, so this module walks from the vcpus' top tables.
 
-The walk goes from each vcpu's top tables down, level by level, whole arrays at once. It finds the tables of the kernel
-and of the processes that ran. All others hang from top tables of their own, in which Xen has entries for itself. A
-64-bit L4 has one that names the table: the linear page table. In a 32-bit guest they end the last L2. Xen lets nobody
-map a page table writable. So only pages that the tables found so far map, and never writable, are tried as top tables.
+The walk goes down from each vcpu's top tables, level by level, whole arrays at once. It finds the tables of the kernel
+and of the processes that ran. The tables of all other processes are below top tables that no vcpu names. Those are
+recognised by the entries that Xen keeps in them. In a 64-bit L4 one entry names the L4 itself: the linear page table.
+In a 32-bit guest Xen's entries end the last L2. Xen never allows a writable mapping of a page table. So a page is tried
+as a top table only if the known tables map it, and never writable.
 
 A domain that ran while it was dumped has pages of different moments. An entry may name a table that had been freed and
-its page reused before that page was written. Such a stale table is told by two signs. It does not have the entries that
-Xen allows, or another table maps it writable.
+its page reused before that page was written. Two signs show such a stale table. It has entries that Xen does not
+allow, or another table maps it writable.
 
 Source: xen.git:xen/arch/x86/mm.c get_page_type(), init_xen_l4_slots(), init_xen_pae_l2_slots(), get_page_from_l1e() to
 get_page_from_l4e().
@@ -94,7 +95,7 @@ class PageTableSearch:
         page_tables = self._walk(top_pfns, PageTables.empty(), None)
         mapped, writable = self._mapped_pages(page_tables.pfns[page_tables.levels == 1])
         suspect = writable.is_marked(page_tables.pfns)
-        if suspect.any():  # a stale table's entries mark pages that nobody maps: start again without it
+        if suspect.any():  # entries of a stale table mark pages wrongly: repeat the walk without it
             mapped, writable = self._mapped_pages(page_tables.pfns[~suspect & (page_tables.levels == 1)])
             page_tables = self._walk(top_pfns, PageTables.empty(), writable)
         candidates = mapped.difference(writable)

@@ -34,8 +34,8 @@ class Domain(Protocol):
 
     pfns are the domain's own frame numbers. Page tables hold pfns, too. In an HVM or PVH domain pfns are gfns.
 
-    Each kind derives from this class. A member with a body here is the answer of a kind that cannot tell more.
-    Nobody needs to ask for the class of a domain: ``live`` and ``saved`` give what only one kind has.
+    Each kind derives from this class. A member with a body here is the default, for kinds that know no better.
+    Callers never test the class of a domain: ``live`` and ``saved`` lead to what only one kind has.
     """
 
     # --- identity ----------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class Domain(Protocol):
 
     @abstractmethod
     def facts(self) -> dict[str, str]:
-        """Return what the source tells about the domain: text by label, for a report."""
+        """Return facts about the domain: text by label, for a report."""
 
     @property
     def saved_by(self) -> tuple[int, int] | None:
@@ -203,7 +203,7 @@ class Domain(Protocol):
 
         Args:
             vcpu: The vcpu's number.
-            user: Ask for the user half's table, which 64-bit PV guests have apart.
+            user: Return the user half's top table. 64-bit PV guests have a second one for user mode.
 
         Raises:
             GuestError: cr3 names a frame that is none of the domain's.

@@ -1,8 +1,8 @@
 """The stored index of a large save file: ``web.save.xpvi`` beside ``web.save``.
 
-It tells where pages lie, and nothing that a guest had in memory. All other records are read from the save file itself
+It holds the places of pages, and no guest memory. All other records are read from the save file itself
 each time. The index is used while the save file has the same size, time and fingerprint. An index that somebody else
-could have written, or that cannot be true, is ignored. Any other error in it can only name other places of the same
+could have written, or that is impossible, is ignored. Any other error in it can only lead to other places of the same
 save file.
 """
 

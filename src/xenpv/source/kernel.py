@@ -15,7 +15,7 @@ from xenpv.source.scan import search
 
 _BANNER = b"Linux version "
 _BANNER_MAX = 1024  # bytes: build host, compiler and time are in it
-_CANDIDATES_MAX = 1000  # Linux has a few copies of its banner, and "Linux version " stands in a few programs
+_CANDIDATES_MAX = 1000  # Linux has a few copies of its banner, and a few programs contain "Linux version "
 _WHOLE_BANNER = re.compile(rb"Linux version (\d+\.[\x21-\x7e]+) \([\x20-\x7e]+\n")
 _SYMBOL = re.compile(rb"^SYMBOL\((\w+)\)=([0-9a-f]{1,16})$", re.MULTILINE)
 

@@ -88,7 +88,7 @@ class LiveDomain(Domain):
         return self.info.name or self.name
 
     def facts(self) -> dict[str, str]:
-        """Return what the host tells: text by label."""
+        """Return facts from the host: text by label."""
         info, version = self.info, self.host.version()
         state = "shut down" if info.shutdown else "paused" if info.paused else "running"
         return {
@@ -140,7 +140,7 @@ class LiveDomain(Domain):
         return bool(self.anchors.roots)
 
     def read_p2m_frames(self, frames: U64) -> tuple[U8, Mask]:
-        """Map machine frames of the domain, and tell which could be mapped."""
+        """Map machine frames of the domain, and return which could be mapped."""
         pages, mapped = self.host.map_frames(self.info.domid, frames)
         return pages, mapped.astype(np.bool_)
 
@@ -211,7 +211,7 @@ class LiveDomain(Domain):
         The frame numbers in it are mfns.
 
         Raises:
-            HostError: The domain has gone, or Xen refuses to tell.
+            HostError: The domain has gone, or Xen refuses.
         """
         try:
             return VCPU_GUEST_CONTEXT.read(self.host.vcpu_context(self.info.domid, vcpu), self.info.width)

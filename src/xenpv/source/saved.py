@@ -295,7 +295,7 @@ class SavedDomain(Domain):
         return None if header is None else (header.xen_major, header.xen_minor)
 
     def facts(self) -> dict[str, str]:
-        """Return what configuration, headers and records tell: text by label."""
+        """Return facts from configuration, headers and records: text by label."""
         contents, config, facts = self.contents, self.config, dict[str, str]()
         if config is not None:
             facts["UUID"] = (config.uuid or "")[:_UUID_MAX]
@@ -352,7 +352,7 @@ class SavedDomain(Domain):
     def width(self) -> Width:
         """Bytes of the guest's unsigned long.
 
-        For HVM by vcpu 0's mode; 8 before the stream tells.
+        For HVM: by the mode of vcpu 0. 8 until the stream's header was read.
         """
         if self.hvm and self._cpus:
             return Registers.from_hvm_cpu(self._cpus[min(self._cpus)]).width
@@ -473,7 +473,7 @@ class SavedDomain(Domain):
         return False
 
     def read_p2m_frames(self, frames: U64) -> tuple[U8, Mask]:
-        """Read pages by pfn, and tell which could be read."""
+        """Read pages by pfn, and return which could be read."""
         return frame_reader(self._frames)(frames)
 
     @property

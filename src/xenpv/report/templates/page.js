@@ -48,7 +48,7 @@
     parent.append(element);
     return element;
   }
-  // The first row that ends behind a pfn.
+  // The first row that ends after a pfn.
   function rowBehind(rows, pfn) {
     let low = 0, high = rows.length / 3;
     while (low < high) {
