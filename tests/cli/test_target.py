@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_pipe_keeps_p2m_and_page_tables_but_no_other_page(good: Path, domain: Do
     assert xenpv("read", "--raw", "-", table, 4096, stdin=data).raw == bytes(domain.pages[domain.places.top])
     ran = xenpv("read", "--raw", "-", domain.vaddrs[domain.places.text], 4096, stdin=data)
     assert ran.code == 1
-    assert "was not kept" in ran.err
+    assert re.search(rf"\bpfn {domain.places.text:#x}\b", ran.err)
 
 
 def test_pause_of_a_file_is_refused(good: Path) -> None:
@@ -45,13 +46,14 @@ def test_core_serves_read_walk_and_p2m_but_not_check(width: Width, tmp_path: Pat
     file.write_bytes(bytes(core_of(domain)))
     vaddr = domain.vaddrs[domain.places.text]
     assert xenpv("read", "--raw", file, vaddr, 64).raw == bytes(domain.pages[domain.places.text])[:64]
-    way = xenpv("walk", "--json", "--vcpu", 1, file, vaddr).json
-    assert way["pfn"] == domain.places.text
-    assert [step["table_pfn"] for step in way["steps"]] == [step.table for step in domain.walk(vaddr)]
-    looked = xenpv("p2m", "--json", "--lookup", domain.places.text, file).json
-    assert (looked["entries"], looked["lookup"][0]["mfn"]) == (domain.entries, domain.mfns[domain.places.text])
+    path = xenpv("walk", "--json", "--vcpu", 1, file, vaddr).json
+    assert path["pfn"] == domain.places.text
+    assert [step["table_pfn"] for step in path["steps"]] == [step.table for step in domain.walk(vaddr)]
+    facts = xenpv("p2m", "--json", "--lookup", domain.places.text, file).json
+    assert (facts["entries"], facts["lookup"][0]["mfn"]) == (domain.entries, domain.mfns[domain.places.text])
     ran = xenpv("check", file)
-    assert "a core has no second list of frames" in ran.error
+    assert ran.error.startswith(f"{file}: ")
+    assert "core" in ran.error.removeprefix(str(file))
     ran = xenpv("read", "-", 0, 1, stdin=file.read_bytes())
     assert (ran.code, "an ELF file" in ran.err) == (1, True)
 
@@ -66,7 +68,7 @@ def test_hvm_domain_without_vcpus_has_physical_memory_only(hvm: Path) -> None:
     for verb in (["walk", hvm, 0], ["read", hvm, 0, 16]):
         ran = xenpv(*verb)
         assert (ran.code, ran.raw) == (1, b"")
-        assert "no vcpu 0, or it never ran (vcpus: none)" in ran.err
+        assert re.search(r"\bvcpu 0\b.*\bvcpus: none\b", ran.err)
     assert xenpv("read", "--physical", "--raw", hvm, 0x1008, 16).raw == bytes(pattern(1))[8:24]
 
 
@@ -79,25 +81,28 @@ def test_hvm_domain_is_read_through_its_own_page_tables(tmp_path: Path) -> None:
     file.write_bytes(bytes(hvm_stream(content=tables, context=context)))
     ran = xenpv("walk", file, 0x20_2010)
     assert (ran.code, ran.err) == (0, "")
-    assert "0x202010 is pfn 0x2 (NOTAB), offset 0x10" in ran.out
+    assert re.findall("0x[0-9a-f]+", ran.out.splitlines()[-1]) == ["0x202010", "0x2", "0x10"]
     assert [line.split()[0] for line in ran.out.splitlines() if line.lstrip().startswith("L")] == ["L4", "L3", "L2"]
     assert xenpv("read", "--raw", file, 0x20_2010, 8).raw == bytes(pattern(2))[0x10:0x18]
     assert xenpv("read", "--raw", "--vcpu", 1, file, 0x2010, 8).raw == bytes(pattern(2))[0x10:0x18]
     ran = xenpv("walk", file, 0x40_0000)
-    assert (ran.code, "L2[2] of pfn 0x7 is not present (0x0)" in ran.out) == (1, True)
+    assert (ran.code, "L2[2] of pfn 0x7 " in ran.out) == (1, True)
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
-    [(["--vcpu", 7], "no vcpu 7, or it never ran (vcpus: 0)"), (["--user"], "vcpu 0 has no page tables of user mode")],
+    ("options", "parts"),
+    [
+        pytest.param(["--vcpu", 7], r"\bvcpu 7\b.*\bvcpus: 0\b", id="unknown-vcpu"),
+        pytest.param(["--user"], r"\bvcpu 0\b.*\buser\b", id="user-mode"),
+    ],
 )
-def test_vcpu_without_page_tables_is_an_error(tmp_path: Path, options: list[object], why: str) -> None:
+def test_vcpu_without_page_tables_is_an_error(tmp_path: Path, options: list[object], parts: str) -> None:
     file = tmp_path / "made"
     file.write_bytes(pv_domain(user=False).to_bytes())
     for verb in (["walk", *options, file, 0], ["read", *options, file, 0, 1]):
         ran = xenpv(*verb)
         assert ran.code == 1
-        assert why in ran.err
+        assert re.search(parts, ran.err)
 
 
 def test_running_domain_is_paused_only_with_pause(guest: P2MGuest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -78,15 +79,15 @@ def test_verify_framing_finds_no_error_in_memory(bad: Path) -> None:
     ran = xenpv("verify", "--framing", bad)
     assert ran.code == 0
     assert "trailing-data" in ran.out
-    assert "framing, order and records are sound" in ran.out
-    assert xenpv("verify", "--framing", "--json", bad).json["deep"] is False
+    facts = xenpv("verify", "--framing", "--json", bad).json
+    assert (facts["ok"], facts["deep"]) == (True, False)
 
 
 def test_verify_keep_counts_what_it_does_not_show(bad: Path) -> None:
     ran = xenpv("verify", "--keep", 1, bad)
     assert ran.code == 1
-    assert "… and 2 more of [pte-range]" in ran.out
-    assert "(4 errors, 1 warning)" in ran.out
+    assert re.search(r"\b2\b.*\[pte-range\]$", ran.out, re.MULTILINE)
+    assert re.search(r"\b4 errors, 1 warning\b", ran.out.splitlines()[-1])
     assert xenpv("verify", "--keep", 0, bad).out.count("more of [") == 3
     assert xenpv("verify", "--keep", 1, "--json", bad).json["left_out"] == {"pte-range": 2}
 
@@ -108,7 +109,7 @@ def test_verify_of_a_pipe_has_the_findings_of_the_file(good: Path, bad: Path) ->
 def test_verify_hvm_checks_framing_and_counts_pages(hvm: Path) -> None:
     ran = xenpv("verify", hvm)
     assert ran.code == 0
-    assert "framing, order and records of this HVM domain are sound (15 pages)" in ran.out
+    assert re.search(r"\bHVM\b.*\b15 pages\b", ran.out)
 
 
 def test_verify_list_rules_prints_every_rule() -> None:

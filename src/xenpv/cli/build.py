@@ -112,7 +112,7 @@ def _checked_name(name: str) -> str:
 def _read_ramdisk(ramdisk: str | None, request: Request) -> bytes:
     """Read a ramdisk, up to one byte more than planned.
 
-    So build() notices a file that has grown.
+    build() refuses it then if the file has grown since its size was read.
     """
     if ramdisk is None:
         return b""

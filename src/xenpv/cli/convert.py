@@ -33,9 +33,9 @@ _FORMATS = {b"{": "json", b"<": "xml", b"(": "sexp"}
 @click.option("--drop-zero", is_flag=True, help="Leave out the content of zero pages; safe only as described above.")
 @click.option("--drop-emulator", is_flag=True,
               help="Leave out an HVM domain's device model if OUT has no place for it.")  # fmt: skip
-@click.option("--width", type=click.Choice(["32", "64"]), show_default="by looking",
+@click.option("--width", type=click.Choice(["32", "64"]), show_default="detected from IN",
               help="Bits of the toolstack that wrote a legacy IN.")  # fmt: skip
-@click.option("--guest", type=click.Choice(["pv", "hvm"]), show_default="by looking",
+@click.option("--guest", type=click.Choice(["pv", "hvm"]), show_default="detected from IN",
               help="Type of the domain in a legacy IN.")  # fmt: skip
 @click.option("--force", is_flag=True, help="Write OUT even if it would not restore; print the errors.")
 @JSON
@@ -58,7 +58,7 @@ def convert(
     with pages that Remus compressed), or version 2 or 3; of xl, libvirt or xenopsd, or a bare libxl or libxc stream. IN
     and OUT may be "-", a pipe. Of a Remus stream the last complete checkpoint counts.
 
-    OUT passes `xenpv verify`; otherwise there is no OUT, and a pipe gets no end.
+    OUT passes `xenpv verify`. Otherwise no file OUT appears, and a pipe is left incomplete.
 
     --drop-zero makes OUT smaller. It is safe only if Xen runs with scrub-domheap; otherwise a page without content may
     hold what another domain left there.

@@ -112,7 +112,7 @@ def _show_large_domain(form: str, memory: int, path: str) -> bool:
 class _Guest:
     """A running guest that writes to some of its pages as time passes.
 
-    Each time it writes to others.
+    Each time slice writes to a different fifth of its working set.
     """
 
     host: ModelHost

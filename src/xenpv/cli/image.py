@@ -77,7 +77,7 @@ def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:
             "can_boot": not (obstacles := pv_obstacles(image)),
             "why_not": obstacles,
             "guest_type": guest_type(image),
-            "limits": [_limit(limit) for limit in memory_limits(image, initrd=initrd)],
+            "limits": [_describe_limit(limit) for limit in memory_limits(image, initrd=initrd)],
         },
         "pvh": {"can_boot": not (obstacles := pvh_obstacles(image)), "why_not": obstacles, "entry": p.phys32_entry},
         "p2m_outside_initial_mapping": p2m_obstacle(image) is None,
@@ -114,11 +114,11 @@ def describe(image: KernelImage, initrd: int = 0) -> dict[str, Any]:
             }
             for note in image.notes
         ],
-        "segments": [_segment(segment, image) for segment in image.segments],
+        "segments": [_describe_segment(segment, image) for segment in image.segments],
     }
 
 
-def _limit(limit: MemoryLimit) -> dict[str, Any]:
+def _describe_limit(limit: MemoryLimit) -> dict[str, Any]:
     return {
         "p2m": limit.p2m_place,
         "p2m_outside": limit.p2m_outside,
@@ -128,7 +128,7 @@ def _limit(limit: MemoryLimit) -> dict[str, Any]:
     }
 
 
-def _segment(segment: ElfSegment, image: KernelImage) -> dict[str, Any]:
+def _describe_segment(segment: ElfSegment, image: KernelImage) -> dict[str, Any]:
     return {
         "offset": segment.offset,
         "vaddr": segment.vaddr,
@@ -145,12 +145,12 @@ def _segment(segment: ElfSegment, image: KernelImage) -> dict[str, Any]:
 
 def _print_description(file: str, image: KernelImage, initrd: int) -> None:
     p = image.parameters
-    click.echo(f"{printable(file)}: {_layers(image)}")
+    click.echo(f"{printable(file)}: {_format_layers(image)}")
     for layer in image.layers:
         if layer.version:
             print_field("version", printable(layer.version))
-    _verdict("PV", pv_obstacles(image), f"as {guest_type(image)}, entry {image.entry:#x}")
-    _verdict("PVH", pvh_obstacles(image), f"entry {p.phys32_entry or 0:#x}")
+    _print_verdict("PV", pv_obstacles(image), f"as {guest_type(image)}, entry {image.entry:#x}")
+    _print_verdict("PVH", pvh_obstacles(image), f"entry {p.phys32_entry or 0:#x}")
     if image.note_source is not NoteSource.NONE:
         _print_requirements(image)
     if p.features.supported:
@@ -181,7 +181,7 @@ def _print_requirements(image: KernelImage) -> None:
     print_field("suspend", "can be cancelled" if p.suspend_cancel else "cannot be cancelled: no SUSPEND_CANCEL note")
 
 
-def _layers(image: KernelImage) -> str:
+def _format_layers(image: KernelImage) -> str:
     """Describe the layers of a kernel file, outermost first.
 
     For example "bzImage (boot protocol 2.15), 7.7 MiB of xz; inside it a 64-bit ELF …".
@@ -194,7 +194,7 @@ def _layers(image: KernelImage) -> str:
     return "; inside it a ".join([*parts, elf])
 
 
-def _verdict(kind: str, obstacles: list[str], detail: str) -> None:
+def _print_verdict(kind: str, obstacles: list[str], detail: str) -> None:
     if not obstacles:
         print_field(kind, click.style("can boot", fg="green") + f", {detail}")
     for i, obstacle in enumerate(obstacles):
@@ -217,7 +217,7 @@ def _print_notes(image: KernelImage) -> None:
     if image.note_source is NoteSource.NONE:
         return
     rows = [
-        ["" if note.type is None else str(note.type), printable(note.name), _value(note), note.meaning]
+        ["" if note.type is None else str(note.type), printable(note.name), _format_value(note), note.meaning]
         for note in image.notes
     ]
     legacy = image.note_source is NoteSource.LEGACY
@@ -225,7 +225,7 @@ def _print_notes(image: KernelImage) -> None:
     print_table(title, ["type#", "name", "value", "meaning"], rows)
 
 
-def _value(note: Note) -> str:
+def _format_value(note: Note) -> str:
     """Format the value of a note."""
     value = note.value
     if isinstance(value, str):

@@ -24,7 +24,7 @@ _CHUNK = 1 << 20  # bytes
 def read_kernel(path: str) -> bytearray:
     """Read a kernel file, or a pipe for "-".
 
-    It reads at most one chunk more than a kernel may have.
+    It reads at most one chunk more than ``FILE_MAX`` bytes, the limit of KernelImage.
     """
     if path != "-" and Path(path).is_dir():
         raise RequestError(f"{path}: is a directory, not a kernel")

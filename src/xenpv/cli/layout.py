@@ -161,7 +161,7 @@ def _print_layout(file: str, layout: Layout) -> None:
     print_table(
         "Memory",
         ["pfn#", "pages#", "size#", "mapped at#", "content", "pages (log2)"],
-        [_row(segment) for segment in layout.segments],
+        [_segment_row(segment) for segment in layout.segments],
     )
     print_table(
         "Page tables (mapped read-only or not at all)",
@@ -193,7 +193,7 @@ def _translated(tables: Span, layout: Layout) -> tuple[str, str]:
     return ("all", "") if top else (f"{tables.vaddr:#x}", f"{tables.end - 1:#x}")
 
 
-def _row(segment: Segment) -> list[str]:
+def _segment_row(segment: Segment) -> list[str]:
     content = f"L{segment.level} {segment.part}" if segment.level else str(segment.part)
     bar, colour = "█" * segment.pages.bit_length(), _COLOURS.get(segment.part, "bright_black")
     return [

@@ -1,4 +1,4 @@
-"""The words for what became of a domain that was to leave this host."""
+"""Sentences on the outcome of a save or migration: where the domain is, and its state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def describe_state(state: SourceState) -> str:
-    """Return what a domain does now, as the end of a sentence about it."""
+    """Return a domain's state as the predicate of a sentence: "runs on here"."""
     from xenpv.save.source_domain import SourceState  # noqa: PLC0415  NumPy
 
     return {
@@ -25,7 +25,7 @@ def describe_state(state: SourceState) -> str:
 
 
 def describe_rollback(rollback: Rollback) -> str:
-    """Return how undoing a failed save or migration went."""
+    """Return a sentence on the rollback of a failed save or migration."""
     if rollback.state is None:
         return f"{rollback.label} could not be resumed: {rollback.error}"
     problem = "" if rollback.error is None else f", but undoing the failure failed: {rollback.error}"
@@ -33,16 +33,16 @@ def describe_rollback(rollback: Rollback) -> str:
 
 
 def print_rollback(rollback: Rollback) -> None:
-    """Print how undoing went, on standard error.
+    """Print on standard error how the rollback went.
 
-    If it failed, the error that follows says so.
+    A rollback that failed prints nothing here; the error that is raised next reports it.
     """
     if rollback.error is None:
         click.echo(f"xenpv: {describe_rollback(rollback)}", err=True)
 
 
 def describe_settlement(settlement: Settlement, peer: str) -> str:
-    """Return what became of a domain whose migration to ``peer`` is settled."""
+    """Return a sentence on the outcome of a migration to ``peer`` that was settled."""
     from xenpv.migrate.sender import Owner  # noqa: PLC0415  NumPy
 
     if settlement.owner is Owner.RECEIVER:

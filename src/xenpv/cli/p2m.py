@@ -58,7 +58,7 @@ def p2m(
     """
     with open_target(target, pause=pause) as domain:
         if dump:
-            _dump(domain.p2m)
+            _print_entries(domain.p2m)
             return
         exposed = domain.has_p2m or domain.live is None  # for a file without a p2m, domain.p2m raises
         table = domain.p2m if exposed else None
@@ -72,9 +72,9 @@ def p2m(
                     for first, count, frame in zip(*_leaf_runs(table), strict=True)
                 ]
             if pfns:
-                facts["lookup"] = _lookup(domain, table, pfns)
+                facts["lookup"] = _describe_pfns(domain, table, pfns)
             if mfns:
-                facts["mfns"] = _reverse_lookup(domain, table, mfns)
+                facts["mfns"] = _describe_mfns(domain, table, mfns)
         if domain.live is not None:
             change = domain.live.p2m_change()
             facts["changed"] = None if change is None else change.message
@@ -98,7 +98,7 @@ def describe(domain: Domain, table: P2M | None, content: Survey | None) -> dict[
     running = domain.live is not None
     out: dict[str, Any] = {"name": domain.name, "running": running, "form": anchors.form_names if anchors else None}
     if anchors is not None:
-        out |= _anchors(anchors)
+        out |= _describe_anchors(anchors)
     if table is None or content is None:
         return out
     distinct = table.distinct_leaves
@@ -114,7 +114,7 @@ def describe(domain: Domain, table: P2M | None, content: Survey | None) -> dict[
     }
 
 
-def _anchors(anchors: Anchors) -> dict[str, Any]:
+def _describe_anchors(anchors: Anchors) -> dict[str, Any]:
     return {
         "forms": [root.name for root in anchors.roots],
         "max_pfn": anchors.max_pfn,
@@ -127,14 +127,14 @@ def _anchors(anchors: Anchors) -> dict[str, Any]:
     }
 
 
-def _lookup(domain: Domain, table: P2M, pfns: tuple[int, ...]) -> list[dict[str, Any]]:
+def _describe_pfns(domain: Domain, table: P2M, pfns: tuple[int, ...]) -> list[dict[str, Any]]:
     """Describe the entry and the page type of each pfn."""
     array = np.array(pfns, np.uint64)
     rows = zip(pfns, table.lookup(array).tolist(), domain.frames.types(array).tolist(), strict=True)
-    return [{"pfn": pfn, "mfn": _or_none(mfn), "type": type_name(page_type)} for pfn, mfn, page_type in rows]
+    return [{"pfn": pfn, "mfn": _none_if_no_frame(mfn), "type": type_name(page_type)} for pfn, mfn, page_type in rows]
 
 
-def _reverse_lookup(domain: Domain, table: P2M, mfns: tuple[int, ...]) -> list[dict[str, Any]]:
+def _describe_mfns(domain: Domain, table: P2M, mfns: tuple[int, ...]) -> list[dict[str, Any]]:
     """Describe the pfn of each mfn, and that pfn's entry in the p2m.
 
     The pfn is from Xen's m2p if the domain runs.
@@ -142,14 +142,14 @@ def _reverse_lookup(domain: Domain, table: P2M, mfns: tuple[int, ...]) -> list[d
     array = np.array(mfns, np.uint64)
     pfns = table.pfns_of(array) if domain.live is None else domain.live.host.m2p(array)
     rows = zip(mfns, pfns.tolist(), table.lookup(pfns).tolist(), strict=True)
-    return [{"mfn": mfn, "pfn": _or_none(pfn), "entry": _or_none(entry)} for mfn, pfn, entry in rows]
+    return [{"mfn": mfn, "pfn": _none_if_no_frame(pfn), "entry": _none_if_no_frame(entry)} for mfn, pfn, entry in rows]
 
 
-def _or_none(frame: int) -> int | None:
+def _none_if_no_frame(frame: int) -> int | None:
     return None if frame == int(NO_FRAME) else frame
 
 
-def _dump(table: P2M) -> None:
+def _print_entries(table: P2M) -> None:
     """Print every entry in the format of xen-mfndump dump-p2m."""
     click.echo(f"Guest width: {table.width}, p2m size: {table.entries:#x}")
     for leaves in table.iter_leaves():
@@ -160,13 +160,12 @@ def _dump(table: P2M) -> None:
             if times > 1 and len(entries):
                 click.echo(f"  # the next {len(entries)} lines are one leaf that is used {times} times")
             pfns = first * table.entries_per_leaf + entries
-            lines = (
-                f"  pfn={p:#x} ==> mfn={_entry(m)}\n" for p, m in zip(pfns.tolist(), row[entries].tolist(), strict=True)
-            )
+            pairs = zip(pfns.tolist(), row[entries].tolist(), strict=True)
+            lines = (f"  pfn={pfn:#x} ==> mfn={_format_entry(mfn)}\n" for pfn, mfn in pairs)
             sys.stdout.write("".join(lines))
 
 
-def _entry(mfn: int | None) -> str:
+def _format_entry(mfn: int | None) -> str:
     """Format an entry, with its flag by name."""
     if mfn is None:
         return "INVALID_MFN"
@@ -201,12 +200,12 @@ def print_p2m(facts: dict[str, Any], content: Survey | None, *, answers_only: bo
         unit = "mfn" if facts["running"] else "pfn"
         click.echo(f"  leaf at {unit} {run['frame']:#x}  pfns {run['first_pfn']:#x} to {last:#x}")
     for entry in facts.get("lookup", []):
-        click.echo(f"pfn={entry['pfn']:#x} ==> mfn={_entry(entry['mfn'])} (type {entry['type']})")
+        click.echo(f"pfn={entry['pfn']:#x} ==> mfn={_format_entry(entry['mfn'])} (type {entry['type']})")
     for entry in facts.get("mfns", []):
         pfn = "no pfn" if entry["pfn"] is None else f"pfn={entry['pfn']:#x}"
         agrees = entry["pfn"] is None or entry["entry"] == entry["mfn"]
         click.echo(
-            f"mfn={entry['mfn']:#x} ==> {pfn}" + ("" if agrees else f", whose entry is {_entry(entry['entry'])}")
+            f"mfn={entry['mfn']:#x} ==> {pfn}" + ("" if agrees else f", whose entry is {_format_entry(entry['entry'])}")
         )
     if facts.get("changed"):
         click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {facts['changed']}")

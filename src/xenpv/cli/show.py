@@ -69,7 +69,7 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
         "xen": f"{contents.domain.xen_major}.{contents.domain.xen_minor}",
         "complete": contents.complete,
         "trailing_bytes": saved.source.trailing,
-        "config": None if config is None else _config(config),
+        "config": None if config is None else _describe_config(config),
         "pages": {PageType(kind).name if kind in set(PageType) else hex(kind): n for kind, n in counts.items()},
         "memory_in_stream": pages * PAGE_SIZE,
         "entries_sent": contents.index.sent,
@@ -78,7 +78,7 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
         "checkpoints": contents.checkpoints,
     }
     if contents.domain.guest is Guest.PV:
-        out |= _pv(saved)
+        out |= _describe_pv(saved)
     else:
         out["hvm"] = {
             "params": None if contents.hvm_params is None else contents.hvm_params.params,
@@ -99,31 +99,31 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
     return out
 
 
-def _config(config: Config) -> dict[str, Any]:
+def _describe_config(config: Config) -> dict[str, Any]:
     fields = ("format", "name", "uuid", "type", "max_memkb", "target_memkb", "max_vcpus")
     return {field: getattr(config, field) for field in fields}
 
 
-def _pv(saved: SavedDomain) -> dict[str, Any]:
+def _describe_pv(saved: SavedDomain) -> dict[str, Any]:
     """Describe what only PV domains have."""
     contents = saved.contents
     p2m: dict[str, Any] = {"end_pfn": contents.end_pfn, "frames": saved.p2m.leaf_count}
     if saved.anchors is not None:
-        p2m |= _anchors(saved.anchors, "frame_list_list")
+        p2m |= _describe_anchors(saved.anchors, "frame_list_list")
     info = contents.pv_info
     return {
         "width": info.guest_width if info else None,
         "levels": info.pt_levels if info else None,
         "p2m": p2m,
-        "start_info": _start_info(saved),
-        "vcpus": [_pv_vcpu(saved, vcpu) for vcpu in sorted(contents.vcpus)],
+        "start_info": _describe_start_info(saved),
+        "vcpus": [_describe_pv_vcpu(saved, vcpu) for vcpu in sorted(contents.vcpus)],
     }
 
 
-def _anchors(anchors: Anchors, frame_list_list: str) -> dict[str, Any]:
+def _describe_anchors(anchors: Anchors, frame_list_list: str) -> dict[str, Any]:
     """Describe a p2m's anchors.
 
-    The frame list list has another key in save files than in cores.
+    ``frame_list_list`` is the key of that mfn; it differs between save files and cores.
     """
     return {
         "form": anchors.form_names,
@@ -135,7 +135,7 @@ def _anchors(anchors: Anchors, frame_list_list: str) -> dict[str, Any]:
     }
 
 
-def _start_info(saved: SavedDomain) -> dict[str, Any] | None:
+def _describe_start_info(saved: SavedDomain) -> dict[str, Any] | None:
     pfn = saved.start_info_pfn
     if pfn is None:
         return None
@@ -155,7 +155,7 @@ def _start_info(saved: SavedDomain) -> dict[str, Any] | None:
     }
 
 
-def _pv_vcpu(saved: SavedDomain, vcpu: int) -> dict[str, Any]:
+def _describe_pv_vcpu(saved: SavedDomain, vcpu: int) -> dict[str, Any]:
     """Describe a vcpu: its records, and its registers if its context is in the stream."""
     records = saved.contents.vcpus[vcpu]
     out: dict[str, Any] = {
@@ -165,11 +165,11 @@ def _pv_vcpu(saved: SavedDomain, vcpu: int) -> dict[str, Any]:
     context = saved.vcpu_context(vcpu)
     if context is None:
         return out
-    out |= _registers(saved, vcpu) or {}
+    out |= _describe_registers(saved, vcpu) or {}
     return out | {"gdt_entries": int(context["gdt_ents"]), "vm_assist": int(context["vm_assist"])}
 
 
-def _registers(domain: Domain, vcpu: int) -> dict[str, Any] | None:
+def _describe_registers(domain: Domain, vcpu: int) -> dict[str, Any] | None:
     """Describe a vcpu's registers; None if they are not known.
 
     A cr3 that names no page of the domain is None, and "cr3_error" tells why.
@@ -178,7 +178,7 @@ def _registers(domain: Domain, vcpu: int) -> dict[str, Any] | None:
     if registers is None:
         return None
     errors: list[str] = []
-    cr3, user_cr3 = (_cr3(domain, vcpu, errors, user=user) for user in (False, True))
+    cr3, user_cr3 = (_cr3_pfn(domain, vcpu, errors, user=user) for user in (False, True))
     out: dict[str, Any] = {
         "ip": registers.ip,
         "sp": registers.sp,
@@ -193,10 +193,10 @@ def _registers(domain: Domain, vcpu: int) -> dict[str, Any] | None:
     return out | ({"width": registers.width, "paging": registers.paging.name} if domain.hvm else {})
 
 
-def _cr3(domain: Domain, vcpu: int, errors: list[str], *, user: bool) -> int | None:
+def _cr3_pfn(domain: Domain, vcpu: int, errors: list[str], *, user: bool) -> int | None:
     """Return the pfn of a vcpu's top page table; None if it is not known.
 
-    Add to ``errors`` why it is invalid.
+    If it is invalid, the reason is added to ``errors``.
     """
     try:
         return domain.cr3(vcpu, user=user)
@@ -207,7 +207,7 @@ def _cr3(domain: Domain, vcpu: int, errors: list[str], *, user: bool) -> int | N
 
 def describe_vcpus(domain: Domain) -> list[dict[str, Any]]:
     """Return the description of every vcpu whose registers are known."""
-    described = ((vcpu, _registers(domain, vcpu)) for vcpu in domain.vcpus)
+    described = ((vcpu, _describe_registers(domain, vcpu)) for vcpu in domain.vcpus)
     return [{"vcpu": vcpu} | registers for vcpu, registers in described if registers is not None]
 
 
@@ -231,7 +231,7 @@ def describe_core(core: CoreDomain) -> dict[str, Any]:
         "shared_info": core.shared_info() is not None,
     }
     if anchors is not None:
-        out["p2m"] = _anchors(anchors, "frame_list_list_mfn")
+        out["p2m"] = _describe_anchors(anchors, "frame_list_list_mfn")
     return out | {"vcpus": describe_vcpus(core)}
 
 
@@ -339,8 +339,8 @@ def print_vcpus(vcpus: list[dict[str, Any]]) -> None:
     for vcpu in vcpus:
         row = [str(vcpu["vcpu"])]
         if "ip" in vcpu:
-            row += [f"{vcpu['ip']:#x}", f"{vcpu['sp']:#x}", vcpu["mode"], _pfn(vcpu["cr3_pfn"])]
-            row += [vcpu["paging"] if hvm else _pfn(vcpu["user_cr3_pfn"])]
+            row += [f"{vcpu['ip']:#x}", f"{vcpu['sp']:#x}", vcpu["mode"], _format_pfn(vcpu["cr3_pfn"])]
+            row += [vcpu["paging"] if hvm else _format_pfn(vcpu["user_cr3_pfn"])]
         else:
             row += [""] * 5
         rows.append(row + ([", ".join(vcpu["records"])] if stream else []))
@@ -351,5 +351,5 @@ def print_vcpus(vcpus: list[dict[str, Any]]) -> None:
             click.echo(click.style(printable(f"vcpu {vcpu['vcpu']}: {vcpu['cr3_error']}"), fg="red"))
 
 
-def _pfn(pfn: int | None) -> str:
+def _format_pfn(pfn: int | None) -> str:
     return "" if pfn is None else f"{pfn:#x}"

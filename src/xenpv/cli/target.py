@@ -70,9 +70,9 @@ def open_target(
 
 
 def is_running(target: str) -> bool:
-    """Return whether a target is neither "-" nor the path of a file.
+    """Return whether a target names a running domain.
 
-    Then it names a running domain.
+    It does if it is neither "-" nor the path of a file.
     """
     return target != "-" and not os.path.exists(target)
 

@@ -105,13 +105,13 @@ def progress_bar(description: str = "") -> Iterator[ProgressCallback | None]:
             if key not in tasks:
                 tasks[key] = bars.add_task(step, figures=""), time.monotonic()
             task, start = tasks[key]
-            figures = _figures(progress, time.monotonic() - start)
+            figures = _format_figures(progress, time.monotonic() - start)
             bars.update(task, description=step, completed=progress.done, total=progress.total, figures=figures)
 
         yield draw
 
 
-def _figures(progress: Progress, seconds: float) -> str:
+def _format_figures(progress: Progress, seconds: float) -> str:
     """The numbers to the right of a bar, ``seconds`` after the step began."""
     if (transfer := progress.transfer) is not None:
         figures = [f"{size(int(transfer.rate))}/s"]

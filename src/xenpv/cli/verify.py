@@ -71,11 +71,12 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
 
 
 def _print(report: Report) -> None:
-    print_findings(sorted(report.findings, key=_offset), report.findings.omitted())
+    print_findings(sorted(report.findings, key=_sort_offset), report.findings.omitted())
     click.echo(summary(report))
 
 
-def _offset(finding: Finding) -> int:
+def _sort_offset(finding: Finding) -> int:
+    """Return a finding's offset; findings without one sort last."""
     return finding.offset if finding.offset is not None else 1 << 64
 
 

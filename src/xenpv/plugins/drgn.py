@@ -66,17 +66,17 @@ def program(domain: Domain, *, live: bool = False) -> drgn.Program:
     wide = domain.width == 8
     pages = RecentPages(domain.memory, seconds=_CACHE_SECONDS if live else math.inf)
     prog = drgn.Program(drgn.Platform(drgn.Architecture.X86_64 if wide else drgn.Architecture.I386))
-    prog.add_memory_segment(0, _PHYSICAL_SIZE[domain.width], _reader(pages.read), physical=True)
+    prog.add_memory_segment(0, _PHYSICAL_SIZE[domain.width], _segment_reader(pages.read), physical=True)
     text = find_vmcoreinfo(domain)
     if text is not None:
         prog.set_linux_kernel_custom(text, live)
     if text is None or not wide:
         memory = domain.memory
-        prog.add_memory_segment(0, (1 << 8 * domain.width) - 1, _reader(memory.read_virtual), physical=False)
+        prog.add_memory_segment(0, (1 << 8 * domain.width) - 1, _segment_reader(memory.read_virtual), physical=False)
     return prog
 
 
-def _reader(read: Callable[[int, int], bytes]) -> Callable[[int, int, int, bool], bytes]:
+def _segment_reader(read: Callable[[int, int], bytes]) -> Callable[[int, int, int, bool], bytes]:
     def segment(address: int, count: int, _offset: int, _physical: bool) -> bytes:
         try:
             # In steps: the length may come from the guest, and most of the pages may be absent.
