@@ -213,7 +213,7 @@ def test_diff_pipe_raises_request_error(domains: tuple[Domain, Domain], tmp_path
     with (
         piped(domains[1].to_bytes()) as fd,
         SavedDomain.open(str(path)) as first,
-        SavedDomain.of(Input(os.dup(fd), "pipe")) as second,
+        SavedDomain.from_source(Input(os.dup(fd), "pipe")) as second,
         pytest.raises(RequestError),
     ):
         diff(first, second)

@@ -80,7 +80,7 @@ def test_axis_of_all_pfns_ascends_from_0_to_1(pfns: set[int], end: int) -> None:
 
 def test_axis_far_away_pages_are_visible() -> None:
     far = 1 << 32
-    ranges = PfnRanges.of(np.array([0, far - 2], np.uint64), np.array([16384, 2]))
+    ranges = PfnRanges.from_ranges(np.array([0, far - 2], np.uint64), np.array([16384, 2]))
     line = dict(pfn_axis(ranges, far))
     assert line[16384] > 0.95
     assert line[far] - line[far - 2] > 0.009  # two pages of 16,386

@@ -152,7 +152,7 @@ def test_stored_index_of_a_changed_file_is_ignored(file: Path, domain: Domain) -
 
 def test_file_that_changes_while_read_gets_no_index(file: Path) -> None:
     with open_saved(file, index=False) as saved:
-        state = index_file.FileState.of(saved.source)
+        state = index_file.FileState.from_source(saved.source)
         os.utime(file, ns=(1, 1))
         assert not store_index(str(file), saved.source, saved.contents, state)
     assert not index_path(file).exists()

@@ -36,7 +36,7 @@ def array(*pfns: int) -> U64:
 
 @contextmanager
 def from_pipe(data: bytes, *, deep: bool = True) -> Iterator[SavedDomain]:
-    with piped(data) as fd, SavedDomain.of(Input(os.dup(fd), "pipe"), deep=deep) as saved:
+    with piped(data) as fd, SavedDomain.from_source(Input(os.dup(fd), "pipe"), deep=deep) as saved:
         yield saved
 
 
@@ -257,7 +257,7 @@ def test_saved_domain_from_a_descriptor_at_an_offset_opens(domain: Domain, tmp_p
     path.write_bytes(b"x" * 5000 + domain.to_bytes())
     fd = os.open(path, os.O_RDONLY)
     os.lseek(fd, 5000, os.SEEK_SET)
-    with SavedDomain.of(Input(fd, "fd")) as saved:
+    with SavedDomain.from_source(Input(fd, "fd")) as saved:
         assert saved.source.size == len(domain.to_bytes())
         assert saved.memory.page(42) == bytes(domain.pages[42])
 

@@ -65,30 +65,30 @@ class Picture:
     rows: list[Row]
 
 
-def draw_p2m_tree(shape: P2MTree) -> Picture:
+def draw_p2m_tree(tree: P2MTree) -> Picture:
     """Draw one form: its anchor, and a row of boxes for each level.
 
     Leaves of a list show their virtual address.
     """
-    fields = [f"{name} {value}" for name, value in shape.anchors.items()]
+    fields = [f"{name} {value}" for name, value in tree.anchors.items()]
     width = max(180.0, 7.2 * max(map(len, fields)) + 20)
     anchor = Box(_LEFT, 0, width, 10 + 15 * len(fields), fields, "anchor", "shared info")
     rows, boxes, edges = [Row(0, "shared info", "")], [anchor], []
     y = anchor.h + _ROW_HEIGHT - _BOX_HEIGHT
     above = [anchor]
-    for number, level in enumerate(shape.levels):
-        last = number == len(shape.levels) - 1
-        level_boxes = _draw_level(shape, level, y, last)
-        rows.append(Row(y, _level_name(level, last), _note(shape, level, last)))
+    for number, level in enumerate(tree.levels):
+        last = number == len(tree.levels) - 1
+        level_boxes = _draw_level(tree, level, y, last)
+        rows.append(Row(y, _level_name(level, last), _note(tree, level, last)))
         edges += [Edge(_parent(box, above).middle, _bottom(above), box.middle, y) for box in level_boxes]
         boxes += level_boxes
         above = level_boxes
         y += _ROW_HEIGHT
-    return Picture(_WIDTH + 2, y - _ROW_HEIGHT + _BOX_HEIGHT + 4 if shape.levels else anchor.h, boxes, edges, rows)
+    return Picture(_WIDTH + 2, y - _ROW_HEIGHT + _BOX_HEIGHT + 4 if tree.levels else anchor.h, boxes, edges, rows)
 
 
-def _draw_level(shape: P2MTree, level: Level, y: float, last: bool) -> list[Box]:
-    style = ("list" if shape.linear else "leaf") if last else "table"
+def _draw_level(tree: P2MTree, level: Level, y: float, last: bool) -> list[Box]:
+    style = ("list" if tree.linear else "leaf") if last else "table"
     gap = 0 if style == "list" else _BOX_GAP
     nodes: list[Node | None] = list(level.nodes)
     skips = [
@@ -106,8 +106,8 @@ def _draw_level(shape: P2MTree, level: Level, y: float, last: bool) -> list[Box]
             continue
         times = f" ×{node.times:,}" if node.times > 1 else ""
         line = f"{node.first:x}–{node.last:x}"
-        if style == "list" and shape.vaddr is not None:
-            line = f"…{(shape.vaddr + node.at * PAGE_SIZE) & 0xFFFF_FFFF_FFFF:x}"
+        if style == "list" and tree.vaddr is not None:
+            line = f"…{(tree.vaddr + node.at * PAGE_SIZE) & 0xFFFF_FFFF_FFFF:x}"
         title = f"{level.name} in frame {node.frame:#x}, pfns {node.first:#x} to {node.last:#x}"
         boxes.append(
             Box(
@@ -150,7 +150,7 @@ def _level_name(level: Level, last: bool) -> str:
     return level.name if level.frames == 1 else f"{level.frames:,} {level.name}s"
 
 
-def _note(shape: P2MTree, level: Level, last: bool) -> str:
+def _note(tree: P2MTree, level: Level, last: bool) -> str:
     if level.places != level.frames:
         return f"in {level.places:,} places"
-    return f"of {shape.per_leaf:,} entries" if last else ""
+    return f"of {tree.per_leaf:,} entries" if last else ""

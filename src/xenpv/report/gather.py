@@ -50,7 +50,7 @@ class P2MState:
     """The p2m.
 
     Attributes:
-        shapes: Its forms, the best first.
+        trees: One for each of its forms, the best first.
         leaves: How many different leaves there are.
         places: How many places those leaves fill.
         shared: How many leaves fill several places.
@@ -58,7 +58,7 @@ class P2MState:
         problem: Why the p2m is not known, or None.
     """
 
-    shapes: list[P2MTree] = field(default_factory=list)
+    trees: list[P2MTree] = field(default_factory=list)
     leaves: int = 0
     places: int = 0
     shared: int = 0
@@ -89,8 +89,8 @@ class ReportFacts:
     """
 
     identity: Identity
-    start: dict[str, str]
-    places: list[NotablePage]
+    start_info: dict[str, str]
+    notable_pages: list[NotablePage]
     map: PfnMap
     p2m: P2MState | None
     tables: PageTableStats | None
@@ -109,8 +109,8 @@ class ReportFacts:
             del content["zero_at"], content["duplicate_at"]
         return {
             "identity": asdict(self.identity),
-            "start_info": self.start,
-            "places": [asdict(place) for place in self.places],
+            "start_info": self.start_info,
+            "places": [asdict(page) for page in self.notable_pages],
             "map": pfns,
             "p2m": p2m,
             "page_tables": self.tables and asdict(self.tables),
@@ -174,7 +174,7 @@ def gather_facts(
     named = [page.pfn for page in notable_pages]
     named += [finding.pfn for finding in checked.findings if finding.pfn is not None] if checked else []
     entries = p2m.entry_survey.cell_pfns * len(p2m.entry_survey.local_pages) if p2m and p2m.entry_survey else 0
-    entries = p2m.shapes[0].entries if p2m and p2m.shapes else entries
+    entries = p2m.trees[0].entries if p2m and p2m.trees else entries
     pfn_map = build_map(by_type, extra_layers, _valid_pfns(named), min(entries, _PFN_END))
     vcpus = [_read_vcpu(domain, vcpu) for vcpu in domain.vcpus]
     return ReportFacts(identity, start_info, notable_pages, pfn_map, p2m, tables, content, vcpus, checked)
@@ -198,13 +198,13 @@ def _read_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | None
         report(Progress(0, 1, "p2m"))
         entry_survey = survey(p2m)
         anchors = domain.anchors
-        shapes = [] if anchors is None else describe_p2m_trees(domain, replace(anchors, max_pfn=p2m.entries))
+        trees = [] if anchors is None else describe_p2m_trees(domain, replace(anchors, max_pfn=p2m.entries))
         report(Progress(1, 1, "p2m"))
     except GuestError as e:
         return P2MState(problem=str(e)), None
     distinct = p2m.distinct_leaves
     several = int(np.count_nonzero(distinct.count > 1))
-    state = P2MState(shapes, len(distinct), int(distinct.count.sum()), several, entry_survey)
+    state = P2MState(trees, len(distinct), int(distinct.count.sum()), several, entry_survey)
     return state, leaf_ranges(p2m, mfns=domain.p2m_names_mfns)
 
 
@@ -246,7 +246,7 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
 
 
 def _p2m_to_json(state: P2MState) -> dict[str, Any]:
-    out = {"shapes": [asdict(shape) for shape in state.shapes], "leaves": state.leaves, "places": state.places}
+    out = {"shapes": [asdict(tree) for tree in state.trees], "leaves": state.leaves, "places": state.places}
     out |= {"shared": state.shared, "problem": state.problem}
     return out | {
         "entries": {_ENTRY_KEYS[kind]: n for kind, n in state.entry_survey.pages.items()}

@@ -80,11 +80,11 @@ def _template_values(facts: ReportFacts) -> dict[str, Any]:
     return {
         "sections": list(_sections(facts)),
         "cards": list(_cards(facts)),
-        "fact_rows": [(label, text) for label, text in {**facts.identity.facts, **facts.start}.items() if text],
+        "fact_rows": [(label, text) for label, text in {**facts.identity.facts, **facts.start_info}.items() if text],
         "groups": _groups(facts.checked) if facts.checked else [],
         "p2m_kinds": [(kind, *label_and_style) for kind, label_and_style in _P2M_KINDS.items()],
         "p2m_total": sum(p2m.entry_survey.pages.values()) if p2m and p2m.entry_survey else 0,
-        "pictures": [(shape, draw_p2m_tree(shape)) for shape in p2m.shapes] if p2m else [],
+        "pictures": [(tree, draw_p2m_tree(tree)) for tree in p2m.trees] if p2m else [],
         "flag_names": list(FLAGS),
         "content_rows": []
         if content is None
@@ -128,7 +128,7 @@ def _cards(facts: ReportFacts) -> Iterable[dict[str, str]]:
         texts = [_count(n, noun) for n, noun in counts if n] or ["none"]
         yield card("findings", "Findings", texts[0], ", ".join(texts[1:]), tone)
     if facts.p2m:
-        forms = [shape.form for shape in facts.p2m.shapes]
+        forms = [tree.form for tree in facts.p2m.trees]
         value, note = "not known", ""
         if forms:
             leaves = _count(facts.p2m.leaves, "leaf", "leaves")
@@ -184,7 +184,7 @@ def _data(facts: ReportFacts) -> dict[str, Any]:
             for finding in findings
             if finding.pfn is not None and 0 <= finding.pfn < drawn.end
         ],
-        "places": [{"pfn": place.pfn, "what": place.what} for place in facts.places if place.pfn < drawn.end],
+        "places": [{"pfn": page.pfn, "what": page.what} for page in facts.notable_pages if page.pfn < drawn.end],
     }
 
 

@@ -58,7 +58,7 @@ def collect_extents(pieces: Iterable[Extents]) -> tuple[Extents, dict[int, PfnRa
         for page_type in np.unique(extents.type).tolist():
             of_type = extents.type == page_type
             by_type.setdefault(page_type, RangeCollector()).add(
-                PfnRanges.of(extents.first[of_type], extents.pages[of_type])
+                PfnRanges.from_ranges(extents.first[of_type], extents.pages[of_type])
             )
         exact.append(extents)
     return Extents.concatenate(exact), {page_type: ranges.all for page_type, ranges in sorted(by_type.items())}

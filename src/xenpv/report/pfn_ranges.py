@@ -38,7 +38,7 @@ class PfnRanges:
         return end
 
     @classmethod
-    def of(cls, start: U64, span: I64, pages: I64 | None = None) -> PfnRanges:
+    def from_ranges(cls, start: U64, span: I64, pages: I64 | None = None) -> PfnRanges:
         """Return ranges that come in any order and do not overlap.
 
         Adjacent ranges without gaps are joined.
@@ -55,7 +55,7 @@ class PfnRanges:
     def from_pfns(cls, pfns: U64) -> PfnRanges:
         """Return the ranges of pfns in any order; duplicates count once."""
         pfns = np.unique(pfns)
-        return cls.of(pfns, np.ones(len(pfns), np.int64))
+        return cls.from_ranges(pfns, np.ones(len(pfns), np.int64))
 
     def coarsen(self, limit: int) -> PfnRanges:
         """Return at most ``limit`` ranges, joined over the narrowest gaps."""
@@ -118,7 +118,7 @@ class RangeCollector:
         if not parts:
             return NO_RANGES
         columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("start", "span", "pages"))
-        return PfnRanges.of(*columns)
+        return PfnRanges.from_ranges(*columns)
 
 
 def pfn_axis(present: PfnRanges, end: int) -> list[tuple[int, float]]:

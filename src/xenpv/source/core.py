@@ -68,10 +68,10 @@ class CoreDomain(Domain):
             RequestError: The path cannot be opened, or is a pipe.
             StreamError: The file is damaged, or no core.
         """
-        return cls.of(Input.open(path), on_breach=on_breach)
+        return cls.from_source(Input.open(path), on_breach=on_breach)
 
     @classmethod
-    def of(cls, source: Input, *, on_breach: BreachHandler | None = None) -> Self:
+    def from_source(cls, source: Input, *, on_breach: BreachHandler | None = None) -> Self:
         """Open a core as ``open`` does, from an Input, which is closed with the domain."""
         try:
             return cls(source, on_breach=on_breach)

@@ -60,7 +60,7 @@ class FileState(NamedTuple):
     fingerprint: bytes
 
     @classmethod
-    def of(cls, source: StreamSource) -> Self:
+    def from_source(cls, source: StreamSource) -> Self:
         """Return the state of an open file, now."""
         info = os.fstat(source.fd)
         digest = blake2b(digest_size=_DIGEST_SIZE)
@@ -98,7 +98,7 @@ class StoredIndex:
             owners = {os.geteuid(), os.fstat(source.fd).st_uid}
             if not stat.S_ISREG(info.st_mode) or info.st_mode & 0o022 or info.st_uid not in owners:
                 return None
-            return cls._parse(fd, info.st_size, FileState.of(source))
+            return cls._parse(fd, info.st_size, FileState.from_source(source))
         except OSError:
             return None
         finally:
@@ -163,7 +163,7 @@ def store_index(path: str, source: StreamSource, contents: Contents, state: File
         Whether the index was stored. It is not if the file has changed meanwhile.
     """
     page_data = _page_data_groups(contents)
-    if page_data is None or FileState.of(source) != state or not _is_replaceable(path + SUFFIX):
+    if page_data is None or FileState.from_source(source) != state or not _is_replaceable(path + SUFFIX):
         return False
     runs = contents.index.extents
     extents = np.empty(len(runs), _EXTENT)

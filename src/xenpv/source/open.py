@@ -109,10 +109,10 @@ def open_path(
         source.close()
         raise
     if core:
-        return CoreDomain.of(source, on_breach=on_breach)
+        return CoreDomain.from_source(source, on_breach=on_breach)
     uses_index = source.size >= LARGE if index is None else index
     if not uses_index or on_breach is not None or path == "-" or not source.seekable:
-        return SavedDomain.of(source, on_breach=on_breach, progress=progress)
+        return SavedDomain.from_source(source, on_breach=on_breach, progress=progress)
     return _open_with_index(path, source, progress)
 
 
@@ -123,14 +123,14 @@ def _open_with_index(path: str, source: Input, progress: ProgressCallback | None
     stored_index = StoredIndex.load(path, source)
     if stored_index is not None:
         try:
-            return SavedDomain.of(source, progress=progress, stored_index=stored_index)
+            return SavedDomain.from_source(source, progress=progress, stored_index=stored_index)
         except StreamError:
             source = Input.open(path)  # the index was false, or the file has changed
     try:
-        state = FileState.of(source)
+        state = FileState.from_source(source)
     except BaseException:
         source.close()
         raise
-    saved = SavedDomain.of(source, progress=progress)
+    saved = SavedDomain.from_source(source, progress=progress)
     store_index(path, source, saved.contents, state)
     return saved

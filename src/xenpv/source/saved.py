@@ -164,10 +164,10 @@ class SavedDomain(Domain):
             RequestError: The path cannot be opened.
             StreamError: The stream is damaged.
         """
-        return cls.of(Input.open(path), on_breach=on_breach, kind=kind, deep=deep, progress=progress)
+        return cls.from_source(Input.open(path), on_breach=on_breach, kind=kind, deep=deep, progress=progress)
 
     @classmethod
-    def of(
+    def from_source(
         cls,
         source: StreamSource,
         *,

@@ -109,7 +109,7 @@ def verify(
         return _verify_framing(source, findings, envelope, progress)
     from xenpv.source.saved import SavedDomain  # noqa: PLC0415  NumPy
 
-    with SavedDomain.of(source, on_breach=findings.add_breach, kind=envelope, progress=progress) as saved:
+    with SavedDomain.from_source(source, on_breach=findings.add_breach, kind=envelope, progress=progress) as saved:
         return verify_domain(saved, findings, progress)
 
 
