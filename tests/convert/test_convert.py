@@ -65,12 +65,12 @@ def converted(data: bytes, out: Path, **options: Any) -> ConversionResult:
 def memory(path: Path) -> dict[int, tuple[int, bytes]]:
     """Return type and content of each pfn."""
     with SavedDomain.open(str(path)) as saved:
-        found = {}
+        content = {}
         for start, count, kind in columns(saved.contents.index.extents):
             pfns = np.arange(start, start + count, dtype=np.uint64)
             pages = saved.frames.pages(pfns) if HAS_DATA[kind] else np.empty((len(pfns), 0), np.uint8)
-            found.update({int(pfn): (int(kind), page.tobytes()) for pfn, page in zip(pfns, pages, strict=True)})
-        return found
+            content.update({int(pfn): (int(kind), page.tobytes()) for pfn, page in zip(pfns, pages, strict=True)})
+        return content
 
 
 def domain_memory(domain: Domain) -> dict[int, tuple[int, bytes]]:
@@ -134,8 +134,8 @@ def test_convert_any_envelope_to_any_other_keeps_the_domain(envelope: str, to: K
     assert result.kind is to
     assert memory(out) == domain_memory(DOMAIN)
     with SavedDomain.open(str(out)) as saved:
-        found = saved.contents.envelope
-        assert (found.kind if found else to) is to
+        saved_envelope = saved.contents.envelope
+        assert (saved_envelope.kind if saved_envelope else to) is to
     assert result.has_config == ((to == envelope and to in {Kind.XL, Kind.XENOPSD}) or to is Kind.LIBVIRT)
 
 
@@ -227,17 +227,17 @@ def test_convert_drop_zero_omits_content_where_restore_gives_the_same(out: Path)
         domain.pages[pfn][:8] = b"a segment"[:8]
     stream = domain.to_stream("libxc")
     stream.before("PAGE_DATA", Wire().page_data([(again, NOTAB)], [b"x" * PAGE]))
-    whole = converted(bytes(stream), out)
+    with_zeros = converted(bytes(stream), out)
     result = converted(bytes(stream), out, drop_zero=True)
-    found = memory(out)
-    assert found[plain] == (XALLOC, b"")
-    assert found[again] == (NOTAB, bytes(PAGE))
-    assert leaf < 0 or found[leaf][0] == NOTAB
-    assert {pfn: page for pfn, page in found.items() if page[0] != XALLOC} == {
-        pfn: page for pfn, page in domain_memory(domain).items() if found[pfn][0] != XALLOC
+    content = memory(out)
+    assert content[plain] == (XALLOC, b"")
+    assert content[again] == (NOTAB, bytes(PAGE))
+    assert leaf < 0 or content[leaf][0] == NOTAB
+    assert {pfn: page for pfn, page in content.items() if page[0] != XALLOC} == {
+        pfn: page for pfn, page in domain_memory(domain).items() if content[pfn][0] != XALLOC
     }
-    assert result.zero_pages == sum(kind == XALLOC for kind, _ in found.values())
-    assert result.bytes_saved == result.zero_pages * PAGE == whole.bytes_out - result.bytes_out
+    assert result.zero_pages == sum(kind == XALLOC for kind, _ in content.values())
+    assert result.bytes_saved == result.zero_pages * PAGE == with_zeros.bytes_out - result.bytes_out
 
 
 def test_page_repacker_drop_zero_keeps_content_of_p2m_frames() -> None:
@@ -297,11 +297,11 @@ def test_convert_truncated_checkpoint_keeps_the_last_whole_one(out: Path) -> Non
     domain = pv_domain(pfns=range(64), vcpus=2)
     rounds, _ = remus_rounds(domain)
     stream = remus_stream(domain, rounds)
-    one = bytes(remus_stream(domain, rounds[:1]))
+    first_checkpoint = bytes(remus_stream(domain, rounds[:1]))
     data = bytes(stream)
-    converted(one, out, kind=Kind.LIBXC)
+    converted(first_checkpoint, out, kind=Kind.LIBXC)
     expected = memory(out)
-    for cut in (len(one) + 2, len(one) + 100, len(data) - 1):
+    for cut in (len(first_checkpoint) + 2, len(first_checkpoint) + 100, len(data) - 1):
         result = converted(data[:cut], out, kind=Kind.LIBXC)
         assert result.truncated is not None
         assert f"{cut:#x}" in result.truncated
@@ -374,10 +374,10 @@ def test_convert_checkpointed_stream_gives_one_without_checkpoints(out: Path) ->
 
 def test_convert_emulator_state_of_the_last_checkpoint_counts(out: Path) -> None:
     """Each checkpoint has all of it."""
-    begin = legacy_hvm()
-    begin.drop("chunk -9")
-    again = Stream(legacy_hvm()[begin.find("chunk -7") :]).replace("qemu", W.qemu(b"last"))
-    converted(bytes(begin.replace("qemu", W.qemu(b"first"))) + bytes(again), out, kind=Kind.XL)
+    first_image = legacy_hvm()
+    first_image.drop("chunk -9")
+    again = Stream(legacy_hvm()[first_image.find("chunk -7") :]).replace("qemu", W.qemu(b"last"))
+    converted(bytes(first_image.replace("qemu", W.qemu(b"first"))) + bytes(again), out, kind=Kind.XL)
     with SavedDomain.open(str(out)) as saved:
         assert [event.data for event in saved.contents.emulators[1:]] == [b"last"]
 

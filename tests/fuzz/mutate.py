@@ -118,10 +118,10 @@ def change_a_piece(rng: Random, stream: Stream) -> None:
 
 def splice(rng: Random, stream: Stream) -> None:
     """Pieces of another stream come in, anywhere."""
-    other = rng.choice(corpus())
-    first = rng.randrange(len(other))
+    donor = rng.choice(corpus())
+    first = rng.randrange(len(donor))
     at = rng.randrange(len(stream) + 1)
-    stream[at : at + rng.choice((0, 0, 1, 3))] = other[first : first + rng.choice((1, 1, 2, 5))]
+    stream[at : at + rng.choice((0, 0, 1, 3))] = donor[first : first + rng.choice((1, 1, 2, 5))]
 
 
 def shuffle(rng: Random, stream: Stream) -> None:

@@ -110,17 +110,17 @@ def number(rng: Random, width: Width) -> int:
 
 def page(rng: Random, width: Width, *, ptes: bool) -> U8:
     """Return a random table: one entry repeated, or several in turn, with others strewn in."""
-    word: Width = 8 if ptes else width
+    entry_width: Width = 8 if ptes else width
 
     def entry() -> int:
         mfn = rng.randrange(1, OWN)
         return mfn << 12 | 0x67 if ptes else mfn
 
-    of = entry if rng.random() < 0.8 else lambda: number(rng, word)
-    turn = [of() for _ in range(rng.choice([1, 1, 1, 2, 3, 7, 500]))]
-    table = np.resize(np.array(turn, f"<u{word}"), PAGE_SIZE // word)
+    make_entry = entry if rng.random() < 0.8 else lambda: number(rng, entry_width)
+    turn = [make_entry() for _ in range(rng.choice([1, 1, 1, 2, 3, 7, 500]))]
+    table = np.resize(np.array(turn, f"<u{entry_width}"), PAGE_SIZE // entry_width)
     for _ in range(rng.choice([0, 0, 1, 3, 20])):
-        table[rng.choice([0, 1, 2, 511, rng.randrange(len(table))])] = rng.choice([entry(), number(rng, word)])
+        table[rng.choice([0, 1, 2, 511, rng.randrange(len(table))])] = rng.choice([entry(), number(rng, entry_width)])
     return table.view(np.uint8)
 
 

@@ -143,11 +143,11 @@ def test_parse_truncated_at_any_byte_raises_image_error(kind: str) -> None:
 def test_parse_any_byte_changed_parses_or_raises_image_error(kind: str) -> None:
     data = bytearray(KERNELS[kind])
     for at in range(len(data)):
-        kept = data[at]
-        for value in {0, kept ^ 0xFF} - {kept}:
+        original = data[at]
+        for value in {0, original ^ 0xFF} - {original}:
             data[at] = value
             parse_and_use(bytes(data))
-        data[at] = kept
+        data[at] = original
 
 
 def test_parse_random_bytes_parses_or_raises_image_error() -> None:

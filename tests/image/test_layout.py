@@ -61,7 +61,7 @@ def test_is_what_libxc_built(recipe: Recipe, tmp_path: Path) -> None:
             console_evtchn=int(info["console"]["domU"]["evtchn"]),
         )
         assert layout.start_info.pfn == saved.start_info_pfn
-        seen = []
+        table_pfns = []
         for level, pfns, planned in start.iter_page_tables(layout):
             theirs = as_ptes(saved.frames.pages(pfns))
             compared = planned != 0 if level == 4 else np.ones(planned.shape, np.bool_)
@@ -72,8 +72,8 @@ def test_is_what_libxc_built(recipe: Recipe, tmp_path: Path) -> None:
             assert (lost >= layout.segments[10].first).all(), (
                 "only litmus's own tables and GDT, which are in the padding, differ"
             )
-            seen += pfns.tolist()
-        assert len(seen) == 8
+            table_pfns += pfns.tolist()
+        assert len(table_pfns) == 8
         assert set(layout.mapped[1].pfns) | set(layout.read_only[1]) == set(
             range(int(info["first_p2m_pfn"]), int(info["first_p2m_pfn"]) + int(info["nr_p2m_frames"]))
         )
@@ -157,18 +157,18 @@ def test_page_tables_map_exactly_the_mapping_and_are_read_only(
         content |= dict(zip(pfns.tolist(), entries, strict=True))
     assert sorted(content) == [pfn for part in layout.read_only for pfn in part]
 
-    def read(wanted: U64) -> tuple[U8, Mask]:
-        pages = np.array([content[pfn] for pfn in wanted.tolist()])
-        return pages.view(np.uint8).reshape(-1, 4096), np.ones(len(wanted), np.bool_)
+    def read(pfns: U64) -> tuple[U8, Mask]:
+        pages = np.array([content[pfn] for pfn in pfns.tolist()])
+        return pages.view(np.uint8).reshape(-1, 4096), np.ones(len(pfns), np.bool_)
 
     levels = LEVELS[layout.width]
-    found, unreadable = frame_tree.walk_tree(
+    leaves, unreadable = frame_tree.walk_tree(
         read, layout.registers.cr3_pfn, levels, range(1 << 9 * levels), decode_page_tables
     )
     assert unreadable == []
-    assert (found.count == 1).all()
+    assert (leaves.count == 1).all()
     expected = sorted((span.place + n, span.first + n) for span in layout.mapped for n in range(span.count))
-    assert list(zip(found.first.tolist(), found.frame.tolist(), strict=True)) == expected
+    assert list(zip(leaves.first.tolist(), leaves.frame.tolist(), strict=True)) == expected
     for span in layout.spans(1):
         entries = start.table_entries(layout, span, range(span.count))
         there = entries != 0
@@ -334,8 +334,8 @@ def test_plan_memory_with_holes() -> None:
 
 
 def test_plan_remarks() -> None:
-    [one] = plan(sized(20), Request(505 * GIB)).remarks
-    assert one.startswith("the initial mapping reaches beyond the addresses of one L2 page, 0xffffffff80000000 to")
+    [remark] = plan(sized(20), Request(505 * GIB)).remarks
+    assert remark.startswith("the initial mapping reaches beyond the addresses of one L2 page, 0xffffffff80000000 to")
     assert plan(sized(20), Request(400 * GIB)).remarks == ()
     assert "libxc counts pages in 32 bits" in plan(sized(20, P2M), Request(16 * TIB)).remarks[0]
     kernel = sized(20, P2M, UNMAPPED)

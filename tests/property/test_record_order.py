@@ -23,18 +23,18 @@ def test_order_check_next_judges_a_record_by_those_before_it(
     before: set[RecordType] = set()
     for record in records:
         place = PLACES[record]
-        found = {rule for rule, _ in order.check_next(record)}
+        broken_rules = {rule for rule, _ in order.check_next(record)}
         if guest not in place.guests:
-            assert found == {rules.MISPLACED}
+            assert broken_rules == {rules.MISPLACED}
             continue
         if version == 2 and record is {Guest.PV: RecordType.X86_PV_P2M_FRAMES, Guest.HVM: RecordType.PAGE_DATA}[guest]:
             before.add(RecordType.STATIC_DATA_END)  # "infer the position of STATIC_DATA_END"
-        assert (rules.MISPLACED in found) == (version < place.min_version)
-        assert (rules.REPEATED in found) == (place.once and record in before)
-        needed = {other for other in place.after if guest in PLACES[other].guests}
-        late = any(other in before for other in place.not_after)
+        assert (rules.MISPLACED in broken_rules) == (version < place.min_version)
+        assert (rules.REPEATED in broken_rules) == (place.once and record in before)
+        needed = {predecessor for predecessor in place.after if guest in PLACES[predecessor].guests}
+        late = any(barrier in before for barrier in place.not_after)
         early = record not in before and not needed <= before
-        assert (rules.ORDER in found) == (late or early)
+        assert (rules.ORDER in broken_rules) == (late or early)
         before.add(record)
     missing = {record for record, place in PLACES.items() if guest in place.mandatory_for} - before
     assert set(order.missing()) == missing
@@ -48,8 +48,8 @@ def test_order_sorted_records_are_accepted(guest: Guest, records: list[RecordTyp
     while len(placed) < len(mine):
         for record in mine:
             place = PLACES[record]
-            needed = {other for other in place.after if guest in PLACES[other].guests}
-            holds_back = any(record in PLACES[other].not_after for other in mine if other not in placed)
+            needed = {predecessor for predecessor in place.after if guest in PLACES[predecessor].guests}
+            holds_back = any(record in PLACES[pending].not_after for pending in mine if pending not in placed)
             if record not in placed and needed <= set(placed) and not holds_back:
                 placed.append(record)
     order = Order(guest, 3)

@@ -104,8 +104,8 @@ def test_reader_integers_follow_the_image_header(tsc: Any, pfns: Any, params: di
     assert values(little)[1:] == values(big)[1:]
     assert page_data_of(little).entries.tolist() == page_data_of(big).entries.tolist()
     assert {fault.rule for fault in big.breaches} - {fault.rule for fault in little.breaches} == {rules.IMAGE_HEADER}
-    found = next(event for event in little.events if isinstance(event, records.X86TscInfo))
-    assert (found.mode, found.khz, found.nsec, found.incarnation) == tsc
+    tsc_info = next(event for event in little.events if isinstance(event, records.X86TscInfo))
+    assert (tsc_info.mode, tsc_info.khz, tsc_info.nsec, tsc_info.incarnation) == tsc
 
 
 @given(entries)
@@ -166,12 +166,12 @@ def test_reader_p2m_frames_have_the_length_of_their_range(width: int, a: int, b:
     stream = sound().replace("X86_PV_INFO", W.pv_info(width, 4 if width == 8 else 3))
     stream = Stream([*stream[:4], W.p2m_frames(start, end, pfns), W.end()])
     reading = collected(stream)
-    found = [event for event in reading.events if isinstance(event, records.X86PVP2MFrames)]
+    p2m_records = [event for event in reading.events if isinstance(event, records.X86PVP2MFrames)]
     if more:
-        assert found == []
+        assert p2m_records == []
         assert rules.RECORD_SIZE in reading.rules
     else:
-        (record,) = found
+        (record,) = p2m_records
         assert (record.start_pfn, record.end_pfn) == (start, end)
         assert record.p2m_pfns.tolist() == pfns.tolist()
 
@@ -274,11 +274,11 @@ def test_reader_bytes_cut_anywhere_give_the_same_events_and_errors(data: st.Data
     cuts = data.draw(st.lists(st.integers(0, len(whole_bytes)), max_size=12))
     for pages in (False, True):
         expected = read(one_chunk(whole_bytes), collect=True, pages=pages)
-        found = read(split_at(whole_bytes, cuts), collect=True, pages=pages)
-        assert found.comparable == expected.comparable
-        assert found.breaches == expected.breaches
-        assert repr(found.error) == repr(expected.error)
-        assert (found.done, found.trailing) == (expected.done, expected.trailing)
+        reading = read(split_at(whole_bytes, cuts), collect=True, pages=pages)
+        assert reading.comparable == expected.comparable
+        assert reading.breaches == expected.breaches
+        assert repr(reading.error) == repr(expected.error)
+        assert (reading.done, reading.trailing) == (expected.done, expected.trailing)
 
 
 @given(st.binary(max_size=300), st.sampled_from([None, *Kind]), st.booleans())

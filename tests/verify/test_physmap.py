@@ -64,15 +64,15 @@ def test_check_two_pfns_with_one_mfn_names_both() -> None:
 
 def test_check_frame_of_other_domain_is_not_own() -> None:
     guest = P2MGuest()
-    other = make_guest(guest.host, 8, 64)
-    guest.put(3, int(other.mfns[5]))
+    stranger = make_guest(guest.host, 8, 64)
+    guest.put(3, int(stranger.mfns[5]))
     assert guest.findings() == [("physmap-not-own", 3), ("physmap-lost", 3)]
 
 
 def test_check_frame_of_other_domain_with_same_pfn_is_found_only_by_owner() -> None:
     guest = P2MGuest()
-    other = make_guest(guest.host, 8, 64)
-    guest.put(3, int(other.mfns[3]))
+    stranger = make_guest(guest.host, 8, 64)
+    guest.put(3, int(stranger.mfns[3]))
     assert guest.findings() == [("physmap-not-own", 3), ("physmap-lost", 3)]
     assert guest.findings(owner=False) == []
 
@@ -108,17 +108,17 @@ def test_check_leaf_in_two_places_that_maps_pages_is_shared() -> None:
 
 def test_check_table_of_other_domain_is_reported() -> None:
     guest = P2MGuest()
-    other = make_guest(guest.host, 8, 64)
-    guest.arch(pfn_to_mfn_frame_list_list=int(other.mfns[5]))
+    stranger = make_guest(guest.host, 8, 64)
+    guest.arch(pfn_to_mfn_frame_list_list=int(stranger.mfns[5]))
     assert guest.rules() == {"physmap-table", "physmap-lost"}
 
 
 def test_check_leaf_of_other_domain_is_reported_and_noted_as_hole() -> None:
     guest = P2MGuest()
-    other = make_guest(guest.host, 8, 64)
+    stranger = make_guest(guest.host, 8, 64)
     mid = int(guest.model.mfns[guest.next - 2])
     page = np.full(512, INVALID_MFN[8], np.uint64)
-    page[:2] = guest.leaves[0], int(other.mfns[5])
+    page[:2] = guest.leaves[0], int(stranger.mfns[5])
     guest.host.write_frames(guest.model.domid, np.array([mid], np.uint64), page.view(np.uint8)[None])
     assert guest.findings()[0] == ("physmap-leaf", 512)
     assert guest.notes()["physmap-hole"].startswith("512 pfns ")
@@ -222,21 +222,21 @@ def test_check_leaf_replaced_during_check_is_a_generation_error() -> None:
 @pytest.mark.parametrize(("width", "form"), FORMS)
 def test_check_missing_table_names_the_first_pfn_below_it(width: Width, form: str) -> None:
     guest = P2MGuest(width, form)
-    other = make_guest(guest.host, 8, 64)
+    stranger = make_guest(guest.host, 8, 64)
     if form == "linear":
         l1, slot = guest.model.entry_of(ROOM)  # the list begins there: its first page is the 500th of this table
-        guest.host.frames.entries(guest.model.l2)[0] = int(other.mfns[5]) << 12 | PTE_P
+        guest.host.frames.entries(guest.model.l2)[0] = int(stranger.mfns[5]) << 12 | PTE_P
         assert (l1, slot) == (int(guest.model.l1[0]), ROOM)
     else:
         depth = {"tree": 1, "rooted": 2, "marked": 2}[form]  # levels between the leaves and what the top table names
         top = np.full(guest.per, INVALID_MFN[width], f"<u{width}")
-        top[0], top[1] = int(guest.model.mfns[guest.next - 2]), int(other.mfns[5])
+        top[0], top[1] = int(guest.model.mfns[guest.next - 2]), int(stranger.mfns[5])
         root = guest.model.mfns[guest.next - 1 : guest.next]
         guest.host.write_frames(guest.model.domid, root, top.view(np.uint8)[None])
         guest.arch(max_pfn=PAGES + guest.per ** (depth + 1))
     [finding] = [f for f in guest.checked() if f.rule.name == "physmap-table"]
     assert finding.pfn == (0 if form == "linear" else guest.per ** (depth + 1))
-    assert f"mfn {int(other.mfns[5]):#x}, {1 if form == 'linear' else depth} above" in finding.message
+    assert f"mfn {int(stranger.mfns[5]):#x}, {1 if form == 'linear' else depth} above" in finding.message
 
 
 def test_check_many_stale_entries_looks_up_a_limited_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,14 +102,14 @@ def test_verify_p2m_extended_by_second_record_finds_nothing(tmp_path: Path, widt
     domain = pv_domain(width=width, pfns=[*range(120), 2 * per + 5, 3 * per + 1])
     stream = domain.to_stream()
     low, high = [pfn for pfn in domain.types if pfn < per], [pfn for pfn in sorted(domain.types) if pfn >= per]
-    whole = stream[stream.find("X86_PV_P2M_FRAMES")]
+    one_record = stream[stream.find("X86_PV_P2M_FRAMES")]
     stream.replace("X86_PV_P2M_FRAMES", WIRE.p2m_frames(0, per - 1, domain.p2m_pfns[:1]))
     pages = [*domain.page_data(WIRE, 64, sorted(low)), WIRE.p2m_frames(per, domain.entries - 1, domain.p2m_pfns[1:])]
     pages += domain.page_data(WIRE, 64, high)
     at = stream.find("PAGE_DATA")
     stream.drop("PAGE_DATA")
     stream[at:at] = pages
-    assert len(whole.data) < sum(len(p.data) for p in stream if p.name == "X86_PV_P2M_FRAMES")
+    assert len(one_record.data) < sum(len(p.data) for p in stream if p.name == "X86_PV_P2M_FRAMES")
     from_file, from_pipe = verify_file_and_pipe(tmp_path, bytes(stream))
     assert not from_file.findings, str(from_file)
     if width == 8:  # the pipe passed leaves before the second record named them; 32-bit leaves look like leaves

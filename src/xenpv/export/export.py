@@ -40,8 +40,8 @@ class Exported:
     Attributes:
         pages: Pages in the file.
         last_pfn: The highest pfn of them.
-        bytes: Bytes of the file, holes counted.
-        zeros: Pages of zeros, which took no room.
+        bytes: Size of the file with its holes, in bytes.
+        zeros: Pages of zeros, which are holes in the file.
         lost: Pages that could not be read; they are zeros.
         remarks: Sentences that a reader of the file should know.
     """
@@ -94,12 +94,12 @@ def export(
     exported = exporter.exported
     exported.pages, exported.last_pfn, exported.bytes = pages.total, pages.stop - 1, out.written
     if exported.lost:
-        exported.remarks.append(f"{exported.lost} pages could not be read, or were given back meanwhile: zeros")
+        exported.remarks.append(f"{exported.lost} pages could not be read; they are zeros in the file")
     exported.remarks += [f"{e}: page tables below it are not known as such" for e in domain.invalid_cr3s]
     if domain.stale_page_tables:
         exported.remarks.append(
-            f"{domain.stale_page_tables} of the pages that are named as page tables are none: the domain ran while it "
-            "was dumped; they are as the core has them"
+            f"{domain.stale_page_tables} pages that the core lists as page tables are none: the domain ran during "
+            "the dump; they are exported unchanged"
         )
     return exported
 

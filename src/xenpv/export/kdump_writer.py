@@ -43,11 +43,13 @@ def write_kdump(
     """
     identity, pages = job.identity, job.pages
     if not out.sparse:
-        raise RequestError("kdump lists the offset of each page before the first page: write to a file, not a pipe")
+        raise RequestError("kdump has the offsets of all pages before the first page: write to a file, not a pipe")
     if identity is not None:
         pages = Runs.concatenate([pages, identity.runs]).merged()
     if pages.stop > PFNS_MAX:
-        raise RequestError(f"kdump ends at pfn {PFNS_MAX:#x}, and the last is {pages.stop - 1:#x}", needed=pages.stop)
+        raise RequestError(
+            f"kdump holds pfns below {PFNS_MAX:#x}; the last page is pfn {pages.stop - 1:#x}", needed=pages.stop
+        )
     out.write([Header.for_job(job, compression).pack(pages)])
     for _ in range(2):
         for piece in bitmap(pages):
@@ -74,7 +76,7 @@ def write_kdump(
 def _compress_batches(batches: Iterable[U8], compression: str) -> Iterator[tuple[list[bytes | None], U64]]:
     """Yield all batches compressed, in order.
 
-    One more than there are processors is in work at a time.
+    At most one batch more than there are processors is in work.
     """
     from concurrent.futures import ThreadPoolExecutor  # noqa: PLC0415  no other format needs it, nor what it imports
 

@@ -27,7 +27,7 @@ class MachineFrames:
         self._domain = domain
         self.pages_without_mfn = 0
         if domain.saved is not None and not domain.has_p2m:
-            raise RequestError(f"{domain.name}: the stream names no p2m, and a core of xl's needs the mfn of each page")
+            raise RequestError(f"{domain.name}: the stream has no p2m, so its mfns are unknown; use another format")
         self._p2m = domain.p2m
 
     def mfns_of(self, pfns: U64) -> U64:

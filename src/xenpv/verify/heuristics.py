@@ -37,7 +37,7 @@ def outliers(level: int, ptes: U64) -> Iterator[tuple[Mask, str]]:
         level: Level of the tables.
         ptes: Their entries, uint64 of shape (n, 512).
 
-    Returns:
+    Yields:
         Masks, bool of shape (n, 512), each with what is odd; "{target}" stands for what the entry names.
     """
     yield (ptes != 0) & (ptes & (ptes - np.uint64(1)) == 0), "has a single bit set"  # a flip in an empty entry

@@ -84,9 +84,9 @@ class PageTableChecks:
         levels = types & 7
         checked = 0
         for level in (4, 3, 2, 1):  # from the top: an L3 tells which L2 has Xen's slots
-            of_level = tables[levels == level]
-            for i in range(0, len(of_level), PAGES_PER_BATCH):
-                batch = of_level[i : i + PAGES_PER_BATCH]
+            level_tables = tables[levels == level]
+            for i in range(0, len(level_tables), PAGES_PER_BATCH):
+                batch = level_tables[i : i + PAGES_PER_BATCH]
                 self._check_batch(level, batch)
                 checked += len(batch)
                 if progress is not None:

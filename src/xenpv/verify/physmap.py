@@ -205,14 +205,16 @@ class PhysmapCheck:
             self.findings.add_each(rule, rows[mask], describe)
 
     def _check_shared_leaves(self, leaves: Leaves) -> None:
-        """Report leaves that stand in several places and map pages."""
+        """Report leaves that are at several places of the p2m and map pages."""
         shared = leaves.place_count > 1
         if shared.any():
             mapping = np.flatnonzero(shared)[names_local_frame(leaves.mfns[shared]).any(axis=1)]
 
             def describe(row: np.int64) -> tuple[str, dict[str, int]]:
                 pfn = int(leaves.pfns[row, 0])
-                message = f"the leaf of pfn {pfn:#x} stands in {int(leaves.place_count[row])} places, and maps pages"
+                message = (
+                    f"the leaf of pfn {pfn:#x} is at {int(leaves.place_count[row])} places of the p2m, and maps pages"
+                )
                 return message, {"pfn": pfn}
 
             self.findings.add_each(SHARED, mapping, describe)
