@@ -54,12 +54,12 @@ def test_link_closed_by_peer_names_the_peer() -> None:
     here, there = pair()
     with here:
         there.close()
-        with pytest.raises(OSError, match="has closed the connection") as e:
+        with pytest.raises(ConnectionResetError) as e:
             here.read(1)
         assert (e.value.errno, e.value.filename) == (errno.ECONNRESET, "here")
-        with pytest.raises(OSError, match="Broken pipe") as e:
+        with pytest.raises(BrokenPipeError) as broken:
             here.write([b"x"])
-        assert e.value.filename == "here"
+        assert broken.value.filename == "here"
 
 
 def test_link_idle_peer_times_out() -> None:
@@ -71,7 +71,7 @@ def test_link_idle_peer_times_out() -> None:
             lambda: here.write([bytes(64 << 20)]),
             lambda: source.read_into(memoryview(bytearray(1))),
         ):
-            with pytest.raises(OSError, match=r"0\.05 s") as e:
+            with pytest.raises(TimeoutError, match=r"\b0\.05\b") as e:
                 blocked()
             assert e.value.errno == errno.ETIMEDOUT
         source.close()
@@ -94,7 +94,7 @@ def test_link_drain_delivers_the_last_message(monkeypatch: pytest.MonkeyPatch) -
     closer.start()
     with here:
         assert here.read(2) == b"no"
-        with pytest.raises(OSError, match="has closed"):
+        with pytest.raises(ConnectionResetError):
             here.read(1)
     closer.join()
 
@@ -106,7 +106,7 @@ def test_listening_unix_socket_is_private_and_removed(tmp_path: Path) -> None:
         with connect(f"unix:{path}") as here, accept(listener, str(path)) as there:
             here.write([b"x"])
             assert there.read(1) == b"x"
-        with pytest.raises(OSError, match="already in use"), listening(f"unix:{path}"):
+        with pytest.raises(OSError, match=rf"\b{errno.EADDRINUSE}\b"), listening(f"unix:{path}"):
             pass
     assert not path.exists()
 
@@ -148,11 +148,11 @@ def test_listening_invalid_address_is_refused(where: str) -> None:
 def test_connect_without_listener_raises_os_error(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = f"tcp:127.0.0.1:{free.getsockname()[1]}"
-        with pytest.raises(OSError, match="refused") as e:
-            connect(where)
-    assert e.value.filename == where
-    with pytest.raises(OSError, match="No such file"):
+        address = f"tcp:127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ConnectionRefusedError) as e:
+            connect(address)
+    assert e.value.filename == address
+    with pytest.raises(FileNotFoundError):
         connect(f"unix:{tmp_path}/none")
 
 
@@ -174,15 +174,17 @@ def test_connect_by_descriptors_transfers_bytes() -> None:
 
 def test_connect_by_ssh_quotes_the_remote_command(tmp_path: Path) -> None:
     """The host is one word whatever is in it; what runs there is one word to ssh, quoted for the other side's shell."""
-    said = tmp_path / "said"
+    arguments = tmp_path / "arguments"
     program = tmp_path / "ssh"
-    program.write_text(f"#!{sys.executable}\nimport sys\nopen({str(said)!r}, 'w').write(repr(sys.argv[1:]))\n{ECHO}\n")
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nopen({str(arguments)!r}, 'w').write(repr(sys.argv[1:]))\n{ECHO}\n"
+    )
     program.chmod(0o755)
     words = [str(program), "-o", "A=b c"]
     with connect("web; touch x", ssh=words, receiver=["xenpv", "receive", "a b;c"]) as link:
         link.write([b"hello"])
         assert link.read(5) == b"hello"
-    assert said.read_text() == repr(["-o", "A=b c", "web; touch x", "xenpv receive 'a b;c'"])
+    assert arguments.read_text() == repr(["-o", "A=b c", "web; touch x", "xenpv receive 'a b;c'"])
 
 
 @pytest.mark.parametrize("host", ["-oProxyCommand=touch x", ""])
@@ -193,9 +195,9 @@ def test_connect_host_like_an_option_is_refused(host: str) -> None:
 
 def test_connect_failing_ssh_names_its_status() -> None:
     failing = [sys.executable, "-c", "raise SystemExit(255)"]
-    with connect("web", ssh=failing) as link, pytest.raises(OSError, match="ended with status 255"):
+    with connect("web", ssh=failing) as link, pytest.raises(ConnectionResetError, match=r"\b255\b"):
         link.read(1)
-    with pytest.raises(RequestError, match="No such file"):
+    with pytest.raises(RequestError, match="/no/such/ssh"):
         connect("web", ssh=["/no/such/ssh"])
 
 

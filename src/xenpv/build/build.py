@@ -100,7 +100,7 @@ def _check(host: Toolstack, layout: Layout, ramdisk: bytes | memoryview) -> None
     planned = segment.size if segment else 0
     if len(ramdisk) != planned:
         problem = f"the ramdisk has {len(ramdisk)} bytes, and the layout was planned for {planned}"
-        raise RequestError(f"{problem}: plan again", needed=len(ramdisk), available=planned)
+        raise RequestError(f"{problem}: plan again with this ramdisk", needed=len(ramdisk), available=planned)
     free = host.free_pages()
     if free < layout.nr_pages:
         problem = f"the domain needs {layout.nr_pages:#x} pages, and the host has {free:#x} free"
@@ -145,11 +145,11 @@ def _populate_calls(pfns: range) -> Iterator[tuple[int, int, int]]:
 
     Each call is its first pfn, the pfn after its last one, and its order.
     """
-    whole = pfns.start + len(pfns) // CHUNK * CHUNK
-    for first in range(pfns.start, whole, _EXTENTS_PER_CALL * CHUNK):
-        yield first, min(first + _EXTENTS_PER_CALL * CHUNK, whole), CHUNK_ORDER
-    if whole < pfns.stop:
-        yield whole, pfns.stop, 0
+    extents_end = pfns.start + len(pfns) // CHUNK * CHUNK
+    for first in range(pfns.start, extents_end, _EXTENTS_PER_CALL * CHUNK):
+        yield first, min(first + _EXTENTS_PER_CALL * CHUNK, extents_end), CHUNK_ORDER
+    if extents_end < pfns.stop:
+        yield extents_end, pfns.stop, 0
 
 
 def _as_runs(pfns: U64, mfns: U64, extent: int) -> tuple[Runs, U64]:

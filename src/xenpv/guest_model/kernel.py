@@ -99,7 +99,7 @@ class Kernel:
 
         RequestError if a page is the kernel's own, or does not exist. GuestError if Xen does not take all.
         """
-        mfns = self._mfns_of(view, pfns)
+        mfns = self._lookup_free_pages(view, pfns)
         self.pages.unmap(view, pfns)
         self.p2m.store(view, pfns, np.full(len(pfns), NO_FRAME))
         released = view.decrease_reservation(mfns)
@@ -131,8 +131,8 @@ class Kernel:
         the p2m can reach.
         """
         if len(pfns) != len(new) or len(np.unique(new)) < len(new):
-            raise RequestError(f"{len(pfns)} pages cannot go to {len(np.unique(new))} pfns")
-        mfns = self._mfns_of(view, pfns)
+            raise RequestError(f"{len(pfns)} pages need as many distinct new pfns, not {len(np.unique(new))}")
+        mfns = self._lookup_free_pages(view, pfns)
         self._check_vacant(view, np.setdiff1d(new, pfns))
         self.p2m.extend_to(view, new)
         self.p2m.store(view, pfns, np.full(len(pfns), NO_FRAME))
@@ -167,11 +167,14 @@ class Kernel:
         """Return the addresses of pages; map those that are not mapped yet."""
         new = np.unique(self.pages.unmapped(pfns))
         if len(new):
-            self.pages.map(view, new, self._mfns_of(view, new))
+            self.pages.map(view, new, self._lookup_free_pages(view, new))
         return self.pages.vaddrs(pfns)
 
-    def _mfns_of(self, view: GuestView, pfns: U64) -> U64:
-        """Return the frames of free pages. RequestError for any other."""
+    def _lookup_free_pages(self, view: GuestView, pfns: U64) -> U64:
+        """Return the mfns of pages that are not the kernel's own.
+
+        RequestError if one is, does not exist, or appears twice.
+        """
         if (own := first_bad(pfns < np.uint64(self.pages.end))) is not None:
             raise RequestError(f"pfn {int(pfns[own]):#x} is the kernel's own")
         mfns = self.p2m.lookup(view, pfns)
@@ -184,7 +187,7 @@ class Kernel:
         """Raise RequestError unless no pfn has a page, and each appears once."""
         is_occupied = (pfns < np.uint64(self.pages.end)) | (self.p2m.lookup(view, pfns) != NO_FRAME)
         if (first := first_bad(is_occupied)) is not None:
-            raise RequestError(f"pfn {int(pfns[first]):#x} is taken")
+            raise RequestError(f"pfn {int(pfns[first]):#x} has a page already")
         _check_unique(pfns)
 
     # -- suspend and resume
@@ -209,7 +212,7 @@ class Kernel:
             self._write_field(view, field, int(view.m2p(mfn)[0]))
         self.pages.map_shared_info(view, 0)
         pfn = self._start.address - self.pages.base >> PAGE_SHIFT
-        view.shutdown(SHUTDOWN_SUSPEND, self._mfn_of(view, pfn))
+        view.shutdown(SHUTDOWN_SUSPEND, self._lookup(view, pfn))
 
     def resume(self, view: GuestView) -> bool:
         """Go on after a suspend.
@@ -222,7 +225,7 @@ class Kernel:
         cancelled = view.register("ax") == 1
         if cancelled:
             for field in ("store_mfn", "console.domU.mfn"):
-                self._write_field(view, field, self._mfn_of(view, self._read_field(view, field)))
+                self._write_field(view, field, self._lookup(view, self._read_field(view, field)))
         self.pages.map_shared_info(view, self._read_field(view, "shared_info"))
         if not cancelled:
             self.p2m.publish(view)
@@ -233,7 +236,7 @@ class Kernel:
         self.port = view.alloc_event_channel()
         view.xenstore_write(SUSPEND_EVENT_CHANNEL, str(self.port).encode())
 
-    def _mfn_of(self, view: GuestView, pfn: int) -> int:
+    def _lookup(self, view: GuestView, pfn: int) -> int:
         return int(self.p2m.lookup(view, np.array([pfn], np.uint64))[0])
 
     def _read_field(self, view: GuestView, name: str) -> int:

@@ -132,7 +132,7 @@ class KernelP2M:
             return
         self._check_capacity(entries)
         new_leaves = self.pages.alloc_pages(view, self._empty_leaves(len(new)))
-        frames = np.append(self._leaf_mfns(view), self._mfns_of(view, new_leaves))
+        frames = np.append(self._leaf_mfns(view), self._translate(view, new_leaves))
         places = np.append(self.places, new.astype(np.int64))
         order = np.argsort(places)
         self.entries, self.places = entries, places[order]
@@ -161,14 +161,14 @@ class KernelP2M:
     def _map_list(self, view: GuestView, frames: U64) -> None:
         """Make new page tables for the list, whose leaves at ``places`` are ``frames``."""
         runs = self._fill_gaps(view, FrameRuns(self.places, np.ones_like(self.places), frames))
-        shared = self._mfns_of(view, self._shared_leaf) << np.uint64(PAGE_SHIFT) | np.uint64(PAGE)
+        shared = self._translate(view, self._shared_leaf) << np.uint64(PAGE_SHIFT) | np.uint64(PAGE)
         allocated = [np.empty(0, np.uint64)]
 
         def store_tables(tables: U8) -> U64:
             ptes = as_ptes(tables)
             ptes[np.isin(ptes, shared)] ^= np.uint64(PTE_RW)
             allocated.append(self.pages.alloc_tables(view, tables))
-            return self._mfns_of(view, allocated[-1])
+            return self._translate(view, allocated[-1])
 
         list_runs = FrameRuns(runs.first + page_number(self.vaddr), runs.count, runs.frame)
         allocated.append(self.pages.link_tables(view, write_page_tables(list_runs, 1, store_tables, PAGE)))
@@ -182,7 +182,7 @@ class KernelP2M:
             return leaves
         if not len(self._shared_leaf):
             self._shared_leaf = self.pages.alloc_pages(view, self._empty_leaves(1))
-        return leaves.fill_gaps(range(total), int(self._mfns_of(view, self._shared_leaf)[0]))
+        return leaves.fill_gaps(range(total), int(self._translate(view, self._shared_leaf)[0]))
 
     def _empty_leaves(self, count: int) -> U8:
         return encode_entries(np.full((count, self.per_leaf), NO_FRAME), self.width)
@@ -191,7 +191,7 @@ class KernelP2M:
         """Return the frames of the leaves at ``places``."""
         return view.translate_pages(self._leaf_vaddrs(self.places.astype(np.uint64)))
 
-    def _mfns_of(self, view: GuestView, pfns: U64) -> U64:
+    def _translate(self, view: GuestView, pfns: U64) -> U64:
         return view.translate_pages(self.pages.vaddrs(pfns))
 
     # -- publishing
@@ -227,7 +227,7 @@ class KernelP2M:
         def store_tables(tables: U8) -> U64:
             pfns = self.pages.alloc_pages(view, tables)
             self._tree_pages = np.append(self._tree_pages, pfns)
-            return self._mfns_of(view, pfns)
+            return self._translate(view, pfns)
 
         leaves = self._fill_gaps(view, FrameRuns(self.places, np.ones_like(self.places), self._leaf_mfns(view)))
         if form.hidden:

@@ -98,7 +98,7 @@ class MigrationChannel:
             raise
 
     def _raise_reason(self) -> None:
-        """Raise what the peer says in the middle of the stream, where it may only abort."""
+        """Raise the peer's reason for an ABORT during the stream; it may send nothing else."""
         offset = self.handover.received_bytes
         self.receive()
-        raise OutOfOrder("the peer says that the domain is complete before it is", offset=offset)
+        raise OutOfOrder("the peer sent READY before the end of the stream", offset=offset)

@@ -174,17 +174,17 @@ class HandOver:
         try:
             decoded = json.loads(body) if body else {}
         except (ValueError, RecursionError) as e:
-            raise Malformed("the body is no JSON object", offset=offset, record=message.name) from e
+            raise Malformed("the body is not a JSON object", offset=offset, record=message.name) from e
         if not isinstance(decoded, dict):
-            raise Malformed("the body is no JSON object", offset=offset, record=message.name)
+            raise Malformed("the body is not a JSON object", offset=offset, record=message.name)
         self.stage = rule.receives[message]
         return decoded
 
 
 def encode(message: Message, body: Mapping[str, Any]) -> bytes:
     """Return a message's header and body. Text that is too long is cut."""
-    cut = {key: value[:_TEXT_MAX] if isinstance(value, str) else value for key, value in body.items()}
-    data = json.dumps(cut).encode() if cut else b""
+    limited = {key: value[:_TEXT_MAX] if isinstance(value, str) else value for key, value in body.items()}
+    data = json.dumps(limited).encode() if limited else b""
     return HEADER.pack(MAGIC, FRAMING, message, len(data)) + data
 
 
@@ -196,13 +196,13 @@ def decode_header(data: bytes, offset: int) -> tuple[Message, int]:
     magic, framing, number, length = HEADER.unpack(data)
     if magic != MAGIC:
         received = data.decode("ascii", "backslashreplace")
-        raise Unsupported(f"the peer is no xenpv that migrates a domain: it sent {received!r}…", offset=offset)
+        raise Unsupported(f"the peer does not speak xenpv's hand-over protocol: it sent {received!r}…", offset=offset)
     if framing != FRAMING:
         raise Unsupported(f"the peer frames its messages by version {framing}, not {FRAMING}", offset=offset)
     try:
         return Message(number), length
     except ValueError:
-        raise Malformed(f"there is no message {number} in this protocol", offset=offset) from None
+        raise Malformed(f"message number {number} is not part of this protocol", offset=offset) from None
 
 
 def common_version(theirs: object) -> int | None:
@@ -275,7 +275,7 @@ class Offer:
             if not 0 <= body[key] < 1 << 52:
                 raise bad(f"{key} is {body[key]:#x}")
         if body["width"] not in {4, 8}:
-            raise bad(f"a guest {8 * body['width']} bits wide")
+            raise bad(f"width is {body['width']} bytes; 4 and 8 are valid")
         forms = body.get("forms")
         if not isinstance(forms, list) or not all(isinstance(form, str) for form in forms):
             raise bad(f"forms is {forms!r}")

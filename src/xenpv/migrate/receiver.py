@@ -86,12 +86,12 @@ def refuse(host: Mover, offer: Offer) -> None:
         raise RequestError(f"this side does not speak protocol {offer.protocol}")
     if offer.forms and not _FORMS & set(offer.forms):
         raise RequestError(f"its p2m is a {' and a '.join(offer.forms)}, which this side does not know")
-    for other in host.domains():
-        if _is_domain(other, offer.name, offer.uuid) or (
-            offer.name is not None and other.name == offer.name + INCOMING
+    for existing in host.domains():
+        if _is_domain(existing, offer.name, offer.uuid) or (
+            offer.name is not None and existing.name == offer.name + INCOMING
         ):
-            problem = f"this host has a domain of this name or uuid already: dom{other.domid} ({other.name})"
-            raise RequestError(f"{problem}; destroy it, or rename it, first")
+            problem = f"this host has a domain of this name or uuid already: dom{existing.domid} ({existing.name})"
+            raise RequestError(f"{problem}; destroy or rename it first")
     free, needed = host.free_pages(), offer.pages + _OVERHEAD
     if needed > free:
         problem = f"it needs {needed * PAGE_SIZE >> 20} MiB, and {free * PAGE_SIZE >> 20} MiB are free"
@@ -163,12 +163,12 @@ def _answer_query(host: Mover, channel: MigrationChannel, query: dict[str, Any],
         except HostError as e:
             channel.send(Message.INDETERMINATE, why=f"dom{info.domid} ({info.name}) cannot be destroyed: {e}")
             raise
-    ours = [info for info in matching if info not in incoming]
-    if ours:
-        channel.send(Message.RUNNING, domid=ours[0].domid)
+    received = [info for info in matching if info not in incoming]
+    if received:
+        channel.send(Message.RUNNING, domid=received[0].domid)
     elif incoming:
-        channel.send(Message.ABORT, why="it was here under its temporary name, and is destroyed")
+        channel.send(Message.ABORT, why="its copy here was never started, and has been destroyed")
     else:
-        why = "there is no such domain here: it has not arrived, or was destroyed or migrated since"
-        channel.send(Message.INDETERMINATE, why=why)
-    on_event("answered", name=name, here=[info.domid for info in ours], destroyed=[info.domid for info in incoming])
+        reason = "there is no such domain here: it has not arrived, or was destroyed or migrated since"
+        channel.send(Message.INDETERMINATE, why=reason)
+    on_event("answered", name=name, here=[info.domid for info in received], destroyed=[info.domid for info in incoming])

@@ -115,11 +115,16 @@ class StreamComplete:
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
-    def _mfn_of(self, role: str, pfn: int, *, level: int = 0) -> int:
-        """Return the mfn of a pfn of an ordinary page, or of a table of ``level``.
+    def _lookup_page(self, role: str, pfn: int, *, level: int = 0) -> int:
+        """Return the mfn of an ordinary page, or of a page table of ``level``.
+
+        Args:
+            role: What the page is for; the message begins with it.
+            pfn: The page.
+            level: The level that the page table must have; 0 for an ordinary page.
 
         Raises:
-            GuestError: It is not, in libxenguest's words. ``role`` says what the page is for.
+            GuestError: The page is absent or has another type. The message is libxenguest's.
         """
         end = self.contents.end_pfn
         as_array = np.array([pfn], np.uint64)
@@ -145,17 +150,17 @@ class StreamComplete:
         """
         register = "rdx" if self.width == 8 else "edx"
         pfn = int(context["user_regs"][register])
-        mfn = self._mfn_of("Start Info", pfn)
+        mfn = self._lookup_page("Start Info", pfn)
         context["user_regs"][register] = mfn
         with self.host.map_writable(self.domid, np.array([mfn], np.uint64)) as pages:
             info: Any = pages[0, : START_INFO.size(self.width)].view(START_INFO[self.width])[0]
             magic = START_INFO_MAGIC[self.width]
             if not bytes(info["magic"]).startswith(magic):
-                problem = f"pfn {pfn:#x}, its suspend record, is no start info page"
+                problem = f"pfn {pfn:#x}, its suspend record, is not a start info page"
                 raise GuestError(f"{self.name}: {problem}: it does not begin with {magic.decode()!r}", pfn=pfn)
-            xenstore = Ring(self._mfn_of("XenStore", int(info["store_mfn"])), self.ports.xenstore)
+            xenstore = Ring(self._lookup_page("XenStore", int(info["store_mfn"])), self.ports.xenstore)
             domu = info["console"]["domU"]
-            console = Ring(self._mfn_of("Console", int(domu["mfn"])), self.ports.console)
+            console = Ring(self._lookup_page("Console", int(domu["mfn"])), self.ports.console)
             info["store_mfn"], info["store_evtchn"] = xenstore.mfn, xenstore.port
             domu["mfn"], domu["evtchn"] = console.mfn, console.port
             info["nr_pages"] = self.contents.end_pfn + 1
@@ -172,14 +177,14 @@ class StreamComplete:
         p2m = P2M(width, entries, self.contents.p2m_leaf_runs, _never_read)
         if len(holes := p2m.holes):
             leaf = f"p2m_frame_list[{int(holes.first[0])}]"
-            raise GuestError(f"{self.name}: the stream has no {leaf}: a leaf of the p2m is missing")
+            raise GuestError(f"{self.name}: a leaf of the p2m is missing: the stream has no {leaf}")
         self._check_shared_leaves(p2m)
         distinct, per_leaf, chunks = p2m.distinct_leaves, p2m.entries_per_leaf, p2m.entries_per_leaf // CHUNK
         for i in range(0, len(distinct), PAGES_PER_BATCH):
             leaves = distinct[i : i + PAGES_PER_BATCH]
             bad = (leaves.frame >= np.uint64(entries)) | (self.physmap.types(leaves.frame) != PageType.NOTAB)
             if (row := first_bad(bad)) is not None:
-                self._mfn_of(f"p2m_frame_list[{int(leaves.first[row])}]", int(leaves.frame[row]))
+                self._lookup_page(f"p2m_frame_list[{int(leaves.first[row])}]", int(leaves.frame[row]))
             chunk_numbers = leaves.first[:, None] * chunks + np.arange(chunks)
             mfns = self.physmap.lookup_chunks(chunk_numbers.astype(np.uint64).reshape(-1)).reshape(
                 len(leaves), per_leaf
@@ -192,14 +197,14 @@ class StreamComplete:
                 pages[:] = content
 
     def _check_shared_leaves(self, p2m: P2M) -> None:
-        """Refuse a leaf that has pages and stands in several places of the p2m."""
+        """Refuse a leaf with populated pfns that appears more than once in the p2m."""
         distinct, chunks = p2m.distinct_leaves, p2m.entries_per_leaf // CHUNK
         shared = p2m.leaves[np.isin(p2m.leaves.frame, distinct.frame[distinct.count > 1])]
         populated = self.physmap.count_chunks(shared.first * chunks, (shared.first + shared.count) * chunks)
         if (row := first_bad(populated > 0)) is not None:
             place, pfn = int(shared.first[row]), int(shared.frame[row])
             leaf = f"p2m_frame_list[{place}] (pfn {pfn:#x})"
-            problem = "has pages and stands in several places: one would overwrite the other"
+            problem = "has populated pfns and appears more than once in the list: one place would overwrite the other"
             raise GuestError(f"{self.name}: {leaf} {problem}", pfn=pfn)
 
     def _write_shared_info(self) -> None:
@@ -250,15 +255,15 @@ class StreamComplete:
             raise GuestError(f"{self.name}: {count}")
         gdt = context["gdt_frames"]
         for i in range(-(-entries // GDT_ENTRIES_PER_FRAME)):
-            gdt[i] = self._mfn_of(f"vcpu{number}'s GDT frame {i}", int(gdt[i]))
+            gdt[i] = self._lookup_page(f"vcpu{number}'s GDT frame {i}", int(gdt[i]))
         ctrlreg = context["ctrlreg"]
-        top = self._mfn_of(f"vcpu{number}'s cr3", cr3_to_frame(int(ctrlreg[3]), width), level=levels)
+        top = self._lookup_page(f"vcpu{number}'s cr3", cr3_to_frame(int(ctrlreg[3]), width), level=levels)
         ctrlreg[3] = frame_to_cr3(top, width)
         cr1 = int(ctrlreg[1])
         if width == 8 and cr1:
             if not cr1 & PTE_P:
                 raise GuestError(f"{self.name}: vcpu{number}'s cr1 {cr1:#x} lacks bit 0, which marks a pfn")
-            ctrlreg[1] = self._mfn_of(f"vcpu{number}'s cr1", cr1 >> PAGE_SHIFT, level=levels) << PAGE_SHIFT
+            ctrlreg[1] = self._lookup_page(f"vcpu{number}'s cr1", cr1 >> PAGE_SHIFT, level=levels) << PAGE_SHIFT
         self.host.set_vcpu_context(self.domid, number, context.tobytes())
         records = vcpu.extended, vcpu.xsave, vcpu.msrs
         state = VcpuState(*(b"" if record is None else record.context for record in records))

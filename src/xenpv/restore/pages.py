@@ -127,12 +127,12 @@ class MemoryLoader:
             problem = f"dom{self.domid} may have {self._max_pages:#x} pages, and the stream has {needed:#x} so far"
             raise RequestError(f"{problem}: give it more memory", needed=needed, available=self._max_pages)
         chunks, count = group_by_chunk(new)
-        whole = np.flatnonzero(count == CHUNK)
-        if len(whole):
-            mfns = self.host.populate_physmap(self.domid, chunks[whole] << np.uint64(CHUNK_ORDER), CHUNK_ORDER)
-            physmap.add_extents(chunks[whole[: len(mfns)]], mfns)
+        full = np.flatnonzero(count == CHUNK)
+        if len(full):
+            mfns = self.host.populate_physmap(self.domid, chunks[full] << np.uint64(CHUNK_ORDER), CHUNK_ORDER)
+            physmap.add_extents(chunks[full[: len(mfns)]], mfns)
             is_single = np.ones(len(count), np.bool_)
-            is_single[whole[: len(mfns)]] = False
+            is_single[full[: len(mfns)]] = False
             new = new[np.repeat(is_single, count)]
         if len(new):
             mfns = self.host.populate_physmap(self.domid, new)

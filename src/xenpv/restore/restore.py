@@ -142,9 +142,9 @@ def restore_domain(
         config = Config.from_contents(contents)
         vcpus, pages = _vcpus_and_pages(config, source)
         new_name = name or (config.name if config else None)
-        for other in host.domains():
-            if new_name is not None and other.name == new_name:
-                raise RequestError(f"dom{other.domid} is called {new_name!r} already: give another name")
+        for existing in host.domains():
+            if new_name is not None and existing.name == new_name:
+                raise RequestError(f"dom{existing.domid} is called {new_name!r} already: give another name")
         uuid = config.uuid if config else None
         domid = host.create(width, vcpus=vcpus, max_pages=pages + MAX_MEM_SLACK, name=new_name, uuid=uuid)
         created.append(domid)
