@@ -78,8 +78,8 @@ def test_symbols_of_litmus_are_all_loaded() -> None:
     assert image.symbols is not None
     memory = loaded(image)[image.symbols.start - image.elf.paddr_range.start :]
     inside: Any = ELFFile(io.BytesIO(memory[4:]))  # type: ignore[no-untyped-call]
-    whole: Any = ELFFile(io.BytesIO(data))  # type: ignore[no-untyped-call]
-    theirs = {symbol.name: symbol["st_value"] for symbol in whole.get_section_by_name(".symtab").iter_symbols()}
+    elf_file: Any = ELFFile(io.BytesIO(data))  # type: ignore[no-untyped-call]
+    theirs = {symbol.name: symbol["st_value"] for symbol in elf_file.get_section_by_name(".symtab").iter_symbols()}
     assert {symbol.name: symbol["st_value"] for symbol in inside.get_section(1).iter_symbols()} == theirs
     assert len(theirs) > 50
 

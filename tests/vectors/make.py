@@ -74,8 +74,8 @@ def main() -> None:
     """Make the vectors that were asked for, and the README of all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("xen", nargs="*", help="versions of Xen (default: all)")
-    wanted = parser.parse_args().xen or [version.xen for version in lab.SUPPORTED]
-    for xen in wanted:
+    versions = parser.parse_args().xen or [version.xen for version in lab.SUPPORTED]
+    for xen in versions:
         with lab.Host(xen) as host:
             for recipe in (r for r in RECIPES if r.xen == xen):
                 data = make(host, recipe)

@@ -73,11 +73,11 @@ def events(data: bytes, pieces: int, *, seed: int = 1) -> list[object]:
 
 def test_vector_fed_in_any_pieces_gives_the_same_events(recipe: Recipe) -> None:
     data = unpack_vector(recipe)
-    whole = events(data, len(data))
-    assert whole[-1] == len(data)
-    assert events(data, 1) == whole
-    assert events(data, 5000) == whole
-    assert events(data + b"junk" * 1000, 5000, seed=2) == whole
+    expected = events(data, len(data))
+    assert expected[-1] == len(data)
+    assert events(data, 1) == expected
+    assert events(data, 5000) == expected
+    assert events(data + b"junk" * 1000, 5000, seed=2) == expected
 
 
 def test_vector_truncated_names_the_offset(recipe: Recipe, tmp_path: Path) -> None:

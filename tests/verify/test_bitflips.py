@@ -68,9 +68,9 @@ def check_shares(result: dict[str, Tally], shares: dict[str, float]) -> None:
     for kind, tally in result.items():
         assert tally.share >= shares[kind], f"{kind}: only {tally.share:.1%} of the flips are found"
         assert tally.placed >= PLACED[kind] * tally.found, f"{kind}: places named of {tally.placed} of {tally.found}"
-        for why in tally.missed:
-            known = any(reason in why for reason in UNKNOWABLE[kind])
-            assert known, f"{kind}: {why} went unnoticed: {tally.examples[why]}"
+        for cause in tally.missed:
+            known = any(reason in cause for reason in UNKNOWABLE[kind])
+            assert known, f"{kind}: {cause} went unnoticed: {tally.examples[cause]}"
 
 
 def test_verify_bit_flips_in_synthetic_domain(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def check_fits(image: KernelImage, request: Request, ranges: tuple[range, ...], 
     problem = f"memory of {_format_pages(available)} is too little: {takes}"
     least = libxc_memory_limit(image, initrd=request.ramdisk).min_pages
     if least is not None and least > available:
-        problem += f"; the least that will do is {_format_pages(least)}"
+        problem += f"; the domain needs at least {_format_pages(least)}"
     raise RequestError(problem, needed=end, available=available)
 
 
