@@ -64,7 +64,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_build_refuses_names_that_xl_cannot_hold(kernel: Path, name: str) -> None:
-    assert "choose another --name" in build(kernel, "--name", name).error
+    assert "--name" in build(kernel, "--name", name).error
     assert list(kernel.parent.iterdir()) == [kernel]
 
 

@@ -34,9 +34,9 @@ def test_diff_names_pages_bytes_and_fields_that_differ(tmp_path: Path) -> None:
     assert f"{pfn:#x} NOTAB data 0x10-0x13" in text
     assert "vcpu1 user_regs.rax" in text
     assert f"1 of {len(DOMAIN.pages)} pages differ (1 of data)" in text
-    found = xenpv("diff", "--json", a, b).json
-    assert found["same"] is False
-    assert found["pages"]["first"] == [{"pfn": pfn, "type": "NOTAB", "what": "data", "ranges": [[16, 20]]}]
+    difference = xenpv("diff", "--json", a, b).json
+    assert difference["same"] is False
+    assert difference["pages"]["first"] == [{"pfn": pfn, "type": "NOTAB", "what": "data", "ranges": [[16, 20]]}]
     for option in ("--keep", "--first"):
         assert xenpv("diff", "--json", option, 0, a, b).json["pages"]["first"] == []
     assert "gone.save" in xenpv("diff", a, tmp_path / "gone.save").error

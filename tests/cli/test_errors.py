@@ -128,7 +128,7 @@ BROKEN: dict[str, tuple[Callable[[Stream], object], str, str]] = {
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_stream_fails_with_offset_and_record(tmp_path: Path, kind: str) -> None:
-    spoil, record, why = BROKEN[kind]
+    spoil, record, message = BROKEN[kind]
     stream = GOOD.to_stream()
     spoil(stream)
     at = {piece.name: stream.offset(piece.name) for piece in stream}
@@ -138,12 +138,12 @@ def test_broken_stream_fails_with_offset_and_record(tmp_path: Path, kind: str) -
         if verb[0] == "verify":
             for ran in (try_verb(verb, file), try_verb(verb, "-", stdin=bytes(stream))):
                 assert (ran.code, ran.err) == (1, "")
-                line = next(line for line in ran.out.splitlines() if why in line)
+                line = next(line for line in ran.out.splitlines() if message in line)
                 assert f"{record}" in line
                 assert "(offset 0x" in line
         else:
             error = try_verb(verb, file).error
-            assert why in error
+            assert message in error
             assert record in error
             assert "(at 0x" in error
             if record in at:

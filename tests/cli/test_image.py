@@ -119,7 +119,9 @@ def test_image_without_notes_shows_segments_but_no_requirements(tmp_path: Path) 
     file = tmp_path / "vmlinux"
     file.write_bytes(Kernel(notes=[]).to_bytes())
     ran = xenpv("image", file)
-    assert "it has neither Xen ELF notes nor a section __xen_guest" in ran.out
+    facts = xenpv("image", "--json", file).json
+    assert (facts["notes"], facts["pv"]["can_boot"], "__xen_guest" in facts["pv"]["why_not"][0]) == ([], False, True)
+    assert facts["pv"]["why_not"][0] in ran.out
     assert "p2m list" not in ran.out
     assert "Load segments" in ran.out
 

@@ -32,10 +32,10 @@ def test_read_of_several_chunks_writes_all_bytes(tmp_path: Path) -> None:
     file.write_bytes(domain.to_bytes())
     length = 650 * PAGE
     assert length > 2 << 20
-    whole = b"".join(bytes(domain.pages[pfn]) for pfn in range(700))
-    assert xenpv("read", "-p", "--raw", file, 10, length).raw == whole[10 : 10 + length]
+    content = b"".join(bytes(domain.pages[pfn]) for pfn in range(700))
+    assert xenpv("read", "-p", "--raw", file, 10, length).raw == content[10 : 10 + length]
     base = min(domain.vaddrs.values())
-    assert xenpv("read", "--raw", file, base + 7, length).raw == whole[7 : 7 + length]
+    assert xenpv("read", "--raw", file, base + 7, length).raw == content[7 : 7 + length]
 
 
 def test_read_prints_a_hex_dump(good: Path, domain: Domain) -> None:

@@ -65,14 +65,14 @@ def test_save_to_standard_output_then_restore_from_standard_input(
     move: Move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "out"
-    kept = os.dup(1)
+    stdout_copy = os.dup(1)
     with file.open("wb") as out:
         os.dup2(out.fileno(), 1)
         try:
             assert xenpv("save", NAME, "-").code == 0
         finally:
-            os.dup2(kept, 1)
-            os.close(kept)
+            os.dup2(stdout_copy, 1)
+            os.close(stdout_copy)
     on_target(move, monkeypatch)
     ran = xenpv("restore", "--name", "other", "--paused", "-", stdin=file.read_bytes())
     assert ran.code == 0
