@@ -90,9 +90,9 @@ def test_more_entries_than_form_width_or_reserve_allow_are_a_request_error() -> 
 
 def test_map_beyond_a_gib_in_a_32_bit_kernel_is_a_request_error() -> None:
     guest = Guest.boot("linear", 4)
-    many = pfns((1 << 18) + 1)
+    too_many = pfns((1 << 18) + 1)
     with pytest.raises(RequestError) as e:
-        guest.host.run(guest.domid, lambda view: guest.kernel.pages.map(view, many, many))
+        guest.host.run(guest.domid, lambda view: guest.kernel.pages.map(view, too_many, too_many))
     assert e.value.available == 1 << 18
     assert guest.assert_consistent() == []
 

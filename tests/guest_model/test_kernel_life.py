@@ -133,12 +133,12 @@ def test_check_of_a_wrong_entry_reports_its_rule_and_pfn(width: Width, form: str
 def test_balloon_out_of_a_foreign_frame_stops_there() -> None:
     """The second entry names a frame of dom0: Xen takes the page before it, and none after."""
     guest = Guest.boot("linear")
-    some = guest.do("free_pfns")[:3]
-    right = guest.entries(some)
-    assert corrupt(guest, int(some[1]), int(guest.host.frames.owned(1)[77]))
+    chosen = guest.do("free_pfns")[:3]
+    right = guest.entries(chosen)
+    assert corrupt(guest, int(chosen[1]), int(guest.host.frames.owned(1)[77]))
     with pytest.raises(GuestError, match="1 pages of 3"):
-        guest.do("balloon_out", some)
-    guest.host.run(guest.domid, lambda view: guest.kernel.p2m.store(view, some[1:], right[1:]))
+        guest.do("balloon_out", chosen)
+    guest.host.run(guest.domid, lambda view: guest.kernel.p2m.store(view, chosen[1:], right[1:]))
     assert guest.assert_consistent() == ["physmap-invalid"]
     assert guest.host.info(guest.domid).pages == 4095
 
@@ -166,26 +166,26 @@ def test_random_operations_keep_p2m_m2p_and_contents_consistent(
         free = guest.do("free_pfns")
         match op:
             case ("out", first, n, step):
-                gone = free[first::step][:n]
-                guest.do("balloon_out", gone)
-                written = {pfn: at for pfn, at in written.items() if pfn not in set(gone.tolist())}
+                released = free[first::step][:n]
+                guest.do("balloon_out", released)
+                written = {pfn: at for pfn, at in written.items() if pfn not in set(released.tolist())}
             case ("in", first, n):
                 new = np.setdiff1d(pfns(n, max(first, end)), free)
                 room = 3000 - guest.host.info(guest.domid).pages
                 assert len(guest.do("balloon_in", new)) == min(room, len(new))
             case ("move", first, n, to):
-                some = free[first : first + n]
-                new = np.setdiff1d(pfns(n, to), free)[: len(some)]
-                guest.do("move", some[: len(new)], new)
-                written = {pfn: at for pfn, at in written.items() if pfn not in set(some.tolist())}
+                chosen = free[first : first + n]
+                new = np.setdiff1d(pfns(n, to), free)[: len(chosen)]
+                guest.do("move", chosen[: len(new)], new)
+                written = {pfn: at for pfn, at in written.items() if pfn not in set(chosen.tolist())}
             case ("dirty", first, n):
-                some = free[first : first + n]
-                guest.do("write_pattern", some, counter)
-                written |= dict.fromkeys(some.tolist(), counter)
+                chosen = free[first : first + n]
+                guest.do("write_pattern", chosen, counter)
+                written |= dict.fromkeys(chosen.tolist(), counter)
             case ("shuffle", first, n):
-                some = free[first : first + n]
-                guest.do("move", some, np.roll(some, 1))
-                written = {pfn: at for pfn, at in written.items() if pfn not in set(some.tolist())}
+                chosen = free[first : first + n]
+                guest.do("move", chosen, np.roll(chosen, 1))
+                written = {pfn: at for pfn, at in written.items() if pfn not in set(chosen.tolist())}
             case _:
                 anchors = guest.live.anchors
                 guest.do("suspend")
@@ -197,5 +197,5 @@ def test_random_operations_keep_p2m_m2p_and_contents_consistent(
     mine = mine[mine != np.uint64(guest.host.info(guest.domid).shared_info_mfn)]
     assert entries == dict(sorted(zip(guest.host.m2p(mine).tolist(), mine.tolist(), strict=True)))
     for counter in set(written.values()):
-        some = array(*sorted(pfn for pfn, at in written.items() if at == counter))
-        assert not len(guest.do("check_pattern", some, counter))
+        chosen = array(*sorted(pfn for pfn, at in written.items() if at == counter))
+        assert not len(guest.do("check_pattern", chosen, counter))

@@ -32,14 +32,14 @@ State = tuple[
 
 
 def reachable() -> set[State]:
-    """All that can be, from before the first message on: either side speaks, or hears what came first."""
-    seen: set[State] = set()
+    """Return all states that can be reached: either side sends, or receives the oldest message."""
+    states: set[State] = set()
     todo: list[State] = [(Stage.NEW, Stage.NEW, (), ())]
     while todo:
         state = todo.pop()
-        if state in seen:
+        if state in states:
             continue
-        seen.add(state)
+        states.add(state)
         sender, receiver, to_sender, to_receiver = state
         todo += [
             (after, receiver, to_sender, (*to_receiver, message)) for message, after in SENDER[sender].sends.items()
@@ -51,13 +51,13 @@ def reachable() -> set[State]:
             todo.append((SENDER[sender].receives[to_sender[0]], receiver, to_sender[1:], to_receiver))
         if to_receiver and to_receiver[0] in RECEIVER[receiver].receives:
             todo.append((sender, RECEIVER[receiver].receives[to_receiver[0]], to_sender, to_receiver[1:]))
-    return seen
+    return states
 
 
 def ends(state: State) -> set[tuple[OnDisconnect, OnDisconnect]]:
-    """What may become of both copies if the link is cut now: some of what is on its way still arrives."""
+    """Return the outcomes of a cut in this state, after any number of messages still arrives."""
     sender, receiver, to_sender, to_receiver = state
-    found = set()
+    outcomes = set()
     for arrives in range(len(to_receiver) + 1):
         there = HandOver(RECEIVER)
         there.stage = receiver
@@ -70,8 +70,8 @@ def ends(state: State) -> set[tuple[OnDisconnect, OnDisconnect]]:
             for message in to_sender[:heard]:
                 if message in SENDER[here.stage].receives:
                     here.receive(message, b"")
-            found.add((here.on_disconnect, there.on_disconnect))
-    return found
+            outcomes.add((here.on_disconnect, there.on_disconnect))
+    return outcomes
 
 
 def test_protocol_any_cut_leaves_one_owner_or_outcome_unknown() -> None:

@@ -102,8 +102,8 @@ def restore_pages(
 
 def memory_if_localised_last(*records: Piece, domain: Domain, **options: Any) -> dict[int, bytes]:
     """Memory after the same restore, with every table localised by finish()."""
-    host, restored, left = restore_pages(*records, domain=domain, batch=1 << 30, **options)
-    assert left == sorted(tables_of(domain))
+    host, restored, late_tables = restore_pages(*records, domain=domain, batch=1 << 30, **options)
+    assert late_tables == sorted(tables_of(domain))
     return memory_of(host, restored.domid)
 
 
@@ -130,9 +130,9 @@ def test_localise_saved_guest_leaves_less_than_one_batch(width: Width, form: str
 def test_localise_table_before_its_pages_waits_for_them(width: Width) -> None:
     domain = pv_domain(width=width)
     records = domain.page_data(WIRE, 1)
-    host, restored, left = restore_pages(*records, domain=domain)
+    host, restored, late_tables = restore_pages(*records, domain=domain)
     assert min(tables_of(domain)) < max(domain.places.data)
-    assert left == []
+    assert late_tables == []
     assert memory_of(host, restored.domid) == memory_if_localised_last(*records, domain=domain)
 
 
@@ -140,8 +140,8 @@ def test_localise_table_with_unsent_pfn_is_left_to_finish_which_populates_it() -
     domain = pv_domain()
     unsent = domain.places.data[-1]
     del domain.types[unsent]
-    host, restored, left = restore_pages(*domain.page_data(WIRE, 1), domain=domain)
-    assert len(left) == 1  # the L1 that names it
+    host, restored, late_tables = restore_pages(*domain.page_data(WIRE, 1), domain=domain)
+    assert len(late_tables) == 1  # the L1 that names it
     assert len(memory_of(host, restored.domid)[unsent]) == PAGE
 
 
@@ -151,8 +151,8 @@ def test_localise_table_sent_again_is_localised_again(pages_in_record: int) -> N
     domain = pv_domain()
     records = domain.page_data(WIRE, 16)
     again = domain.page_data(WIRE, pages_in_record, sorted(tables_of(domain)))
-    host, restored, left = restore_pages(*records, *again, *again, records[0], domain=domain)
-    assert left == []
+    host, restored, late_tables = restore_pages(*records, *again, *again, records[0], domain=domain)
+    assert late_tables == []
     assert memory_of(host, restored.domid) == memory_if_localised_last(*records, domain=domain)
 
 
@@ -188,8 +188,8 @@ def test_localise_waiting_table_sent_again_as_data_is_not_touched() -> None:
     assert domain.types[page] == NOTAB
     records = domain.page_data(WIRE, 1)
     records.insert(position, WIRE.page_data([(page, 1)], [data]))
-    host, restored, left = restore_pages(*records, domain=domain)
-    assert left == []
+    host, restored, late_tables = restore_pages(*records, domain=domain)
+    assert late_tables == []
     assert memory_of(host, restored.domid)[page] == data
 
 
@@ -202,9 +202,9 @@ def test_verify_compares_with_localised_table() -> None:
     contents = [bytes(domain.pages[pfn]) for pfn in tables]
     contents[1] = bytes(changed)
     again = [WIRE.verify(), WIRE.page_data(kinds, contents)]
-    _, restored, left = restore_pages(*domain.page_data(WIRE, 16), *again, domain=domain)
+    _, restored, late_tables = restore_pages(*domain.page_data(WIRE, 16), *again, domain=domain)
     assert restored.differing.tolist() == [tables[1]]
-    assert left == []
+    assert late_tables == []
 
 
 def test_localise_superpage_is_left_to_finish_which_refuses_it() -> None:

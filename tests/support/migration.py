@@ -179,17 +179,17 @@ class Move:
         """Whether nothing of it is on the other host: no domain, no frame, no node."""
         check_invariants(self.target)
         fresh = ModelHost(MEMORY)
-        left = {path for path, value in self.target.store._nodes.items() if value} - set(fresh.store._nodes)
-        assert not left
+        remaining = {path for path, value in self.target.store._nodes.items() if value} - set(fresh.store._nodes)
+        assert not remaining
         return [info.domid for info in self.target.domains()] == [0] and self.target.free_pages() == fresh.free_pages()
 
     def there(self) -> Guest | None:
         """The guest that runs there under its own name: it has resumed, and all its pages are as they were."""
-        found = [info for info in self.target.domains() if info.domid]
-        assert all(not (info.name or "").endswith(INCOMING) for info in found)
-        if not found or found[0].paused:
+        domains = [info for info in self.target.domains() if info.domid]
+        assert all(not (info.name or "").endswith(INCOMING) for info in domains)
+        if not domains or domains[0].paused:
             return None
-        (info,) = found
+        (info,) = domains
         assert info.name == NAME
         guest = Guest(self.target, DomId(info.domid), self.guest.kernel, self.guest.layout)
         assert guest.do("resume") is False, "it must see that it is in a new domain"
