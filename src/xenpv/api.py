@@ -44,7 +44,8 @@ def save(
 ) -> SavedFile:
     """Suspend a running domain, save it to a file, and destroy it.
 
-    The file appears only when it is complete. After an error the domain runs on, and there is no file.
+    The file appears only when it is complete. After an error the domain runs on, and there is no file. If only its
+    destruction fails, the file is complete and stays; the HostError says so.
 
     Args:
         name: The domain's number, uuid or name.

@@ -125,6 +125,7 @@ class Domain(Protocol):
         """Yield each page that has content: its pfn, its page type, its 4096 bytes.
 
         Pages that cannot be read are left out: a file may be cut off, a running guest may give a page back.
+        A domain from a pipe has only the pages that xenpv keeps, such as page tables; see ``seekable``.
 
         Returns:
             An iterator in ascending order of pfn. Types are ``abi.domctl.PageType`` numbers: 0 is data, 1 to 4 are page
@@ -137,7 +138,8 @@ class Domain(Protocol):
     def search(self, data: bytes) -> Iterator[int]:
         """Yield each address at which some bytes begin.
 
-        A match may cross from one page into the page of the next pfn. Pages that cannot be read match nothing.
+        A match may cross from one page into the page of the next pfn. Pages that cannot be read match nothing; of a
+        pipe, most cannot (see ``pages``).
 
         Args:
             data: The bytes to look for, at least one.
