@@ -1,4 +1,4 @@
-"""Sentences on the outcome of a save or migration: where the domain is, and its state."""
+"""Sentences on the outcome of a save or migration: a domain's place and state."""
 
 from __future__ import annotations
 
