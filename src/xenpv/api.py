@@ -38,6 +38,7 @@ def save(
     *,
     keep: bool = False,
     paused: bool = False,
+    force: bool = False,
     timeout: float = 60.0,
     progress: ProgressCallback | None = None,
     host: Mover | None = None,
@@ -52,6 +53,7 @@ def save(
         path: The file, or "-" for standard output.
         keep: Let the domain run on instead of destroying it.
         paused: With ``keep``, leave the domain paused.
+        force: Replace an existing file even if it is no saved domain.
         timeout: Seconds that the guest may take to suspend.
         progress: Called while memory is saved.
         host: The host of the domain (default: this one).
@@ -67,7 +69,9 @@ def save(
 
     with _open_host(host) as xen:
         domid = find_domain(xen, name).domid
-        return save_file(xen, domid, path, suspend_timeout=timeout, keep=keep, paused=paused, progress=progress)
+        return save_file(
+            xen, domid, path, suspend_timeout=timeout, keep=keep, paused=paused, force=force, progress=progress
+        )
 
 
 def restore(
@@ -175,6 +179,7 @@ def build(
     cmdline: str = ...,
     ramdisk: str | None = ...,
     name: str | None = ...,
+    force: bool = ...,
     progress: ProgressCallback | None = ...,
 ) -> Summary: ...
 
@@ -188,6 +193,7 @@ def build(
     cmdline: str = "",
     ramdisk: str | None = None,
     name: str | None = None,
+    force: bool = False,
     progress: ProgressCallback | None = None,
     host: Mover | None = None,
 ) -> Built | Summary:
@@ -203,6 +209,7 @@ def build(
         cmdline: The kernel's command line.
         ramdisk: The path of a ramdisk.
         name: The domain's name (default: the name of the kernel's file).
+        force: Replace an existing file even if it is no saved domain.
         progress: Called while memory is filled.
         host: The host on which to build (default: this one).
 
@@ -223,10 +230,12 @@ def build(
         from xenpv.build.offline import HOST_BYTES, build_file, plan_file  # noqa: PLC0415  NumPy
         from xenpv.host.model.host import ModelHost  # noqa: PLC0415
         from xenpv.io.atomic_output import Output  # noqa: PLC0415
+        from xenpv.io.file_kind import FileKind  # noqa: PLC0415
 
         layout = plan_file(image, request)
         model = ModelHost((layout.nr_pages << 12) + HOST_BYTES, sparse=True)
-        with Output.open(output) as file:
+        inputs = [kernel] if ramdisk is None else [kernel, ramdisk]
+        with Output.open(output, replaces={FileKind.SAVED_DOMAIN}, inputs=inputs, force=force) as file:
             return build_file(model, image, layout, ramdisk_data, file, name=domain_name, uuid=uuid, progress=progress)
     from xenpv.build.build import build as build_domain  # noqa: PLC0415
     from xenpv.source.config import boot_source, libxl_config  # noqa: PLC0415

@@ -147,7 +147,7 @@ def test_export_on_a_full_disk_fails_and_keeps_the_old_output(form: str, room: i
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-        ran = xenpv("export", "-f", form, save, tmp_path / "out")
+        ran = xenpv("export", "--force", "-f", form, save, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, before)

@@ -21,7 +21,7 @@ def layers(facts: dict[str, Any]) -> dict[str, int]:
 
 def test_report_replaces_the_file_and_only_its_owner_can_read_it(good: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.html"
-    out.write_text("what was there before")
+    out.write_text("<!DOCTYPE html>the report of last week")
     ran = xenpv("report", good, "-o", out)
     assert (ran.code, ran.raw, ran.err) == (0, b"", "")
     assert out.stat().st_mode & 0o777 == 0o600

@@ -16,7 +16,7 @@ from tests.support.migration import CONFIG, NAME, PAGES, Move
 from tests.support.saved_files import verify_file
 from xenpv.errors import HostError
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT]
 
 
 @pytest.fixture

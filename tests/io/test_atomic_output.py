@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 
 from tests.support.saving import MemorySink, suspended
+from tests.support.writers.build import pv_domain
 from xenpv.errors import RequestError
 from xenpv.io.atomic_output import Output
+from xenpv.io.file_kind import FileKind, identify
 from xenpv.save.save import save
+from xenpv.stream.envelope import XL_MAGIC
 from xenpv.stream.fields import Buffer
 
 BUFFERS: list[Buffer] = [b"one", b"", memoryview(b"two"), bytearray(b"three"), b"4" * 10_000]
@@ -39,15 +42,23 @@ def failing(monkeypatch: pytest.MonkeyPatch, no: int, after: int) -> None:
     monkeypatch.setattr(os, "writev", writev)
 
 
-def test_output_file_appears_when_complete(tmp_path: Path) -> None:
+@pytest.fixture(params=["unnamed", "named"])
+def file_system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A file system with O_TMPFILE, and one without: open() answers EISDIR there, as old kernels do."""
+    if request.param == "named":
+        monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    return str(request.param)
+
+
+def test_output_file_appears_when_complete(tmp_path: Path, file_system: str) -> None:
     path = tmp_path / "x.save"
     old = os.umask(0)
     try:
         with Output.open(str(path)) as out:
             out.write(BUFFERS)
             assert not path.exists()
-            (temporary,) = tmp_path.iterdir()
-            assert stat.S_IMODE(temporary.stat().st_mode) == 0o600, "it holds memory from the first byte"
+            assert stat.S_IMODE(os.fstat(out.fd).st_mode) == 0o600, "it holds memory from the first byte"
+            assert len(os.listdir(tmp_path)) == (file_system == "named")
     finally:
         os.umask(old)
     assert path.read_bytes() == WHOLE
@@ -56,6 +67,7 @@ def test_output_file_appears_when_complete(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.save"]
 
 
+@pytest.mark.usefixtures("file_system")
 def test_output_existing_file_stays_until_complete(tmp_path: Path) -> None:
     path = tmp_path / "x.save"
     path.write_bytes(b"before")
@@ -154,6 +166,7 @@ def test_output_full_disk_leaves_no_file(after: int, tmp_path: Path, monkeypatch
     assert guest.host.info(guest.domid).shutdown, "the domain is as it was"
 
 
+@pytest.mark.usefixtures("file_system")
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 def test_output_failing_finish_leaves_no_file(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
@@ -249,3 +262,127 @@ def test_output_unopenable_path_is_refused(tmp_path: Path) -> None:
         assert isinstance(e.value.__cause__, OSError)
         assert e.value.__cause__.errno == number
     assert os.listdir(tmp_path) == []
+
+
+# --- what is not replaced --------------------------------------------------------------------------------------------
+
+
+def aliases(path: Path) -> dict[str, Path]:
+    """The names by which a file may be meant by a slip."""
+    symlink, hard_link = path.with_suffix(".symlink"), path.with_suffix(".link")
+    symlink.symlink_to(path)
+    hard_link.hardlink_to(path)
+    return {"itself": path, "symlink": symlink, "hard link": hard_link}
+
+
+@pytest.mark.parametrize("alias", ["itself", "symlink", "hard link"])
+@pytest.mark.parametrize("force", [False, True])
+def test_output_that_is_an_input_is_refused(alias: str, force: bool, tmp_path: Path) -> None:
+    path = tmp_path / "web.save"
+    path.write_bytes(WHOLE)
+    names = aliases(path)
+    with path.open("rb") as file:
+        for source in (str(path), file.fileno()):
+            with pytest.raises(RequestError):
+                Output.open(str(names[alias]), inputs=[source], force=force)
+    assert path.read_bytes() == WHOLE
+    assert len(os.listdir(tmp_path)) == 3
+
+
+HEADS = {
+    FileKind.SAVED_DOMAIN: XL_MAGIC,
+    FileKind.CORE: b"\x7fELF\x02\x01\x01" + bytes(9) + b"\4\0",
+    FileKind.KERNEL: b"\x7fELF\x02\x01\x01" + bytes(9) + b"\2\0",
+    FileKind.KDUMP: b"KDUMP   ",
+    FileKind.LIME: b"EMiL\1\0\0\0",
+    FileKind.HTML: b"<!DOCTYPE html>",
+    FileKind.SVG: b"<svg xmlns=",
+    FileKind.OTHER: b"notes of last week",
+}
+
+
+@pytest.mark.parametrize("existing", HEADS)
+@pytest.mark.parametrize("written", HEADS)
+def test_output_replaces_its_own_kind_alone(written: FileKind, existing: FileKind, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(HEADS[existing])
+    if written is existing:
+        Output.open(str(path), replaces={written}).abandon()
+        return
+    with pytest.raises(RequestError):
+        Output.open(str(path), replaces={written})
+    assert path.read_bytes() == HEADS[existing]
+    with Output.open(str(path), replaces={written}, force=True) as out:
+        out.write(BUFFERS)
+    assert path.read_bytes() == WHOLE
+
+
+def test_identify_bz_image_is_a_kernel() -> None:
+    assert identify(bytes(0x202) + b"HdrS") is FileKind.KERNEL
+
+
+def test_output_empty_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.touch()
+    with Output.open(str(path), replaces={FileKind.HTML}) as out:
+        out.write(BUFFERS)
+    assert path.read_bytes() == WHOLE
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make files of another user")
+@pytest.mark.parametrize("kind", ["fifo", "symlink"])
+@pytest.mark.parametrize("mode", [0o1777, 0o777, 0o755])
+def test_output_of_another_user_in_an_open_folder_is_refused(kind: str, mode: int, tmp_path: Path) -> None:
+    """A guest's memory must not go through somebody else's pipe, nor to where somebody else's link points."""
+    folder, target = tmp_path / "folder", tmp_path / "target"
+    folder.mkdir()
+    path = folder / "web.save"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(target)
+    os.lchown(path, 12345, 12345)
+    folder.chmod(mode)
+    if mode == 0o755 and kind == "symlink":
+        with Output.open(str(path)) as out:
+            out.write(BUFFERS)
+        assert target.read_bytes() == WHOLE
+    elif mode != 0o755:
+        with pytest.raises(RequestError):
+            Output.open(str(path))
+        assert not target.exists()
+
+
+STALLED = """
+import os, sys
+if sys.argv[1] == "named":
+    os.O_TMPFILE = os.O_DIRECTORY
+from xenpv.cli.main import run
+sys.argv[1:] = ["convert", "-", sys.argv[2]]
+run()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGKILL])
+@pytest.mark.parametrize("place", ["unnamed", "named"])
+def test_output_of_a_stopped_verb_leaves_nothing(number: signal.Signals, place: str, tmp_path: Path) -> None:
+    """Not even SIGKILL leaves anything where the file system has O_TMPFILE."""
+    stream, path = pv_domain(pfns=range(64)).to_bytes("libxl"), tmp_path / "out.save"
+    command = [sys.executable, "-c", STALLED, place, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(stream[:-200])
+        process.stdin.flush()
+        while not opened_in(process.pid, tmp_path):
+            assert process.poll() is None
+        process.send_signal(number)
+        process.wait(20)
+    leaves_a_part = number is signal.SIGKILL and place == "named"
+    assert process.returncode == (-9 if number is signal.SIGKILL else 130)
+    assert len(os.listdir(tmp_path)) == leaves_a_part
+
+
+def opened_in(pid: int, folder: Path) -> bool:
+    """Whether a process has a file of the folder open."""
+    links = Path(f"/proc/{pid}/fd")
+    return any(str(folder) in os.readlink(link) for link in links.iterdir())

@@ -7,12 +7,23 @@ from uuid import uuid4
 
 import click
 
-from xenpv.cli.kernel_file import CMDLINE, KERNEL, MEMORY, VCPUS, named_in_errors, ramdisk_size, read_kernel
-from xenpv.cli.terminal import JSON, print_json, progress_bar
+from xenpv.cli.kernel_file import (
+    CMDLINE,
+    KERNEL,
+    MEMORY,
+    VCPUS,
+    kernel_inputs,
+    named_in_errors,
+    ramdisk_size,
+    read_kernel,
+)
+from xenpv.cli.terminal import FORCE, JSON, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import plan
 from xenpv.image.request import Request
+from xenpv.io.atomic_output import Output
+from xenpv.io.file_kind import FileKind
 from xenpv.text import size
 
 _NAME_MAX = 255  # bytes
@@ -31,6 +42,7 @@ _NAME_MAX = 255  # bytes
 @click.option("--start", is_flag=True, help="Start the domain; otherwise it stays paused (xl unpause starts it).")
 @click.option("-o", "output", type=click.Path(allow_dash=True), metavar="FILE",
               help="Write a save file for xl restore instead of a domain.")  # fmt: skip
+@FORCE
 @JSON
 def build(
     kernel: str,
@@ -42,6 +54,7 @@ def build(
     old_tools: bool,
     start: bool,
     output: str | None,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Build a PV domain from a kernel, in dom0 or offline into a file (-o).
@@ -70,7 +83,9 @@ def build(
     with named_in_errors(kernel):
         image = KernelImage.parse(data)
         if output is not None:
-            _build_file(image, request, ramdisk, domain_name, output, as_json=as_json)
+            inputs = kernel_inputs(kernel, ramdisk)
+            file = Output.open(output, replaces={FileKind.SAVED_DOMAIN}, inputs=inputs, force=force)
+            _build_file(image, request, ramdisk, domain_name, file, as_json=as_json)
             return
         layout = plan(image, request)
     from xenpv.build.build import build as build_domain  # noqa: PLC0415  NumPy, and Xen's libraries
@@ -121,21 +136,22 @@ def _read_ramdisk(ramdisk: str | None, request: Request) -> bytes:
 
 
 def _build_file(
-    image: KernelImage, request: Request, ramdisk: str | None, name: str, output: str, *, as_json: bool
+    image: KernelImage, request: Request, ramdisk: str | None, name: str, output: Output, *, as_json: bool
 ) -> None:
     from xenpv.build.offline import HOST_BYTES, build_file, plan_file  # noqa: PLC0415  NumPy
     from xenpv.host.model.host import ModelHost  # noqa: PLC0415
-    from xenpv.io.atomic_output import Output  # noqa: PLC0415
 
-    layout = plan_file(image, request)
-    ramdisk_data = _read_ramdisk(ramdisk, request)
-    host = ModelHost((layout.nr_pages << 12) + HOST_BYTES, sparse=True)
-    with Output.open(output) as file, progress_bar() as bar:
-        summary = build_file(host, image, layout, ramdisk_data, file, name=name, uuid=str(uuid4()), progress=bar)
+    with output, progress_bar() as bar:
+        layout = plan_file(image, request)
+        ramdisk_data = _read_ramdisk(ramdisk, request)
+        host = ModelHost((layout.nr_pages << 12) + HOST_BYTES, sparse=True)
+        summary = build_file(host, image, layout, ramdisk_data, output, name=name, uuid=str(uuid4()), progress=bar)
     if as_json:
         counts = {"pages": layout.nr_pages, "stored": summary.pages, "without_content": summary.without_content}
-        print_json({"file": output, "name": name} | counts)
+        print_json({"file": output.name, "name": name} | counts)
         return
     stored = f"{summary.pages} pages stored, {summary.without_content} without content"
-    shown, file_name = ("standard output", "FILE") if output == "-" else (output, output)
-    click.echo(f"{shown}: {name}, {size(request.memory)}, {stored}; start it with: xl restore {file_name}", err=True)
+    file_name = output.name if output.is_regular_file else "FILE"
+    click.echo(
+        f"{output.name}: {name}, {size(request.memory)}, {stored}; start it with: xl restore {file_name}", err=True
+    )

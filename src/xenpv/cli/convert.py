@@ -37,7 +37,11 @@ _FORMATS = {b"{": "json", b"<": "xml", b"(": "sexp"}
               help="Bits of the toolstack that wrote a legacy IN.")  # fmt: skip
 @click.option("--guest", type=click.Choice(["pv", "hvm"]), show_default="detected from IN",
               help="Type of the domain in a legacy IN.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Write OUT even if it would not restore; print the errors.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Write OUT even if it would not restore (prints the errors), or replaces another kind of file.",
+)
 @JSON
 def convert(
     source: str,

@@ -117,7 +117,11 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         source = Input(int(options.fin), "the stream", exact=True) if options.fin.isdigit() else Input.open(options.fin)
-        out = Output(int(options.fout), "the output") if options.fout.isdigit() else Output.open(options.fout)
+        out = (
+            Output(int(options.fout), "the output")
+            if options.fout.isdigit()
+            else Output.open(options.fout, inputs=[source.fd])
+        )
         with out:
             convert(
                 source,

@@ -8,7 +8,7 @@ import click
 
 import xenpv
 from xenpv.cli.target import INDEX, PAUSE, open_target
-from xenpv.cli.terminal import JSON, print_json, progress_bar
+from xenpv.cli.terminal import FORCE, JSON, print_json, progress_bar
 from xenpv.errors import RequestError, StreamError, Unsupported
 from xenpv.export.export import FORMATS
 from xenpv.export.formats.kdump import COMPRESSION_FLAGS
@@ -35,8 +35,11 @@ from xenpv.text import printable, size
 @click.option("--partial", is_flag=True, help="Export the readable part of a FILE that is cut off or damaged.")
 @INDEX
 @PAUSE
+@FORCE
 @JSON
-def export(source: str, out: str, form: str, compression: str, partial: bool, pause: bool, as_json: bool) -> None:
+def export(
+    source: str, out: str, form: str, compression: str, partial: bool, pause: bool, force: bool, as_json: bool
+) -> None:
     """Write a domain's memory to OUT ("-": a pipe) for another tool.
 
     DOM is a running domain (id, uuid or name), FILE a save file or a core. A running domain keeps running unless
@@ -77,7 +80,7 @@ def export(source: str, out: str, form: str, compression: str, partial: bool, pa
             if not domain.seekable:
                 raise RequestError("a pipe can be read once, export reads each page twice: save it to a file first")
             with progress_bar("exporting") as bar:
-                exported = xenpv.export(domain, out, form, compression=compression, progress=bar)
+                exported = xenpv.export(domain, out, form, compression=compression, force=force, progress=bar)
             if domain.live is not None and not pause:
                 exported.remarks.append(
                     "the domain was running: pages are from different moments (--pause prevents that)"

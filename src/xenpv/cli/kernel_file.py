@@ -21,6 +21,11 @@ CMDLINE = click.option("--cmdline", default="", metavar="TEXT", help="Command li
 _CHUNK = 1 << 20  # bytes
 
 
+def kernel_inputs(kernel: str, ramdisk: str | None = None) -> list[str | int]:
+    """Return the files that a kernel and a ramdisk are read from, for Output.open()."""
+    return [0 if kernel == "-" else kernel, *([ramdisk] if ramdisk is not None else [])]
+
+
 def read_kernel(path: str) -> bytearray:
     """Read a kernel file, or a pipe for "-".
 

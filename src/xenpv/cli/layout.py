@@ -13,12 +13,23 @@ import click
 
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.abi.xen import SIF_MOD_START_PFN, SIF_VIRT_P2M_4TOOLS
-from xenpv.cli.kernel_file import CMDLINE, KERNEL, MEMORY, VCPUS, named_in_errors, ramdisk_size, read_kernel
-from xenpv.cli.terminal import JSON, NUMBER, print_field, print_json, print_table
+from xenpv.cli.kernel_file import (
+    CMDLINE,
+    KERNEL,
+    MEMORY,
+    VCPUS,
+    kernel_inputs,
+    named_in_errors,
+    ramdisk_size,
+    read_kernel,
+)
+from xenpv.cli.terminal import FORCE, JSON, NUMBER, print_field, print_json, print_table
 from xenpv.image.drawing import svg
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, Segment, Span, plan
 from xenpv.image.request import Request
+from xenpv.io.atomic_output import Output
+from xenpv.io.file_kind import FileKind
 from xenpv.text import counted, printable, size
 
 _FLAGS = {SIF_MOD_START_PFN: "MOD_START_PFN", SIF_VIRT_P2M_4TOOLS: "VIRT_P2M_4TOOLS"}
@@ -59,8 +70,18 @@ class _Ramdisk(click.ParamType):  # type: ignore[type-arg]  # generic since clic
 @VCPUS
 @CMDLINE
 @click.option("-o", "output", type=click.Path(allow_dash=True), metavar="FILE", help="Draw the layout as SVG.")
+@FORCE
 @JSON
-def layout(kernel: str, memory: int, ramdisk: int, vcpus: int, cmdline: str, output: str | None, as_json: bool) -> None:
+def layout(
+    kernel: str,
+    memory: int,
+    ramdisk: int,
+    vcpus: int,
+    cmdline: str,
+    output: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Show where the parts of a PV domain lie when it starts, in pfns.
 
     KERNEL is a bzImage (vmlinuz) or an ELF file (vmlinux); "-" reads a pipe. The layout equals that of Xen's own
@@ -89,7 +110,8 @@ def layout(kernel: str, memory: int, ramdisk: int, vcpus: int, cmdline: str, out
         if output == "-":
             click.echo(picture, nl=False)
             return
-        Path(output).write_text(picture, encoding="utf-8")
+        with Output.open(output, replaces={FileKind.SVG}, inputs=kernel_inputs(kernel), force=force) as out:
+            out.write([picture.encode()])
     if as_json:
         print_json({"file": kernel} | describe(domain_layout))
     else:

@@ -12,6 +12,7 @@ import click
 from xenpv import __version__
 from xenpv.errors import XenPVError, iter_notes
 from xenpv.io.process import use_one_blas_thread
+from xenpv.io.signals import interruptible
 from xenpv.text import printable
 
 EXIT_FAILED = 1
@@ -79,7 +80,8 @@ class VerbGroup(click.Group):
 
 @click.group(cls=VerbGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="xenpv")
-def main() -> None:
+@click.pass_context
+def main(ctx: click.Context) -> None:
     """Build, inspect, verify, save, restore and migrate Xen PV domains of any size.
 
     FILE is a save file of xl, libvirt or xenopsd, a bare libxl or libxc stream, or a core of `xl dump-core`; "-" reads
@@ -114,6 +116,7 @@ def main() -> None:
     Shell completion:
       eval "$(_XENPV_COMPLETE=bash_source xenpv)"      or zsh_source, fish_source
     """
+    ctx.with_resource(interruptible())  # no verb leaves an unfinished file or a half-moved domain
 
 
 def run(command: click.Command = main) -> NoReturn:

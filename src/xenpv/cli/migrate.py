@@ -92,7 +92,6 @@ def migrate(
         raise click.UsageError("--settle asks HOST, --take-back does not: use one of them")
     from xenpv.host.protocol import find_domain  # noqa: PLC0415
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415
-    from xenpv.io.signals import interruptible  # noqa: PLC0415
     from xenpv.migrate import sender as migration  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.migrate.transport import connect  # noqa: PLC0415
     from xenpv.save.file import configuration  # noqa: PLC0415
@@ -105,7 +104,6 @@ def migrate(
         if destination is None:
             _print_settlement(migration.take_back(host, domid), "", as_json)
             return
-        stack.enter_context(interruptible())
         link = stack.enter_context(
             connect(destination, ssh=shlex.split(ssh), receiver=shlex.split(receiver), idle_timeout=idle_timeout)
         )

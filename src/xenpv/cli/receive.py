@@ -30,8 +30,7 @@ def receive(address: str | None, anywhere: bool, idle_timeout: float, as_json: b
       xenpv receive --listen unix:/run/xenpv.sock
       xenpv receive --listen tcp:127.0.0.1:7000      reach it with: ssh -L 7000:127.0.0.1:7000
     """
-    from xenpv.host.xen.host import XenHost  # noqa: PLC0415
-    from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.migrate.receiver import receive_domain  # noqa: PLC0415
     from xenpv.migrate.transport import accept, listening, standard_streams  # noqa: PLC0415
 
@@ -45,7 +44,6 @@ def receive(address: str | None, anywhere: bool, idle_timeout: float, as_json: b
             )
 
     with ExitStack() as stack:
-        stack.enter_context(interruptible())
         host = stack.enter_context(XenHost())
         if address is None:
             link = stack.enter_context(standard_streams(idle_timeout=idle_timeout))

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import click
 
 from xenpv.cli.target import PAUSE, TARGET, open_target
-from xenpv.cli.terminal import JSON, NUMBER, keep_option, print_json, progress_bar
+from xenpv.cli.terminal import FORCE, JSON, NUMBER, keep_option, print_json, progress_bar
 from xenpv.findings import Findings
 from xenpv.frames import PAGE_SIZE
 from xenpv.io.atomic_output import Output
+from xenpv.io.file_kind import FileKind
 from xenpv.report.gather import CheckResult, gather_facts
 from xenpv.report.page import render_page
 from xenpv.source.domain import Domain
@@ -27,8 +28,9 @@ from xenpv.verify.stream import verify_domain
               help="Look for zero and duplicate pages in so much memory; 0 skips this.")  # fmt: skip
 @keep_option(50)
 @PAUSE
+@FORCE
 @JSON
-def report(target: str, output: str | None, content: int, keep: int, pause: bool, as_json: bool) -> None:
+def report(target: str, output: str | None, content: int, keep: int, pause: bool, force: bool, as_json: bool) -> None:
     """Write an HTML report about a domain: its memory, p2m, vcpus and faults.
 
     The report is one HTML file that loads nothing else. It contains registers and the configuration, so only its owner
@@ -44,12 +46,13 @@ def report(target: str, output: str | None, content: int, keep: int, pause: bool
     """
     if output is None and not as_json:
         raise click.UsageError("name the file of the report: -o report.html")
-    with _checked_domain(target, pause=pause, keep=keep) as (domain, checked), progress_bar() as bar:
-        facts = gather_facts(domain, checked, content_pages=content // PAGE_SIZE, progress=bar)
-    if output is not None:
-        html = render_page(facts).encode()
-        with Output.open(output) as out:
-            out.write([html])
+    with _checked_domain(target, pause=pause, keep=keep) as (domain, checked):
+        with progress_bar() as bar:
+            facts = gather_facts(domain, checked, content_pages=content // PAGE_SIZE, progress=bar)
+        if output is not None:
+            html = render_page(facts).encode()
+            with Output.open(output, replaces={FileKind.HTML}, inputs=domain.files, force=force) as out:
+                out.write([html])
     if as_json:
         print_json(facts.to_json())
 

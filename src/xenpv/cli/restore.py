@@ -8,7 +8,6 @@ import xenpv
 from xenpv.cli.terminal import JSON, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.frames import PAGE_SIZE
-from xenpv.io.signals import interruptible
 from xenpv.text import printable, size
 
 
@@ -31,7 +30,7 @@ def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
     """
     if name is not None and not (name and name.isprintable()):
         raise RequestError(f"a name has at least one character, all printable, not {name!r}; choose another --name")
-    with interruptible(), progress_bar("restoring") as bar:
+    with progress_bar("restoring") as bar:
         restored = xenpv.restore(file, name=name, paused=paused, progress=bar)
     new_name = name or restored.name
     if as_json:

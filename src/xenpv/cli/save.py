@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from xenpv.cli.outcomes import describe_state, print_rollback
-from xenpv.cli.terminal import JSON, print_json, progress_bar
+from xenpv.cli.terminal import FORCE, JSON, print_json, progress_bar
 from xenpv.frames import PAGE_SIZE
 from xenpv.text import size
 
@@ -27,6 +27,7 @@ TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True),
     "--preflight", is_flag=True, help="Check whether the domain can be saved, and report its size; change nothing."
 )
 @TIMEOUT
+@FORCE
 @JSON
 def save(
     target: str,
@@ -36,6 +37,7 @@ def save(
     xenpv_only: bool,
     preflight: bool,
     timeout: float,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Save a PV domain to FILE, as xl save does.
@@ -57,8 +59,7 @@ def save(
     if (file is None) is not preflight:
         raise click.UsageError("give DOM and FILE, or --preflight and DOM")
     from xenpv.host.protocol import find_domain  # noqa: PLC0415
-    from xenpv.host.xen.host import XenHost  # noqa: PLC0415
-    from xenpv.io.signals import interruptible  # noqa: PLC0415  NumPy, and Xen's libraries
+    from xenpv.host.xen.host import XenHost  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.save import file as saving  # noqa: PLC0415
 
     with XenHost() as host:
@@ -73,7 +74,7 @@ def save(
             return
 
         keep = checkpoint or paused
-        with interruptible(), progress_bar() as bar:
+        with progress_bar() as bar:
             saved = saving.save_file(
                 host,
                 domid,
@@ -81,6 +82,7 @@ def save(
                 suspend_timeout=timeout,
                 keep=keep,
                 paused=paused,
+                force=force,
                 libxc_compatible=not xenpv_only,
                 on_rollback=print_rollback,
                 progress=bar,

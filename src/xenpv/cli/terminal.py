@@ -69,6 +69,9 @@ def keep_option(default: int = 20, *names: str, each: str = "findings of each ru
                         help=help_text)  # fmt: skip
 
 
+FORCE = click.option("--force", is_flag=True, help="Replace an existing file even if it is of another kind.")
+
+
 def print_json(value: Any) -> None:
     """Print one JSON document."""
     click.echo(json.dumps(value, indent=2))

@@ -12,6 +12,7 @@ from xenpv.convert.convert import Buffers, Conversion, ConversionResult, Convert
 from xenpv.errors import StreamError
 from xenpv.findings import Finding, Severity
 from xenpv.io.atomic_output import Output
+from xenpv.io.file_kind import FileKind
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
 from xenpv.stream.events import Event
@@ -47,17 +48,17 @@ def convert(
         path: the output; "-" is standard output.
         options: how to convert.
         reader: reads the input; the default detects all kinds of stream.
-        force: write the output even if verify finds errors in it.
+        force: write the output even if verify finds errors in it, or it replaces a file of another kind.
         progress: called with the progress.
 
     Raises:
         StreamError: the input cannot be read.
         NotRestorable: ``verify`` finds errors in the output.
-        RequestError: the output cannot carry what it should.
+        RequestError: the output cannot carry what it should, is the input, or is a file of another kind.
         OSError: the output cannot be written.
     """
     conversion = Conversion(source, reader or Reader(legacy=LegacyFormat()), options, progress)
-    with Output.open(path) as out:
+    with Output.open(path, replaces={FileKind.SAVED_DOMAIN}, inputs=[source.fd], force=force) as out:
         return write_verified(conversion, out.write, force=force)
 
 

@@ -19,6 +19,7 @@ from xenpv.export.kdump_writer import write_kdump
 from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, U8, nonzero_pages
 from xenpv.io.atomic_output import Output
 from xenpv.io.background import BackgroundWorker
+from xenpv.io.file_kind import FileKind
 from xenpv.io.progress import Progress, ProgressCallback
 from xenpv.memory.p2m import frame_reader
 from xenpv.runs import Runs, group_rows
@@ -30,7 +31,13 @@ _PIECES: dict[str, Callable[[ExportJob], Iterator[Piece]]] = {
     "raw": raw.pieces,
     "dumpcore": dumpcore.pieces,
 }
-FORMATS = (*_PIECES, "kdump")
+FORMATS = {
+    "elf": FileKind.CORE,
+    "lime": FileKind.LIME,
+    "raw": FileKind.OTHER,
+    "dumpcore": FileKind.CORE,
+    "kdump": FileKind.KDUMP,
+}
 
 
 @dataclass
@@ -60,6 +67,7 @@ def export(
     file_format: str = "elf",
     *,
     compression: str = "zlib",
+    force: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Exported:
     """Write a domain's memory in a format that other tools read.
@@ -71,16 +79,18 @@ def export(
         path: The file, or "-" for standard output.
         file_format: "elf", "lime", "raw", "dumpcore" or "kdump".
         compression: How kdump compresses pages: "zlib" or "zstd".
+        force: Replace an existing file even if it is of another kind, such as a saved domain.
         progress: Called after each batch of pages.
 
     Raises:
-        RequestError: There is no such format, the domain has no pages, or the format cannot hold it.
+        RequestError: There is no such format, the domain has no pages, or the format cannot hold it. Or the file is
+            the one that the domain is read from, or one of another kind.
         GuestError: The format needs the domain's p2m, which is damaged.
         OSError: The file cannot be written.
     """
     if file_format not in FORMATS:
         raise RequestError(f"{file_format!r} is no export format; the formats are {', '.join(FORMATS)}")
-    with Output.open(path) as out:
+    with Output.open(path, replaces={FORMATS[file_format]}, inputs=domain.files, force=force) as out:
         job = ExportJob(domain, seekable=out.sparse)
         pages = job.pages
         if not pages.total:

@@ -5,15 +5,17 @@ A pipe or a device is written to directly.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
 from xenpv.errors import RequestError
+from xenpv.io.file_kind import HEAD_SIZE, FileKind, identify
 from xenpv.stream.fields import Buffer
 
 _IOV_MAX = os.sysconf("SC_IOV_MAX")  # buffers that one writev takes
@@ -24,8 +26,10 @@ _COPY_MAX = 1 << 20  # bytes per write, where buffers have to be copied first
 class Output:
     """A descriptor that buffers are written to without a copy.
 
-    As a context manager: the file appears when the body ends, and never if the body raises. Until then an older file
-    of that name stays. Only the owner can read the file, as it holds a guest's memory.
+    As a context manager: the file appears when the body ends, and nothing of it is left if the body raises. Until then
+    a file that had its name stays. Only the owner can read the file, as it holds a guest's memory.
+
+    Where the file system has O_TMPFILE, the file has no name until it is complete: not even SIGKILL leaves anything.
 
     Attributes:
         fd: The descriptor.
@@ -33,6 +37,7 @@ class Output:
         written: Bytes written so far.
         copies: Whether buffers are copied first, because the target refused mapped pages of a guest.
         is_regular_file: Whether writes cannot hang.
+        sparse: Whether it is a new file, which can have holes and be written at any offset.
     """
 
     def __init__(self, fd: int, name: str, *, target: str | None = None, temporary: str | None = None) -> None:
@@ -41,24 +46,47 @@ class Output:
         self.written = 0
         self.copies = False
         self.is_regular_file = stat.S_ISREG(os.fstat(fd).st_mode)
+        self.sparse = target is not None
         self._target = target
         self._temporary = temporary
 
     @classmethod
-    def open(cls, path: str) -> Self:
-        """Open a path to write to; "-" is standard output. RequestError if that fails.
+    def open(
+        cls,
+        path: str,
+        *,
+        replaces: Collection[FileKind] | None = None,
+        inputs: Iterable[str | int] = (),
+        force: bool = False,
+    ) -> Self:
+        """Open a path to write to; "-" is standard output.
 
         An existing pipe or device is written to. If the path is a symbolic link, the file that it names is replaced.
+
+        Args:
+            path: The path.
+            replaces: The kinds of existing file that may be replaced, besides empty ones (default: all).
+            inputs: Paths and descriptors that are read meanwhile; none of them is replaced.
+            force: Replace files of all kinds, except inputs.
+
+        Raises:
+            RequestError: The file cannot be made, it is an input, or it is a file of another kind. Or a link or pipe of
+                another user has its name in a folder in which anybody can make one.
         """
         try:
             if path == "-":
+                _check_no_input(os.fstat(1), "standard output", inputs)
                 return cls(os.dup(1), "standard output")
+            _check_owner(path)
             target = os.path.realpath(path)
-            if os.path.lexists(target) and not stat.S_ISREG(os.stat(target).st_mode):
-                return cls(os.open(target, os.O_WRONLY | os.O_CLOEXEC), path)
-            # In the same directory: a rename does not cross file systems.
-            temporary = os.path.join(os.path.dirname(target), f".xenpv-{os.urandom(8).hex()}.part")
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            if os.path.lexists(target):
+                status = os.stat(target)
+                _check_no_input(status, path, inputs)
+                if not stat.S_ISREG(status.st_mode):
+                    return cls(os.open(target, os.O_WRONLY | os.O_CLOEXEC), path)
+                if replaces is not None and not force:
+                    _check_kind(target, path, replaces)
+            fd, temporary = _open_unnamed(os.path.dirname(target))
         except OSError as e:
             raise RequestError(f"{path}: {e.strerror}") from e
         return cls(fd, path, target=target, temporary=temporary)
@@ -101,11 +129,6 @@ class Output:
                 first += 1
             if count:
                 pending[first] = pending[first][count:]
-
-    @property
-    def sparse(self) -> bool:
-        """Whether it is a new file, which can have holes and be written at any offset."""
-        return self._temporary is not None
 
     def skip(self, length: int) -> None:
         """Write ``length`` zero bytes: a hole in a sparse file. Raises OSError."""
@@ -153,13 +176,17 @@ class Output:
             raise
 
     def _commit(self) -> None:
-        if self._temporary is not None and self._target is not None:
+        if self._target is not None and self.fd >= 0:
             if os.fstat(self.fd).st_size < self.written:  # it ends with a hole
                 os.ftruncate(self.fd, self.written)
             os.fsync(self.fd)
+            folder = os.path.dirname(self._target)
+            if self._temporary is None:
+                self._temporary = _temporary_name(folder)
+                _link(self.fd, self._temporary)  # a link cannot replace a file, but a rename can
             os.rename(self._temporary, self._target)
             self._temporary = None
-            directory = os.open(os.path.dirname(self._target), os.O_RDONLY | os.O_CLOEXEC)
+            directory = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.fsync(directory)
             finally:
@@ -171,7 +198,8 @@ class Output:
     def abandon(self) -> None:
         """Close it and remove an incomplete file; may be called again."""
         if self._temporary is not None:
-            os.unlink(self._temporary)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._temporary)
             self._temporary = None
         if self.fd >= 0:
             os.close(self.fd)
@@ -180,6 +208,65 @@ class Output:
     def _with_name(self, e: OSError) -> OSError:
         """Return the error with the output's name."""
         return OSError(e.errno or errno.EIO, e.strerror, self.name)
+
+
+def _check_no_input(output: os.stat_result, name: str, inputs: Iterable[str | int]) -> None:
+    """Raise RequestError if the output is one of the inputs, by whatever name. Pipes and devices may be both."""
+    if not stat.S_ISREG(output.st_mode):
+        return
+    for source in inputs:
+        if os.path.samestat(output, os.stat(source)):
+            raise RequestError(f"{name}: is also the input, which would be lost; choose another output")
+
+
+def _check_kind(target: str, path: str, replaces: Collection[FileKind]) -> None:
+    """Raise RequestError if an existing file is of a kind that may not be replaced."""
+    with open(target, "rb") as file:
+        kind = identify(file.read(HEAD_SIZE))
+    if kind is not FileKind.EMPTY and kind not in replaces:
+        raise RequestError(f"{path}: is {kind}, which would be lost; choose another output, or give --force")
+
+
+def _check_owner(path: str) -> None:
+    """Raise RequestError if a link, pipe or device of another user waits at the path for what we write.
+
+    It matters where anybody can make one, as in /tmp. Linux has the same rule for open() in sticky folders
+    (Documentation/admin-guide/sysctl/fs.rst: protected_symlinks, protected_fifos).
+    """
+    folder = os.stat(os.path.dirname(path) or ".")
+    if not folder.st_mode & stat.S_IWOTH or not os.path.lexists(path):
+        return
+    status = os.lstat(path)
+    if not stat.S_ISREG(status.st_mode) and status.st_uid not in {os.geteuid(), folder.st_uid}:
+        raise RequestError(
+            f"{path}: belongs to another user (uid {status.st_uid}), and anybody could have put it there"
+        )
+
+
+def _temporary_name(folder: str) -> str:
+    return os.path.join(folder, f".xenpv-{os.urandom(8).hex()}.part")
+
+
+def _open_unnamed(folder: str) -> tuple[int, str | None]:
+    """Open a new file in a folder, from which a rename to the target does not cross file systems.
+
+    Returns:
+        Its descriptor, and its name if the file system has no O_TMPFILE.
+    """
+    with contextlib.suppress(OSError):  # of many kinds: EOPNOTSUPP, EISDIR of old kernels, ENOENT
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), None
+    name = _temporary_name(folder)
+    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), name
+
+
+def _link(fd: int, path: str) -> None:
+    """Give an open file without a name a name."""
+    # os.link() follows the link in /proc only if it calls linkat(), which it does for a descriptor of a folder.
+    folder = os.open("/proc/self/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(str(fd), path, src_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
 
 
 def _copy(buffers: Sequence[memoryview]) -> bytes:

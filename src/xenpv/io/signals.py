@@ -1,4 +1,4 @@
-"""Signal handlers while a domain is suspended: it has to run again before we end."""
+"""Signal handlers: what was begun is undone, or completed, before the program ends."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @contextmanager
 def uninterruptible() -> Iterator[None]:
-    """Ignore SIGINT, SIGTERM and SIGHUP while the body runs.
+    """Ignore SIGINT, SIGTERM, SIGHUP and SIGQUIT while the body runs.
 
     Without effect outside the main thread.
     """
@@ -24,9 +24,10 @@ def uninterruptible() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM and SIGHUP, too, while the body runs.
+    """Raise KeyboardInterrupt on SIGTERM, SIGHUP and SIGQUIT, too, while the body runs.
 
-    The body's cleanup then runs as after Ctrl-C. Without effect outside the main thread.
+    The body's cleanup then runs as after Ctrl-C. A signal that is ignored stays ignored: nohup does that to SIGHUP.
+    Without effect outside the main thread.
     """
 
     def interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -41,7 +42,8 @@ def _handled_by(handler: signal._HANDLER) -> Iterator[None]:
     previous: dict[signal.Signals, signal._HANDLER] = {}
     with contextlib.suppress(ValueError):  # only the main thread gets signals, and may set handlers
         for number in _STOP_SIGNALS:
-            previous[number] = signal.signal(number, handler)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:

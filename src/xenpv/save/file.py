@@ -9,6 +9,7 @@ from xenpv.errors import HostError, XenPVError
 from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.protocol import Mover
 from xenpv.io.atomic_output import Output
+from xenpv.io.file_kind import FileKind
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import uninterruptible
 from xenpv.save.save import Summary, inspect_p2m, save
@@ -94,6 +95,7 @@ def save_file(
     suspend_timeout: float = 60.0,
     keep: bool = False,
     paused: bool = False,
+    force: bool = False,
     libxc_compatible: bool = True,
     on_rollback: Callable[[Rollback], None] = lambda _: None,
     progress: ProgressCallback | None = None,
@@ -109,6 +111,7 @@ def save_file(
         suspend_timeout: Seconds that the guest has to suspend.
         keep: Let the domain run on after the save instead of destroying it.
         paused: With ``keep``, leave it paused.
+        force: Replace an existing file even if it is no saved domain.
         libxc_compatible: As save() has it.
         on_rollback: Receives the result of a rollback.
         progress: Receives the progress.
@@ -122,7 +125,7 @@ def save_file(
     domain = DepartingDomain(host, domid, suspend_timeout=suspend_timeout)
     domain.check()
     config = configuration(host, domid)
-    out = Output.open(path)
+    out = Output.open(path, replaces={FileKind.SAVED_DOMAIN}, force=force)
     try:
         summary = save(
             host,

@@ -97,6 +97,11 @@ class CoreDomain(Domain):
     # --- identity ----------------------------------------------------------------------------------------------------
 
     @property
+    def files(self) -> tuple[int, ...]:
+        """The descriptor of the core."""
+        return (self.source.fd,)
+
+    @property
     def origin(self) -> Literal["dumped"]:
         """A core."""
         return "dumped"

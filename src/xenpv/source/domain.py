@@ -155,6 +155,11 @@ class Domain(Protocol):
         return search(self, data)
 
     @property
+    def files(self) -> tuple[int, ...]:
+        """Descriptors of the files that the domain is read from."""
+        return ()
+
+    @property
     def seekable(self) -> bool:
         """Whether any page can be read at any time.
 

@@ -330,6 +330,11 @@ class SavedDomain(Domain):
         return self._error
 
     @property
+    def files(self) -> tuple[int, ...]:
+        """The descriptor of the file or pipe."""
+        return (self.source.fd,)
+
+    @property
     def seekable(self) -> bool:
         """Whether the stream comes from a file; a pipe passes by once."""
         return self.source.seekable
