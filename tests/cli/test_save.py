@@ -117,6 +117,30 @@ def test_save_preflight_reports_form_and_size_and_changes_nothing(
     assert abs(printed["bytes"] - (tmp_path / "x").stat().st_size) < 32 << 10
 
 
+@pytest.mark.parametrize(
+    ("node", "device"),
+    [
+        ("/local/domain/{}/device/vif/0/state", "vif 0"),
+        ("/libxl/{}/device/pci/0/frontend", "pci 0"),
+        ("/local/domain/{}/device/console/1/state", "console 1"),
+        ("/local/domain/0/device-model/{}/state", "device model"),
+    ],
+    ids=["vif", "pci", "second console", "device model"],
+)
+@pytest.mark.parametrize("option", ["", "-c", "--preflight"])
+def test_save_domain_with_devices_is_refused(move: Move, tmp_path: Path, node: str, device: str, option: str) -> None:
+    """Its frontends would wait for ever after the restore: only libxl gives them new backends."""
+    move.source.store.write(node.format(move.guest.domid), b"4")
+    arguments = [NAME, option] if option == "--preflight" else [NAME, tmp_path / "web.save", option]
+    ran = xenpv("save", *filter(None, arguments))
+    assert ran.code == 1
+    assert device in ran.err
+    assert not move.suspended
+    assert os.listdir(tmp_path) == []
+    move.source.store.remove(node.format(move.guest.domid).rpartition("/")[0])
+    assert move.runs_here()
+
+
 def test_save_preflight_of_a_domain_without_a_p2m_fails(move: Move) -> None:
     move.guest.host.write_shared_info(move.guest.domid, bytes(4096 - 2048), 2048)  # the p2m's anchors are here
     ran = xenpv("save", "--preflight", NAME)

@@ -264,6 +264,11 @@ def request_shutdown_is_withdrawn_by_an_empty_request(host: Mover, width: Width)
         assert host.shutdown_request(domid) == ""
 
 
+def devices_leave_out_console_and_suspend_channel(host: Mover, width: Width) -> None:
+    with domain(host, width, tiny_guest.PAGES) as domid:
+        assert host.devices(domid) == []
+
+
 def resume_of_a_domain_that_did_not_shut_down_does_nothing(host: Mover, width: Width) -> None:
     with domain(host, width) as domid:
         host.resume(domid)
@@ -284,6 +289,7 @@ def mover_calls_for_an_absent_domain_raise_esrch(host: Mover, width: Width) -> N
         lambda: host.request_shutdown(NO_DOMAIN, "suspend"),
         lambda: host.request_shutdown(NO_DOMAIN, ""),
         lambda: host.shutdown_request(NO_DOMAIN),
+        lambda: host.devices(NO_DOMAIN),
         lambda: host.resume(NO_DOMAIN),
     ):
         fails(call, errno.ESRCH, NO_DOMAIN)
@@ -301,6 +307,7 @@ MOVER_CHECKS: tuple[Callable[[Mover, Width], None], ...] = (
     log_dirty_ignores_writes_of_the_toolstack,
     log_dirty_logs_sparse_pfns,
     request_shutdown_is_withdrawn_by_an_empty_request,
+    devices_leave_out_console_and_suspend_channel,
     resume_of_a_domain_that_did_not_shut_down_does_nothing,
     mover_calls_for_an_absent_domain_raise_esrch,
 )

@@ -52,6 +52,19 @@ def test_a_debian_guest_is_saved_and_restored(host: lab.Host) -> None:
 
 
 @pytest.mark.deep_elsewhere
+def test_a_domain_with_a_device_is_refused(host: lab.Host) -> None:
+    guest = boot(host, "litmus", "p2m=both")
+    host.run("xenstore-write /local/domain/$(xl domid litmus)/device/vif/0/state 4").check()
+    for options in ("--preflight litmus", "litmus /tmp/saved"):
+        result = host.run(f"xenpv save {options}; echo $?; ls /tmp/saved")
+        assert result.text.split() == ["1"]
+        assert b"vif 0" in result.stderr
+    host.run("xenstore-rm /local/domain/$(xl domid litmus)/device/vif").check()
+    host.run("xenpv save --preflight litmus").check()
+    guest.beats()
+
+
+@pytest.mark.deep_elsewhere
 def test_a_disk_that_is_full_leaves_the_guest_running(host: lab.Host) -> None:
     guest = boot(host, "litmus", "p2m=both", vcpus=2)
     mounted = "mkdir -p /tmp/small && mount -t tmpfs -o size=4M none /tmp/small"

@@ -162,6 +162,18 @@ def test_migrate_guest_that_crashes_is_left_shut_down(live: PrecopyPolicy | None
     assert move.nothing_there()
 
 
+def test_migrate_domain_with_devices_is_refused_before_sending() -> None:
+    move = Move.ready()
+    move.source.store.write(f"/local/domain/{move.guest.domid}/device/vbd/51712/state", b"4")
+    ended = move.start()
+    assert isinstance(ended.here, RequestError)
+    assert "vbd 51712" in str(ended.here)
+    assert not move.suspended
+    assert move.nothing_there()
+    move.source.store.remove(f"/local/domain/{move.guest.domid}/device/vbd")
+    assert move.runs_here()
+
+
 def test_migrate_paused_domain_is_refused() -> None:
     move = Move.ready()
     move.source.pause(move.guest.domid)

@@ -64,8 +64,13 @@ class LibxenstoreStub:
         return True
 
     def children(self, _handle: int, _transaction: int, path: bytes, count: Any) -> int:
-        count._obj.value = len({p for p in self.staged if p.startswith(path + b"/")})
-        return 0
+        prefix = path + b"/"
+        names = sorted({p.removeprefix(prefix).split(b"/")[0] for p in self.staged if p.startswith(prefix)})
+        count._obj.value = len(names)
+        if not names:
+            return 0
+        self._buffers.append((ctypes.c_char_p * len(names))(*names))
+        return ctypes.addressof(self._buffers[-1])
 
 
 def connect(stub: LibxenstoreStub) -> xenstore.XenStore:

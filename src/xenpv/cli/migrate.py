@@ -77,7 +77,7 @@ def migrate(
     connection drops during the commit, the outcome is unknown here: the domain stays suspended until --settle asks
     HOST.
 
-    For domains with disks or network interfaces use xl migrate.
+    A domain with disks, network interfaces or a device model is refused: use xl migrate.
 
     \b
     Examples:

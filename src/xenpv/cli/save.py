@@ -48,7 +48,7 @@ def save(
     when FILE is complete; FILE appears only then. After a failure, or at Ctrl-C, the guest runs on and no FILE is left.
     Restore it with `xl restore FILE` or `xenpv restore FILE`; `xenpv verify FILE` checks beforehand.
 
-    For domains with disks or network interfaces use xl save, which also detaches devices.
+    A domain with disks, network interfaces or a device model is refused: use xl save, which detaches them.
 
     \b
     Examples:

@@ -5,11 +5,12 @@ Source: xen.git:docs/misc/xenstore-paths.pandoc, tools/libs/light/{libxl_create,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from typing import NamedTuple
 
 from xenpv.frames import PAGE_SIZE, DomId
-from xenpv.host.protocol import Daemons, DomainInfo, Ring
+from xenpv.host.protocol import DOM0, Daemons, DomainInfo, Ring
 
 _CONSOLE_LIMIT = 1 << 20  # bytes of unread output that xenconsoled buffers
 CONTROL_SHUTDOWN = "control/shutdown"  # below a domain's home: the shutdown request
@@ -97,6 +98,28 @@ def introduction_nodes(info: DomainInfo, daemons: Daemons, console: Ring, xensto
         Node(f"{xl}/frontend", frontend, Access.NOTHING),
         Node(f"{xl}/backend", f"{backend}/0", Access.NOTHING),
     ]
+
+
+def find_devices(domid: DomId, list_nodes: Callable[[str], list[str]]) -> list[str]:
+    """Return a domain's devices besides its console: "vbd 51712", "vif 0", "device model".
+
+    Args:
+        domid: The domain.
+        list_nodes: Returns the names of a node's children; none for a node that is not there.
+
+    Source: xen.git:docs/misc/xenstore-paths.pandoc (~/device/$DEVID), tools/libs/light/libxl_device.c
+    libxl__device_frontend_path(), libxl__device_libxl_path(), libxl_dm.c (device-model/$DOMID)
+    """
+    devices = {
+        f"{kind} {number}"
+        for folder in (f"{home(domid)}/device", f"/libxl/{domid}/device")
+        for kind in list_nodes(folder)
+        if kind != "suspend"  # the guest's event channel
+        for number in list_nodes(f"{folder}/{kind}")
+        if (kind, number) != ("console", "0")
+    }
+    model = ["device model"] if list_nodes(f"{home(DOM0)}/device-model/{domid}") else []
+    return sorted(devices) + model
 
 
 def root_paths(domid: DomId, daemons: Daemons, uuid: str | None) -> list[str]:

@@ -57,6 +57,7 @@ def preflight(host: Mover, domid: DomId, *, libxc_compatible: bool = True) -> Pr
 
     Raises as save().
     """
+    DepartingDomain(host, domid).check()
     tracker = inspect_p2m(host, domid, libxc_compatible=libxc_compatible)
     info, p2m, counts = host.info(domid), tracker.p2m, tracker.counts
     size = (

@@ -90,12 +90,18 @@ class DepartingDomain:
         return 0.0 if self.suspend_requested_at is None else time.monotonic() - self.suspend_requested_at
 
     def check(self) -> None:
-        """Raise RequestError if the domain cannot be asked to suspend."""
+        """Raise RequestError if the domain cannot be saved by xenpv alone: its devices, its state.
+
+        A guest suspends with its devices' frontends. Only a toolstack that knows their backends can give them new ones.
+        """
         if self.domid == 0:
             raise RequestError("dom0 is the domain that xenpv runs in; it cannot be saved or migrated")
         if (self.info.name or "").endswith(AWAY):
             problem = f"{self.label} was given to another host, and may run there"
             raise RequestError(f"{problem}: xenpv migrate --settle {self.domid} HOST settles it")
+        if devices := self.host.devices(self.domid):
+            problem = f"{self.label} has devices, which only xl saves and moves: {', '.join(devices)}"
+            raise RequestError(f"{problem}; use xl with LIBXL_SAVE_HELPER set to xenpv-save-helper")
         if self.info.paused and not self.info.shutdown:
             raise RequestError(f"{self.label} is paused, and cannot suspend: unpause it first")
 

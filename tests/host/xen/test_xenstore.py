@@ -112,3 +112,12 @@ def test_xenstore_without_its_library_names_the_library(monkeypatch: pytest.Monk
     with pytest.raises(HostError, match=r"libxenpv-no-such\.so\.1") as caught:
         store.check_reachable("introduce", DomId(7))
     assert caught.value.errno == errno.ENOTCONN
+
+
+def test_list_returns_the_children_of_a_node() -> None:
+    stub = LibxenstoreStub()
+    stub.staged = {b"/local/domain/1/device/vif/0/state": b"4", b"/local/domain/1/device/vif/1": b"", b"/x": b""}
+    store = connect(stub)
+    assert store.list("/local/domain/1/device/vif") == ["0", "1"]
+    assert store.list("/local/domain/1/device") == ["vif"]
+    assert store.list("/local/domain/2") == []

@@ -373,6 +373,11 @@ class ModelHost:
         self.hypervisor.domain("xenstore", domid)
         return (self.store.read(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL_SHUTDOWN}") or b"").decode()
 
+    def devices(self, domid: DomId) -> list[str]:
+        """See Mover."""
+        self.hypervisor.domain("xenstore", domid)
+        return xenstore_nodes.find_devices(domid, self.store.list)
+
     def resume(self, domid: DomId) -> None:
         """See Mover."""
         self.hypervisor.domain("resumedomain", domid).shutdown_reason = None

@@ -621,6 +621,13 @@ class XenHost:
         store.check_reachable("xenstore", domid)
         return store.read(f"{xenstore_nodes.home(domid)}/{xenstore_nodes.CONTROL_SHUTDOWN}") or ""
 
+    def devices(self, domid: DomId) -> list[str]:
+        """See Mover."""
+        self._getdomaininfo(domid)
+        store = self._xenstore()
+        store.check_reachable("xenstore", domid)
+        return xenstore_nodes.find_devices(domid, store.list)
+
     def resume(self, domid: DomId) -> None:
         """See Mover."""
         self._calls.domctl(domctl.RESUMEDOMAIN, "resumedomain", domid, domctl.NOTHING)

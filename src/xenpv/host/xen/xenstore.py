@@ -82,6 +82,20 @@ class XenStore:
         finally:
             self._free(value)
 
+    def list(self, path: str) -> list[str]:
+        """Return the names of a node's children; none if there is no such node, or no xenstore."""
+        if not self._handle:
+            return []
+        count = ctypes.c_uint()
+        names = self._list(self._handle, NO_TRANSACTION, path.encode(), ctypes.byref(count))
+        if not names:
+            return []
+        try:
+            texts = ctypes.cast(names, ctypes.POINTER(ctypes.c_char_p))
+            return [(texts[i] or b"").decode("utf-8", "replace") for i in range(count.value)]
+        finally:
+            self._free(names)
+
     def write(self, domid: DomId, nodes: Iterable[Node]) -> None:
         """Write all of these nodes, or none.
 
