@@ -154,6 +154,26 @@ def test_output_more_buffers_than_iov_max(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == b"".join(many)
 
 
+def test_output_buffer_of_wide_items_survives_short_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """writev() counts bytes, len() of a memoryview counts items."""
+    real, words = os.writev, memoryview(bytes(range(240))).cast("Q")
+    monkeypatch.setattr(os, "writev", lambda fd, buffers: real(fd, [memoryview(buffers[0]).cast("B")[:3]]))
+    with Output.open(str(tmp_path / "x")) as out:
+        out.write([words])
+    assert (tmp_path / "x").read_bytes() == bytes(range(240))
+
+
+def test_output_abandoned_without_its_temporary_file_closes_the_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "O_TMPFILE", os.O_DIRECTORY)
+    out = Output.open(str(tmp_path / "x"))
+    [temporary] = tmp_path.iterdir()
+    temporary.unlink()
+    out.abandon()
+    assert out.fd == -1
+
+
 @pytest.mark.parametrize("after", [0, 1, 100_000, 16_000_000])
 def test_output_full_disk_leaves_no_file(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     guest = suspended("linear")

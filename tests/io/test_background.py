@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
 
 import pytest
 
@@ -63,3 +66,30 @@ def test_worker_body_error_wins_after_the_task_ended() -> None:
         fail_meanwhile()
     assert completed.is_set()
     assert threading.active_count() <= 2  # its thread has ended; a timer may not have
+
+
+def test_worker_ends_its_task_before_a_second_interrupt_is_heard() -> None:
+    """The task works in memory that the caller unmaps after the body: not even two Ctrl-C may leave it running."""
+    begun, may_end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        may_end.wait(5)
+        ended.set()
+
+    def interrupt_twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+        may_end.set()
+
+    def run() -> None:
+        with BackgroundWorker() as worker:
+            worker.submit(work)
+            begun.wait(5)
+            threading.Thread(target=interrupt_twice).start()
+            worker.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    assert ended.is_set()

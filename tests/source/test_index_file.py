@@ -15,6 +15,7 @@ from tests.support.frames import columns
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.stream import Stream, Wire
 from xenpv.cli.show import describe
 from xenpv.errors import Fault
 from xenpv.frames import HAS_DATA
@@ -172,7 +173,7 @@ def test_index_in_a_read_only_folder_is_not_stored(file: Path, monkeypatch: pyte
     original = os.open
 
     def refuse(path: str, flags: int, mode: int = 0o777) -> int:
-        if flags & os.O_CREAT:
+        if flags & os.O_CREAT or flags & os.O_TMPFILE == os.O_TMPFILE:
             raise PermissionError(13, "Permission denied")
         return original(path, flags, mode)
 
@@ -252,3 +253,20 @@ def test_stored_index_that_cannot_be_true_is_ignored(file: Path) -> None:
     assert accepted
     index_path(file).unlink()
     assert contents_of(file) == first
+
+
+@pytest.mark.parametrize(("pfn", "offset"), [(1 << 60, 0), (5, -1), (5, 1 << 40)], ids=["pfn", "before", "beyond"])
+def test_stored_index_with_an_impossible_duplicate_is_ignored(pfn: int, offset: int, file: Path) -> None:
+    domain, wire = pv_domain(pfns=range(64)), Wire()
+    stream = [wire.libxl_header(), wire.libxc_context(), *domain.head(wire), *domain.page_data(wire)]
+    stream += [*domain.page_data(wire, pfns=[5, 5]), *domain.tail(wire), wire.end(), wire.libxl_end()]
+    file.write_bytes(bytes(Stream(stream)))
+    open_saved(file).close()
+    valid = index_path(file).read_bytes()
+    head, digest = index_file._HEADER.size, 16
+    stored = load_index(file)
+    assert stored is not None
+    assert [pfn for pfn, _ in stored.index.duplicates] == [5]
+    damaged = valid[: -digest - 16] + pfn.to_bytes(8, "little") + offset.to_bytes(8, "little", signed=True)
+    index_path(file).write_bytes(damaged + index_file._digest(damaged[:head], damaged[head:]))
+    assert load_index(file) is None

@@ -183,6 +183,17 @@ def test_cr3_outside_the_p2m_raises_guest_error() -> None:
     assert e.value.mfn == guest.model.top
 
 
+def test_memory_of_a_vcpu_with_cr3_outside_the_p2m_reads_by_pfn() -> None:
+    guest = P2MGuest()
+    top = int(np.flatnonzero(guest.model.mfns == guest.model.top)[0])
+    guest.put(top, INVALID_MFN[8])
+    memory = guest.live.memory_of(0)
+    assert len(memory.page(0)) == 4096
+    with pytest.raises(Fault) as e:
+        memory.read_virtual(BASE[8], 1)
+    assert (e.value.space, e.value.address) == ("vaddr", BASE[8])
+
+
 # --- what is not there -----------------------------------------------------------------------------------------------
 
 
@@ -263,6 +274,20 @@ def test_paused_pauses_and_always_unpauses() -> None:
     with pytest.raises(ZeroDivisionError):
         fails()
     assert not paused()
+
+
+def test_paused_that_cannot_unpause_keeps_the_error_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = P2MGuest()
+
+    def refuse(domid: DomId) -> None:
+        raise HostError("unpause: no", op="unpause", domid=domid)
+
+    monkeypatch.setattr(guest.host, "unpause", refuse)
+    with pytest.raises(ZeroDivisionError) as e, guest.live.paused():
+        raise ZeroDivisionError
+    assert any("unpause: no" in note for note in e.value.__notes__)
+    with pytest.raises(HostError), guest.live.paused():
+        pass
 
 
 def test_p2m_damaged_from_the_start_has_not_changed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -18,10 +19,11 @@ from hypothesis import strategies as st
 from tests.support.saved_files import piped
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
-from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.hvm import hvm_context, hvm_stream
 from tests.support.writers.stream import BROKEN, PAGE, XTAB, Stream, Wire
 from xenpv.abi.declare import Width
-from xenpv.errors import Fault, OutOfOrder, RequestError, StreamError, Truncated, Unsupported
+from xenpv.errors import Fault, Malformed, OutOfOrder, RequestError, StreamError, Truncated, Unsupported
+from xenpv.findings import Rule
 from xenpv.frames import ABSENT, U64, PageType
 from xenpv.io.stream_input import Input
 from xenpv.source.saved import FilePages, SavedDomain
@@ -193,6 +195,37 @@ def test_saved_domain_without_records_tells_none(tmp_path: Path) -> None:
         with pytest.raises(Fault) as e:
             saved.memory.read_virtual(0, 1)
         assert (e.value.space, e.value.address, e.value.level) == ("vaddr", 0, None)
+
+
+def test_saved_hvm_domain_with_a_damaged_context_is_a_breach(tmp_path: Path) -> None:
+    path, breaches = tmp_path / "hvm", list[tuple[str, int, str | None]]()
+    stream = bytes(hvm_stream())
+    path.write_bytes(stream.replace(hvm_context(), hvm_context()[:-8] + b"\7" * 8))
+
+    def add_breach(rule: Rule, _message: str, offset: int, record: str | None) -> None:
+        breaches.append((rule.name, offset, record))
+
+    with SavedDomain.open(str(path), on_breach=add_breach) as saved:
+        assert saved.vcpus == []
+        assert saved.registers(0) is None
+        assert saved.width == 8
+    assert [(rule, record) for rule, _, record in breaches] == [("hvm-context", "HVM_CONTEXT")]
+    with pytest.raises(Malformed) as e:
+        SavedDomain.open(str(path)).close()
+    assert e.value.rule == "hvm-context"
+
+
+def test_saved_domain_from_a_pipe_without_room_names_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_fd: int, _data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with piped(pv_domain(pfns=range(64)).to_bytes()) as fd:
+        source = Input(os.dup(fd), "-")
+        monkeypatch.setattr(os, "write", refuse)
+        with pytest.raises(OSError, match="TMPDIR") as e:  # contract: the variable to set
+            SavedDomain.from_source(source)
+        monkeypatch.undo()
+    assert (e.value.errno, e.value.filename) == (errno.ENOSPC, tempfile.gettempdir())
 
 
 # --- where it comes from ---------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ class Output:
         Raises:
             OSError: Writing failed, for example with ENOSPC or EPIPE. It has the output's name.
         """
-        pending = [memoryview(buffer) for buffer in buffers if len(buffer)]
+        pending = [memoryview(buffer).cast("B") for buffer in buffers if len(buffer)]
         first = 0
         while first < len(pending):
             batch = pending[first : first + _IOV_MAX]
@@ -197,13 +197,15 @@ class Output:
 
     def abandon(self) -> None:
         """Close it and remove an incomplete file; may be called again."""
-        if self._temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self._temporary)
-            self._temporary = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        temporary, self._temporary = self._temporary, None
+        fd, self.fd = self.fd, -1
+        try:
+            if temporary is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def _with_name(self, e: OSError) -> OSError:
         """Return the error with the output's name."""

@@ -12,6 +12,8 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Self
 
+from xenpv.io.signals import uninterruptible
+
 Task = Callable[[], object]
 
 
@@ -67,10 +69,11 @@ class BackgroundWorker:
             with contextlib.suppress(*() if kind is None else (BaseException,)):
                 self.wait()
         finally:
-            if self._busy:  # an interrupt ended the wait
-                self._results.get()
-                self._busy = False
-            if self._thread is not None:
-                self._tasks.put(None)
-                self._thread.join()
-                self._thread = None
+            with uninterruptible():  # the thread works in memory that the caller is about to unmap
+                if self._busy:  # an interrupt ended the wait
+                    self._results.get()
+                    self._busy = False
+                if self._thread is not None:
+                    self._tasks.put(None)
+                    self._thread.join()
+                    self._thread = None

@@ -83,9 +83,13 @@ class CheckpointBuffer:
     def _read_into(self, position: list[int], buffer: memoryview) -> None:
         while buffer:
             data = os.pread(self._fd, min(len(buffer), _CHUNK), position[0])
+            if not data:
+                raise ValueError(f"no content at {position[0]:#x}: the events were dropped, or read twice")
             buffer[: len(data)] = data
             position[0], buffer = position[0] + len(data), buffer[len(data) :]
 
     def close(self) -> None:
-        """Close the temporary file."""
-        os.close(self._fd)
+        """Close the temporary file; may be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -42,7 +42,7 @@ def _handled_by(handler: signal._HANDLER) -> Iterator[None]:
     previous: dict[signal.Signals, signal._HANDLER] = {}
     with contextlib.suppress(ValueError):  # only the main thread gets signals, and may set handlers
         for number in _STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) not in {signal.SIG_IGN, None}:  # None: set by C code, and not to be set again
                 previous[number] = signal.signal(number, handler)
     try:
         yield

@@ -97,6 +97,7 @@ class Input:
 
     def read(self, count: int) -> bytes:
         """Read up to ``count`` bytes from a pipe; none at its end."""
+        self.wait()
         return os.read(self.fd, count)
 
     def events(
@@ -191,7 +192,7 @@ class Input:
                     reader.feed(data) if data else reader.feed_eof()
         finally:
             self.trailing = self.size - reader.offset
-            if self.exact:
+            if self.exact and self.fd >= 0:
                 os.lseek(self.fd, self.start + reader.offset, os.SEEK_SET)
 
     def _events_of_pipe(self, reader: Reader, progress: ProgressCallback | None, reads_pages: bool) -> Iterator[Event]:

@@ -197,14 +197,18 @@ def _read_p2m(domain: Domain, report: ProgressCallback) -> tuple[P2MState | None
         p2m = domain.p2m
         report(Progress(0, 1, "p2m"))
         entry_survey = survey(p2m)
-        anchors = domain.anchors
-        trees = [] if anchors is None else describe_p2m_trees(domain, replace(anchors, max_pfn=p2m.entries))
-        report(Progress(1, 1, "p2m"))
     except GuestError as e:
         return P2MState(problem=str(e)), None
+    problem, trees = None, []
+    try:
+        anchors = domain.anchors
+        trees = [] if anchors is None else describe_p2m_trees(domain, replace(anchors, max_pfn=p2m.entries))
+    except GuestError as e:  # of the trees: the survey counts
+        problem = str(e)
+    report(Progress(1, 1, "p2m"))
     distinct = p2m.distinct_leaves
     several = int(np.count_nonzero(distinct.count > 1))
-    state = P2MState(trees, len(distinct), int(distinct.count.sum()), several, entry_survey)
+    state = P2MState(trees, len(distinct), int(distinct.count.sum()), several, entry_survey, problem)
     return state, leaf_ranges(p2m, mfns=domain.p2m_names_mfns)
 
 

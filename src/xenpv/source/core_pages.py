@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from xenpv.abi.dumpcore import INVALID
-from xenpv.errors import GuestError, Unsupported
+from xenpv.errors import GuestError, Truncated, Unsupported
 from xenpv.frames import PAGE_SIZE, PFNS_PER_SCAN, U64, PageType, first_bad
 from xenpv.io.stream_input import Input
 from xenpv.memory.page_tables import NO_PFN
@@ -60,9 +60,12 @@ class CorePages:
         layout, last_pfn = self._layout, -1
         for first_row in range(0, layout.present, PFNS_PER_SCAN):
             count = min(PFNS_PER_SCAN, layout.present - first_row)
-            offset = self._source.start + layout.table.offset + first_row * layout.entry_size
-            words = np.frombuffer(os.pread(self._source.fd, count * layout.entry_size, offset), "<u8")
-            pfns, mfns = (words, words) if layout.hvm else words[: len(words) & ~1].reshape(-1, 2).T
+            offset = layout.table.offset + first_row * layout.entry_size
+            data = os.pread(self._source.fd, count * layout.entry_size, self._source.start + offset)
+            if len(data) != count * layout.entry_size:
+                raise Truncated(f"the list of pages has {len(data)} bytes from here on", offset=offset)
+            words = np.frombuffer(data, "<u8")
+            pfns, mfns = (words, words) if layout.hvm else words.reshape(-1, 2).T
             used = (pfns != INVALID) & (mfns != INVALID)
             valid = used & (pfns < NO_PFN) & (mfns < NO_PFN)
             rows = np.flatnonzero(valid).astype(np.uint64) + np.uint64(first_row)

@@ -23,6 +23,7 @@ from xenpv.errors import RequestError
 from xenpv.frames import HAS_DATA, IS_KNOWN, PAGE_SIZE
 from xenpv.io.atomic_output import Output
 from xenpv.io.stream_input import StreamSource
+from xenpv.memory.page_tables import NO_PFN
 from xenpv.runs import Extents
 from xenpv.stream.contents import Contents
 from xenpv.stream.events import SkippedPageData
@@ -139,6 +140,8 @@ class StoredIndex:
             arrays.append(np.frombuffer(body, dtype, count, offset))
             offset += dtype.itemsize * count
         extents, page_data, duplicates = arrays
+        if not _are_possible_duplicates(duplicates, stream_size):
+            return None
         if not (_are_possible_extents(extents, stream_size) and _is_possible_page_data(page_data, stream_size)):
             return None
         runs = Extents(extents["first"].copy(), extents["pages"].copy(), extents["type"].astype(np.uint8))
@@ -223,6 +226,12 @@ def _are_possible_extents(extents: npt.NDArray[Any], stream_size: int) -> bool:
     if not (IS_KNOWN[page_type].all() and (HAS_DATA[page_type] | ~has_content).all()):
         return False
     return bool((offset[has_content] <= stream_size - pages[has_content] * PAGE_SIZE).all())
+
+
+def _are_possible_duplicates(duplicates: npt.NDArray[Any], stream_size: int) -> bool:
+    """Whether duplicates name pfns, at offsets within the stream."""
+    pfn, offset = duplicates["pfn"], duplicates["offset"]
+    return bool((pfn < NO_PFN).all() and (offset >= 0).all() and (offset <= stream_size).all())
 
 
 def _is_possible_page_data(groups: npt.NDArray[Any], stream_size: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -57,11 +58,9 @@ def _find_banner(domain: PagedDomain, prefix: bytes) -> str | None:
     Looks at _CANDIDATES_MAX places at most: a hostile guest can fill its memory with the prefix.
     """
     for address in islice(search(domain, prefix), _CANDIDATES_MAX):
-        try:
-            text = domain.memory.read(address, _BANNER_MAX)
-        except GuestError:  # the next page is not there
-            text = domain.memory.read(address, PAGE_SIZE - address % PAGE_SIZE)
-        match = _WHOLE_BANNER.match(text)
-        if match:
-            return match[0].decode("ascii").rstrip("\n")
+        for length in (_BANNER_MAX, PAGE_SIZE - address % PAGE_SIZE):  # the next page may not be there
+            with suppress(GuestError):  # nor this one any more, in a running guest
+                if match := _WHOLE_BANNER.match(domain.memory.read(address, length)):
+                    return match[0].decode("ascii").rstrip("\n")
+                break
     return None

@@ -120,8 +120,13 @@ class LiveDomain(Domain):
         self.host.pause(self.info.domid)
         try:
             yield
-        finally:
-            self.host.unpause(self.info.domid)
+        except BaseException as e:
+            try:
+                self.host.unpause(self.info.domid)
+            except HostError as failure:
+                e.add_note(f"{self.name} may stay paused: {failure}")
+            raise
+        self.host.unpause(self.info.domid)
 
     # --- its p2m -----------------------------------------------------------------------------------------------------
 
@@ -279,7 +284,12 @@ class LiveDomain(Domain):
     def memory_of(self, vcpu: int) -> DomainMemory:
         """Return memory by pfn, and by virtual address as the vcpu translates it."""
         tables = _LivePageTables(self.frames)
-        return DomainMemory(self.frames, self.info.width, self.cr3(vcpu), self.cr3(vcpu, user=True), tables)
+        memory = DomainMemory(self.frames, self.info.width, tables=tables)
+        try:
+            memory.top, memory.user_top = self.cr3(vcpu), self.cr3(vcpu, user=True)
+        except GuestError as e:
+            memory.no_top = str(e)
+        return memory
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def open_domain(
         HostError: There is no such file, and no such domain or no Xen; or Xen refused an operation.
     """
     path_or_name = os.fspath(path_or_name)
-    if path_or_name == "-" or os.path.exists(path_or_name):
+    if path_or_name == "-" or os.path.lexists(path_or_name):
         return open_path(path_or_name, on_breach=on_breach, progress=progress, index=index)
     return open_running(path_or_name)
 

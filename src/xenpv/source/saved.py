@@ -7,6 +7,7 @@ to an unlinked temporary file: page tables, the p2m's frames, start info. The re
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Self
@@ -32,7 +33,7 @@ from xenpv.source.domain import Domain
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Kind
 from xenpv.stream.events import PageContent
-from xenpv.stream.hvm_context import read_vcpus
+from xenpv.stream.hvm_context import DAMAGED, read_vcpus
 from xenpv.stream.index import PageIndex
 from xenpv.stream.page_data import PFN_MASK, PageData
 from xenpv.stream.reader import Reader
@@ -212,6 +213,7 @@ class SavedDomain(Domain):
             if self._on_breach is None:
                 raise
             self._error = e
+        _ = self._cpus  # the context of an HVM domain is checked now, rather than at its first use
 
     def _spool_pages(self, pages: PageContent) -> None:
         """Spool those pages that checks need: page tables, start info, frames of the p2m."""
@@ -365,12 +367,20 @@ class SavedDomain(Domain):
 
     @cached_property
     def _cpus(self) -> dict[int, np.void]:
-        """The vcpus of an HVM domain in HVM_CONTEXT, by number.
+        """The vcpus of an HVM domain in HVM_CONTEXT, by number; none if that is damaged.
 
-        Raises StreamError if the record is damaged.
+        Raises StreamError if it is damaged, and breaches are not reported.
         """
         record = self.contents.hvm_context
-        return {} if record is None else read_vcpus(record.data, offset=record.offset)
+        if record is None:
+            return {}
+        try:
+            return read_vcpus(record.data, offset=record.offset)
+        except StreamError as e:
+            if self._on_breach is None:
+                raise
+            self._on_breach(DAMAGED, e.reason, e.offset, e.record)
+            return {}
 
     def extents(self) -> Iterator[Extents]:
         """Which pages the stream named, by its index: all in one piece."""
@@ -506,5 +516,8 @@ def _may_be_frame_list(pages: U8, width: Width) -> Mask:
 
 def _write_all(fd: int, data: U8) -> None:
     view = np.ascontiguousarray(data).reshape(-1).data
-    while view:
-        view = view[os.write(fd, view) :]
+    try:
+        while view:
+            view = view[os.write(fd, view) :]
+    except OSError as e:
+        raise OSError(e.errno, f"{e.strerror} (another TMPDIR may have room)", tempfile.gettempdir()) from e
