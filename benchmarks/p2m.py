@@ -23,8 +23,8 @@ from lab import guests
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, Mask
 from xenpv.host.protocol import DomainInfo, XenVersion
-from xenpv.memory.p2m import P2M
 from xenpv.memory.p2m_anchors import P2MForm
+from xenpv.memory.p2m_reader import P2M
 from xenpv.memory.p2m_survey import EntryKind, survey
 from xenpv.memory.p2m_writer import write_leaves, write_tree_anchors
 from xenpv.runs import FrameRuns

@@ -17,7 +17,7 @@ from xenpv.abi.x86 import PAGE_SIZE, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
 from xenpv.frames import U8, U64, DomId
 from xenpv.host.protocol import Mover
-from xenpv.memory.p2m import names_local_frame
+from xenpv.memory.p2m_reader import names_local_frame
 from xenpv.source.live import LiveDomain
 
 SUSPEND = 2  # SHUTDOWN_suspend

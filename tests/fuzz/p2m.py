@@ -22,8 +22,8 @@ from xenpv.errors import GuestError, HostError, XenPVError
 from xenpv.findings import Findings
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, DomId, PageType
 from xenpv.host.protocol import DomainInfo, XenVersion
-from xenpv.memory.p2m import P2M
 from xenpv.memory.p2m_anchors import MARKED_TREE_BIT, MARKED_TREE_LEVELS, Anchors, P2MForm, tree_capacity
+from xenpv.memory.p2m_reader import P2M
 from xenpv.memory.p2m_survey import EntryKind, survey
 from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck

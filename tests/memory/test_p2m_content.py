@@ -14,8 +14,8 @@ from tests.support.frames import Machine, array
 from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U8, U64, Mask
-from xenpv.memory.p2m import P2M
 from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.p2m_reader import P2M
 from xenpv.memory.p2m_survey import EntryKind, survey
 from xenpv.memory.p2m_writer import encode_entries
 from xenpv.runs import FrameRuns

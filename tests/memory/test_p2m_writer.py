@@ -15,8 +15,8 @@ from xenpv.abi.x86 import PTE_P
 from xenpv.abi.xen import INVALID_MFN
 from xenpv.errors import GuestError, RequestError
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, U64
-from xenpv.memory.p2m import P2M, decode_entries
 from xenpv.memory.p2m_anchors import Anchors, P2MForm, tree_capacity
+from xenpv.memory.p2m_reader import P2M, decode_entries
 from xenpv.memory.p2m_writer import (
     TABLE_FLAGS,
     encode_entries,

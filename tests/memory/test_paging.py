@@ -12,7 +12,7 @@ from xenpv.abi.declare import Width
 from xenpv.errors import Fault
 from xenpv.frames import NO_FRAME, Pfn, Vaddr
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import frame_reader
+from xenpv.memory.p2m_reader import frame_reader
 from xenpv.memory.page_tables import translate, walk_vaddr
 from xenpv.memory.paging import NO_PAGING, PV_PAGING, Paging, paging_mode
 

@@ -35,7 +35,7 @@ from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SIF_INITDOMAIN, SIF_MOD_START_PFN, SIF_PRIVILEGED, SIF_VIRT_P2M_4TOOLS
 from xenpv.host.model.host import ModelHost
 from xenpv.io.stream_input import Input
-from xenpv.memory.p2m import decode_entries
+from xenpv.memory.p2m_reader import decode_entries
 from xenpv.restore.restore import Restored, restore
 from xenpv.save.save import save
 from xenpv.stream.envelope import Kind

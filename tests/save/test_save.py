@@ -46,7 +46,7 @@ from xenpv.host.model.host import ModelHost
 from xenpv.host.protocol import DomainInfo, VcpuState
 from xenpv.io.progress import Phase, Progress
 from xenpv.io.stream_input import Input
-from xenpv.memory.p2m import names_local_frame
+from xenpv.memory.p2m_reader import names_local_frame
 from xenpv.memory.p2m_writer import encode_entries
 from xenpv.memory.page_tables import as_ptes, pte_frames
 from xenpv.restore.restore import restore_domain

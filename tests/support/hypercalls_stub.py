@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from xenpv.host.xen import domctl, libxen
+from xenpv.host.xen import domctl, shared_libraries
 
 
 class HypercallsStub:
@@ -23,9 +23,9 @@ class HypercallsStub:
         self.closed = True
 
     @contextlib.contextmanager
-    def buffer(self, size: int) -> Iterator[libxen.Buffer]:
+    def buffer(self, size: int) -> Iterator[shared_libraries.Buffer]:
         memory = (ctypes.c_uint8 * size)()
-        yield libxen.Buffer(ctypes.addressof(memory), size)
+        yield shared_libraries.Buffer(ctypes.addressof(memory), size)
 
     def call(self, hypercall: int, command: int, address: int, op: str) -> int:  # noqa: ARG002
         if (hypercall, command) == (domctl.XEN_VERSION, domctl.XENVER_VERSION):

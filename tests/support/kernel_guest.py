@@ -17,7 +17,7 @@ from xenpv.frames import NO_FRAME, U64, DomId
 from xenpv.guest_model.kernel import Kernel
 from xenpv.guest_model.p2m_forms import FORMS
 from xenpv.host.model.host import ModelHost
-from xenpv.memory.p2m import P2M
+from xenpv.memory.p2m_reader import P2M
 from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck
 

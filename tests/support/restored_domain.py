@@ -8,7 +8,7 @@ from xenpv.abi.x86 import PTE_FRAME_MASK, PTE_P, VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import SHARED_INFO, START_INFO
 from xenpv.frames import I64, IS_TABLE, PAGE_SIZE, U64, DomId
 from xenpv.host.model.host import ModelHost
-from xenpv.memory.p2m import decode_entries, names_local_frame
+from xenpv.memory.p2m_reader import decode_entries, names_local_frame
 from xenpv.memory.p2m_writer import encode_entries
 from xenpv.memory.page_tables import cr3_to_frame, is_xen_slot, pte_frames
 from xenpv.source.live import LiveDomain

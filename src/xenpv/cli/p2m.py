@@ -11,8 +11,8 @@ import numpy as np
 from xenpv.cli.target import INDEX, PAUSE, TARGET, open_target
 from xenpv.cli.terminal import JSON, NUMBER, print_field, print_json
 from xenpv.frames import FOREIGN, IDENTITY, NO_FRAME, PAGE_SIZE, type_name
-from xenpv.memory.p2m import P2M
 from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.p2m_reader import P2M
 from xenpv.memory.p2m_survey import EntryKind, Survey, survey
 from xenpv.source.domain import Domain
 from xenpv.text import size

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from xenpv.errors import RequestError
-from xenpv.export.formats import dumpcore, elf, lime, raw
+from xenpv.export.formats import dumpcore, elf_core, lime, raw
 from xenpv.export.formats.content import Hole, PageFilter, Pages, Patch, Piece
 from xenpv.export.formats.job import ExportJob
 from xenpv.export.kdump_writer import write_kdump
@@ -21,12 +21,12 @@ from xenpv.io.atomic_output import Output
 from xenpv.io.background import BackgroundWorker
 from xenpv.io.file_kind import FileKind
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.p2m import frame_reader
+from xenpv.memory.p2m_reader import frame_reader
 from xenpv.runs import Runs, group_rows
 from xenpv.source.domain import Domain
 
 _PIECES: dict[str, Callable[[ExportJob], Iterator[Piece]]] = {
-    "elf": elf.pieces,
+    "elf": elf_core.pieces,
     "lime": lime.pieces,
     "raw": raw.pieces,
     "dumpcore": dumpcore.pieces,

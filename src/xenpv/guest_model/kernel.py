@@ -23,7 +23,7 @@ from xenpv.guest_model.p2m_forms import PublishedForm, parse_form
 from xenpv.host.model.guest_view import GuestView
 from xenpv.host.model.host import SHUTDOWN_SUSPEND
 from xenpv.host.xenstore_nodes import CONTROL_SHUTDOWN
-from xenpv.memory.p2m import names_local_frame
+from xenpv.memory.p2m_reader import names_local_frame
 
 SUSPEND_EVENT_CHANNEL = "device/suspend/event-channel"
 _COUNTER_SHIFT = np.uint64(40)

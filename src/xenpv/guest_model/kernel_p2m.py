@@ -25,8 +25,8 @@ from xenpv.guest_model.kernel_pages import P2M_LIST_RANGE, PAGE, KernelPages, St
 from xenpv.guest_model.p2m_forms import PublishedForm
 from xenpv.host.model.guest_view import GuestView
 from xenpv.memory.frame_tree import build_tree
-from xenpv.memory.p2m import decode_entries
 from xenpv.memory.p2m_anchors import Anchors, tree_capacity
+from xenpv.memory.p2m_reader import decode_entries
 from xenpv.memory.p2m_writer import encode_entries, write_page_tables, write_tree_anchors
 from xenpv.memory.page_tables import as_ptes, frame_to_cr3, page_number
 from xenpv.runs import FrameRuns

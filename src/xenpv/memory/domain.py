@@ -11,7 +11,7 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.errors import Fault
 from xenpv.frames import NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U64, Frames, Pfn, Vaddr, first_bad
-from xenpv.memory.p2m import frame_reader
+from xenpv.memory.p2m_reader import frame_reader
 from xenpv.memory.page_tables import Walk, translate, walk_vaddr
 from xenpv.memory.paging import PV_PAGING, Paging
 from xenpv.memory.registers import Registers

@@ -8,7 +8,7 @@ from enum import IntEnum
 import numpy as np
 
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, U8, U64, Mask
-from xenpv.memory.p2m import P2M, Leaves, names_local_frame
+from xenpv.memory.p2m_reader import P2M, Leaves, names_local_frame
 from xenpv.runs import FrameRuns
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, U8, U64, Frames, Mask, nonzero_pages
-from xenpv.memory.p2m import frame_reader
+from xenpv.memory.p2m_reader import frame_reader
 from xenpv.report.pfn_ranges import NO_RANGES, PfnRanges, RangeCollector
 from xenpv.runs import Extents, group_rows
 

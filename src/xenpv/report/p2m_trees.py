@@ -11,8 +11,8 @@ import numpy as np
 from xenpv.errors import GuestError
 from xenpv.frames import ENTRIES, NO_FRAME, PAGE_SIZE, U8, U64
 from xenpv.memory.frame_tree import ReadFrames, walk_tree
-from xenpv.memory.p2m import P2M, decode_entries
 from xenpv.memory.p2m_anchors import Anchors, P2MForm, P2MRoot
+from xenpv.memory.p2m_reader import P2M, decode_entries
 from xenpv.memory.page_tables import decode_page_tables
 from xenpv.report.pfn_ranges import PfnRanges
 from xenpv.runs import FrameRuns

@@ -9,7 +9,7 @@ import numpy as np
 
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
 from xenpv.frames import IS_POPULATED, IS_TABLE, PAGES_PER_BATCH, PINNED, U64, Frames, Mask
-from xenpv.memory.p2m import frame_reader
+from xenpv.memory.p2m_reader import frame_reader
 from xenpv.memory.page_tables import NO_PFN, PTE_GLOBAL, as_ptes, pte_frames
 from xenpv.runs import Extents, Runs
 

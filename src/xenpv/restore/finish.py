@@ -34,7 +34,7 @@ from xenpv.abi.xen import (
 from xenpv.errors import GuestError, RequestError
 from xenpv.frames import ABSENT, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, PINNED, U8, U64, PageType, first_bad, type_name
 from xenpv.host.protocol import DomainInfo, Mover, Ring, TscInfo, VcpuState
-from xenpv.memory.p2m import P2M
+from xenpv.memory.p2m_reader import P2M
 from xenpv.memory.p2m_writer import encode_entries
 from xenpv.memory.page_tables import cr3_to_frame, frame_to_cr3
 from xenpv.memory.physmap import CHUNK

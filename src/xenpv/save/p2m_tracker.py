@@ -16,7 +16,7 @@ import numpy.typing as npt
 from xenpv.errors import GuestError, RequestError
 from xenpv.frames import FOREIGN, I64, IDENTITY, NO_FRAME, PFNS_PER_BATCH, U64, DomId, first_bad
 from xenpv.host.protocol import Mover
-from xenpv.memory.p2m import P2M, Leaves, names_local_frame
+from xenpv.memory.p2m_reader import P2M, Leaves, names_local_frame
 from xenpv.runs import FrameRuns, group_rows
 from xenpv.save.state_records import bad_mfn
 from xenpv.source.live import LiveDomain

@@ -21,8 +21,8 @@ from xenpv.findings import Rule, Severity
 from xenpv.frames import NO_FRAME, PAGE_SIZE, U8, U64, Mask, PageType, Pfn
 from xenpv.io.stream_input import Input
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import P2M, frame_reader
 from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.p2m_reader import P2M, frame_reader
 from xenpv.memory.page_tables import as_ptes, normalise, normalise_pages, top_table_mfn
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents

@@ -14,8 +14,8 @@ import numpy as np
 from xenpv.abi.declare import Width
 from xenpv.frames import U8, U64, Frames, Mask, Pfn
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import P2M
 from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.p2m_reader import P2M
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents
 

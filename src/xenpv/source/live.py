@@ -21,8 +21,8 @@ from xenpv.errors import Fault, GuestError, HostError
 from xenpv.frames import ABSENT, IS_TABLE, NO_FRAME, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, first_bad
 from xenpv.host.protocol import DomainInfo, Host
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import P2M, names_local_frame
 from xenpv.memory.p2m_anchors import Anchors, P2MRoot
+from xenpv.memory.p2m_reader import P2M, names_local_frame
 from xenpv.memory.page_tables import normalise_pages, top_table_mfn
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents

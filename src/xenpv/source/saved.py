@@ -23,8 +23,8 @@ from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input, StreamSource
 from xenpv.io.tempfile import unlinked_file
 from xenpv.memory.domain import DomainMemory
-from xenpv.memory.p2m import P2M, frame_reader
 from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.p2m_reader import P2M, frame_reader
 from xenpv.memory.page_tables import cr3_to_frame
 from xenpv.memory.registers import Registers
 from xenpv.runs import Extents

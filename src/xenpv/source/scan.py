@@ -8,7 +8,7 @@ import numpy as np
 
 from xenpv.frames import HAS_DATA, PAGE_SHIFT, PAGES_PER_BATCH, U8, U64
 from xenpv.memory.domain import PagedDomain
-from xenpv.memory.p2m import frame_reader
+from xenpv.memory.p2m_reader import frame_reader
 
 
 def iter_pages(domain: PagedDomain) -> Iterator[tuple[int, int, bytes]]:

@@ -18,8 +18,8 @@ from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule
 from xenpv.frames import ABSENT, HAS_DATA, I64, IS_POPULATED, NO_FRAME, U64, PageType, type_name
 from xenpv.host.xenstore_nodes import MAX_MEM_SLACK
-from xenpv.memory.p2m import P2M, names_local_frame
 from xenpv.memory.p2m_anchors import Anchors
+from xenpv.memory.p2m_reader import P2M, names_local_frame
 from xenpv.runs import FrameRuns, expand_runs
 from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain

@@ -17,8 +17,8 @@ from xenpv.errors import GuestError
 from xenpv.findings import Findings, Rule, Severity
 from xenpv.frames import NO_FRAME, PAGE_SIZE, PFNS_PER_SCAN, U64, PageType
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.p2m import P2M, Leaves, names_local_frame
 from xenpv.memory.p2m_anchors import ROOTED_TREE_LEVELS, P2MForm, P2MRoot, tree_capacity
+from xenpv.memory.p2m_reader import P2M, Leaves, names_local_frame
 from xenpv.memory.p2m_survey import EntryKind, Survey, survey
 from xenpv.memory.page_tables import BITS_PER_LEVEL
 from xenpv.runs import FrameRuns

@@ -15,7 +15,7 @@ from tests.support.hypercalls_stub import HypercallsStub
 from tests.support.libxenstore_stub import LibxenstoreStub, connect
 from xenpv.errors import HostError, iter_notes
 from xenpv.frames import DomId
-from xenpv.host.xen import libxen
+from xenpv.host.xen import shared_libraries
 from xenpv.host.xen.host import XenHost, ram_bounds
 
 RAM, RESERVED = 1, 2
@@ -28,12 +28,12 @@ def privcmd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A file that opens as the privileged command device does."""
     path = tmp_path / "privcmd"
     path.touch()
-    monkeypatch.setattr(libxen, "PRIVCMD", (str(tmp_path / "absent"), str(path)))
+    monkeypatch.setattr(shared_libraries, "PRIVCMD", (str(tmp_path / "absent"), str(path)))
     return path
 
 
 def test_open_without_xen_raises_enodev(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(libxen, "PRIVCMD", (str(tmp_path / "one"), str(tmp_path / "two")))
+    monkeypatch.setattr(shared_libraries, "PRIVCMD", (str(tmp_path / "one"), str(tmp_path / "two")))
     with pytest.raises(HostError, match=r"/one .*/two ") as caught:
         XenHost()
     assert caught.value.errno == errno.ENODEV
@@ -52,14 +52,14 @@ def test_open_without_root_raises_eacces(privcmd: Path, monkeypatch: pytest.Monk
 
 
 def test_open_without_libxencall_names_the_library(privcmd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(libxen, "LIBXENCALL", ("libxenpv-no-such.so.1", "libxenpv-no-such.so.2"))
+    monkeypatch.setattr(shared_libraries, "LIBXENCALL", ("libxenpv-no-such.so.1", "libxenpv-no-such.so.2"))
     with pytest.raises(HostError, match=r"libxenpv-no-such\.so\.1 or libxenpv-no-such\.so\.2"):
         XenHost()
 
 
 def test_open_on_an_unknown_version_names_it_and_the_known_ones(privcmd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = HypercallsStub(version=(4, 99))
-    monkeypatch.setattr(libxen, "Hypercalls", lambda: calls)
+    monkeypatch.setattr(shared_libraries, "Hypercalls", lambda: calls)
     with pytest.raises(HostError, match=r"4\.99\.9-rc1: .* 4\.14, 4\.17, 4\.20$"):
         XenHost()
     assert calls.closed

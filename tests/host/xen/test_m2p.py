@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.support.hypercalls_stub import HypercallsStub
 from xenpv.frames import I64, U64, DomId
-from xenpv.host.xen import domctl, libxen
+from xenpv.host.xen import domctl, shared_libraries
 from xenpv.host.xen.m2p import M2P
 
 ALL_ONES = (1 << 64) - 1
@@ -27,7 +27,7 @@ class ForeignMemoryStub:
         libc = ctypes.CDLL(None)
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | libxen.MAP_FIXED
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | shared_libraries.MAP_FIXED
         assert libc.mmap(at, 4096 * len(mfns), mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == at
         first = self.chunk_of[int(mfns[0])] << 18
         content = 2 * np.arange(first, first + (1 << 18), dtype=np.uint64)

@@ -12,7 +12,7 @@ from xenpv.errors import GuestError
 from xenpv.findings import Findings, Severity
 from xenpv.host.protocol import find_domain
 from xenpv.host.xen.host import XenHost
-from xenpv.memory.p2m import names_local_frame
+from xenpv.memory.p2m_reader import names_local_frame
 from xenpv.memory.p2m_survey import survey
 from xenpv.source.live import LiveDomain
 from xenpv.verify.physmap import PhysmapCheck

@@ -18,7 +18,7 @@ from xenpv.abi import dumpcore as abi
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT, XEN_VIRT_64
 from xenpv.export.formats.content import Pages, Piece, padded
-from xenpv.export.formats.elf import IDENT, MACHINE
+from xenpv.export.formats.elf_core import IDENT, MACHINE
 from xenpv.export.formats.job import ExportJob
 from xenpv.export.formats.notes import note
 from xenpv.export.machine_frames import MachineFrames

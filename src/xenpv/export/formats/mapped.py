@@ -17,7 +17,7 @@ from xenpv.errors import GuestError
 from xenpv.export.formats.job import ExportJob
 from xenpv.frames import ENTRIES, I64, NO_FRAME, PAGE_SHIFT, U64
 from xenpv.memory import frame_tree
-from xenpv.memory.p2m import frame_reader
+from xenpv.memory.p2m_reader import frame_reader
 from xenpv.memory.page_tables import BITS_PER_LEVEL, decode_page_tables, page_number, translate
 from xenpv.memory.paging import PV_PAGING
 from xenpv.runs import Runs, group_rows

@@ -16,7 +16,7 @@ from xenpv.frames import DomId
 from xenpv.host.errors import host_error
 from xenpv.host.protocol import DOM0, CpuPolicy, TscInfo, VcpuState
 from xenpv.host.xen import domctl
-from xenpv.host.xen.libxen import Buffer, Hypercalls
+from xenpv.host.xen.shared_libraries import Buffer, Hypercalls
 
 _BLOB_MAX = 1 << 20  # bytes: far more than any vcpu state or policy has
 _NO_CULPRIT = 0xFFFF_FFFF  # Xen blames no leaf, subleaf or MSR

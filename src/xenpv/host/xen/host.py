@@ -21,7 +21,7 @@ from xenpv.frames import U8, U64, DomId, Mask, first_bad
 from xenpv.host import xenstore_nodes
 from xenpv.host.errors import host_error
 from xenpv.host.protocol import DOM0, CpuPolicy, Daemons, DomainInfo, Ring, TscInfo, VcpuState, XenVersion
-from xenpv.host.xen import domctl, libxen, userdata
+from xenpv.host.xen import domctl, shared_libraries, userdata
 from xenpv.host.xen.cpu_state import CpuState
 from xenpv.host.xen.log_dirty import LogDirty
 from xenpv.host.xen.m2p import M2P
@@ -45,9 +45,9 @@ class XenHost:
     """
 
     def __init__(self) -> None:
-        libxen.check_privcmd()
-        self._calls = libxen.Hypercalls()
-        self._memory: libxen.ForeignMemory | None = None
+        shared_libraries.check_privcmd()
+        self._calls = shared_libraries.Hypercalls()
+        self._memory: shared_libraries.ForeignMemory | None = None
         self._store: XenStore | None = None
         self._m2p: M2P | None = None
         self._cpu_state = CpuState(self._calls, self._max_vcpu)
@@ -58,7 +58,7 @@ class XenHost:
             if interface is None:
                 raise unknown_version(self._version)
             self._interface = self._calls.interface = interface
-            self._memory = libxen.ForeignMemory()
+            self._memory = shared_libraries.ForeignMemory()
             frames = self._calls.call(domctl.MEMORY_OP, domctl.XENMEM_MAXIMUM_RAM_PAGE, 0, "maximum_ram_page")
             self._max_mfn = frames - 1  # Xen returns its max_page, which is one more
             self._ram_bounds = self._read_ram_bounds()

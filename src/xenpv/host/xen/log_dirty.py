@@ -11,7 +11,7 @@ from xenpv.frames import PAGE_SHIFT, PAGE_SIZE, U64, DomId
 from xenpv.host.errors import host_error
 from xenpv.host.protocol import DOM0, DomainInfo
 from xenpv.host.xen import domctl
-from xenpv.host.xen.libxen import Hypercalls
+from xenpv.host.xen.shared_libraries import Hypercalls
 
 _OP = "shadow_op"
 _LEAF_PFNS = 8 * PAGE_SIZE  # pfns of one page of Xen's bitmap

@@ -9,7 +9,7 @@ import numpy as np
 from xenpv.abi.x86 import PAGE_SIZE
 from xenpv.frames import U8, U64, Mask, first_bad
 from xenpv.host.errors import host_error
-from xenpv.host.xen import domctl, libxen
+from xenpv.host.xen import domctl, shared_libraries
 
 _ALL_ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _CHUNK_SHIFT = 18  # Xen hands out its m2p in chunks of 2 MiB: 2^18 entries, for 1 GiB of frames
@@ -24,7 +24,7 @@ class M2P:
     Each chunk is mapped at the first look-up in it; addresses are reserved for all.
     """
 
-    def __init__(self, calls: libxen.Hypercalls, memory: libxen.ForeignMemory, frames: int) -> None:
+    def __init__(self, calls: shared_libraries.Hypercalls, memory: shared_libraries.ForeignMemory, frames: int) -> None:
         self._memory = memory
         self._frames = frames
         chunks = -(-frames >> _CHUNK_SHIFT)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from xenpv.errors import HostError
 from xenpv.frames import DomId
 from xenpv.host.errors import host_error
-from xenpv.host.xen.libxen import bind, open_library
+from xenpv.host.xen.shared_libraries import bind, open_library
 from xenpv.host.xenstore_nodes import Access, Node
 
 LIBXENSTORE = ("libxenstore.so.4", "libxenstore.so.3.0")

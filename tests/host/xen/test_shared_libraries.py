@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from xenpv.frames import PAGE_SIZE, DomId
-from xenpv.host.xen import libxen
+from xenpv.host.xen import shared_libraries
 
 
 @pytest.fixture
-def memory() -> Iterator[tuple[libxen.ForeignMemory, int]]:
+def memory() -> Iterator[tuple[shared_libraries.ForeignMemory, int]]:
     """Foreign memory whose frame n is page n of a file, and that file."""
     file = os.memfd_create("frames")
     os.truncate(file, 8 * PAGE_SIZE)
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_size_t)
-    foreign = libxen.ForeignMemory.__new__(libxen.ForeignMemory)
+    foreign = shared_libraries.ForeignMemory.__new__(shared_libraries.ForeignMemory)
     attributes: Any = foreign
     attributes._mmap, attributes._closing, attributes._handle = libc.mmap, False, 1
 
@@ -44,7 +44,7 @@ def memory() -> Iterator[tuple[libxen.ForeignMemory, int]]:
     os.close(file)
 
 
-def test_map_writable_writes_in_place_until_the_block_ends(memory: tuple[libxen.ForeignMemory, int]) -> None:
+def test_map_writable_writes_in_place_until_the_block_ends(memory: tuple[shared_libraries.ForeignMemory, int]) -> None:
     foreign, file = memory
     with foreign.map_writable(DomId(7), np.array([5, 2], np.uint64)) as (pages, errors):
         assert pages.shape == (2, PAGE_SIZE)

@@ -22,7 +22,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VGCF_IN_KERNEL
 from xenpv.errors import GuestError, HostError
 from xenpv.export.export import export
-from xenpv.export.formats import elf
+from xenpv.export.formats import elf_core
 from xenpv.export.formats.content import runs_with_data
 from xenpv.export.formats.mapped import find_direct_map
 from xenpv.memory import frame_tree
@@ -175,7 +175,7 @@ def test_elf_with_65535_segments_counts_them_in_section_0(tmp_path: Path) -> Non
     """65535 and more: the number is in section header 0, and each page that is not there is in no segment."""
     frames = Sparse(70_000)
     pages = runs_with_data(frames.extents())
-    head = elf.Headers(pages, 8, 0, direct_map=0xFFFF_8880_0000_0000).pack(b"")
+    head = elf_core.Headers(pages, 8, 0, direct_map=0xFFFF_8880_0000_0000).pack(b"")
     core = tmp_path / "head"
     core.write_bytes(head)
     with core.open("r+b") as file:
@@ -190,7 +190,7 @@ def test_elf_with_65535_segments_counts_them_in_section_0(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("number", [65_533, 65_534])
 def test_elf_with_segments_at_the_limit_counts_them(number: int, tmp_path: Path) -> None:
-    head = elf.Headers(runs_with_data(Sparse(number).extents()), 8, 0).pack(b"")
+    head = elf_core.Headers(runs_with_data(Sparse(number).extents()), 8, 0).pack(b"")
     (tmp_path / "head").write_bytes(head)
     with (tmp_path / "head").open("rb") as file:
         assert parse_elf(file).num_segments() == number + 1

@@ -17,8 +17,8 @@ from xenpv.abi.declare import Width
 from xenpv.abi.xen import INVALID_MFN, SHARED_INFO
 from xenpv.errors import GuestError
 from xenpv.frames import I64, NO_FRAME, U64
-from xenpv.memory.p2m import P2M, frame_reader
 from xenpv.memory.p2m_anchors import Anchors, P2MForm
+from xenpv.memory.p2m_reader import P2M, frame_reader
 from xenpv.runs import FrameRuns
 
 NONE = int(NO_FRAME)
