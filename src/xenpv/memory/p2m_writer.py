@@ -1,4 +1,4 @@
-"""Writing a p2m: the inverse of p2m.py.
+"""Writing a p2m: the inverse of p2m_reader.py.
 
 It makes leaves out of entries, and above them a tree of any depth or page tables.
 
