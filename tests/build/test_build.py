@@ -200,6 +200,17 @@ def test_build_host_refuses_call_leaves_nothing(call: str, monkeypatch: pytest.M
         assert (host.free_pages(), xenstore_nodes(host, "/")) == before
 
 
+def test_build_that_fails_and_cannot_destroy_raises_the_first_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, kernel = ModelHost(256 * MIB), KERNELS["64 bit, p2m outside"]
+    monkeypatch.setattr(host, "set_memory_map", RefusingCall(host.set_memory_map, 0))
+    monkeypatch.setattr(host, "destroy", RefusingCall(host.destroy, 0))
+    with pytest.raises(HostError) as e:
+        build(host, kernel, plan(kernel, Request(32 * MIB)))
+    [note] = e.value.__notes__
+    assert "xl destroy 1" in note
+    assert [info.domid for info in host.domains()] == [0, 1]
+
+
 def test_build_host_with_too_little_memory_raises_before_creating() -> None:
     host = ModelHost(256 * MIB)
     kernel = KERNELS["64 bit, p2m outside"]

@@ -255,6 +255,42 @@ def test_page_repacker_drop_zero_keeps_content_of_p2m_frames() -> None:
     assert repacker.zero_pages == 1
 
 
+@pytest.mark.parametrize("batch", [None, 1, 10])
+@pytest.mark.parametrize("drop_zero", [False, True])
+def test_page_repacker_keeps_the_last_of_a_pfn_that_comes_twice(batch: int | None, drop_zero: bool) -> None:
+    """A restorer takes the entries in order. verify only warns of such a record, so it may come."""
+    contents = [b"a" * PAGE, bytes(PAGE), b"c" * PAGE, b"d" * PAGE]
+    repacker, given = PageRepacker(batch, drop_zero=drop_zero), b"".join(contents)
+    position = 0
+
+    def read_into(into: memoryview) -> None:
+        nonlocal position
+        into[:] = given[position : position + len(into)]
+        position += len(into)
+
+    memory: dict[int, bytes] = {}
+    records = [*repacker.add(np.array([5, 5, 6, 5 | XTAB << 60, 6], np.uint64), read_into), *repacker.flush()]
+    for entries, arrays in records:
+        assert len(np.unique(entries & np.uint64((1 << 52) - 1))) == len(entries)
+        pages = iter(np.concatenate(arrays)) if arrays else iter(())
+        for entry in entries.tolist():
+            has_content = entry >> 60 not in {XALLOC, XTAB}
+            memory[entry & (1 << 52) - 1] = next(pages).tobytes() if has_content else b""
+    assert memory == {5: b"", 6: contents[3]}
+    assert position == len(given)
+
+
+def test_page_repacker_drop_zero_sends_zeros_after_other_content_of_the_same_record() -> None:
+    repacker = PageRepacker(drop_zero=True)
+
+    def read_into(into: memoryview) -> None:
+        into[:] = b"x" * PAGE + bytes(PAGE)
+
+    ((entries, (content,)),) = repacker.add(np.array([5, 5], np.uint64), read_into)
+    assert entries.tolist() in ([5], [5 | XALLOC << 60]), "zeros, as the last entry says"
+    assert not content.any()
+
+
 # --- Remus ------------------------------------------------------------------------------------------------------------
 
 

@@ -185,6 +185,7 @@ def test_balloon_and_move_of_unsuitable_pfns_change_nothing() -> None:
         ("move", (free[8:9], free[9:10]), f"pfn {int(free[9]):#x} "),
         ("move", (free[8:9], array(2)), "pfn 0x2 "),
         ("move", (free[8:10], array(9000, 9000)), "2 pages"),
+        ("move", (free[[8, 8]], array(9000, 9001)), "twice"),
         ("write_pattern", (free[:1], 1), f"pfn {int(free[0]):#x} "),
         ("spread", (2000,), "64 groups"),
     ):

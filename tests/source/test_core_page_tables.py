@@ -18,6 +18,7 @@ from xenpv.export.export import export
 from xenpv.frames import PageType
 from xenpv.memory.page_tables import NO_PFN
 from xenpv.source.core import CoreDomain
+from xenpv.source.core_page_tables import PageTables, PageTableSearch
 
 PAGE = 4096
 ENTRY = 0x67
@@ -146,6 +147,20 @@ def test_read_only_page_table_with_foreign_entries_is_a_page_table(ran: Ran, tmp
         entries = opened.frames.pages(array(ran.ended)).view("<u8")[0, :4].tolist()
         assert [entry >> 12 for entry in entries] == [*ran.domain.places.data[:2], NO_PFN, NO_PFN]
         assert opened.frames.tables.stale == 0
+
+
+def test_pae_top_tables_are_found_after_a_batch_without_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Xen's entries are known only from the first batch that has a top table, which need not be the first one."""
+    monkeypatch.setattr("xenpv.source.core_page_tables.PAGES_PER_BATCH", 1)
+    domain = pv_domain(width=4, pfns=range(128))
+    path = tmp_path / "pae.core"
+    path.write_bytes(bytes(core_of(domain)))
+    with CoreDomain.open(str(path)) as core:
+        pages = core.page_list
+        search = PageTableSearch(pages.raw, 4, pages.pfns_of, pages.mfns_of, pages.runs)
+        tops = sorted(domain.tables(3))
+        candidates = array(*domain.places.data[:2], *tops)
+        assert search._select_pae_l3(candidates, PageTables.empty()).tolist() == tops
 
 
 def test_export_of_a_core_with_stale_page_tables_has_a_remark(ran: Ran, tmp_path: Path) -> None:

@@ -88,8 +88,11 @@ def build(
         built = _Builder(host, domid, memory, image=image, layout=layout, report=report).run(ramdisk)
         if config is not None:
             host.set_configuration(domid, config)
-    except BaseException:
-        host.destroy(domid)
+    except BaseException as e:
+        try:
+            host.destroy(domid)
+        except HostError as failure:
+            e.add_note(f"dom{domid} is left, unfinished: {failure}; xl destroy {domid} removes it")
         raise
     return built
 

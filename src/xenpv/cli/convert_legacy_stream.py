@@ -72,7 +72,7 @@ def convert(
 
     write_verified(conversion, sink)
     if kind is Kind.LIBXC:
-        for record in conversion.emulators:
+        for record in conversion.emulators.values():
             if isinstance(record, EmulatorContext):
                 out.write([_QEMU, len(record.data).to_bytes(4, "little"), record.data])
 

@@ -123,7 +123,7 @@ class Conversion:
     Attributes:
         result: filled in on the way, complete at the end of ``output``.
         config: the configuration in the input's envelope, of the format ``config_format``.
-        emulators: the device model's state, of each kind and index the last record.
+        emulators: the device model's state, of each kind and index the last record, in the order of the last ones.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Conversion:
     ) -> None:
         self.result = ConversionResult(source.name)
         self.config, self.config_format = b"", ""
-        self.emulators: list[libxl.EmulatorRecord] = []
+        self.emulators: dict[tuple[type, int], libxl.EmulatorRecord] = {}
         self._on_event = on_event
         self._source = source
         self._reader = reader
@@ -209,15 +209,15 @@ class Conversion:
                 self._convert_section(event)
             case libxl.EmulatorRecord():
                 # A checkpoint has all emulator records, so the last one of each kind counts.
-                same = [e for e in self.emulators if (type(e), e.index) == (type(event), event.index)]
-                self.emulators = [e for e in self.emulators if e not in same] + [event]
+                self.emulators.pop((type(event), event.index), None)
+                self.emulators[type(event), event.index] = event
             case ImageHeader():
                 self._version = event.version
             case DomainHeader():
                 yield self._start(event)
             case PageDeltas():
                 self._deltas.apply(event)
-            case PageData() if self._deltas.has_deltas:
+            case PageData() if self._deltas.has_deltas:  # without content: compression stays on once it is
                 self._deltas.set_types(event.entries)
             case PageData():
                 if self._reader.is_legacy:
@@ -295,7 +295,7 @@ class Conversion:
             Unsupported: the options do not allow it.
         """
         if not self._options.drop_emulator:
-            kind = self.result.kind
+            kind = self._options.kind or self.result.source_kind
             message = (
                 f"a {kind} file cannot carry the device model's state ({name}), which an HVM domain needs to resume"
             )
@@ -306,11 +306,11 @@ class Conversion:
         """Write the records after libxc's stream, and complete the result."""
         result = self.result
         if envelope.INNER_KIND[result.kind] is Kind.LIBXL:
-            for record in self.emulators:
+            for record in self.emulators.values():
                 yield self._writer.send(record)
             yield self._writer.send(libxl.LibxlEnd())
         else:
-            for record in self.emulators:
+            for record in self.emulators.values():
                 self._omit_emulator(record.name, record.offset)
         if trailer := envelope.envelope_trailer(result.kind):
             yield trailer

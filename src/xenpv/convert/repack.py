@@ -82,7 +82,7 @@ class PageRepacker:
     def __init__(self, batch: int | None = None, *, drop_zero: bool = False) -> None:
         self.pages = 0
         self.zero_pages = 0
-        self._required_pfns = np.empty(0, np.uint64)  # those of keep_content, ascending
+        self._required_pfns = PfnMarks()  # those of keep_content
         self._batch = batch or BATCH
         self._join_records = batch is not None
         self._nonzero_pfns = PfnMarks() if drop_zero else None  # pfns that came with content other than zeros
@@ -91,18 +91,19 @@ class PageRepacker:
 
     def keep_content(self, pfns: U64) -> None:
         """Send these pfns with their content, even if it is zeros."""
-        self._required_pfns = np.union1d(self._required_pfns, pfns)
+        self._required_pfns.set(pfns, 1)
 
     def add(self, entries: U64, read_into: ReadInto) -> Iterator[Batch]:
         """Add a record's entries; yield the records that are full now.
 
-        ``read_into`` gives their content.
+        ``read_into`` gives their content. Of a pfn that the record has twice the last one counts, as for a restorer.
         """
         entries = entries & np.uint64(~RESERVED_MASK & (1 << 64) - 1)
         for first in range(0, len(entries), self._batch):
             batch = entries[first : first + self._batch]
             content = np.empty((int(np.count_nonzero(content_mask(batch))), PAGE_SIZE), np.uint8)
             read_into(content.reshape(-1).data)
+            batch, content = _keep_last(batch, content)
             if self._nonzero_pfns is not None:
                 batch, content = self._drop_zero_pages(batch, content)
             self.pages += len(content)
@@ -139,7 +140,7 @@ class PageRepacker:
         pfns = entries[with_data] & np.uint64(PFN_MASK)
         nonzero = nonzero_pages(content)
         droppable = ~nonzero & (entries[with_data] >> np.uint64(TYPE_SHIFT) == PageType.NOTAB)
-        droppable &= ~np.isin(pfns, self._required_pfns) & (self._nonzero_pfns.get(pfns) == 0)
+        droppable &= (self._required_pfns.get(pfns) == 0) & (self._nonzero_pfns.get(pfns) == 0)
         self._nonzero_pfns.set(pfns[nonzero], 1)
         if not droppable.any():
             return entries, content
@@ -147,6 +148,17 @@ class PageRepacker:
         entries = entries.copy()
         entries[with_data[droppable]] = pfns[droppable] | np.uint64(PageType.XALLOC << TYPE_SHIFT)
         return entries, content[~droppable]
+
+
+def _keep_last(entries: U64, content: U8) -> tuple[U64, U8]:
+    """Return a batch without all but the last entry of each pfn, and without their content."""
+    pfns = entries & np.uint64(PFN_MASK)
+    if len(pfns) < 2 or (pfns[1:] > pfns[:-1]).all():
+        return entries, content
+    _, from_end = np.unique(pfns[::-1], return_index=True)
+    kept = np.zeros(len(pfns), np.bool_)
+    kept[len(pfns) - 1 - from_end] = True
+    return entries[kept], content[kept[content_mask(entries)]]
 
 
 def content_mask(entries: U64) -> Mask:

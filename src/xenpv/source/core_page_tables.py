@@ -178,9 +178,9 @@ class PageTableSearch:
             l2_pfns = self.pfns_of(pte_frames(last))
             rows = np.flatnonzero(valid & (l2_pfns != NO_FRAME))
             l2_ends = as_ptes(self.raw.pages(l2_pfns[rows]))[:, XEN_PAE_L2_FIRST:]
-            if xen_entries is None:
+            if xen_entries is None and len(l2_ends):
                 xen_entries = l2_ends[:1]
-            if len(xen_entries):
+            if xen_entries is not None:
                 selected.append(batch[rows[(l2_ends == xen_entries).all(axis=1)]])
         return np.concatenate(selected)
 

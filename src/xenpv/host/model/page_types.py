@@ -76,7 +76,10 @@ class PageTypes:
     def get_page_type(self, owner: Owner, mfn: int, page_type: int, *, pae_xen_l2: bool = False) -> None:
         """Take a reference to a frame as a page type.
 
-        If that is impossible, HypercallError, and nothing changes.
+        If that is impossible, HypercallError, and no reference changes; a frame without any has no type then.
+
+        No frame is met again within its own promotion: an entry names a table of the level below, or, read-only, a
+        validated table of its own level.
         """
         row = self._frames.row_if_owned(mfn, owner.id)
         if row < 0:
