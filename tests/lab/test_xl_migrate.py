@@ -52,7 +52,7 @@ def test_a_guest_that_works_goes_to_another_host(hosts: Hosts, xen: str) -> None
             began = time.monotonic()
             said = arrives(pair, f"{sender} {how}", receives)
             print(f"\nXen {xen}, {sides}: {time.monotonic() - began:.1f} s\n{said}")
-            assert ("xenpv: info: round" in said) == (sender == OURS and xen in LIVE)
+            assert ("xenpv: info: iteration" in said) == (sender == OURS and xen in LIVE)
         for sides, (sender, receives) in SIDES.items():
             if xen not in LIVE:
                 continue  # stock's sends all twice of a live one only
@@ -81,7 +81,7 @@ def test_what_ends_on_the_way(hosts: Hosts) -> None:
             there = pair.receiver(OURS)
             sending = pair.here.start(migrate(pair, f"{OURS} {SLOWLY}"))
             deadline = time.monotonic() + LISTENING
-            while "round 0" not in sending.output_so_far():
+            while "iteration 0" not in sending.output_so_far():
                 assert time.monotonic() < deadline
                 assert not sending.done(), sending.wait().tails()
                 time.sleep(0.1)

@@ -283,8 +283,8 @@ def test_serve_live_save_logs_each_iteration(guest: Guest, stream: BinaryIO) -> 
     libxl = save(guest, stream.fileno(), live=True)
     assert libxl.kinds == [Message.SUSPEND, Message.COMPLETE]
     said = [text for level, _, _, text in libxl.values(Message.LOG) if level == Level.INFO]
-    assert said[0] == "round 0: 2048 pages to be sent while it runs"
-    assert re.fullmatch(r"round 1: \d+ pages to be sent while it stands still", said[-2])
+    assert said[0] == "iteration 0: 2048 pages to be sent while it runs"
+    assert re.fullmatch(r"iteration 1: \d+ pages to be sent while it stands still", said[-2])
     data = Path(f"/proc/self/fd/{stream.fileno()}").read_bytes()
     assert verify_bytes(data) == []
 

@@ -31,7 +31,7 @@ class TransferMeter:
         self._slept = 0.0  # seconds in this iteration
 
     def begin_iteration(self, phase: Phase, pages: int, *, dirty: int = 0) -> None:
-        """Start the next pass over memory, which is to send ``pages`` pages."""
+        """Start the next iteration, which is to send ``pages`` pages."""
         self.iteration += 1
         self._phase, self._iteration_pages, self._iteration_done, self._dirty = phase, pages, 0, dirty
         self._iteration_start, self._bytes_before_iteration, self._slept = time.monotonic(), self.bytes, 0.0

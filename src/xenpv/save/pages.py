@@ -98,7 +98,9 @@ class PageSender:
         self._types = np.empty(0, np.uint8)
 
     def add(self, pfns: U64, mfns: U64) -> None:
-        """Send pages, keeping back what does not fill a window.
+        """Send pages, keeping back the last ones, which fill no window.
+
+        While the guest runs, pages whose frame it gave up since its p2m was read are deferred rather than sent.
 
         Args:
             pfns: uint64 (n,).
@@ -108,14 +110,14 @@ class PageSender:
             HostError: A page cannot be mapped, or is of no known type.
             Fault: An entry of a page table names no frame of the domain, or a superpage.
         """
-        pfns, mfns, types = self._look_up_types(pfns, mfns)
+        pfns, mfns, types = self._select_owned(pfns, mfns)
         pfns, mfns = np.append(self._pfns, pfns), np.append(self._mfns, mfns)
         types = np.append(self._types, types)
-        begin = 0
-        for end in _ends(HAS_DATA[types], _WINDOW):
-            self._send_window(pfns[begin:end], mfns[begin:end], types[begin:end])
-            begin = end
-        self._pfns, self._mfns, self._types = pfns[begin:], mfns[begin:], types[begin:]
+        first = 0
+        for end in _part_ends(HAS_DATA[types], _WINDOW):
+            self._send_window(pfns[first:end], mfns[first:end], types[first:end])
+            first = end
+        self._pfns, self._mfns, self._types = pfns[first:], mfns[first:], types[first:]
 
     def flush(self) -> None:
         """Send what was kept back, and wait until all is written. Raises as ``add``."""
@@ -125,10 +127,10 @@ class PageSender:
             self._send_window(pfns, mfns, types)
         self._output.wait()
 
-    def _look_up_types(self, pfns: U64, mfns: U64) -> tuple[U64, U64, U8]:
-        """Return pfns, mfns and types.
+    def _select_owned(self, pfns: U64, mfns: U64) -> tuple[U64, U64, U8]:
+        """Return the pfns, mfns and types of pages that are the domain's; defer the others.
 
-        Defer those that left a running domain since its p2m was read.
+        Only a running domain can have given up pages since its p2m was read.
         """
         types = self._live.host.page_types(self._live.info.domid, mfns)
         if (at := first_bad(~IS_KNOWN[types])) is not None:
@@ -153,22 +155,22 @@ class PageSender:
             self._sent.page_table_pfns.append(pfns[is_table])
         content, mapped = self._map(pfns[is_plain], mfns[is_plain])
         if not (normalised.all() and mapped.all()):
-            good = np.ones(len(pfns), np.bool_)
-            good[is_table], good[is_plain] = normalised, mapped
-            self._defer(pfns[~good])
+            sendable = np.ones(len(pfns), np.bool_)
+            sendable[is_table], sendable[is_plain] = normalised, mapped
+            self._defer(pfns[~sendable])
             tables, content = tables[normalised], content[mapped]
-            pfns, types, has_data, is_table = pfns[good], types[good], has_data[good], is_table[good]
+            pfns, types, has_data, is_table = pfns[sendable], types[sendable], has_data[sendable], is_table[sendable]
         self._sent.count(types)
-        begin = 0
-        for end in dict.fromkeys([*_ends(has_data, PAGES_PER_BATCH), len(pfns)]):
-            part = slice(begin, end)
+        first = 0
+        for end in dict.fromkeys([*_part_ends(has_data, PAGES_PER_BATCH), len(pfns)]):
+            part = slice(first, end)
             table_pages = is_table[part][has_data[part]]
             n_tables = int(np.count_nonzero(table_pages))
             n_plain = len(table_pages) - n_tables
-            if end > begin:
+            if end > first:
                 buffers = _interleave(table_pages, tables[:n_tables], content[:n_plain])
                 self._output.send_pages(_encode_entries(types[part], pfns[part]), buffers, len(table_pages))
-            tables, content, begin = tables[n_tables:], content[n_plain:], end
+            tables, content, first = tables[n_tables:], content[n_plain:], end
 
     def _map(self, pfns: U64, mfns: U64) -> tuple[U8, Mask]:
         if not len(mfns):
@@ -239,7 +241,7 @@ def _encode_entries(types: U8, pfns: U64) -> bytes:
     return (types.astype(np.uint64) << np.uint64(TYPE_SHIFT) | pfns).astype("<u8", copy=False).tobytes()
 
 
-def _ends(has_data: Mask, pages: int) -> list[int]:
+def _part_ends(has_data: Mask, pages: int) -> list[int]:
     """Return the ends of parts of ``pages`` pages with content each.
 
     A part also ends at ENTRIES_MAX entries. The rest fills none.

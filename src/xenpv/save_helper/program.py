@@ -194,8 +194,8 @@ def _progress_to(libxl: Libxl, *, live: bool) -> ProgressCallback:
         iteration, phase = progress.transfer.iteration, progress.transfer.phase
         if live and (iteration, phase) != logged and phase in when:
             logged = iteration, phase
-            libxl.log(Level.INFO, f"round {iteration}: {progress.total} pages to be sent {when[phase]}")
-        libxl.progress(f"Pages, round {iteration}" if live else "Pages", progress.done, progress.total)
+            libxl.log(Level.INFO, f"iteration {iteration}: {progress.total} pages to be sent {when[phase]}")
+        libxl.progress(f"Pages, iteration {iteration}" if live else "Pages", progress.done, progress.total)
 
     return report
 
