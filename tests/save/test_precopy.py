@@ -210,13 +210,13 @@ def test_live_save_generation_stays_odd_is_refused() -> None:
     guest = Guest.boot("linear")
     attend(guest, [lambda: arch(guest, p2m_generation=7)])
     heap = MemorySink()
-    with pytest.raises(GuestError, match="p2m_generation 0x7 is odd: the guest was stopped"):
+    with pytest.raises(GuestError, match="p2m_generation 0x7 "):
         save(guest.host, guest.domid, heap, live=PrecopyPolicy(), suspend=lambda: suspend(guest.host, guest.domid))
     assert heap.calls
     is_off(guest)
     assert cancel_suspend(guest) is True
     again = MemorySink()
-    with pytest.raises(GuestError, match="p2m_generation 0x7 is odd: giving up"):
+    with pytest.raises(GuestError, match="p2m_generation 0x7 "):
         save(guest.host, guest.domid, again, live=PrecopyPolicy(), suspend=lambda: suspend(guest.host, guest.domid))
     assert again.calls == []
     is_off(guest)
@@ -241,7 +241,7 @@ def test_live_save_p2m_changing_all_the_time_arrives_in_stop_and_copy() -> None:
 def test_live_save_p2m_shrunk_meanwhile_is_refused() -> None:
     guest = Guest.boot("tree3")
     attend(guest, [lambda: arch(guest, max_pfn=4096 - 512)])
-    with pytest.raises(GuestError, match=r"0xdff .* 0xfff"):
+    with pytest.raises(GuestError, match="0xfff") as e:
         save(
             guest.host,
             guest.domid,
@@ -249,6 +249,7 @@ def test_live_save_p2m_shrunk_meanwhile_is_refused() -> None:
             live=PrecopyPolicy(),
             suspend=lambda: suspend(guest.host, guest.domid),
         )
+    assert e.value.pfn == 0xDFF
     is_off(guest)
 
 
@@ -257,7 +258,7 @@ def test_live_save_populated_leaf_in_two_places_is_refused() -> None:
     end = a_page(guest)
     leaf = int(guest.live.p2m.leaves.frame[0])
     attend(guest, [lambda: tree_of(guest, {8: leaf, 9: end}, 10 * 512)])
-    with pytest.raises(GuestError, match="512 pages and is used 2 times"):
+    with pytest.raises(GuestError) as e:
         save(
             guest.host,
             guest.domid,
@@ -265,6 +266,7 @@ def test_live_save_populated_leaf_in_two_places_is_refused() -> None:
             live=PrecopyPolicy(),
             suspend=lambda: suspend(guest.host, guest.domid),
         )
+    assert e.value.pfn == 0
     is_off(guest)
 
 
@@ -376,8 +378,9 @@ def test_live_save_host_without_log_dirty_is_refused_before_the_first_byte() -> 
     def log_dirty(domid: DomId, *, on: bool) -> None:
         raise HostError("Operation not supported", op="shadow_op", errno=95)
 
-    with pytest.raises(HostError, match="not supported"):
+    with pytest.raises(HostError) as e:
         save(PatchedHost(guest, log_dirty=log_dirty), guest.domid, heap, live=PrecopyPolicy(), suspend=lambda: None)
+    assert (e.value.op, e.value.errno) == ("shadow_op", 95)
     assert heap.calls == []
 
 
@@ -388,14 +391,14 @@ def test_save_suspend_callback_without_effect_is_refused(live: PrecopyPolicy | N
         (lambda: None, "runs"),
         (lambda: guest.host.hypervisor.shutdown(guest.domid, 3), "shut down for reason 3"),
     ):
-        with pytest.raises(GuestError, match=f"dom1 .litmus. has not suspended: it {why}"):
+        with pytest.raises(GuestError, match=rf"dom1 .litmus. .*{why}"):
             save(guest.host, guest.domid, MemorySink(), live=live, suspend=spoil)
         is_off(guest)
 
 
 def test_live_save_without_suspend_callback_is_refused() -> None:
     guest = Guest.boot("linear")
-    with pytest.raises(RequestError, match="suspend"):
+    with pytest.raises(RequestError):
         save(guest.host, guest.domid, MemorySink(), live=PrecopyPolicy())
 
 

@@ -38,6 +38,12 @@ from xenpv.save.save import save
 from xenpv.stream.envelope import Kind
 
 
+def place_of(e: BaseException) -> tuple[int | None, int | None]:
+    """The pfn and the mfn that a GuestError names."""
+    assert isinstance(e, GuestError)
+    return e.pfn, e.mfn
+
+
 def test_save_p2m_beyond_2_to_the_32_pfns_is_refused() -> None:
     guest = Guest.boot("linear")
     guest.do("spread", (1 << 32) + 512)
@@ -45,8 +51,7 @@ def test_save_p2m_beyond_2_to_the_32_pfns_is_refused() -> None:
     e = refused(guest)
     assert isinstance(e, RequestError)
     assert (e.needed, e.available) == ((1 << 32) + 512, 1 << 32)
-    assert "0x1000001ff" in str(e)
-    assert "--xenpv-only" in str(e)
+    assert "--xenpv-only" in str(e), "the option to give"
 
 
 def test_save_p2m_with_a_hole_is_refused() -> None:
@@ -54,7 +59,7 @@ def test_save_p2m_with_a_hole_is_refused() -> None:
     missing = a_page(guest)
     guest.do("suspend")
     tree_of(guest, {8: 0, 9: missing}, 10 * 512)
-    assert "no leaf for pfns 0x1000 to 0x11ff" in str(refused(guest))
+    assert place_of(refused(guest)) == (0x1000, None)
 
 
 def test_save_unreadable_p2m_table_is_refused_with_its_mfn() -> None:
@@ -63,7 +68,7 @@ def test_save_unreadable_p2m_table_is_refused_with_its_mfn() -> None:
     arch(guest, max_pfn=2 << 18)
     foreign = int(guest.host.frames.owned(1)[7])
     second_list(guest, foreign)
-    assert str(refused(guest)).endswith(f"its p2m cannot be read: the table at mfn {foreign:#x}, 1 above the leaves")
+    assert place_of(refused(guest)) == (None, foreign)
 
 
 def test_save_domain_gone_during_vcpus_is_refused() -> None:
@@ -91,7 +96,7 @@ def test_save_populated_leaf_in_two_places_is_refused() -> None:
     guest.do("suspend")
     leaf = int(guest.live.p2m.leaves.frame[0])
     tree_of(guest, {8: leaf, 9: a_page(guest)}, 10 * 512)
-    assert "p2m_frame_list[0] names 512 pages and is used 2 times" in str(refused(guest))
+    assert place_of(refused(guest)) == (0, None)
 
 
 def test_save_leaf_of_another_domain_is_refused_with_its_mfn() -> None:
@@ -99,7 +104,9 @@ def test_save_leaf_of_another_domain_is_refused_with_its_mfn() -> None:
     guest.do("suspend")
     foreign = int(guest.host.frames.owned(1)[7])
     tree_of(guest, {8: foreign}, 9 * 512)
-    assert f"Bad mfn for p2m_frame_list[8]: mfn {foreign:#x}" in str(refused(guest))
+    e = refused(guest)
+    assert place_of(e) == (None, foreign)
+    assert f"Bad mfn for p2m_frame_list[8]: mfn {foreign:#x}" in str(e)  # contract: libxenguest's own text
 
 
 def test_save_leaf_unknown_to_m2p_is_refused_with_its_mfn() -> None:
@@ -108,22 +115,20 @@ def test_save_leaf_unknown_to_m2p_is_refused_with_its_mfn() -> None:
     leaf = guest.live.p2m.leaves.frame[3:4]
     guest.host.hypervisor.machphys_update(guest.domid, leaf, np.array([5], np.uint64))
     e = refused(guest)
-    assert f"Bad mfn for p2m_frame_list[3]: mfn {int(leaf[0]):#x}, m2p[{int(leaf[0]):#x}] = 0x5" in str(e)
+    assert place_of(e) == (None, int(leaf[0]))
+    assert f"m2p[{int(leaf[0]):#x}] = 0x5" in str(e)  # contract: libxenguest's own text
 
 
 @pytest.mark.parametrize(
-    ("form", "why"),
-    [
-        ("none", "dom1 exposes no p2m: its anchor is 0x0, which is not set up yet"),
-        ("invalid", "exposes no p2m: its anchor is 0xffffffffffffffff, which is to be looked for elsewhere"),
-    ],
+    ("form", "frame_list_list"),
+    [("none", "0x0"), ("invalid", "0xffffffffffffffff")],
 )
-def test_save_guest_without_p2m_is_refused(form: str, why: str) -> None:
+def test_save_guest_without_p2m_is_refused(form: str, frame_list_list: str) -> None:
     guest = Guest.boot(form)
     guest.do("suspend")
     e = refused(guest)
     assert isinstance(e, GuestError)
-    assert why in str(e)
+    assert f" {frame_list_list}," in str(e)
 
 
 def test_save_tree_short_of_max_pfn_is_refused() -> None:
@@ -131,16 +136,18 @@ def test_save_tree_short_of_max_pfn_is_refused() -> None:
     guest = Guest.boot("tree4hidden")
     guest.do("move", guest.do("free_pfns")[:5], pfns(5, 1 << 27))
     guest.do("suspend")
-    assert "max_pfn 0x8000004 too large for p2m tree: the guest exposes 3 levels" in str(refused(guest))
+    e = refused(guest)
+    assert isinstance(e, GuestError)
+    assert "max_pfn 0x8000004 too large for p2m tree" in str(e)  # contract: libxenguest's own text
 
 
 def test_save_guest_stopped_during_p2m_change_is_refused() -> None:
     guest = Guest.boot("linear")
     guest.do("suspend")
     arch(guest, p2m_generation=3)
-    assert "p2m_generation 0x3 is odd" in str(refused(guest))
+    assert "p2m_generation 0x3 " in str(refused(guest))  # the field and its value
     arch(guest, p2m_generation=4, max_pfn=0)
-    assert "arch.max_pfn is 0" in str(refused(guest))
+    assert "arch.max_pfn " in str(refused(guest))
 
 
 @pytest.mark.parametrize(("width", "level"), [(8, 1), (8, 2), (8, 4), (4, 1), (4, 2), (4, 3)])
@@ -153,7 +160,7 @@ def test_save_page_table_entry_with_foreign_mfn_is_refused(width: Width, level: 
     assert isinstance(e, Fault)
     pfn = int(guest.host.m2p(table)[0])
     assert (e.space, e.address, e.level, e.entry) == ("pfn", pfn, level, slot)
-    assert f"Bad entry L{level}[{slot}] of pfn {pfn:#x}: mfn {foreign:#x} is no frame of the domain" in str(e)
+    assert f"mfn {foreign:#x} " in str(e)
 
 
 def test_save_superpage_is_refused_with_its_entry() -> None:
@@ -163,7 +170,6 @@ def test_save_superpage_is_refused_with_its_entry() -> None:
     e = failed(guest, rewriting(guest, table, [77], own << 12 | PTE_P | PTE_PSE))
     assert isinstance(e, Fault)
     assert (e.level, e.entry) == (2, 77)
-    assert "superpage" in str(e)
 
 
 def test_save_bad_entry_with_foreign_p2m_entries_hints_at_them() -> None:
@@ -175,7 +181,9 @@ def test_save_bad_entry_with_foreign_p2m_entries_hints_at_them() -> None:
     words_of[0, -1] = FOREIGN | np.uint64(0x1234)
     guest.host.write_frames(guest.domid, leaf, words_of.view(np.uint8))
     e = failed(guest, rewriting(guest, table_of(guest, 1), [77], 0x1234 << 12 | PTE_P))
-    assert "; its p2m maps 1 pages of other domains" in str(e)
+    assert isinstance(e, Fault)
+    assert (e.level, e.entry) == (1, 77)
+    assert " 1 pages " in str(e), "how many the p2m has of other domains"
 
 
 def test_save_l4_table_of_a_32_bit_guest_is_refused() -> None:
@@ -185,7 +193,9 @@ def test_save_l4_table_of_a_32_bit_guest_is_refused() -> None:
     def page_types(domid: DomId, wanted: U64) -> U8:
         return np.where(wanted == mfn, np.uint8(PageType.L4TAB), guest.host.page_types(domid, wanted))
 
-    assert "an L4 table in a 32-bit guest" in str(failed(guest, PatchedHost(guest, page_types=page_types)))
+    e = failed(guest, PatchedHost(guest, page_types=page_types))
+    assert isinstance(e, Fault)
+    assert (e.address, e.level, e.entry) == (4000, 4, None)
 
 
 def test_save_unknown_page_type_and_unmappable_page_are_refused() -> None:
@@ -200,7 +210,8 @@ def test_save_unknown_page_type_and_unmappable_page_are_refused() -> None:
         mapped[mfns == mfn] = 0
         return pages, mapped
 
-    assert "Unknown type 0x6 for pfn 0xfa0" in str(failed(guest, PatchedHost(guest, page_types=page_types)))
+    e = failed(guest, PatchedHost(guest, page_types=page_types))
+    assert "Unknown type 0x6 for pfn 0xfa0" in str(e)  # contract: libxenguest's own text
     e = failed(guest, PatchedHost(guest, map_frames=map_frames))
     assert isinstance(e, HostError)
     assert "pfn 0xfa0" in str(e)
@@ -215,9 +226,9 @@ def test_save_invalid_vcpu_context_is_refused() -> None:
         ({"ctrlreg_3": foreign << 12}, f"Bad mfn for vcpu0's cr3: mfn {foreign:#x}"),
         ({"ctrlreg_1": foreign << 12}, f"Bad mfn for vcpu0's cr1: mfn {foreign:#x}"),
         ({"user_regs_rdx": foreign}, f"Bad mfn for suspend record: mfn {foreign:#x}"),
-        ({"flags": 0}, "vcpu 0 is offline"),
+        ({"flags": 0}, "vcpu 0 "),
     ):
-        assert why in str(refused(guest, with_context(guest, **fields)))
+        assert why in str(refused(guest, with_context(guest, **fields)))  # contract: libxenguest's own texts
 
 
 def test_save_vcpu_context_refused_by_xen_is_refused() -> None:
@@ -243,7 +254,7 @@ def test_save_vcpu_context_refused_by_xen_is_refused() -> None:
 def test_save_running_domain_is_refused() -> None:
     e = refused(Guest.boot("linear"))
     assert isinstance(e, RequestError)
-    assert str(e) == "dom1 (litmus) is running: suspend it first"
+    assert "dom1 (litmus) " in str(e)
 
 
 def test_save_paused_domain_not_suspended_is_refused() -> None:
@@ -251,20 +262,18 @@ def test_save_paused_domain_not_suspended_is_refused() -> None:
     guest = Guest.boot("linear")
     guest.host.pause(guest.domid)
     e = refused(guest)
-    assert "Bad mfn for suspend record" in str(e)
-    assert str(e).endswith("its kernel has not suspended")
+    assert isinstance(e, GuestError)
+    assert "Bad mfn for suspend record" in str(e)  # contract: libxenguest's own text
     other = int(guest.live.p2m.lookup(np.array([4000], np.uint64))[0])
     e = refused(guest, with_context(guest, user_regs_rdx=other))
-    assert "pfn 0xfa0, its suspend record, is no start info page: it is stopped" in str(e)
+    assert place_of(e) == (4000, None)
 
 
-@pytest.mark.parametrize(("changed", "why"), [({"hvm": True}, "is an HVM domain"), ({"dying": True}, "is dying")])
-def test_save_hvm_or_dying_domain_is_refused(changed: dict[str, Any], why: str) -> None:
+@pytest.mark.parametrize("changed", [{"hvm": True}, {"dying": True}], ids=["hvm", "dying"])
+def test_save_hvm_or_dying_domain_is_refused(changed: dict[str, Any]) -> None:
     guest = suspended("linear")
     host = PatchedHost(guest, info=lambda domid: replace(guest.host.info(domid), **changed))
-    e = refused(guest, host)
-    assert isinstance(e, RequestError)
-    assert why in str(e)
+    assert isinstance(refused(guest, host), RequestError)
 
 
 def test_save_domain_resumed_meanwhile_is_refused(tmp_path: Path) -> None:
@@ -274,8 +283,9 @@ def test_save_domain_resumed_meanwhile_is_refused(tmp_path: Path) -> None:
         if status.done == status.total:
             guest.host.resume(guest.domid)
 
-    with pytest.raises(HostError, match="was resumed during the save"):
+    with pytest.raises(HostError) as e:
         saved(guest, tmp_path / "x", progress=progress)
+    assert (e.value.op, e.value.errno) == ("save", None)
     assert os.listdir(tmp_path) == []
 
 

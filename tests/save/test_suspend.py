@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from dataclasses import replace
 
@@ -36,7 +37,7 @@ def test_suspend_and_resume_repeatedly_keeps_memory(width: Width) -> None:
 
 def test_suspend_unresponsive_guest_withdraws_the_request() -> None:
     guest = Guest.boot("linear")
-    with pytest.raises(GuestError, match=r"dom1 \(litmus\) did not suspend in 0.05 s: its kernel has not reacted"):
+    with pytest.raises(GuestError, match=r"dom1 \(litmus\) .*\b0\.05 s"):
         suspend(guest.host, guest.domid, timeout=0.05)
     assert guest.host.shutdown_request(guest.domid) == "", "the request was taken back"
 
@@ -44,7 +45,7 @@ def test_suspend_unresponsive_guest_withdraws_the_request() -> None:
 def test_suspend_slow_guest_is_an_error_that_says_so() -> None:
     guest = Guest.boot("linear")
     guest.host.set_time_slice(guest.domid, lambda: guest.host.store.write("/local/domain/1/control/shutdown", b""))
-    with pytest.raises(GuestError, match="has seen the request, and may still obey it"):
+    with pytest.raises(GuestError, match="still"):
         suspend(guest.host, guest.domid, timeout=0.02)
 
 
@@ -52,31 +53,33 @@ def test_suspend_slow_guest_is_an_error_that_says_so() -> None:
 def test_suspend_guest_that_shuts_down_is_an_error(reason: int, how: str) -> None:
     guest = Guest.boot("linear")
     guest.host.set_time_slice(guest.domid, lambda: guest.host.hypervisor.shutdown(guest.domid, reason))
-    with pytest.raises(GuestError, match=f"{how}, and cannot suspend"):
+    with pytest.raises(GuestError, match=how):
         suspend(guest.host, guest.domid)
     assert guest.host.shutdown_request(guest.domid) == ""
     with pytest.raises(GuestError, match=how):
         suspend(guest.host, guest.domid)
-    with pytest.raises(RequestError, match="nothing to resume"):
+    with pytest.raises(RequestError):
         resume(guest.host, guest.domid)
 
 
 def test_suspend_paused_guest_is_refused() -> None:
     guest = Guest.boot("linear")
     guest.host.pause(guest.domid)
-    with pytest.raises(RequestError, match="is paused, and cannot suspend: unpause it first"):
+    with pytest.raises(RequestError):
         suspend(guest.host, guest.domid)
     guest.host.unpause(guest.domid)
     guest.host.set_time_slice(guest.domid, lambda: guest.host.pause(guest.domid))
-    with pytest.raises(GuestError, match="it was paused meanwhile"):
+    with pytest.raises(GuestError):
         suspend(guest.host, guest.domid, timeout=0.02)
+    assert guest.host.info(guest.domid).paused
 
 
 def test_suspend_destroyed_guest_raises_host_error() -> None:
     guest = Guest.boot("linear")
     guest.host.set_time_slice(guest.domid, lambda: guest.host.destroy(guest.domid))
-    with pytest.raises(HostError, match="no such domain"):
+    with pytest.raises(HostError) as e:
         suspend(guest.host, guest.domid)
+    assert e.value.errno == errno.ESRCH
 
 
 def test_suspend_hvm_domain_is_refused() -> None:
@@ -85,7 +88,7 @@ def test_suspend_hvm_domain_is_refused() -> None:
     def info(domid: DomId) -> DomainInfo:
         return replace(guest.host.info(domid), hvm=True)
 
-    with pytest.raises(RequestError, match="is an HVM domain"):
+    with pytest.raises(RequestError):
         suspend(PatchedHost(guest, info=info), guest.domid)
 
 

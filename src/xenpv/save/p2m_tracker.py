@@ -153,7 +153,8 @@ class P2MTracker:
         if entries > whole.entries:
             problem = f"{live.name}: its p2m shrank to pfn {whole.entries - 1:#x} after it was sent up to pfn"
             raise GuestError(
-                f"{problem} {self.sent_entries - 1:#x}; no receiver can undo that: start the migration or save again"
+                f"{problem} {self.sent_entries - 1:#x}; no receiver can undo that: start the migration or save again",
+                pfn=whole.entries - 1,
             )
         return replace(whole, entries=entries, leaves=whole.leaves.below(-(-entries // whole.entries_per_leaf)))
 
@@ -181,7 +182,7 @@ class P2MTracker:
 
         def refuse(unreadable: FrameRuns) -> None:
             problem = f"{name}: p2m_frame_list[{int(unreadable.first[0])}], mfn {int(unreadable.frame[0]):#x},"
-            raise GuestError(f"{problem} cannot be read")
+            raise GuestError(f"{problem} cannot be read", mfn=int(unreadable.frame[0]))
 
         for leaves in self.p2m.iter_leaves(places, on_unreadable=refuse):
             times = distinct.count[np.searchsorted(distinct.first, leaves.first_place)]
@@ -190,7 +191,8 @@ class P2MTracker:
                 problem = f"{name}: p2m_frame_list[{int(leaves.first_place[row])}] names {own[row]} pages"
                 times_used = int(times[row])
                 raise GuestError(
-                    f"{problem} and is used {times_used} times: a restore would overwrite one copy with the other"
+                    f"{problem} and is used {times_used} times: a restore would overwrite one copy with the other",
+                    pfn=int(leaves.first_place[row]) * self.p2m.entries_per_leaf,
                 )
             yield leaves
 
@@ -335,13 +337,14 @@ def _check(live: LiveDomain, p2m: P2M, *, libxc_compatible: bool) -> None:
         raise RequestError(f"{problem}: {hint}", needed=p2m.entries, available=PFNS_MAX)
     for table in p2m.unreadable:
         where = f"the table at mfn {table.frame:#x}, {table.level} above the leaves"
-        raise GuestError(f"{name}: its p2m cannot be read: {where}")
+        raise GuestError(f"{name}: its p2m cannot be read: {where}", mfn=int(table.frame))
     holes = p2m.holes
     if len(holes):
         first, count = int(holes.first[0]), int(holes.count[0])
         problem = f"{name}: its p2m has no leaf for pfns {first * p2m.entries_per_leaf:#x} to "
         raise GuestError(
-            problem + f"{(first + count) * p2m.entries_per_leaf - 1:#x}, but a stream must name a leaf for each"
+            problem + f"{(first + count) * p2m.entries_per_leaf - 1:#x}, but a stream must name a leaf for each",
+            pfn=first * p2m.entries_per_leaf,
         )
 
 

@@ -122,7 +122,7 @@ def _start_info(live: LiveDomain, mfn: int) -> int:
     page, _ = live.read_p2m_frames(np.array([mfn], np.uint64))
     if not page.tobytes().startswith(START_INFO_MAGIC[live.info.width]):
         problem = f"{live.name}: pfn {pfn:#x}, its suspend record, is no start info page"
-        raise GuestError(problem + _unsuspended_hint(live))
+        raise GuestError(problem + _unsuspended_hint(live), pfn=pfn)
     return pfn
 
 
@@ -147,4 +147,4 @@ def bad_mfn(live: LiveDomain, user: str, mfn: int) -> GuestError:
     pfn = live.host.m2p(np.array([mfn], np.uint64))
     other = int(live.p2m.lookup(pfn)[0])
     where = f"mfn {mfn:#x}, m2p[{mfn:#x}] = {int(pfn[0]):#x}, p2m[{int(pfn[0]):#x}] = {other:#x}"
-    return GuestError(f"{live.name}: Bad mfn for {user}: {where}{_unsuspended_hint(live)}")
+    return GuestError(f"{live.name}: Bad mfn for {user}: {where}{_unsuspended_hint(live)}", mfn=mfn)
