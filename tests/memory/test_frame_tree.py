@@ -110,7 +110,7 @@ def test_walk_tree_table_that_is_its_own_leaf_ends() -> None:
 def test_walk_tree_exponential_sharing_raises_guest_error() -> None:
     """A table whose entries alternate between two tables that do the same: 512^3 rows, if one let it."""
     mixed = np.array([1, 2] * 256, np.uint64)
-    with pytest.raises(GuestError, match=r"shared name more than 1048576 runs of frames: frame 0x1, a table, stands"):
+    with pytest.raises(GuestError, match=r"\b1048576 .*frame 0x1\b"):
         walk_tree(Tables({1: mixed, 2: mixed}).read, 1, 4, range(512**4), entries)
 
 
@@ -121,7 +121,7 @@ def test_walk_tree_too_many_runs_raises_guest_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(frame_tree, "RUNS_MAX", 1024)
     assert len(walk_tree(tables.read, 1, 2, range(512**2), entries)[0]) == 1024
     monkeypatch.setattr(frame_tree, "RUNS_MAX", 1023)
-    with pytest.raises(GuestError, match="below frame 0x1 name more than 1023 runs of frames"):
+    with pytest.raises(GuestError, match=r"frame 0x1 .*\b1023\b"):
         walk_tree(tables.read, 1, 2, range(512**2), entries)
 
 
@@ -132,7 +132,7 @@ def test_walk_tree_too_many_shared_runs_raises_guest_error(monkeypatch: pytest.M
     monkeypatch.setattr(frame_tree, "SHARED_RUNS_MAX", 512 * 512 - 1024)
     assert len(walk_tree(tables.read, 1, 2, range(512**2), entries)[0]) == 512 * 512
     monkeypatch.setattr(frame_tree, "SHARED_RUNS_MAX", 512 * 512 - 1025)
-    with pytest.raises(GuestError, match="frame 0x2, a table, stands in 256 places"):
+    with pytest.raises(GuestError, match=r"frame 0x2, .*\b256\b"):
         walk_tree(tables.read, 1, 2, range(512**2), entries)
 
 
@@ -144,7 +144,7 @@ def test_walk_tree_too_many_unreadable_tables_raises_guest_error() -> None:
     assert [(u.frame, u.level, u.place) for u in unreadable] == [(99, 1, 0), (98, 1, 512)]
     many = {2 + i: np.arange(1000 + 512 * i, 1512 + 512 * i).astype(np.uint64) for i in range(256)}
     top = np.array([*many, *[0] * 256], np.uint64)
-    with pytest.raises(GuestError, match="more than 65536 tables below frame 0x1 cannot be read"):
+    with pytest.raises(GuestError, match=r"\b65536 .*frame 0x1\b"):
         walk_tree(Tables({1: top, **many}).read, 1, 3, range(512**3), entries)
 
 

@@ -242,7 +242,9 @@ def changed(domain: Domain, changes: Mapping[str, int]) -> Anchors:
 def test_from_root_list_at_invalid_vaddr_raises_guest_error(vaddr: int, width: Width) -> None:
     domain = pv_domain(width=width, pfns=SPREAD)
     anchors = changed(domain, {"p2m_vaddr": vaddr})
-    with pytest.raises(GuestError, match=f"Bad virtual p2m address range {vaddr:#x}-"):
+    with pytest.raises(
+        GuestError, match=f"Bad virtual p2m address range {vaddr:#x}-"
+    ):  # contract: libxenguest\'s own text
         walked(domain, P2MForm.LINEAR, anchors)
 
 
@@ -259,7 +261,9 @@ def test_linear_p2m_vaddr_last_valid_address_is_accepted(width: Width) -> None:
 def test_from_root_unknown_cr3_raises_guest_error(width: Width) -> None:
     domain = pv_domain(width=width)
     anchors = changed(domain, {"p2m_cr3": domain.cr3(0x1_2345)})
-    with pytest.raises(GuestError, match=r"Bad p2m_cr3 value 0x[0-9a-f]+: no pfn has mfn 0x12345"):
+    with pytest.raises(
+        GuestError, match=r"Bad p2m_cr3 value 0x[0-9a-f]+: no pfn has mfn 0x12345"
+    ):  # contract: libxenguest\'s own text
         walked(domain, P2MForm.LINEAR, anchors)
 
 
@@ -275,7 +279,9 @@ def test_from_root_list_with_holes_has_holes() -> None:
 def test_from_root_tree_with_unknown_root_raises_guest_error(width: Width) -> None:
     domain = pv_domain(width=width, tree=True)
     anchors = changed(domain, {"pfn_to_mfn_frame_list_list": 0x1_2345})
-    with pytest.raises(GuestError, match="Bad mfn 0x12345 for p2m frame list list: no pfn has it"):
+    with pytest.raises(
+        GuestError, match="Bad mfn 0x12345 for p2m frame list list: no pfn has it"
+    ):  # contract: libxenguest\'s own text
         walked(domain, P2MForm.TREE, anchors)
 
 
@@ -308,5 +314,7 @@ def test_from_root_max_pfn_beyond_tree_raises_guest_error(width: Width, per: int
     domain = pv_domain(width=width, tree=True)
     most = anchors_of(domain).roots[-1], replace(anchors_of(domain), max_pfn=per**3)
     assert most[1].leaf_places(most[0]) == range(per * per)
-    with pytest.raises(GuestError, match=f"max_pfn {per**3:#x} too large for p2m tree: the guest exposes 3 levels"):
+    with pytest.raises(
+        GuestError, match=f"max_pfn {per**3:#x} too large for p2m tree: the guest exposes 3 levels"
+    ):  # contract: libxenguest\'s own text
         replace(anchors_of(domain), max_pfn=per**3 + 1).leaf_places(most[0])

@@ -174,7 +174,7 @@ def test_write_tree_anchors_beyond_reach_raises_request_error(shape: tuple[Width
         more = Anchors(
             width, most + 1, anchors.frame_list_list, p2m_levels=anchors.p2m_levels, p2m_root=anchors.p2m_root
         )
-        with pytest.raises(GuestError, match=f"which reach pfn {most - 1:#x}; its max_pfn is {most + 1:#x}"):
+        with pytest.raises(GuestError, match=rf"{most - 1:#x}\b.*{most + 1:#x}\b"):
             P2M.from_root(more, more.roots[0], machine.read)
 
 
@@ -193,7 +193,7 @@ def test_write_tree_anchors_invalid_levels_raises_request_error(levels: int) -> 
 
 
 def test_write_tree_anchors_marked_32_bit_raises_request_error() -> None:
-    with pytest.raises(RequestError, match="no bit 61"):
+    with pytest.raises(RequestError, match=r"\b61\b"):
         write_tree_anchors(P2MForm.MARKED, NOTHING, 0, 4, Machine().put)
 
 

@@ -124,9 +124,10 @@ def test_walk_noncanonical_address_ends_with_fault(vaddr: int) -> None:
 
 
 def test_walk_xen_slot_ends_with_fault() -> None:
-    result = through(chain(), address(256, 0, 0, 0))
-    assert "L4[256] is Xen's own slot" in str(result.fault)
-    assert "is not present" in str(through(chain(), address(272, 0, 0, 0)).fault)
+    for slot in (256, 272):  # the first of Xen's slots, and the first after them, which is not present
+        fault = through(chain(), address(slot, 0, 0, 0)).fault
+        assert fault is not None
+        assert (fault.level, fault.entry) == (4, slot)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 4])

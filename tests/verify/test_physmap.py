@@ -48,7 +48,7 @@ def test_p2m_of_rooted_tree_with_impossible_depth_raises(levels: int) -> None:
     guest = P2MGuest(form="rooted")
     at = SHARED_INFO.offset(8, "arch") + 48
     guest.host.write_shared_info(guest.model.domid, levels.to_bytes(8, "little"), at)
-    with pytest.raises(GuestError, match=f"p2m_levels {levels} is not a depth"):
+    with pytest.raises(GuestError, match=f"p2m_levels {levels} "):
         assert guest.live.p2m
 
 
@@ -318,21 +318,19 @@ def test_check_odd_generation_is_reported() -> None:
     assert guest.rules() == {"physmap-generation"}
 
 
-@pytest.mark.parametrize(("anchor", "words"), [(0, "not set up yet"), (INVALID_MFN[8], "looked for elsewhere")])
-def test_check_guest_without_p2m_is_reported(anchor: int, words: str) -> None:
+@pytest.mark.parametrize("anchor", [0, INVALID_MFN[8]], ids=["not set up", "elsewhere"])
+def test_check_guest_without_p2m_is_reported(anchor: int) -> None:
     guest = P2MGuest()
     guest.arch(pfn_to_mfn_frame_list_list=anchor)
     assert guest.rules() == {"physmap-reach"}
-    with pytest.raises(GuestError, match=words):
+    with pytest.raises(GuestError, match=f" {anchor:#x},"):
         assert guest.live.p2m
 
 
 def test_check_max_pfn_beyond_exposed_levels_is_reported() -> None:
     guest = P2MGuest()
     guest.arch(max_pfn=0x9000000)
-    with pytest.raises(
-        GuestError, match=r"exposes 3 levels of its p2m, which reach pfn 0x7ffffff; its max_pfn is 0x9000000"
-    ):
+    with pytest.raises(GuestError, match=r"\b3 levels .* 0x7ffffff.* 0x9000000\b"):  # what is exposed, what is needed
         assert guest.live.p2m
     assert guest.rules() == {"physmap-reach"}
 

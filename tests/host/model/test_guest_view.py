@@ -80,7 +80,7 @@ def test_write_to_a_page_table_faults(width: Width) -> None:
 
     def program(view: GuestView) -> None:
         assert any(view.read(guest.vaddr(63), 4096))
-        with pytest.raises(Fault, match="read-only") as e:
+        with pytest.raises(Fault) as e:
             view.write(guest.vaddr(62) + 4095, b"xy")
         assert e.value.level == 1
         with pytest.raises(HostError) as no:
@@ -100,8 +100,9 @@ def test_guest_adds_an_l1_table_and_moves_a_page() -> None:
     def program(view: GuestView) -> bytes:
         table, moved = view.populate_physmap(array(64, 65)).tolist()
         view.mmu_update([(table, 5, moved << 12 | READ_ONLY | 2), (guest.l2, 9, table << 12 | READ_ONLY)])
-        with pytest.raises(Fault, match=r"L2\[9\] is read-only"):
+        with pytest.raises(Fault) as e:
             view.write(BASE[8] + (9 << 21) + 0x5000, b"no")
+        assert (e.value.level, e.value.entry) == (2, 9), "it maps read-only"
         view.mmu_update([(guest.l2, 9, table << 12 | READ_ONLY | 2)])
         view.write(BASE[8] + (9 << 21) + 0x5000, b"hello")
         view.machphys_update(array(moved), array(far))
@@ -180,9 +181,9 @@ def test_update_va_mapping_without_an_l1_table_raises_einval(width: Width) -> No
     guest = make_guest(host, width, 64)
 
     def program(view: GuestView) -> None:
-        with pytest.raises(HostError, match="update_va_mapping") as e:
+        with pytest.raises(HostError) as e:
             view.update_va_mapping(array(BASE[width] + (4 << 20)), array(0))
-        assert (e.value.errno, e.value.domid) == (errno.EINVAL, guest.domid)
+        assert (e.value.op, e.value.errno, e.value.domid) == ("update_va_mapping", errno.EINVAL, guest.domid)
 
     host.run(guest.domid, program)
 
@@ -256,12 +257,12 @@ def test_suspend_by_xenstore_and_resume() -> None:
     assert seen == [node] * 3
     info = host.info(guest.domid)
     assert (info.shutdown, info.shutdown_reason) == (True, SHUTDOWN_SUSPEND)
-    with pytest.raises(HostError, match="shut down"):
+    with pytest.raises(HostError):
         host.run(guest.domid, program)
     host.resume(guest.domid)
     assert host.run(guest.domid, program) == "running"
     host.pause(guest.domid)
-    with pytest.raises(HostError, match="paused"):
+    with pytest.raises(HostError):
         host.run(guest.domid, program)
 
 
