@@ -78,6 +78,7 @@ def restore(
     path: str,
     *,
     name: str | None = None,
+    new_uuid: bool = False,
     paused: bool = False,
     progress: ProgressCallback | None = None,
     host: Mover | None = None,
@@ -89,12 +90,13 @@ def restore(
     Args:
         path: The file, or "-" for standard input.
         name: The new domain's name (default: the one in the file).
+        new_uuid: Give it a new uuid, so that it can run beside the domain that was saved.
         paused: Leave the domain paused.
         progress: Called while memory is restored.
         host: The host on which to create the domain (default: this one).
 
     Raises:
-        RequestError: The file cannot be opened, or another domain has the name.
+        RequestError: The file cannot be opened, or another domain has the name or uuid.
         StreamError: The file is damaged.
         GuestError: The guest's memory is damaged.
         HostError: Xen refused an operation.
@@ -104,7 +106,7 @@ def restore(
     source = Input.open(path)
     try:
         with _open_host(host) as xen:
-            return restore_domain(xen, source, name=name, paused=paused, progress=progress)
+            return restore_domain(xen, source, name=name, new_uuid=new_uuid, paused=paused, progress=progress)
     finally:
         source.close()
 

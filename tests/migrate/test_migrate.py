@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.support.kernel_guest import SOME_FORMS
 from tests.support.migration import CONFIG, MEMORY, NAME, PAGES, UUID, Move, linked
-from xenpv.errors import GuestError, HostError, OutOfOrder, RequestError, StreamError, Unsupported
+from xenpv.errors import GuestError, HostError, Malformed, OutOfOrder, RequestError, StreamError, Unsupported
 from xenpv.host.domain_names import AWAY, INCOMING
 from xenpv.host.model.host import ModelHost
 from xenpv.migrate.channel import MigrationChannel, OutcomeUnknown
-from xenpv.migrate.handover import RECEIVER, SENDER, Message, encode
-from xenpv.migrate.receiver import receive_domain
+from xenpv.migrate.handover import RECEIVER, SENDER, Message, Offer, encode
+from xenpv.migrate.receiver import receive_domain, refuse
 from xenpv.migrate.sender import Owner, Settlement, send_domain, settle, take_back
 from xenpv.migrate.transport import Link
 from xenpv.save.precopy import PrecopyPolicy
@@ -120,7 +121,6 @@ def test_migrate_domain_that_does_not_fit_is_refused_before_sending(prepare: Cal
 
 def test_migrate_uuid_on_receiver_is_refused() -> None:
     move = Move.ready()
-    move.source.hypervisor.domains[move.guest.domid].uuid = UUID
     move.target.create(8, max_pages=1, name="other", uuid=UUID)
     assert "already: dom1 (other)" in str(move.start().here)
     assert move.runs_here()
@@ -338,7 +338,7 @@ def test_settle_domain_unknown_to_receiver_is_outcome_unknown() -> None:
 def test_settle_incoming_domain_on_receiver_resumes_on_sender() -> None:
     """Its incoming domain is there, paused, and nobody will start it: asking ends it, and the sender's goes on."""
     move = undecided(arrives=False)
-    move.target.create(8, max_pages=1, name=NAME + INCOMING)
+    move.target.create(8, max_pages=1, name=NAME + INCOMING, uuid=UUID)
     outcome, _ = settled(move)
     assert outcome == resumed_here(move)
     assert move.runs_here()
@@ -347,7 +347,7 @@ def test_settle_incoming_domain_on_receiver_resumes_on_sender() -> None:
 
 def test_settle_receiver_fails_to_destroy_is_outcome_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     move = undecided(arrives=False)
-    move.target.create(8, max_pages=1, name=NAME + INCOMING)
+    move.target.create(8, max_pages=1, name=NAME + INCOMING, uuid=UUID)
     monkeypatch.setattr(move.target, "destroy", refusal("destroy"))
     outcome, there = settled(move)
     assert isinstance(outcome, OutcomeUnknown)
@@ -444,3 +444,102 @@ def test_migrate_sender_cannot_rename_at_all_says_that_the_domain_runs(monkeypat
     assert error.rollback.state is SourceState.RUNNING
     assert str(error.rollback.error) == "rename: no"
     assert not move.source.info(move.guest.domid).is_stopped
+
+
+# --- which domain is meant -------------------------------------------------------------------------------------------
+
+OTHER_UUID = "00000000-0000-0000-0000-0000000000ff"
+
+
+@pytest.mark.parametrize("incoming", [False, True], ids=["runs", "incoming"])
+def test_settle_other_domain_of_that_name_is_no_answer_and_stays(incoming: bool) -> None:
+    """A new domain has the name by now, or another one of that name arrives: the uuid says that it is not ours."""
+    move = undecided(arrives=False)
+    other = move.target.create(8, max_pages=1, name=NAME + INCOMING if incoming else NAME, uuid=OTHER_UUID)
+    outcome, there = settled(move)
+    assert there is None
+    assert isinstance(outcome, OutcomeUnknown)
+    assert move.waits_here()
+    assert move.target.info(other).uuid == OTHER_UUID
+
+
+def test_settle_domain_renamed_on_receiver_is_found_by_its_uuid() -> None:
+    move = undecided(arrives=True)
+    there = move.there()
+    assert there is not None
+    move.target.rename(there.domid, "renamed")
+    outcome, _ = settled(move)
+    assert isinstance(outcome, Settlement)
+    assert (outcome.owner, outcome.domid) == (Owner.RECEIVER, there.domid)
+
+
+def test_settle_incoming_domain_that_runs_is_kept_by_both() -> None:
+    """An operator has unpaused it: it must be destroyed as little as the sender's copy, before somebody has looked."""
+    move = undecided(arrives=False)
+    by_hand = move.target.create(8, max_pages=1, name=NAME + INCOMING, uuid=UUID)
+    move.target.unpause(by_hand)
+    outcome, _ = settled(move)
+    assert isinstance(outcome, OutcomeUnknown)
+    assert move.waits_here()
+    assert move.target.info(by_hand).domid == by_hand
+
+
+@pytest.mark.parametrize(
+    "query",
+    [{"name": ["web"], "uuid": None}, {"name": "", "uuid": None}, {"name": "web", "uuid": "web"}, {"name": 7}],
+    ids=["name is a list", "name is empty", "uuid is a name", "name is a number"],
+)
+def test_receive_query_for_no_possible_domain_is_malformed(query: dict[str, Any]) -> None:
+    move = Move.ready()
+    incoming = move.target.create(8, max_pages=1, name=INCOMING)
+    with linked(Link, 20.0) as (here, there):
+        here.write([encode(Message.QUERY, query)])
+        with pytest.raises(Malformed) as e:
+            receive_domain(move.target, there)
+    assert e.value.record == "QUERY"
+    assert move.target.info(incoming).name == INCOMING
+
+
+def test_receive_query_in_upper_case_finds_the_domain() -> None:
+    move = Move.ready()
+    domid = move.target.create(8, max_pages=1, name="web", uuid=UUID)
+    heard: list[dict[str, Any]] = []
+    with linked(Link, 20.0) as (here, there):
+        here.write([encode(Message.QUERY, {"name": "web", "uuid": UUID.upper()})])
+        receive_domain(move.target, there, on_event=lambda _event, **details: heard.append(details))
+    assert heard == [{"name": "web", "here": [domid], "destroyed": []}]
+
+
+def test_migrate_domain_without_name_is_refused_before_sending() -> None:
+    """Nothing could mark its copies: neither as incoming, nor as committed."""
+    move = Move.ready()
+    move.source.rename(move.guest.domid, "")
+    info = move.source.info(move.guest.domid)
+    assert not info.name
+    ended = move.start()
+    assert isinstance(ended.here, RequestError)
+    assert ended.sent is not None
+    assert ended.sent.written == 0
+    assert not move.source.info(move.guest.domid).shutdown
+    assert move.nothing_there()
+
+
+def test_receive_offer_without_name_is_refused() -> None:
+    host = ModelHost(MEMORY)
+    offer = Offer(1, None, UUID, 8, 1, 8, 8, 8, [], "4.17")
+    with pytest.raises(RequestError):
+        refuse(host, offer)
+    refuse(host, replace(offer, name="web"))
+    for name in ("17", "x" * 255):  # no room for its temporary name
+        with pytest.raises(RequestError):
+            refuse(host, replace(offer, name=name, forms=[]))
+
+
+def test_migrate_stream_of_another_domain_is_refused() -> None:
+    """The stream's configuration names a uuid that the OFFER did not: the receiver has not checked that one."""
+    move = Move.ready()
+    move.source.hypervisor.domains[move.guest.domid].uuid = OTHER_UUID
+    ended = move.start()
+    assert isinstance(ended.there, RequestError)
+    assert move.runs_here()
+    assert move.nothing_there()

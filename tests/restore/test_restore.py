@@ -167,7 +167,7 @@ def test_restore_domain_with_configuration_creates_what_it_says() -> None:
     assert host.store.read(f"{home}/store/port") == str(restored.xenstore.port).encode()
     assert host.guest_view(restored.domid).memory_map == 96
     assert host.configuration(restored.domid) == config_json(vcpus=2, memory_kib=96 * 4)
-    host, restored = restore_stream(domain.to_stream("xl"), host, name="another")
+    host, restored = restore_stream(domain.to_stream("xl"), host, name="another", new_uuid=True)
     assert host.info(restored.domid).name == "another"
 
 

@@ -98,6 +98,7 @@ class Move:
         guest = Guest.boot(form, pages=PAGES, **how)
         pfns = guest.do("free_pfns")
         guest.do("write_pattern", pfns, 7)
+        guest.host.hypervisor.domains[guest.domid].uuid = UUID
         move = cls(guest, ModelHost(MEMORY), pfns)
         guest.host.set_time_slice(guest.domid, move.live)
         return move

@@ -19,14 +19,13 @@ from xenpv.cli.kernel_file import (
 )
 from xenpv.cli.terminal import FORCE, JSON, print_json, progress_bar
 from xenpv.errors import RequestError
+from xenpv.host.domain_names import check_name
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import plan
 from xenpv.image.request import Request
 from xenpv.io.atomic_output import Output
 from xenpv.io.file_kind import FileKind
 from xenpv.text import size
-
-_NAME_MAX = 255  # bytes
 
 
 @click.command()
@@ -72,7 +71,7 @@ def build(
     The start info sets SIF_VIRT_P2M_4TOOLS: the tools read the p2m by its linear list alone, as they can since Xen 4.7.
     xl never sets this flag, so a Linux guest also maintains the three-level tree. --old-tools does as xl does.
     """
-    domain_name = _checked_name(name if name is not None else "domain" if kernel == "-" else Path(kernel).name)
+    domain_name = check_name(name if name is not None else "domain" if kernel == "-" else Path(kernel).name)
     if output is not None and start:
         raise click.UsageError("-o writes a file, which cannot be started: use --start or -o, not both")
     if output == "-" and as_json:
@@ -110,18 +109,6 @@ def build(
     else:
         state = "running" if start else f"paused; start it with: xl unpause {domain_name}"
         click.echo(f"dom{built.domid} ({domain_name}), {size(memory)}, {state}")
-
-
-def _checked_name(name: str) -> str:
-    """Return the name, or raise RequestError if it looks like a domain id.
-
-    xl refuses such names too, and empty ones.
-    """
-    if not name or not name.isprintable() or len(name.encode(errors="replace")) > _NAME_MAX:
-        raise RequestError(f"a name has 1 to {_NAME_MAX} printable bytes, not {name!a:.100}; choose another --name")
-    if name.isdigit():
-        raise RequestError(f"the name {name!r} would be mistaken for a domain id; choose another --name")
-    return name
 
 
 def _read_ramdisk(ramdisk: str | None, request: Request) -> bytes:

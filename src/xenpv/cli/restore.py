@@ -6,17 +6,18 @@ import click
 
 import xenpv
 from xenpv.cli.terminal import JSON, print_json, progress_bar
-from xenpv.errors import RequestError
 from xenpv.frames import PAGE_SIZE
+from xenpv.host.domain_names import check_name
 from xenpv.text import printable, size
 
 
 @click.command()
 @click.argument("file", metavar="FILE", type=click.Path(allow_dash=True))
 @click.option("--name", metavar="NAME", show_default="its old name", help="Name of the restored domain.")
+@click.option("--new-uuid", is_flag=True, help="Give it a new uuid: the saved domain may still run.")
 @click.option("-p", "--paused", is_flag=True, help="Leave the domain paused (xl unpause starts it).")
 @JSON
-def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
+def restore(file: str, name: str | None, new_uuid: bool, paused: bool, as_json: bool) -> None:
     """Restore a PV domain from FILE, a save file of xl or xenpv; "-" reads a pipe.
 
     The stream is checked while it is read. The domain starts only if all of it was right; a failure leaves nothing
@@ -26,12 +27,12 @@ def restore(file: str, name: str | None, paused: bool, as_json: bool) -> None:
     \b
     Examples:
       xenpv restore web.save
-      zstd -dc web.save.zst | xenpv restore --name web2 --paused -
+      zstd -dc web.save.zst | xenpv restore --name web2 --new-uuid --paused -
     """
-    if name is not None and not (name and name.isprintable()):
-        raise RequestError(f"a name has at least one character, all printable, not {name!r}; choose another --name")
+    if name is not None:
+        check_name(name)
     with progress_bar("restoring") as bar:
-        restored = xenpv.restore(file, name=name, paused=paused, progress=bar)
+        restored = xenpv.restore(file, name=name, new_uuid=new_uuid, paused=paused, progress=bar)
     new_name = name or restored.name
     if as_json:
         identity = {"domid": restored.domid, "name": new_name, "uuid": restored.uuid}

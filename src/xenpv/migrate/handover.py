@@ -17,14 +17,14 @@ from typing import Any, Self
 from uuid import UUID
 
 from xenpv.abi.declare import Width
-from xenpv.errors import Malformed, OutOfOrder, Unsupported
+from xenpv.errors import Malformed, OutOfOrder, RequestError, Unsupported
+from xenpv.host.domain_names import check_name
 
 MAGIC = b"xnpv"
 FRAMING = 1  # of a message's header and body; what messages mean is VERSIONS
 VERSIONS = range(1, 2)  # of the protocol that this side speaks
 HEADER = Struct(">4sBBH")  # magic, framing, message, bytes of the body: never more than 64 KiB
 
-_NAME_MAX = 1024
 _TEXT_MAX = 4096
 
 
@@ -272,20 +272,33 @@ class Offer:
             if type(body.get(key)) is not kind:
                 raise bad(f"{key} is {body.get(key)!r}")
         for key in ("protocol", "vcpus", "pages", "max_pages", "entries"):
-            if not 0 <= body[key] < 1 << 52:
+            if not (key == "vcpus") <= body[key] < 1 << 52:
                 raise bad(f"{key} is {body[key]:#x}")
         if body["width"] not in {4, 8}:
             raise bad(f"width is {body['width']} bytes; 4 and 8 are valid")
         forms = body.get("forms")
         if not isinstance(forms, list) or not all(isinstance(form, str) for form in forms):
             raise bad(f"forms is {forms!r}")
-        name, uuid = body.get("name"), body.get("uuid")
-        # It becomes a value in xenstore, and is printed.
-        if name is not None and not (isinstance(name, str) and 0 < len(name) <= _NAME_MAX and name.isprintable()):
-            raise bad(f"name is {name!r:.60}")
-        if uuid is not None:
-            try:
-                uuid = str(UUID(uuid))
-            except (ValueError, TypeError, AttributeError):
-                raise bad(f"uuid is {uuid!r:.60}") from None
+        name, uuid = identity_in(body, Message.OFFER, offset)
         return cls(**{key: body[key] for key in kinds}, forms=forms, name=name, uuid=uuid)
+
+
+def identity_in(body: Mapping[str, Any], message: Message, offset: int = 0) -> tuple[str | None, str | None]:
+    """Return name and uuid in the body of an OFFER or a QUERY; Malformed for invalid ones.
+
+    None for what the domain does not have. The uuid is in lower case.
+    """
+    name, uuid = body.get("name"), body.get("uuid")
+    if name is not None:
+        if not isinstance(name, str):
+            raise Malformed(f"name is {name!a:.60}", offset=offset, record=message.name)
+        try:
+            check_name(name)
+        except RequestError as e:
+            raise Malformed(f"name is {name!a:.60}: {e}", offset=offset, record=message.name) from None
+    if uuid is not None:
+        try:
+            uuid = str(UUID(uuid))
+        except (ValueError, TypeError, AttributeError):
+            raise Malformed(f"uuid is {uuid!a:.60}", offset=offset, record=message.name) from None
+    return name, uuid

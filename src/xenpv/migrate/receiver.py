@@ -9,15 +9,17 @@ from typing import Any
 from xenpv import __version__
 from xenpv.errors import HostError, RequestError, XenPVError
 from xenpv.frames import PAGE_SIZE, DomId
-from xenpv.host.domain_names import INCOMING
+from xenpv.host.domain_names import INCOMING, check_name
 from xenpv.host.protocol import DomainInfo, Mover
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import uninterruptible
 from xenpv.memory.p2m_anchors import P2MForm
 from xenpv.migrate.channel import EventCallback, MigrationChannel, OutcomeUnknown, ignore_event
-from xenpv.migrate.handover import RECEIVER, VERSIONS, Message, Offer, Stage
+from xenpv.migrate.handover import RECEIVER, VERSIONS, Message, Offer, Stage, identity_in
 from xenpv.migrate.transport import Link
+from xenpv.restore.new_domain import OfferedDomain
 from xenpv.restore.restore import restore_domain
+from xenpv.text import printable
 
 _FORMS = {str(form) for form in P2MForm}
 _OVERHEAD = 256  # pages that a domain takes beside its own: vcpus, grant table, shared info
@@ -59,12 +61,13 @@ def receive_domain(
     try:
         offer = Offer.of(body)
         refuse(host, offer)
-        on_event("offered", name=offer.name, pages=offer.pages, xen=offer.xen, live=offer.live)
+        on_event("offered", name=offer.name, pages=offer.pages, xen=printable(offer.xen)[:40], live=offer.live)
         channel.send(Message.ACCEPT)
         source = link.input()
         try:
-            name = None if offer.name is None else offer.name + INCOMING
-            domid = restore_domain(host, source, name=name, paused=True, progress=progress).domid
+            name = f"{offer.name}{INCOMING}"
+            offered = OfferedDomain(offer.uuid, offer.vcpus, max(offer.pages, offer.max_pages))
+            domid = restore_domain(host, source, name=name, offered=offered, paused=True, progress=progress).domid
         finally:
             source.close()
         on_event("whole", domid=domid)
@@ -85,21 +88,19 @@ def refuse(host: Mover, offer: Offer) -> None:
     if offer.protocol not in VERSIONS:
         raise RequestError(f"this side does not speak protocol {offer.protocol}")
     if offer.forms and not _FORMS & set(offer.forms):
-        raise RequestError(f"its p2m is a {' and a '.join(offer.forms)}, which this side does not know")
+        raise RequestError(f"its p2m is a {printable(' and a '.join(offer.forms)):.200}, which this side does not know")
+    if offer.name is None:
+        raise RequestError("it has no name, by which its copies could be told apart; give it one with xl rename")
+    check_name(check_name(offer.name) + INCOMING)
     for existing in host.domains():
-        if _is_domain(existing, offer.name, offer.uuid) or (
-            offer.name is not None and existing.name == offer.name + INCOMING
-        ):
+        same_uuid = offer.uuid is not None and existing.uuid == offer.uuid
+        if same_uuid or existing.name in (offer.name, offer.name + INCOMING):
             problem = f"this host has a domain of this name or uuid already: dom{existing.domid} ({existing.name})"
             raise RequestError(f"{problem}; destroy or rename it first")
     free, needed = host.free_pages(), offer.pages + _OVERHEAD
     if needed > free:
         problem = f"it needs {needed * PAGE_SIZE >> 20} MiB, and {free * PAGE_SIZE >> 20} MiB are free"
         raise RequestError(f"{problem}; destroy a domain, or give dom0 less", needed=needed, available=free)
-
-
-def _is_domain(info: DomainInfo, name: str | None, uuid: str | None) -> bool:
-    return (uuid is not None and info.uuid == uuid) or (name is not None and info.name == name)
 
 
 def _abort(host: Mover, channel: MigrationChannel, domid: DomId | None, error: BaseException) -> None:
@@ -126,8 +127,8 @@ def _start(
     """Start a domain that was committed: the sender will never run it again."""
     with uninterruptible():
         try:
-            if offer.name is not None:
-                host.rename(domid, offer.name)
+            assert offer.name is not None, "refuse() lets none come without"
+            host.rename(domid, offer.name)
             if not offer.paused:
                 host.unpause(domid)
         except HostError as e:
@@ -152,11 +153,23 @@ def _start(
 def _answer_query(host: Mover, channel: MigrationChannel, query: dict[str, Any], on_event: EventCallback) -> None:
     """Answer what became of a domain.
 
-    One that still has its temporary name is destroyed: it is the sender's.
+    Its uuid tells which domain is meant: another one may have its name by now. Only a domain without a uuid is known
+    by its name. A copy that still has its temporary name was never started, and is destroyed: it is the sender's.
     """
-    name, uuid = query.get("name"), query.get("uuid")
-    matching = [info for info in host.domains() if info.domid and _is_domain(info, name, uuid)]
-    incoming = [info for info in host.domains() if name is not None and info.name == f"{name}{INCOMING}"]
+    name, uuid = identity_in(query, Message.QUERY)
+
+    def is_meant(info: DomainInfo) -> bool:
+        if uuid is not None:
+            return info.uuid == uuid
+        return name is not None and info.uuid is None and info.name in (name, name + INCOMING)
+
+    matching = [info for info in host.domains() if info.domid and is_meant(info)]
+    incoming = [info for info in matching if (info.name or "").endswith(INCOMING)]
+    if running := [info for info in incoming if not info.paused]:
+        problem = f"{running[0].label} was started here by hand, under its temporary name: rename it, and ask again"
+        channel.send(Message.INDETERMINATE, why=problem)
+        on_event("answered", name=name, here=[info.domid for info in running], destroyed=[])
+        return
     for info in incoming:
         try:
             host.destroy(info.domid)

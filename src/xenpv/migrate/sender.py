@@ -20,6 +20,9 @@ from xenpv.save.source_domain import DepartingDomain
 from xenpv.save.suspend import resume
 from xenpv.source.live import LiveDomain
 from xenpv.stream.envelope import Kind
+from xenpv.text import printable
+
+_FIRST_RESERVED_DOMID = 0x7FF0  # xen.git:xen/include/public/xen.h DOMID_FIRST_RESERVED
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,8 @@ def send_domain(
         progress: Receives the progress.
 
     Raises:
-        RequestError: The receiver refused, for the reason in the message; or as save() and suspend().
+        RequestError: The domain has no name; the receiver refused, for the reason in the message; or as save() and
+            suspend().
         XenPVError: As save() and suspend().
         OSError: The connection failed.
         OutcomeUnknown: The receiver has not answered the commit.
@@ -97,6 +101,10 @@ def send_domain(
     """
     domain = DepartingDomain(host, domid, suspend_timeout=suspend_timeout)
     domain.check()
+    if not domain.info.name:
+        raise RequestError(
+            f"{domain.label} has no name, by which its copies could be told apart: give it one, xl rename"
+        )
     live = None if domain.was_suspended else live
     channel = MigrationChannel(link, SENDER)
     try:
@@ -128,13 +136,15 @@ def send_domain(
         _handle_failure(channel, domain, e, on_event)
         raise
     downtime = domain.downtime
-    on_event("running", domid=answer.get("domid"), downtime=downtime)
-    return SentDomain(domain.label, _domid_in(answer), summary, downtime)
+    there = _domid_in(answer)
+    on_event("running", domid=there, downtime=downtime)
+    return SentDomain(domain.label, there, summary, downtime)
 
 
 def _domid_in(answer: dict[str, object]) -> DomId | None:
+    """Return the domid in a RUNNING; None if it has none that Xen gives out."""
     domid = answer.get("domid")
-    return DomId(domid) if isinstance(domid, int) else None
+    return DomId(domid) if type(domid) is int and 0 < domid < _FIRST_RESERVED_DOMID else None
 
 
 def _receive_hello(channel: MigrationChannel, on_event: EventCallback) -> int:
@@ -145,9 +155,10 @@ def _receive_hello(channel: MigrationChannel, on_event: EventCallback) -> int:
     hello = channel.receive()
     version = common_version(hello.get("protocol"))
     if version is None:
-        problem = f"{channel.link.name} speaks protocol {hello.get('protocol')!r:.40}"
+        problem = f"{channel.link.name} speaks protocol {hello.get('protocol')!a:.40}"
         raise Unsupported(f"{problem}, not {VERSIONS[0]} to {VERSIONS[-1]}", offset=0)
-    on_event("connected", host=channel.link.name, xen=str(hello.get("xen"))[:40], xenpv=str(hello.get("xenpv"))[:40])
+    versions = {key: printable(str(hello.get(key)))[:40] for key in ("xen", "xenpv")}
+    on_event("connected", host=channel.link.name, **versions)
     return version
 
 

@@ -14,14 +14,13 @@ from typing import NamedTuple
 
 from xenpv.abi.declare import Width
 from xenpv.errors import RequestError, Unsupported
-from xenpv.findings import Rule, Severity
-from xenpv.frames import IS_POPULATED, U64, DomId
+from xenpv.frames import U64, DomId
 from xenpv.host.protocol import CpuPolicy, DomainInfo, Mover, Ring
-from xenpv.host.xenstore_nodes import MAX_MEM_SLACK
 from xenpv.io.checkpoint_buffer import CheckpointBuffer
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input
 from xenpv.restore.finish import Ports, StreamComplete
+from xenpv.restore.new_domain import OfferedDomain, plan_domain, raise_breach
 from xenpv.restore.pages import DeferRead, MemoryLoader
 from xenpv.source.config import Config
 from xenpv.stream import rules
@@ -117,6 +116,8 @@ def restore_domain(
     source: Input,
     *,
     name: str | None = None,
+    new_uuid: bool = False,
+    offered: OfferedDomain | None = None,
     paused: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Restored:
@@ -129,26 +130,23 @@ def restore_domain(
         host: The host on which the domain is created.
         source: The stream.
         name: Name of the domain (default: the configuration's).
+        new_uuid: Give it a new uuid, so that it can run beside the domain that was saved.
+        offered: What a sender has said of the domain, which the stream must keep to. None for a file.
         paused: Leave it paused.
         progress: Called while the stream is read.
 
     Raises:
-        RequestError: Another domain has the name, or a pipe has no configuration; and as restore().
+        RequestError: Another domain has the name or uuid, no domain can have them, or a pipe has no configuration;
+            and as restore().
         StreamError, GuestError, HostError, OSError: As restore().
     """
     created: list[DomId] = []
 
     def create_domain(contents: Contents, width: Width) -> tuple[DomainInfo, Ports]:
-        config = Config.from_contents(contents)
-        vcpus, pages = _vcpus_and_pages(config, source)
-        new_name = name or (config.name if config else None)
-        for existing in host.domains():
-            if new_name is not None and existing.name == new_name:
-                raise RequestError(f"dom{existing.domid} is called {new_name!r} already: give another name")
-        uuid = config.uuid if config else None
-        domid = host.create(width, vcpus=vcpus, max_pages=pages + MAX_MEM_SLACK, name=new_name, uuid=uuid)
+        plan = plan_domain(host, contents, source, name=name, new_uuid=new_uuid, offered=offered)
+        domid = host.create(width, vcpus=plan.vcpus, max_pages=plan.max_pages, name=plan.name, uuid=plan.uuid)
         created.append(domid)
-        host.set_memory_map(domid, pages)
+        host.set_memory_map(domid, plan.pages)
         daemons = host.daemons()
         xenstore = host.alloc_event_channel(domid, daemons.xenstore)
         return host.info(domid), Ports(host.alloc_event_channel(domid, daemons.console), xenstore)
@@ -179,31 +177,6 @@ def _check_empty_and_paused(info: DomainInfo) -> None:
         raise RequestError(problem, needed=0, available=info.pages)
 
 
-def _vcpus_and_pages(config: Config | None, source: Input) -> tuple[int, int]:
-    """Return how many vcpus and pages the domain needs.
-
-    Takes them from its configuration, otherwise from reading the whole stream.
-    """
-    vcpus, kib = (config.max_vcpus, config.max_memkb) if config else (None, None)
-    if vcpus is None or kib is None:
-        if not source.seekable:
-            problem = f"{source.name} has no configuration with the number of vcpus and the size of memory"
-            raise RequestError(f"{problem}: restore it from a file, which can be read twice")
-        stream = Contents()
-        for event in source.events(Reader(on_breach=_raise_breach)):
-            stream.add(event)
-        page_count = stream.index.count()
-        vcpus = max(stream.vcpus, default=0) + 1 if vcpus is None else vcpus
-        kib = 4 * sum(n for page_type, n in page_count.items() if IS_POPULATED[page_type]) if kib is None else kib
-    return vcpus, -(-kib // 4)
-
-
-def _raise_breach(rule: Rule, message: str, offset: int, record: str | None) -> None:
-    """End the stream at a broken rule, except at checkpoints."""
-    if rule.severity is Severity.ERROR and rule is not rules.CHECKPOINT:
-        raise rules.breach(rule, message, offset=offset, record=record)
-
-
 class _Restore:
     """One restore.
 
@@ -228,7 +201,7 @@ class _Restore:
         self._in_static_data = True
 
     def run(self, envelope: Kind | None, progress: ProgressCallback | None) -> Restored:
-        reader = Reader(on_breach=_raise_breach, kind=envelope)
+        reader = Reader(on_breach=raise_breach, kind=envelope)
         with self._resources:
             for event in self.source.events(reader, progress, reads_pages=True):
                 self._apply_or_buffer(event)

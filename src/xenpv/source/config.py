@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from xenpv.stream.contents import Contents
 from xenpv.stream.envelope import Section
@@ -28,7 +29,7 @@ class Config:
         format: "json", "xl", "xml" or "sexp".
         text: All of the configuration.
         name: The domain's name.
-        uuid: Its uuid.
+        uuid: Its uuid, in lower case; None also for one of zeros only, which stands for none.
         type: Its type, in the words of the format.
         max_memkb: The most memory that it may have, in KiB.
         target_memkb: The memory that it is meant to have, in KiB.
@@ -117,7 +118,7 @@ def _parse_json(text: str) -> Config:
         "json",
         text,
         name=_str_or_none(c_info.get("name")),
-        uuid=_str_or_none(c_info.get("uuid")),
+        uuid=_uuid_or_none(c_info.get("uuid")),
         type=_str_or_none(c_info.get("type")),
         max_memkb=_int_or_none(b_info.get("max_memkb")),
         target_memkb=_int_or_none(b_info.get("target_memkb")),
@@ -132,6 +133,14 @@ def _dict_member(config: Any, key: str) -> dict[str, Any]:
 
 def _str_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _uuid_or_none(value: object) -> str | None:
+    try:
+        uuid = UUID(value) if isinstance(value, str) else UUID(int=0)
+    except ValueError:
+        return None
+    return str(uuid) if uuid.int else None
 
 
 def _int_or_none(value: object) -> int | None:
@@ -161,7 +170,7 @@ def _parse_xml(text: str) -> Config:
         "xml",
         text,
         name=domain.findtext("name"),
-        uuid=domain.findtext("uuid"),
+        uuid=_uuid_or_none(domain.findtext("uuid")),
         type=domain.get("type"),
         max_memkb=kib("memory"),
         target_memkb=kib("currentMemory"),
@@ -189,7 +198,7 @@ def _parse_xl(text: str) -> Config:
         "xl",
         text,
         name=value("name"),
-        uuid=value("uuid"),
+        uuid=_uuid_or_none(value("uuid")),
         type=value("type"),
         max_memkb=memory if maximum is None else maximum,
         target_memkb=memory,
