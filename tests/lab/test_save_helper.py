@@ -131,7 +131,7 @@ def test_migration(host: lab.Host, sender: str, receiver: str) -> None:
         guest.wait(BEATS)
         if sender == STOCK:
             return
-        assert "xenpv: error: XENPV_PRECOPY=no sends a domain that stands still meanwhile" in said, said
+        assert "xenpv: error: set XENPV_PRECOPY=no to suspend the domain before its memory is sent" in said, said
         assert re.search(r"xenpv: error: .*CONFIG_SHADOW_PAGING", said), said
         command = f"XENPV_PRECOPY=no {command}"
     arrived = Guest.expected(host, "litmus--incoming")  # what its console is called

@@ -284,7 +284,7 @@ def test_serve_live_save_logs_each_iteration(guest: Guest, stream: BinaryIO) -> 
     assert libxl.kinds == [Message.SUSPEND, Message.COMPLETE]
     said = [text for level, _, _, text in libxl.values(Message.LOG) if level == Level.INFO]
     assert said[0] == "iteration 0: 2048 pages to be sent while it runs"
-    assert re.fullmatch(r"iteration 1: \d+ pages to be sent while it stands still", said[-2])
+    assert re.fullmatch(r"iteration 1: \d+ pages to be sent while it is suspended", said[-2])
     data = Path(f"/proc/self/fd/{stream.fileno()}").read_bytes()
     assert verify_bytes(data) == []
 
@@ -297,7 +297,7 @@ def test_serve_live_save_without_log_dirty_hints_at_no_precopy(
 
     host = PatchedHost(guest, log_dirty=log_dirty)
     libxl = save(guest, stream.fileno(), host, live=True)
-    assert libxl.errors == ["XENPV_PRECOPY=no sends a domain that stands still meanwhile", "it cannot"]
+    assert libxl.errors == ["set XENPV_PRECOPY=no to suspend the domain before its memory is sent", "it cannot"]
     assert libxl.completed == (-1, errno.EOPNOTSUPP)
     assert not guest.host.info(guest.domid).shutdown
     monkeypatch.setenv("XENPV_PRECOPY", "no")

@@ -151,7 +151,7 @@ class PageRepacker:
 
 
 def _keep_last(entries: U64, content: U8) -> tuple[U64, U8]:
-    """Return a batch without all but the last entry of each pfn, and without their content."""
+    """Return a batch with only the last entry of each pfn, and its content."""
     pfns = entries & np.uint64(PFN_MASK)
     if len(pfns) < 2 or (pfns[1:] > pfns[:-1]).all():
         return entries, content

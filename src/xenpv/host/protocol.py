@@ -407,7 +407,10 @@ class Mover(Toolstack, Protocol):
         """
 
     def devices(self, domid: DomId) -> list[str]:
-        """Return the domain's devices besides its console, by class and number: "vbd 51712", "vif 0"."""
+        """Return the domain's devices besides its console.
+
+        They are named by class and number: "vbd 51712", "vif 0".
+        """
 
     def resume(self, domid: DomId) -> None:
         """Let a domain that has shut down run on, as after a cancelled suspend."""

@@ -101,7 +101,9 @@ def introduction_nodes(info: DomainInfo, daemons: Daemons, console: Ring, xensto
 
 
 def find_devices(domid: DomId, list_nodes: Callable[[str], list[str]]) -> list[str]:
-    """Return a domain's devices besides its console: "vbd 51712", "vif 0", "device model".
+    """Return a domain's devices besides its console.
+
+    For example "vbd 51712", "vif 0", "device model".
 
     Args:
         domid: The domain.

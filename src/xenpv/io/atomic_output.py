@@ -213,7 +213,10 @@ class Output:
 
 
 def _check_no_input(output: os.stat_result, name: str, inputs: Iterable[str | int]) -> None:
-    """Raise RequestError if the output is one of the inputs, by whatever name. Pipes and devices may be both."""
+    """Raise RequestError if the output is one of the inputs, by any name.
+
+    Pipes and devices may be both.
+    """
     if not stat.S_ISREG(output.st_mode):
         return
     for source in inputs:
@@ -230,7 +233,7 @@ def _check_kind(target: str, path: str, replaces: Collection[FileKind]) -> None:
 
 
 def _check_owner(path: str) -> None:
-    """Raise RequestError if a link, pipe or device of another user waits at the path for what we write.
+    """Raise RequestError if another user's link, pipe or device is at the path.
 
     It matters where anybody can make one, as in /tmp. Linux has the same rule for open() in sticky folders
     (Documentation/admin-guide/sysctl/fs.rst: protected_symlinks, protected_fifos).
@@ -250,7 +253,9 @@ def _temporary_name(folder: str) -> str:
 
 
 def _open_unnamed(folder: str) -> tuple[int, str | None]:
-    """Open a new file in a folder, from which a rename to the target does not cross file systems.
+    """Open a new file in the folder of its target.
+
+    So a rename does not cross file systems.
 
     Returns:
         Its descriptor, and its name if the file system has no O_TMPFILE.

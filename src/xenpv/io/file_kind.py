@@ -1,4 +1,7 @@
-"""The kind of an existing file, by its first bytes: so that no output replaces a file of another kind by a slip."""
+"""The kind of an existing file, by its first bytes.
+
+With it, no output replaces a file of another kind by a slip.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Signal handlers: what was begun is undone, or completed, before the program ends."""
+"""Signal handlers: work is undone or completed before the program ends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def uninterruptible() -> Iterator[None]:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGTERM, SIGHUP and SIGQUIT, too, while the body runs.
+    """Raise KeyboardInterrupt on SIGTERM, SIGHUP and SIGQUIT during the body.
 
     The body's cleanup then runs as after Ctrl-C. A signal that is ignored stays ignored: nohup does that to SIGHUP.
     Without effect outside the main thread.

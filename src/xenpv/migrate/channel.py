@@ -98,7 +98,10 @@ class MigrationChannel:
             raise
 
     def _raise_reason(self) -> None:
-        """Raise the peer's reason for an ABORT during the stream; it may send nothing else."""
+        """Raise the peer's reason for an ABORT during the stream.
+
+        It may send nothing else.
+        """
         offset = self.handover.received_bytes
         self.receive()
         raise OutOfOrder("the peer sent READY before the end of the stream", offset=offset)

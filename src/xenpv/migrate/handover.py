@@ -284,7 +284,9 @@ class Offer:
 
 
 def identity_in(body: Mapping[str, Any], message: Message, offset: int = 0) -> tuple[str | None, str | None]:
-    """Return name and uuid in the body of an OFFER or a QUERY; Malformed for invalid ones.
+    """Return name and uuid in the body of an OFFER or a QUERY.
+
+    Raises Malformed for invalid ones.
 
     None for what the domain does not have. The uuid is in lower case.
     """

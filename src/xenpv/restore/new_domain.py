@@ -1,4 +1,4 @@
-"""Decides name, uuid, vcpus and memory of the domain that a stream is restored into.
+"""Decides name, uuid, vcpus and memory of a domain to be restored.
 
 A stream comes from elsewhere. Nothing that it says reaches the host before it was checked here.
 """

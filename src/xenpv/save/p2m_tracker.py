@@ -135,28 +135,32 @@ class P2MTracker:
     def _inspect_once(self, live: LiveDomain) -> tuple[P2M, U64]:
         anchors, name = live.anchors, live.name
         if anchors.p2m_cr3 and anchors.p2m_generation & 1:
-            why = "the guest was stopped while it changed its p2m" if live.info.is_stopped else "giving up"
-            raise _UnstableP2M(f"{name}: p2m_generation {anchors.p2m_generation:#x} is odd: {why}")
+            hint = (
+                "the guest was stopped while it changed its p2m: resume it and save again"
+                if live.info.is_stopped
+                else "the guest never ends changing its p2m, and cannot be saved"
+            )
+            raise _UnstableP2M(f"{name}: p2m_generation {anchors.p2m_generation:#x} is odd: {hint}")
         if not anchors.max_pfn:
-            raise GuestError(f"{name}: its p2m has no entries: arch.max_pfn is 0")
+            raise GuestError(f"{name}: its p2m has no entries: arch.max_pfn is 0; wait until its kernel has started")
         p2m = self._without_uniform_end(live)
         receiver_needs_libxc_record = self.libxc_compatible or (self.sent_entries > 0 and not self._sends_runs)
         _check(live, p2m, libxc_compatible=receiver_needs_libxc_record)
         leaf_pfns = _leaf_pfns(live, p2m)
         if live.read_anchors() != anchors:
-            raise _UnstableP2M(f"{name}: the p2m kept changing during the walk; giving up")
+            raise _UnstableP2M(f"{name}: the p2m kept changing during the walk: try again, or pause the guest first")
         return p2m, leaf_pfns
 
     def _without_uniform_end(self, live: LiveDomain) -> P2M:
-        whole = live.p2m
-        entries = max(whole.used_entries, self.sent_entries)
-        if entries > whole.entries:
-            problem = f"{live.name}: its p2m shrank to pfn {whole.entries - 1:#x} after it was sent up to pfn"
+        p2m = live.p2m
+        entries = max(p2m.used_entries, self.sent_entries)
+        if entries > p2m.entries:
+            problem = f"{live.name}: its p2m shrank to pfn {p2m.entries - 1:#x} after it was sent up to pfn"
             raise GuestError(
                 f"{problem} {self.sent_entries - 1:#x}; no receiver can undo that: start the migration or save again",
-                pfn=whole.entries - 1,
+                pfn=p2m.entries - 1,
             )
-        return replace(whole, entries=entries, leaves=whole.leaves.below(-(-entries // whole.entries_per_leaf)))
+        return replace(p2m, entries=entries, leaves=p2m.leaves.below(-(-entries // p2m.entries_per_leaf)))
 
     # --- entries -----------------------------------------------------------------------------------------------------
 
@@ -176,7 +180,7 @@ class P2MTracker:
     def iter_leaves(self, places: I64 | None = None) -> Iterator[Leaves]:
         """Yield leaves in batches, each leaf once: all, or those at ``places``.
 
-        GuestError for one that cannot be read, or that names pages and stands in two places.
+        GuestError for one that cannot be read, or that names pages and is used in two places.
         """
         name, distinct = self.live.name, self.p2m.distinct_leaves
 

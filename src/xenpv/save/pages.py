@@ -100,15 +100,16 @@ class PageSender:
     def add(self, pfns: U64, mfns: U64) -> None:
         """Send pages, keeping back the last ones, which fill no window.
 
-        While the guest runs, pages whose frame it gave up since its p2m was read are deferred rather than sent.
+        While the guest runs, what cannot be sent as it is gets deferred: a page whose frame it gave up since its p2m
+        was read, one that cannot be mapped, and a page table with an entry that names no frame of the domain.
 
         Args:
             pfns: uint64 (n,).
             mfns: The frame of each, uint64 (n,).
 
         Raises:
-            HostError: A page cannot be mapped, or is of no known type.
-            Fault: An entry of a page table names no frame of the domain, or a superpage.
+            HostError: A page is of no known type; or the guest has stopped, and a page cannot be mapped.
+            Fault: The guest has stopped, and a page table's entry names no frame of the domain, or a superpage.
         """
         pfns, mfns, types = self._select_owned(pfns, mfns)
         pfns, mfns = np.append(self._pfns, pfns), np.append(self._mfns, mfns)
@@ -128,7 +129,7 @@ class PageSender:
         self._output.wait()
 
     def _select_owned(self, pfns: U64, mfns: U64) -> tuple[U64, U64, U8]:
-        """Return the pfns, mfns and types of pages that are the domain's; defer the others.
+        """Return pfns, mfns and types of the domain's own pages; defer the others.
 
         Only a running domain can have given up pages since its p2m was read.
         """

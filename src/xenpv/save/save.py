@@ -49,7 +49,7 @@ class Summary:
         not_owned: P2m entries that claim a frame which is not the domain's; verify reports them.
         without_content: Pages of which Xen gives no content (broken, or not allocated).
         bytes: Bytes of the whole stream.
-        iterations: Passes over memory.
+        iterations: Iterations over memory; 1 without pre-copy.
         seconds: How long the save took.
         downtime: Seconds of it in which the domain was suspended.
     """

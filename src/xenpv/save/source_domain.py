@@ -90,7 +90,9 @@ class DepartingDomain:
         return 0.0 if self.suspend_requested_at is None else time.monotonic() - self.suspend_requested_at
 
     def check(self) -> None:
-        """Raise RequestError if the domain cannot be saved by xenpv alone: its devices, its state.
+        """Raise RequestError if xenpv alone cannot save the domain.
+
+        Its devices or its state may be in the way.
 
         A guest suspends with its devices' frontends. Only a toolstack that knows their backends can give them new ones.
         """

@@ -127,7 +127,7 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
     if request.live:
         policy = parse_precopy(os.environ.get(_PRECOPY, ""))
         if policy is None:
-            libxl.log(Level.WARN, f"the domain stands still while it is sent, as {_PRECOPY}=no asks for")
+            libxl.log(Level.WARN, f"{_PRECOPY}=no: the domain is suspended before its memory is sent")
     try:
         summary = save_domain(
             host,
@@ -141,7 +141,7 @@ def save(request: Save, libxl: Libxl, host: Mover) -> None:
         )
     except HostError as e:
         if policy is not None and e.errno == errno.EOPNOTSUPP:
-            libxl.log(Level.ERROR, f"{_PRECOPY}=no sends a domain that stands still meanwhile")
+            libxl.log(Level.ERROR, f"set {_PRECOPY}=no to suspend the domain before its memory is sent")
         raise
     libxl.log(Level.INFO, f"{summary.name}: {summary.pages} pages, {summary.bytes} bytes written")
 
@@ -183,7 +183,7 @@ def _progress_to(libxl: Libxl, *, live: bool) -> ProgressCallback:
 
     when = {
         Phase.COPYING: "while it runs",
-        Phase.FINISHING: "while it stands still",
+        Phase.FINISHING: "while it is suspended",
         Phase.VERIFYING: "again, to be compared",
     }
     logged: tuple[int, Phase] | None = None

@@ -83,7 +83,10 @@ class XenStore:
             self._free(value)
 
     def list(self, path: str) -> list[str]:
-        """Return the names of a node's children; none if there is no such node, or no xenstore."""
+        """Return the names of a node's children.
+
+        There are none if there is no such node, or no xenstore.
+        """
         if not self._handle:
             return []
         count = ctypes.c_uint()
