@@ -13,6 +13,7 @@ import pytest
 from tests.support.kernel_guest import SOME_FORMS
 from tests.support.migration import CONFIG, MEMORY, NAME, PAGES, UUID, Move, linked
 from xenpv.errors import GuestError, HostError, Malformed, OutOfOrder, RequestError, StreamError, Unsupported
+from xenpv.frames import DomId
 from xenpv.host.domain_names import AWAY, INCOMING
 from xenpv.host.model.host import ModelHost
 from xenpv.migrate.channel import MigrationChannel, OutcomeUnknown
@@ -543,3 +544,81 @@ def test_migrate_stream_of_another_domain_is_refused() -> None:
     assert isinstance(ended.there, RequestError)
     assert move.runs_here()
     assert move.nothing_there()
+
+
+# --- whatever fails on the way back ----------------------------------------------------------------------------------
+
+
+def test_take_back_guest_that_ends_at_once_was_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = undecided(arrives=False)
+    outcome, resume = resumed_here(move), move.source.resume
+
+    def resume_and_end(domid: DomId) -> None:
+        resume(domid)
+        move.source.destroy(domid)  # as xl does with a guest that powers off
+
+    monkeypatch.setattr(move.source, "resume", resume_and_end)
+    monkeypatch.setattr(move.source, "rename", lambda _domid, _name: None)
+    assert take_back(move.source, move.guest.domid) == outcome
+
+
+def test_take_back_resume_fails_keeps_the_name_that_shows_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = undecided(arrives=False)
+    monkeypatch.setattr(move.source, "resume", refusal("resume"))
+    with pytest.raises(HostError):
+        take_back(move.source, move.guest.domid)
+    assert move.waits_here()
+
+
+def test_settle_after_sender_ended_before_it_destroyed_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sender that is killed after RUNNING leaves what one leaves that cannot destroy its copy."""
+    move = Move.ready()
+    with monkeypatch.context() as patch:
+        patch.setattr(move.source, "destroy", refusal("destroy"))
+        move.start()
+    assert move.waits_here()
+    assert move.there() is not None
+    outcome, _ = settled(move)
+    assert isinstance(outcome, Settlement)
+    assert outcome.owner is Owner.RECEIVER
+    assert move.is_gone_here()
+
+
+def test_receive_failure_counts_and_not_that_of_the_cleanup(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream's error reaches both sides; that the copy could not be destroyed is a note of it."""
+    move = Move.ready()
+    monkeypatch.setattr(move.target, "introduce", refusal("introduce"))
+    monkeypatch.setattr(move.target, "destroy", refusal("destroy"))
+    ended = move.start()
+    assert isinstance(ended.there, HostError)
+    assert ended.there.op == "introduce"
+    [note] = ended.there.__notes__
+    assert "destroy: no" in note
+    assert move.runs_here()
+
+
+@pytest.mark.parametrize("domid", ["\x1b[2J", True, -1, 0, 1 << 40, None])
+def test_migrate_domid_that_no_xen_gives_out_is_unknown(domid: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move.ready()
+    send = MigrationChannel.send
+
+    def lie(channel: MigrationChannel, message: Message, **body: Any) -> None:
+        send(channel, message, **(body | ({"domid": domid} if message is Message.RUNNING else {})))
+
+    monkeypatch.setattr(MigrationChannel, "send", lie)
+    ended = move.start()
+    assert ended.given is not None
+    assert ended.given.domid is None
+    assert ended.heard("running")["domid"] is None
+
+
+def test_migrate_words_of_the_peer_are_printable(monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move.ready()
+    send = MigrationChannel.send
+
+    def escape(channel: MigrationChannel, message: Message, **body: Any) -> None:
+        send(channel, message, **{key: "\x1b[2J" if key in {"xen", "xenpv"} else value for key, value in body.items()})
+
+    monkeypatch.setattr(MigrationChannel, "send", escape)
+    ended = move.start()
+    assert ended.heard("connected")["xen"] == ended.heard("connected")["xenpv"] == "?[2J"

@@ -132,7 +132,8 @@ def test_listening_public_address_needs_anywhere(where: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["tcp:7000", "tcp:host:", "tcp:host:99999", "tcp::7000", "fd:x", "fd:1,2,3", "fd:987"]
+    "where",
+    ["tcp:7000", "tcp:host:", "tcp:host:99999", "tcp::7000", "fd:x", "fd:1,2,3", "fd:987", "fd:٣", "tcp:host:٣"],
 )
 def test_connect_invalid_address_is_refused(where: str) -> None:
     with pytest.raises(RequestError, match=re.escape(where.rpartition(",")[2])):
@@ -170,6 +171,17 @@ def test_connect_by_descriptors_transfers_bytes() -> None:
         assert os.read(into, 1) == b"z"
     os.close(out)
     os.close(into)
+
+
+def test_link_over_descriptors_leaves_them_as_blocking_as_they_were() -> None:
+    """O_NONBLOCK belongs to the open file, which a shell may share: its next write would fail with EAGAIN."""
+    reading, writing = os.pipe()
+    with connect(f"fd:{os.dup(reading)},{os.dup(writing)}") as link:
+        assert not os.get_blocking(writing)
+        assert link.written == 0
+    assert os.get_blocking(writing)
+    os.close(reading)
+    os.close(writing)
 
 
 def test_connect_by_ssh_quotes_the_remote_command(tmp_path: Path) -> None:

@@ -395,3 +395,22 @@ def test_restore_domain_broken_rule_raises_its_class(error: type[StreamError]) -
     else:
         stream.drop("libxl END")
     assert type(restore_error(stream)) is error
+
+
+def test_restore_domain_failure_counts_and_not_that_of_the_cleanup(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = ModelHost(128 << 20, seed=3)
+    monkeypatch.setattr(host, "introduce", RefusingCall(host.introduce, 0))
+    monkeypatch.setattr(host, "destroy", RefusingCall(host.destroy, 0))
+    with stream_input(bytes(pv_domain().to_stream("xl"))) as source, pytest.raises(HostError) as e:
+        restore_domain(host, source)
+    [note] = e.value.__notes__
+    assert "xl destroy 1" in note
+
+
+@pytest.mark.parametrize("envelope", ["xl", "libvirt", "xenopsd", "libxl", "libxc"])
+@pytest.mark.parametrize("version", [2, 3])
+def test_restore_domain_stream_of_headers_only_raises(envelope: str, version: int) -> None:
+    """Order and completeness are record_order.py's: no later code meets a stream without X86_PV_INFO."""
+    stream = pv_domain().to_stream(envelope, version=version)
+    first, end = stream.find("domain header"), stream.find("END")
+    assert isinstance(restore_error(Stream([*stream[: first + 1], *stream[end:]])), OutOfOrder)

@@ -16,7 +16,7 @@ import numpy as np
 from xenpv.abi.x86 import PAGE_SHIFT, PAGE_SIZE
 from xenpv.errors import HostError, RequestError
 from xenpv.frames import PAGES_PER_BATCH, U8, U64, DomId
-from xenpv.host.protocol import Ring, Toolstack
+from xenpv.host.protocol import Ring, Toolstack, destroy_unfinished
 from xenpv.host.xenstore_nodes import MAX_MEM_SLACK
 from xenpv.image import start
 from xenpv.image.kernel import KernelImage
@@ -88,11 +88,8 @@ def build(
         built = _Builder(host, domid, memory, image=image, layout=layout, report=report).run(ramdisk)
         if config is not None:
             host.set_configuration(domid, config)
-    except BaseException as e:
-        try:
-            host.destroy(domid)
-        except HostError as failure:
-            e.add_note(f"dom{domid} is left, unfinished: {failure}; xl destroy {domid} removes it")
+    except BaseException as failure:
+        destroy_unfinished(host, domid, failure)
         raise
     return built
 

@@ -416,6 +416,17 @@ class Mover(Toolstack, Protocol):
         """Let a domain that has shut down run on, as after a cancelled suspend."""
 
 
+def destroy_unfinished(host: Toolstack, domid: DomId, failure: BaseException) -> None:
+    """Destroy a domain after the failure that kept it from being finished.
+
+    If that fails, too, the failure gets a note: what went wrong first is what counts.
+    """
+    try:
+        host.destroy(domid)
+    except HostError as e:
+        failure.add_note(f"the unfinished dom{domid} could not be destroyed ({e}): `xl destroy {domid}` does it")
+
+
 def find_domain(host: Host, text: str) -> DomainInfo:
     """Return the domain with this id, uuid or name. Digits are an id, as for xl.
 

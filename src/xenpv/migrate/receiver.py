@@ -10,7 +10,7 @@ from xenpv import __version__
 from xenpv.errors import HostError, RequestError, XenPVError
 from xenpv.frames import PAGE_SIZE, DomId
 from xenpv.host.domain_names import INCOMING, check_name
-from xenpv.host.protocol import DomainInfo, Mover
+from xenpv.host.protocol import DomainInfo, Mover, destroy_unfinished
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.signals import uninterruptible
 from xenpv.memory.p2m_anchors import P2MForm
@@ -104,15 +104,16 @@ def refuse(host: Mover, offer: Offer) -> None:
 
 
 def _abort(host: Mover, channel: MigrationChannel, domid: DomId | None, error: BaseException) -> None:
-    """Destroy what has arrived, and tell the sender why: it may run its copy."""
-    try:
-        if domid is not None:
-            host.destroy(domid)
-    finally:  # nobody will start the copy here, destroyed or not
-        if channel.handover.may_send(Message.ABORT):
-            with contextlib.suppress(OSError):  # the sender also runs its copy on if the connection drops
-                channel.send(Message.ABORT, why=_reason(error))
-        channel.link.drain()
+    """Destroy what has arrived, and tell the sender why: it may run its copy.
+
+    Nobody will start the copy here, destroyed or not. A failure to destroy it becomes a note of the error.
+    """
+    if domid is not None:
+        destroy_unfinished(host, domid, error)
+    if channel.handover.may_send(Message.ABORT):
+        with contextlib.suppress(OSError):  # the sender also runs its copy on if the connection drops
+            channel.send(Message.ABORT, why=_reason(error))
+    channel.link.drain()
 
 
 def _reason(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from xenpv.errors import HostError, RequestError, Unsupported
@@ -244,8 +244,8 @@ def take_back(host: Mover, domid: DomId) -> Settlement:
     domain = DepartingDomain(host, domid)
     if not domain.was_suspended:
         raise RequestError(f"{domain.label} is not suspended: there is nothing to take back")
-    name = domain.info.name
-    if name is not None and name.endswith(AWAY):
-        host.rename(domid, name.removesuffix(AWAY))
-    resume(host, domid)
-    return Settlement(Owner.SENDER, host.info(domid).label, domid)
+    info, name = domain.info, (domain.info.name or "").removesuffix(AWAY)
+    resume(host, domid)  # first: as long as it is suspended, its name has to show why
+    if name != (info.name or ""):
+        host.rename(domid, name)
+    return Settlement(Owner.SENDER, replace(info, name=name).label, domid)  # it may have ended already

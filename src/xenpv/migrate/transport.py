@@ -57,6 +57,7 @@ class Link:
         self._write_fd = write_fd
         self._process = process
         self._out = _TimedOutput(write_fd, name, idle_timeout)
+        self._was_blocking = os.get_blocking(write_fd)
         os.set_blocking(write_fd, False)  # otherwise a write that the peer does not accept would never return
 
     @classmethod
@@ -83,6 +84,8 @@ class Link:
 
         A program that was started for it has some seconds to end by itself.
         """
+        if self._write_fd >= 0:
+            os.set_blocking(self._write_fd, self._was_blocking)  # the caller may have it open, too
         fds, self.read_fd, self._write_fd = {self.read_fd, self._write_fd}, -1, -1
         for fd in fds - {-1}:
             os.close(fd)
@@ -317,16 +320,21 @@ def standard_streams(*, idle_timeout: float = IDLE_TIMEOUT) -> Link:
     return Link(read_fd, write_fd, "standard input", idle_timeout=idle_timeout)
 
 
+def _is_number(text: str) -> bool:
+    """Whether a text has digits 0 to 9 only; isdecimal() takes those of all scripts."""
+    return text.isascii() and text.isdecimal()
+
+
 def _address(address: str) -> tuple[str, int]:
     host, _, port = address.removeprefix("tcp:").rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 0xFFFF:
+    if not host or not _is_number(port) or int(port) > 0xFFFF:
         raise RequestError(f"{address!r}: write tcp:HOST:PORT")
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
 def _descriptors(address: str) -> tuple[int, int]:
     numbers = address.removeprefix("fd:").split(",")
-    if not 1 <= len(numbers) <= 2 or not all(number.isdecimal() for number in numbers):
+    if not 1 <= len(numbers) <= 2 or not all(map(_is_number, numbers)):
         raise RequestError(f"{address!r}: write fd:N for a socket, fd:IN,OUT for two pipes")
     read_fd, write_fd = int(numbers[0]), int(numbers[-1])
     for fd in (read_fd, write_fd):

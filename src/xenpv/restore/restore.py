@@ -15,9 +15,10 @@ from typing import NamedTuple
 from xenpv.abi.declare import Width
 from xenpv.errors import RequestError, Unsupported
 from xenpv.frames import U64, DomId
-from xenpv.host.protocol import CpuPolicy, DomainInfo, Mover, Ring
+from xenpv.host.protocol import CpuPolicy, DomainInfo, Mover, Ring, destroy_unfinished
 from xenpv.io.checkpoint_buffer import CheckpointBuffer
 from xenpv.io.progress import ProgressCallback
+from xenpv.io.signals import uninterruptible
 from xenpv.io.stream_input import Input
 from xenpv.restore.finish import Ports, StreamComplete
 from xenpv.restore.new_domain import OfferedDomain, plan_domain, raise_breach
@@ -158,9 +159,10 @@ def restore_domain(
             host.set_configuration(restored.domid, restored.config.text.encode())
         if not paused:
             host.unpause(restored.domid)
-    except BaseException:
-        for domid in created:
-            host.destroy(domid)
+    except BaseException as failure:
+        with uninterruptible():
+            for domid in created:
+                destroy_unfinished(host, domid, failure)
         raise
     return restored
 

@@ -20,7 +20,17 @@ from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId, Mask, first_bad
 from xenpv.host import xenstore_nodes
 from xenpv.host.errors import host_error
-from xenpv.host.protocol import DOM0, CpuPolicy, Daemons, DomainInfo, Ring, TscInfo, VcpuState, XenVersion
+from xenpv.host.protocol import (
+    DOM0,
+    CpuPolicy,
+    Daemons,
+    DomainInfo,
+    Ring,
+    TscInfo,
+    VcpuState,
+    XenVersion,
+    destroy_unfinished,
+)
 from xenpv.host.xen import domctl, shared_libraries, userdata
 from xenpv.host.xen.cpu_state import CpuState
 from xenpv.host.xen.log_dirty import LogDirty
@@ -309,12 +319,7 @@ class XenHost:
             self.set_max_mem(domid, max_pages)
             self._xenstore().write(domid, xenstore_nodes.creation_nodes(domid, name, uuid))
         except BaseException as failure:
-            try:
-                self.destroy(domid)
-            except HostError as e:
-                failure.add_note(
-                    f"the unfinished dom{domid} could not be destroyed ({e}): `xl destroy {domid}` does it"
-                )
+            destroy_unfinished(self, domid, failure)
             raise
         return domid
 
