@@ -127,8 +127,9 @@ class Machine:
         xen_options = (
             f"console=com1 com1=115200,8n1 dom0_mem={has.dom0_mem},max:{has.dom0_mem} dom0_max_vcpus={has.dom0_vcpus} "
             # Scrubbing would touch all of the sparse memory. A debug key in the middle of a job helps nobody.
-            # QEMU 7.2 damages SSE registers of a vcpu that goes from one CPU to another while a guest is busy.
-            f"dom0_vcpus_pin bootscrub=0 loglvl=all guest_loglvl=all conswitch=0 {has.xen_options}"
+            # Where Xen loads FPU registers lazily, QEMU's TCG loses them when dom0 and a busy guest share a CPU:
+            # programs of dom0 crash or compute nonsense. tests/lab/test_emulation.py watches over it.
+            f"spec-ctrl=eager-fpu dom0_vcpus_pin bootscrub=0 loglvl=all guest_loglvl=all conswitch=0 {has.xen_options}"
         ).strip()
         dom0_options = "console=hvc0 quiet loglevel=4 oops=panic panic=-1"
         kernel = guests.folder() / "vmlinux"
