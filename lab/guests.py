@@ -38,7 +38,7 @@ exec < /dev/hvc0 > /dev/hvc0 2>&1
 busy() {{
     while :; do
         sha256sum /bin/busybox
-        awk 'BEGIN {{ x = 0.5; for (i = 0; i < 3000; i++) x = x * 1.0001 + sqrt(x); print x }}'
+        awk 'BEGIN {{ x = 0.5; for (i = 0; i < 3000; i++) x = x * 1.0001 + 1 / x; print x }}'
     done > /dev/null
 }}
 /bin/{MARKER} &
@@ -76,9 +76,15 @@ def litmus_config(name: str, memory: int = 32, vcpus: int = 1, extra: str = "", 
     return _config(name, memory, vcpus, {"kernel": LITMUS, "cmdline": options}, extra)
 
 
-def _config(name: str, memory: int, vcpus: int, boot: dict[str, str], extra: str) -> str:
+def pvh_config(name: str, memory: int = 128, extra: str = "") -> str:
+    """An xl config for the same kernel as a PVH guest. With another tsc_mode it loops after a restore."""
+    boot = {"kernel": VMLINUX, "ramdisk": INITRAMFS, "cmdline": "console=hvc0", "tsc_mode": "native"}
+    return _config(name, memory, 1, boot, extra, kind="pvh")
+
+
+def _config(name: str, memory: int, vcpus: int, boot: dict[str, str], extra: str, *, kind: str = "pv") -> str:
     lines = [
-        'type = "pv"',
+        f'type = "{kind}"',
         f'name = "{name}"',
         f"memory = {memory}",
         f"vcpus = {vcpus}",

@@ -46,7 +46,8 @@ def test_busy_guest_survives_save_restore_and_ten_migrations(host: lab.Host) -> 
     guest.beats(guests.BEAT)
     precopy = "" if host.xen in LIVE else "XENPV_PRECOPY=no"
     for _ in range(MIGRATIONS):
+        arrived = Guest.expected(host, f"{NAME}--incoming")  # what its console is called
         receiver = f"env {OURS} xl migrate-receive"
         run(host, f"env {OURS} {precopy} xl migrate -s '' {NAME} '{receiver}'", timeout=600)
-        Guest.expected(host, NAME).beats(guests.BEAT)
+        arrived.beats(guests.BEAT)
     run(host, "xenpv check 0 > /dev/null && xenpv check busy > /dev/null", timeout=600)

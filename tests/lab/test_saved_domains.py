@@ -21,6 +21,7 @@ import lab
 from lab import guests
 from tests.support.bit_flips import KINDS, as_table, flip_survey
 from tests.support.lab.debian import DEBIAN_MIB, Debian
+from tests.support.lab.guest import Guest, start
 from xenpv.abi.x86 import PTE_P, PTE_RW
 from xenpv.cli.show import describe
 from xenpv.frames import HAS_DATA, IS_TABLE, PAGE_SIZE, PageType
@@ -28,6 +29,7 @@ from xenpv.io.stream_input import Input
 from xenpv.memory.page_tables import as_ptes, pte_frames
 from xenpv.source.open import open_domain
 from xenpv.source.saved import SavedDomain
+from xenpv.stream.reader import Reader
 from xenpv.verify.stream import Report, verify
 
 LITMUS_MIB = 16
@@ -186,3 +188,15 @@ def test_verify_of_litmus_in_each_p2m_form_finds_nothing(host: lab.Host, form: s
     assert shown["p2m"]["form"] == FORMS[form]
     assert len(shown["vcpus"]) == 2
     assert shown["memory_in_stream"] == LITMUS_MIB << 20
+
+
+@pytest.mark.deep_elsewhere
+def test_verify_of_a_pvh_guest_finds_nothing(host: lab.Host) -> None:
+    """libxenguest writes HVM_CONTEXT before HVM_PARAMS, whatever the specification says, and restores that."""
+    start(host, "pvh", guests.pvh_config("pvh"), guests.UP)
+    saved = host.run("xl save pvh /tmp/pvh && cp /tmp/pvh .", timeout=300).check().outputs / "pvh"
+    assert [str(finding) for finding in verify(str(saved)).findings] == []
+    records = [event.name for event in Input.open(str(saved)).events(Reader())]
+    assert records.index("HVM_CONTEXT") < records.index("HVM_PARAMS")
+    host.run("xl restore /tmp/pvh && rm /tmp/pvh", timeout=300).check()
+    Guest.expected(host, "pvh").beats(guests.BEAT)

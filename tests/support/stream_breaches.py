@@ -352,7 +352,7 @@ ORDER = [
     Breach(
         rules.ORDER,
         "hvm-context-early",
-        lambda s: move_before(s, "HVM_CONTEXT", before="HVM_PARAMS"),
+        lambda s: move_before(s, "HVM_CONTEXT", before="STATIC_DATA_END"),
         "HVM_CONTEXT",
         base="hvm",
         error=OutOfOrder,

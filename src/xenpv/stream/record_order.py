@@ -77,8 +77,10 @@ _STATIC = (RecordType.STATIC_DATA_END,)
 _VCPU = Place(PV, after=(RecordType.X86_PV_INFO, RecordType.X86_PV_P2M_FRAMES, RecordType.PAGE_DATA))
 
 # "The following records must be present in the following order as each of them depends on information present in the
-# preceding ones: X86_PV_INFO, X86_PV_P2M_FRAMES, PAGE_DATA, VCPU records." "HVM_PARAMS must precede HVM_CONTEXT." "A v3
-# stream [...] mandates the presence of a STATIC_DATA_END record ahead of any memory/register content."
+# preceding ones: X86_PV_INFO, X86_PV_P2M_FRAMES, PAGE_DATA, VCPU records." "A v3 stream [...] mandates the presence of
+# a STATIC_DATA_END record ahead of any memory/register content." It also says "HVM_PARAMS must precede HVM_CONTEXT",
+# but libxenguest writes them the other way round in every release, and takes both orders
+# (tools/libs/guest/xg_sr_save_x86_hvm.c x86_hvm_end_of_checkpoint()).
 PLACES: dict[RecordType, Place] = {
     RecordType.X86_PV_INFO: Place(PV, not_after=_STATIC, once=True, mandatory_for=PV),
     RecordType.X86_CPUID_POLICY: Place(min_version=3, not_after=_STATIC),
@@ -100,7 +102,7 @@ PLACES: dict[RecordType, Place] = {
     RecordType.X86_PV_VCPU_XSAVE: _VCPU,
     RecordType.X86_PV_VCPU_MSRS: _VCPU,
     RecordType.HVM_PARAMS: Place(HVM, after=_STATIC, mandatory_for=HVM),
-    RecordType.HVM_CONTEXT: Place(HVM, after=(RecordType.HVM_PARAMS,), mandatory_for=HVM),
+    RecordType.HVM_CONTEXT: Place(HVM, after=_STATIC, mandatory_for=HVM),
     RecordType.VERIFY: Place(after=(RecordType.PAGE_DATA,)),
     RecordType.CHECKPOINT: Place(after=(RecordType.PAGE_DATA,)),
     RecordType.TOOLSTACK: Place(guests=frozenset()),
