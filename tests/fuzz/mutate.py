@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache
 from random import Random
 
+import numpy as np
+
 from tests.support.writers.build import pv_domain
+from tests.support.writers.domain import RW, Domain, P
 from tests.support.writers.envelopes import ENVELOPES
 from tests.support.writers.hvm import hvm_stream
-from tests.support.writers.stream import OPTIONAL, Piece, Stream, Wire
+from tests.support.writers.stream import NOTAB, OPTIONAL, PAGE, PIN, XALLOC, XTAB, Piece, Stream, Wire
 
 INTERESTING = (
     0, 1, 2, 3, 4, 7, 8, 9, 15, 16, 24, 127, 128, 255, 256, 4095, 4096, 4097, 1 << 16, 1 << 20, (128 << 20) - 1,
@@ -154,3 +158,120 @@ def case(seed: int, n: int) -> bytes:
     if rng.random() < 0.05:
         data += rng.randbytes(rng.randrange(40))
     return data
+
+
+# --- of a domain -----------------------------------------------------------------------------------------------------
+
+FLAGS = (0, P, P | RW, 0x67, 0x63, 0xE7, 0x167, 1 << 63 | 0x67, 1 << 52 | 0x67, 0x1F, 0x85)
+TYPES = (NOTAB, 1, 2, 3, 4, PIN | 1, PIN | 2, PIN | 3, PIN | 4, 5, 0xD, XALLOC, XTAB)
+
+
+@cache
+def domains() -> tuple[Domain, ...]:
+    """Small sound domains: both widths, each form of p2m, a user half, ballooned pages."""
+    return (
+        pv_domain(pfns=range(40), vcpus=2),
+        pv_domain(pfns=range(40), tree=True, linear=False, ballooned=[41, 44]),
+        pv_domain(pfns=range(44), tree=True),
+        pv_domain(pfns=range(40), user=False),
+        pv_domain(width=4, pfns=range(40), vcpus=2, tree=True),
+        pv_domain(width=4, pfns=range(40)),
+    )
+
+
+def some_pfn(rng: Random, domain: Domain) -> int:
+    """A pfn that plays a part, one that has no page, or one beyond the end."""
+    return rng.choice([*domain.types, *domain.types, domain.entries, domain.entries + 1, 1 << 31, (1 << 40) - 1])
+
+
+def change_entry(rng: Random, domain: Domain) -> None:
+    """An entry of a page table names another frame, or has other flags."""
+    tables = [pfn for pfn in domain.pages if 1 <= domain.types[pfn] & 7 <= 4 and domain.types[pfn] < XALLOC]
+    if not tables:
+        return
+    entries = domain.table(rng.choice(tables))
+    used = np.flatnonzero(entries).tolist()
+    slot = rng.choice(used) if used and rng.random() < 0.7 else rng.randrange(512)
+    entries[slot] = some_pfn(rng, domain) << 12 | rng.choice(FLAGS)
+
+
+def change_type(rng: Random, domain: Domain) -> None:
+    """A page is sent with another type."""
+    pfn = rng.choice(list(domain.types))
+    kind = rng.choice(TYPES)
+    domain.types[pfn] = kind
+    if kind in {XALLOC, XTAB, 0xD}:
+        domain.pages.pop(pfn, None)
+    else:
+        domain.pages.setdefault(pfn, bytearray(PAGE))
+
+
+def change_p2m_frames(rng: Random, domain: Domain) -> None:
+    """The record of the p2m's frames names another pfn."""
+    domain.p2m_pfns = domain.p2m_pfns.copy()
+    domain.p2m_pfns[rng.randrange(len(domain.p2m_pfns))] = some_pfn(rng, domain)
+
+
+def change_struct(rng: Random, struct: np.void, domain: Domain) -> None:
+    """A member of a struct, or of one in it, holds an interesting number or a frame."""
+    name = rng.choice([name for name in struct.dtype.names or () if name])
+    value = struct[name]
+    if isinstance(value, np.void) and value.dtype.names:
+        change_struct(rng, value, domain)
+        return
+    number = rng.choice((*INTERESTING, some_pfn(rng, domain), some_pfn(rng, domain) << 12))
+    if isinstance(value, np.ndarray):
+        flat = value.reshape(-1)
+        if flat.dtype.names:
+            change_struct(rng, flat[rng.randrange(len(flat)) :][:1][0], domain)
+            return
+        if flat.dtype.kind in "ui":
+            flat[rng.randrange(min(len(flat), 16))] = number % (1 << 8 * flat.dtype.itemsize)
+        return
+    if value.dtype.kind in "ui":
+        struct[name] = number % (1 << 8 * value.dtype.itemsize)
+
+
+def change_vcpu(rng: Random, domain: Domain) -> None:
+    change_struct(rng, domain.vcpus[rng.choice(list(domain.vcpus))], domain)
+
+
+def change_shared_info(rng: Random, domain: Domain) -> None:
+    change_struct(rng, domain.shared_info, domain)
+
+
+def change_start_info(rng: Random, domain: Domain) -> None:
+    if domain.places.start_info in domain.pages:
+        change_struct(rng, domain.start_info, domain)
+
+
+def change_blob(rng: Random, domain: Domain) -> None:
+    """Extended state, XSAVE or MSRs of a vcpu."""
+    blobs = rng.choice([blobs for blobs in (domain.extended, domain.xsave, domain.msrs) if blobs] or [{0: b"\0" * 16}])
+    vcpu = rng.choice(list(blobs))
+    blobs[vcpu] = rng.choice((flip_bits, write_number, cut_out))(rng, blobs[vcpu] or b"\0" * 8)
+
+
+def change_policy(rng: Random, domain: Domain) -> None:
+    cpuid, msrs = domain.cpuid_policy, domain.msr_policy
+    leaf = list(rng.choice(cpuid))
+    leaf[rng.randrange(6)] = rng.choice(INTERESTING) % (1 << 32)
+    if rng.random() < 0.5:
+        cpuid.append(tuple(leaf))  # type: ignore[arg-type]
+    else:
+        msrs.append((rng.choice(INTERESTING) % (1 << 32), rng.choice((0, 0, 1)), rng.choice(INTERESTING)))
+
+
+OF_A_DOMAIN = (
+    change_entry, change_entry, change_entry, change_type, change_type, change_p2m_frames, change_vcpu, change_vcpu,
+    change_vcpu, change_shared_info, change_start_info, change_blob, change_policy,
+)  # fmt: skip
+
+
+def domain_case(seed: int, n: int) -> bytes:
+    """The n-th input of a seed: a stream whose framing is sound, of a domain in which a few things are wrong."""
+    rng = Random(f"domain {seed}:{n}")
+    domain = deepcopy(rng.choice(domains()))
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        rng.choice(OF_A_DOMAIN)(rng, domain)
+    return domain.to_bytes(rng.choice(("xl", "libxl", "libxc")), batch=rng.choice((8, 16, 64)))

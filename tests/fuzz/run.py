@@ -18,9 +18,18 @@ MIB = 1 << 20
 
 Target = Callable[[bytes, int], None]
 """target(data, n): returns, or raises whatever shows that the invariant does not hold."""
+MakeCase = Callable[[int, int], bytes]
+"""make_case(seed, n): the n-th input of a seed."""
 
 
-def run(target: Target, *, seed: int, cases: int | None = None, seconds: float | None = None) -> int:
+def run(
+    target: Target,
+    *,
+    seed: int,
+    cases: int | None = None,
+    seconds: float | None = None,
+    make_case: MakeCase = case,
+) -> int:
     """Try cases 0, 1, 2 … of a seed until their number or the time is up; how many were tried.
 
     The first that fails raises, with a note that says which it was.
@@ -28,7 +37,7 @@ def run(target: Target, *, seed: int, cases: int | None = None, seconds: float |
     end = None if seconds is None else time.monotonic() + seconds
     n = 0
     while (cases is None or n < cases) and (end is None or time.monotonic() < end):
-        data = case(seed, n)
+        data = make_case(seed, n)
         try:
             target(data, n)
         except BaseException as e:
@@ -51,7 +60,7 @@ def bounded(n: int, size: int, *, memory: int, seconds: float = 10) -> Iterator[
     assert took < seconds, f"{took:.1f} s for {size} bytes"
 
 
-def main(target: Target, name: str) -> int:
+def main(target: Target, name: str, make_case: MakeCase = case) -> int:
     """``python -m NAME``: fuzz for a while, or have one case again."""
     parser = argparse.ArgumentParser(prog=f"python -m {name}", description=main.__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: %(default)s)")
@@ -59,13 +68,13 @@ def main(target: Target, name: str) -> int:
     parser.add_argument("--only", type=int, metavar="N", help="just the N-th case of the seed, kept as fuzz-SEED-N.bin")
     options = parser.parse_args()
     if options.only is not None:
-        data = case(options.seed, options.only)
+        data = make_case(options.seed, options.only)
         Path(f"fuzz-{options.seed}-{options.only}.bin").write_bytes(data)
         target(data, options.only)
         print(f"case {options.only} of seed {options.seed} holds, {len(data)} bytes")
         return 0
     try:
-        n = run(target, seed=options.seed, seconds=options.seconds)
+        n = run(target, seed=options.seed, seconds=options.seconds, make_case=make_case)
     except KeyboardInterrupt:
         return 130
     except Exception as e:
