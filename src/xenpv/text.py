@@ -17,9 +17,13 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def printable(text: str) -> str:
-    """Replace the dangerous characters of a hostile text.
+def printable(text: str, *, keep: str = "") -> str:
+    r"""Replace the dangerous characters of a hostile text by "?".
 
-    These could control the terminal or change the reading direction.
+    They could control the terminal, change the reading direction, or forge a line of output.
+
+    Args:
+        text: The text.
+        keep: Characters that stay: "\n\t" of a text that may have several lines.
     """
-    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+    return "".join(c if c.isprintable() or c in keep else "?" for c in text)

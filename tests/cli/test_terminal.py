@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command import xenpv
+from tests.support.host_stub import HostStub, domain_info
 from tests.support.writers.build import pv_domain
 from tests.support.writers.envelopes import config_json
 from xenpv.text import printable, size
@@ -58,7 +60,9 @@ def test_hex_dump_has_no_control_characters(hostile: Path) -> None:
 
 
 def test_printable_replaces_control_and_direction_characters() -> None:
-    assert printable("Grüße, 世界\n") == "Grüße, 世界\n"
+    assert printable("Grüße, 世界") == "Grüße, 世界"
+    assert printable("a\n\tb") == "a??b", "a name has one line"
+    assert printable("a\n\tb\x07", keep="\n\t") == "a\n\tb?"
     assert printable("a\x1b[2J\x9b\u202eb\ud800") == "a?[2J??b?"
 
 
@@ -131,3 +135,54 @@ def test_progress_bar_on_a_terminal_does_not_touch_standard_output(good: Path) -
     assert ran.returncode == 0
     assert ran.stdout.startswith(f"{good}: ")
     assert "\x1b" not in ran.stdout
+
+
+MARKUP = ["[/x]", "[red]web", "[link=http://nowhere]web[/link]", "web\nxenpv: error: forged", "web\x1b[2J", "[bold"]
+
+
+@pytest.mark.parametrize("name", MARKUP)
+def test_list_prints_hostile_names_as_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One domain with such a name must not break the list of all, nor add a line to it."""
+    host = HostStub(domain_info(1, "first"), domain_info(2, name), domain_info(3, "last"))
+    monkeypatch.setattr("xenpv.cli.list.XenHost", lambda: host)
+    ran = xenpv("list")
+    assert ran.code == 0
+    rows = [line for line in ran.out.splitlines() if line.strip()]
+    assert [row.split()[0] for row in rows[-3:]] == ["1", "2", "3"]
+    assert printable(name) in rows[-2]
+
+
+@pytest.mark.parametrize("name", MARKUP)
+def test_diff_prints_hostile_fields_as_text(name: str, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for file, called in ((one, "web"), (other, name)):
+        domain = pv_domain()
+        domain.start_info["cmd_line"] = called.encode()
+        file.write_bytes(domain.to_bytes())
+    ran = xenpv("diff", one, other)
+    assert ran.code == 1
+    assert printable(name) in ran.out
+
+
+def test_error_with_a_hostile_path_stays_one_line(tmp_path: Path) -> None:
+    """``xenpv verify $'x\\nweb7.save: should restore'`` must not print that line."""
+    file = tmp_path / "x\nweb7.save: should restore\x1b[2J"
+    for verb in ("verify", "show", "export"):
+        ran = xenpv(verb, file, *([tmp_path / "out"] if verb == "export" else []))
+        assert ran.code == 1
+        assert len((ran.out + ran.err).splitlines()) == 1
+        assert "\x1b" not in ran.err
+    file.write_bytes(pv_domain().to_bytes())
+    assert len(xenpv("verify", file).out.splitlines()) == 1
+
+
+def test_broken_pipe_of_another_output_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a reader of standard output that has gone is no error worth a word."""
+
+    def closes(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe", "unix:/run/peer")
+
+    monkeypatch.setattr("xenpv.cli.list.XenHost", closes)
+    ran = xenpv("list")
+    assert ran.code == 1
+    assert "unix:/run/peer" in ran.err

@@ -9,6 +9,7 @@ from xenpv.cli.terminal import JSON, keep_option, print_findings, print_json, pr
 from xenpv.errors import RequestError
 from xenpv.findings import Findings
 from xenpv.memory.p2m_survey import survey
+from xenpv.text import printable
 from xenpv.verify.p2m import check_p2m
 from xenpv.verify.physmap import PhysmapCheck, add_survey_notes
 
@@ -66,5 +67,5 @@ def check(target: str, keep: int, quick: bool, pause: bool, as_json: bool) -> in
     else:
         print_findings(findings, findings.omitted())
         verdict = f"{findings.errors} errors" if findings.errors else f"p2m and {reference} agree"
-        click.echo(f"{name}: {verdict}, by {forms}, up to pfn {last_pfn:#x}")
+        click.echo(f"{printable(name)}: {verdict}, by {forms}, up to pfn {last_pfn:#x}")
     return 1 if findings.errors else 0

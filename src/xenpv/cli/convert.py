@@ -16,7 +16,7 @@ from xenpv.stream.envelope import CONFIG_MAX, Kind
 from xenpv.stream.legacy import LegacyFormat
 from xenpv.stream.reader import Reader
 from xenpv.stream.record_order import Guest
-from xenpv.text import counted, size
+from xenpv.text import counted, printable, size
 
 _FORMATS = {b"{": "json", b"<": "xml", b"(": "sexp"}
 
@@ -86,7 +86,7 @@ def convert(
             result = convert_file(stream, out, options, reader=reader, force=force, progress=bar)
     except NotRestorable as e:
         for finding in e.findings[1:]:
-            click.echo(f"{finding.severity}: {finding}", err=True)  # standard output may be the stream
+            click.echo(printable(f"{finding.severity}: {finding}"), err=True)  # standard output may be the stream
         raise
     finally:
         stream.close()

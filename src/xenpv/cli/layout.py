@@ -23,7 +23,7 @@ from xenpv.cli.kernel_file import (
     ramdisk_size,
     read_kernel,
 )
-from xenpv.cli.terminal import FORCE, JSON, NUMBER, print_field, print_json, print_table
+from xenpv.cli.terminal import FORCE, JSON, NUMBER, Coloured, print_field, print_json, print_table
 from xenpv.image.drawing import svg
 from xenpv.image.kernel import KernelImage
 from xenpv.image.layout import Layout, Part, Segment, Span, plan
@@ -215,7 +215,7 @@ def _translated(tables: Span, layout: Layout) -> tuple[str, str]:
     return ("all", "") if top else (f"{tables.vaddr:#x}", f"{tables.end - 1:#x}")
 
 
-def _segment_row(segment: Segment) -> list[str]:
+def _segment_row(segment: Segment) -> list[str | Coloured]:
     content = f"L{segment.level} {segment.part}" if segment.level else str(segment.part)
     bar, colour = "█" * segment.pages.bit_length(), _COLOURS.get(segment.part, "bright_black")
     return [
@@ -224,5 +224,5 @@ def _segment_row(segment: Segment) -> list[str]:
         size(segment.pages * PAGE_SIZE),
         "" if segment.vaddr is None else f"{segment.vaddr:#x}",
         content,
-        f"[{colour}]{bar}[/]",
+        Coloured(bar, colour),
     ]

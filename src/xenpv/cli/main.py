@@ -11,6 +11,7 @@ import click
 
 from xenpv import __version__
 from xenpv.errors import XenPVError, iter_notes
+from xenpv.io.atomic_output import STANDARD_OUTPUT
 from xenpv.io.process import use_one_blas_thread
 from xenpv.io.signals import interruptible
 from xenpv.text import printable
@@ -56,6 +57,10 @@ VERBS = {
 }
 
 
+class _PeerGone(XenPVError):
+    """The reader of a pipe or a connection has gone."""
+
+
 class VerbGroup(click.Group):
     """Lists the verbs by kind of user and imports a verb's module when it is called."""
 
@@ -70,6 +75,18 @@ class VerbGroup(click.Group):
         command = getattr(importlib.import_module(f"xenpv.cli.{cmd_name}"), cmd_name)
         assert isinstance(command, click.Command)
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a verb.
+
+        click ends in silence at any broken pipe; only that of standard output deserves it.
+        """
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as e:
+            if e.filename in {None, STANDARD_OUTPUT}:
+                raise
+            raise _PeerGone(f"{e.filename}: {e.strerror}") from e
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Write a section of the help for each kind of user."""
@@ -132,22 +149,25 @@ def run(command: click.Command = main) -> NoReturn:
         _print_notes(e)
         sys.exit(EXIT_INTERRUPTED)
     except XenPVError as e:
-        click.echo(f"xenpv: error: {e}", err=True)
-        _print_notes(e)
-        sys.exit(EXIT_FAILED)
+        _fail(str(e), e)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone: flush nothing into the pipe at exit
         sys.exit(EXIT_FAILED)
     except OSError as e:
-        click.echo(f"xenpv: error: {e.filename or 'input'}: {e.strerror}", err=True)
-        _print_notes(e)
-        sys.exit(EXIT_FAILED)
+        _fail(f"{e.filename or 'input'}: {e.strerror}" if e.strerror else str(e), e)
     except Exception:  # any other exception is a bug in xenpv
         import traceback  # noqa: PLC0415
 
         traceback.print_exc()
         click.echo("xenpv: this is a bug in xenpv; please report it with the lines above", err=True)
         sys.exit(EXIT_BUG)
+
+
+def _fail(message: str, error: BaseException) -> NoReturn:
+    """Print an error, which may quote a hostile text, and what else failed after it."""
+    click.echo(f"xenpv: error: {printable(message)}", err=True)
+    _print_notes(error)
+    sys.exit(EXIT_FAILED)
 
 
 def _print_notes(error: BaseException) -> None:

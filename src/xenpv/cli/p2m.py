@@ -15,7 +15,7 @@ from xenpv.memory.p2m_anchors import Anchors
 from xenpv.memory.p2m_reader import P2M
 from xenpv.memory.p2m_survey import EntryKind, Survey, survey
 from xenpv.source.domain import Domain
-from xenpv.text import size
+from xenpv.text import printable, size
 
 _CELLS_PER_LINE = 64  # of the map
 _LINES = 16  # of the map, at most
@@ -208,7 +208,7 @@ def print_p2m(facts: dict[str, Any], content: Survey | None, *, answers_only: bo
             f"mfn={entry['mfn']:#x} ==> {pfn}" + ("" if agrees else f", whose entry is {_format_entry(entry['entry'])}")
         )
     if facts.get("changed"):
-        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {facts['changed']}")
+        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {printable(facts['changed'])}")
 
 
 def _print_anchors(facts: dict[str, Any], host: str) -> None:

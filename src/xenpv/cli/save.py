@@ -9,7 +9,7 @@ import click
 from xenpv.cli.outcomes import describe_state, print_rollback
 from xenpv.cli.terminal import FORCE, JSON, print_json, progress_bar
 from xenpv.frames import PAGE_SIZE
-from xenpv.text import size
+from xenpv.text import printable, size
 
 TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
                        metavar="SECONDS", help="Give up if the guest has not suspended by then.")  # fmt: skip
@@ -93,4 +93,5 @@ def save(
         numbers |= {"lost": summary.not_owned}
         print_json({"domain": summary.name, "file": file, **numbers, "seconds_down": saved.downtime, "now": now})
     else:
-        click.echo(f"{summary.name}: {summary.pages} pages, {size(summary.bytes)}, to {file}; it {now}", err=True)
+        line = f"{summary.name}: {summary.pages} pages, {size(summary.bytes)}, to {file}; it {now}"
+        click.echo(printable(line), err=True)

@@ -19,6 +19,7 @@ from xenpv.source.saved import SavedDomain
 from xenpv.stream.record_order import Guest
 from xenpv.text import printable, size
 
+_LINES = "\n\t"  # of a configuration
 _TSC_MODES = ("default", "always emulated", "never emulated", "PVRDTSCP")
 _VCPU_RECORDS = ("basic", "extended", "xsave", "msrs")
 
@@ -291,7 +292,7 @@ def print_description(saved: SavedDomain, facts: dict[str, Any], *, verbose: boo
         ]
         print_table("Records", ["offset#", "record", "count#", "bytes#", "pages#"], rows)
         if saved.config is not None:
-            click.echo(click.style("Configuration", bold=True) + f"\n{printable(saved.config.text)}")
+            click.echo(click.style("Configuration", bold=True) + f"\n{printable(saved.config.text, keep=_LINES)}")
 
 
 def _print_pv(facts: dict[str, Any]) -> None:

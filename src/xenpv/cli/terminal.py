@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
 
 from xenpv.findings import Finding, Rule, Severity
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.text import size
+from xenpv.text import printable, size
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -135,7 +135,7 @@ def print_findings(findings: Iterable[Finding], left_out: dict[Rule, int]) -> No
     """Print a line for each finding, then how many more of each rule there are."""
     for finding in findings:
         severity = finding.severity
-        click.echo(f"{click.style(f'{severity}: ', fg=_COLOURS[severity], bold=True)}{finding}")
+        click.echo(f"{click.style(f'{severity}: ', fg=_COLOURS[severity], bold=True)}{printable(str(finding))}")
     for rule, count in left_out.items():
         click.echo(f"… and {count} more of [{rule.name}]")
 
@@ -145,19 +145,32 @@ def print_field(label: str, text: str) -> None:
     click.echo(f"  {label:<13}{text}")
 
 
-def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+class Coloured(NamedTuple):
+    """A cell of a table in a colour."""
+
+    text: str
+    colour: str
+
+
+def print_table(title: str, columns: list[str], rows: Sequence[Sequence[str | Coloured]]) -> None:
     """Print a table.
 
-    Columns whose name ends in "#" hold numbers and are aligned to the right.
+    Cells are plain text, whatever a hostile name in them looks like. Columns whose name ends in "#" hold numbers and
+    are aligned to the right.
     """
     from rich.box import SIMPLE  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
     from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
 
-    table = Table(title=title or None, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
+    def text_of(cell: str | Coloured) -> Text:
+        return Text(printable(cell)) if isinstance(cell, str) else Text(printable(cell.text), cell.colour)
+
+    heading = Text(title) if title else None
+    table = Table(title=heading, title_justify="left", title_style="bold", box=SIMPLE, pad_edge=False)
     for column in columns:
         table.add_column(column.rstrip("#"), justify="right" if column.endswith("#") else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(text_of, row))
     width = None if sys.stdout.isatty() else 1000  # programs that read a pipe need whole lines
     Console(width=width, highlight=False).print(table)

@@ -9,7 +9,7 @@ import click
 import xenpv
 from xenpv.cli.terminal import FILE, JSON, QUIET, keep_option, print_findings, print_json, print_table, progress_bar
 from xenpv.findings import RULES, Finding
-from xenpv.text import counted
+from xenpv.text import counted, printable
 from xenpv.verify.stream import Report
 
 
@@ -85,7 +85,7 @@ def summary(report: Report) -> str:
 
     For example "web.save: would not restore as it was saved (1 error, 0 warnings)".
     """
-    name = "standard input" if report.name == "-" else report.name
+    name = "standard input" if report.name == "-" else printable(report.name)
     counts = f"{counted(report.findings.errors, 'error')}, {counted(report.findings.warnings, 'warning')}"
     if not report.ok:
         return click.style(f"{name}: {report.verdict}", bold=True) + f" ({counts})"

@@ -8,6 +8,7 @@ from xenpv.cli.target import INDEX, PAUSE, TARGET, TOP, USER, VCPU, open_target,
 from xenpv.cli.terminal import JSON, NUMBER, print_json, print_table
 from xenpv.frames import IS_TABLE, PAGE_SIZE, type_name
 from xenpv.memory.page_tables import flag_names
+from xenpv.text import printable
 
 
 @click.command()
@@ -61,7 +62,7 @@ def walk(target: str, vaddr: int, vcpu: int, user: bool, top: int | None, pause:
         ]
         print_table("", ["level", "table pfn", "type", "entry#", "pte", "flags"], rows)
         if path.pfn is None:
-            click.echo(f"{vaddr:#x} is not mapped: {path.fault}")
+            click.echo(printable(f"{vaddr:#x} is not mapped: {path.fault}"))
             return 1
         page_type = type_name(memory.type(path.pfn))
         click.echo(f"{vaddr:#x} is pfn {path.pfn:#x} ({page_type}), offset {vaddr % PAGE_SIZE:#x}")

@@ -16,6 +16,7 @@ from uuid import UUID
 from xenpv.abi.declare import Width
 from xenpv.errors import HostError
 from xenpv.frames import U8, U64, DomId
+from xenpv.text import printable
 
 DOM0 = DomId(0)
 
@@ -65,7 +66,7 @@ class DomainInfo:
     @property
     def label(self) -> str:
         """The domain for people: "dom5 (web)"."""
-        return f"dom{self.domid}" + (f" ({self.name})" if self.name else "")
+        return f"dom{self.domid}" + (f" ({printable(self.name)})" if self.name else "")
 
     @property
     def is_stopped(self) -> bool:

@@ -18,6 +18,8 @@ from xenpv.errors import RequestError
 from xenpv.io.file_kind import HEAD_SIZE, FileKind, identify
 from xenpv.stream.fields import Buffer
 
+STANDARD_OUTPUT = "standard output"  # its name in errors
+
 _IOV_MAX = os.sysconf("SC_IOV_MAX")  # buffers that one writev takes
 _ZEROS = memoryview(bytes(1 << 20))
 _COPY_MAX = 1 << 20  # bytes per write, where buffers have to be copied first
@@ -75,8 +77,8 @@ class Output:
         """
         try:
             if path == "-":
-                _check_no_input(os.fstat(1), "standard output", inputs)
-                return cls(os.dup(1), "standard output")
+                _check_no_input(os.fstat(1), STANDARD_OUTPUT, inputs)
+                return cls(os.dup(1), STANDARD_OUTPUT)
             _check_owner(path)
             target = os.path.realpath(path)
             if os.path.lexists(target):
