@@ -25,7 +25,7 @@ def hostile(tmp_path: Path) -> Path:
     domain = pv_domain()
     domain.start_info["cmd_line"] = ("console=hvc0 " + HOSTILE).encode()
     file = tmp_path / "hostile.save"
-    stream = domain.to_stream(config=config_json(name=HOSTILE, memory_kib=4 * len(domain.pages)) + b"\x1b[31m\0")
+    stream = domain.to_stream(config=config_json(name=HOSTILE, memory_kib=4 * len(domain.pages)) + b"\0\x1b[31m\0")
     file.write_bytes(bytes(stream))
     return file
 

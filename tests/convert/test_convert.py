@@ -432,7 +432,7 @@ def from_pipe(data: bytes, out: Path, **options: Any) -> ConversionResult:
 
 SOURCES = {
     "legacy": bytes(in_xl(pv_stream(DOMAIN), CONFIG)),
-    "legacy-hvm": bytes(in_xl(legacy_hvm())),
+    "legacy-hvm": bytes(in_xl(legacy_hvm(), config_json("hvm"))),
     "v2": DOMAIN.to_bytes("xl", version=2),
     "v3": DOMAIN.to_bytes("libxc"),
     "remus": bytes(DOMAIN.to_checkpointed()),

@@ -79,7 +79,7 @@ def plan_domain(
             nothing says how large the domain is.
         StreamError: The stream breaks a rule.
     """
-    config = Config.from_contents(contents)
+    config = _usable_config(contents)
     if name is None and config is not None:
         name = config.name
     if name is not None:
@@ -94,6 +94,15 @@ def plan_domain(
     _check_unique(host, name, uuid)
     vcpus, pages = _vcpus_and_pages(config, source, offered)
     return DomainPlan(name, uuid, vcpus, pages, pages + MAX_MEM_SLACK if offered is None else offered.max_pages)
+
+
+def _usable_config(contents: Contents) -> Config | None:
+    """Return the configuration; StreamError if no toolstack could use it."""
+    config, envelope, domain = Config.from_contents(contents), contents.envelope, contents.domain
+    if config is not None and envelope is not None:
+        for rule, problem in config.iter_problems(domain.guest if domain else None):
+            raise rules.breach(rule, problem, offset=envelope.offset, record=envelope.name)
+    return config
 
 
 def _check_unique(host: Host, name: str | None, uuid: str | None) -> None:

@@ -5,18 +5,35 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from xenpv.stream.contents import Contents
-from xenpv.stream.envelope import Section
+from xenpv.findings import Rule
+from xenpv.stream import rules
+from xenpv.stream.envelope import Envelope, Section
+from xenpv.stream.events import SectionHeader
+from xenpv.stream.record_order import Guest
+from xenpv.text import printable
+
+if TYPE_CHECKING:
+    from xenpv.stream.contents import Contents
 
 # Libvirt's units of memory in bytes: https://libvirt.org/formatdomain.html#memory-allocation
 _UNITS = {"b": 1, "bytes": 1}
 for _power, _letter in enumerate("kmgtpe", 1):
     _UNITS |= {_letter: 1 << 10 * _power, f"{_letter}ib": 1 << 10 * _power, f"{_letter}b": 1000**_power}
+
+
+_INTEGER_DIGITS = 20  # of 64 bits, with a sign
+_MAX_KIB = 1 << 42  # x86 has physical addresses of 52 bits
+_MAX_VCPUS = 8192  # xen.git:xen/include/public/domctl.h createdomain; Xen itself allows a PV domain that many
+_DEFAULT_KIB = 32 << 10  # xen.git:tools/libs/light/libxl_create.c libxl__domain_build_info_setdefault()
+_GUESTS = {"pv": Guest.PV, "hvm": Guest.HVM, "pvh": Guest.HVM}  # libxl's types; a PVH domain's stream is an HVM one
+
+Problem = tuple[Rule, str]
+"""A rule that a configuration breaks, and how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,9 +48,11 @@ class Config:
         name: The domain's name.
         uuid: Its uuid, in lower case; None also for one of zeros only, which stands for none.
         type: Its type, in the words of the format.
+        guest: The type of stream that goes with its type.
         max_memkb: The most memory that it may have, in KiB.
         target_memkb: The memory that it is meant to have, in KiB.
         max_vcpus: The number of its vcpus.
+        problems: What keeps a toolstack from using it.
     """
 
     format: str
@@ -41,21 +60,31 @@ class Config:
     name: str | None = None
     uuid: str | None = None
     type: str | None = None
+    guest: Guest | None = None
     max_memkb: int | None = None
     target_memkb: int | None = None
     max_vcpus: int | None = None
+    problems: tuple[Problem, ...] = ()
 
     @classmethod
     def from_contents(cls, contents: Contents) -> Config | None:
-        """Return the configuration in a stream's envelope; None if there is none.
+        """Return the configuration in a stream's envelope, or None."""
+        return cls.from_envelope(contents.envelope, contents.sections)
 
-        If it cannot be parsed, only ``format`` and ``text`` are set.
+    @classmethod
+    def from_envelope(cls, envelope: Envelope | None, sections: Iterable[SectionHeader] = ()) -> Config | None:
+        """Return the configuration in an envelope; None if it has none.
+
+        If it cannot be parsed, only ``format``, ``text`` and ``problems`` are set.
+
+        Args:
+            envelope: The envelope; None for a bare stream.
+            sections: The sections of a xenopsd file.
         """
-        envelope = contents.envelope
         if envelope is None:
             return None
         data, config_format = envelope.config, envelope.config_format
-        for section in contents.sections:
+        for section in sections:
             if section.section is Section.XENOPS:
                 data, config_format = section.data, "sexp"
         if not data:
@@ -65,9 +94,37 @@ class Config:
         if parse is None:
             return cls(config_format, text)
         try:
-            return parse(text)
-        except (ValueError, SyntaxError, RecursionError):  # ElementTree.ParseError is a SyntaxError
-            return cls(config_format, text)
+            # Toolstacks take it as a C string.
+            members, problems = parse(data.partition(b"\0")[0].decode("utf-8", "strict"))
+        except (ValueError, SyntaxError, RecursionError) as e:  # ElementTree.ParseError is a SyntaxError
+            problem = f"the configuration is no {config_format.upper()}: {str(e) or type(e).__name__}"
+            return cls(config_format, text, problems=((rules.CONFIG_SYNTAX, printable(problem)),))
+        return cls(config_format, text, **members, problems=tuple(problems))
+
+    def iter_problems(self, guest: Guest | None) -> Iterator[Problem]:
+        """Yield what keeps a toolstack from restoring a stream with it.
+
+        Args:
+            guest: The type of the stream; None if unknown.
+        """
+        yield from self.problems
+        if guest is not None and self.guest is not None and guest is not self.guest:
+            yield (
+                rules.CONFIG_TYPE,
+                f"type {self.type!a:.40} of the configuration is not that of the {guest.name} stream",
+            )
+
+    @property
+    def populated_memkb(self) -> int | None:
+        """The memory that libxl gives a PV domain at restore, in KiB, or None.
+
+        libxl and libvirt take the target, not the maximum.
+
+        Source: xen.git:tools/libs/light/libxl_dom.c libxl__build_pre()
+        """
+        if self.target_memkb is None and self.max_memkb is None and self.format == "json":
+            return _DEFAULT_KIB
+        return self.max_memkb if self.target_memkb is None else self.target_memkb
 
 
 def boot_source(kernel: str, ramdisk: str | None, cmdline: str) -> dict[str, str]:
@@ -110,20 +167,50 @@ def libxl_config(name: str, uuid: str, *, pages: int, vcpus: int, boot: Mapping[
     return json.dumps(config, indent=4).encode()
 
 
-def _parse_json(text: str) -> Config:
-    """Parse what libxl_domain_config_to_json() writes."""
-    config = json.loads(text)
-    c_info, b_info = _dict_member(config, "c_info"), _dict_member(config, "b_info")
-    return Config(
-        "json",
-        text,
-        name=_str_or_none(c_info.get("name")),
-        uuid=_uuid_or_none(c_info.get("uuid")),
-        type=_str_or_none(c_info.get("type")),
-        max_memkb=_int_or_none(b_info.get("max_memkb")),
-        target_memkb=_int_or_none(b_info.get("target_memkb")),
-        max_vcpus=_int_or_none(b_info.get("max_vcpus")),
+_Parsed = tuple[dict[str, Any], list[Problem]]
+
+
+def _parse_json(text: str) -> _Parsed:
+    """Parse what libxl_domain_config_to_json() writes, as libxl parses it."""
+    config = json.loads(
+        text, object_pairs_hook=_first_of_each, parse_int=_libxl_integer, parse_constant=_refuse_constant
     )
+    c_info, b_info = _dict_member(config, "c_info"), _dict_member(config, "b_info")
+    problems: list[Problem] = []
+    members = {
+        "name": _str_or_none(c_info.get("name")),
+        "uuid": _uuid(c_info.get("uuid"), problems, strict=True),
+        "type": _str_or_none(c_info.get("type")),
+        "max_memkb": _limit("max_memkb", b_info.get("max_memkb"), _MAX_KIB, problems),
+        "target_memkb": _limit("target_memkb", b_info.get("target_memkb"), _MAX_KIB, problems),
+        "max_vcpus": _limit("max_vcpus", b_info.get("max_vcpus") or None, _MAX_VCPUS, problems),  # 0: the default
+    }
+    members["guest"] = _GUESTS.get(str(members["type"]))
+    # The members of one type only follow: an empty object if there are none.
+    build_types = [name for name in _GUESTS if isinstance(b_info.get(f"type.{name}"), dict)]
+    if members["guest"] is None:
+        problem = f"type {c_info['type']!a:.40} in c_info is none" if "type" in c_info else "c_info has no type"
+        problems.append((rules.CONFIG_TYPE, problem))
+    elif build_types != [members["type"]]:
+        problem = f"b_info is of type {' and '.join(build_types) or 'none'}, and c_info of type {members['type']}"
+        problems.append((rules.CONFIG_TYPE, problem))
+    return members, problems
+
+
+def _first_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of two members of one name libxl sees the first."""
+    return dict(reversed(pairs))
+
+
+def _libxl_integer(digits: str) -> int | str:
+    """Return a JSON integer; its text if it exceeds 64 bits, as libxl does."""
+    if len(digits) > _INTEGER_DIGITS or not -(1 << 63) < int(digits) < (1 << 63) - 1:
+        return digits
+    return int(digits)
+
+
+def _refuse_constant(constant: str) -> Any:
+    raise ValueError(f"{constant} is not in JSON")
 
 
 def _dict_member(config: Any, key: str) -> dict[str, Any]:
@@ -135,19 +222,57 @@ def _str_or_none(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _uuid_or_none(value: object) -> str | None:
+def _uuid(value: object, problems: list[Problem], *, strict: bool) -> str | None:
+    """Return a uuid in lower case; None if it is missing, or all zeros.
+
+    Args:
+        value: The member of the configuration.
+        problems: Gets a problem if the member is no uuid.
+        strict: Take only 8-4-4-4-12 digits, as libuuid does.
+    """
+    if value is None:
+        return None
     try:
-        uuid = UUID(value) if isinstance(value, str) else UUID(int=0)
+        uuid = UUID(value if isinstance(value, str) else "")
     except ValueError:
+        uuid = None
+    if uuid is None or (strict and str(uuid) != str(value).lower()):
+        problems.append((rules.CONFIG_UUID, f"{value!a:.80} is no uuid"))
         return None
     return str(uuid) if uuid.int else None
 
 
-def _int_or_none(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def _limit(name: str, value: object, maximum: int, problems: list[Problem]) -> int | None:
+    """Return a member with a size; None, and a problem, if no domain can have it."""
+    if value is None:
+        return None
+    if type(value) is not int or not 0 < value <= maximum:
+        shown = f"{value!a:.40}" if type(value) is not int else f"{value}" if abs(value) < 1 << 64 else "far too large"
+        problems.append((rules.CONFIG_LIMITS, f"{name} is {shown}; it is a number from 1 to {maximum}"))
+        return None
+    return value
 
 
-def _parse_xml(text: str) -> Config:
+def _number(text: str, *, base: int = 10) -> int | str:
+    """Return the number in a text; the text if it is none, or too long.
+
+    Args:
+        text: The text.
+        base: 10, or 0 to take octal and hexadecimal numbers by their prefix, as strtol() does.
+    """
+    text = text.strip()
+    pattern = "[+-]?(0[xX][0-9a-fA-F]+|[0-9]+)" if base == 0 else "[0-9]+"
+    if len(text) > _INTEGER_DIGITS or not re.fullmatch(pattern, text):
+        return text
+    digits = text.lstrip("+-")
+    octal = base == 0 and digits[:1] == "0" and digits.isdecimal()
+    try:
+        return int(text, 8 if octal else base)
+    except ValueError:  # 08
+        return text
+
+
+def _parse_xml(text: str) -> _Parsed:
     """Parse libvirt's domain XML."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise ValueError("a domain's XML defines no entities")
@@ -156,54 +281,82 @@ def _parse_xml(text: str) -> Config:
     root = ET.fromstring(text)  # noqa: S314  entities were refused above
     domain = root if root.tag == "domain" else root.find(".//domain")
     if domain is None:
-        return Config("xml", text)
+        return {}, [(rules.CONFIG_TYPE, f"the XML describes no domain, but <{root.tag!a:.40}>")]
+    problems: list[Problem] = []
 
     def kib(tag: str) -> int | None:
         element = domain.find(tag)
-        unit = None if element is None else _UNITS.get(element.get("unit", "KiB").lower())
-        if element is None or unit is None or not (element.text or "").strip().isdecimal():
+        if element is None:
             return None
-        return int((element.text or "").strip()) * unit >> 10
+        unit, number = _UNITS.get(element.get("unit", "KiB").lower()), _number(element.text or "")
+        if unit is None:
+            problems.append((rules.CONFIG_LIMITS, f"{element.get('unit')!a:.40} is no unit of {tag}"))
+            return None
+        return _limit(tag, number * unit >> 10 if isinstance(number, int) else number, _MAX_KIB, problems)
 
-    vcpus = (domain.findtext("vcpu") or "").strip()
-    return Config(
-        "xml",
-        text,
-        name=domain.findtext("name"),
-        uuid=_uuid_or_none(domain.findtext("uuid")),
-        type=domain.get("type"),
-        max_memkb=kib("memory"),
-        target_memkb=kib("currentMemory"),
-        max_vcpus=int(vcpus) if vcpus.isdecimal() else None,
-    )
+    vcpus, os_type = domain.findtext("vcpu"), (domain.findtext("os/type") or "").strip()
+    guest = {"linux": Guest.PV, "xen": Guest.PV, "hvm": Guest.HVM, "xenpvh": Guest.HVM}.get(os_type)
+    if os_type and guest is None:
+        problems.append((rules.CONFIG_TYPE, f"{os_type!a:.40} is no type of a Xen domain"))
+    members = {
+        "name": domain.findtext("name"),
+        "uuid": _uuid(domain.findtext("uuid"), problems, strict=False),
+        "type": domain.get("type"),
+        "guest": guest,
+        "max_memkb": kib("memory"),
+        "target_memkb": kib("currentMemory"),
+        "max_vcpus": None if vcpus is None else _limit("vcpu", _number(vcpus), _MAX_VCPUS, problems),
+    }
+    return members, problems
 
 
-def _parse_xl(text: str) -> Config:
+def _parse_xl(text: str) -> _Parsed:
     """Parse the plain ``key = value`` lines of xl's text format.
 
-    Files before Xen 4.5 carry it.
+    Files before Xen 4.5 carry it. What else the format allows is not checked.
     """
 
     def value(key: str) -> str | None:
         match = re.search(rf"^\s*{key}\s*=\s*[\"']?([^\"'\n#]+?)[\"']?\s*(?:#.*)?$", text, re.MULTILINE)
         return match.group(1) if match else None
 
-    def number(key: str, scale: int = 1) -> int | None:
-        digits = value(key)
-        return int(digits) * scale if digits and digits.isdecimal() else None
+    problems: list[Problem] = []
 
-    memory = number("memory", 1024)
-    maximum = number("maxmem", 1024)
-    return Config(
-        "xl",
-        text,
-        name=value("name"),
-        uuid=_uuid_or_none(value("uuid")),
-        type=value("type"),
-        max_memkb=memory if maximum is None else maximum,
-        target_memkb=memory,
-        max_vcpus=number("maxvcpus") or number("vcpus"),
-    )
+    def limit(key: str, maximum: int, scale: int = 1) -> int | None:
+        number = None if (digits := value(key)) is None else _number(digits, base=0)
+        return _limit(key, number * scale if isinstance(number, int) else number, maximum, problems)
+
+    memory, maximum = limit("memory", _MAX_KIB, 1024), limit("maxmem", _MAX_KIB, 1024)
+    vcpus = limit("vcpus", _MAX_VCPUS)
+    type_name = value("type") or {"hvm": "hvm", "generic": "pv"}.get(builder := value("builder") or "generic", builder)
+    if type_name not in _GUESTS:
+        problems.append((rules.CONFIG_TYPE, f"{type_name!a:.40} is no type of a Xen domain"))
+    members = {
+        "name": value("name"),
+        "uuid": _uuid(value("uuid"), problems, strict=True),
+        "type": value("type"),
+        "guest": _GUESTS.get(type_name),
+        "max_memkb": memory if maximum is None else maximum,
+        "target_memkb": memory,
+        "max_vcpus": limit("maxvcpus", _MAX_VCPUS) or vcpus,
+    }
+    return members, problems
 
 
-_PARSERS = {"json": _parse_json, "xml": _parse_xml, "xl": _parse_xl}
+def _parse_sexp(text: str) -> _Parsed:
+    """Return the type in xenopsd's record, whose vm_str is a Vm.t.
+
+    Source: xen-api.git:ocaml/xapi-idl/xen/xenops_interface.ml Vm.builder_info
+    """
+    match = re.search(r"\(ty ?\((HVM|PVinPVH|PVH|PV)\b", text)
+    if match is None:
+        return {}, []
+    return {"type": match[1], "guest": Guest.PV if match[1] == "PV" else Guest.HVM}, []
+
+
+_PARSERS: dict[str, Callable[[str], _Parsed]] = {
+    "json": _parse_json,
+    "xml": _parse_xml,
+    "xl": _parse_xl,
+    "sexp": _parse_sexp,
+}

@@ -19,6 +19,18 @@ WARNING = Severity.WARNING
 ENVELOPE = Rule(
     "envelope", "the envelope's header has the values its tool accepts", "tools/xl/xl_vmcontrol.c create_domain"
 )
+CONFIG_SYNTAX = Rule(
+    "config-syntax", "the configuration is JSON or XML to its end", "libxl_domain_config_from_json(); libxml2"
+)
+CONFIG_TYPE = Rule(
+    "config-type", "the configuration has a domain's type, that of the stream", "libxl__domain_create_info_setdefault()"
+)
+CONFIG_UUID = Rule("config-uuid", "the configuration's uuid is one", "libxl_uuid_from_string()")
+CONFIG_LIMITS = Rule(
+    "config-limits",
+    "memory and vcpus of the configuration are numbers that a domain can have",
+    "libxl__int_parse_json(); a member of another kind counts as missing",
+)
 LIBXL_HEADER = Rule("libxl-header", "ident LibxlFmt, version 2, no reserved option bits", f"{LIBXL_SPEC} Header")
 IMAGE_HEADER = Rule("image-header", "marker all ones, id XENF, version 2 or 3, little-endian", "read_headers()")
 DOMAIN_HEADER = Rule(

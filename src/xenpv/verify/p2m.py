@@ -294,10 +294,11 @@ def _check_pages(saved: SavedDomain, findings: Findings) -> None:
 
 def _check_memory_limit(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
     """Check that the configuration allows as many pages as are populated."""
-    if config is None or config.max_memkb is None:
+    kib = None if config is None else config.populated_memkb
+    if kib is None:
         return
     pages = sum(n for page_type, n in saved.contents.index.count().items() if IS_POPULATED[page_type])
-    allowed = config.max_memkb // 4 + MAX_MEM_SLACK
+    allowed = kib // 4 + MAX_MEM_SLACK
     if pages > allowed:
-        message = f"{pages} pages are populated; maxmem of the configuration, {config.max_memkb} KiB, allows {allowed}"
+        message = f"{pages} pages are populated; the configuration gives it {kib} KiB, which allows {allowed}"
         findings.add(rules.MEMORY_LIMIT, message)

@@ -28,7 +28,11 @@ USER_CR3 = Rule("user-cr3", f"the user half's cr3, if any, is a top table's pfn,
 P2M_FRAME = Rule("p2m-frame", f"each p2m frame is a pfn {_SOUND}", "update_guest_p2m()")
 PTE_RANGE = Rule("pte-range", "no present entry names a pfn beyond the domain's end", "x86_pv_localise_page()")
 SUPERPAGE = Rule("superpage", "no present entry above L1 is a superpage", "normalise_pagetable(); base_disallow_mask")
-MEMORY_LIMIT = Rule("memory-limit", "no more pages are populated than the configuration's maxmem", "populate_pfns()")
+MEMORY_LIMIT = Rule(
+    "memory-limit",
+    "no more pages are populated than the configuration's memory target allows",
+    "tools/libs/light/libxl_dom.c libxl__build_pre(); populate_pfns()",
+)
 
 # --- checked by Xen at the end of a restore --------------------------------------------------------------------------
 VCPU_STATE = Rule(

@@ -15,9 +15,10 @@ from xenpv.errors import StreamError
 from xenpv.findings import Findings
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input, StreamSource
+from xenpv.source.config import Config
 from xenpv.stream import rules
-from xenpv.stream.envelope import Kind
-from xenpv.stream.events import DomainHeader
+from xenpv.stream.envelope import Envelope, Kind
+from xenpv.stream.events import DomainHeader, SectionHeader
 from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
 from xenpv.stream.record_order import Guest
@@ -134,6 +135,7 @@ def verify_domain(saved: SavedDomain, findings: Findings, progress: ProgressCall
     _check_trailing_data(saved.source, report, contents.complete)
     report.pages = sum(n for page_type, n in contents.index.count().items() if HAS_DATA[page_type])
     report.guest = contents.domain.guest if contents.domain else None
+    _check_config(report, contents.envelope, contents.sections)
     if report.guest is Guest.PV and contents.pv_info is not None:
         check_domain(saved, findings, progress)
         report.deep = True
@@ -145,9 +147,15 @@ def _verify_framing(
 ) -> Report:
     """Check framing, order and records."""
     report, complete = Report(source.name, findings), False
+    header: Envelope | None = None
+    sections: list[SectionHeader] = []
     try:
         for event in source.events(Reader(on_breach=findings.add_breach, kind=envelope), progress):
             match event:
+                case Envelope():
+                    header = event
+                case SectionHeader():
+                    sections.append(event)
                 case PageData():
                     report.pages += event.pages
                 case DomainHeader():
@@ -158,6 +166,7 @@ def _verify_framing(
         _end_early(report, e)
     finally:
         source.close()
+    _check_config(report, header, sections)
     _check_trailing_data(source, report, complete)
     return report
 
@@ -170,6 +179,14 @@ def _end_early(report: Report, error: StreamError) -> None:
     if not report.findings.errors:
         raise error
     report.error = error
+
+
+def _check_config(report: Report, envelope: Envelope | None, sections: list[SectionHeader]) -> None:
+    """Report what keeps a toolstack from using the configuration in the envelope."""
+    config = Config.from_envelope(envelope, sections)
+    if config is not None and envelope is not None:
+        for rule, problem in config.iter_problems(report.guest):
+            report.findings.add(rule, problem, offset=envelope.offset, record=envelope.name)
 
 
 def _check_trailing_data(source: StreamSource, report: Report, complete: bool) -> None:

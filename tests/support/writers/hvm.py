@@ -41,10 +41,11 @@ def hvm_stream(
     batch: int = 8,
     context: bytes | None = None,
     content: Mapping[int, bytes] | None = None,
+    config: bytes | None = None,
 ) -> Stream:
     """A saved HVM domain with ``pages`` pages from pfn 0 on, the last of them without content.
 
-    ``content``: of pages that hold something else than a pattern.
+    ``content``: of pages that hold something else than a pattern. ``config`` takes the place of one that fits.
     """
     content = content or {}
     wire = Wire(version)
@@ -57,7 +58,8 @@ def hvm_stream(
         )
     stream += [wire.tsc_info(), wire.hvm_params(PARAMS), wire.hvm_context(context or hvm_context()), wire.end()]
     keys = {"physmap/f0000000/start_addr": "f0000000", "physmap/f0000000/size": "800000"}
-    config = config_json("hvm", memory_kib=pages * 4) + b"\0" if envelope == "xl" else None
+    if config is None and envelope == "xl":
+        config = config_json("hvm", memory_kib=pages * 4) + b"\0"
     return wrap(
         stream,
         envelope,
