@@ -14,7 +14,7 @@ from tests.support.memory_limit import peak_memory_below
 from tests.support.writers.kernel import COMPRESSIONS, LZ4_LEGACY, Kernel, bzimage, lz4_legacy, pack, word
 from xenpv.errors import ImageError
 from xenpv.image.kernel import KernelImage
-from xenpv.image.payload import UNPACKED_MAX, Layer, unpack_kernel
+from xenpv.image.payload import UNPACKED_MIN, Layer, unpack_kernel
 
 ELF = Kernel().to_bytes()
 
@@ -71,10 +71,30 @@ def test_unpack_bomb_allocates_no_more_than_its_size(compression: str) -> None:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_unpack_size_above_maximum_raises_image_error(compression: str) -> None:
-    payload = pack(compression, ELF)[:-4] + word(UNPACKED_MAX + 1)
+    payload = pack(compression, ELF)[:-4] + word(UNPACKED_MIN + 1)
     reason = parse_error(bzimage(compression, b"", payload=payload)).reason
-    assert f"{UNPACKED_MAX + 1:#x}" in reason
-    assert f"{UNPACKED_MAX:#x}" in reason
+    assert f"{UNPACKED_MIN + 1:#x}" in reason
+    assert f"{UNPACKED_MIN:#x}" in reason
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_unpack_of_a_small_file_holds_at_most_64_mib(compression: str) -> None:
+    """A bzImage of 4 kB that unpacks to 512 MiB took 1.07 GiB."""
+    at_most = bzimage(compression, b"", payload=pack(compression, ELF + bytes(UNPACKED_MIN - len(ELF))))
+    beyond = bzimage(compression, b"", payload=pack(compression, ELF + bytes(UNPACKED_MIN - len(ELF) + 1)))
+    assert len(at_most) < 1 << 20
+    with peak_memory_below(UNPACKED_MIN + UNPACKED_MIN // 4):
+        assert len(unpack_kernel(memoryview(at_most))[0]) == UNPACKED_MIN
+    with peak_memory_below(1 << 20):
+        parse_error(beyond)
+
+
+def test_unpack_of_two_layers_shares_one_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("xenpv.image.payload.UNPACKED_MAX", 2 << 20)
+    inner = bzimage("gzip", ELF + bytes(1 << 20))
+    outer = gzip.compress(inner + bytes((1 << 20) - len(inner)))
+    assert f"{(2 << 20) - (1 << 20):#x}" in parse_error(outer).reason
+    assert KernelImage.parse(inner).layers
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)

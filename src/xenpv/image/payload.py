@@ -3,7 +3,7 @@
 All sizes are checked before memory is allocated.
 
 As in libxc, a file is an ELF file or a bzImage, with or without gzip around it. The last 4 bytes of a bzImage's payload
-are its unpacked size. This size bounds what is unpacked, and ``UNPACKED_MAX`` bounds the size.
+are its unpacked size. This size bounds what is unpacked, and the size of the packed data bounds this size.
 
 Source: xen.git:tools/libs/guest/xg_dom_core.c xc_dom_try_gunzip(), xg_dom_bzimageloader.c
 """
@@ -20,7 +20,10 @@ from typing import Any
 
 from xenpv.errors import ImageError
 
-UNPACKED_MAX = 512 << 20  # bytes; half of libxc's XC_DOM_DECOMPRESS_MAX, ten times any distribution's kernel
+UNPACKED_MAX = 256 << 20  # bytes of all layers; a quarter of libxc's XC_DOM_DECOMPRESS_MAX, five times Debian's kernel
+UNPACKED_MIN = 64 << 20  # bytes to which anything may unpack
+_RATIO = 64  # bytes to which a packed byte may unpack beyond that; of kernels it is 3 to 6
+_PIECE = 1 << 20  # bytes unpacked at a time
 _WINDOW_MAX = 256 << 20  # bytes of dictionary; libxc's LZMA_BLOCK_SIZE
 
 ELF_MAGIC = b"\x7fELF"
@@ -68,28 +71,33 @@ def unpack_kernel(data: memoryview) -> tuple[memoryview, tuple[Layer, ...]]:
     Raises:
         ImageError: The file is no kernel, or it is damaged.
     """
-    layers = []
+    layers, room = [], UNPACKED_MAX
     if data[:2] == _GZIP:
-        data, layer = _unpack(data, Layer("gzip", "gzip", 0, len(data), 0))
+        data, layer = _unpack(data, Layer("gzip", "gzip", 0, len(data), 0), room)
         layers.append(layer)
+        room -= layer.unpacked
     if data[_HEADER : _HEADER + 4] == _HDRS and data[:4] != ELF_MAGIC:
-        data, layer = _unpack(data, _parse_bzimage(data))
+        data, layer = _unpack(data, _parse_bzimage(data), room)
         layers.append(layer)
     if data[:4] != ELF_MAGIC:
         raise ImageError(_describe_other_file(data, layers), offset=0)
     return data, tuple(layers)
 
 
-def _unpack(data: memoryview, layer: Layer) -> tuple[memoryview, Layer]:
-    """Return a container's unpacked payload, and the container with the unpacked size."""
+def _unpack(data: memoryview, layer: Layer, room: int) -> tuple[memoryview, Layer]:
+    """Return a container's unpacked payload, and the container with the unpacked size.
+
+    ``room``: bytes that it may have at most.
+    """
     packed = data[layer.offset : layer.offset + layer.packed]
     name = f"the {layer.kind}'s payload" if layer.kind == "bzImage" else "the file"
     if len(packed) < 10:
         raise ImageError(f"{name} is cut short: {len(packed)} bytes of {layer.compression}", offset=layer.offset)
     size = int.from_bytes(packed[-4:], "little")
-    if size > UNPACKED_MAX:
+    allowed = min(room, max(UNPACKED_MIN, _RATIO * len(packed)))
+    if size > allowed:
         raise ImageError(
-            f"{name} claims to unpack to {size:#x} bytes; at most {UNPACKED_MAX:#x} are accepted",
+            f"{name} claims to unpack to {size:#x} bytes; at most {allowed:#x} are accepted of {len(packed):#x}",
             offset=layer.offset + layer.packed - 4,
         )
     try:
@@ -170,48 +178,61 @@ def _detect_compression(data: memoryview, offset: int, length: int) -> str:
 # Each unpacks all but the size at the end (which is gzip's own trailer), and stops early if there is more than that.
 
 
-def _decompress(decompressor: Any, packed: memoryview, size: int) -> bytes:
-    """Use a standard decompressor, which must reach its end and its checksum."""
-    unpacked = decompressor.decompress(packed, size + 1)
-    assert isinstance(unpacked, bytes)
-    if len(unpacked) <= size and not decompressor.eof:
-        raise ValueError("the data ends early")
+def _decompress(decompressor: Any, packed: memoryview, size: int) -> bytearray:
+    """Use a decompressor of bz2 or lzma, which must reach its end and its checksum."""
+    unpacked = bytearray()
+    pending: memoryview | bytes = packed  # the decompressor keeps what it has not read
+    while len(unpacked) <= size and not decompressor.eof:
+        piece = decompressor.decompress(pending, min(_PIECE, size + 1 - len(unpacked)))
+        if not piece and decompressor.needs_input:
+            raise ValueError("the data ends early")
+        unpacked += piece
+        pending = b""
     return unpacked
 
 
-def _decompress_gzip(packed: memoryview, size: int) -> bytes:
-    return _decompress(zlib.decompressobj(zlib.MAX_WBITS + 16), packed, size)
+def _decompress_gzip(packed: memoryview, size: int) -> bytearray:
+    decompressor, unpacked, offset = zlib.decompressobj(zlib.MAX_WBITS + 16), bytearray(), 0
+    while len(unpacked) <= size and not decompressor.eof:
+        pending = decompressor.unconsumed_tail
+        if not pending:
+            pending = bytes(packed[offset : offset + _PIECE])
+            offset += len(pending)
+        if not pending:
+            raise ValueError("the data ends early")
+        unpacked += decompressor.decompress(pending, min(_PIECE, size + 1 - len(unpacked)))
+    return unpacked
 
 
-def _decompress_bzip2(packed: memoryview, size: int) -> bytes:
+def _decompress_bzip2(packed: memoryview, size: int) -> bytearray:
     return _decompress(bz2.BZ2Decompressor(), packed[:-4], size)
 
 
-def _decompress_xz(packed: memoryview, size: int) -> bytes:
+def _decompress_xz(packed: memoryview, size: int) -> bytearray:
     return _decompress(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_WINDOW_MAX), packed[:-4], size)
 
 
-def _decompress_lzma(packed: memoryview, size: int) -> bytes:
+def _decompress_lzma(packed: memoryview, size: int) -> bytearray:
     # Bytes 1 to 4 of its header are the dictionary size; none larger than the unpacked size is needed.
     dictionary = min(int.from_bytes(packed[1:5], "little"), max(size, 4096))
     archive = b"".join([packed[:1], dictionary.to_bytes(4, "little"), packed[5:-4]])
     return _decompress(lzma.LZMADecompressor(lzma.FORMAT_ALONE, memlimit=_WINDOW_MAX), memoryview(archive), size)
 
 
-def _decompress_zstd(packed: memoryview, size: int) -> bytes:
+def _decompress_zstd(packed: memoryview, size: int) -> bytearray:
     import zstandard  # noqa: PLC0415  few kernels need it, and a dom0 may not have it
 
     unpacked = bytearray()
     try:
         reader = zstandard.ZstdDecompressor(max_window_size=_WINDOW_MAX // 2).stream_reader(packed[:-4])
-        while len(unpacked) <= size and (piece := reader.read(min(1 << 20, size + 1 - len(unpacked)))):
+        while len(unpacked) <= size and (piece := reader.read(min(_PIECE, size + 1 - len(unpacked)))):
             unpacked += piece
     except zstandard.ZstdError as e:
         raise ValueError(str(e)) from e
-    return bytes(unpacked)
+    return unpacked
 
 
-def _decompress_lz4(packed: memoryview, size: int) -> bytes:
+def _decompress_lz4(packed: memoryview, size: int) -> bytearray:
     """Unpack the legacy frame format: a magic, then packed sizes with blocks.
 
     The magic may be repeated.
@@ -234,10 +255,10 @@ def _decompress_lz4(packed: memoryview, size: int) -> bytes:
             unpacked += decompress(block, min(_LZ4_BLOCK, _LZ4_RATIO * len(block)))
         except LZ4BlockError as e:
             raise ValueError(str(e)) from e
-    return bytes(unpacked)
+    return unpacked
 
 
-_DECOMPRESSORS: dict[str, Callable[[memoryview, int], bytes]] = {
+_DECOMPRESSORS: dict[str, Callable[[memoryview, int], bytearray]] = {
     "gzip": _decompress_gzip,
     "bzip2": _decompress_bzip2,
     "xz": _decompress_xz,
