@@ -10,15 +10,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from tests.support.breakage import CASES, Case, as_stream
 from tests.support.model_invariants import check_invariants
 from tests.support.refused_calls import RESTORING, RefusingCall
 from tests.support.restoring import host_state, restore_error, restore_stream, stream_input
-from tests.support.saved_files import piped
+from tests.support.saved_files import piped, verify_pipe
 from tests.support.saving import BOTH, CONFIG, MemorySink, suspended
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import hvm_stream
-from tests.support.writers.stream import L2TAB, NOTAB, PAGE, PIN, Stream, Wire
+from tests.support.writers.stream import L2TAB, NOTAB, PAGE, PIN, XALLOC, Stream, Wire
+from tests.verify import cases_vcpus
 from xenpv.abi.declare import Width
 from xenpv.errors import (
     Fault,
@@ -38,7 +40,9 @@ from xenpv.io.stream_input import Input
 from xenpv.restore.restore import restore, restore_domain
 from xenpv.save.save import save
 from xenpv.stream.envelope import Kind
+from xenpv.verify import rules
 
+assert cases_vcpus  # registers its cases
 WIRE = Wire()
 
 
@@ -414,3 +418,25 @@ def test_restore_domain_stream_of_headers_only_raises(envelope: str, version: in
     stream = pv_domain().to_stream(envelope, version=version)
     first, end = stream.find("domain header"), stream.find("END")
     assert isinstance(restore_error(Stream([*stream[: first + 1], *stream[end:]])), OutOfOrder)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.rule is rules.START_INFO_FRAMES], ids=lambda case: case.id
+)
+def test_restore_domain_ring_that_no_daemon_can_use_raises_as_verify_says(case: Case) -> None:
+    domain = pv_domain(**case.make)
+    pfn = case.spoil(domain).fields["pfn"]
+    error = restore_error(as_stream(domain))
+    assert isinstance(error, GuestError)
+    assert error.pfn == pfn
+
+
+@BOTH
+def test_restore_domain_ring_without_content_is_taken(width: Width) -> None:
+    """libxenguest asks for any page; `convert --drop-zero` sends one of zeros without content."""
+    domain = pv_domain(width=width)
+    ring = int(domain.start_info["console"]["domU"]["mfn"])
+    domain.types[ring] = XALLOC
+    del domain.pages[ring]
+    assert not verify_pipe(domain.to_bytes()).findings
+    restore_stream(domain.to_bytes())

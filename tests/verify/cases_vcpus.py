@@ -92,6 +92,40 @@ def _(d: Domain) -> Where:
     return at_start_info(d, "console.domU.mfn", absent(d))
 
 
+# process_start_info() takes any page; Xen then lets no daemon map it, or two programs write to one page.
+RING_CONFLICTS: dict[str, Callable[[Domain], int]] = {
+    "page table": lambda d: d.tables(1)[0],
+    "top table": lambda d: d.places.top,
+    "GDT frame": lambda d: d.places.gdt[0],
+    "leaf of the p2m": lambda d: int(d.p2m_pfns[0]),
+    "start info": lambda d: d.places.start_info,
+}
+for page, find_page in RING_CONFLICTS.items():
+
+    @case(rules.START_INFO_FRAMES, f"xenstore is a {page}", widths=WIDTHS, vcpus=2)
+    def _(d: Domain, find_page: Callable[[Domain], int] = find_page) -> Where:
+        d.start_info["store_mfn"] = find_page(d)
+        return at_start_info(d, "store_mfn", find_page(d))
+
+    @case(rules.START_INFO_FRAMES, f"console is a {page}", widths=WIDTHS, vcpus=2)
+    def _(d: Domain, find_page: Callable[[Domain], int] = find_page) -> Where:
+        d.start_info["console"]["domU"]["mfn"] = find_page(d)
+        return at_start_info(d, "console.domU.mfn", find_page(d))
+
+
+@case(rules.START_INFO_FRAMES, "one ring for both", widths=WIDTHS, also=[rules.START_INFO_FRAMES])
+def _(d: Domain) -> Where:
+    ring = int(d.start_info["store_mfn"])
+    d.start_info["console"]["domU"]["mfn"] = ring
+    return at_start_info(d, "console.domU.mfn", ring).without_bytes()
+
+
+@case(rules.START_INFO_FRAMES, "console beyond the end", widths=WIDTHS)
+def _(d: Domain) -> Where:
+    d.start_info["console"]["domU"]["mfn"] = d.entries
+    return at_start_info(d, "console.domU.mfn", d.entries)
+
+
 @case(rules.GDT_COUNT, "one too many", widths=WIDTHS, vcpus=2)
 def _(d: Domain) -> Where:
     d.vcpus[1]["gdt_ents"] = 7169

@@ -52,8 +52,8 @@ def test_verify_reports_all_findings_in_one_pass(tmp_path: Path, width: Width) -
     stream.patch("X86_TSC_INFO", 8 + 20, b"\1")
     stream.append(Piece("junk", b"junk"))
     everything = {
-        "gdt-frame", "cr3", "vcpu-state", "vcpu-extended", "p2m-generation", "page-missing", "pte-missing", "pte-range",
-        "pte-writable", "table-orphan", "reserved-zero", "trailing-data",
+        "gdt-frame", "cr3", "vcpu-state", "vcpu-extended", "start-info-frames", "p2m-generation", "page-missing",
+        "pte-missing", "pte-range", "pte-writable", "table-orphan", "reserved-zero", "trailing-data",
     }  # fmt: skip
     for result in verify_file_and_pipe(tmp_path, bytes(stream)):
         assert result.rules - UNMAPPED == everything, str(result)

@@ -5,14 +5,23 @@ They are read from any of the structures that hold them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.hvm_save import ATTR_DPL_SHIFT
-from xenpv.abi.x86 import CR0_PG, CR4_PAE, EFER_LMA, PTE_FRAME_MASK, VGCF_IN_KERNEL
-from xenpv.frames import PAGE_SHIFT, Pfn
+from xenpv.abi.x86 import (
+    CR0_PG,
+    CR4_PAE,
+    EFER_LMA,
+    FIRST_RESERVED_GDT_ENTRY,
+    GDT_ENTRIES_PER_FRAME,
+    PTE_FRAME_MASK,
+    VGCF_IN_KERNEL,
+)
+from xenpv.frames import PAGE_SHIFT, U64, Pfn
 from xenpv.memory.paging import Paging, paging_mode
 
 GENERAL = {
@@ -134,3 +143,19 @@ def _general(regs: np.void, width: Width) -> dict[str, int]:
         return {name: int(regs[name]) for name in names64}
     names32 = [*GENERAL[4], "eip", "eflags"]
     return {name: int(regs[f"r{name[1:]}"]) & 0xFFFF_FFFF for name in names32}
+
+
+def gdt_frames(contexts: Iterable[np.void]) -> U64:
+    """Return the frames of the GDTs of some vcpus, ascending.
+
+    A GDT with too many entries counts as none.
+
+    Args:
+        contexts: The vcpu_guest_context of each vcpu.
+    """
+    frames: set[int] = set()
+    for context in contexts:
+        entries = int(context["gdt_ents"])
+        if entries <= FIRST_RESERVED_GDT_ENTRY:
+            frames.update(context["gdt_frames"][: -(-entries // GDT_ENTRIES_PER_FRAME)].tolist())
+    return np.array(sorted(frames), np.uint64)

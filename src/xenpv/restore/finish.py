@@ -11,6 +11,7 @@ Source: xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c x86_pv_stream_complete()
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -38,6 +39,8 @@ from xenpv.memory.p2m_reader import P2M
 from xenpv.memory.p2m_writer import encode_entries
 from xenpv.memory.page_tables import cr3_to_frame, frame_to_cr3
 from xenpv.memory.physmap import CHUNK
+from xenpv.memory.registers import gdt_frames
+from xenpv.memory.rings import ring_conflict
 from xenpv.restore.pages import MemoryLoader
 from xenpv.stream.contents import Contents, Vcpu
 
@@ -92,7 +95,7 @@ class StreamComplete:
         """
         contexts = self._vcpu_contexts()
         pfns, types = self.memory.tables.finish(self.contents.end_pfn, self.memory.populate)
-        console, xenstore = self._update_start_info(contexts[0])
+        console, xenstore = self._update_start_info(contexts)
         self._write_p2m()
         self._write_shared_info()
         tsc = self.contents.tsc
@@ -141,13 +144,29 @@ class StreamComplete:
             return int(self.physmap.lookup(as_array)[0])
         raise GuestError(f"{self.name}: {role} (pfn {pfn:#x}) {problem}", pfn=pfn)
 
-    def _update_start_info(self, context: np.void) -> tuple[Ring, Ring]:
+    def _lookup_ring(self, role: str, pfn: int, *, start_info: int, other_ring: int, gdt: U64) -> int:
+        """Return the mfn of a daemon's ring.
+
+        GuestError for a page that cannot be one.
+        """
+        as_array = np.array([pfn], np.uint64)
+        page_type = int(self.physmap.types(as_array)[0])
+        if pfn > self.contents.end_pfn or page_type == ABSENT:
+            return self._lookup_page(role, pfn)  # raises
+        leaves = self.contents.p2m_leaf_runs.frame
+        conflict = ring_conflict(pfn, page_type, start_info=start_info, other_ring=other_ring, gdt=gdt, leaves=leaves)
+        if conflict is not None:
+            raise GuestError(f"{self.name}: {role} (pfn {pfn:#x}) {conflict}", pfn=pfn)
+        return int(self.physmap.lookup(as_array)[0])
+
+    def _update_start_info(self, contexts: Mapping[int, np.void]) -> tuple[Ring, Ring]:
         """Write this host's values to start info.
 
         Returns the console and xenstore rings that it names.
 
-        ``context`` is vcpu 0's: its register gets the mfn of start info.
+        ``contexts`` are those of the stream: vcpu 0's register gets the mfn of start info.
         """
+        context, gdt = contexts[0], gdt_frames(contexts.values())
         register = "rdx" if self.width == 8 else "edx"
         pfn = int(context["user_regs"][register])
         mfn = self._lookup_page("Start Info", pfn)
@@ -158,9 +177,12 @@ class StreamComplete:
             if not bytes(info["magic"]).startswith(magic):
                 problem = f"pfn {pfn:#x}, its suspend record, is not a start info page"
                 raise GuestError(f"{self.name}: {problem}: it does not begin with {magic.decode()!r}", pfn=pfn)
-            xenstore = Ring(self._lookup_page("XenStore", int(info["store_mfn"])), self.ports.xenstore)
             domu = info["console"]["domU"]
-            console = Ring(self._lookup_page("Console", int(domu["mfn"])), self.ports.console)
+            store_pfn, console_pfn = int(info["store_mfn"]), int(domu["mfn"])
+            mfn = self._lookup_ring("XenStore", store_pfn, start_info=pfn, other_ring=console_pfn, gdt=gdt)
+            xenstore = Ring(mfn, self.ports.xenstore)
+            mfn = self._lookup_ring("Console", console_pfn, start_info=pfn, other_ring=store_pfn, gdt=gdt)
+            console = Ring(mfn, self.ports.console)
             info["store_mfn"], info["store_evtchn"] = xenstore.mfn, xenstore.port
             domu["mfn"], domu["evtchn"] = console.mfn, console.port
             info["nr_pages"] = self.contents.end_pfn + 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 
 from xenpv.abi.declare import Width
-from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, VCPU_GUEST_CONTEXT
+from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.errors import Fault, StreamError
 from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
@@ -26,7 +26,7 @@ from xenpv.memory.domain import DomainMemory
 from xenpv.memory.p2m_anchors import Anchors
 from xenpv.memory.p2m_reader import P2M, frame_reader
 from xenpv.memory.page_tables import cr3_to_frame
-from xenpv.memory.registers import Registers
+from xenpv.memory.registers import Registers, gdt_frames
 from xenpv.runs import Extents
 from xenpv.source.config import Config
 from xenpv.source.domain import Domain
@@ -449,13 +449,8 @@ class SavedDomain(Domain):
 
         A GDT with too many entries counts as none.
         """
-        pfns: set[int] = set()
-        for vcpu in self.contents.vcpus:
-            context = self.vcpu_context(vcpu)
-            if context is not None and int(context["gdt_ents"]) <= FIRST_RESERVED_GDT_ENTRY:
-                count = -(-int(context["gdt_ents"]) // GDT_ENTRIES_PER_FRAME)
-                pfns.update(int(pfn) for pfn in context["gdt_frames"][:count])
-        return np.array(sorted(pfns), np.uint64)
+        contexts = [self.vcpu_context(vcpu) for vcpu in self.contents.vcpus]
+        return gdt_frames(context for context in contexts if context is not None)
 
     @property
     def start_info_pfn(self) -> Pfn | None:

@@ -19,7 +19,9 @@ VCPU_BASIC = Rule("vcpu-basic-missing", "a vcpu with other state has its basic s
 VCPU_COUNT = Rule("vcpu-count", "no vcpu number exceeds the configuration's maximum", "handle_x86_pv_vcpu_blob()")
 START_INFO = Rule("start-info", f"vcpu 0's suspend record is a pfn {_SOUND}", "process_start_info()")
 START_INFO_FRAMES = Rule(
-    "start-info-frames", "start info's xenstore and console frames are pages of the domain", "process_start_info()"
+    "start-info-frames",
+    "start info's xenstore and console frames are two pages of the domain that nothing else needs",
+    "process_start_info(); get_page_type(): no daemon can map a page table or a GDT frame writable",
 )
 GDT_COUNT = Rule("gdt-count", "a GDT has at most 7168 entries", "process_vcpu_basic()")
 GDT_FRAME = Rule("gdt-frame", f"each GDT frame is a pfn {_SOUND}", "process_vcpu_basic()")

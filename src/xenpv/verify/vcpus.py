@@ -14,6 +14,7 @@ from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import IS_POPULATED, IS_TABLE, PAGE_SIZE, PageType, type_name
 from xenpv.memory.page_tables import is_canonical, is_xen_vaddr
+from xenpv.memory.rings import ring_conflict
 from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.framing import Record
@@ -68,13 +69,17 @@ def check_start_info(saved: SavedDomain, findings: Findings) -> None:
         problem = f"pfn {pfn:#x} is no start info page: it does not begin with {magic.decode()!r}"
         findings.add(rules.START_INFO_MAGIC, problem, offset=offset, pfn=pfn)
         return
-    rings = {
-        "store_mfn": ("XenStore", info["store_mfn"]),
-        "console.domU.mfn": ("Console", info["console"]["domU"]["mfn"]),
-    }
-    for member, (role, ring_pfn) in rings.items():
+    xenstore, console = int(info["store_mfn"]), int(info["console"]["domU"]["mfn"])
+    rings = (("store_mfn", "XenStore", xenstore, console), ("console.domU.mfn", "Console", console, xenstore))
+    gdt, leaves = saved.gdt_pfns(), saved.contents.p2m_leaf_runs.frame
+    for member, role, ring, other in rings:
         place = {"offset": offset + START_INFO.offset(width, member)}
-        _check_page(saved, findings, rules.START_INFO_FRAMES, role, int(ring_pfn), level=None, place=place)
+        if not _check_page(saved, findings, rules.START_INFO_FRAMES, role, ring, level=None, place=place):
+            continue
+        page_type = int(saved.frames.types(np.array([ring], np.uint64))[0])
+        conflict = ring_conflict(ring, page_type, start_info=pfn, other_ring=other, gdt=gdt, leaves=leaves)
+        if conflict is not None:
+            findings.add(rules.START_INFO_FRAMES, f"{role} (pfn {ring:#x}) {conflict}", pfn=ring, **place)
 
 
 def _check_page(
