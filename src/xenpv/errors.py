@@ -11,6 +11,23 @@ class XenPVError(Exception):
     Any other exception is a bug in xenpv.
     """
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Return how to pickle it with all attributes.
+
+        Worker processes do that, whatever the constructor demands.
+        """
+        return _unpickle, (type(self), self.args), self.__dict__
+
+
+def _unpickle(kind: type[XenPVError], args: tuple[object, ...]) -> XenPVError:
+    """Return an error without calling its constructor.
+
+    A pickle does not have the constructor's keyword arguments.
+    """
+    error = kind.__new__(kind, *args)
+    error.args = args
+    return error
+
 
 def iter_notes(error: BaseException | None) -> Iterator[str]:
     """Yield the notes of an error and of its causes.

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.frames import DictFrames
 from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.vmcoreinfo import RELEASE, UTS_OFFSET, text
 from xenpv.abi.declare import Width
-from xenpv.errors import HostError
+from xenpv.errors import Fault, HostError
+from xenpv.frames import U8, U64
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo, vmcoreinfo_value
 from xenpv.source.open import open_domain
+from xenpv.source.saved import FilePages
 
 PAGE = 4096
 
@@ -126,16 +127,26 @@ def test_find_vmcoreinfo_unreadable_pages_are_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [0, 1])
-def test_find_vmcoreinfo_ballooned_pages_are_skipped(tmp_path: Path, lost: int) -> None:
+def test_find_vmcoreinfo_ballooned_pages_are_skipped(
+    tmp_path: Path, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     guest = Guest()
     here, there = guest.data[1], guest.data[3]
     guest.put((there, here)[lost], 0, text(guest.uts))
     path = tmp_path / "guest.save"
     path.write_bytes(guest.domain.to_bytes())
+    gone, read_pages, refused = (here, there)[lost], FilePages.pages, list[int]()
+
+    def pages(self: FilePages, pfns: U64) -> U8:
+        if gone in pfns:
+            refused.append(gone)
+            raise Fault("ballooned", space="pfn", address=gone)
+        return read_pages(self, pfns)
+
+    monkeypatch.setattr(FilePages, "pages", pages)
     with open_domain(str(path)) as domain:
-        del guest.domain.pages[(here, there)[lost]]
-        domain.__dict__["frames"] = DictFrames.of(guest.domain)
         assert find_vmcoreinfo(domain) == text(guest.uts)
+    assert refused
 
 
 @pytest.mark.parametrize("call", ["pages", "read_virtual"])

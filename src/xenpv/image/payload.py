@@ -22,7 +22,7 @@ from xenpv.errors import ImageError
 
 UNPACKED_MAX = 256 << 20  # bytes of all layers; a quarter of libxc's XC_DOM_DECOMPRESS_MAX, five times Debian's kernel
 UNPACKED_MIN = 64 << 20  # bytes to which anything may unpack
-_RATIO = 64  # bytes to which a packed byte may unpack beyond that; of kernels it is 3 to 6
+_RATIO = 64  # bytes to which a packed byte may unpack beyond that; of kernels it is 3 to 9
 _PIECE = 1 << 20  # bytes unpacked at a time
 _WINDOW_MAX = 256 << 20  # bytes of dictionary; libxc's LZMA_BLOCK_SIZE
 
