@@ -7,10 +7,11 @@ import time
 
 import pytest
 
+from tests.support.memory_limit import peak_memory_below
 from tests.support.writers.envelopes import CONFIG_SEXP, config_json
 from xenpv.source.config import Config
 from xenpv.stream.contents import Contents
-from xenpv.stream.envelope import Envelope, Kind, Section
+from xenpv.stream.envelope import CONFIG_MAX, Envelope, Kind, Section
 from xenpv.stream.events import SectionHeader
 
 UUID = "8d1c2f6e-3f0a-4c5b-9a77-0123456789ab"
@@ -169,3 +170,32 @@ def test_xenopsd_config_gives_text_only() -> None:
     assert config is not None
     assert (config.format, config.text) == ("sexp", CONFIG_SEXP.decode())
     assert facts(config) == NOTHING
+
+
+@pytest.mark.parametrize(
+    "filler", ["name =" + " " * 40, "name=x" + " " * 40 + "\n", "\n \t", "name = '", "name = ' \""]
+)
+def test_xl_config_of_a_mebibyte_of_blanks_is_looked_at_once(filler: str) -> None:
+    """20 kB of blanks took 12.5 s: each was tried as the beginning of the value's end."""
+    text = (filler * (CONFIG_MAX // len(filler)))[:CONFIG_MAX].encode()
+    start = time.process_time()
+    with peak_memory_below(64 << 20):
+        parse(text, "xl")
+    assert time.process_time() - start < 2  # the bound for a MiB of hostile input; a square would take hours
+
+
+def test_xl_config_last_line_of_a_key_counts() -> None:
+    """libxlu_cfg.c xlu__cfg_set_store() puts a setting before the earlier ones, where the first that fits is found."""
+    assert parse(b"name = 'old'\nname = 'new' # of today\n", "xl").name == "new"
+
+
+@pytest.mark.parametrize(
+    ("filler", "style"),
+    [("<a/>", "xml"), ("<a b='c'/>", "xml"), ("[],", "json"), ('{"a":1},', "json"), ("(a b)", "sexp")],
+)
+def test_config_of_a_mebibyte_takes_bounded_memory(filler: str, style: str) -> None:
+    """14 MB of XML took 636 MiB: a configuration has at most a MiB, which takes at most 64."""
+    body = filler * ((CONFIG_MAX - 100) // len(filler))
+    text = {"xml": f"<domain>{body}</domain>", "json": f'{{"a": [{body}0]}}', "sexp": f"({body})"}[style]
+    with peak_memory_below(64 << 20):
+        parse(text.encode(), style)

@@ -16,6 +16,7 @@ from tests.support.writers.envelopes import XENOPS, libvirt_header, xenopsd_sect
 from tests.support.writers.stream import NOTAB, PAGE, RECORDS, Piece, Stream, Wire
 from xenpv.errors import Malformed, Truncated
 from xenpv.stream.contents import Contents
+from xenpv.stream.envelope import CONFIG_MAX
 from xenpv.stream.reader import Reader
 
 W = Wire()
@@ -118,7 +119,7 @@ def test_reader_config_beyond_maximum_takes_bounded_memory(kind: str, length: in
 @pytest.mark.parametrize("kind", ENVELOPES)
 def test_reader_missing_config_takes_bounded_memory(kind: str) -> None:
     with peak_memory_below(MIB):
-        reading = read([ENVELOPES[kind](16 * MIB), bytes(PAGE)])
+        reading = read([ENVELOPES[kind](CONFIG_MAX), bytes(PAGE)])
     assert type(reading.error) is Truncated
 
 

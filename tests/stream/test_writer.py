@@ -27,7 +27,7 @@ from tests.support.writers.stream import NOTAB, PAGE, WITH_DATA, XTAB, Piece, St
 from tests.vectors.make import DEMO, FOR_DEMO, RECIPES, Recipe
 from xenpv.errors import Malformed, OutOfOrder, RequestError, StreamError, Unsupported
 from xenpv.stream import framing, libxl, records, rules
-from xenpv.stream.envelope import Envelope, Kind
+from xenpv.stream.envelope import CONFIG_MAX, Envelope, Kind
 from xenpv.stream.fields import Buffer, Fields
 from xenpv.stream.framing import Record
 from xenpv.stream.page_data import PageData
@@ -414,7 +414,7 @@ def test_writer_impossible_xen_version_raises() -> None:
         pytest.param(Kind.LIBXC, b"{}", None, id="libxc-with-config"),
         pytest.param(Kind.LIBXL, b"{}", None, id="libxl-with-config"),
         pytest.param(Kind.XL, b"name = 'x'", None, id="xl-config-not-json"),
-        pytest.param(Kind.XL, b"{" + bytes(16 << 20), 16 << 20, id="xl-config-too-long"),
+        pytest.param(Kind.XL, b"{" + bytes(CONFIG_MAX), CONFIG_MAX, id="xl-config-too-long"),
     ],
 )
 def test_writer_impossible_envelope_raises_request_error(kind: Kind, config: bytes, available: int | None) -> None:

@@ -310,31 +310,40 @@ def _parse_xml(text: str) -> _Parsed:
     return members, problems
 
 
+# Each line is looked at once: a pattern that looks for its end again from every blank takes the square of the text.
+_XL_LINES = re.compile(r"^[ \t]*(name|uuid|type|builder|memory|maxmem|vcpus|maxvcpus)[ \t]*=[ \t]*(.*)$", re.MULTILINE)
+
+
+def _xl_value(text: str) -> str:
+    """Return the value that a text begins with: a quoted string, or plain text."""
+    if text[:1] in {"'", '"'}:
+        return text[1:].partition(text[0])[0]
+    return text.partition("#")[0].strip().rstrip(";").rstrip()
+
+
 def _parse_xl(text: str) -> _Parsed:
     """Parse the plain ``key = value`` lines of xl's text format.
 
-    Files before Xen 4.5 carry it. What else the format allows is not checked.
+    Files before Xen 4.5 carry it. What else the format allows is not checked. The last line for a key counts
+    (tools/libs/util/libxlu_cfg.c xlu__cfg_set_store()).
     """
-
-    def value(key: str) -> str | None:
-        match = re.search(rf"^\s*{key}\s*=\s*[\"']?([^\"'\n#]+?)[\"']?\s*(?:#.*)?$", text, re.MULTILINE)
-        return match.group(1) if match else None
-
+    values = {match[1]: value for match in _XL_LINES.finditer(text) if (value := _xl_value(match[2]))}
     problems: list[Problem] = []
 
     def limit(key: str, maximum: int, scale: int = 1) -> int | None:
-        number = None if (digits := value(key)) is None else _number(digits, base=0)
+        number = None if (digits := values.get(key)) is None else _number(digits, base=0)
         return _limit(key, number * scale if isinstance(number, int) else number, maximum, problems)
 
     memory, maximum = limit("memory", _MAX_KIB, 1024), limit("maxmem", _MAX_KIB, 1024)
     vcpus = limit("vcpus", _MAX_VCPUS)
-    type_name = value("type") or {"hvm": "hvm", "generic": "pv"}.get(builder := value("builder") or "generic", builder)
+    builder = values.get("builder", "generic")
+    type_name = values.get("type") or {"hvm": "hvm", "generic": "pv"}.get(builder, builder)
     if type_name not in _GUESTS:
         problems.append((rules.CONFIG_TYPE, f"{type_name!a:.40} is no type of a Xen domain"))
     members = {
-        "name": value("name"),
-        "uuid": _uuid(value("uuid"), problems, strict=True),
-        "type": value("type"),
+        "name": values.get("name"),
+        "uuid": _uuid(values.get("uuid"), problems, strict=True),
+        "type": values.get("type"),
         "guest": _GUESTS.get(type_name),
         "max_memkb": memory if maximum is None else maximum,
         "target_memkb": memory,
