@@ -68,7 +68,7 @@ def test_load_page_sent_again_with_other_type_has_last_type() -> None:
     domain = pv_domain()
     page = domain.places.data[0]
     stream = domain.to_stream("xl")
-    junk = np.full(512, 0xFFFF_F000_0000_0001, np.uint64).tobytes()  # pfns that no domain has
+    junk = np.full(512, 0xFFFF_F000_0000_0002, np.uint64).tobytes()  # pfns that no domain has, not present
     stream.before("PAGE_DATA", WIRE.page_data([(page, 4 | 8)], [junk]))
     host, restored = restore_stream(stream)
     assert host.page_types(restored.domid, np.array([mfn_of(host, restored.domid, page)], np.uint64)).tolist() == [0]

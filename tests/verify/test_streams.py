@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.breakage import KEEP, make_table, unmap
 from tests.support.memory_limit import peak_memory_below
+from tests.support.restoring import restore_error
 from tests.support.saved_files import (
     page_offsets,
     piped,
@@ -23,8 +24,9 @@ from tests.support.saved_files import (
 from tests.support.saving import BOTH
 from tests.support.writers.build import pv_domain
 from tests.support.writers.sparse import write_sparse
-from tests.support.writers.stream import NOTAB, PAGE, XTAB, Piece, Wire
+from tests.support.writers.stream import NOTAB, PAGE, PIN, XTAB, Piece, Wire
 from xenpv.abi.declare import Width
+from xenpv.errors import Fault
 from xenpv.io.stream_input import Input
 from xenpv.verify import page_tables
 from xenpv.verify.stream import verify
@@ -41,13 +43,16 @@ def page_data(entries: dict[int, int], contents: dict[int, bytes]) -> Piece:
 
 
 def test_verify_pages_sent_again_checks_the_last_content(tmp_path: Path) -> None:
-    """As in a live migration: the first contents and types are all wrong, and must not matter."""
+    """As in a live migration: the first contents and types are all wrong, and must not matter.
+
+    Only entries of tables that are present must be sound each time: bit 0 of all is clear.
+    """
     domain = pv_domain()
     stream = domain.to_stream(batch=16)
     junk = {pfn: bytes([pfn & 0x7F]) * PAGE for pfn in domain.pages}
     first_contents = [page_data(dict.fromkeys(junk, NOTAB), junk)]
     wrong_types = {pfn: domain.types[pfn] if domain.is_table(pfn) else 1 for pfn in domain.pages}
-    first_contents.append(page_data(wrong_types, dict.fromkeys(domain.pages, b"\xff" * PAGE)))
+    first_contents.append(page_data(wrong_types, dict.fromkeys(domain.pages, b"\xfe" * PAGE)))
     stream.before("PAGE_DATA", *first_contents)
     for result in verify_file_and_pipe(tmp_path, bytes(stream)):
         assert not result.findings, str(result)
@@ -64,6 +69,42 @@ def test_verify_table_sent_again_broken_is_reported(tmp_path: Path) -> None:
         assert result.rules == {"pte-range"}, str(result)
         (finding,) = result.findings
         assert finding.offset == page_offsets(stream)[top] + 300 * 8
+
+
+@pytest.mark.parametrize("later", ["data", "table", "XTAB", "same record"])
+@BOTH
+def test_entry_beyond_the_end_in_a_table_that_is_sent_again_is_refused(
+    tmp_path: Path, width: Width, later: str
+) -> None:
+    """libxenguest's x86_pv_localise_page() asserts at each sending, not only at the last one."""
+    domain = pv_domain(width=width)
+    pfn = domain.places.data[0]
+    junk = bytearray(PAGE)
+    junk[40:48] = (domain.entries << 12 | 1).to_bytes(8, "little")
+    first = [(pfn, 1)]
+    if later == "XTAB":
+        unmap(domain, pfn)
+        domain.p2m_frame(int(domain.p2m_pfns[0]))[pfn : pfn + 1] = KEEP & (1 << 8 * width) - 1
+        domain.types[pfn] = XTAB
+        del domain.pages[pfn]
+    elif later == "table":
+        make_table(domain, pfn, 1, PIN)
+    stream = domain.to_stream(batch=16)
+    if later == "same record":
+        stream.before("PAGE_DATA", WIRE.page_data([*first, (pfn, NOTAB)], [bytes(junk), bytes(PAGE)]))
+    else:
+        stream.before("PAGE_DATA", WIRE.page_data(first, [bytes(junk)]))
+    at = stream.offset("PAGE_DATA") + len(stream[stream.find("PAGE_DATA")].data) - PAGE * (1 + (later == "same record"))
+    of_file, of_pipe = verify_file_and_pipe(tmp_path, bytes(stream))
+    assert of_file.findings == of_pipe.findings
+    (finding,) = of_file.of_rule("pte-range")
+    assert (finding.pfn, finding.level, finding.entry) == (pfn, 1, 5)
+    assert finding.offset is not None
+    assert bytes(stream)[finding.offset : finding.offset + 8] == junk[40:48]
+    assert finding.offset == at + 40
+    error = restore_error(stream)
+    assert isinstance(error, Fault)
+    assert (error.address, error.level, error.entry) == (pfn, 1, 5)
 
 
 def test_verify_page_sent_again_as_xtab_is_not_populated(tmp_path: Path) -> None:

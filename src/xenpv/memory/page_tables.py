@@ -113,6 +113,17 @@ def find_superpages(tables: U64, levels: U8 | int) -> Mask:
     return is_superpage
 
 
+def entries_beyond(tables: U64, end_pfn: int) -> Mask:
+    """Return which present entries name a pfn beyond the last one of the p2m.
+
+    libxenguest dies of an assertion at each of them.
+
+    Source:
+        xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c x86_pv_localise_page(), x86_pv_pfn_to_gfn()
+    """
+    return np.asarray((tables & np.uint64(PTE_P) != 0) & (pte_frames(tables) > np.uint64(max(end_pfn, 0))))
+
+
 def bad_entry_fault(domain: str, reason: str, pfn: int, level: int, entry: int | None) -> Fault:
     """Return the Fault for a bad page-table entry, in libxenguest's words.
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 
 from xenpv.abi.declare import Width
-from xenpv.abi.x86 import LEVELS, PTE_P
+from xenpv.abi.x86 import LEVELS
 from xenpv.frames import ENTRIES, IS_TABLE, PAGES_IN_CACHE, U8, U64, DomId, first_bad
 from xenpv.host.protocol import DomainInfo, Toolstack
-from xenpv.memory.page_tables import as_ptes, bad_entry_fault, find_superpages, localise, pte_frames
+from xenpv.memory.page_tables import as_ptes, bad_entry_fault, entries_beyond, find_superpages, localise, pte_frames
 from xenpv.memory.physmap import Physmap
 
 Populate = Callable[[U64], None]
@@ -86,6 +86,28 @@ class PageTableLocaliser:
                 order = np.argsort(highest_missing, kind="stable")
                 self._waiting, self._highest_missing_pfn = waiting[order], highest_missing[order]
 
+    def check_range(self, ptes: U64, pfns: U64, levels: U8, end_pfn: int) -> None:
+        """Refuse tables with an entry beyond the p2m's end: Fault names the first.
+
+        A restorer does so each time that a table is sent, be it only to be sent again.
+        """
+        if (bad := first_bad(entries_beyond(ptes, end_pfn))) is not None:
+            row, slot = divmod(bad, ENTRIES)
+            target = int(pte_frames(ptes[row, slot : slot + 1])[0])
+            reason = f"pfn {target:#x} is beyond the end of its p2m ({end_pfn:#x})"
+            raise bad_entry_fault(self.name, reason, int(pfns[row]), int(levels[row]), slot)
+
+    def check_before_resend(self, pfns: U64, end_pfn: int) -> None:
+        """Check those page tables that will be overwritten and still hold pfns.
+
+        Fault as check_range().
+        """
+        pfns = self._not_yet_localised(pfns)
+        for i in range(0, len(pfns), PAGES_IN_CACHE):
+            batch = np.unique(pfns[i : i + PAGES_IN_CACHE])
+            with self.host.map_writable(self.domid, self.physmap.lookup(batch)) as pages:
+                self.check_range(as_ptes(pages), batch, self.physmap.types(batch) & np.uint8(7), end_pfn)
+
     def _not_yet_localised(self, pfns: U64) -> U64:
         """Return the pfns that are tables and hold pfns.
 
@@ -128,7 +150,7 @@ class PageTableLocaliser:
             reason = "a table of that level in a 32-bit guest"
             raise bad_entry_fault(self.name, reason, int(pfns[row]), int(levels[row]), None)
         large = find_superpages(ptes, levels)
-        beyond = (ptes & np.uint64(PTE_P) != 0) & (pte_frames(ptes) > np.uint64(end_pfn))
+        beyond = entries_beyond(ptes, end_pfn)
         if (bad := first_bad(large | beyond)) is not None:
             row, slot = divmod(bad, ENTRIES)
             pfn = int(pte_frames(ptes[row, slot : slot + 1])[0])

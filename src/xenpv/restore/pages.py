@@ -27,13 +27,13 @@ from xenpv.frames import (
     U8,
     U64,
     DomId,
-    Mask,
 )
 from xenpv.host.protocol import DomainInfo, Toolstack
 from xenpv.io.background import BackgroundWorker
 from xenpv.memory.page_tables import as_ptes, localise
 from xenpv.memory.physmap import CHUNK, CHUNK_ORDER, Physmap, group_by_chunk
 from xenpv.restore.page_tables import PageTableLocaliser
+from xenpv.stream.contents import Contents
 from xenpv.stream.page_data import PageData, ReadInto
 
 DeferRead = Callable[[int], ReadInto]
@@ -43,14 +43,20 @@ DeferRead = Callable[[int], ReadInto]
 class MemoryLoader:
     """Loads PAGE_DATA records into a domain's memory; a context manager.
 
+    Args:
+        host: The host of the domain.
+        info: The domain, which has its final width.
+        contents: The other records of the stream, as they come.
+
     Attributes:
         physmap: Frames and types of all pages that were received.
         tables: Localises the domain's page tables.
         differing: After verify(): pfns of pages that were sent again with other content.
     """
 
-    def __init__(self, host: Toolstack, info: DomainInfo) -> None:
+    def __init__(self, host: Toolstack, info: DomainInfo, contents: Contents) -> None:
         self.host = host
+        self._contents = contents
         self.domid: DomId = info.domid
         self.physmap = Physmap()
         self.differing = np.empty(0, np.uint64)
@@ -89,6 +95,11 @@ class MemoryLoader:
             self._load_entries(pfns[i : i + PFNS_PER_BATCH], types[i : i + PFNS_PER_BATCH], read_into, defer_read)
 
     def _load_entries(self, pfns: U64, types: U8, read_into: ReadInto, defer_read: DeferRead | None) -> None:
+        again = pfns[self.physmap.lookup(pfns) != NO_FRAME]
+        if len(again):
+            self._finish_read()
+            self.tables.check_before_resend(again, self._contents.end_pfn)
+        each_once = _is_ascending(pfns)
         self.populate(pfns[IS_POPULATED[types]])
         self._highest_pfn = max(self._highest_pfn, int(pfns.max()))
         mfns = self.physmap.lookup(pfns)
@@ -97,15 +108,14 @@ class MemoryLoader:
         populated = mfns != NO_FRAME
         self.physmap.set_types(pfns[populated], types[populated])
         has_data = HAS_DATA[types]
-        pfns, mfns, is_table = pfns[has_data], mfns[has_data], IS_TABLE[types[has_data]]
-        each_once = _is_ascending(pfns)
+        pfns, mfns, types = pfns[has_data], mfns[has_data], types[has_data]
         for i in range(0, len(pfns), PAGES_PER_BATCH):
             batch = slice(i, i + PAGES_PER_BATCH)
             if each_once and not self._verifying:
-                self._read_into_frames(mfns[batch], pfns[batch][is_table[batch]], read_into, defer_read)
+                self._read_into_frames(mfns[batch], pfns[batch][IS_TABLE[types[batch]]], read_into, defer_read)
             else:
                 self._finish_read()
-                self._overwrite(pfns[batch], mfns[batch], is_table[batch], read_into)
+                self._overwrite(pfns[batch], mfns[batch], types[batch], read_into)
 
     def populate(self, pfns: U64) -> None:
         """Give a frame to each of these pfns that has none.
@@ -180,13 +190,16 @@ class MemoryLoader:
         self._received_tables = []
         self.tables.add_received(pfns, self._highest_pfn, self._in_transit)
 
-    def _overwrite(self, pfns: U64, mfns: U64, is_table: Mask, read_into: ReadInto) -> None:
+    def _overwrite(self, pfns: U64, mfns: U64, types: U8, read_into: ReadInto) -> None:
         """Write content by way of a buffer.
 
         If a frame is named twice, the last content counts.
         """
         content = np.empty((len(mfns), PAGE_SIZE), np.uint8)
         read_into(content.reshape(-1).data)
+        is_table = IS_TABLE[types]
+        levels = types[is_table] & np.uint8(7)
+        self.tables.check_range(as_ptes(content[is_table]), pfns[is_table], levels, self._contents.end_pfn)
         distinct, rows = np.unique(mfns[::-1], return_index=True)
         content, pfns, is_table = content[::-1][rows], pfns[::-1][rows], is_table[::-1][rows]
         with self.host.map_writable(self.domid, distinct) as pages:

@@ -267,7 +267,7 @@ class _Restore:
                 raise Unsupported("an HVM domain; only PV domains can be restored", offset=event.offset)
             case X86PVInfo():
                 info, ports = self.prepare_domain(self.contents, event.guest_width)
-                self._target = info, ports, self._resources.enter_context(MemoryLoader(self.host, info))
+                self._target = info, ports, self._resources.enter_context(MemoryLoader(self.host, info, self.contents))
             case StaticDataEnd():
                 if self._target is None:
                     problem = "STATIC_DATA_END before X86_PV_INFO"

@@ -18,7 +18,7 @@ from xenpv.abi.declare import Width
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.abi.xen import START_INFO_MAGIC
 from xenpv.errors import Fault, StreamError
-from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask, PageType, Pfn, type_name
+from xenpv.frames import ABSENT, I64, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64, Mask, PageType, Pfn, type_name
 from xenpv.io.progress import ProgressCallback
 from xenpv.io.stream_input import Input, StreamSource
 from xenpv.io.tempfile import unlinked_file
@@ -88,6 +88,13 @@ class FilePages:
         offsets = self._places.offsets(pfns)
         if np.any(offsets < 0):
             raise self._no_content(pfns, offsets)
+        return self.pages_at(offsets, pfns)
+
+    def pages_at(self, offsets: I64, pfns: U64) -> U8:
+        """Return the content at some offsets, uint8 of shape (n, 4096).
+
+        Raises Fault, with the pfn, for one that the file does not have in full.
+        """
         content = np.empty((len(pfns), PAGE_SIZE), np.uint8)
         order = np.argsort(offsets, kind="stable")
         joined = np.diff(offsets[order]) == PAGE_SIZE
@@ -243,6 +250,21 @@ class SavedDomain(Domain):
         if not len(leaf_pfns):
             return np.zeros(len(pfns), np.bool_)
         return np.asarray(leaf_pfns[np.minimum(np.searchsorted(leaf_pfns, pfns), len(leaf_pfns) - 1)] == pfns)
+
+    def earlier_tables(self) -> Iterator[tuple[U64, U8, I64, U8]]:
+        """Yield batches of the page tables that a later page of the same pfn replaced.
+
+        Yields:
+            pfns, page types, offsets in the stream, and content, uint8 of shape (n, 4096).
+
+        Raises:
+            Fault: The file ends before the content.
+        """
+        pfns, types, offsets = self.contents.index.earlier_tables()
+        places = self._places.earlier_tables()[2]  # of a pipe: where they were spooled, in the same order
+        for i in range(0, len(pfns), PAGES_PER_BATCH):
+            batch = slice(i, i + PAGES_PER_BATCH)
+            yield pfns[batch], types[batch], offsets[batch], self._frames.pages_at(places[batch], pfns[batch])
 
     @property
     def pages_complete(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Self
 
 import numpy as np
 
-from xenpv.frames import ABSENT, HAS_DATA, I64, PAGE_SIZE, U8, U64, Mask
+from xenpv.frames import ABSENT, HAS_DATA, I64, IS_TABLE, PAGE_SIZE, U8, U64, Mask
 from xenpv.runs import Extents, expand_runs, group_rows
 from xenpv.stream.page_data import PFN_MASK, PageData
 
@@ -37,6 +37,7 @@ class PageIndex:
         self.sent = 0
         self.repeated = 0
         self.duplicates: list[tuple[int, int]] = []
+        self._earlier_tables: list[tuple[U64, U8, I64]] = []  # as earlier_tables() returns them
         self._extents = Extents.empty()
         self._offset = np.empty(0, np.int64)
 
@@ -133,11 +134,26 @@ class PageIndex:
         pfn, kinds, offsets = pfn[order], kinds[order], offsets[order]
         last = np.append(pfn[1:] != pfn[:-1], True)
         self.repeated += int(len(last) - np.count_nonzero(last))
+        earlier = ~last & IS_TABLE[kinds] & (offsets >= 0)
+        if earlier.any():
+            self._earlier_tables.append((pfn[earlier], kinds[earlier], offsets[earlier]))
         pfn, kinds, offsets = pfn[last], kinds[last], offsets[last]
         continues = (np.diff(pfn) == 1) & (kinds[1:] == kinds[:-1])
         continues &= np.where(offsets[1:] >= 0, np.diff(offsets) == PAGE_SIZE, offsets[:-1] < 0)
         rows, count = group_rows(~continues, len(pfn))
         return pfn[rows], count, kinds[rows], offsets[rows]
+
+    def earlier_tables(self) -> tuple[U64, U8, I64]:
+        """Return the page tables that a later page of the same pfn replaced.
+
+        Returns:
+            The pfn, the page type and the offset of the content of each, in the order of the stream.
+        """
+        self._merge()
+        none = np.empty(0, np.uint64), np.empty(0, np.uint8), np.empty(0, np.int64)
+        pfns, types, offsets = (np.concatenate(column) for column in zip(none, *self._earlier_tables, strict=True))
+        order = np.argsort(offsets)
+        return pfns[order], types[order], offsets[order]
 
     def types(self, pfns: U64) -> U8:
         """Return the page type of each pfn, ABSENT where it never came.

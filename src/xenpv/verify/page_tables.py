@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from xenpv.frames import (
     type_name,
 )
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.page_tables import allowed_flags, as_ptes, flag_names, is_xen_slot, pte_frames
+from xenpv.memory.page_tables import allowed_flags, as_ptes, entries_beyond, flag_names, is_xen_slot, pte_frames
 from xenpv.source.saved import SavedDomain
 from xenpv.verify import rules
 from xenpv.verify.heuristics import outliers
@@ -92,6 +93,8 @@ class PageTableChecks:
                 if progress is not None:
                     progress(Progress(checked, len(tables), "checking page tables", "tables"))
         self._check_orphans(tables, types)
+        if self.saved.pages_complete:
+            self._check_earlier_tables()
 
     def _add(self, rule: Rule, rows: I64, entries: _Entries, problem: str) -> None:
         """Add a finding for each of the entries at ``rows``.
@@ -131,7 +134,7 @@ class PageTableChecks:
         ptes = self._check_xen_slots(level, tables, as_ptes(pages))
         entries = self._entries_at(level, tables, ptes, ptes & np.uint64(PTE_P) != 0)
         end_pfn = self.saved.contents.end_pfn
-        beyond = entries.target > np.uint64(max(end_pfn, 0))
+        beyond = entries.target > np.uint64(max(end_pfn, 0))  # as entries_beyond()
         problem = f"names {{target}}, beyond the last pfn {end_pfn:#x}"
         self._add(rules.PTE_RANGE, np.flatnonzero(beyond), entries, problem)
         refused = entries.pte & np.uint64(~(allowed_flags(level, self._width) | PTE_FRAME_MASK) & (1 << 64) - 1)
@@ -227,6 +230,20 @@ class PageTableChecks:
             gdt = np.flatnonzero(writable & np.isin(entries.target, self.gdt_pfns))
             self._add(rules.PTE_WRITABLE, gdt, entries, "maps the GDT frame {target} writable")
 
+    def _check_earlier_tables(self) -> None:
+        """Check tables that were sent again later, be it as other pages.
+
+        A restorer localises each of them as it comes; what else is wrong with them is gone by the end.
+        """
+        end_pfn = self.saved.contents.end_pfn
+        for pfns, types, offsets, pages in self.saved.earlier_tables():
+            for level in np.unique(types & 7).tolist():
+                of_level = types & 7 == level
+                ptes = as_ptes(pages[of_level])
+                entries = self._entries_at(level, pfns[of_level], ptes, entries_beyond(ptes, end_pfn))
+                describe = partial(_describe_earlier, entries, offsets[of_level])
+                self.findings.add_each(rules.PTE_RANGE, np.arange(len(entries.pte)), describe)
+
     def _check_outliers(self, level: int, tables: U64, ptes: U64) -> None:
         """Report entries that no rule of Xen forbids and no kernel writes.
 
@@ -251,3 +268,14 @@ class PageTableChecks:
             return message, {"offset": self._page_offset(pfn), "pfn": pfn, "level": level}
 
         self.findings.add_each(rules.TABLE_ORPHAN, np.flatnonzero(orphan), describe)
+
+
+def _describe_earlier(entries: _Entries, offsets: I64, i: int) -> tuple[str, dict[str, int | None]]:
+    """Describe an entry beyond the p2m's end in a table that was sent again later.
+
+    ``offsets`` are those of the tables.
+    """
+    place = entries.place(i)
+    problem = f"names pfn {int(entries.target[i]):#x}, beyond the last one, in a table that was sent again later"
+    offset = int(offsets[entries.row[i]]) + place["entry"] * 8
+    return f"{entries.describe(i)} {problem}", {"offset": offset, **place}
