@@ -18,6 +18,7 @@ from tests.support.writers.build import pv_domain
 from tests.support.writers.core import core_of
 from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import hvm_stream
+from tests.support.writers.stream import Wire
 from tests.support.writers.vmcoreinfo import text
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError, RequestError
@@ -253,6 +254,25 @@ def test_export_without_pages_writes_no_file(form: str, tmp_path: Path) -> None:
         export(opened, str(tmp_path / "out"), form)
     assert (e.value.needed, e.value.available) == (1, 0)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", list(FORMATS))
+def test_export_of_the_last_pfn_writes_it_or_no_file(form: str, tmp_path: Path) -> None:
+    """A damaged stream can name any pfn below 2^52: its address fits LiME, ELF and no offset of a file."""
+    last, content, wire = (1 << 52) - 1, b"far" * 1365 + b"!", Wire()
+    stream, path = made_domain().to_stream(), tmp_path / "far.save"
+    stream.before("X86_TSC_INFO", wire.page_data([(last, 0)], [content]))
+    path.write_bytes(bytes(stream))
+    out = tmp_path / "out"
+    with open_domain(str(path), on_breach=lambda *_: None) as opened:
+        if form in {"raw", "kdump"}:
+            with pytest.raises(RequestError) as e:
+                export(opened, str(out), form)
+            assert e.value.needed == last + 1 or form == "kdump"
+            assert not out.exists()
+        else:
+            assert export(opened, str(out), form).last_pfn == last
+            assert out.read_bytes().count(content) == 1
 
 
 @pytest.mark.parametrize("form", ["elf", "lime", "raw", "dumpcore"])
