@@ -90,7 +90,7 @@ def lone_bit(d: Domain, level: int, bit: int) -> Where:
     return at_entry(table, level, entry)
 
 
-@case(rules.PTE_OUTLIER, "a single bit in L1", widths=WIDTHS)
+@case(rules.PTE_OUTLIER, "a single bit in L1", widths=WIDTHS, also=[rules.PTE_L1TF])
 def _(d: Domain) -> Where:
     return lone_bit(d, 1, 44)
 
@@ -116,7 +116,7 @@ def _(d: Domain) -> Where:
     return leaf_in_a_run(d, (d.places.data[100] ^ d.places.data[5]) << 12)
 
 
-@case(rules.PTE_OUTLIER, "not present any more", widths=WIDTHS, pfns=range(600))
+@case(rules.PTE_OUTLIER, "not present any more", widths=WIDTHS, pfns=range(600), also=[rules.PTE_L1TF])
 def _(d: Domain) -> Where:
     return leaf_in_a_run(d, P)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.support.breakage import UNMAPPED, WIDTHS, Where, at_entry, at_page, case, free_entry, make_table
 from tests.support.writers.domain import RW, Domain, P
-from tests.support.writers.stream import PIN
+from tests.support.writers.stream import PAGE, PIN
 from xenpv.verify import rules
 
 PWT, PCD, PSE, GLOBAL, NX = 1 << 3, 1 << 4, 1 << 7, 1 << 8, 1 << 63
@@ -241,3 +241,90 @@ def _(d: Domain) -> Where:
 @case(rules.TABLE_ORPHAN, "a top table that no vcpu uses", widths=(8,))
 def _(d: Domain) -> Where:
     return at_page(make_table(d, d.places.data[0], 4), level=4)
+
+
+# --- tables that map their own level, as of NetBSD and of old Linux --------------------------------------------------
+
+
+def two_l4s(d: Domain) -> tuple[int, int]:
+    """Two more pinned L4 tables, the first of which has the lower pfn."""
+    one, two = sorted(make_table(d, pfn, 4, PIN) for pfn in d.places.data[:2])
+    return one, two
+
+
+@case(rules.LINEAR_TABLE_USED, "itself")
+def _(d: Domain) -> Where:
+    return put(d, 4, d.places.top, 300, d.places.top << 12 | P)
+
+
+@case(rules.LINEAR_TABLE_USED, "a table that is promoted before")
+def _(d: Domain) -> Where:
+    one, two = two_l4s(d)
+    put(d, 4, two, 300, one << 12 | P)
+    return at_entry(two, 4, 300).without_bytes()
+
+
+@case(rules.LINEAR_TABLE, "a table that is promoted later", also=[rules.LINEAR_TABLE_USED])
+def _(d: Domain) -> Where:
+    one, two = two_l4s(d)
+    put(d, 4, one, 300, two << 12 | P)
+    return at_entry(one, 4, 300).without_bytes()
+
+
+@case(rules.LINEAR_TABLE, "two L4s map each other", also=[rules.LINEAR_TABLE_USED, rules.LINEAR_TABLE])
+def _(d: Domain) -> Where:
+    one, two = two_l4s(d)
+    put(d, 4, one, 300, two << 12 | P)
+    put(d, 4, two, 300, one << 12 | P)
+    return at_entry(one, 4, 300).without_bytes()
+
+
+@case(rules.LINEAR_TABLE, "two L3s map each other", also=[rules.LINEAR_TABLE_USED, rules.LINEAR_TABLE])
+def _(d: Domain) -> Where:
+    one, two = (make_table(d, pfn, 3, PIN) for pfn in d.places.data[:2])
+    put(d, 3, one, 300, two << 12 | P)
+    put(d, 3, two, 300, one << 12 | P)
+    return at_entry(two, 3, 300).without_bytes()
+
+
+@case(rules.LINEAR_TABLE, "a chain of three L2s", also=[rules.LINEAR_TABLE_USED])
+def _(d: Domain) -> Where:
+    one, two, three = (make_table(d, pfn, 2, PIN) for pfn in d.places.data[:3])
+    put(d, 2, two, 300, one << 12 | P)
+    put(d, 2, three, 300, two << 12 | P)
+    return at_entry(two, 2, 300).without_bytes()
+
+
+# --- entries that are not present ------------------------------------------------------------------------------------
+
+SWAPPED = 0x8010_0000_1360_0066  # in Xen's words: "L1TF-vulnerable L1e"
+
+
+@case(rules.PTE_L1TF, "L1", widths=WIDTHS)
+def _(d: Domain) -> Where:
+    return put_new(d, 1, SWAPPED)
+
+
+@case(rules.PTE_L1TF, "L2", widths=WIDTHS)
+def _(d: Domain) -> Where:
+    return put_new(d, 2, SWAPPED)
+
+
+@case(rules.PTE_L1TF, "L2, large", widths=WIDTHS)
+def _(d: Domain) -> Where:
+    return put_new(d, 2, PSE | 0x66)
+
+
+@case(rules.PTE_L1TF, "L4")
+def _(d: Domain) -> Where:
+    return put_new(d, 4, SWAPPED)
+
+
+@case(rules.PTE_L1TF, "below the top quarter of 46 bits", widths=WIDTHS)
+def _(d: Domain) -> Where:
+    return put_new(d, 1, (3 << 44) - PAGE)
+
+
+@case(rules.PTE_L1TF, "high bits that a desktop's cache does not compare")
+def _(d: Domain) -> Where:
+    return put_new(d, 1, 3 << 44 | PAGE)

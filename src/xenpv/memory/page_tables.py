@@ -30,7 +30,7 @@ from xenpv.abi.x86 import (
     XEN_VIRT_PAE,
 )
 from xenpv.errors import Fault
-from xenpv.frames import ENTRIES, IS_TABLE, NO_FRAME, PAGE_SHIFT, U8, U64, Frames, Mask, Pfn, Vaddr
+from xenpv.frames import ENTRIES, IS_TABLE, NO_FRAME, PAGE_SHIFT, PAGE_SIZE, U8, U64, Frames, Mask, Pfn, Vaddr
 from xenpv.memory.frame_tree import ReadFrames
 from xenpv.memory.paging import PV_PAGING, Paging
 
@@ -40,6 +40,9 @@ PTE_AVAILABLE_HIGH = 0x7FF0_0000_0000_0000  # bits 52 to 62, for software
 NO_PFN = PTE_FRAME_MASK >> PAGE_SHIFT  # a normalised entry's frame number if the frame is not the domain's
 _GNTTAB = 1 << 62  # Xen's own bit in an L1 entry: a grant mapping
 PTE_GLOBAL = 1 << 8
+# Bits of an address in the L1 cache, and where safe addresses begin: the largest servers with the flaw, large ones
+# before, and desktops, whose caches know more bits than their buses have.
+_L1TF_HOSTS = ((46, 3 << 44), (44, 3 << 42), (44, 1 << 39))
 _NO_FRAME_BITS = ~np.uint64(PTE_FRAME_MASK)
 _TABLE_FLAGS = PTE_P | PTE_RW | PTE_US | PTE_A | PTE_D | PTE_NX | PTE_AVAILABLE | PTE_AVAILABLE_HIGH
 
@@ -122,6 +125,28 @@ def entries_beyond(tables: U64, end_pfn: int) -> Mask:
         xen.git:tools/libs/guest/xg_sr_restore_x86_pv.c x86_pv_localise_page(), x86_pv_pfn_to_gfn()
     """
     return np.asarray((tables & np.uint64(PTE_P) != 0) & (pte_frames(tables) > np.uint64(max(end_pfn, 0))))
+
+
+def leaks_l1tf(tables: U64, level: int) -> Mask:
+    """Return which entries Xen takes for vulnerable to L1TF on a host with that flaw.
+
+    A processor with the flaw takes the address of an entry that is not present for valid, and reads from its cache what
+    is there. Addresses above all memory are safe; Linux stores the complement of a swap entry for that reason. Where
+    they begin is the host's: the widest and the narrowest of the processors concerned are asked.
+
+    Source:
+        xen.git:xen/arch/x86/include/asm/shadow.h pv_l1tf_check_pte(), xen/arch/x86/spec_ctrl.c l1tf_calculations()
+    """
+    absent = tables & np.uint64(PTE_P) == 0
+    if not (tables[absent]).any():
+        return np.zeros(tables.shape, np.bool_)
+    vulnerable = np.zeros(tables.shape, np.bool_)
+    for cache_bits, safe in _L1TF_HOSTS:
+        address = tables & np.uint64((1 << cache_bits) - PAGE_SIZE)
+        vulnerable |= (address != 0) & (address < np.uint64(safe))
+    if level > 1:
+        vulnerable |= tables & np.uint64(PTE_PSE) != 0
+    return np.asarray(absent & vulnerable)
 
 
 def bad_entry_fault(domain: str, reason: str, pfn: int, level: int, entry: int | None) -> Fault:

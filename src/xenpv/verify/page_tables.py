@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from xenpv.abi.x86 import PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW
+from xenpv.abi.x86 import LEVELS, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import (
@@ -23,7 +23,15 @@ from xenpv.frames import (
     type_name,
 )
 from xenpv.io.progress import Progress, ProgressCallback
-from xenpv.memory.page_tables import allowed_flags, as_ptes, entries_beyond, flag_names, is_xen_slot, pte_frames
+from xenpv.memory.page_tables import (
+    allowed_flags,
+    as_ptes,
+    entries_beyond,
+    flag_names,
+    is_xen_slot,
+    leaks_l1tf,
+    pte_frames,
+)
 from xenpv.source.saved import SavedDomain
 from xenpv.verify import rules
 from xenpv.verify.heuristics import outliers
@@ -74,6 +82,7 @@ class PageTableChecks:
         self._width = saved.contents.width
         self._referenced: list[U64] = []  # pfns of tables that other tables name
         self._last_pae_l2s: list[int] = []  # pfns of L2 tables at entry 3 of a 32-bit guest's L3
+        self._linear: list[tuple[U64, I64, U8, U64]] = []  # pfn, entry and level of linear entries, and their targets
 
     def run(self, progress: ProgressCallback | None = None) -> None:
         """Check all tables.
@@ -93,6 +102,7 @@ class PageTableChecks:
                 if progress is not None:
                     progress(Progress(checked, len(tables), "checking page tables", "tables"))
         self._check_orphans(tables, types)
+        self._check_linear(tables, types)
         if self.saved.pages_complete:
             self._check_earlier_tables()
 
@@ -152,6 +162,10 @@ class PageTableChecks:
         else:
             self._check_l1_entries(entries, populated)
         self._check_outliers(level, tables, ptes)
+        leaks = leaks_l1tf(ptes, level)
+        if leaks.any():
+            not_present = self._entries_at(level, tables, ptes, leaks)
+            self._add(rules.PTE_L1TF, np.arange(len(not_present.pte)), not_present, "is not present and names {target}")
 
     def _read_tables(self, level: int, tables: U64) -> tuple[U8, U64]:
         """Return the pages of those tables that can be read, and their pfns.
@@ -200,6 +214,11 @@ class PageTableChecks:
         self._add(rules.PTE_LEVEL, wrong, entries, f"names {{target}}, not an L{entries.level - 1} table")
         writable_linear = np.flatnonzero(linear & writable)
         self._add(rules.LINEAR_TABLE, writable_linear, entries, "maps {target} of its own level writable")
+        readable = np.flatnonzero(populated & linear & ~writable)
+        if len(readable):
+            pfns, slots = entries.tables[entries.row[readable]], entries.slot[readable]
+            levels = np.full(len(readable), entries.level, np.uint8)
+            self._linear.append((pfns, slots, levels, entries.target[readable]))
         self._referenced.append(entries.target[below | linear])
         if entries.level == 3 and self._width == 4:
             self._check_pae_l3s(entries, populated)
@@ -254,11 +273,49 @@ class PageTableChecks:
                 entries = self._entries_at(level, tables, ptes, mask)
                 self._add(rules.PTE_OUTLIER, np.arange(len(entries.pte)), entries, problem)
 
+    def _check_linear(self, tables: U64, types: U8) -> None:
+        """Check that Xen takes the tables that map tables of their own level.
+
+        It counts such entries and such uses of a table in one number, as long as the domain lives: a table cannot have
+        both. And the table that is mapped must have been promoted. A restorer promotes the vcpus' top tables first,
+        and then pins in the order of pfns. A table may always map itself.
+        """
+        if not self._linear:
+            return
+        pfns, slots, levels, targets = (np.concatenate(column) for column in zip(*self._linear, strict=True))
+        first = {"pfn": int(pfns[0]), "level": int(levels[0]), "entry": int(slots[0])}
+        message = f"entries that map a table of their own level: {len(pfns)}; Xen with pv-linear-pt=false refuses them"
+        self.findings.add(rules.LINEAR_TABLE_USED, message, offset=self._entry_offset(first), **first)
+        tops = [top for _, vcpu_tops in sorted(self._tops_by_vcpu().items()) for top in vcpu_tops]
+        order = np.array(list(dict.fromkeys(tops)), np.uint64)
+        order = np.append(order, np.setdiff1d(tables[types & PINNED != 0], order))
+        other = pfns != targets
+        both = np.isin(pfns, targets[other]) & other
+        rank, target_rank = _rank(pfns, order), _rank(targets, order)
+        # Other tables may have been promoted with an earlier top table.
+        early = other & ~both & (levels == LEVELS[self._width]) & (rank >= 0) & (rank < target_rank)
+        for mask, problem in (
+            (both, "maps {target:#x}, a table of its own level, and is mapped by one itself"),
+            (early, "maps {target:#x}, a table of its own level that is promoted only after it"),
+        ):
+
+            def describe(i: int, problem: str = problem) -> tuple[str, dict[str, int | None]]:
+                place = {"pfn": int(pfns[i]), "level": int(levels[i]), "entry": int(slots[i])}
+                message = f"L{place['level']}[{place['entry']}] of pfn {place['pfn']:#x}"
+                message = f"{message} {problem.format(target=int(targets[i]))}"
+                return message, {"offset": self._entry_offset(place), **place}
+
+            self.findings.add_each(rules.LINEAR_TABLE, np.flatnonzero(mask), describe)
+
+    def _tops_by_vcpu(self) -> dict[int, list[int]]:
+        """Return the top tables of each vcpu: the kernel's, then that of the user half."""
+        return {vcpu: [int(top) for top in self.saved.tops(vcpu)] for vcpu in self.saved.contents.vcpus}
+
     def _check_orphans(self, tables: U64, types: U8) -> None:
         """Report tables that are not pinned, not named, and no vcpu's top table."""
         if not self.saved.contents.complete:
             return
-        tops = [top for vcpu in self.saved.contents.vcpus for top in self.saved.tops(vcpu)]
+        tops = [top for vcpu_tops in self._tops_by_vcpu().values() for top in vcpu_tops]
         referenced = np.unique(np.concatenate([*self._referenced, np.array(tops, np.uint64)]))
         orphan = (types & PINNED == 0) & ~np.isin(tables, referenced)
 
@@ -279,3 +336,12 @@ def _describe_earlier(entries: _Entries, offsets: I64, i: int) -> tuple[str, dic
     problem = f"names pfn {int(entries.target[i]):#x}, beyond the last one, in a table that was sent again later"
     offset = int(offsets[entries.row[i]]) + place["entry"] * 8
     return f"{entries.describe(i)} {problem}", {"offset": offset, **place}
+
+
+def _rank(pfns: U64, order: U64) -> I64:
+    """Return the place of each pfn in an order; -1 for one that is not in it."""
+    by_pfn = np.argsort(order)
+    at = np.minimum(np.searchsorted(order[by_pfn], pfns), max(len(order) - 1, 0))
+    if not len(order):
+        return np.full(len(pfns), -1)
+    return np.where(order[by_pfn][at] == pfns, by_pfn[at], -1)

@@ -46,7 +46,23 @@ PTE_WRITABLE = Rule("pte-writable", "no entry maps a page table or a GDT frame w
 PTE_FLAGS = Rule("pte-flags", "a present entry has no flag that Xen refuses", "L1_DISALLOW_MASK and its variants")
 XEN_SLOT = Rule("xen-slot", "Xen's own slots of a table are empty", "normalise_pagetable(); is_guest_l4_slot()")
 PAE_L3 = Rule("pae-l3", "entry 3 of a 32-bit guest's L3 is present, its L2 not shared", "promote_l3_table()")
-LINEAR_TABLE = Rule("linear-table", "a table maps one of its own level read-only", "define_get_linear_pagetable()")
+LINEAR_TABLE = Rule(
+    "linear-table",
+    "a table maps one of its own level read-only, one that is promoted before it, and is not mapped so itself",
+    "define_get_linear_pagetable(), inc_linear_entries(), inc_linear_uses()",
+)
+LINEAR_TABLE_USED = Rule(
+    "linear-table-used",
+    "no table maps one of its own level, itself included",
+    "define_get_linear_pagetable(): Xen with pv-linear-pt=false refuses it",
+    Severity.NOTE,
+)
+PTE_L1TF = Rule(
+    "pte-l1tf",
+    "an entry that is not present holds no address that the L1TF flaw of processors could reveal",
+    "xen/arch/x86/include/asm/shadow.h pv_l1tf_check_pte(): Xen shadows such a domain, and crashes it where it cannot",
+    WARNING,
+)
 
 # --- not checked by other tools --------------------------------------------------------------------------------------
 PTE_MISSING = Rule(
