@@ -173,8 +173,8 @@ def set_cpu_policy_names_the_leaf_or_msr_it_refuses(host: Mover, width: Width) -
             (CpuPolicy(msrs=msr), errno.ERANGE, "MSR 0x12345"),
             (CpuPolicy(leaves=before.leaves[:-1]), errno.EINVAL, "struct xen_cpuid_leaf"),
             (CpuPolicy(msrs=before.msrs + b"x"), errno.EINVAL, "struct xen_msr_entry"),
-            (CpuPolicy(leaves=leaf * 1000), errno.E2BIG, "1000 leaves and 0 MSRs"),
-            (CpuPolicy(msrs=msr * 1000), errno.E2BIG, "0 leaves and 1000 MSRs"),
+            (CpuPolicy(leaves=leaf * 1000), errno.E2BIG, "1000 leaves"),
+            (CpuPolicy(msrs=msr * 1000), errno.E2BIG, "1000 MSRs"),
         ):
             try:
                 host.set_cpu_policy(domid, policy)

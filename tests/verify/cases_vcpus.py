@@ -203,7 +203,7 @@ def _(d: Domain) -> Where:
     return at_record(BASIC, 1, vcpu=1, pfn=None)
 
 
-@case(rules.USER_CR3, "in user mode without user page tables", vcpus=2, user=False)
+@case(rules.VCPU_STATE, "in user mode without user page tables", vcpus=2, user=False)
 def _(d: Domain) -> Where:
     d.vcpus[1]["flags"] = 1 << 5
     return at_record(BASIC, 1, vcpu=1, pfn=None)

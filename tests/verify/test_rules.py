@@ -13,11 +13,12 @@ from tests.support.writers.build import pv_domain
 from tests.support.writers.domain import Domain
 from tests.support.writers.envelopes import ENVELOPES
 from tests.support.writers.stream import Stream
-from tests.verify import cases_heuristics, cases_p2m, cases_page_tables, cases_vcpus
+from tests.verify import cases_cpu, cases_heuristics, cases_p2m, cases_page_tables, cases_vcpus
 from xenpv.abi.declare import Width
 from xenpv.findings import RULES, Finding, Rule
 from xenpv.verify import rules
 
+assert cases_cpu
 assert cases_heuristics
 assert cases_p2m
 assert cases_page_tables

@@ -32,6 +32,7 @@ from xenpv.abi.xen import (
     START_INFO,
     START_INFO_MAGIC,
 )
+from xenpv.cpu.records import iter_refused_tsc, iter_refused_vcpu_state, raise_if_refused
 from xenpv.errors import GuestError, RequestError
 from xenpv.frames import ABSENT, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, PINNED, U8, U64, PageType, first_bad, type_name
 from xenpv.host.protocol import DomainInfo, Mover, Ring, TscInfo, VcpuState
@@ -89,11 +90,15 @@ class StreamComplete:
         """Complete the domain; it can be unpaused then.
 
         Raises:
+            StreamError: Xen would refuse the state of a vcpu or the TSC.
             GuestError: The guest's memory or state contradicts itself.
             RequestError: The domain has too few vcpus.
             HostError: Xen refuses something.
         """
         contexts = self._vcpu_contexts()
+        raise_if_refused(iter_refused_tsc(self.contents))
+        for number in contexts:
+            raise_if_refused(iter_refused_vcpu_state(self.contents, number, self.contents.vcpus[number]))
         pfns, types = self.memory.tables.finish(self.contents.end_pfn, self.memory.populate)
         console, xenstore = self._update_start_info(contexts)
         self._write_p2m()

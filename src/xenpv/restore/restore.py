@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 from xenpv.abi.declare import Width
+from xenpv.cpu.records import iter_refused_policies, raise_if_refused
 from xenpv.errors import RequestError, Unsupported
 from xenpv.frames import U64, DomId
 from xenpv.host.protocol import CpuPolicy, DomainInfo, Mover, Ring, destroy_unfinished
@@ -288,6 +289,7 @@ class _Restore:
         if not self._in_static_data:
             return
         self._in_static_data = False
+        raise_if_refused(iter_refused_policies(self.contents))
         cpuid, msrs = self.contents.cpuid_policy, self.contents.msr_policy
         if cpuid is not None or msrs is not None:
             policy = CpuPolicy(cpuid.data if cpuid else b"", msrs.data if msrs else b"")

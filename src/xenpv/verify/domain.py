@@ -9,11 +9,11 @@ from xenpv.source.saved import SavedDomain
 from xenpv.verify.heuristics import check_resume
 from xenpv.verify.p2m import check_p2m
 from xenpv.verify.page_tables import PageTableChecks
-from xenpv.verify.vcpus import check_start_info, check_vcpus
+from xenpv.verify.vcpus import check_domain_state, check_start_info, check_vcpus
 
 
 def check_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallback | None = None) -> None:
-    """Check vcpus, start info, p2m and every page table of a PV domain.
+    """Check the state, start info, p2m and every page table of a PV domain.
 
     Args:
         saved: The domain.
@@ -21,6 +21,7 @@ def check_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallb
         progress: Called after each batch of page tables.
     """
     config = Config.from_contents(saved.contents)
+    check_domain_state(saved, findings)
     check_vcpus(saved, findings, config)
     check_start_info(saved, findings)
     check_resume(saved, findings)

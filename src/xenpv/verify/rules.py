@@ -8,7 +8,28 @@ xen.git:xen/arch/x86/mm.c.
 
 from __future__ import annotations
 
+from xenpv.cpu.rules import (
+    CPUID_POLICY,
+    MSR_POLICY,
+    TSC_CLOCK,
+    TSC_INFO,
+    VCPU_EXTENDED,
+    VCPU_MSRS,
+    VCPU_STATE,
+    VCPU_XSAVE,
+)
 from xenpv.findings import Rule, Severity
+
+__all__ = [
+    "CPUID_POLICY",
+    "MSR_POLICY",
+    "TSC_CLOCK",
+    "TSC_INFO",
+    "VCPU_EXTENDED",
+    "VCPU_MSRS",
+    "VCPU_STATE",
+    "VCPU_XSAVE",
+]
 
 WARNING = Severity.WARNING
 _SOUND = "below the domain's end, of the right type, and with content"
@@ -37,10 +58,6 @@ MEMORY_LIMIT = Rule(
 )
 
 # --- checked by Xen at the end of a restore --------------------------------------------------------------------------
-VCPU_STATE = Rule(
-    "vcpu-state", "addresses in a vcpu's context are canonical, its registers settable", "arch_set_info_guest()"
-)
-VCPU_EXTENDED = Rule("vcpu-extended", "the extended state names its record's vcpu and size", "process_vcpu_extended()")
 PTE_LEVEL = Rule("pte-level", "an entry of an Ln table names an L(n-1) table", "get_page_from_l2e() and its variants")
 PTE_WRITABLE = Rule("pte-writable", "no entry maps a page table or a GDT frame writable", "get_page_from_l1e()")
 PTE_FLAGS = Rule("pte-flags", "a present entry has no flag that Xen refuses", "L1_DISALLOW_MASK and its variants")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from xenpv.abi.domctl import EXT_VCPUCONTEXT
-from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, LEVELS, PTE_P, VGCF_IN_KERNEL
+from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, LEVELS, PTE_P
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
+from xenpv.cpu.records import RefusedRecord, iter_refused_policies, iter_refused_tsc, iter_refused_vcpu_state
+from xenpv.cpu.state import TSC_NEVER_EMULATE
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import IS_POPULATED, IS_TABLE, PAGE_SIZE, PageType, type_name
@@ -19,11 +20,6 @@ from xenpv.source.config import Config
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.framing import Record
 from xenpv.verify import rules
-
-# The vm_assist bits that Xen knows: xen.git:xen/arch/x86/include/asm/domain.h PV64_VM_ASSIST_MASK, PV32_VM_ASSIST_MASK
-_VM_ASSIST = {8: 0x1_0000_003F, 4: 0x3F}
-_CANONICAL = ("kernel_sp", "fs_base", "gs_base_kernel", "gs_base_user", "event_callback_eip", "failsafe_callback_eip")
-_MAX_LDT_ENTRIES = 8192
 
 
 def check_vcpus(saved: SavedDomain, findings: Findings, config: Config | None) -> None:
@@ -40,8 +36,25 @@ def check_vcpus(saved: SavedDomain, findings: Findings, config: Config | None) -
             _BasicState(saved, findings, vcpu, records.basic).check()
         elif vcpu and saved.contents.complete:
             findings.add(rules.VCPU_BASIC, f"vcpu{vcpu} would not run: its basic state was not sent", vcpu=vcpu)
-        if records.extended is not None:
-            _check_extended(findings, vcpu, records.extended.context, records.extended)
+        _add_refused(findings, iter_refused_vcpu_state(saved.contents, vcpu, records))
+
+
+def check_domain_state(saved: SavedDomain, findings: Findings) -> None:
+    """Check the CPU policy and the TSC of the domain."""
+    _add_refused(findings, iter_refused_policies(saved.contents))
+    _add_refused(findings, iter_refused_tsc(saved.contents))
+    tsc = saved.contents.tsc
+    if tsc is None:
+        if saved.contents.complete:
+            findings.add(rules.TSC_CLOCK, "the stream has no X86_TSC_INFO: the guest gets the TSC of the new host")
+    elif not tsc.khz and tsc.mode != TSC_NEVER_EMULATE:
+        problem = "TSC frequency 0 kHz: the guest gets that of the new host"
+        findings.add(rules.TSC_CLOCK, problem, offset=tsc.offset, record=tsc.name)
+
+
+def _add_refused(findings: Findings, refused: Iterable[RefusedRecord]) -> None:
+    for rule, reason, record, vcpu in refused:
+        findings.add(rule, reason, offset=record.offset, record=record.name, vcpu=vcpu)
 
 
 def check_start_info(saved: SavedDomain, findings: Findings) -> None:
@@ -137,13 +150,7 @@ class _BasicState:
     def check(self) -> None:
         self._check_gdt()
         self._check_page_tables()
-        if self.width == 8:
-            self._check_addresses()
         self._check_breakpoints()
-        self._check_ldt()
-        unknown = int(self.context["vm_assist"]) & ~_VM_ASSIST[self.width]
-        if self.vcpu == 0 and unknown:
-            self._add(rules.VCPU_STATE, f"vm_assist has bits {unknown:#x}, which no Xen knows")
 
     def _check_gdt(self) -> None:
         entries = int(self.context["gdt_ents"])
@@ -166,58 +173,22 @@ class _BasicState:
             if cr1 and not cr1 & PTE_P:
                 problem = f"cr1 {cr1:#x} lacks bit 0, which marks a pfn: a restorer would take it for an mfn"
                 self._add(rules.USER_CR3, problem)
-            if not int(self.context["flags"]) & VGCF_IN_KERNEL and not cr1 & PTE_P:
-                self._add(rules.USER_CR3, "the vcpu is in user mode, and has no user page tables")
-
-    def _check_addresses(self) -> None:
-        """Check what arch_set_info_guest() refuses with EINVAL in a 64-bit guest."""
-        context = self.context
-        registers = context["user_regs"]
-        addresses = {name: int(context[name]) for name in (*_CANONICAL, "syscall_callback_eip")}
-        addresses |= {"rip": int(registers["rip"]), "rsp": int(registers["rsp"])}
-        for name, address in addresses.items():
-            if not is_canonical(address):
-                self._add(rules.VCPU_STATE, f"{name} {address:#x} is not canonical")
-        handlers = context["trap_ctxt"]["address"]
-        sign = handlers >> np.uint64(47)
-        for vector in np.flatnonzero((sign != 0) & (sign != 0x1FFFF)).tolist():
-            self._add(rules.VCPU_STATE, f"trap {vector}'s handler {int(handlers[vector]):#x} is not canonical")
-        for i in (6, 7):
-            if int(context["debugreg"][i]) >> 32:
-                self._add(rules.VCPU_STATE, f"dr{i} {int(context['debugreg'][i]):#x} is wider than 32 bits")
 
     def _check_breakpoints(self) -> None:
+        """Check the debug registers.
+
+        Xen restores the vcpu without one that it refuses: arch_set_info_guest() ignores the error.
+        """
+        for i in (6, 7) if self.width == 8 else ():
+            if int(self.context["debugreg"][i]) >> 32:
+                self._add(rules.VCPU_STATE, f"dr{i} {int(self.context['debugreg'][i]):#x} is wider than 32 bits")
         for i in range(4):
             address = int(self.context["debugreg"][i])
             if is_xen_vaddr(address, self.width) or (self.width == 8 and not is_canonical(address)):
                 self._add(rules.VCPU_STATE, f"dr{i} {address:#x} is in Xen's address range, or not canonical")
-
-    def _check_ldt(self) -> None:
-        base, entries = int(self.context["ldt_base"]), int(self.context["ldt_ents"])
-        if base % PAGE_SIZE or entries > _MAX_LDT_ENTRIES:
-            problem = f"not page-aligned, or more than {_MAX_LDT_ENTRIES} entries"
-            self._add(rules.VCPU_STATE, f"LDT at {base:#x} with {entries} entries: {problem}")
-        elif self.width == 8 and (is_xen_vaddr(base, 8) or not is_canonical(base)):
-            self._add(rules.VCPU_STATE, f"LDT at {base:#x} is in Xen's address range, or not canonical")
 
     def _add(self, rule: Rule, message: str) -> None:
         self.findings.add(rule, message, **self._place)
 
     def _check_page(self, rule: Rule, role: str, pfn: int, *, level: int) -> None:
         _check_page(self.saved, self.findings, rule, role, pfn, level=level, place=self._place)
-
-
-def _check_extended(findings: Findings, vcpu: int, context: bytes, record: Record) -> None:
-    """Check that an extended context names its own vcpu.
-
-    Libxenguest passes it to Xen unread.
-    """
-    place = {"offset": record.offset, "record": record.name, "vcpu": vcpu}
-    if len(context) < 8:
-        findings.add(rules.VCPU_EXTENDED, f"{len(context)} bytes are too few for vcpu and size", **place)
-        return
-    target, size = (int.from_bytes(context[at : at + 4], "little") for at in (0, 4))
-    if target != vcpu:
-        findings.add(rules.VCPU_EXTENDED, f"the record of vcpu{vcpu} would set the state of vcpu{target}", **place)
-    if size > len(context) or size < EXT_VCPUCONTEXT.offset(8, "vmce"):
-        findings.add(rules.VCPU_EXTENDED, f"size is {size} bytes, in a context of {len(context)} bytes", **place)

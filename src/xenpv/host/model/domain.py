@@ -10,6 +10,7 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import LEVELS, VCPU_GUEST_CONTEXT
+from xenpv.cpu.context import iter_context_refusals
 from xenpv.frames import DomId
 from xenpv.host.model.cpu_state import CPU_KHZ, initial_cpu_policy, initial_vcpu_state
 from xenpv.host.model.dirty_log import DirtyLog
@@ -34,7 +35,7 @@ class Vcpu:
     gdt_frames: tuple[int, ...] = ()
     state: VcpuState = field(default_factory=initial_vcpu_state)
 
-    def set_context(self, types: PageTypes, owner: Owner, data: bytes) -> None:
+    def set_context(self, types: PageTypes, owner: Owner, data: bytes, *, vcpu: int) -> None:
         """XEN_DOMCTL_setvcpucontext. Raises HypercallError.
 
         Loading cr3 and the GDT validates the tables below.
@@ -44,6 +45,8 @@ class Vcpu:
         Source: xen.git:xen/arch/x86/domain.c: arch_set_info_guest()
         """
         context = VCPU_GUEST_CONTEXT.read(data, owner.width)
+        for number, reason in iter_context_refusals(context, owner.width, vcpu=vcpu):
+            raise HypercallError(number, reason)
         guest_table = cr3_to_frame(int(context["ctrlreg"][3]), owner.width)
         guest_table_user = cr3_to_frame(int(context["ctrlreg"][1]), 8) if owner.width == 8 else 0
         gdt_entries = int(context["gdt_ents"])

@@ -221,7 +221,7 @@ class Hypervisor:
         if len(context) != VCPU_GUEST_CONTEXT.size(domain.width):
             raise host_error("setvcpucontext", errno.EINVAL, domid, f"a context of {len(context)} bytes")
         with self.raising_host_errors("setvcpucontext", domid):
-            v.set_context(self.types, domain.owner, bytes(context))
+            v.set_context(self.types, domain.owner, bytes(context), vcpu=vcpu)
 
     def vcpu_frames(self, domid: DomId, vcpu: int = 0) -> tuple[int, ...]:
         """Return the mfns that Xen holds for a vcpu.
