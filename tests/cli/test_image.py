@@ -164,7 +164,7 @@ NO_KERNEL = {
     "empty": (b"", "(at 0x0)"),
     "script": (b"#!/bin/sh\n", "23 21 2f"),
     "payload beyond the file": (bzimage("xz", FULL.to_bytes())[:3400], "payload_length"),
-    "note of 3 bytes": (bzimage("xz", Kernel(notes=[note(15, b"abc")]).to_bytes()), "in the unpacked kernel: "),
+    "bad segment": (bzimage("xz", Kernel(loads=[Load(0, b"code", 3)]).to_bytes()), "in the unpacked kernel: "),
 }
 
 

@@ -179,17 +179,15 @@ def _to_segment(width: Width, raw: tuple[int, ...]) -> ElfSegment:
 
 
 def _check_segment(i: int, segment: ElfSegment, width: Width, size: int) -> None:
-    """Check that a used segment lies within the file and does not wrap around."""
-    if not segment.loadable and (segment.type != PT_NOTE or segment.offset == 0):
+    """Check that a segment to load lies within the file and does not wrap around."""
+    if not segment.loadable:
         return
-    name = f"program header {i} ({'PT_LOAD' if segment.loadable else 'PT_NOTE'})"
+    name = f"program header {i} (PT_LOAD)"
     if segment.filesz and segment.offset + segment.filesz > size:
         raise ImageError(
             f"{name} lies beyond the file: p_offset {segment.offset:#x} and p_filesz {segment.filesz:#x} of a file of "
             f"{size:#x} bytes"
         )
-    if not segment.loadable:
-        return
     if segment.filesz > segment.memsz:
         raise ImageError(f"{name}: p_filesz {segment.filesz:#x} is more than p_memsz {segment.memsz:#x}")
     if segment.paddr + segment.memsz > 1 << 8 * width:

@@ -16,7 +16,7 @@ from typing import Self
 from xenpv.abi.declare import Width
 from xenpv.errors import ImageError
 from xenpv.image.elf import EM_386, EM_X86_64, Elf, ElfSegment
-from xenpv.image.notes import Note, NoteSource, read_notes
+from xenpv.image.notes import KernelNotes, Note, NoteSource, read_notes
 from xenpv.image.parameters import Parameters
 from xenpv.image.payload import Layer, unpack_kernel
 from xenpv.image.symbols import Symbols
@@ -32,8 +32,7 @@ class KernelImage:
     Attributes:
         layers: The containers around the ELF file, outermost first.
         elf: The ELF file.
-        notes: Xen's notes.
-        note_source: Where the notes were found.
+        xen_notes: Xen's notes, where they were found, and remarks.
         parameters: What the notes say.
         symbols: The symbol table to load after the kernel; None if it asks for none, or has none.
 
@@ -42,8 +41,7 @@ class KernelImage:
 
     layers: tuple[Layer, ...]
     elf: Elf = field(repr=False)
-    notes: tuple[Note, ...] = field(repr=False)
-    note_source: NoteSource
+    xen_notes: KernelNotes = field(repr=False)
     parameters: Parameters
     symbols: Symbols | None = field(repr=False)
 
@@ -65,14 +63,24 @@ class KernelImage:
         unpacked, layers = unpack_kernel(view)
         try:
             elf = Elf.parse(unpacked)
-            notes, source = read_notes(elf)
-            parameters = Parameters.from_notes(notes, source)
+            notes = read_notes(elf)
+            parameters = Parameters.from_notes(notes.notes, notes.source)
             symbols = Symbols.from_elf(elf) if parameters.bsd_symtab else None
         except ImageError as e:
             if not layers:
                 raise
             raise ImageError(f"in the unpacked kernel: {e.reason}", offset=e.offset, note=e.note) from None
-        return cls(layers, elf, notes, source, parameters, symbols)
+        return cls(layers, elf, notes, parameters, symbols)
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Xen's notes."""
+        return self.xen_notes.notes
+
+    @property
+    def note_source(self) -> NoteSource:
+        """Where the notes were found."""
+        return self.xen_notes.source
 
     @property
     def width(self) -> Width:

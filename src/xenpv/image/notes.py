@@ -7,16 +7,18 @@ xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_parse() for places and format
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from xenpv.errors import ImageError
 from xenpv.image.elf import PT_NOTE, SHT_NOBITS, SHT_NOTE, Elf, Section
 
 NOTES_MAX = 65536  # ELF_MAX_TOTAL_NOTE_COUNT
 STRING_MAX = 4096  # ELF_MAX_STRING_LENGTH
-OWNER = b"Xen"
+OWNER = b"Xen\0"
 
 
 class NoteForm(StrEnum):
@@ -110,96 +112,116 @@ class NoteSource(StrEnum):
     NONE = ""
 
 
-def read_notes(elf: Elf) -> tuple[tuple[Note, ...], NoteSource]:
-    """Return Xen's notes from the first of three places that has any, and that place.
+class KernelNotes(NamedTuple):
+    """Xen's notes of a kernel, where they are, and remarks about damaged ones."""
+
+    notes: tuple[Note, ...]
+    source: NoteSource
+    remarks: tuple[str, ...] = ()
+
+
+def read_notes(elf: Elf) -> KernelNotes:
+    """Return Xen's notes from the first of three places that has any.
 
     The places are PT_NOTE segments, SHT_NOTE sections, and the section __xen_guest. A PT_NOTE segment at offset 0 is an
-    error of old binutils, and is ignored.
+    error of old binutils, and is ignored. No note refuses a kernel: libelf takes what it can read.
 
     Raises:
-        ImageError: A note is damaged, or lies beyond the file.
+        ImageError: A number in __xen_guest is none.
     """
     segments = [(s.offset, s.filesz) for s in elf.segments if s.type == PT_NOTE and s.offset]
-    if notes := tuple(_iter_notes(elf.data, segments)):
-        return notes, NoteSource.SEGMENT
-    sections = [(_checked_section(elf, s).offset, s.size) for s in elf.sections[1:] if s.type == SHT_NOTE]
-    if notes := tuple(_iter_notes(elf.data, sections)):
-        return notes, NoteSource.SECTION
+    sections = [(s.offset, s.size) for s in elf.sections[1:] if s.type == SHT_NOTE]
+    walk = _NoteWalk(elf.data)
+    for places, source in ((segments, NoteSource.SEGMENT), (sections, NoteSource.SECTION)):
+        if notes := tuple(walk.iter_notes(places)):
+            return KernelNotes(notes, source, tuple(walk.remarks))
     legacy = elf.section("__xen_guest")
     if legacy is not None and legacy.type != SHT_NOBITS:
-        return _parse_legacy_string(elf.data, _checked_section(elf, legacy)), NoteSource.LEGACY
-    return (), NoteSource.NONE
+        return KernelNotes(_parse_legacy_string(elf.data, legacy), NoteSource.LEGACY, tuple(walk.remarks))
+    return KernelNotes((), NoteSource.NONE, tuple(walk.remarks))
 
 
-def _checked_section(elf: Elf, section: Section) -> Section:
-    if section.offset + section.size > len(elf.data):
-        raise ImageError(
-            f"section {section.name!a} lies beyond the file: sh_offset {section.offset:#x} and sh_size "
-            f"{section.size:#x} of a file of {len(elf.data):#x} bytes"
-        )
-    return section
+class _NoteWalk:
+    """Walks notes as libelf does.
 
+    Source: xen.git:xen/common/libelf/libelf-dominfo.c elf_xen_parse_notes(), elf_xen_parse_note(), libelf-tools.c
+    elf_note_next(), elf_note_numeric(), elf_strval()
+    """
 
-def _iter_notes(data: memoryview, places: list[tuple[int, int]]) -> Iterator[Note]:
-    """Yield Xen's notes in places of (byte offset, size)."""
-    count = 0
-    for start, size in places:
-        offset, end = start, start + size
-        while offset < end:
-            if end - offset < 12:
-                raise ImageError(f"{end - offset} bytes remain of the notes, and a note's header has 12", offset=offset)
-            count += 1
-            if count > NOTES_MAX:
-                raise ImageError(f"more than {NOTES_MAX} notes", offset=offset)
-            namesz, descsz, type_ = (int.from_bytes(data[offset + i : offset + i + 4], "little") for i in (0, 4, 8))
-            name, desc = offset + 12, offset + 12 + _align4(namesz)
-            if desc + descsz > end:
-                raise ImageError(
-                    f"a note ends beyond its segment or section: namesz {namesz:#x} and descsz {descsz:#x}, with "
-                    f"{end - offset:#x} bytes left",
-                    offset=offset,
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self._count = 0
+        self.remarks: list[str] = []
+
+    def iter_notes(self, places: list[tuple[int, int]]) -> Iterator[Note]:
+        """Yield Xen's notes in places of (byte offset, size)."""
+        for start, size in places:
+            offset, end = start, start + size
+            while offset < end:
+                if self._count == NOTES_MAX:
+                    self.remarks.append(f"only the first {NOTES_MAX} notes count")
+                    return
+                self._count += 1
+                header = self._data[offset : offset + 12]
+                if len(header) < 12:
+                    self.remarks.append(f"the notes at {start:#x} go beyond the end of the file")
+                    break
+                namesz, descsz, type_ = struct.unpack("<III", header)
+                content = offset + 12 + _align4(namesz)
+                if bytes(self._data[offset + 12 : offset + 16]) == OWNER and content < len(self._data):
+                    note = self._parse(type_, content, descsz)
+                    if note is not None:
+                        yield note
+                after = content + _align4(descsz)
+                if content + descsz > end:
+                    self.remarks.append(
+                        f"the note at {offset:#x} has namesz {namesz:#x} and descsz {descsz:#x}, which goes beyond "
+                        f"{end:#x}, the end of the notes; none can follow"
+                    )
+                offset = after
+
+    def _parse(self, type_: int, offset: int, size: int) -> Note | None:
+        """Return a note; None for a string that has no end."""
+        data, known = self._data, NOTES.get(type_, NoteType(f"{type_:#x}", NoteForm.BYTES, ""))
+        value: Value | None
+        match known.form:
+            case NoteForm.NUMBER:
+                content = data[offset : offset + size]
+                value = int.from_bytes(content, "little") if len(content) == size and size in {1, 2, 4, 8} else 0
+                if size not in {1, 2, 4, 8}:
+                    self.remarks.append(f"{known.name} has a number of {size} bytes, which counts as 0")
+            case NoteForm.STRING:
+                value = _read_string(data, offset)
+                if value is None:
+                    self.remarks.append(f"{known.name} is left out: its string does not end within {STRING_MAX} bytes")
+                    return None
+            case NoteForm.PAIRS if (
+                size and size % 8 == 0
+            ):  # of maddr_t, which has 4 bytes only in an i386 kernel without PAE
+                value = tuple(
+                    int.from_bytes(data[i : i + 8], "little") for i in range(offset, offset + min(size, STRING_MAX), 8)
                 )
-            if bytes(data[name : min(name + namesz, name + 5)]).rstrip(b"\0") == OWNER:
-                yield _parse_note(data, type_, desc, descsz)
-            offset = desc + _align4(descsz)
+            case NoteForm.WORDS if size % 4 == 0:
+                value = tuple(
+                    int.from_bytes(data[i : i + 4], "little") for i in range(offset, offset + min(size, 12), 4)
+                )
+            case _:
+                value = bytes(data[offset : offset + min(size, STRING_MAX)])
+        return Note(type_, known.name, value, offset, size)
 
 
 def _align4(n: int) -> int:
-    return n + 3 & ~3
+    """Return a size rounded up to 4, in 32 bits as libelf's."""
+    return n + 3 & 0xFFFF_FFFC
 
 
-def _parse_note(data: memoryview, type_: int, offset: int, size: int) -> Note:
-    known = NOTES.get(type_, NoteType(f"{type_:#x}", NoteForm.BYTES, ""))
-    value: Value
-    match known.form:
-        case NoteForm.NUMBER:
-            if size not in {1, 2, 4, 8}:
-                raise ImageError(f"a number of {size} bytes instead of 4 or 8", offset=offset, note=known.name)
-            value = int.from_bytes(data[offset : offset + size], "little")
-        case NoteForm.STRING:
-            value = _read_string(data, offset, known.name)
-        case NoteForm.PAIRS if (
-            size and size % 8 == 0
-        ):  # of maddr_t, which has 4 bytes only in an i386 kernel without PAE
-            value = tuple(
-                int.from_bytes(data[i : i + 8], "little") for i in range(offset, offset + min(size, STRING_MAX), 8)
-            )
-        case NoteForm.WORDS if size % 4 == 0:
-            value = tuple(int.from_bytes(data[i : i + 4], "little") for i in range(offset, offset + min(size, 12), 4))
-        case _:
-            value = bytes(data[offset : offset + min(size, STRING_MAX)])
-    return Note(type_, known.name, value, offset, size)
-
-
-def _read_string(data: memoryview, offset: int, name: str) -> str:
+def _read_string(data: memoryview, offset: int) -> str | None:
     """Read a string up to a 0, even after the end of the note.
 
-    Source: libelf-tools.c elf_strval()
+    None if there is no 0 within STRING_MAX bytes.
     """
     text, zero, _ = bytes(data[offset : offset + STRING_MAX + 1]).partition(b"\0")
-    if not zero:
-        raise ImageError(f"its string does not end within {STRING_MAX} bytes, or the file", offset=offset, note=name)
-    return text.decode("latin-1")
+    return text.decode("latin-1") if zero else None
 
 
 # --- the legacy string -----------------------------------------------------------------------------------------------

@@ -66,7 +66,9 @@ def p2m_obstacle(image: KernelImage) -> str | None:
 
 def remarks(image: KernelImage) -> list[str]:
     """Return warnings about a kernel that do not keep it from booting."""
-    warnings = []
+    warnings = list(image.xen_notes.remarks[:4])
+    if len(image.xen_notes.remarks) > 4:
+        warnings.append(f"{len(image.xen_notes.remarks) - 4} more notes are damaged")
     overlaps = image.elf.overlaps()
     for first, second in overlaps[:4]:
         warnings.append(
