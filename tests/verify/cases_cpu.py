@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 
-from tests.support.breakage import Where, at_record, case, nowhere
-from tests.support.writers.domain import Domain
-from tests.support.writers.stream import Stream
+from tests.support.breakage import Where, at_page, at_record, case, nowhere
+from tests.support.writers.domain import RW, Domain
+from tests.support.writers.stream import PAGE, Stream
+from xenpv.abi.declare import Width
 from xenpv.findings import Rule
 from xenpv.verify import rules
 
@@ -85,6 +86,49 @@ _xsave("a compressed area", xsave(3, 3, 576, xcomp_bv=1 << 63 | 3))
 _xsave("a reserved byte", xsave(3, 3, 576, reserved=1))
 _xsave("states of protection keys, which only HVM has", xsave(3, 0x203, 576))
 _xsave("AVX, which the policy lacks", xsave(3, 7, 832), without_avx)
+
+
+# --- descriptors: xen.git:xen/arch/x86/pv/descriptor-tables.c check_descriptor() -------------------------------------
+
+PRESENT = 1 << 47
+CALL_GATE = PRESENT | 0xC << 40
+TSS, LDT, INTERRUPT_GATE, TASK_GATE = (PRESENT | kind << 40 for kind in (9, 2, 0xE, 5))
+
+
+def set_descriptor(d: Domain, pfn: int, index: int, value: int) -> Where:
+    d.pages[pfn][index * 8 : index * 8 + 8] = struct.pack("<Q", value)
+    return at_page(pfn, at=index * 8, extent=8)
+
+
+def _gdt(name: str, value: int, widths: tuple[Width, ...] = (8, 4)) -> None:
+    @case(rules.GDT_DESCRIPTOR, name, widths=widths, vcpus=2, gdt_frames=2)
+    def _(d: Domain) -> Where:
+        return set_descriptor(d, d.places.gdt[3], 511, value)
+
+
+_gdt("a task state segment", TSS)
+_gdt("an LDT", LDT)
+_gdt("an interrupt gate", INTERRUPT_GATE)
+_gdt("a task gate", TASK_GATE)
+_gdt("a gate to a segment of Xen", CALL_GATE | 0xE008 << 16)
+_gdt("a gate to Xen's code segment for the other width", CALL_GATE | 0xE019 << 16, (8,))
+_gdt("a gate to Xen's code segment for the other width", CALL_GATE | 0xE033 << 16, (4,))
+_gdt("a gate with a reserved bit", CALL_GATE | 1 << 39)
+_gdt("a 64-bit segment", 0x00AF_FB00_0000_FFFF, (4,))
+
+
+def map_ldt(d: Domain) -> None:
+    """Give vcpu 1 an LDT, mapped read-only."""
+    pfn = d.places.data[0]
+    d.pages[pfn][:] = bytes(8) + struct.pack("<Q", 0x00CF_FB00_0000_FFFF) + bytes(PAGE - 16)
+    vaddr = d.vaddrs[pfn]
+    d.set_pte(vaddr, d.walk(vaddr)[-1].pte & ~RW)
+    d.vcpus[1]["ldt_base"], d.vcpus[1]["ldt_ents"] = vaddr, 16
+
+
+@case(rules.LDT_DESCRIPTOR, "a task state segment", vcpus=2, prepare=map_ldt)
+def _(d: Domain) -> Where:
+    return set_descriptor(d, d.places.data[0], 5, TSS)
 
 
 # --- MSRs: xen.git:xen/arch/x86/domctl.c XEN_DOMCTL_set_vcpu_msrs ----------------------------------------------------

@@ -23,7 +23,7 @@ _CANONICAL = (
     "syscall_callback_eip",
     "failsafe_callback_eip",
 )
-_LDT_ENTRIES_MAX = 8192
+LDT_ENTRIES_MAX = 8192
 
 
 def iter_context_refusals(context: np.void, width: Width, *, vcpu: int) -> Iterator[Refusal]:
@@ -50,8 +50,8 @@ def _iter_reasons(context: np.void, width: Width, vcpu: int) -> Iterator[str]:
         if not int(context["flags"]) & VGCF_IN_KERNEL and not int(context["ctrlreg"][1]):
             yield "the vcpu is in user mode, and has no user page tables"
     base, entries = int(context["ldt_base"]), int(context["ldt_ents"])
-    if base % PAGE_SIZE or entries > _LDT_ENTRIES_MAX:
-        problem = f"not page-aligned, or more than {_LDT_ENTRIES_MAX} entries"
+    if base % PAGE_SIZE or entries > LDT_ENTRIES_MAX:
+        problem = f"not page-aligned, or more than {LDT_ENTRIES_MAX} entries"
         yield f"LDT at {base:#x} with {entries} entries: {problem}"
     elif width == 8 and (is_xen_vaddr(base, 8) or not is_canonical(base)):
         yield f"LDT at {base:#x} is in Xen's address range, or not canonical"

@@ -45,6 +45,17 @@ MSR_POLICY = Rule(
     "the MSR policy has at most 2 MSRs, 0xce and 0x10a, without flags, of values that fit (0x10a: 32 bits in Xen 4.17)",
     "xen/lib/x86/msr.c x86_msr_copy_from_buffer(); policy.c x86_cpu_policies_are_compatible()",
 )
+GDT_DESCRIPTOR = Rule(
+    "gdt-descriptor",
+    "no frame of a GDT holds a present system descriptor that is no call gate, or a gate to one of Xen's segments",
+    "xen/arch/x86/pv/descriptor-tables.c check_descriptor(); pv_set_gdt()",
+)
+LDT_DESCRIPTOR = Rule(
+    "ldt-descriptor",
+    "nor does one of an LDT; Xen checks it when the guest first uses it, which then faults",
+    "xen/arch/x86/pv/descriptor-tables.c check_descriptor(); mm.c pv_map_ldt_shadow_page()",
+    Severity.WARNING,
+)
 VCPU_STATE = Rule(
     "vcpu-state", "addresses in a vcpu's context are canonical, its registers settable", "arch_set_info_guest()"
 )

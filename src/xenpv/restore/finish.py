@@ -32,6 +32,7 @@ from xenpv.abi.xen import (
     START_INFO,
     START_INFO_MAGIC,
 )
+from xenpv.cpu.descriptors import describe_refused, refused_descriptors
 from xenpv.cpu.records import iter_refused_tsc, iter_refused_vcpu_state, raise_if_refused
 from xenpv.errors import GuestError, RequestError
 from xenpv.frames import ABSENT, PAGE_SHIFT, PAGE_SIZE, PAGES_PER_BATCH, PINNED, U8, U64, PageType, first_bad, type_name
@@ -164,6 +165,18 @@ class StreamComplete:
             raise GuestError(f"{self.name}: {role} (pfn {pfn:#x}) {conflict}", pfn=pfn)
         return int(self.physmap.lookup(as_array)[0])
 
+    def _lookup_gdt_frame(self, role: str, pfn: int) -> int:
+        """Return the mfn of a frame of descriptors.
+
+        Raises GuestError if Xen would refuse one of them.
+        """
+        mfn = self._lookup_page(role, pfn)
+        pages, _ = self.host.map_frames(self.domid, np.array([mfn], np.uint64))
+        if (index := first_bad(refused_descriptors(pages, self.width)[0])) is not None:
+            problem = describe_refused(pages[0], index)
+            raise GuestError(f"{self.name}: {role} (pfn {pfn:#x}): {problem}", pfn=pfn)
+        return mfn
+
     def _update_start_info(self, contexts: Mapping[int, np.void]) -> tuple[Ring, Ring]:
         """Write this host's values to start info.
 
@@ -282,7 +295,7 @@ class StreamComplete:
             raise GuestError(f"{self.name}: {count}")
         gdt = context["gdt_frames"]
         for i in range(-(-entries // GDT_ENTRIES_PER_FRAME)):
-            gdt[i] = self._lookup_page(f"vcpu{number}'s GDT frame {i}", int(gdt[i]))
+            gdt[i] = self._lookup_gdt_frame(f"vcpu{number}'s GDT frame {i}", int(gdt[i]))
         ctrlreg = context["ctrlreg"]
         top = self._lookup_page(f"vcpu{number}'s cr3", cr3_to_frame(int(ctrlreg[3]), width), level=levels)
         ctrlreg[3] = frame_to_cr3(top, width)

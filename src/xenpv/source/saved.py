@@ -45,6 +45,7 @@ from xenpv.text import size
 if TYPE_CHECKING:
     from xenpv.source.index_file import StoredIndex
 
+_GDT_ENTRIES_USUAL = 64  # that a kernel fills: Linux has 32 in all
 _UUID_MAX = 256  # characters of a configuration's uuid that are shown
 _START_INFO = np.frombuffer(START_INFO_MAGIC[8][:8], np.uint64)[0]  # "xen-3.0-", the same for both widths
 
@@ -223,13 +224,14 @@ class SavedDomain(Domain):
         _ = self._cpus  # the context of an HVM domain is checked now, rather than at its first use
 
     def _spool_pages(self, pages: PageContent) -> None:
-        """Spool those pages that checks need: page tables, start info, frames of the p2m."""
+        """Spool those pages that checks need: tables, start info, p2m, GDTs."""
         assert self._spool is not None
         entries = pages.record.entries[pages.record.has_data][pages.first :][: len(pages.raw) // PAGE_SIZE]
         needed: Mask = IS_TABLE[(entries >> np.uint64(60)).astype(np.uint8)]
         needed |= pages.data.view(np.uint64)[:, 0] == _START_INFO
         needed |= self._are_p2m_leaves(entries & np.uint64(PFN_MASK))
         needed |= _may_be_frame_list(pages.data, self.contents.width)
+        needed |= _may_be_gdt(pages.data)
         if np.any(needed):
             end = os.lseek(self._spool, 0, os.SEEK_END)
             _write_all(self._spool, pages.data[needed])
@@ -529,6 +531,18 @@ def _may_be_frame_list(pages: U8, width: Width) -> Mask:
     words = pages.view(f"<u{width}")
     frame_max = (1 << 40) - 1 if width == 8 else (1 << 32) - 1
     return np.asarray((words.min(axis=1) > 0) & (words.max(axis=1) <= frame_max))
+
+
+def _may_be_gdt(pages: U8) -> Mask:
+    """Return which pages may begin a GDT: they begin with nothing, and hold little.
+
+    Which do is known only after all pages have passed by.
+    """
+    words = pages.view(np.uint64)
+    result = words[:, 0] == 0
+    used = np.count_nonzero(words[result], axis=1)
+    result[result] = (used > 0) & (used <= _GDT_ENTRIES_USUAL)
+    return np.asarray(result)
 
 
 def _write_all(fd: int, data: U8) -> None:

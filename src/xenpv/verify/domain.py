@@ -9,7 +9,7 @@ from xenpv.source.saved import SavedDomain
 from xenpv.verify.heuristics import check_resume
 from xenpv.verify.p2m import check_p2m
 from xenpv.verify.page_tables import PageTableChecks
-from xenpv.verify.vcpus import check_domain_state, check_start_info, check_vcpus
+from xenpv.verify.vcpus import check_descriptors, check_domain_state, check_start_info, check_vcpus
 
 
 def check_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallback | None = None) -> None:
@@ -23,6 +23,7 @@ def check_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallb
     config = Config.from_contents(saved.contents)
     check_domain_state(saved, findings)
     check_vcpus(saved, findings, config)
+    check_descriptors(saved, findings)
     check_start_info(saved, findings)
     check_resume(saved, findings)
     check_p2m(saved, findings, config)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from xenpv.cpu.rules import (
     CPUID_POLICY,
+    GDT_DESCRIPTOR,
+    LDT_DESCRIPTOR,
     MSR_POLICY,
     TSC_CLOCK,
     TSC_INFO,
@@ -22,6 +24,8 @@ from xenpv.findings import Rule, Severity
 
 __all__ = [
     "CPUID_POLICY",
+    "GDT_DESCRIPTOR",
+    "LDT_DESCRIPTOR",
     "MSR_POLICY",
     "TSC_CLOCK",
     "TSC_INFO",

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from xenpv.abi.x86 import FIRST_RESERVED_GDT_ENTRY, GDT_ENTRIES_PER_FRAME, LEVELS, PTE_P
 from xenpv.abi.xen import START_INFO, START_INFO_MAGIC
+from xenpv.cpu.context import LDT_ENTRIES_MAX
+from xenpv.cpu.descriptors import describe_refused, refused_descriptors
 from xenpv.cpu.records import RefusedRecord, iter_refused_policies, iter_refused_tsc, iter_refused_vcpu_state
 from xenpv.cpu.state import TSC_NEVER_EMULATE
 from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
-from xenpv.frames import IS_POPULATED, IS_TABLE, PAGE_SIZE, PageType, type_name
+from xenpv.frames import I64, IS_POPULATED, IS_TABLE, PAGE_SIZE, PAGES_PER_BATCH, U8, U64, PageType, type_name
 from xenpv.memory.page_tables import is_canonical, is_xen_vaddr
 from xenpv.memory.rings import ring_conflict
 from xenpv.source.config import Config
@@ -55,6 +58,52 @@ def check_domain_state(saved: SavedDomain, findings: Findings) -> None:
 def _add_refused(findings: Findings, refused: Iterable[RefusedRecord]) -> None:
     for rule, reason, record, vcpu in refused:
         findings.add(rule, reason, offset=record.offset, record=record.name, vcpu=vcpu)
+
+
+def check_descriptors(saved: SavedDomain, findings: Findings) -> None:
+    """Check the descriptors in all frames of GDTs and LDTs."""
+    gdt = saved.gdt_pfns()
+    _check_descriptors_of(saved, findings, rules.GDT_DESCRIPTOR, "GDT", gdt)
+    ldt = np.setdiff1d(np.fromiter(_iter_ldt_pfns(saved), np.uint64), gdt)
+    _check_descriptors_of(saved, findings, rules.LDT_DESCRIPTOR, "LDT", ldt)
+
+
+def _iter_ldt_pfns(saved: SavedDomain) -> Iterator[int]:
+    """Yield the pfns at which the vcpus' LDTs are mapped."""
+    for vcpu in saved.vcpus:
+        context, top = saved.vcpu_context(vcpu), saved.cr3(vcpu)
+        if context is not None and top is not None:
+            base, entries = int(context["ldt_base"]), min(int(context["ldt_ents"]), LDT_ENTRIES_MAX)
+            for vaddr in range(base, base + entries * 8, PAGE_SIZE):
+                if (pfn := saved.memory.walk(vaddr, top=top).pfn) is not None:
+                    yield pfn
+
+
+def _check_descriptors_of(saved: SavedDomain, findings: Findings, rule: Rule, table: str, pfns: U64) -> None:
+    """Report the descriptors that Xen refuses in frames of a GDT or LDT."""
+    pfns = pfns[saved.frames.types(pfns) == PageType.NOTAB]
+    has_content = saved.has_content(pfns)
+    if saved.pages_complete and not saved.source.seekable:
+        for pfn in pfns[~has_content].tolist():
+            problem = f"{table} frame {pfn:#x}: its descriptors passed by in the pipe before it was known"
+            findings.add(rules.NOT_CHECKED, problem, pfn=pfn)
+    pfns = pfns[has_content]
+    offsets = saved.contents.index.offsets(pfns)
+    for i in range(0, len(pfns), PAGES_PER_BATCH):
+        pages = saved.frames.pages(pfns[i : i + PAGES_PER_BATCH])
+        refused = np.flatnonzero(refused_descriptors(pages, saved.contents.width))
+        describe = partial(_describe_descriptor, table, pages, pfns[i:], offsets[i:])
+        findings.add_each(rule, refused, describe)
+
+
+def _describe_descriptor(table: str, pages: U8, pfns: U64, offsets: I64, place: int) -> tuple[str, dict[str, Any]]:
+    """Return message and fields of a finding for a refused descriptor.
+
+    ``place`` is its index among those of all pages.
+    """
+    row, index = divmod(int(place), GDT_ENTRIES_PER_FRAME)
+    fields = {"pfn": int(pfns[row]), "offset": int(offsets[row]) + index * 8}
+    return f"{table}: {describe_refused(pages[row], index)}", fields
 
 
 def check_start_info(saved: SavedDomain, findings: Findings) -> None:

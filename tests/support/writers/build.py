@@ -27,6 +27,7 @@ VIRT_BASE: dict[Width, int] = {8: 0xFFFF_FFFF_8000_0000, 4: 0xC000_0000}
 P2M_VADDR: dict[Width, int] = {8: 0xFFFF_C900_0000_0000, 4: 0xD000_0000}
 USER_VADDR = 0x40_0000
 SHARED_INFO_MFN = 0x000B_1234
+GDT = bytes(8) + 0x00CF_FB00_0000_FFFF.to_bytes(8, "little")  # nothing, and a code segment of 32 bits
 MAGIC = {8: b"xen-3.0-x86_64", 4: b"xen-3.0-x86_32p"}
 
 NX = 1 << 63
@@ -93,7 +94,7 @@ class _Builder:
         d.types.update(dict.fromkeys(gone, XTAB))
         for name in ("text", "start_info", "store", "console", "user"):
             setattr(at, name, self.page())
-        at.gdt = [self.page(bytearray(PAGE)) for _ in range(vcpus * gdt_frames)]
+        at.gdt = [self.page(bytearray(GDT.ljust(PAGE, b"\0"))) for _ in range(vcpus * gdt_frames)]
         self.make_p2m()
         if tree:
             self.make_tree()

@@ -18,6 +18,7 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.abi.x86 import PTE_A, PTE_D, PTE_FRAME_MASK, PTE_NX, PTE_P, PTE_PSE, PTE_RW, PTE_US
+from xenpv.cpu.descriptors import describe_refused, refused_descriptors
 from xenpv.frames import ENTRIES, I64, U64, Mask, first_bad
 from xenpv.host.model.frame_table import (
     PAE_XEN_L2,
@@ -117,6 +118,10 @@ class PageTypes:
     # -- promotion and demotion: a frame becomes a table, or ceases to be one
 
     def _promote(self, owner: Owner, mfn: int, page_type: int, *, pae_xen_l2: bool) -> None:
+        if page_type == DESCRIPTORS:
+            page = self._frames.page(mfn)
+            if (index := first_bad(refused_descriptors(page[None], owner.width)[0])) is not None:
+                raise HypercallError(errno.EINVAL, f"mfn {mfn:#x}: {describe_refused(page, index)}")
         if not 1 <= page_type <= 4:
             return
         self._mark_dirty(owner.id, mfn)
