@@ -23,7 +23,7 @@ from xenpv.abi.x86 import VGCF_IN_KERNEL
 from xenpv.errors import GuestError, HostError
 from xenpv.export.export import export
 from xenpv.export.formats import elf_core
-from xenpv.export.formats.content import runs_with_data
+from xenpv.export.formats.content import populated_runs
 from xenpv.export.formats.mapped import find_direct_map
 from xenpv.memory import frame_tree
 from xenpv.runs import Runs
@@ -174,7 +174,7 @@ def test_elf_identity_tree_maps_each_pfn_to_itself(tmp_path: Path) -> None:
 def test_elf_with_65535_segments_counts_them_in_section_0(tmp_path: Path) -> None:
     """65535 and more: the number is in section header 0, and each page that is not there is in no segment."""
     frames = Sparse(70_000)
-    pages = runs_with_data(frames.extents())
+    pages = populated_runs(frames.extents())
     head = elf_core.Headers(pages, 8, 0, direct_map=0xFFFF_8880_0000_0000).pack(b"")
     core = tmp_path / "head"
     core.write_bytes(head)
@@ -190,7 +190,7 @@ def test_elf_with_65535_segments_counts_them_in_section_0(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("number", [65_533, 65_534])
 def test_elf_with_segments_at_the_limit_counts_them(number: int, tmp_path: Path) -> None:
-    head = elf_core.Headers(runs_with_data(Sparse(number).extents()), 8, 0).pack(b"")
+    head = elf_core.Headers(populated_runs(Sparse(number).extents()), 8, 0).pack(b"")
     (tmp_path / "head").write_bytes(head)
     with (tmp_path / "head").open("rb") as file:
         assert parse_elf(file).num_segments() == number + 1
@@ -202,7 +202,7 @@ def test_find_direct_map_at_another_slot_finds_it(tmp_path: Path) -> None:
     l4, l3 = (step.table for step in domain.walk(domain.vaddrs[0])[:2])
     domain.table(l4)[slot], domain.table(l3)[0] = domain.table(l4)[511], domain.table(l3)[510]
     with open_made(domain, tmp_path) as opened:
-        base = find_direct_map(opened, runs_with_data(opened.extents()))
+        base = find_direct_map(opened, populated_runs(opened.extents()))
         assert base == 0xFFFF << 48 | slot << 39
         out = tmp_path / "core"
         export(opened, str(out), "elf")
@@ -265,7 +265,7 @@ def test_elf_of_a_real_guest_has_all_its_pages(recipe: Recipe, tmp_path: Path) -
     core = tmp_path / "vector.elf"
     with open_domain(str(data)) as opened:
         export(opened, str(core), "elf")
-        pages = runs_with_data(opened.extents())
+        pages = populated_runs(opened.extents())
         pages_in_file = physical(core)
         for pfns in pages.batches(256):
             there = opened.frames.pages(pfns)

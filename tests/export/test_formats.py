@@ -18,13 +18,15 @@ from tests.support.writers.build import pv_domain
 from tests.support.writers.core import core_of
 from tests.support.writers.domain import Domain
 from tests.support.writers.hvm import hvm_stream
-from tests.support.writers.stream import Wire
+from tests.support.writers.stream import XALLOC, Wire
 from tests.support.writers.vmcoreinfo import text
 from xenpv.abi.x86 import VCPU_GUEST_CONTEXT
 from xenpv.errors import HostError, RequestError
 from xenpv.export.export import FORMATS, export
-from xenpv.export.formats.content import runs_with_data
+from xenpv.export.formats.content import populated_runs
+from xenpv.frames import U8, U64
 from xenpv.source.open import open_domain
+from xenpv.source.saved import FilePages
 
 
 @pytest.fixture(params=[8, 4])
@@ -130,7 +132,7 @@ def test_dumpcore_of_an_hvm_domain_lists_pfns(tmp_path: Path) -> None:
     path.write_bytes(bytes(hvm_stream(pages=16)))
     with open_domain(str(path)) as opened:
         export(opened, str(out), "dumpcore")
-        (pfns,) = runs_with_data(opened.extents()).batches(100)
+        (pfns,) = populated_runs(opened.extents()).batches(100)
     elf_sections = sections(out)
     assert elf_sections[".xen_pfn"][1] == pfns.astype("<u8").tobytes()
     assert ".xen_p2m" not in elf_sections
@@ -142,7 +144,7 @@ def test_export_of_an_hvm_domain_in_each_format_has_its_pages(form: str, tmp_pat
     path, out = tmp_path / "hvm.save", tmp_path / "hvm.out"
     path.write_bytes(bytes(hvm_stream(pages=16)))
     with open_domain(str(path)) as opened:
-        pages = runs_with_data(opened.extents()).total
+        pages = populated_runs(opened.extents()).total
         assert export(opened, str(out), form).pages == pages > 10
 
 
@@ -241,6 +243,67 @@ def test_kdump_with_a_far_pfn_has_holes_in_bitmaps(tmp_path: Path) -> None:
     out, exported = export_domain(domain, tmp_path, "kdump")
     assert exported.bytes > 2 * far // 8
     assert out.stat().st_blocks * 512 < exported.bytes // 8
+
+
+# --- pages of zeros that were sent without content -------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_blanks(domain: Domain) -> Domain:
+    """As `convert --drop-zero` writes it: some pages have no content, and are the domain's all the same."""
+    for pfn in domain.places.data[2:8]:
+        del domain.pages[pfn]
+        domain.types[pfn] = XALLOC
+    return domain
+
+
+def test_pages_sent_without_content_are_zeros_in_each_format(with_blanks: Domain, tmp_path: Path) -> None:
+    blanks = with_blanks.places.data[2:8]
+    expected = there(with_blanks) | dict.fromkeys(blanks, bytes(PAGE))
+    out, exported = export_domain(with_blanks, tmp_path, "lime")
+    assert (exported.pages, exported.lost) == (len(expected), 0)
+    assert parse_lime(out.read_bytes()) == expected
+    out, _ = export_domain(with_blanks, tmp_path, "kdump")
+    assert dict(Kdump(out.read_bytes()).pages()).items() >= expected.items()
+    out, _ = export_domain(with_blanks, tmp_path, "raw")
+    with out.open("rb") as file:
+        raw = file.read(HOLE * PAGE)  # a page lies far beyond
+    assert all(raw[pfn * PAGE : (pfn + 1) * PAGE] == content for pfn, content in expected.items() if pfn < HOLE)
+    out, _ = export_domain(with_blanks, tmp_path, "elf")
+    with out.open("rb") as file:
+        loads = [s.header for s in parse_elf(file).iter_segments("PT_LOAD")]
+    assert all(any(s.p_paddr <= pfn * PAGE < s.p_paddr + s.p_memsz for s in loads) for pfn in blanks)
+
+
+def test_dumpcore_with_pages_sent_without_content_walks_as_the_save_file(with_blanks: Domain, tmp_path: Path) -> None:
+    """They were lost: their entries became 0x1ffffffffff, and tables that name them were no tables any more."""
+    out, _ = export_domain(with_blanks, tmp_path, "dumpcore")
+    with open_made(with_blanks, tmp_path) as saved, open_domain(str(out)) as core:
+        for pfn, vaddr in with_blanks.vaddrs.items():
+            here, there_ = (domain.memory.walk(vaddr) for domain in (saved, core))
+            assert (here.pfn, there_.pfn) == (pfn, pfn) or here.pfn is None
+            assert [step.table for step in here.steps] == [step.table for step in there_.steps]
+        for pfn in with_blanks.places.data[2:8]:
+            assert core.memory.page(pfn) == saved.memory.page(pfn) == bytes(PAGE)
+        tables = np.array([pfn for pfn in with_blanks.pages if with_blanks.types[pfn] & 7], np.uint64)
+        assert (core.frames.types(tables) & 7).tolist() == (saved.frames.types(tables) & 7).tolist()
+
+
+def test_export_of_a_domain_of_blank_pages_reads_none_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """build -o of 640 GiB has some hundred pages with content; the others cost a look at their runs."""
+    domain = pv_domain(pfns=range(64), ballooned=[1 << 16])
+    domain.types.update(dict.fromkeys(range(64, 1 << 16), XALLOC))
+    read, pages = list[int](), FilePages.pages
+
+    def counted(self: FilePages, pfns: U64) -> U8:
+        read.append(len(pfns))
+        return pages(self, pfns)
+
+    monkeypatch.setattr(FilePages, "pages", counted)
+    out, exported = export_domain(domain, tmp_path, "lime")
+    assert exported.pages == 1 << 16
+    assert out.stat().st_blocks * 512 < 1 << 20
+    assert sum(read) < 1 << 12
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------

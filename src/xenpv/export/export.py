@@ -16,7 +16,7 @@ from xenpv.export.formats import dumpcore, elf_core, lime, raw
 from xenpv.export.formats.content import Hole, PageFilter, Pages, Patch, Piece
 from xenpv.export.formats.job import ExportJob
 from xenpv.export.kdump_writer import write_kdump
-from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, U8, nonzero_pages
+from xenpv.frames import PAGE_SIZE, PAGES_PER_BATCH, U8, U64, nonzero_pages
 from xenpv.io.atomic_output import Output
 from xenpv.io.background import BackgroundWorker
 from xenpv.io.file_kind import FileKind
@@ -122,6 +122,7 @@ class _Exporter:
         self._read = frame_reader(job.domain.frames)
         self._out = out
         self._progress = progress
+        self._blank = job.blank_pages
         self._total = job.pages.total
         self._written = 0
 
@@ -132,15 +133,32 @@ class _Exporter:
             written = min(self._written, self._total)  # kdump writes pages of its own after the domain's
             self._progress(Progress(written * PAGE_SIZE, self._total * PAGE_SIZE, unit="bytes"))
 
-    def read_pages(self, runs: Runs, page_filter: PageFilter | None = None) -> Iterator[U8]:
+    def read_pages(self, runs: Runs) -> Iterator[U8]:
         """Yield the pages' content in batches.
 
         Pages that cannot be read are zeros, and counted.
         """
         for pfns in runs.batches(PAGES_PER_BATCH):
-            content, readable = self._read(pfns)
-            self.exported.lost += len(pfns) - int(np.count_nonzero(readable))
-            yield content if page_filter is None else page_filter(pfns, content)
+            yield self._read_pages(pfns)
+
+    def _read_pages(self, pfns: U64) -> U8:
+        content, readable = self._read(pfns)
+        self.exported.lost += len(pfns) - int(np.count_nonzero(readable))
+        return content
+
+    def _read_batch(self, pfns: U64, page_filter: PageFilter | None) -> Callable[[], None]:
+        """Read pages, and return the function that writes them.
+
+        Blank pages are not read: a domain may have millions.
+        """
+        if (self._blank.rows_of(pfns) >= 0).all():
+            return partial(self._skip_pages, len(pfns))
+        content = self._read_pages(pfns)
+        return partial(self._write_pages, content if page_filter is None else page_filter(pfns, content))
+
+    def _skip_pages(self, count: int) -> None:
+        self.exported.zeros += count
+        self._out.skip(count * PAGE_SIZE)
 
     def write_pieces(self, pieces: Iterable[Piece]) -> None:
         """Write all pieces in order.
@@ -151,10 +169,10 @@ class _Exporter:
         with BackgroundWorker() as worker:
             for piece in pieces:
                 if isinstance(piece, Pages):
-                    for content in self.read_pages(*piece):
-                        write = partial(self._write_pages, content)
+                    for pfns in piece.runs.batches(PAGES_PER_BATCH):
+                        write = self._read_batch(pfns, piece.page_filter)
                         worker.submit(write) if out.is_regular_file else write()
-                        self.report_pages(len(content))
+                        self.report_pages(len(pfns))
                     continue
                 worker.wait()
                 if isinstance(piece, Hole):

@@ -76,20 +76,31 @@ class FilePages:
         return self._types.types(pfns)
 
     def has_content(self, pfns: U64) -> Mask:
-        """Return which pages have their content in the file, before its end."""
+        """Return which pages have their content in the file, before its end.
+
+        XALLOC pages need none: they are zeros.
+        """
         offsets = self._places.offsets(pfns)
         end = os.fstat(self._fd).st_size - self._start if self._fd >= 0 else 0
-        return np.asarray((offsets >= 0) & (offsets <= end - PAGE_SIZE))
+        sent = (offsets >= 0) & (offsets <= end - PAGE_SIZE)
+        return np.asarray(sent | (self._types.types(pfns) == PageType.XALLOC))
 
     def pages(self, pfns: U64) -> U8:
         """Return the pages' content, uint8 of shape (n, 4096).
 
-        Raises Fault for the first that has none.
+        XALLOC pages are zeros: the domain has them, and they were sent without content. Raises Fault for the first page
+        that has no content.
         """
         offsets = self._places.offsets(pfns)
-        if np.any(offsets < 0):
-            raise self._no_content(pfns, offsets)
-        return self.pages_at(offsets, pfns)
+        missing = offsets < 0
+        if not missing.any():
+            return self.pages_at(offsets, pfns)
+        blank = self._types.types(pfns) == PageType.XALLOC
+        if (missing & ~blank).any():
+            raise self._no_content(pfns, np.where(blank, 0, offsets))
+        content = np.zeros((len(pfns), PAGE_SIZE), np.uint8)
+        content[~missing] = self.pages_at(offsets[~missing], pfns[~missing])
+        return content
 
     def pages_at(self, offsets: I64, pfns: U64) -> U8:
         """Return the content at some offsets, uint8 of shape (n, 4096).

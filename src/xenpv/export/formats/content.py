@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias
 
-from xenpv.frames import HAS_DATA, PAGE_SIZE, U8, U64
+from xenpv.frames import IS_POPULATED, PAGE_SIZE, U8, U64
 from xenpv.runs import Extents, Runs
 
 PageFilter: TypeAlias = Callable[[U64, U8], U8]
@@ -41,12 +41,14 @@ class Patch(NamedTuple):
 Piece: TypeAlias = bytes | Hole | Pages | Patch
 
 
-def runs_with_data(extents: Iterable[Extents]) -> Runs:
-    """Return the pages with content of a domain's extents.
+def populated_runs(extents: Iterable[Extents]) -> Runs:
+    """Return the pages that a domain has.
+
+    They have content, or are zeros that were sent without.
 
     Adjacent runs are joined whatever their types.
     """
-    return Runs.concatenate(piece[HAS_DATA[piece.type]].merged() for piece in extents).merged()
+    return Runs.concatenate(piece[IS_POPULATED[piece.type]].merged() for piece in extents).merged()
 
 
 def padded(data: bytes, alignment: int = PAGE_SIZE) -> bytes:

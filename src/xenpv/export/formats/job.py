@@ -8,9 +8,9 @@ import numpy as np
 
 from xenpv.abi.declare import Width
 from xenpv.errors import GuestError
-from xenpv.export.formats.content import runs_with_data
+from xenpv.export.formats.content import populated_runs
 from xenpv.export.formats.identity import IdentityTree
-from xenpv.frames import PFNS_PER_SCAN
+from xenpv.frames import PFNS_PER_SCAN, PageType
 from xenpv.memory.registers import Registers
 from xenpv.memory.vmcoreinfo import find_vmcoreinfo, vmcoreinfo_value
 from xenpv.runs import Runs
@@ -36,8 +36,14 @@ class ExportJob:
 
     @cached_property
     def pages(self) -> Runs:
-        """The pages that have content."""
+        """The pages that the domain has."""
         return readable_pages(self.domain)
+
+    @cached_property
+    def blank_pages(self) -> Runs:
+        """The pages of zeros that the stream has without content."""
+        pieces = (piece[piece.type == PageType.XALLOC].merged() for piece in self.domain.extents())
+        return Runs.empty() if self.domain.saved is None else Runs.concatenate(pieces).merged()
 
     @cached_property
     def registers(self) -> dict[int, Registers | None]:
@@ -98,11 +104,11 @@ def _made_up_utsname(text: bytes, width: Width) -> bytes:
 
 
 def readable_pages(domain: Domain) -> Runs:
-    """Return the pages that have content.
+    """Return the pages that a domain has.
 
     Of a file that was cut off, those before its end.
     """
-    pages = runs_with_data(domain.extents())
+    pages = populated_runs(domain.extents())
     if domain.error is None:
         return pages
     masks = [domain.has_content(pfns) for pfns in pages.batches(PFNS_PER_SCAN)]
