@@ -4,128 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.support.configurations import BAD, IGNORED, RECORD, SOUND, TEXT, with_config, with_members, xml
 from tests.support.restoring import restore_error, restore_stream
 from tests.support.saved_files import verify_file, verify_pipe
 from tests.support.writers.build import pv_domain
-from tests.support.writers.envelopes import CONFIG_SEXP, config_json
+from tests.support.writers.envelopes import config_json
 from tests.support.writers.hvm import hvm_stream
 from xenpv.convert.convert import ConvertOptions
 from xenpv.convert.file import NotRestorable, convert
 from xenpv.errors import StreamError
-from xenpv.findings import Rule
 from xenpv.frames import IS_POPULATED
 from xenpv.io.stream_input import Input
 from xenpv.stream import rules
 from xenpv.stream.envelope import Kind
 from xenpv.verify.stream import verify
 
-UUID = "8d1c2f6e-3f0a-4c5b-9a77-0123456789ab"
-DOMAIN = pv_domain()
-KIB = 4 * len(DOMAIN.pages)
-GOOD = json.loads(config_json(memory_kib=KIB))
-XML = (
-    "<domain type='xen'><name>made</name><uuid>{uuid}</uuid><memory>{memory}</memory>"
-    "<os><type>{type}</type></os></domain>"
-)
-RECORD = '((time 20240101T00:00:00Z)(word_size 64)(vm_str"((id x)(ty({type}((boot ())))))"))'
-
-
-def with_members(part: str, **members: Any) -> bytes:
-    """xl's configuration with other members in c_info or b_info; None takes one away."""
-    config = json.loads(json.dumps(GOOD))
-    config[part] = {key: value for key, value in (config[part] | members).items() if value is not None}
-    return json.dumps(config).encode()
-
-
-def xml(uuid: str = UUID, memory: object = KIB, kind: str = "linux") -> bytes:
-    return XML.format(uuid=uuid, memory=memory, type=kind).encode()
-
-
-def xl(**lines: object) -> bytes:
-    return "".join(f"{key} = {value}\n" for key, value in ({"name": "'made'", "memory": 1} | lines).items()).encode()
-
-
-TEXT = config_json(memory_kib=KIB)
-BAD: dict[str, tuple[str, bytes, Rule]] = {
-    "JSON is cut": ("xl", TEXT[:-2], rules.CONFIG_SYNTAX),
-    "JSON is followed by text": ("xl", TEXT + b"}", rules.CONFIG_SYNTAX),
-    "JSON is no UTF-8": ("xl", TEXT.replace(b"made", b"m\xffde"), rules.CONFIG_SYNTAX),
-    "JSON has NaN": ("xl", TEXT.replace(b"%d" % KIB, b"NaN"), rules.CONFIG_SYNTAX),
-    "JSON is nested too deeply": ("xl", b'{"a":' * 50_000, rules.CONFIG_SYNTAX),
-    "no c_info": ("xl", json.dumps({"b_info": GOOD["b_info"]}).encode(), rules.CONFIG_TYPE),
-    "no type": ("xl", with_members("c_info", type=None), rules.CONFIG_TYPE),
-    "type is a number": ("xl", with_members("c_info", type=1), rules.CONFIG_TYPE),
-    "type is unknown": ("xl", with_members("c_info", type="paravirt"), rules.CONFIG_TYPE),
-    "type hvm": ("xl", config_json("hvm", memory_kib=KIB), rules.CONFIG_TYPE),
-    "type pvh": ("xl", config_json("pvh", memory_kib=KIB), rules.CONFIG_TYPE),
-    "b_info of another type": ("xl", with_members("b_info", **{"type.pv": None, "type.hvm": {}}), rules.CONFIG_TYPE),
-    "b_info of two types": ("xl", with_members("b_info", **{"type.hvm": {}}), rules.CONFIG_TYPE),
-    "b_info of no type": ("xl", with_members("b_info", **{"type.pv": None}), rules.CONFIG_TYPE),
-    "uuid is a word": ("xl", with_members("c_info", uuid="mine"), rules.CONFIG_UUID),
-    "uuid is a number": ("xl", with_members("c_info", uuid=7), rules.CONFIG_UUID),
-    "uuid in braces": ("xl", with_members("c_info", uuid=f"{{{UUID}}}"), rules.CONFIG_UUID),
-    "uuid without hyphens": ("xl", with_members("c_info", uuid=UUID.replace("-", "")), rules.CONFIG_UUID),
-    "memory is a word": ("xl", with_members("b_info", max_memkb="lots"), rules.CONFIG_LIMITS),
-    "memory is negative": ("xl", with_members("b_info", max_memkb=-4), rules.CONFIG_LIMITS),
-    "memory is 0": ("xl", with_members("b_info", max_memkb=0), rules.CONFIG_LIMITS),
-    "memory is 2^80": ("xl", with_members("b_info", max_memkb=1 << 80), rules.CONFIG_LIMITS),
-    "memory has 5000 digits": ("xl", TEXT.replace(b"%d" % KIB, b"9" * 5000, 1), rules.CONFIG_LIMITS),
-    "memory is a fraction": ("xl", with_members("b_info", max_memkb=1.5), rules.CONFIG_LIMITS),
-    "target is a word": ("xl", with_members("b_info", target_memkb="lots"), rules.CONFIG_LIMITS),
-    "vcpus is a word": ("xl", with_members("b_info", max_vcpus="two"), rules.CONFIG_LIMITS),
-    "vcpus is negative": ("xl", with_members("b_info", max_vcpus=-1), rules.CONFIG_LIMITS),
-    "vcpus is 2^40": ("xl", with_members("b_info", max_vcpus=1 << 40), rules.CONFIG_LIMITS),
-    "xl text: uuid": ("xl text", xl(uuid="'mine'"), rules.CONFIG_UUID),
-    "xl text: type hvm": ("xl text", xl(type="'hvm'"), rules.CONFIG_TYPE),
-    "xl text: builder hvm": ("xl text", xl(builder="'hvm'"), rules.CONFIG_TYPE),
-    "xl text: type unknown": ("xl text", xl(type="'linux'"), rules.CONFIG_TYPE),
-    "xl text: memory": ("xl text", xl(memory="lots"), rules.CONFIG_LIMITS),
-    "XML is cut": ("libvirt", xml()[:-3], rules.CONFIG_SYNTAX),
-    "XML is followed by text": ("libvirt", xml() + b"more", rules.CONFIG_SYNTAX),
-    "XML of no domain": ("libvirt", b"<network/>", rules.CONFIG_TYPE),
-    "XML: type hvm": ("libvirt", xml(kind="hvm"), rules.CONFIG_TYPE),
-    "XML: type xenpvh": ("libvirt", xml(kind="xenpvh"), rules.CONFIG_TYPE),
-    "XML: type unknown": ("libvirt", xml(kind="exe"), rules.CONFIG_TYPE),
-    "XML: uuid": ("libvirt", xml(uuid="mine"), rules.CONFIG_UUID),
-    "XML: memory is a word": ("libvirt", xml(memory="lots"), rules.CONFIG_LIMITS),
-    "XML: memory has 5000 digits": ("libvirt", xml(memory="9" * 5000), rules.CONFIG_LIMITS),
-    "xenopsd: HVM": ("xenopsd", RECORD.format(type="HVM").encode(), rules.CONFIG_TYPE),
-    "xenopsd: PVH": ("xenopsd", RECORD.format(type="PVH").encode(), rules.CONFIG_TYPE),
-    "xenopsd: PVinPVH": ("xenopsd", RECORD.format(type="PVinPVH").encode(), rules.CONFIG_TYPE),
-}
-SOUND: dict[str, tuple[str, bytes]] = {
-    "JSON": ("xl", TEXT),
-    "JSON, then NUL and anything": ("xl", TEXT + b"\0rest"),
-    "of two members the first": ("xl", TEXT.replace(b'"max_vcpus": 1', b'"max_vcpus": 1, "max_vcpus": 0.5')),
-    "no vcpus": ("xl", with_members("b_info", max_vcpus=0)),
-    "no uuid": ("xl", with_members("c_info", uuid=None)),
-    "uuid of zeros": ("xl", with_members("c_info", uuid="0" * 8 + "-0000-0000-0000-" + "0" * 12)),
-    "uuid in upper case": ("xl", with_members("c_info", uuid=UUID.upper())),
-    "xl text": ("xl text", xl(uuid=f"'{UUID}'", type="'pv'", vcpus="0x1", maxmem="01")),
-    "XML": ("libvirt", xml()),
-    "XML: type xen, uuid without hyphens": ("libvirt", xml(uuid=UUID.replace("-", ""), kind="xen")),
-    "xenopsd": ("xenopsd", CONFIG_SEXP),
-    "xenopsd: PV": ("xenopsd", RECORD.format(type="PV").encode()),
-}
-
-
-def stream(envelope: str, config: bytes) -> bytes:
-    """The sound domain with that configuration; "xl text" is xl's envelope without its flag for JSON."""
-    end = b"" if envelope == "xenopsd" else b"\0"
-    data = bytearray(bytes(DOMAIN.to_stream(envelope.partition(" ")[0], config=config + end)))
-    if envelope == "xl text":
-        data[36] &= ~1
-    return bytes(data)
-
 
 @pytest.mark.parametrize("name", BAD)
 def test_config_that_a_toolstack_refuses_is_refused_by_verify_restore_and_convert(tmp_path: Path, name: str) -> None:
     envelope, config, rule = BAD[name]
-    data = stream(envelope, config)
+    data = bytes(with_config(pv_domain(), envelope, config))
     file, out = tmp_path / "bad.save", tmp_path / "out.save"
     file.write_bytes(data)
     for result in (verify_file(file), verify_pipe(data)):
@@ -150,12 +51,34 @@ def test_config_that_a_toolstack_refuses_is_refused_by_verify_restore_and_conver
 @pytest.mark.parametrize("name", SOUND)
 def test_config_that_a_toolstack_takes_is_sound(tmp_path: Path, name: str) -> None:
     envelope, config = SOUND[name]
-    data = stream(envelope, config)
+    data = bytes(with_config(pv_domain(), envelope, config))
     file = tmp_path / "good.save"
     file.write_bytes(data)
     result = verify_file(file)
     assert not result.findings, str(result)
     restore_stream(data)
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_config_with_members_that_libxl_ignores_has_a_warning(tmp_path: Path, name: str) -> None:
+    envelope, config = IGNORED[name]
+    data = bytes(with_config(pv_domain(), envelope, config))
+    file = tmp_path / "ignored.save"
+    file.write_bytes(data)
+    result = verify_file(file)
+    assert {finding.rule for finding in result.findings} == {rules.CONFIG_IGNORED}, str(result)
+    assert result.report.ok
+    restore_stream(data)
+
+
+def test_memory_limit_without_a_number_is_libxls_default() -> None:
+    """libxl__domain_build_info_setdefault(): 32 MiB, and 1 MiB of slack."""
+    config = with_members("b_info", max_memkb="lots", target_memkb="lots")
+    for pages, limited in ((33 * 256, False), (33 * 256 + 1, True)):
+        domain = pv_domain(pfns=range(pages))
+        populated = sum(bool(IS_POPULATED[page_type]) for page_type in domain.types.values())
+        result = verify_pipe(bytes(domain.to_stream(config=config + b"\0")))
+        assert ("memory-limit" in result.rules) is (populated > 33 * 256) is limited
 
 
 @pytest.mark.parametrize("envelope", ["xl", "libvirt", "xenopsd"])

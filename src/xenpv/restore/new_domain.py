@@ -101,7 +101,7 @@ def _usable_config(contents: Contents) -> Config | None:
     config, envelope, domain = Config.from_contents(contents), contents.envelope, contents.domain
     if config is not None and envelope is not None:
         for rule, problem in config.iter_problems(domain.guest if domain else None):
-            raise rules.breach(rule, problem, offset=envelope.offset, record=envelope.name)
+            raise_breach(rule, problem, envelope.offset, envelope.name)
     return config
 
 

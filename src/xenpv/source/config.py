@@ -172,18 +172,21 @@ _Parsed = tuple[dict[str, Any], list[Problem]]
 
 def _parse_json(text: str) -> _Parsed:
     """Parse what libxl_domain_config_to_json() writes, as libxl parses it."""
-    config = json.loads(
-        text, object_pairs_hook=_first_of_each, parse_int=_libxl_integer, parse_constant=_refuse_constant
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_first_of_each, parse_int=_libxl_integer, parse_constant=_refuse_constant
     )
+    config, end = decoder.raw_decode(text, len(text) - len(text.lstrip()))
     c_info, b_info = _dict_member(config, "c_info"), _dict_member(config, "b_info")
     problems: list[Problem] = []
+    if text[end:].strip():
+        problems.append((rules.CONFIG_IGNORED, f"{len(text) - end} characters follow the configuration"))
     members = {
         "name": _str_or_none(c_info.get("name")),
         "uuid": _uuid(c_info.get("uuid"), problems, strict=True),
         "type": _str_or_none(c_info.get("type")),
-        "max_memkb": _limit("max_memkb", b_info.get("max_memkb"), _MAX_KIB, problems),
+        "max_memkb": _limit("max_memkb", b_info.get("max_memkb"), _MAX_KIB, problems) or None,
         "target_memkb": _limit("target_memkb", b_info.get("target_memkb"), _MAX_KIB, problems),
-        "max_vcpus": _limit("max_vcpus", b_info.get("max_vcpus") or None, _MAX_VCPUS, problems),  # 0: the default
+        "max_vcpus": _limit("max_vcpus", b_info.get("max_vcpus"), _MAX_VCPUS, problems) or None,  # 0: the default
     }
     members["guest"] = _GUESTS.get(str(members["type"]))
     # The members of one type only follow: an empty object if there are none.
@@ -232,23 +235,39 @@ def _uuid(value: object, problems: list[Problem], *, strict: bool) -> str | None
     """
     if value is None:
         return None
+    if not isinstance(value, str):
+        problems.append((rules.CONFIG_IGNORED, f"uuid is no text, but {value!a:.40}"))
+        return None
     try:
-        uuid = UUID(value if isinstance(value, str) else "")
+        uuid = UUID(value)
     except ValueError:
         uuid = None
-    if uuid is None or (strict and str(uuid) != str(value).lower()):
+    if uuid is None or (strict and str(uuid) != value.lower()):
         problems.append((rules.CONFIG_UUID, f"{value!a:.80} is no uuid"))
         return None
     return str(uuid) if uuid.int else None
 
 
-def _limit(name: str, value: object, maximum: int, problems: list[Problem]) -> int | None:
-    """Return a member with a size; None, and a problem, if no domain can have it."""
+def _limit(
+    name: str, value: object, maximum: int, problems: list[Problem], *, other_kind: Rule = rules.CONFIG_IGNORED
+) -> int | None:
+    """Return a member with a size; None, and a problem, if no domain can have it.
+
+    Args:
+        name: The member's name.
+        value: Its value; None if it is missing.
+        maximum: The largest that a domain can have.
+        problems: Gets the problem.
+        other_kind: The rule that a value breaks which is no integer.
+    """
     if value is None:
         return None
-    if type(value) is not int or not 0 < value <= maximum:
-        shown = f"{value!a:.40}" if type(value) is not int else f"{value}" if abs(value) < 1 << 64 else "far too large"
-        problems.append((rules.CONFIG_LIMITS, f"{name} is {shown}; it is a number from 1 to {maximum}"))
+    if type(value) is not int:
+        problems.append((other_kind, f"{name} is {value!a:.40}; it is a number up to {maximum}"))
+        return None
+    if not 0 <= value <= maximum:
+        shown = f"{value}" if abs(value) < 1 << 64 else "far too large"
+        problems.append((rules.CONFIG_LIMITS, f"{name} is {shown}; it is a number up to {maximum}"))
         return None
     return value
 
@@ -292,12 +311,14 @@ def _parse_xml(text: str) -> _Parsed:
         if unit is None:
             problems.append((rules.CONFIG_LIMITS, f"{element.get('unit')!a:.40} is no unit of {tag}"))
             return None
-        return _limit(tag, number * unit >> 10 if isinstance(number, int) else number, _MAX_KIB, problems)
+        size = number * unit >> 10 if isinstance(number, int) else number
+        return _limit(tag, size, _MAX_KIB, problems, other_kind=rules.CONFIG_LIMITS)
 
     vcpus, os_type = domain.findtext("vcpu"), (domain.findtext("os/type") or "").strip()
     guest = {"linux": Guest.PV, "xen": Guest.PV, "hvm": Guest.HVM, "xenpvh": Guest.HVM}.get(os_type)
     if os_type and guest is None:
         problems.append((rules.CONFIG_TYPE, f"{os_type!a:.40} is no type of a Xen domain"))
+    max_vcpus = None if vcpus is None else _number(vcpus)
     members = {
         "name": domain.findtext("name"),
         "uuid": _uuid(domain.findtext("uuid"), problems, strict=False),
@@ -305,7 +326,7 @@ def _parse_xml(text: str) -> _Parsed:
         "guest": guest,
         "max_memkb": kib("memory"),
         "target_memkb": kib("currentMemory"),
-        "max_vcpus": None if vcpus is None else _limit("vcpu", _number(vcpus), _MAX_VCPUS, problems),
+        "max_vcpus": _limit("vcpu", max_vcpus, _MAX_VCPUS, problems, other_kind=rules.CONFIG_LIMITS) or None,
     }
     return members, problems
 
@@ -332,7 +353,8 @@ def _parse_xl(text: str) -> _Parsed:
 
     def limit(key: str, maximum: int, scale: int = 1) -> int | None:
         number = None if (digits := values.get(key)) is None else _number(digits, base=0)
-        return _limit(key, number * scale if isinstance(number, int) else number, maximum, problems)
+        size = number * scale if isinstance(number, int) else number
+        return _limit(key, size, maximum, problems, other_kind=rules.CONFIG_LIMITS)
 
     memory, maximum = limit("memory", _MAX_KIB, 1024), limit("maxmem", _MAX_KIB, 1024)
     vcpus = limit("vcpus", _MAX_VCPUS)
@@ -345,9 +367,9 @@ def _parse_xl(text: str) -> _Parsed:
         "uuid": _uuid(values.get("uuid"), problems, strict=True),
         "type": values.get("type"),
         "guest": _GUESTS.get(type_name),
-        "max_memkb": memory if maximum is None else maximum,
+        "max_memkb": maximum or memory or None,
         "target_memkb": memory,
-        "max_vcpus": limit("maxvcpus", _MAX_VCPUS) or vcpus,
+        "max_vcpus": limit("maxvcpus", _MAX_VCPUS) or vcpus or None,
     }
     return members, problems
 

@@ -29,7 +29,13 @@ CONFIG_UUID = Rule("config-uuid", "the configuration's uuid is one", "libxl_uuid
 CONFIG_LIMITS = Rule(
     "config-limits",
     "memory and vcpus of the configuration are numbers that a domain can have",
-    "libxl__int_parse_json(); a member of another kind counts as missing",
+    "libxl__int_parse_json(); libxl__domain_make()",
+)
+CONFIG_IGNORED = Rule(
+    "config-ignored",
+    "every member of the configuration is of the kind that the toolstack reads, and nothing follows",
+    "libxl__json_map_get(); libxl__yajl_alloc(): a member of another kind counts as missing",
+    WARNING,
 )
 LIBXL_HEADER = Rule("libxl-header", "ident LibxlFmt, version 2, no reserved option bits", f"{LIBXL_SPEC} Header")
 IMAGE_HEADER = Rule("image-header", "marker all ones, id XENF, version 2 or 3, little-endian", "read_headers()")
