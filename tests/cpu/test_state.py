@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.verify.cases_cpu import NO_SUBLEAF, xsave
+from tests.support.xsave import xsave
+from tests.verify.cases_cpu import NO_SUBLEAF
 from xenpv.cpu import policy, state
 from xenpv.cpu.state import Refusal
 from xenpv.errors import HostError

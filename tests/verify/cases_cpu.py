@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tests.support.breakage import Where, at_page, at_record, case, nowhere
 from tests.support.writers.domain import RW, Domain
 from tests.support.writers.stream import PAGE, Stream
+from tests.support.xsave import xsave
 from xenpv.abi.declare import Width
 from xenpv.findings import Rule
 from xenpv.verify import rules
@@ -47,13 +48,6 @@ def _(_: Domain) -> Where:
 # --- XSAVE: xen.git:xen/arch/x86/domctl.c XEN_DOMCTL_setvcpuextstate, xstate.c validate_xstate() ---------------------
 
 Bytes = Callable[[bytes], bytes]
-
-
-def xsave(xcr0: int, accum: int, area: int, xstate_bv: int = 3, *, xcomp_bv: int = 0, reserved: int = 0) -> bytes:
-    """Return xcr0, xcr0_accum and an xsave area of so many bytes."""
-    data = bytearray(max(area, 576))
-    struct.pack_into("<QQQ", data, 512, xstate_bv, xcomp_bv, reserved)
-    return struct.pack("<QQ", xcr0, accum) + bytes(data[:area])
 
 
 def _xsave(name: str, data: bytes, make: Callable[[Domain], object] | None = None) -> None:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.xsave import xsave
 from xenpv.abi.domctl import CPUID_LEAF
+from xenpv.cpu.policy import xcr0_max
 from xenpv.source.saved import SavedDomain
 from xenpv.stream.framing import Record
 
@@ -51,6 +53,13 @@ Edit = Callable[[SaveFile], bytes]
 EDITS: dict[str, Edit] = {"nothing": lambda file: file.data}
 
 
+def has_xsave(file: SaveFile) -> bool:
+    """Return whether the guest, and so the host, has XSAVE."""
+    record = file.contents.cpuid_policy
+    assert record is not None
+    return xcr0_max(bytes(record.data)) != 0
+
+
 def _put(data: bytes, at: int, new: bytes) -> bytes:
     return data[:at] + new + data[at + len(new) :]
 
@@ -73,35 +82,29 @@ _tsc("0 kHz", 4, 0)
 EDITS["TSC: no record"] = lambda file: file.without(file.contents.tsc)
 
 
-# --- XSAVE: only where the host has it -------------------------------------------------------------------------------
+# --- XSAVE: of a guest that has used x87 and SSE, since that of litmus may have used nothing -------------------------
 
 
-def _xsave(name: str, change: Callable[[bytes], bytes]) -> None:
-    EDITS[f"XSAVE: {name}"] = lambda file: file.set_body(
-        file.contents.vcpus[0].xsave, lambda body: body[:8] + change(body[8:])
-    )
+def _xsave(name: str, data: bytes) -> None:
+    EDITS[f"XSAVE: {name}"] = lambda file: file.set_body(file.contents.vcpus[0].xsave, lambda body: body[:8] + data)
 
 
-def _word(at: int, bits: int) -> Callable[[bytes], bytes]:
-    """Return a change that sets bits of a 64-bit word."""
-    return lambda data: _put(data, at, struct.pack("<Q", struct.unpack_from("<Q", data, at)[0] | bits))
-
-
-def _without(at: int, bits: int) -> Callable[[bytes], bytes]:
-    return lambda data: _put(data, at, struct.pack("<Q", struct.unpack_from("<Q", data, at)[0] & ~bits))
-
-
-_XSTATE_BV, _XCOMP_BV, _RESERVED = (16 + 512 + 8 * i for i in range(3))
-_xsave("8 bytes too short", lambda data: data[:-8])
-_xsave("8 bytes too long", lambda data: data + bytes(8))
-_xsave("the header alone", lambda data: data[:16])
-_xsave("the header alone, of 0", lambda _: bytes(16))
-_xsave("xcr0 without x87", _without(0, 1))
-_xsave("xcr0 beyond xcr0_accum", _word(0, 1 << 9))
-_xsave("protection keys", lambda data: _word(0, 1 << 9)(_word(8, 1 << 9)(data)))
-_xsave("xstate_bv beyond xcr0_accum", _word(_XSTATE_BV, 1 << 9))
-_xsave("xcomp_bv", _word(_XCOMP_BV, 1 << 63))
-_xsave("a reserved byte", _word(_RESERVED, 1))
+_PKRU = 1 << 9
+_xsave("x87 and SSE", xsave(3, 3, 576))
+_xsave("8 bytes too short", xsave(3, 3, 568))
+_xsave("8 bytes too long", xsave(3, 3, 584))
+_xsave("an area for AVX", xsave(3, 3, 832))
+_xsave("the header alone", xsave(3, 3, 0))
+_xsave("the header alone, of 0", bytes(16))
+_xsave("the header alone, without xcr0_accum", xsave(3, 0, 0))
+_xsave("an area for nothing", xsave(0, 0, 576, 0))
+_xsave("xcr0 without x87", xsave(2, 3, 576))
+_xsave("xcr0_accum without x87", xsave(2, 2, 576, 2))
+_xsave("xcr0 beyond xcr0_accum", xsave(_PKRU | 3, 3, 576))
+_xsave("protection keys", xsave(_PKRU | 3, _PKRU | 3, 2696))
+_xsave("xstate_bv beyond xcr0_accum", xsave(3, 3, 576, 7))
+_xsave("xcomp_bv", xsave(3, 3, 576, xcomp_bv=1 << 63 | 3))
+_xsave("a reserved byte", xsave(3, 3, 576, reserved=1))
 
 
 # --- MSRs, extended state, context -----------------------------------------------------------------------------------
