@@ -440,3 +440,17 @@ def test_restore_domain_ring_without_content_is_taken(width: Width) -> None:
     del domain.pages[ring]
     assert not verify_pipe(domain.to_bytes()).findings
     restore_stream(domain.to_bytes())
+
+
+def test_restore_domain_p2m_that_becomes_shorter_raises() -> None:
+    """Pages beyond the new end may have come already, and tables that name them may be localised."""
+    domain = pv_domain()
+    stream = domain.to_stream("xl", batch=16)
+    leaf = int(domain.p2m_pfns[0])
+    for nth, entries in ((0, domain.entries), (1, domain.entries - 2)):
+        stream.before("X86_PV_P2M_FRAMES" if nth == 0 else "X86_TSC_INFO", WIRE.p2m_leaves(entries, (0, 1, leaf)))
+    stream.pop(stream.find("X86_PV_P2M_FRAMES"))
+    error = restore_error(stream)
+    assert isinstance(error, Malformed)
+    assert error.rule == "p2m-frames-range"
+    assert error.record == "XENPV_P2M_LEAVES"

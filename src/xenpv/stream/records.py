@@ -126,7 +126,7 @@ class X86PVP2MFrames(Record):
 class P2MLeaves(Record):
     """The leaves of a p2m of ``entries`` entries, in runs.
 
-    A later record replaces all of it.
+    A later record replaces all of it. It is never shorter: earlier pages may lie beyond its end.
 
     ``raw`` is the runs, three words of 64 bits each, little-endian: number of the first leaf, how many leaves, and the
     pfn of the one frame that holds all of them.
@@ -191,6 +191,10 @@ class P2MLeaves(Record):
         leaves, end = -(-self.entries * (ctx.width or 8) // PAGE_SIZE), int(first[-1]) + int(count[-1])
         if leaves != end or self.entries > PFN_MAX + 1:
             message = f"XENPV_P2M_LEAVES: {self.entries:#x} entries have {leaves:#x} leaves, not {end:#x}"
+            ctx.report(rules.P2M_RANGE, message)
+            return False
+        if ctx.max_pfn is not None and self.end_pfn < ctx.max_pfn:
+            message = f"XENPV_P2M_LEAVES: the p2m ends at {self.end_pfn:#x}, and ended at {ctx.max_pfn:#x} before"
             ctx.report(rules.P2M_RANGE, message)
             return False
         return True
