@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import socket
@@ -16,7 +17,7 @@ import pytest
 
 from xenpv.errors import RequestError
 from xenpv.migrate import transport
-from xenpv.migrate.transport import Link, accept, connect, listening
+from xenpv.migrate.transport import STREAM_BYTES_MIN, Link, accept, connect, listening
 
 ECHO = "import os, sys\nwhile data := os.read(0, 1 << 16): os.write(1, data)"
 
@@ -228,3 +229,77 @@ def test_standard_streams_keeps_prints_off_the_link() -> None:
     code += "link = standard_streams()\nprint('noise')\nlink.write([link.read(2)])"
     ran = subprocess.run([sys.executable, "-c", code], input=b"hi", capture_output=True, check=True)
     assert (ran.stdout, ran.stderr) == (b"hi", b"noise\n")
+
+
+# --- a peer that sends a byte now and then ----------------------------------------------------------------------------
+
+
+def trickle(fd: int, data: bytes, pause: float, stop: threading.Event) -> threading.Thread:
+    """Send a byte at a time, until the reader has gone."""
+
+    def send() -> None:
+        for byte in itertools.cycle(data):
+            if stop.wait(pause):
+                return
+            try:
+                os.write(fd, bytes([byte]))
+            except OSError:
+                return
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_read_of_a_message_has_one_deadline_for_all_of_it() -> None:
+    stop = threading.Event()
+    here, there = pair(0.2)
+    with here, there:
+        thread = trickle(there._write_fd, b"x", 0.02, stop)
+        with pytest.raises(TimeoutError) as e:
+            here.read(1000)
+        stop.set()
+        thread.join()
+    assert e.value.errno == errno.ETIMEDOUT
+    assert "of 1000 bytes" in str(e.value)
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["records", "page content"])
+def test_stream_that_trickles_times_out(paged: bool) -> None:
+    """It sends something all the time, and never as much as a stream has to."""
+    stop = threading.Event()
+    here, there = pair(0.2)
+    with here, there:
+        thread = trickle(there._write_fd, b"x", 0.01, stop)
+        source = here.input()
+
+        def read_all() -> None:
+            received = 0
+            while received < 10_000:
+                if paged:
+                    source.read_into(memoryview(bytearray(16)))
+                    received += 16
+                else:
+                    received += len(source.read(16))
+
+        with pytest.raises(TimeoutError) as e:
+            read_all()
+        stop.set()
+        thread.join()
+        source.close()
+    assert e.value.errno == errno.ETIMEDOUT
+    assert str(STREAM_BYTES_MIN) in str(e.value)
+
+
+def test_stream_that_is_fast_enough_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "STREAM_BYTES_MIN", 5)
+    stop = threading.Event()
+    here, there = pair(0.2)
+    with here, there:
+        thread = trickle(there._write_fd, b"x", 0.01, stop)
+        source = here.input()
+        for _ in range(60):  # some three periods
+            assert source.read(1) == b"x"
+        stop.set()
+        thread.join()
+        source.close()

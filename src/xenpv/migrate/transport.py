@@ -27,6 +27,9 @@ from xenpv.stream.fields import Buffer
 IDLE_TIMEOUT = 120.0  # seconds in which the peer has to send or to accept something
 SSH = ("ssh",)
 RECEIVER = ("xenpv", "receive")
+# A peer that sends a byte now and then must not hold a receiver for ever. This is 35 kB/s with the default timeout; a
+# sender is silent for 60 s at most, while its guest suspends.
+STREAM_BYTES_MIN = 4 << 20  # bytes of a stream in each ``idle_timeout``
 _DRAIN_TIMEOUT = 5.0  # seconds for what the peer still sends after an abort, and for ssh to end
 
 
@@ -119,12 +122,13 @@ class Link:
     def read(self, count: int) -> bytes:
         """Read exactly ``count`` bytes.
 
-        ECONNRESET if the peer has closed, ETIMEDOUT if it sends nothing.
+        ECONNRESET if the peer has closed, ETIMEDOUT if they have not all come within ``idle_timeout`` seconds.
         """
-        data = b""
+        data, deadline = b"", time.monotonic() + self.idle_timeout
         while len(data) < count:
-            if not self.is_readable(self.idle_timeout):
-                raise OSError(errno.ETIMEDOUT, f"the peer sent nothing for {self.idle_timeout:g} s", self.name)
+            if not self.is_readable(max(0.0, deadline - time.monotonic())):
+                received = f"{len(data)} of {count} bytes" if data else "nothing"
+                raise OSError(errno.ETIMEDOUT, f"the peer sent {received} in {self.idle_timeout:g} s", self.name)
             try:
                 more = os.read(self.read_fd, count - len(data))
             except BlockingIOError:  # one descriptor for both directions, and another reader was quicker
@@ -176,13 +180,30 @@ class _TimedOutput(Output):
 
 
 class _TimedInput(Input):
-    """An input that times out."""
+    """An input that times out, also if hardly anything comes."""
 
     def __init__(self, fd: int, name: str, idle_timeout: float) -> None:
         super().__init__(fd, name, exact=True)
         self._idle_timeout = idle_timeout
+        self._received = 0  # bytes since the last check of the rate
+        self._checked_at = time.monotonic()
+
+    def read(self, count: int) -> bytes:
+        data = super().read(count)
+        self._received += len(data)
+        return data
+
+    def _read_some(self, buffer: memoryview, offset: int) -> int:
+        count = super()._read_some(buffer, offset)
+        self._received += count
+        return count
 
     def wait(self) -> None:
+        if time.monotonic() - self._checked_at >= self._idle_timeout:
+            if self._received < STREAM_BYTES_MIN:
+                problem = f"the peer sent {self._received} bytes of the stream in {self._idle_timeout:g} s"
+                raise OSError(errno.ETIMEDOUT, f"{problem}; at least {STREAM_BYTES_MIN} are expected", self.name)
+            self._received, self._checked_at = 0, time.monotonic()
         if not _poll(self.fd, select.POLLIN, self._idle_timeout):
             raise OSError(errno.ETIMEDOUT, f"the peer sent nothing for {self._idle_timeout:g} s", self.name)
 
