@@ -172,6 +172,7 @@ def test_offer_round_trip() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("vcpus", 0),
         ("pages", -1),
         ("pages", 1 << 60),
         ("pages", 1.5),

@@ -147,7 +147,8 @@ class HandOver:
     def send(self, message: Message, **body: Any) -> bytes:
         """Return the bytes of a message, which then counts as sent.
 
-        If no byte of it left this side, call ``undo_send``.
+        If no byte of it left this side, call ``undo_send``. KeyError for one that may not be sent now: the order of
+        messages is the caller's own.
         """
         data = encode(message, body)
         self.stage = self._rules[self.stage].sends[message]
@@ -271,6 +272,7 @@ class Offer:
         for key, kind in kinds.items():
             if type(body.get(key)) is not kind:
                 raise bad(f"{key} is {body.get(key)!r}")
+        # A domain may have more pages than it may (xl mem-set lowers the limit first), or than entries in its p2m.
         for key in ("protocol", "vcpus", "pages", "max_pages", "entries"):
             if not (key == "vcpus") <= body[key] < 1 << 52:
                 raise bad(f"{key} is {body[key]:#x}")

@@ -287,7 +287,7 @@ def listening(address: str, *, anywhere: bool = False) -> Iterator[socket.socket
     if address.startswith("unix:"):
         path = Path(address.removeprefix("unix:"))
         sock = socket.socket(socket.AF_UNIX)
-        before = os.umask(0o177)
+        before = os.umask(0o177)  # of the whole process: nothing else of it makes files while it waits for a peer
         try:
             sock.bind(str(path))
         except OSError as e:
@@ -325,7 +325,10 @@ def listening(address: str, *, anywhere: bool = False) -> Iterator[socket.socket
 
 
 def accept(listener: socket.socket, address: str, *, idle_timeout: float = IDLE_TIMEOUT) -> Link:
-    """Wait for the first connection, without a timeout, and return its link."""
+    """Wait for the first connection, without a timeout, and return its link.
+
+    Whoever connects is the peer: the socket's mode, the loopback address or the network keeps others out.
+    """
     sock, peer = listener.accept()
     name = f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else address
     return Link.of_socket(sock, name, idle_timeout=idle_timeout)

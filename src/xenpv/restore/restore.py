@@ -94,7 +94,7 @@ def restore(
         console_port: The domain's event channel to xenconsoled.
         xenstore_port: The domain's event channel to xenstored.
         envelope: What wraps the stream (default: detected).
-        static_data_done: Called after the static data.
+        static_data_done: Called after the static data. The domain has the stream's width by then, whatever it raises.
         progress: Called while the stream is read.
 
     Raises:
