@@ -218,6 +218,16 @@ def second_root(d: Domain) -> None:
     d.table(first)[3] = make_table(d, second, 2) << 12 | P
 
 
+@case(rules.TABLE_LEVEL, "an L4 table that nothing names", widths=(4,), also={rules.TABLE_ORPHAN})
+def _(d: Domain) -> Where:
+    return Where({"pfn": make_table(d, d.places.data[0], 4), "level": 4})
+
+
+@case(rules.TABLE_LEVEL, "a pinned L4 table", widths=(4,))
+def _(d: Domain) -> Where:
+    return Where({"pfn": make_table(d, d.places.data[0], 4, PIN), "level": 4})
+
+
 @case(rules.PAE_L3, "entry 3 is not present", widths=(4,), prepare=second_root, also={rules.TABLE_ORPHAN})
 def _(d: Domain) -> Where:
     return put(d, 3, d.places.data[0], 3, 0)

@@ -92,6 +92,7 @@ class PageTableChecks:
         tables = self.saved.contents.index.pfns(IS_TABLE)
         types = self.saved.frames.types(tables)
         levels = types & 7
+        self._check_levels(tables[levels > LEVELS[self._width]])
         checked = 0
         for level in (4, 3, 2, 1):  # from the top: an L3 tells which L2 has Xen's slots
             level_tables = tables[levels == level]
@@ -105,6 +106,14 @@ class PageTableChecks:
         self._check_linear(tables, types)
         if self.saved.pages_complete:
             self._check_earlier_tables()
+
+    def _check_levels(self, pfns: U64) -> None:
+        """Report tables of a level that a guest of this width has not."""
+
+        def describe(pfn: np.uint64) -> tuple[str, dict[str, int]]:
+            return f"pfn {int(pfn):#x} is an L4 table, in a 32-bit guest", {"pfn": int(pfn), "level": 4}
+
+        self.findings.add_each(rules.TABLE_LEVEL, pfns, describe)
 
     def _add(self, rule: Rule, rows: I64, entries: _Entries, problem: str) -> None:
         """Add a finding for each of the entries at ``rows``.

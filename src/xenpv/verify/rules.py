@@ -63,6 +63,11 @@ MEMORY_LIMIT = Rule(
 
 # --- checked by Xen at the end of a restore --------------------------------------------------------------------------
 PTE_LEVEL = Rule("pte-level", "an entry of an Ln table names an L(n-1) table", "get_page_from_l2e() and its variants")
+TABLE_LEVEL = Rule(
+    "table-level",
+    "no page of a 32-bit guest is an L4 table; stock restorers make an ordinary page of it",
+    "xen/arch/x86/mm.c do_mmuext_op(), MMUEXT_PIN_L4_TABLE",
+)
 PTE_WRITABLE = Rule("pte-writable", "no entry maps a page table or a GDT frame writable", "get_page_from_l1e()")
 PTE_FLAGS = Rule("pte-flags", "a present entry has no flag that Xen refuses", "L1_DISALLOW_MASK and its variants")
 XEN_SLOT = Rule("xen-slot", "Xen's own slots of a table are empty", "normalise_pagetable(); is_guest_l4_slot()")
