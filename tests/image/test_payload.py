@@ -140,6 +140,11 @@ WRONG: dict[str, tuple[bytes, str, int]] = {
     "text": (b"#!/bin/sh\necho no kernel\n", "neither an ELF file nor a bzImage: it begins with 23 21 2f", 0),
     "zeroes": (bytes(4096), "neither an ELF file nor a bzImage", 0),
     "a Windows program": (b"MZ\x90\0" + bytes(500), "a PE program (Windows", 0),
+    "an arm64 kernel with an EFI stub": (
+        b"MZ\0\x91" + bytes(52) + b"ARMd" + b"\x40\0\0\0PE\0\0\x64\xaa" + bytes(900),
+        "an AArch64 Linux Image",
+        0,
+    ),
     "an arm64 kernel": (b"\0" * 56 + b"ARMd" + bytes(900), "an AArch64 Linux Image", 0),
     "xz around it": (lzma.compress(ELF), "a file compressed with xz; only gzip may be around a kernel", 0),
     "nothing in gzip": (gzip.compress(b""), "there is nothing inside the gzip", 0),
@@ -154,7 +159,7 @@ WRONG: dict[str, tuple[bytes, str, int]] = {
         3276,
     ),
     "not packed": (bzimage("", ELF), "begins with 7f 45 4c 46", 3276),
-    "no payload": (bzimage("", b"", payload=b""), "begins with nothing, which is no compression", 3276),
+    "no payload, as memtest86+": (bzimage("", b"", payload=b""), "has no payload: payload_length is 0", 0x248),
     "an old protocol": (bzimage("gzip", ELF, protocol=0x207), "boot protocol 2.07 of the bzImage is too old", 0x206),
     "a length beyond": (
         bzimage("gzip", ELF, length=1 << 31),

@@ -12,6 +12,7 @@ from tests.support.writers.kernel import (
     Kernel,
     Load,
     Section,
+    bzimage,
     kernel32,
     note,
     quad,
@@ -19,6 +20,7 @@ from tests.support.writers.kernel import (
     word,
 )
 from xenpv.image.kernel import KernelImage
+from xenpv.image.request import _format_pages
 from xenpv.image.verdict import guest_type, p2m_obstacle, pv_obstacles, pvh_obstacles, remarks
 
 
@@ -126,6 +128,20 @@ def test_p2m_obstacle_names_the_reason_and_is_a_remark(kernel: Kernel, reason: s
     assert p2m_obstacle(image) == reason
     is_remark = reason is not None and image.parameters.init_p2m is not None
     assert [remark.startswith(str(reason)) for remark in remarks(image)] == [True] * is_remark
+
+
+@pytest.mark.parametrize("compression", ["zstd", "xz"])
+def test_remarks_name_what_older_loaders_cannot_unpack(compression: str) -> None:
+    """libxenguest unpacks zstd from 4.15 on (xg_dom_bzimageloader.c), and PV GRUB's mini-os does not."""
+    image = KernelImage.parse(bzimage(compression, Kernel(notes=[*PV64]).to_bytes()))
+    assert ["4.15" in remark for remark in remarks(image)] == [True] * (compression == "zstd")
+
+
+@pytest.mark.parametrize(
+    ("pages", "text"), [(0x4C12, "76.07 MiB"), (0x400, "4 MiB"), (0x40000, "1 GiB"), (1, "0 MiB"), (0x180, "1.5 MiB")]
+)
+def test_format_pages_has_no_float_noise(pages: int, text: str) -> None:
+    assert _format_pages(pages) == f"{pages:#x} pages ({text})"
 
 
 def test_remarks_of_overlaps_features_and_symbols() -> None:

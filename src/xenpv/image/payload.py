@@ -162,6 +162,10 @@ _PACKAGES = {"lz4": "lz4", "zstd": "zstandard"}
 
 
 def _detect_compression(data: memoryview, offset: int, length: int) -> str:
+    if not length:
+        raise ImageError(
+            "the bzImage has no payload: payload_length is 0, as of a program like memtest86+", offset=_PAYLOAD
+        )
     head = bytes(data[offset : offset + min(length, 8)])
     for magic, name in _MAGICS.items():
         if head.startswith(magic):
@@ -169,7 +173,7 @@ def _detect_compression(data: memoryview, offset: int, length: int) -> str:
                 return name
             raise ImageError(f"the bzImage's payload is packed with {name}, which xenpv does not unpack", offset=offset)
     raise ImageError(
-        f"the bzImage's payload begins with {head.hex(' ') or 'nothing'}, which is no compression that a loader of Xen "
+        f"the bzImage's payload begins with {head.hex(' ')}, which is no compression that a loader of Xen "
         "knows (gzip, bzip2, xz, zstd, lzma, lzo, lz4)",
         offset=offset,
     )
@@ -277,8 +281,8 @@ def _describe_other_file(data: memoryview, layers: list[Layer]) -> str:
     for magic, name in _MAGICS.items():
         if head.startswith(magic) and len(magic) > 2:
             return f"a file compressed with {name}{inside}; only gzip may be around a kernel, so unpack it first"
+    if head[56:60] == b"ARMd":  # with an EFI stub it begins with MZ, too (Documentation/arch/arm64/booting.rst)
+        return f"an AArch64 Linux Image{inside}; Xen's PV and PVH guests are x86"
     if head.startswith(b"MZ"):
         return f"a PE program{inside} (Windows, or an EFI application that is no bzImage), not a kernel that Xen boots"
-    if head[56:60] == b"ARMd":
-        return f"an AArch64 Linux Image{inside}; Xen's PV and PVH guests are x86"
     return f"neither an ELF file nor a bzImage{inside}: it begins with {head[:8].hex(' ')}"

@@ -212,4 +212,5 @@ def _format_pages(pages: int) -> str:
     """Return pages for a message: "0x800 pages (8 MiB)"."""
     shift = next((shift for shift in (28, 18, 8) if pages and not pages % (1 << shift)), 8)
     unit = {28: "TiB", 18: "GiB", 8: "MiB"}[shift]
-    return f"{pages:#x} pages ({round(pages / (1 << shift), 2):.16g} {unit})"
+    number = f"{pages / (1 << shift):.2f}".rstrip("0").rstrip(".")
+    return f"{pages:#x} pages ({number} {unit})"

@@ -77,6 +77,8 @@ def remarks(image: KernelImage) -> list[str]:
         )
     if len(overlaps) > 4:
         warnings.append(f"{len(overlaps) - 4} more segments overlap")
+    if any(layer.compression == "zstd" for layer in image.layers):
+        warnings.append("it is packed with zstd, which xl unpacks from Xen 4.15 on, and PV GRUB does not")
     obstacle = p2m_obstacle(image)
     if obstacle is not None and image.parameters.init_p2m is not None:
         warnings.append(f"{obstacle}, so it has no effect")

@@ -122,6 +122,17 @@ _COMPRESSED = {
 }
 
 
+# Files that people have beside saved domains.
+_OTHERS = {
+    b"EMiL": "a LiME dump of memory",
+    b"KDUMP   ": "a kdump-compressed core, as makedumpfile and `xenpv export -f kdump` write it",
+    b"LibvirtQemudSave": "a saved KVM guest of libvirt (virsh save)",
+    b"LibvirtQemudPart": "a saved KVM guest of libvirt, unfinished",
+    b"QEVM": "a migration stream of QEMU, a KVM guest's state",
+    b"ova.xml\0": "a tar archive of an XVA export (xe vm-export), which holds disks and no memory",
+}
+
+
 def sniff(head: bytes) -> Kind:
     """Detect the kind of stream by its first SNIFF_SIZE bytes, or all that there are.
 
@@ -148,6 +159,9 @@ def _describe_other(head: bytes) -> str:
             "the input is an ELF file (a kernel or a core), not a saved domain; read a kernel with `xenpv image FILE`, "
             "a core with `xenpv show FILE` or `xenpv check FILE`, and not from a pipe"
         )
+    for magic, name in _OTHERS.items():
+        if head.startswith(magic):
+            return f"the input is {name}, not a saved Xen domain"
     if head.startswith(b"XenSavedDomain\n"):
         return "the input is a legacy xenopsd suspend image (before Xen 4.6), which xenpv does not read"
     if width := legacy_width(head):
