@@ -184,7 +184,9 @@ def _parse_json(text: str) -> _Parsed:
         "name": _str_or_none(c_info.get("name")),
         "uuid": _uuid(c_info.get("uuid"), problems, strict=True),
         "type": _str_or_none(c_info.get("type")),
-        "max_memkb": _limit("max_memkb", b_info.get("max_memkb"), _MAX_KIB, problems) or None,
+        # libxl restores a domain with any maximum: its target counts.
+        "max_memkb": _limit("max_memkb", b_info.get("max_memkb"), _MAX_KIB, problems, too_large=rules.CONFIG_IGNORED)
+        or None,
         "target_memkb": _limit("target_memkb", b_info.get("target_memkb"), _MAX_KIB, problems),
         "max_vcpus": _limit("max_vcpus", b_info.get("max_vcpus"), _MAX_VCPUS, problems) or None,  # 0: the default
     }
@@ -249,7 +251,13 @@ def _uuid(value: object, problems: list[Problem], *, strict: bool) -> str | None
 
 
 def _limit(
-    name: str, value: object, maximum: int, problems: list[Problem], *, other_kind: Rule = rules.CONFIG_IGNORED
+    name: str,
+    value: object,
+    maximum: int,
+    problems: list[Problem],
+    *,
+    other_kind: Rule = rules.CONFIG_IGNORED,
+    too_large: Rule = rules.CONFIG_LIMITS,
 ) -> int | None:
     """Return a member with a size; None, and a problem, if no domain can have it.
 
@@ -259,6 +267,7 @@ def _limit(
         maximum: The largest that a domain can have.
         problems: Gets the problem.
         other_kind: The rule that a value breaks which is no integer.
+        too_large: The rule that a value above the maximum breaks.
     """
     if value is None:
         return None
@@ -267,7 +276,8 @@ def _limit(
         return None
     if not 0 <= value <= maximum:
         shown = f"{value}" if abs(value) < 1 << 64 else "far too large"
-        problems.append((rules.CONFIG_LIMITS, f"{name} is {shown}; it is a number up to {maximum}"))
+        rule = too_large if value > 0 else rules.CONFIG_LIMITS
+        problems.append((rule, f"{name} is {shown}; it is a number up to {maximum}"))
         return None
     return value
 

@@ -33,7 +33,7 @@ CONFIG_LIMITS = Rule(
 )
 CONFIG_IGNORED = Rule(
     "config-ignored",
-    "every member of the configuration is of the kind that the toolstack reads, and nothing follows",
+    "every member of the configuration has a value that the toolstack uses, and nothing follows",
     "libxl__json_map_get(); libxl__yajl_alloc(): a member of another kind counts as missing",
     WARNING,
 )
