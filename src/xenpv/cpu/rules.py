@@ -10,7 +10,7 @@ from xenpv.findings import Rule, Severity
 
 TSC_INFO = Rule(
     "tsc-info",
-    "the TSC's mode is 0, 1 or 2, and its frequency no multiple of 2^29 kHz (on which Xen 4.17 and older hang)",
+    "the TSC's mode is 0, 1 or 2, and its frequency no multiple of 2^29 kHz (Xen 4.17.0 and older hang on it)",
     "xen/arch/x86/time.c tsc_set_info(), set_time_scale()",
 )
 TSC_CLOCK = Rule(

@@ -48,7 +48,8 @@ class Refusal(NamedTuple):
 def iter_tsc_refusals(mode: int, khz: int) -> Iterator[Refusal]:
     """Yield why Xen refuses a TSC mode and frequency.
 
-    Xen 4.17 and older multiply the frequency by 1000 in 32 bits. If nothing is left, set_time_scale() does not return.
+    Xen 4.17.0 and older multiply the frequency by 1000 in 32 bits. If nothing is left, set_time_scale() does not
+    return. Later ones take it; no CPU has it.
 
     Source: xen.git:xen/arch/x86/time.c tsc_set_info()
     """
@@ -56,7 +57,7 @@ def iter_tsc_refusals(mode: int, khz: int) -> Iterator[Refusal]:
         gone = ", PVRDTSCP, which Xen gave up in 4.13" if mode == _TSC_PVRDTSCP else ""
         yield Refusal(errno.EINVAL, f"TSC mode {mode}{gone}: must be 0, 1 or 2")
     elif mode != TSC_NEVER_EMULATE and khz and khz * 1000 % (1 << 32) == 0:
-        yield Refusal(errno.EINVAL, f"TSC frequency {khz} kHz: Xen 4.17 and older would hang")
+        yield Refusal(errno.EINVAL, f"TSC frequency {khz} kHz: Xen 4.17.0 and older would hang")
 
 
 def iter_xsave_refusals(

@@ -65,7 +65,7 @@ def _put(data: bytes, at: int, new: bytes) -> bytes:
 
 
 # --- TSC -------------------------------------------------------------------------------------------------------------
-# A frequency of 2^29 kHz is not among them: Xen 4.17 and older hang on it.
+# A frequency of 2^29 kHz is not among them: Xen 4.17.0 and older hang on it.
 
 
 def _tsc(name: str, at: int, value: int) -> None:
