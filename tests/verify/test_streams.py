@@ -171,6 +171,16 @@ def test_verify_pipe_reports_what_it_could_not_check(tmp_path: Path) -> None:
     assert from_pipe.findings[0].offset == domain.to_stream().offset("SHARED_INFO")
 
 
+def test_verify_pipe_reports_a_gdt_that_looked_like_data(tmp_path: Path) -> None:
+    """Its first descriptor, which no CPU uses, is not empty; so the pipe let the page pass."""
+    domain = pv_domain()
+    domain.pages[domain.places.gdt[0]][:8] = b"segments"
+    from_file, from_pipe = verify_file_and_pipe(tmp_path, domain.to_bytes())
+    assert not from_file.findings, str(from_file)
+    assert [(f.rule.name, f.pfn) for f in from_pipe.findings] == [("not-checked", domain.places.gdt[0])]
+    assert from_pipe.report.ok
+
+
 # --- size ------------------------------------------------------------------------------------------------------------
 
 
