@@ -30,6 +30,7 @@ ELSEWHERE = {
     rules.TABLE_CONTENT: "test_verify.py::test_verify_page_data_with_too_few_pages_reports_its_tables",
     rules.PAGE_REPEATED: "test_streams.py::test_verify_pfn_twice_in_a_record_is_a_warning",
     rules.NOT_CHECKED: "test_streams.py::test_verify_pipe_reports_what_it_could_not_check",
+    rules.XEND: "../convert/test_xend.py::test_verify_of_a_xend_file_says_that_it_has_to_be_converted",
 }
 
 

@@ -12,7 +12,7 @@ from xenpv.convert.file import NotRestorable
 from xenpv.convert.file import convert as convert_file
 from xenpv.errors import RequestError
 from xenpv.io.stream_input import Input
-from xenpv.stream.envelope import CONFIG_MAX, Kind
+from xenpv.stream.envelope import CONFIG_MAX, INNER_KIND, Kind
 from xenpv.stream.legacy import LegacyFormat
 from xenpv.stream.reader import Reader
 from xenpv.stream.record_order import Guest
@@ -24,7 +24,7 @@ _FORMATS = {b"{": "json", b"<": "xml", b"(": "sexp"}
 @click.command()
 @click.argument("source", metavar="IN", type=click.Path(allow_dash=True))
 @click.argument("out", metavar="OUT", type=click.Path(allow_dash=True))
-@click.option("--to", "kind", type=click.Choice([str(kind) for kind in Kind]), show_default="that of IN",
+@click.option("--to", "kind", type=click.Choice([str(kind) for kind in INNER_KIND]), show_default="that of IN",
               help="Envelope of OUT.")  # fmt: skip
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), metavar="FILE", show_default="that of IN",
               help="Configuration to store in OUT: JSON or xl's text for xl, XML for libvirt.")  # fmt: skip
@@ -59,8 +59,8 @@ def convert(
     """Convert a saved domain to the current stream version (3), in any envelope.
 
     IN is a save file of any age: a legacy stream of before Xen 4.6 (PV or HVM, of a 32-bit or 64-bit toolstack, also
-    with pages that Remus compressed), or version 2 or 3; of xl, libvirt or xenopsd, or a bare libxl or libxc stream. IN
-    and OUT may be "-", a pipe. Of a Remus stream the last complete checkpoint counts.
+    with pages that Remus compressed), or version 2 or 3; of xl, libvirt, xenopsd or xend (`xm save`), or a bare libxl
+    or libxc stream. IN and OUT may be "-", a pipe. Of a Remus stream the last complete checkpoint counts.
 
     OUT passes `xenpv verify`. Otherwise no file OUT appears, and a pipe is left incomplete.
 

@@ -54,7 +54,7 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
     """Return the description of a saved domain that --json prints. Sizes are in bytes."""
     contents = saved.contents
     assert contents.domain is not None
-    assert contents.image is not None
+    image = contents.image  # a legacy stream has none
     config = saved.config
     counts = contents.index.count()
     pages = sum(n for kind, n in counts.items() if HAS_DATA[kind])
@@ -64,8 +64,8 @@ def describe(saved: SavedDomain, *, records: bool = False) -> dict[str, Any]:
         "envelope": str(contents.envelope.kind)
         if contents.envelope
         else ("libxl" if contents.libxl_header else "libxc"),
-        "stream_version": contents.image.version,
-        "byte_order": "big" if contents.image.big_endian else "little",
+        "stream_version": 1 if image is None else image.version,
+        "byte_order": "big" if image is not None and image.big_endian else "little",
         "domain_type": contents.domain.guest.name,
         "xen": f"{contents.domain.xen_major}.{contents.domain.xen_minor}",
         "complete": contents.complete,
@@ -247,7 +247,9 @@ def print_description(saved: SavedDomain, facts: dict[str, Any], *, verbose: boo
     config = facts["config"] or {}
     name = f' "{printable(config["name"])}"' if config.get("name") else ""
     bits = f", {facts['width'] * 8}-bit with {facts['levels']} levels of page tables" if facts.get("width") else ""
-    source = "converted from a legacy stream" if facts["xen"].startswith("0.") else f"saved by Xen {facts['xen']}"
+    source = f"saved by Xen {facts['xen']}"
+    if facts["xen"].startswith("0."):
+        source = "saved by a Xen before 4.6" if facts["stream_version"] == 1 else "converted from a legacy stream"
     completeness = "complete" if facts["complete"] else click.style("cut off", fg="red")
     click.echo(click.style(f"{facts['domain_type']} domain{name}", bold=True) + f"{bits}, {source}, {completeness}")
     print_field(

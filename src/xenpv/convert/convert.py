@@ -240,6 +240,14 @@ class Conversion:
                 yield self._writer.send(event)
 
     @property
+    def _output_kind(self) -> Kind:
+        """The envelope of the output.
+
+        That of the input, but xl's for a file of xend.
+        """
+        return self._options.kind or (Kind.XL if self.result.source_kind is Kind.XEND else self.result.source_kind)
+
+    @property
     def _writer(self) -> Writer:
         assert self._started_writer is not None, "a domain header comes before all records"
         return self._started_writer
@@ -248,7 +256,7 @@ class Conversion:
         """Start the output with the headers of its envelope and streams."""
         result, options = self.result, self._options
         result.version, result.guest = self._version or 1, header.guest
-        result.kind = options.kind or result.source_kind
+        result.kind = self._output_kind
         if options.config is not None:
             config, config_format = options.config, options.config_format
         elif self.config_format in envelope.CONFIG_FORMATS[result.kind]:
@@ -295,7 +303,7 @@ class Conversion:
             Unsupported: the options do not allow it.
         """
         if not self._options.drop_emulator:
-            kind = self._options.kind or self.result.source_kind
+            kind = self._output_kind
             message = (
                 f"a {kind} file cannot carry the device model's state ({name}), which an HVM domain needs to resume"
             )

@@ -35,7 +35,6 @@ _MAGICS = {
     b"KDUMP   ": FileKind.KDUMP,
     b"EMiL": FileKind.LIME,
     b"XenSavedDomain\n": FileKind.SAVED_DOMAIN,  # xenopsd's of before Xen 4.6
-    b"LinuxGuestRecord": FileKind.SAVED_DOMAIN,  # xend's
     b"<!DOCTYPE html": FileKind.HTML,
     b"<svg": FileKind.SVG,
 }

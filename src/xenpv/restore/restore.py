@@ -207,6 +207,8 @@ class _Restore:
         reader = Reader(on_breach=raise_breach, kind=envelope)
         with self._resources:
             for event in self.source.events(reader, progress, reads_pages=True):
+                if isinstance(event, DomainHeader) and reader.is_legacy:
+                    raise Unsupported("a legacy stream: `xenpv convert` makes a file of it", offset=event.offset)
                 self._apply_or_buffer(event)
             self._memory.flush()
         assert self._target is not None

@@ -395,9 +395,41 @@ def _parse_sexp(text: str) -> _Parsed:
     return {"type": match[1], "guest": Guest.PV if match[1] == "PV" else Guest.HVM}, []
 
 
+def _parse_xend(text: str) -> _Parsed:
+    """Return what the first members of xend's s-expression say.
+
+    For example (domain (name web) (memory 256) …).
+    """
+    members = {match[1]: match[2] for match in reversed(list(_XEND_MEMBERS.finditer(text)))}
+    problems: list[Problem] = []
+    memory, maximum = (_xend_kib(members, key, problems) for key in ("memory", "maxmem"))
+    guest = "hvm" if "(hvm" in text else "pv"
+    return {
+        "name": members.get("name"),
+        "uuid": _uuid(members.get("uuid"), problems, strict=False),
+        "type": guest,
+        "guest": _GUESTS[guest],
+        "max_memkb": memory if maximum is None else maximum,
+        "target_memkb": memory,
+        "max_vcpus": _limit("vcpus", _number(members["vcpus"]), _MAX_VCPUS, problems) if "vcpus" in members else None,
+    }, problems
+
+
+_XEND_MEMBERS = re.compile(r"\((name|uuid|memory|maxmem|vcpus) ([^()\s]{1,256})\)")
+
+
+def _xend_kib(members: dict[str, str], key: str, problems: list[Problem]) -> int | None:
+    """Return a size that xend has in MiB."""
+    if key not in members:
+        return None
+    number = _number(members[key])
+    return _limit(key, number << 10 if isinstance(number, int) else number, _MAX_KIB, problems)
+
+
 _PARSERS: dict[str, Callable[[str], _Parsed]] = {
     "json": _parse_json,
     "xml": _parse_xml,
     "xl": _parse_xl,
     "sexp": _parse_sexp,
+    "xend": _parse_xend,
 }

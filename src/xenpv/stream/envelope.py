@@ -26,6 +26,7 @@ class Kind(StrEnum):
     XENOPSD = "xenopsd"
     LIBXL = "libxl"
     LIBXC = "libxc"
+    XEND = "xend"
 
 
 XL_MAGIC = b"Xen saved domain, xl format\n \0 \r"
@@ -44,6 +45,11 @@ LIBVIRT_HEADER_SIZE = len(LIBVIRT_MAGIC) + LIBVIRT_FIELDS.size
 XENOPSD_MAGIC = b"XenSavedDomv2-\n"
 XENOPSD_SECTION = Fields(type=8, length=8)
 
+# xm save, to Xen 4.4: the signature, the length of the configuration in network order, the configuration, and a legacy
+# stream (xen.git@RELEASE-4.4.0:tools/python/xen/xend/XendCheckpoint.py save(), restore()).
+XEND_MAGIC = b"LinuxGuestRecord"
+XEND_HEADER_SIZE = len(XEND_MAGIC) + 4
+
 LIBXL_IDENT = b"LibxlFmt"
 LIBXC_MARKER = b"\xff" * 8
 
@@ -53,6 +59,7 @@ _MAGICS = {
     XENOPSD_MAGIC: Kind.XENOPSD,
     LIBXL_IDENT: Kind.LIBXL,
     LIBXC_MARKER: Kind.LIBXC,
+    XEND_MAGIC: Kind.XEND,
 }
 
 CONFIG_MAX = 1 << 20  # bytes; a domain's configuration has kilobytes, and takes 50 times as much to parse
@@ -94,11 +101,11 @@ class Envelope:
     """An envelope that was read.
 
     Attributes:
-        kind: xl, libvirt or xenopsd.
+        kind: xl, libvirt, xenopsd or xend.
         offset: where it begins.
         length: bytes up to the stream inside.
         config: the domain's configuration; empty where it carries none.
-        config_format: "json", "xl" (xl's text format), "xml", "sexp", or "" for none.
+        config_format: "json", "xl" (xl's text format), "xml", "sexp" (xenopsd's), "xend", or "" for none.
     """
 
     kind: Kind

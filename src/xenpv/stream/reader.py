@@ -140,6 +140,7 @@ class Reader:
             Kind.XENOPSD: self._read_xenopsd,
             Kind.LIBXL: self._read_libxl,
             Kind.LIBXC: self._read_libxc,
+            Kind.XEND: self._read_xend,
         }
         yield from self._read_legacy("a legacy stream") if kind is None else readers[kind]()
         self.done = True
@@ -224,6 +225,25 @@ class Reader:
             yield from self._read_legacy("a libvirt file of the legacy stream format", cursor.offset)
         else:
             yield from self._read_libxl()
+
+    def _read_xend(self) -> Steps:
+        cursor = self._cursor
+        cursor.start_record("xend header")
+        head = yield from cursor.read(envelope.XEND_HEADER_SIZE, "the xend header")
+        if head[: len(envelope.XEND_MAGIC)] != envelope.XEND_MAGIC:
+            raise cursor.fatal_error(rules.ENVELOPE, "not a xend header")
+        length = int.from_bytes(head[len(envelope.XEND_MAGIC) :], "big")
+        self._check_config_length(length)
+        config = bytes((yield from cursor.read(length, "the domain configuration"))).rstrip(b"\0\n ")
+        if not (config.startswith(b"(") and config.endswith(b")")):
+            message = f"the configuration of {length} bytes is no whole s-expression; is its length wrong?"
+            raise cursor.fatal_error(rules.ENVELOPE, message)
+        yield Envelope(Kind.XEND, cursor.record_offset, cursor.offset - cursor.record_offset, config, "xend")
+        if self._legacy is None:
+            from xenpv.stream.legacy import LegacyFormat  # noqa: PLC0415  few streams are legacy
+
+            self._legacy = LegacyFormat()  # xend wrote no other stream
+        yield from self._read_legacy("a file of xend", cursor.offset)
 
     def _read_xenopsd(self) -> Steps:
         cursor = self._cursor

@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 WARNING = Severity.WARNING
+XEND = Rule("xend-file", "a toolstack since Xen 4.5, which has no xend, reads the file", "tools/xl/xl.h XL_SAVE_MAGIC")
 _SOUND = "below the domain's end, of the right type, and with content"
 
 # --- checked by the restore path -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
 from xenpv.stream.record_order import Guest
 from xenpv.stream.records import End
+from xenpv.verify.rules import XEND
 
 if TYPE_CHECKING:
     from xenpv.source.saved import SavedDomain
@@ -183,6 +184,10 @@ def _end_early(report: Report, error: StreamError) -> None:
 
 def _check_config(report: Report, envelope: Envelope | None, sections: list[SectionHeader]) -> None:
     """Report what keeps a toolstack from using the configuration in the envelope."""
+    if envelope is not None and envelope.kind is Kind.XEND:
+        report.findings.add(
+            XEND, "xend wrote it; `xenpv convert` makes a file of it that xl restores", offset=0, record=envelope.name
+        )
     config = Config.from_envelope(envelope, sections)
     if config is not None and envelope is not None:
         for rule, problem in config.iter_problems(report.guest):

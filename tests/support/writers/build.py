@@ -67,7 +67,7 @@ def pv_domain_with_gdt() -> Domain:
     """Return a domain of 64 pages with two vcpus whose GDT frames are not zero, so that no page is lost by chance."""
     domain = pv_domain(pfns=range(64), vcpus=2)
     for pfn in domain.places.gdt:
-        domain.pages[pfn][:8] = b"segments"
+        domain.pages[pfn][16:24] = b"segments"
     return domain
 
 
