@@ -80,6 +80,7 @@ def restore(
     name: str | None = None,
     new_uuid: bool = False,
     paused: bool = False,
+    seal_key: bytes | None = None,
     progress: ProgressCallback | None = None,
     host: Mover | None = None,
 ) -> Restored:
@@ -92,6 +93,7 @@ def restore(
         name: The new domain's name (default: the one in the file).
         new_uuid: Give it a new uuid, so that it can run beside the domain that was saved.
         paused: Leave the domain paused.
+        seal_key: Demand a seal that was made with this key, and covers the whole file.
         progress: Called while memory is restored.
         host: The host on which to create the domain (default: this one).
 
@@ -106,7 +108,9 @@ def restore(
     source = Input.open(path)
     try:
         with _open_host(host) as xen:
-            return restore_domain(xen, source, name=name, new_uuid=new_uuid, paused=paused, progress=progress)
+            return restore_domain(
+                xen, source, name=name, new_uuid=new_uuid, paused=paused, seal_key=seal_key, progress=progress
+            )
     finally:
         source.close()
 

@@ -143,6 +143,29 @@ class Malformed(StreamError):
     """A field has an invalid value."""
 
 
+class SealBroken(StreamError):
+    """The stream is not what was sealed.
+
+    Attributes:
+        batch: the number of the PAGE_DATA record whose content changed; None if it is no single one.
+        pfns: the pfns of that record; empty for a very long one, and if it is no single one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        offset: int,
+        record: str | None = None,
+        rule: str | None = None,
+        batch: int | None = None,
+        pfns: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__(message, offset=offset, record=record, rule=rule)
+        self.batch = batch
+        self.pfns = pfns
+
+
 class OutOfOrder(StreamError):
     """A record is not allowed at its place, or a required record is missing."""
 

@@ -25,6 +25,7 @@ from xenpv.memory.p2m_anchors import Anchors
 from xenpv.memory.page_tables import frame_to_cr3
 from xenpv.save.save import Summary, save
 from xenpv.source.config import libxl_config
+from xenpv.stream.seal import Sealer
 
 HOST_BYTES = 8 << 30
 """Bytes of memory that the model host needs beyond the domain's own."""
@@ -51,6 +52,7 @@ def build_file(
     *,
     name: str,
     uuid: str,
+    seal: Sealer | None = None,
     progress: ProgressCallback | None = None,
 ) -> Summary:
     """Build a domain on a model host, and write it as an xl save file.
@@ -63,6 +65,7 @@ def build_file(
         sink: Receives the file.
         name: Name of the domain.
         uuid: Its uuid.
+        seal: Seals the file.
         progress: Called after each batch.
 
     Raises:
@@ -78,7 +81,7 @@ def build_file(
         if progress is not None:
             progress(status._replace(step="writing the file"))
 
-    return save(host, built.domid, sink, config=config, progress=report)
+    return save(host, built.domid, sink, config=config, seal=seal, progress=report)
 
 
 def _publish_p2m(host: Mover, built: Built, layout: Layout) -> None:

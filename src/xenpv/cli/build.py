@@ -17,7 +17,7 @@ from xenpv.cli.kernel_file import (
     ramdisk_size,
     read_kernel,
 )
-from xenpv.cli.terminal import FORCE, JSON, print_json, progress_bar
+from xenpv.cli.terminal import FORCE, JSON, SEAL, SEAL_KEY, make_sealer, print_json, progress_bar
 from xenpv.errors import RequestError
 from xenpv.host.domain_names import check_name
 from xenpv.image.kernel import KernelImage
@@ -25,6 +25,7 @@ from xenpv.image.layout import plan
 from xenpv.image.request import Request
 from xenpv.io.atomic_output import Output
 from xenpv.io.file_kind import FileKind
+from xenpv.stream.seal import Sealer
 from xenpv.text import size
 
 
@@ -41,6 +42,8 @@ from xenpv.text import size
 @click.option("--start", is_flag=True, help="Start the domain; otherwise it stays paused (xl unpause starts it).")
 @click.option("-o", "output", type=click.Path(allow_dash=True), metavar="FILE",
               help="Write a save file for xl restore instead of a domain.")  # fmt: skip
+@SEAL
+@SEAL_KEY
 @FORCE
 @JSON
 def build(
@@ -53,6 +56,8 @@ def build(
     old_tools: bool,
     start: bool,
     output: str | None,
+    seal: bool,
+    seal_key: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -76,6 +81,9 @@ def build(
         raise click.UsageError("-o writes a file, which cannot be started: use --start or -o, not both")
     if output == "-" and as_json:
         raise click.UsageError("-o - writes the file to standard output: leave out --json or name a FILE")
+    sealer = make_sealer(seal, seal_key)
+    if sealer is not None and output is None:
+        raise click.UsageError("--seal and --seal-key seal a file: give -o, too")
     initrd = ramdisk_size(Path(ramdisk)) if ramdisk is not None else 0
     request = Request(memory, initrd, vcpus, cmdline, virt_p2m_4tools=not old_tools)
     data = read_kernel(kernel)
@@ -84,7 +92,7 @@ def build(
         if output is not None:
             inputs = kernel_inputs(kernel, ramdisk)
             file = Output.open(output, replaces={FileKind.SAVED_DOMAIN}, inputs=inputs, force=force)
-            _build_file(image, request, ramdisk, domain_name, file, as_json=as_json)
+            _build_file(image, request, ramdisk, domain_name, file, sealer, as_json=as_json)
             return
         layout = plan(image, request)
     from xenpv.build.build import build as build_domain  # noqa: PLC0415  NumPy, and Xen's libraries
@@ -123,7 +131,14 @@ def _read_ramdisk(ramdisk: str | None, request: Request) -> bytes:
 
 
 def _build_file(
-    image: KernelImage, request: Request, ramdisk: str | None, name: str, output: Output, *, as_json: bool
+    image: KernelImage,
+    request: Request,
+    ramdisk: str | None,
+    name: str,
+    output: Output,
+    sealer: Sealer | None,
+    *,
+    as_json: bool,
 ) -> None:
     from xenpv.build.offline import HOST_BYTES, build_file, plan_file  # noqa: PLC0415  NumPy
     from xenpv.host.model.host import ModelHost  # noqa: PLC0415
@@ -132,7 +147,9 @@ def _build_file(
         layout = plan_file(image, request)
         ramdisk_data = _read_ramdisk(ramdisk, request)
         host = ModelHost((layout.nr_pages << 12) + HOST_BYTES, sparse=True)
-        summary = build_file(host, image, layout, ramdisk_data, output, name=name, uuid=str(uuid4()), progress=bar)
+        summary = build_file(
+            host, image, layout, ramdisk_data, output, name=name, uuid=str(uuid4()), seal=sealer, progress=bar
+        )
     if as_json:
         counts = {"pages": layout.nr_pages, "stored": summary.pages, "without_content": summary.without_content}
         print_json({"file": output.name, "name": name} | counts)

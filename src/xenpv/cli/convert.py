@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from xenpv.cli.terminal import JSON, print_json, progress_bar
+from xenpv.cli.terminal import JSON, SEAL, SEAL_KEY, make_sealer, print_json, progress_bar
 from xenpv.convert.convert import ConversionResult, ConvertOptions
 from xenpv.convert.file import NotRestorable
 from xenpv.convert.file import convert as convert_file
@@ -42,6 +42,8 @@ _FORMATS = {b"{": "json", b"<": "xml", b"(": "sexp"}
     is_flag=True,
     help="Write OUT even if it would not restore (prints the errors), or replaces another kind of file.",
 )
+@SEAL
+@SEAL_KEY
 @JSON
 def convert(
     source: str,
@@ -54,6 +56,8 @@ def convert(
     width: str | None,
     guest: str | None,
     force: bool,
+    seal: bool,
+    seal_key: str | None,
     as_json: bool,
 ) -> int:
     """Convert a saved domain to the current stream version (3), in any envelope.
@@ -71,6 +75,7 @@ def convert(
     Examples:
       xenpv convert old.save new.save                  a stream of before Xen 4.6, for today's xl restore
       xenpv convert --to libxc dom.save dom.libxc
+      xenpv convert --seal dom.save sealed.save        with digests of every page and record
       xenpv convert --to libvirt --config dom.xml dom.save dom.img
       zstd -dc old.save.zst | xenpv convert - new.save
     """
@@ -79,7 +84,15 @@ def convert(
     toolstack = None if width is None else (int(width) // 8, Guest.PV if guest == "pv" else Guest.HVM)
     text, config_format = _read_config(config) if config else (None, "json")
     reader = Reader(legacy=LegacyFormat(toolstack=toolstack))
-    options = ConvertOptions(Kind(kind) if kind else None, text, config_format, batch, drop_zero, drop_emulator)
+    options = ConvertOptions(
+        Kind(kind) if kind else None,
+        text,
+        config_format,
+        batch,
+        drop_zero,
+        drop_emulator,
+        make_sealer(seal, seal_key),
+    )
     stream = Input.open(source)
     try:
         with progress_bar("converting") as bar:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import click
 
 from xenpv.cli.outcomes import describe_state, print_rollback
-from xenpv.cli.terminal import FORCE, JSON, print_json, progress_bar
+from xenpv.cli.terminal import FORCE, JSON, SEAL, SEAL_KEY, make_sealer, print_json, progress_bar
 from xenpv.frames import PAGE_SIZE
 from xenpv.text import printable, size
 
@@ -26,6 +26,8 @@ TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True),
 @click.option(
     "--preflight", is_flag=True, help="Check whether the domain can be saved, and report its size; change nothing."
 )
+@SEAL
+@SEAL_KEY
 @TIMEOUT
 @FORCE
 @JSON
@@ -36,6 +38,8 @@ def save(
     paused: bool,
     xenpv_only: bool,
     preflight: bool,
+    seal: bool,
+    seal_key: str | None,
     timeout: float,
     force: bool,
     as_json: bool,
@@ -54,6 +58,7 @@ def save(
     Examples:
       xenpv save --preflight web         p2m form, number of pages, file size
       xenpv save web web.save
+      xenpv save --seal web web.save                 with digests; xl restore passes over them
       xenpv save -c web - | zstd > web.save.zst      the domain keeps running
     """
     if (file is None) is not preflight:
@@ -62,6 +67,7 @@ def save(
     from xenpv.host.xen.host import XenHost  # noqa: PLC0415  NumPy, and Xen's libraries
     from xenpv.save import file as saving  # noqa: PLC0415
 
+    sealer = make_sealer(seal, seal_key)
     with XenHost() as host:
         domid = find_domain(host, target).domid
         if file is None:
@@ -84,6 +90,7 @@ def save(
                 paused=paused,
                 force=force,
                 libxc_compatible=not xenpv_only,
+                seal=sealer,
                 on_rollback=print_rollback,
                 progress=bar,
             )

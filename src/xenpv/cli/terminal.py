@@ -18,6 +18,8 @@ from xenpv.text import printable, size
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
+    from xenpv.stream.seal import Sealer
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _COLOURS = {Severity.ERROR: "red", Severity.WARNING: "yellow", Severity.NOTE: "blue"}
 _SUFFIXES = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -70,6 +72,32 @@ def keep_option(default: int = 20, *names: str, each: str = "findings of each ru
 
 
 FORCE = click.option("--force", is_flag=True, help="Replace an existing file even if it is of another kind.")
+
+
+SEAL = click.option("--seal", is_flag=True, help="Seal the file: add digests of every page and record.")
+SEAL_KEY = click.option("--seal-key", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+                        help="Seal with the secret key in FILE; it needs mode 0600.")  # fmt: skip
+CHECK_KEY = click.option("--seal-key", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+                         help="Demand a seal that was made with the key in FILE.")  # fmt: skip
+
+
+def make_sealer(seal: bool, key_file: str | None) -> Sealer | None:
+    """Return the Sealer that SEAL and SEAL_KEY ask for; None if neither was given."""
+    key = load_key(key_file)
+    if not seal and key is None:
+        return None
+    from xenpv.stream.seal import Sealer  # noqa: PLC0415
+
+    return Sealer(key)
+
+
+def load_key(key_file: str | None) -> bytes | None:
+    """Return the key in a file; None if no file was given."""
+    if key_file is None:
+        return None
+    from xenpv.io.seal_key import read_seal_key  # noqa: PLC0415
+
+    return read_seal_key(key_file)
 
 
 def print_json(value: Any) -> None:

@@ -7,7 +7,18 @@ import sys
 import click
 
 import xenpv
-from xenpv.cli.terminal import FILE, JSON, QUIET, keep_option, print_findings, print_json, print_table, progress_bar
+from xenpv.cli.terminal import (
+    CHECK_KEY,
+    FILE,
+    JSON,
+    QUIET,
+    keep_option,
+    load_key,
+    print_findings,
+    print_json,
+    print_table,
+    progress_bar,
+)
 from xenpv.findings import RULES, Finding
 from xenpv.text import counted, printable
 from xenpv.verify.stream import Report
@@ -33,17 +44,30 @@ def _list_rules(ctx: click.Context, _: click.Parameter, value: bool) -> None:
 @FILE
 @click.option("--framing", is_flag=True, help="Check framing, order and records only, not memory.")
 @click.option("--strict", is_flag=True, help="Exit with 1 on any finding, also on warnings and notes.")
+@click.option("--require-seal", is_flag=True, help="Demand a seal over the whole stream (xenpv save --seal).")
+@CHECK_KEY
 @keep_option()
 @QUIET
 @click.option("--list-rules", is_flag=True, is_eager=True, expose_value=False, callback=_list_rules,
               help="Print every rule and its source, and exit.")  # fmt: skip
 @JSON
-def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_json: bool) -> int:
+def verify(
+    file: str,
+    framing: bool,
+    strict: bool,
+    require_seal: bool,
+    seal_key: str | None,
+    keep: int,
+    quiet: bool,
+    as_json: bool,
+) -> int:
     """Check whether a saved domain would restore as it was saved; if not, say why.
 
     Checks framing and order; everything that libxenguest's restore path and Xen check for a PV domain; and what no
     other tool checks: every entry of every page table, the p2m's frames against the guest's own anchors, missing pages.
     One run reports all findings, each with its rule, byte offset, pfn, level and entry.
+
+    A sealed file is held to its seal, which needs all of its pages; --framing leaves that out.
 
     An error means that the domain would not restore, or would come back different. A warning means that it restores,
     but something is not as it should be.
@@ -53,6 +77,7 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
       xenpv verify dom.save
       xenpv verify --framing 1tib.save         seconds at any size
       ssh host cat dom.save | xenpv verify -
+      xenpv verify --require-seal dom.save     every page is as it was saved
       xenpv verify --list-rules                every rule, and the source that demands it
 
     \b
@@ -60,8 +85,9 @@ def verify(file: str, framing: bool, strict: bool, keep: int, quiet: bool, as_js
       0  no error (with --strict: no finding)
       1  errors
     """
+    key = load_key(seal_key)
     with progress_bar("verifying") as bar:
-        report = xenpv.verify(file, deep=not framing, keep=keep, progress=bar)
+        report = xenpv.verify(file, deep=not framing, keep=keep, seal_key=key, require_seal=require_seal, progress=bar)
     failed = not report.ok or (strict and len(report.findings) > 0)
     if as_json:
         print_json(report.to_json())

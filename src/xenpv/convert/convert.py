@@ -25,6 +25,7 @@ from xenpv.stream.fields import Buffer
 from xenpv.stream.page_data import PageData, ReadInto
 from xenpv.stream.reader import Reader
 from xenpv.stream.record_order import Guest
+from xenpv.stream.seal import Sealer
 from xenpv.stream.writer import Writer
 
 Buffers = list[Buffer]
@@ -34,6 +35,7 @@ _EMULATORS = {Section.QEMU_TRAD, Section.QEMU_XEN, Section.DEMU, Section.VARSTOR
 _OMITTED = (
     records.Checkpoint
     | records.Verify
+    | records.Seal
     | libxl.LibxcContext
     | libxl.LibxlEnd
     | libxl.CheckpointState
@@ -52,6 +54,7 @@ class ConvertOptions:
         batch: pages per PAGE_DATA record; None keeps the input's records.
         drop_zero: send pages of zeros without content.
         drop_emulator: leave out a device model's state that the result cannot carry, instead of refusing.
+        seal: seals the output; the input's own seal is left out.
     """
 
     kind: Kind | None = None
@@ -60,6 +63,7 @@ class ConvertOptions:
     batch: int | None = None
     drop_zero: bool = False
     drop_emulator: bool = False
+    seal: Sealer | None = None
 
     def __post_init__(self) -> None:
         if self.batch is not None and not 0 < self.batch <= BATCH_MAX:
@@ -265,11 +269,14 @@ class Conversion:
             config, config_format = b"", ""
         result.has_config = bool(config)
         head = envelope.envelope_header(result.kind, config, config_format)
+        if options.seal is not None:
+            options.seal.add(head)
         self._started_writer = Writer(
             envelope.INNER_KIND[result.kind],
             guest=header.guest,
             xen=(header.xen_major, header.xen_minor),
             legacy=self._reader.is_legacy,
+            seal=options.seal,
         )
         self._static_data_ended = self._version == 3
         return [*head, *self._started_writer.start()]

@@ -78,6 +78,7 @@ class Input:
         self.size = os.fstat(fd).st_size - self.start if self.seekable else 0
         self.trailing = 0
         self._next = 0  # offset in the stream of the page content that is read next
+        self._reader: Reader | None = None  # of a pipe whose page content is read past it
         self._read_of_pipe = 0  # bytes of page content read from a pipe that the reader was not told to skip yet
 
     @classmethod
@@ -146,6 +147,8 @@ class Input:
             offset += n
             if not self.seekable:
                 self._read_of_pipe += n
+                if self._reader is not None:
+                    self._reader.absorb(buffer[:n])
             buffer = buffer[n:]
 
     def _read_some(self, buffer: memoryview, offset: int) -> int:
@@ -180,22 +183,30 @@ class Input:
                         read_size = 16 + len(event.raw)
                         self._next = event.pages_offset
                     yield event
-                elif reader.skippable and position < self.size:
+                elif reader.skippable and position < self.size and not reader.needs_content:
                     n = min(reader.skippable, self.size - position)
                     reader.skip(n)
                     position += n
                     if progress is not None:
                         progress(Progress(position, self.size, unit="bytes"))
                 elif not reader.done:
-                    data = os.pread(self.fd, min(max(reader.needed, read_size), _READ_MAX), self.start + position)
+                    data = os.pread(self.fd, self._read_size(reader, read_size), self.start + position)
                     position += len(data)
                     reader.feed(data) if data else reader.feed_eof()
+                    if progress is not None and reader.needs_content:
+                        progress(Progress(position, self.size, unit="bytes"))
         finally:
             self.trailing = self.size - reader.offset
             if self.exact and self.fd >= 0:
                 os.lseek(self.fd, self.start + reader.offset, os.SEEK_SET)
 
+    @staticmethod
+    def _read_size(reader: Reader, read_size: int) -> int:
+        """Return how much to read of a file: of page content, no more than there is."""
+        return min(reader.skippable or max(reader.needed, read_size), _READ_MAX)
+
     def _events_of_pipe(self, reader: Reader, progress: ProgressCallback | None, reads_pages: bool) -> Iterator[Event]:
+        self._reader = reader
         while not reader.done:
             event = reader.next_event()
             if event is not None:

@@ -131,7 +131,7 @@ def _vcpus_and_pages(config: Config | None, source: Input, offered: OfferedDomai
             problem = f"{source.name} has no configuration with the number of vcpus and the size of memory"
             raise RequestError(f"{problem}: restore it from a file, which can be read twice")
         stream = Contents()
-        for event in source.events(Reader(on_breach=raise_breach)):
+        for event in source.events(Reader(on_breach=raise_breach, check_seal=False)):
             stream.add(event)
         page_count = stream.index.count()
         vcpus = max(stream.vcpus, default=0) + 1 if vcpus is None else vcpus

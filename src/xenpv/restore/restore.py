@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from xenpv.abi.declare import Width
 from xenpv.cpu.records import iter_refused_policies, raise_if_refused
-from xenpv.errors import RequestError, Unsupported
+from xenpv.errors import RequestError, SealBroken, Unsupported
 from xenpv.frames import U64, DomId
 from xenpv.host.protocol import CpuPolicy, DomainInfo, Mover, Ring, destroy_unfinished
 from xenpv.io.checkpoint_buffer import CheckpointBuffer
@@ -121,6 +121,7 @@ def restore_domain(
     new_uuid: bool = False,
     offered: OfferedDomain | None = None,
     paused: bool = False,
+    seal_key: bytes | None = None,
     progress: ProgressCallback | None = None,
 ) -> Restored:
     """Create a domain from a stream, introduce it to its daemons, and unpause it.
@@ -135,6 +136,7 @@ def restore_domain(
         new_uuid: Give it a new uuid, so that it can run beside the domain that was saved.
         offered: What a sender has said of the domain, which the stream must keep to. None for a file.
         paused: Leave it paused.
+        seal_key: Demand a seal that was made with this key, and covers the whole stream.
         progress: Called while the stream is read.
 
     Raises:
@@ -154,7 +156,7 @@ def restore_domain(
         return host.info(domid), Ports(host.alloc_event_channel(domid, daemons.console), xenstore)
 
     try:
-        restored = _Restore(host, source, create_domain, None).run(None, progress)
+        restored = _Restore(host, source, create_domain, None).run(None, progress, seal_key)
         host.introduce(restored.domid, console=restored.console, xenstore=restored.xenstore)
         if restored.config is not None and restored.config.format == "json":
             host.set_configuration(restored.domid, restored.config.text.encode())
@@ -203,14 +205,16 @@ class _Restore:
         self._checkpoint_buffer: CheckpointBuffer | None = None  # events since the last checkpoint
         self._in_static_data = True
 
-    def run(self, envelope: Kind | None, progress: ProgressCallback | None) -> Restored:
-        reader = Reader(on_breach=raise_breach, kind=envelope)
+    def run(self, envelope: Kind | None, progress: ProgressCallback | None, seal_key: bytes | None = None) -> Restored:
+        reader = Reader(on_breach=raise_breach, kind=envelope, seal_key=seal_key)
         with self._resources:
             for event in self.source.events(reader, progress, reads_pages=True):
                 if isinstance(event, DomainHeader) and reader.is_legacy:
                     raise Unsupported("a legacy stream: `xenpv convert` makes a file of it", offset=event.offset)
                 self._apply_or_buffer(event)
             self._memory.flush()
+        if seal_key is not None and (gaps := reader.seal.gaps(keyed=True)):
+            raise SealBroken("; ".join(gaps), offset=reader.offset, rule=rules.SEAL_COVERAGE.name)
         assert self._target is not None
         info, ports, memory = self._target
         completed = StreamComplete(self.host, info, self.contents, memory, ports).run()

@@ -15,6 +15,7 @@ from xenpv.io.signals import uninterruptible
 from xenpv.save.save import Summary, inspect_p2m, save
 from xenpv.save.source_domain import DepartingDomain, Rollback, SourceState
 from xenpv.source.config import libxl_config
+from xenpv.stream.seal import Sealer
 
 _OTHER_RECORDS = 16 << 10  # bytes of a file that are neither pages nor vcpus, about
 _VCPU_RECORDS = 8 << 10  # bytes per vcpu, about
@@ -98,6 +99,7 @@ def save_file(
     paused: bool = False,
     force: bool = False,
     libxc_compatible: bool = True,
+    seal: Sealer | None = None,
     on_rollback: Callable[[Rollback], None] = lambda _: None,
     progress: ProgressCallback | None = None,
 ) -> SavedFile:
@@ -114,6 +116,7 @@ def save_file(
         paused: With ``keep``, leave it paused.
         force: Replace an existing file even if it is no saved domain.
         libxc_compatible: As save() has it.
+        seal: Seals the file.
         on_rollback: Receives the result of a rollback.
         progress: Receives the progress.
 
@@ -135,6 +138,7 @@ def save_file(
             config=config,
             suspend=None if domain.was_suspended else domain.suspend,
             libxc_compatible=libxc_compatible,
+            seal=seal,
             progress=progress,
         )
         with uninterruptible():

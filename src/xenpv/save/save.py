@@ -32,6 +32,7 @@ from xenpv.save.suspend import has_suspended
 from xenpv.stream.envelope import Kind
 from xenpv.stream.framing import Record
 from xenpv.stream.records import Verify
+from xenpv.stream.seal import Sealer
 from xenpv.stream.writer import Writer
 
 
@@ -80,6 +81,7 @@ def save(
     progress: ProgressCallback | None = None,
     libxc_compatible: bool = True,
     verify: bool = False,
+    seal: Sealer | None = None,
 ) -> Summary:
     """Write a domain to a sink.
 
@@ -102,6 +104,7 @@ def save(
         libxc_compatible: Write only what every restorer understands. Otherwise the stream may have a record of
             xenpv's own, where that is shorter and for pfns from 2^32 on.
         verify: Finally send all pages once more, for the receiver to compare.
+        seal: Seals the stream. Not with ``live``: a page could change between its digest and its copy.
 
     Raises:
         RequestError: The request is invalid; nothing was written.
@@ -112,10 +115,12 @@ def save(
     """
     if live is not None and suspend is None:
         raise RequestError("a live save needs to know how to suspend the domain")
+    if live is not None and seal is not None:
+        raise RequestError("a live save cannot be sealed: the guest changes pages while they are sent")
     if suspend is None and not (info := host.info(domid)).is_stopped:
         raise RequestError(f"{info.label} is running: suspend it first")
     version = host.version()
-    writer = Writer(envelope, xen=(version.major, version.minor), config=config)
+    writer = Writer(envelope, xen=(version.major, version.minor), config=config, seal=seal)
     meter = TransferMeter(progress, live.bandwidth if live is not None else None)
     p2m = inspect_p2m(host, domid, track_changes=live is not None, libxc_compatible=libxc_compatible)
     with StreamOutput(sink, writer, meter) as output:

@@ -40,6 +40,7 @@ from xenpv.stream.reader import Reader
 from xenpv.stream.record_order import Guest
 from xenpv.stream.records import P2MLeaves, X86PVP2MFrames
 from xenpv.stream.rules import BreachHandler
+from xenpv.stream.seal import SealState
 from xenpv.text import size
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class SavedDomain(Domain):
     Attributes:
         source: The file or pipe.
         contents: The records of the stream.
+        seal: The state of the stream's seal; it is checked while the stream is read.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class SavedDomain(Domain):
     ) -> None:
         self.source = source
         self.contents = Contents()
+        self.seal = SealState()
         self._error: StreamError | None = None
         self._on_breach = on_breach
         self._kind = kind
@@ -196,20 +199,27 @@ class SavedDomain(Domain):
         deep: bool = True,
         progress: ProgressCallback | None = None,
         stored_index: StoredIndex | None = None,
+        seal_key: bytes | None = None,
     ) -> Self:
         """Open a stream as ``open`` does, from a source that is closed with the domain.
 
-        ``stored_index`` saves reading PAGE_DATA records.
+        ``stored_index`` saves reading PAGE_DATA records, and checking their seal. ``seal_key``: of a keyed seal.
         """
         domain = cls(source, on_breach=on_breach, kind=kind)
         try:
-            domain._read(deep, progress, stored_index)
+            domain._read(deep, progress, stored_index, seal_key)
         except BaseException:
             domain.close()
             raise
         return domain
 
-    def _read(self, deep: bool, progress: ProgressCallback | None, stored_index: StoredIndex | None) -> None:
+    def _read(
+        self,
+        deep: bool,
+        progress: ProgressCallback | None,
+        stored_index: StoredIndex | None,
+        seal_key: bytes | None,
+    ) -> None:
         if stored_index is not None:
             self._places = self.contents.index = stored_index.index
             self._frames = FilePages(self.source.fd, self._places, self._places, self.source.start)
@@ -219,7 +229,15 @@ class SavedDomain(Domain):
             self._spool = unlinked_file() if spools else None
             self._places = PageIndex()
             self._frames = FilePages(-1 if self._spool is None else self._spool, self._places, self.contents.index)
-        reader = Reader(on_breach=self._on_breach, pages=spools, kind=self._kind, skip_page_data=skip_page_data)
+        reader = Reader(
+            on_breach=self._on_breach,
+            pages=spools,
+            kind=self._kind,
+            skip_page_data=skip_page_data,
+            check_seal=deep,
+            seal_key=seal_key,
+        )
+        self.seal = reader.seal
         try:
             for event in self.source.events(reader, progress):
                 if isinstance(event, PageContent):

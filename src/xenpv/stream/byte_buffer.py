@@ -5,6 +5,8 @@ It is fed in pieces of any size, and read in the sizes that a parser asks for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 _SMALL = 1024  # bytes; smaller pieces are joined at once, since an object for each few bytes of a slow pipe is dear
 
 
@@ -18,9 +20,11 @@ class ByteBuffer:
         available: bytes that can be taken now.
         skippable: bytes to come that will be skipped; a caller that can seek may call ``skip`` instead of feeding them.
         ended: whether ``feed_eof`` was called.
+        tap: called with all bytes that are taken, also those that were fed to be skipped; None if nobody needs them.
     """
 
     def __init__(self) -> None:
+        self.tap: Callable[[bytes | bytearray | memoryview], None] | None = None
         self.offset = 0
         self.available = 0
         self.skippable = 0
@@ -32,6 +36,8 @@ class ByteBuffer:
         """Add the next bytes of the input."""
         if self.skippable:
             n = min(self.skippable, len(data))
+            if self.tap is not None:
+                self.tap(memoryview(data)[:n])
             self.skip(n)
             data = memoryview(data)[n:]
         if data:
@@ -69,6 +75,8 @@ class ByteBuffer:
             self._chunks, self._start = [head], 0
         data = memoryview(head)[self._start : self._start + n]
         self._drop(n)
+        if self.tap is not None:
+            self.tap(data)
         return data
 
     def discard(self, n: int) -> None:
@@ -77,7 +85,10 @@ class ByteBuffer:
         Those that have not come yet are ``skippable`` from now on.
         """
         dropped = min(n, self.available)
-        self._drop(dropped)
+        if self.tap is not None:
+            self.read(dropped)
+        else:
+            self._drop(dropped)
         self.skippable = n - dropped
 
     def _drop(self, n: int) -> None:

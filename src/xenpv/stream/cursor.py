@@ -75,6 +75,19 @@ class Cursor:
             self._on_breach(rule, message, self.record_offset, self.record)
         return self._error(rule, message)
 
+    def report_error(self, error: StreamError, rule: Rule) -> None:
+        """Report a breach whose error has more attributes than a handler takes.
+
+        Raises:
+            StreamError: that error, if there is no handler or the handler raises.
+        """
+        if self._on_breach is None:
+            raise error
+        try:
+            self._on_breach(rule, error.reason, error.offset, error.record)
+        except StreamError:
+            raise error from None
+
     def _error(self, rule: Rule, message: str) -> StreamError:
         return rules.breach(rule, message, offset=self.record_offset, record=self.record)
 

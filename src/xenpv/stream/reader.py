@@ -34,8 +34,9 @@ from xenpv.stream.framing import (
 from xenpv.stream.libxl import LibxlOrder
 from xenpv.stream.page_data import PageData
 from xenpv.stream.record_order import OPTIONAL, Guest, Order, RecordType
-from xenpv.stream.records import LIBXC
+from xenpv.stream.records import LIBXC, Seal
 from xenpv.stream.rules import BreachHandler
+from xenpv.stream.seal import SealChecker, SealState
 
 if TYPE_CHECKING:
     from xenpv.stream.legacy import LegacyFormat
@@ -54,6 +55,8 @@ class Reader:
         kind: the kind of stream; None detects it.
         legacy: how to read a legacy stream, which is Unsupported otherwise.
         skip_page_data: PAGE_DATA records to skip, by the offset of the first.
+        check_seal: compare a sealed stream with its seal, which takes all page content. Never with skip_page_data.
+        seal_key: the key of a keyed seal.
 
     Attributes:
         done: whether the outermost END was read.
@@ -68,10 +71,20 @@ class Reader:
         kind: Kind | None = None,
         legacy: LegacyFormat | None = None,
         skip_page_data: Mapping[int, SkippedPageData] | None = None,
+        check_seal: bool = True,
+        seal_key: bytes | None = None,
     ) -> None:
         self.done = False
         self.is_legacy = False
-        self._cursor = Cursor(on_breach)
+        self._cursor = cursor = Cursor(on_breach)
+        self._seal = SealChecker(
+            seal_key,
+            lambda error: cursor.report_error(error, rules.SEAL),
+            lambda problem: cursor.report_or_raise(rules.SEAL_UNCHECKED, problem),
+        )
+        self._checks_seal = check_seal and not skip_page_data
+        if self._checks_seal:
+            cursor.buffer.tap = self._seal.update
         self._skip_page_data = skip_page_data or {}
         self._pages = pages
         self._kind = kind
@@ -105,6 +118,7 @@ class Reader:
 
         Raises ValueError for more than ``skippable``.
         """
+        self._seal.note_gap()
         self._cursor.buffer.skip(n)
 
     @property
@@ -114,6 +128,21 @@ class Reader:
         A caller that can seek may ``skip`` them instead of feeding them.
         """
         return self._cursor.buffer.skippable
+
+    @property
+    def needs_content(self) -> bool:
+        """Whether ``skippable`` bytes have to be fed or absorbed, to check a seal."""
+        return self._seal.active
+
+    def absorb(self, data: bytes | memoryview) -> None:
+        """Take bytes for the seal that will be counted by ``skip``."""
+        if self._seal.active:
+            self._seal.update(data)
+
+    @property
+    def seal(self) -> SealState:
+        """What is known of the stream's seal."""
+        return self._seal.state
 
     @property
     def needed(self) -> int:
@@ -164,6 +193,7 @@ class Reader:
         if self._legacy is None:
             raise Unsupported(f"{name}, which is not read", offset=offset)
         self.is_legacy = True
+        self._cursor.buffer.tap = None
         yield from self._legacy.read(self._cursor, pages=self._pages, emulator=emulator)
 
     def _read_xl(self) -> Steps:
@@ -303,7 +333,9 @@ class Reader:
         while not order.ended:
             cursor.start_record("libxl record")
             kind, length = RECORD_HEADER.unpack((yield from cursor.read(8, "a libxl record header")), ctx.byte_order)
-            yield from self._read_body(ctx, kind, length, libxl.LIBXL)
+            record = yield from self._read_body(ctx, kind, length, libxl.LIBXL)
+            if self.seal.complete and length:
+                self.seal.uncovered.append("a libxl record" if record is None else record.name)
             for rule, message in order.check_next(kind):
                 cursor.report_or_raise(rule, message)
                 if rule is rules.REPEATED:
@@ -323,13 +355,21 @@ class Reader:
         return False
 
     def _read_libxc(self) -> Steps:
-        cursor = self._cursor
+        cursor, seal = self._cursor, self._seal
+        seal.start_image()
         ctx = yield from self._read_image_header()
         yield from self._read_domain_header(ctx)
         order = Order(ctx.guest, ctx.version)
         while True:
             cursor.start_record("record")
-            kind, length = RECORD_HEADER.unpack((yield from cursor.read(8, "a record header")), ctx.byte_order)
+            header = yield from cursor.read(8, "a record header")
+            kind, length = RECORD_HEADER.unpack(header, ctx.byte_order)
+            if self._checks_seal:
+                seal.start_record(is_seal=kind == RecordType.XENPV_SEAL)
+                if kind != RecordType.END:
+                    seal.check_after_end(_NAMES.get(kind, f"record {kind:#x}"), cursor.record_offset)
+            if not seal.wants_bytes:
+                cursor.buffer.tap = None
             if kind in _NAMES:
                 cursor.record = _NAMES[kind]
                 for rule, message in order.check_next(kind):
@@ -343,7 +383,10 @@ class Reader:
             if kind == RecordType.PAGE_DATA:
                 known = self._skip_page_data.get(cursor.record_offset)
                 if known is None:
-                    yield from self._read_page_data(ctx, length)
+                    seal.start_pages(header)
+                    record_offset = cursor.record_offset
+                    page_data = yield from self._read_page_data(ctx, length)
+                    seal.end_pages(record_offset, page_data)
                 else:
                     yield known
                     yield from cursor.skip(known.size - RECORD_HEADER.size, "PAGE_DATA")
@@ -351,7 +394,10 @@ class Reader:
             record = yield from self._read_body(ctx, kind, length, LIBXC)
             if record is not None:
                 record.update_context(ctx)
+            if isinstance(record, Seal):
+                (seal.check if self._checks_seal else seal.note)(record)
             if kind == RecordType.END:
+                seal.end(cursor.record_offset)
                 return
 
     def _read_image_header(self) -> Generator[Event | None, None, RecordContext]:
@@ -425,7 +471,8 @@ class Reader:
             yield record
         return record
 
-    def _read_page_data(self, ctx: RecordContext, length: int) -> Steps:
+    def _read_page_data(self, ctx: RecordContext, length: int) -> Generator[Event | None, None, PageData | None]:
+        """Read the body of a PAGE_DATA record; return it, if it is usable."""
         cursor = self._cursor
         record_offset, body_offset, padded = cursor.record_offset, cursor.offset, -(-length // 8) * 8
         if length > RECORD_LENGTH_MAX:
@@ -433,19 +480,20 @@ class Reader:
         if length < 8:
             cursor.report_or_raise(rules.PAGE_COUNT, f"PAGE_DATA record truncated: length {length}, min 8")
             yield from cursor.skip(padded, "the record")
-            return
+            return None
         head = yield from cursor.read(PageData.FIELDS.size, "PAGE_DATA")
         count = PageData.FIELDS.read(ctx, "PAGE_DATA", head)["count"]
         if count < 1 or length < 8 + count * 8:
             cursor.report_or_raise(rules.PAGE_COUNT, f"PAGE_DATA record of length {length} for {count} pfns")
             yield from cursor.skip(padded - 8, "the record")
-            return
+            return None
         raw = yield from cursor.read(count * 8, "the pfn array of PAGE_DATA")
         record = PageData.parse_entries(ctx, raw, offset=record_offset, length=length, pages_offset=cursor.offset)
         yield record
         if self._pages and record.size_matches:
             yield from read_pages(cursor, record)
         yield from cursor.skip(body_offset + padded - cursor.offset, "page content")
+        return record
 
 
 def _describe_lengths(lengths: range) -> str:

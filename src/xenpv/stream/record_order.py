@@ -43,6 +43,8 @@ class RecordType(IntEnum):
     X86_MSR_POLICY = 0x12
     # Of xenpv: mandatory, so that other receivers refuse the stream, and far above the types that Xen counts from 0.
     XENPV_P2M_LEAVES = 0x7870_0001
+    # Of xenpv, and optional (bit 31): other receivers pass over it.
+    XENPV_SEAL = 0xF870_0002
 
 
 OPTIONAL = 0x8000_0000  # this bit of a type allows a receiver to skip a record that it does not know
@@ -107,6 +109,7 @@ PLACES: dict[RecordType, Place] = {
     RecordType.CHECKPOINT: Place(after=(RecordType.PAGE_DATA,)),
     RecordType.TOOLSTACK: Place(guests=frozenset()),
     RecordType.CHECKPOINT_DIRTY_PFN_LIST: Place(guests=frozenset()),
+    RecordType.XENPV_SEAL: Place(),
     RecordType.END: Place(),
 }
 # In a stream of version 2: "infer the position of STATIC_DATA_END based on finding the first X86_PV_P2M_FRAMES record

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from xenpv.abi.declare import Width
@@ -361,6 +362,44 @@ class MsrPolicy(Policy):
     ENTRY = MSR_ENTRY.size(8)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seal(Record):
+    """XENPV_SEAL: digests of the batches since the last seal, then of all so far.
+
+    ``number``: of BEGIN, the bytes before the image header that the seal covers; otherwise the batches so far.
+
+    Source: docs/reference/records.md
+    """
+
+    TYPE = RecordType.XENPV_SEAL
+    LENGTH = range(16, BLOB_MAX)
+    FIELDS = Fields(part=4, algorithm=4, number=8)
+    BLOB = "digests"
+    part: int
+    algorithm: int
+    number: int
+    digests: bytes = field(repr=False)
+
+    def check(self, ctx: RecordContext) -> bool:
+        size = SEAL_DIGEST_SIZES.get(self.algorithm)
+        if size is None or self.part not in set(SealPart) or not self.digests or len(self.digests) % size:
+            problem = f"part {self.part}, algorithm {self.algorithm}, {len(self.digests)} bytes of digests"
+            ctx.report(rules.SEAL, f"XENPV_SEAL that is none: {problem}")
+            return False
+        return True
+
+
+class SealPart(IntEnum):
+    """The parts of a seal."""
+
+    BEGIN = 0
+    NEXT = 1
+    END = 2
+
+
+SEAL_DIGEST_SIZES = {1: 16, 2: 16, 3: 32}  # bytes, by the number of the algorithm
+
+
 class Toolstack(Opaque):
     """TOOLSTACK: deprecated; no restorer takes it."""
 
@@ -377,6 +416,6 @@ class CheckpointDirtyPfnList(Opaque):
 _ALL: tuple[type[Record], ...] = (
     End, X86PVInfo, X86PVP2MFrames, VcpuBasic, VcpuExtended, VcpuXsave, SharedInfo, X86TscInfo, HvmContext,
     HvmParams, Toolstack, VcpuMsrs, Verify, Checkpoint, CheckpointDirtyPfnList, StaticDataEnd, CpuidPolicy, MsrPolicy,
-    P2MLeaves,
+    P2MLeaves, Seal,
 )  # fmt: skip
 LIBXC = {cls.TYPE: cls for cls in _ALL}

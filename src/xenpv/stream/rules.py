@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from xenpv.errors import Malformed, OutOfOrder, StreamError, Truncated, Unsupported
+from xenpv.errors import Malformed, OutOfOrder, SealBroken, StreamError, Truncated, Unsupported
 from xenpv.findings import Rule, Severity
 
 SPEC = "libxc-migration-stream.pandoc"
@@ -93,6 +93,14 @@ EMULATOR = Rule(
     "emulator", "emulator records name a known emulator and hold NUL-terminated pairs", f"{LIBXL_SPEC} Emulator"
 )
 
+SEAL = Rule("seal", "a sealed stream is what was sealed", "XENPV_SEAL: docs/reference/records.md")
+SEAL_UNCHECKED = Rule(
+    "seal-unchecked", "a seal can be checked: its key and its library are there", "docs/reference/records.md", WARNING
+)
+SEAL_COVERAGE = Rule(
+    "seal-coverage", "--require-seal: a checked seal covers the whole stream", "docs/reference/records.md"
+)
+
 _ERRORS: dict[Rule, type[StreamError]] = {
     TRUNCATED: Truncated,
     ORDER: OutOfOrder,
@@ -100,6 +108,7 @@ _ERRORS: dict[Rule, type[StreamError]] = {
     MISPLACED: OutOfOrder,
     MISSING: OutOfOrder,
     RECORD_UNKNOWN: Unsupported,
+    SEAL: SealBroken,
 }
 
 

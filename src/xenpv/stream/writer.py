@@ -27,7 +27,8 @@ from xenpv.stream.framing import (
 from xenpv.stream.libxl import LibxlOrder, LibxlRecord
 from xenpv.stream.page_data import PageData
 from xenpv.stream.record_order import Guest, Order, RecordType
-from xenpv.stream.records import LIBXC
+from xenpv.stream.records import LIBXC, SealPart
+from xenpv.stream.seal import Sealer
 
 VERSION = 3
 KINDS = (Kind.XL, Kind.LIBXL, Kind.LIBXC)  # that a Writer makes
@@ -47,6 +48,7 @@ class Writer:
         xen: the version of Xen on which the domain ran.
         config: for xl, the domain's configuration as libxl's JSON; may be empty.
         legacy: mark libxl's stream as converted from the legacy format.
+        seal: seals the stream; bytes before the stream were added to it.
 
     Attributes:
         offset: bytes returned so far.
@@ -71,6 +73,7 @@ class Writer:
         xen: tuple[int, int] = (4, 17),
         config: bytes = b"",
         legacy: bool = False,
+        seal: Sealer | None = None,
     ) -> None:
         if kind not in KINDS:
             raise RequestError(f"cannot write a {kind} envelope; only {', '.join(KINDS)}")
@@ -85,6 +88,7 @@ class Writer:
         self.done = False
         self._xen = xen
         self._config = config
+        self._seal = seal
         self._options = libxl.OPTION_LEGACY if legacy else 0
         self._ctx = RecordContext(self._raise_breach, "<", VERSION, guest)
         self._order: Order | None = None  # of the libxc stream; None before ``start``
@@ -107,10 +111,14 @@ class Writer:
             context = libxl.LibxcContext()
             self._libxl.check_next(context.TYPE)
             out += _frame(context.TYPE, context.body())
+        covered = 0 if self._seal is None else self._seal.size + _total_size(out)
         out.append(IMAGE_HEADER.pack(">", marker=_ALL_ONES, id=IMAGE_ID, version=VERSION, options=0))
         major, minor = self._xen
         check_xen_version(self._ctx, major, minor)
         out.append(DOMAIN_HEADER.pack(type=self.guest, page_shift=_PAGE_SHIFT, xen_major=major, xen_minor=minor))
+        if self._seal is not None:
+            self._seal.add(out)
+            out += self._frame_seal(SealPart.BEGIN, covered)
         return self._count(out)
 
     def send(self, record: Record) -> list[Buffer]:
@@ -135,7 +143,13 @@ class Writer:
         record.check(self._ctx)
         record.update_context(self._ctx)
         self._note_sent(kind, is_libxc=is_libxc)
-        return self._count(_frame(kind, body))
+        framed = _frame(kind, body)
+        if self._seal is None or not is_libxc:
+            return self._count(framed)
+        if kind == RecordType.END:
+            return self._count([*self._frame_seal(SealPart.END), *framed])
+        self._seal.add(framed)
+        return self._count(framed)
 
     def pages(self, entries: Buffer, contents: Sequence[Buffer] = ()) -> list[Buffer]:
         """Return a PAGE_DATA record.
@@ -156,7 +170,18 @@ class Writer:
         raw = memoryview(entries)
         PageData.parse_entries(self._ctx, raw, offset=self.offset, length=length, pages_offset=pages_offset)
         body = [PageData.FIELDS.pack(count=count), entries, *contents]
-        return self._count(_frame(RecordType.PAGE_DATA, body, length))
+        framed = _frame(RecordType.PAGE_DATA, body, length)
+        if self._seal is not None:
+            self._seal.add_pages(framed)
+            if self._seal.is_due:
+                framed += self._frame_seal(SealPart.NEXT)
+        return self._count(framed)
+
+    def _frame_seal(self, part: SealPart, covered: int = 0) -> list[Buffer]:
+        """Return the seal of all that was written so far."""
+        assert self._seal is not None
+        record = self._seal.seal(part, covered)
+        return _frame(record.TYPE, record.body())
 
     # --- order -------------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from xenpv.stream.page_data import PageData
 from xenpv.stream.reader import Reader
 from xenpv.stream.record_order import Guest
 from xenpv.stream.records import End
+from xenpv.stream.seal import SealState
 from xenpv.verify.rules import XEND
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Report:
         pages: Pages with content. Without ``deep``, a page counts as often as it was sent.
         deep: Whether the domain itself was checked, and not only its framing.
         error: The error at which reading ended early, or None.
+        sealed: Whether a seal was checked that covers the whole stream.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Report:
     pages: int = 0
     deep: bool = False
     error: StreamError | None = None
+    sealed: bool = False
 
     @property
     def ok(self) -> bool:
@@ -73,6 +76,7 @@ class Report:
             "deep": self.deep,
             "domain_type": None if self.guest is None else self.guest.name,
             "pages": self.pages,
+            "sealed": self.sealed,
             "errors": self.findings.errors,
             "warnings": self.findings.warnings,
             "findings": [finding.to_json() for finding in self.findings],
@@ -86,6 +90,8 @@ def verify(
     deep: bool = True,
     envelope: Kind | None = None,
     keep: int = 20,
+    seal_key: bytes | None = None,
+    require_seal: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Report:
     """Check a saved domain against all rules in one pass.
@@ -95,6 +101,8 @@ def verify(
         deep: Check the domain, too; otherwise only framing, order and records.
         envelope: What wraps the stream (default: detected).
         keep: Findings to keep of each rule. All are counted.
+        seal_key: The key of a keyed seal; the stream has to have such a seal, and all of it.
+        require_seal: Whether a stream without a seal, or with one that does not cover all of it, is an error.
         progress: Called while the file is read and while it is checked.
 
     Returns:
@@ -108,11 +116,25 @@ def verify(
         source = Input.open(os.fspath(source))
     findings = Findings(keep)
     if not deep:
-        return _verify_framing(source, findings, envelope, progress)
+        report, seal = _verify_framing(source, findings, envelope, progress)
+        _require_seal(report, seal, require_seal, seal_key)
+        return report
     from xenpv.source.saved import SavedDomain  # noqa: PLC0415  NumPy
 
-    with SavedDomain.from_source(source, on_breach=findings.add_breach, kind=envelope, progress=progress) as saved:
-        return verify_domain(saved, findings, progress)
+    with SavedDomain.from_source(
+        source, on_breach=findings.add_breach, kind=envelope, seal_key=seal_key, progress=progress
+    ) as saved:
+        report = verify_domain(saved, findings, progress)
+        _require_seal(report, saved.seal, require_seal, seal_key)
+        return report
+
+
+def _require_seal(report: Report, seal: SealState, required: bool, key: bytes | None) -> None:
+    """Report why a seal does not vouch for the whole stream, if it has to."""
+    report.sealed = seal.checked and not seal.gaps(keyed=key is not None)
+    if required or key is not None:
+        for gap in seal.gaps(keyed=key is not None):
+            report.findings.add(rules.SEAL_COVERAGE, gap)
 
 
 def verify_domain(saved: SavedDomain, findings: Findings, progress: ProgressCallback | None = None) -> Report:
@@ -145,13 +167,14 @@ def verify_domain(saved: SavedDomain, findings: Findings, progress: ProgressCall
 
 def _verify_framing(
     source: StreamSource, findings: Findings, envelope: Kind | None, progress: ProgressCallback | None
-) -> Report:
-    """Check framing, order and records."""
+) -> tuple[Report, SealState]:
+    """Check framing, order and records; return the seal's state, too."""
     report, complete = Report(source.name, findings), False
     header: Envelope | None = None
     sections: list[SectionHeader] = []
+    reader = Reader(on_breach=findings.add_breach, kind=envelope, check_seal=False)
     try:
-        for event in source.events(Reader(on_breach=findings.add_breach, kind=envelope), progress):
+        for event in source.events(reader, progress):
             match event:
                 case Envelope():
                     header = event
@@ -169,7 +192,7 @@ def _verify_framing(
         source.close()
     _check_config(report, header, sections)
     _check_trailing_data(source, report, complete)
-    return report
+    return report, reader.seal
 
 
 def _end_early(report: Report, error: StreamError) -> None:
