@@ -514,3 +514,33 @@ def test_convert_unrestorable_domain_in_a_pipe_lacks_its_last_record(out: Path) 
     assert convert(source_input, str(out), ConvertOptions(Kind.LIBXC), force=True).bytes_out == len(written) + 8
     assert out.read_bytes()[:-8] == written
     source_input.close()
+
+
+# xen.git@RELEASE-4.4.0:tools/python/xen/xend/XendCheckpoint.py save: signature, big-endian length, expression, stream.
+_XEND_CONFIG = b"(domain (domid 3) (name 'we)b') (on_reboot \"\\\")\") (image (linux (kernel ''))))"
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        pytest.param(_XEND_CONFIG, len(_XEND_CONFIG) - 1, id="length-too-small"),
+        pytest.param(_XEND_CONFIG, len(_XEND_CONFIG) + 8, id="length-too-large"),
+        pytest.param(_XEND_CONFIG, 0, id="length-0"),
+        pytest.param(_XEND_CONFIG, 1 << 31, id="length-huge"),
+        pytest.param(_XEND_CONFIG[:-2], len(_XEND_CONFIG) - 2, id="cut-after-a-bracket"),
+        pytest.param(b"(domain) (x)", 12, id="two-expressions"),
+        pytest.param(b"(domain ')", 10, id="quote-open"),
+    ],
+)
+def test_convert_refuses_a_file_of_xend_whose_expression_is_not_whole(config: bytes, length: int, out: Path) -> None:
+    data = b"LinuxGuestRecord" + length.to_bytes(4, "big") + config + bytes(pv_stream(DOMAIN))
+    with pytest.raises(Malformed) as e:
+        converted(data, out)
+    assert (e.value.offset, e.value.record) == (0, "xend header")
+    assert not out.exists()
+
+
+def test_convert_brackets_in_quotes_of_xend_do_not_count(out: Path) -> None:
+    data = b"LinuxGuestRecord" + len(_XEND_CONFIG).to_bytes(4, "big") + _XEND_CONFIG + bytes(pv_stream(DOMAIN))
+    assert converted(data, out).source_kind is Kind.XEND
+    assert memory(out) == domain_memory(DOMAIN)

@@ -9,6 +9,7 @@ hold a libxl or libxc stream, which may also come bare.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -196,6 +197,23 @@ def legacy_width(head: bytes) -> int | None:
     if head[4:8] == b"\xff" * 4:
         return 32
     return None
+
+
+_XEND_TOKEN = re.compile(rb"""'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+"|[()]|[^()'"]++""", re.DOTALL)
+
+
+def is_whole_expression(text: bytes) -> bool:
+    """Return whether a text is one whole s-expression in brackets.
+
+    Brackets in quotes do not count. Source: xen.git@RELEASE-4.4.0:tools/python/xen/xend/sxp.py
+    """
+    depth = position = 0
+    while token := _XEND_TOKEN.match(text, position):
+        position = token.end()
+        depth += {b"(": 1, b")": -1}.get(token[0], 0)
+        if depth <= 0:
+            break
+    return depth == 0 and 0 < position == len(text)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

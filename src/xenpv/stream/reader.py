@@ -265,7 +265,7 @@ class Reader:
         length = int.from_bytes(head[len(envelope.XEND_MAGIC) :], "big")
         self._check_config_length(length)
         config = bytes((yield from cursor.read(length, "the domain configuration"))).rstrip(b"\0\n ")
-        if not (config.startswith(b"(") and config.endswith(b")")):
+        if not envelope.is_whole_expression(config):
             message = f"the configuration of {length} bytes is no whole s-expression; is its length wrong?"
             raise cursor.fatal_error(rules.ENVELOPE, message)
         yield Envelope(Kind.XEND, cursor.record_offset, cursor.offset - cursor.record_offset, config, "xend")
