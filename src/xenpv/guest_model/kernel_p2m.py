@@ -122,7 +122,8 @@ class KernelP2M:
 
         The generation is odd meanwhile.
 
-        RequestError if the addresses of the list, or the levels of the published tree, do not reach them.
+        RequestError if the addresses of the list, or the levels of the published tree, do not reach them, or the kernel
+        has no page left for tables.
         """
         if not len(pfns):
             return

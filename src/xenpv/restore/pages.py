@@ -95,6 +95,10 @@ class MemoryLoader:
             self._load_entries(pfns[i : i + PFNS_PER_BATCH], types[i : i + PFNS_PER_BATCH], read_into, defer_read)
 
     def _load_entries(self, pfns: U64, types: U8, read_into: ReadInto, defer_read: DeferRead | None) -> None:
+        """Populate pages of a record, note their types, and read their content.
+
+        Page tables go to the PageTableLocaliser, which localises each when the highest pfn in it has come.
+        """
         again = pfns[self.physmap.lookup(pfns) != NO_FRAME]
         if len(again):
             self._finish_read()

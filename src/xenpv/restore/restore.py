@@ -251,7 +251,7 @@ class _Restore:
     def _apply_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Apply what was buffered since the last checkpoint."""
         if self.source.exact:
-            problem = "a checkpoint, after which the stream is the toolstack's: Remus and COLO are not supported"
+            problem = "a checkpoint of Remus or COLO, which are not supported; `xenpv convert` keeps the last one"
             raise Unsupported(problem, offset=checkpoint.offset, record=checkpoint.name)
         if self._checkpoint_buffer is None:
             self._checkpoint_buffer = CheckpointBuffer()

@@ -157,7 +157,7 @@ class P2MTracker:
         if entries > p2m.entries:
             problem = f"{live.name}: its p2m shrank to pfn {p2m.entries - 1:#x} after it was sent up to pfn"
             raise GuestError(
-                f"{problem} {self.sent_entries - 1:#x}; no receiver can undo that: start the migration or save again",
+                f"{problem} {self.sent_entries - 1:#x}; a receiver cannot make it shorter: start again",
                 pfn=p2m.entries - 1,
             )
         return replace(p2m, entries=entries, leaves=p2m.leaves.below(-(-entries // p2m.entries_per_leaf)))

@@ -51,7 +51,9 @@ class RollbackError(HostError):
     def __init__(self, failure: BaseException, rollback: Rollback, *, domid: DomId) -> None:
         error = rollback.error
         outcome = (
-            "could not be resumed" if rollback.state is None else f"is {rollback.state.value}, but undoing this failed"
+            "could not be resumed"
+            if rollback.state is None
+            else f"is {rollback.state.value}, but not all of the save could be undone"
         )
         problem = f"{str(failure) or type(failure).__name__}; {rollback.label} {outcome}: {error}"
         super().__init__(problem, op="resume", domid=domid, errno=getattr(error, "errno", None))

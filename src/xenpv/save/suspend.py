@@ -88,9 +88,8 @@ def _withdraw_request(host: Mover, info: DomainInfo, error: BaseException) -> No
     except HostError as e:
         if not any(other.domid == info.domid for other in host.domains()):
             return  # a domain that is gone obeys no request
-        problem = (
-            f"{str(error) or type(error).__name__}; {info.label} may still suspend: its request could not be withdrawn"
-        )
+        first = str(error) or type(error).__name__
+        problem = f"{first}; {info.label} may still suspend: the request to suspend could not be withdrawn"
         raise HostError(f"{problem}: {e}", op="suspend", domid=info.domid, errno=e.errno) from error
 
 

@@ -40,7 +40,8 @@ class CorePages:
         except GuestError as e:
             raise Unsupported(f"a list of {layout.present:#x} pages has {e}", offset=layout.table.offset) from e
         if self._rows.repeated:
-            message = f"pfn {self._rows.first_repeated:#x} is listed twice, and {self._rows.repeated - 1} others"
+            more = f"; {self._rows.repeated} entries of the list repeat a pfn" if self._rows.repeated > 1 else ""
+            message = f"pfn {self._rows.first_repeated:#x} is listed more than once{more}"
             report(dumpcore.REPEATED, message, layout.table.offset)
         offset = self._rows.target.astype(np.int64) * PAGE_SIZE + layout.content.offset
         types = np.full(len(offset), PageType.NOTAB, np.uint8)
