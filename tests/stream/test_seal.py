@@ -20,6 +20,7 @@ from tests.support.sealing import Batches, count_unnoticed_flips, plain_file, re
 from xenpv.errors import RequestError, SealBroken, StreamError
 from xenpv.io.seal_key import read_seal_key
 from xenpv.io.stream_input import Input
+from xenpv.source.saved import SavedDomain
 from xenpv.stream import rules
 from xenpv.stream.framing import RECORD_HEADER, Record
 from xenpv.stream.record_order import OPTIONAL, RecordType
@@ -247,3 +248,15 @@ def test_key_file_that_others_may_read_or_that_is_short_is_refused(tmp_path: Pat
     assert e.value.needed == 16
     with pytest.raises(RequestError):
         read_seal_key("/dev/zero")
+
+
+def test_looking_into_a_sealed_file_compares_no_pages(tmp_path: Path) -> None:
+    # docs/explanation/seal.md: so that a look costs no more than one into any other file.
+    data = bytearray(SEALED)
+    at, _batch, _pfn = Batches.of(SEALED).pages[20]
+    data[at] ^= 1
+    (tmp_path / "sealed").write_bytes(data)
+    with SavedDomain.open(str(tmp_path / "sealed")) as saved:
+        assert saved.seal.algorithm is not None
+        assert not saved.seal.checked
+    assert rules.SEAL in verify_bytes(bytes(data)).findings.count

@@ -199,15 +199,17 @@ class SavedDomain(Domain):
         deep: bool = True,
         progress: ProgressCallback | None = None,
         stored_index: StoredIndex | None = None,
+        check_seal: bool = False,
         seal_key: bytes | None = None,
     ) -> Self:
         """Open a stream as ``open`` does, from a source that is closed with the domain.
 
-        ``stored_index`` saves reading PAGE_DATA records, and checking their seal. ``seal_key``: of a keyed seal.
+        ``stored_index`` saves reading PAGE_DATA records. ``check_seal`` compares a sealed stream with its seal, which
+        reads all page content; ``seal_key``: of a keyed seal.
         """
         domain = cls(source, on_breach=on_breach, kind=kind)
         try:
-            domain._read(deep, progress, stored_index, seal_key)
+            domain._read(deep, progress, stored_index, check_seal, seal_key)
         except BaseException:
             domain.close()
             raise
@@ -218,6 +220,7 @@ class SavedDomain(Domain):
         deep: bool,
         progress: ProgressCallback | None,
         stored_index: StoredIndex | None,
+        check_seal: bool,
         seal_key: bytes | None,
     ) -> None:
         if stored_index is not None:
@@ -234,7 +237,7 @@ class SavedDomain(Domain):
             pages=spools,
             kind=self._kind,
             skip_page_data=skip_page_data,
-            check_seal=deep,
+            check_seal=check_seal,
             seal_key=seal_key,
         )
         self.seal = reader.seal

@@ -122,7 +122,7 @@ def verify(
     from xenpv.source.saved import SavedDomain  # noqa: PLC0415  NumPy
 
     with SavedDomain.from_source(
-        source, on_breach=findings.add_breach, kind=envelope, seal_key=seal_key, progress=progress
+        source, on_breach=findings.add_breach, kind=envelope, check_seal=True, seal_key=seal_key, progress=progress
     ) as saved:
         report = verify_domain(saved, findings, progress)
         _require_seal(report, saved.seal, require_seal, seal_key)
