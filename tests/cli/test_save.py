@@ -280,3 +280,10 @@ def test_save_of_a_missing_domain_or_dom0_fails(move: Move, tmp_path: Path) -> N
     refused = xenpv("save", "0", tmp_path / "x")
     assert (refused.code, "dom0" in refused.err) == (1, True)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-inf", "0", "-1", "1e300"])
+@pytest.mark.parametrize("option", ["save --timeout", "migrate --idle-timeout", "migrate --max-downtime"])
+def test_seconds_that_no_wait_can_take_are_a_usage_error(option: str, seconds: str) -> None:
+    verb, name = option.split()
+    assert xenpv(verb, f"{name}={seconds}", "dom", "place").code == 64

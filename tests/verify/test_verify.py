@@ -26,6 +26,9 @@ from tests.support.writers.hvm import hvm_stream
 from tests.support.writers.stream import PAGE, Piece, Wire
 from xenpv.abi.declare import Width
 from xenpv.errors import RequestError, Unsupported
+from xenpv.frames import PAGES_PER_BATCH, U8, U64
+from xenpv.source.saved import FilePages
+from xenpv.verify import rules
 from xenpv.verify.stream import verify
 
 WIRE = Wire()
@@ -243,6 +246,30 @@ def test_verify_page_data_with_too_few_pages_reports_its_tables(tmp_path: Path) 
         assert "page-data-size" in result.rules
         assert [f.pfn for f in sorted(result.of_rule("table-content"), key=page_of)] == tables
         assert all(f.level == domain.types[f.pfn or 0] & 7 for f in result.of_rule("table-content"))
+
+
+def test_verify_asks_once_for_tables_without_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream may name 131,072 tables in a mebibyte: there is a read for a batch of them, not for each."""
+    reads = 0
+    pages = FilePages.pages
+
+    def count(self: FilePages, pfns: U64) -> U8:
+        nonlocal reads
+        reads += 1
+        return pages(self, pfns)
+
+    monkeypatch.setattr(FilePages, "pages", count)
+    counts = []
+    for tables in (100, 10_000):
+        stream = pv_domain().to_stream()
+        last = max(i for i, piece in enumerate(stream) if piece.name == "PAGE_DATA")
+        stream.insert(last + 1, WIRE.page_data([(1000 + i, 1) for i in range(tables)], []))
+        file = tmp_path / "tables"
+        file.write_bytes(bytes(stream))
+        reads = 0
+        assert verify(str(file), keep=20).findings.count[rules.TABLE_CONTENT] == tables
+        counts.append(reads)
+    assert counts[1] - counts[0] <= 10_000 // PAGES_PER_BATCH + 1
 
 
 @pytest.mark.parametrize("data", [b"", b"\x1f\x8b\x08" + bytes(40), b"junk" * 20], ids=["empty", "gzip", "junk"])

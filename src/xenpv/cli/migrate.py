@@ -11,7 +11,7 @@ import click
 
 from xenpv.cli.outcomes import describe_rollback, describe_settlement, print_rollback
 from xenpv.cli.save import TIMEOUT
-from xenpv.cli.terminal import JSON_LINES, NUMBER, print_json, print_json_line, progress_bar
+from xenpv.cli.terminal import JSON_LINES, NUMBER, SECONDS, print_json, print_json_line, progress_bar
 from xenpv.frames import PAGE_SIZE
 from xenpv.text import size
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from xenpv.migrate.sender import Settlement
 
 IDLE_TIMEOUT = click.option("--idle-timeout", "--patience", "idle_timeout", default=120.0, show_default=True,
-                            type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+                            type=SECONDS, metavar="SECONDS",
                             help="Fail if the peer is silent for so long.")  # fmt: skip
 _EVENT_EVERY = 64  # print one of so many progress events as JSON, and the first of each iteration
 
@@ -34,7 +34,7 @@ _EVENT_EVERY = 64  # print one of so many progress events as JSON, and the first
 @click.option("--target-dirty", type=int, default=50, show_default=True, metavar="PAGES",
               help="Suspend the domain when fewer pages than this are dirty.")  # fmt: skip
 @click.option(
-    "--max-downtime", type=float, metavar="SECONDS", help="Suspend the domain when the rest takes less than this."
+    "--max-downtime", type=SECONDS, metavar="SECONDS", help="Suspend the domain when the rest takes less than this."
 )
 @click.option("--bandwidth", type=NUMBER, metavar="BYTES", help="Limit the pre-copy to so many bytes a second: 100M.")
 @click.option("-p", "--paused", is_flag=True, help="Leave the domain paused on HOST.")

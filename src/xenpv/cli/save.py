@@ -7,11 +7,11 @@ from dataclasses import asdict
 import click
 
 from xenpv.cli.outcomes import describe_state, print_rollback
-from xenpv.cli.terminal import FORCE, JSON, SEAL, SEAL_KEY, make_sealer, print_json, progress_bar
+from xenpv.cli.terminal import FORCE, JSON, SEAL, SEAL_KEY, SECONDS, make_sealer, print_json, progress_bar
 from xenpv.frames import PAGE_SIZE
 from xenpv.text import printable, size
 
-TIMEOUT = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, show_default=True,
+TIMEOUT = click.option("--timeout", type=SECONDS, default=60.0, show_default=True,
                        metavar="SECONDS", help="Give up if the guest has not suspended by then.")  # fmt: skip
 
 

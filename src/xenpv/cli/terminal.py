@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,6 +72,21 @@ def keep_option(default: int = 20, *names: str, each: str = "findings of each ru
                         help=help_text)  # fmt: skip
 
 
+class Seconds(click.FloatRange):
+    """A finite number of seconds above 0, at most a year: what a wait can take."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True, max=366 * 86400)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; click's own check lets "nan" pass."""
+        seconds = super().convert(value, param, ctx)
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        return seconds
+
+
+SECONDS = Seconds()
 FORCE = click.option("--force", is_flag=True, help="Replace an existing file even if it is of another kind.")
 
 

@@ -14,7 +14,6 @@ from xenpv.frames import (
     I64,
     IS_POPULATED,
     IS_TABLE,
-    PAGE_SIZE,
     PAGES_PER_BATCH,
     PINNED,
     U8,
@@ -32,7 +31,7 @@ from xenpv.memory.page_tables import (
     leaks_l1tf,
     pte_frames,
 )
-from xenpv.source.saved import SavedDomain
+from xenpv.source.saved import FilePages, SavedDomain
 from xenpv.verify import rules
 from xenpv.verify.heuristics import outliers
 
@@ -181,20 +180,15 @@ class PageTableChecks:
 
         Add a finding for each other table.
         """
-        read = self.saved.frames.pages
-        try:
-            return read(tables), tables
-        except Fault:
-            pages = [np.empty((0, PAGE_SIZE), np.uint8)]
-            readable = np.ones(len(tables), np.bool_)
-            for i, pfn in enumerate(tables.tolist()):
-                try:
-                    pages.append(read(tables[i : i + 1]))
-                except Fault as e:
-                    readable[i] = False
-                    if self.saved.pages_complete:
-                        self.findings.add(rules.TABLE_CONTENT, str(e), pfn=pfn, level=level)
-            return np.concatenate(pages), tables[readable]
+        frames = self.saved.frames
+        has_content = frames.has_content(tables)  # asked at once: a stream may name many tables without content
+        if self.saved.pages_complete:
+            self.findings.add_each(
+                rules.TABLE_CONTENT,
+                tables[~has_content].tolist(),
+                lambda pfn: (_why_unreadable(frames, pfn), {"pfn": pfn, "level": level}),
+            )
+        return frames.pages(tables[has_content]), tables[has_content]
 
     def _check_xen_slots(self, level: int, tables: U64, ptes: U64) -> U64:
         """Check that Xen's own slots are empty; return the entries without them."""
@@ -354,3 +348,11 @@ def _rank(pfns: U64, order: U64) -> I64:
     if not len(order):
         return np.full(len(pfns), -1)
     return np.where(order[by_pfn][at] == pfns, by_pfn[at], -1)
+
+
+def _why_unreadable(frames: FilePages, pfn: int) -> str:
+    try:
+        frames.pages(np.array([pfn], np.uint64))
+    except Fault as e:
+        return str(e)
+    raise AssertionError(f"pfn {pfn:#x} can be read")
