@@ -270,3 +270,16 @@ def test_stored_index_with_an_impossible_duplicate_is_ignored(pfn: int, offset: 
     damaged = valid[: -digest - 16] + pfn.to_bytes(8, "little") + offset.to_bytes(8, "little", signed=True)
     index_path(file).write_bytes(damaged + index_file._digest(damaged[:head], damaged[head:]))
     assert load_index(file) is None
+
+
+def test_stored_index_of_tables_without_content_is_ignored(file: Path) -> None:
+    """Otherwise one extent of a sparse file names 2^38 tables, and reading them asks for terabytes."""
+    open_saved(file).close()
+    valid = index_path(file).read_bytes()
+    head, digest = index_file._HEADER.size, 16
+    extents = np.frombuffer(valid, index_file._EXTENT, 1, head).copy()
+    assert HAS_DATA[extents["type"]].all()
+    extents["offset"] = -1
+    damaged = valid[:head] + extents.tobytes() + valid[head + extents.nbytes : -digest]
+    index_path(file).write_bytes(damaged + index_file._digest(damaged[:head], damaged[head:]))
+    assert load_index(file) is None
