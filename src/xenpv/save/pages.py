@@ -148,6 +148,11 @@ class PageSender:
             self._sent.deferred.append(pfns)
 
     def _send_window(self, pfns: U64, mfns: U64, types: U8) -> None:
+        """Send pages as PAGE_DATA records, without those that cannot be read.
+
+        While the guest runs, those are put off until it is suspended; of a suspended guest, they raise. Tables that are
+        sent early are noted, because they may name frames that get another pfn, and are then sent again.
+        """
         has_data, is_table = HAS_DATA[types], IS_TABLE[types]
         is_plain = has_data & ~is_table
         # Tables first: to normalise them reads the p2m, and the mapping of the others must outlive that.

@@ -87,9 +87,9 @@ class PageIndex:
         of_record = np.searchsorted(firsts, row, "right") - 1
         first_run = np.searchsorted(row, firsts)
         base = np.array([offset for _, offset, _ in pending], np.int64)
-        content = np.array([content for _, _, content in pending], np.bool_)
+        is_whole = np.array([whole for _, _, whole in pending], np.bool_)  # as many pages as entries that have some
         offsets = base[of_record] + (before - before[first_run][of_record]) * PAGE_SIZE
-        offsets[~(HAS_DATA[types] & content[of_record])] = -1
+        offsets[~(HAS_DATA[types] & is_whole[of_record])] = -1
         pfns = entries[row] & _PFN_MASK
         self._unmerged.append((pfns, lengths, types, offsets))
         descends = pfns[1:] < pfns[:-1] + lengths[:-1].astype(np.uint64)

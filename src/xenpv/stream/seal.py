@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BATCHES_MAX = 256  # PAGE_DATA records between two seals: 1 GiB of pages as libxenguest and xenpv batch them
 KEY_MIN = 16  # bytes
 _PFNS_KEPT = 64 << 10  # bytes of a batch's entries that are kept until its seal comes
-_RANGES_SHOWN = 4
+_SHOWN = 4
 _PREFIX_MAX = 2 * CONFIG_MAX  # bytes before libxc's stream that are kept
 
 
@@ -169,7 +169,7 @@ class SealState:
 
     Attributes:
         algorithm: how it was made; None for a stream without one.
-        checked: whether its digests were compared.
+        checked: whether its digests were compared, not whether they agree: those that do not are findings.
         complete: whether the last seal came, after which only END follows.
         covers_envelope: whether it vouches for the configuration and all else before libxc's stream.
         batches: how many PAGE_DATA records were compared.
@@ -205,7 +205,7 @@ class SealState:
         if not self.covers_envelope:
             gaps.append("the seal does not cover what precedes libxc's stream, such as the configuration")
         if self.uncovered:
-            gaps.append(f"the seal does not cover {', '.join(sorted(set(self.uncovered))[:_RANGES_SHOWN])} after it")
+            gaps.append(f"the seal does not cover {', '.join(sorted(set(self.uncovered))[:_SHOWN])} after it")
         return gaps
 
 
@@ -407,6 +407,6 @@ def _describe(batch: _Batch, pfns: tuple[int, ...]) -> str:
             ranges[-1][1] = pfn
         else:
             ranges.append([pfn, pfn])
-    shown = ", ".join(f"{a:#x}" if a == b else f"{a:#x} to {b:#x}" for a, b in ranges[:_RANGES_SHOWN])
-    more = len(ranges) - _RANGES_SHOWN
+    shown = ", ".join(f"{a:#x}" if a == b else f"{a:#x} to {b:#x}" for a, b in ranges[:_SHOWN])
+    more = len(ranges) - _SHOWN
     return f"pfns {shown}" + (f" and {more} more ranges" if more > 0 else "")
