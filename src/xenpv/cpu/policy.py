@@ -13,9 +13,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from xenpv.abi.declare import Struct
 from xenpv.abi.domctl import CPUID_LEAF, MSR_ENTRY
-from xenpv.cpu.state import AVX512, PV_XCR0, YMM, Refusal
+from xenpv.cpu.state import AVX512, PV_XCR0, YMM, Refusal, array_refusal
 
 _NO_SUBLEAF = 0xFFFF_FFFF
 # Xen's CPUID_GUEST_NR_*: the last subleaf of the leaves that have some
@@ -38,13 +37,10 @@ def iter_cpuid_policy_refusals(data: bytes) -> Iterator[Refusal]:
     Args:
         data: Array of struct xen_cpuid_leaf.
     """
-    if len(data) % CPUID_LEAF.size(8):
-        yield _not_whole(data, CPUID_LEAF)
+    if refusal := array_refusal(data, CPUID_LEAF, CPUID_LEAVES_MAX, "leaves", too_many=errno.E2BIG):
+        yield refusal
         return
     leaves = np.frombuffer(data, CPUID_LEAF[8])
-    if len(leaves) > CPUID_LEAVES_MAX:
-        yield Refusal(errno.E2BIG, f"{len(leaves)} leaves: Xen takes at most {CPUID_LEAVES_MAX}")
-        return
     maxima = dict[tuple[int, int], int]()  # of two equal leaves the last counts
     for leaf, subleaf, eax in zip(*(leaves[name].tolist() for name in ("leaf", "subleaf", "a")), strict=True):
         if not (leaf <= _LAST_BASIC or leaf in _HYPERVISOR_LEAVES or _EXTENDED <= leaf <= _LAST_EXTENDED):
@@ -66,13 +62,10 @@ def iter_msr_policy_refusals(data: bytes) -> Iterator[Refusal]:
     Args:
         data: Array of struct xen_msr_entry.
     """
-    if len(data) % MSR_ENTRY.size(8):
-        yield _not_whole(data, MSR_ENTRY)
+    if refusal := array_refusal(data, MSR_ENTRY, len(POLICY_MSRS), "MSRs", too_many=errno.E2BIG):
+        yield refusal
         return
     msrs = np.frombuffer(data, MSR_ENTRY[8])
-    if len(msrs) > len(POLICY_MSRS):
-        yield Refusal(errno.E2BIG, f"{len(msrs)} MSRs: Xen takes at most {len(POLICY_MSRS)}")
-        return
     for index, flags, value in zip(*(msrs[name].tolist() for name in ("idx", "flags", "val")), strict=True):
         if flags:
             yield Refusal(errno.EINVAL, f"MSR {index:#x} has flags {flags:#x}: must be 0")
@@ -103,7 +96,3 @@ def xcr0_max(leaves: bytes) -> int:
     if len(features) and not int(features["b"][-1]) & _AVX512F:
         xcr0 &= ~AVX512
     return xcr0
-
-
-def _not_whole(data: bytes, struct: Struct) -> Refusal:
-    return Refusal(errno.EINVAL, f"{len(data)} bytes are not a whole number of struct {struct.name}")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from xenpv.abi.declare import Struct
 from xenpv.abi.domctl import EXT_VCPUCONTEXT, EXT_VCPUCONTEXT_MAX, VCPU_MSR, XSAVE_HEADER_SIZE
 from xenpv.memory.page_tables import is_canonical
 
@@ -43,6 +44,24 @@ class Refusal(NamedTuple):
 
     errno: int
     reason: str
+
+
+def array_refusal(data: bytes, element: Struct, most: int, plural: str, *, too_many: int) -> Refusal | None:
+    """Return why Xen refuses an array for its size; None if it takes it.
+
+    Args:
+        data: The array.
+        element: The struct of an element.
+        most: How many elements Xen takes.
+        plural: What the elements are called.
+        too_many: The errno for more than that.
+    """
+    count, rest = divmod(len(data), element.size(8))
+    if rest:
+        return Refusal(errno.EINVAL, f"{len(data)} bytes are not a whole number of struct {element.name}")
+    if count > most:
+        return Refusal(too_many, f"{count} {plural}: Xen takes at most {most}")
+    return None
 
 
 def iter_tsc_refusals(mode: int, khz: int) -> Iterator[Refusal]:
@@ -127,14 +146,10 @@ def iter_msr_refusals(data: bytes) -> Iterator[Refusal]:
 
     Source: xen.git:xen/arch/x86/domctl.c XEN_DOMCTL_set_vcpu_msrs, msr.c guest_wrmsr()
     """
-    size = VCPU_MSR.size(8)
-    if len(data) % size:
-        yield Refusal(errno.EINVAL, f"{len(data)} bytes are not a whole number of struct {VCPU_MSR.name}")
+    if refusal := array_refusal(data, VCPU_MSR, len(VCPU_MSRS), "MSRs", too_many=errno.EINVAL):
+        yield refusal
         return
     msrs = np.frombuffer(data, VCPU_MSR[8])
-    if len(msrs) > len(VCPU_MSRS):
-        yield Refusal(errno.EINVAL, f"{len(msrs)} MSRs: Xen takes at most {len(VCPU_MSRS)}")
-        return
     for index, reserved, value in zip(*(msrs[name].tolist() for name in ("index", "reserved", "value")), strict=True):
         if reserved:
             yield Refusal(errno.EINVAL, f"MSR {index:#x} has a reserved field of {reserved:#x}: must be 0")

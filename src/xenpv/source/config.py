@@ -301,6 +301,11 @@ def _number(text: str, *, base: int = 10) -> int | str:
         return text
 
 
+def _to_kib(number: int | str | None, unit: int) -> int | str | None:
+    """Return a number of units of so many bytes in KiB; what is no number as it is."""
+    return number * unit >> 10 if isinstance(number, int) else number
+
+
 def _parse_xml(text: str) -> _Parsed:
     """Parse libvirt's domain XML."""
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
@@ -321,8 +326,7 @@ def _parse_xml(text: str) -> _Parsed:
         if unit is None:
             problems.append((rules.CONFIG_LIMITS, f"{element.get('unit')!a:.40} is no unit of {tag}"))
             return None
-        size = number * unit >> 10 if isinstance(number, int) else number
-        return _limit(tag, size, _MAX_KIB, problems, other_kind=rules.CONFIG_LIMITS)
+        return _limit(tag, _to_kib(number, unit), _MAX_KIB, problems, other_kind=rules.CONFIG_LIMITS)
 
     vcpus, os_type = domain.findtext("vcpu"), (domain.findtext("os/type") or "").strip()
     guest = {"linux": Guest.PV, "xen": Guest.PV, "hvm": Guest.HVM, "xenpvh": Guest.HVM}.get(os_type)
@@ -361,13 +365,16 @@ def _parse_xl(text: str) -> _Parsed:
     values = {match[1]: value for match in _XL_LINES.finditer(text) if (value := _xl_value(match[2]))}
     problems: list[Problem] = []
 
-    def limit(key: str, maximum: int, scale: int = 1) -> int | None:
-        number = None if (digits := values.get(key)) is None else _number(digits, base=0)
-        size = number * scale if isinstance(number, int) else number
-        return _limit(key, size, maximum, problems, other_kind=rules.CONFIG_LIMITS)
+    def number(key: str) -> int | str | None:
+        return None if (digits := values.get(key)) is None else _number(digits, base=0)
 
-    memory, maximum = limit("memory", _MAX_KIB, 1024), limit("maxmem", _MAX_KIB, 1024)
-    vcpus = limit("vcpus", _MAX_VCPUS)
+    def kib(key: str) -> int | None:
+        return _limit(key, _to_kib(number(key), 1 << 20), _MAX_KIB, problems, other_kind=rules.CONFIG_LIMITS)
+
+    def count(key: str) -> int | None:
+        return _limit(key, number(key), _MAX_VCPUS, problems, other_kind=rules.CONFIG_LIMITS)
+
+    memory, maximum, vcpus = kib("memory"), kib("maxmem"), count("vcpus")
     builder = values.get("builder", "generic")
     type_name = values.get("type") or {"hvm": "hvm", "generic": "pv"}.get(builder, builder)
     if type_name not in _GUESTS:
@@ -379,7 +386,7 @@ def _parse_xl(text: str) -> _Parsed:
         "guest": _GUESTS.get(type_name),
         "max_memkb": maximum or memory or None,
         "target_memkb": memory,
-        "max_vcpus": limit("maxvcpus", _MAX_VCPUS) or vcpus or None,
+        "max_vcpus": count("maxvcpus") or vcpus or None,
     }
     return members, problems
 
@@ -395,6 +402,9 @@ def _parse_sexp(text: str) -> _Parsed:
     return {"type": match[1], "guest": Guest.PV if match[1] == "PV" else Guest.HVM}, []
 
 
+_XEND_MEMBERS = re.compile(r"\((name|uuid|memory|maxmem|vcpus) ([^()\s]{1,256})\)")
+
+
 def _parse_xend(text: str) -> _Parsed:
     """Return what the first members of xend's s-expression say.
 
@@ -402,7 +412,10 @@ def _parse_xend(text: str) -> _Parsed:
     """
     members = {match[1]: match[2] for match in reversed(list(_XEND_MEMBERS.finditer(text)))}
     problems: list[Problem] = []
-    memory, maximum = (_xend_kib(members, key, problems) for key in ("memory", "maxmem"))
+    numbers = {key: _number(members[key]) for key in ("memory", "maxmem", "vcpus") if key in members}
+    memory, maximum = (
+        _limit(key, _to_kib(numbers.get(key), 1 << 20), _MAX_KIB, problems) for key in ("memory", "maxmem")
+    )
     guest = "hvm" if "(hvm" in text else "pv"
     return {
         "name": members.get("name"),
@@ -411,19 +424,8 @@ def _parse_xend(text: str) -> _Parsed:
         "guest": _GUESTS[guest],
         "max_memkb": memory if maximum is None else maximum,
         "target_memkb": memory,
-        "max_vcpus": _limit("vcpus", _number(members["vcpus"]), _MAX_VCPUS, problems) if "vcpus" in members else None,
+        "max_vcpus": _limit("vcpus", numbers.get("vcpus"), _MAX_VCPUS, problems),
     }, problems
-
-
-_XEND_MEMBERS = re.compile(r"\((name|uuid|memory|maxmem|vcpus) ([^()\s]{1,256})\)")
-
-
-def _xend_kib(members: dict[str, str], key: str, problems: list[Problem]) -> int | None:
-    """Return a size that xend has in MiB."""
-    if key not in members:
-        return None
-    number = _number(members[key])
-    return _limit(key, number << 10 if isinstance(number, int) else number, _MAX_KIB, problems)
 
 
 _PARSERS: dict[str, Callable[[str], _Parsed]] = {

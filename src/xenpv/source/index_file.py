@@ -223,7 +223,7 @@ def _are_possible_extents(extents: npt.NDArray[Any], stream_size: int) -> bool:
     if int(pages.sum()) > stream_size // 8 or (first[1:] < first[:-1] + pages[:-1].astype(np.uint64)).any():
         return False
     has_content = offset >= 0
-    # A file in which a page lacks its content gets no index. Without this, 24 bytes could name 2^38 page tables.
+    # A file in which a page lacks its content gets no index. Without this, one extent could name 2^38 page tables.
     if not (IS_KNOWN[page_type].all() and (HAS_DATA[page_type] == has_content).all()):
         return False
     if int(pages[has_content].sum()) > stream_size // PAGE_SIZE:

@@ -98,7 +98,7 @@ class FilePages:
             return self.pages_at(offsets, pfns)
         blank = self._types.types(pfns) == PageType.XALLOC
         if (missing & ~blank).any():
-            raise self._no_content(pfns, np.where(blank, 0, offsets))
+            raise self.missing_content(int(pfns[np.argmax(missing & ~blank)]))
         content = np.zeros((len(pfns), PAGE_SIZE), np.uint8)
         content[~missing] = self.pages_at(offsets[~missing], pfns[~missing])
         return content
@@ -124,19 +124,25 @@ class FilePages:
         while view:
             count = os.preadv(self._fd, [view], offset)
             if count == 0:
-                raise Fault(f"pfn {pfn:#x}: the file ends before its content", space="pfn", address=pfn)
+                raise _cut_off(pfn)
             view, offset = view[count:], offset + count
 
-    def _no_content(self, pfns: U64, offsets: I64) -> Fault:
-        """Return the error for the first page without content."""
-        pfn = int(pfns[np.argmax(offsets < 0)])
-        page_type = int(self._types.types(np.array([pfn], np.uint64))[0])
+    def missing_content(self, pfn: int) -> Fault:
+        """Return the error for a page that ``has_content`` denies."""
+        as_array = np.array([pfn], np.uint64)
+        if self._places.offsets(as_array)[0] >= 0:
+            return _cut_off(pfn)
+        page_type = int(self._types.types(as_array)[0])
         reason = (
             f"is not in {self._source_name}"
             if page_type == ABSENT
             else f"of type {type_name(page_type)} has no content, or it was not kept"
         )
         return Fault(f"pfn {pfn:#x} {reason}", space="pfn", address=pfn, page_type=page_type)
+
+
+def _cut_off(pfn: int) -> Fault:
+    return Fault(f"pfn {pfn:#x}: the file ends before its content", space="pfn", address=pfn)
 
 
 class SavedDomain(Domain):

@@ -8,7 +8,6 @@ from functools import partial
 import numpy as np
 
 from xenpv.abi.x86 import LEVELS, PTE_FRAME_MASK, PTE_P, PTE_PSE, PTE_RW
-from xenpv.errors import Fault
 from xenpv.findings import Findings, Rule
 from xenpv.frames import (
     I64,
@@ -31,7 +30,7 @@ from xenpv.memory.page_tables import (
     leaks_l1tf,
     pte_frames,
 )
-from xenpv.source.saved import FilePages, SavedDomain
+from xenpv.source.saved import SavedDomain
 from xenpv.verify import rules
 from xenpv.verify.heuristics import outliers
 
@@ -186,7 +185,7 @@ class PageTableChecks:
             self.findings.add_each(
                 rules.TABLE_CONTENT,
                 tables[~has_content].tolist(),
-                lambda pfn: (_why_unreadable(frames, pfn), {"pfn": pfn, "level": level}),
+                lambda pfn: (str(frames.missing_content(pfn)), {"pfn": pfn, "level": level}),
             )
         return frames.pages(tables[has_content]), tables[has_content]
 
@@ -348,11 +347,3 @@ def _rank(pfns: U64, order: U64) -> I64:
     if not len(order):
         return np.full(len(pfns), -1)
     return np.where(order[by_pfn][at] == pfns, by_pfn[at], -1)
-
-
-def _why_unreadable(frames: FilePages, pfn: int) -> str:
-    try:
-        frames.pages(np.array([pfn], np.uint64))
-    except Fault as e:
-        return str(e)
-    raise AssertionError(f"pfn {pfn:#x} can be read")
