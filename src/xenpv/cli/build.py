@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import click
@@ -25,8 +26,10 @@ from xenpv.image.layout import plan
 from xenpv.image.request import Request
 from xenpv.io.atomic_output import Output
 from xenpv.io.file_kind import FileKind
-from xenpv.stream.seal import Sealer
 from xenpv.text import size
+
+if TYPE_CHECKING:
+    from xenpv.stream.seal import Sealer
 
 
 @click.command()

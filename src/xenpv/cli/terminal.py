@@ -88,8 +88,6 @@ class Seconds(click.FloatRange):
 
 SECONDS = Seconds()
 FORCE = click.option("--force", is_flag=True, help="Replace an existing file even if it is of another kind.")
-
-
 SEAL = click.option("--seal", is_flag=True, help="Seal the file: add digests of every page and record.")
 SEAL_KEY = click.option("--seal-key", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
                         help="Seal with the secret key in FILE; it needs mode 0600.")  # fmt: skip

@@ -7,8 +7,6 @@ the batches before them, so the chain vouches for those as well, and a batch tha
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -77,9 +75,13 @@ def hash_maker(algorithm: Algorithm, key: bytes | None = None) -> Callable[[], H
     if algorithm is Algorithm.HMAC_SHA256:
         if key is None or len(key) < KEY_MIN:
             raise RequestError(f"a seal's key has at least {KEY_MIN} bytes", needed=KEY_MIN, available=len(key or b""))
+        import hmac  # noqa: PLC0415  OpenSSL, which few streams need
+
         empty = hmac.new(key, digestmod="sha256")
         return empty.copy
     if algorithm is Algorithm.BLAKE2B_128:
+        import hashlib  # noqa: PLC0415
+
         return lambda: hashlib.blake2b(digest_size=16)
     try:
         import xxhash  # noqa: PLC0415
@@ -358,6 +360,8 @@ class SealChecker:
         self._compare(record)
 
     def _compare(self, record: Seal) -> None:
+        import hmac  # noqa: PLC0415
+
         state, before = self.state, self._before
         assert state.algorithm is not None
         assert before is not None
